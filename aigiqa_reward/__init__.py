@@ -1,0 +1,55 @@
+"""Differentiable rewards for AI-generated images: perceptual quality and correspondence to the prompt, seen apart.
+
+Importing this package loads none of diffusers, transformers, peft, accelerate and trl: every name below is imported
+when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from aigiqa_reward.reward import CompositeReward, Reward
+    from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput, rerank
+    from aigiqa_reward.scorer import Scorer
+    from aigiqa_reward.types import RewardFunction, RewardOutput
+    from aigiqa_reward.zoo import create_reward, list_rewards
+
+_EXPORTS = {
+    "BestOfN": "aigiqa_reward.sampling.best_of_n",
+    "BestOfNOutput": "aigiqa_reward.sampling.best_of_n",
+    "CompositeReward": "aigiqa_reward.reward",
+    "Reward": "aigiqa_reward.reward",
+    "RewardFunction": "aigiqa_reward.types",
+    "RewardOutput": "aigiqa_reward.types",
+    "Scorer": "aigiqa_reward.scorer",
+    "create_reward": "aigiqa_reward.zoo",
+    "list_rewards": "aigiqa_reward.zoo",
+    "rerank": "aigiqa_reward.sampling.best_of_n",
+}
+
+__all__ = [
+    "BestOfN",
+    "BestOfNOutput",
+    "CompositeReward",
+    "Reward",
+    "RewardFunction",
+    "RewardOutput",
+    "Scorer",
+    "create_reward",
+    "list_rewards",
+    "rerank",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'aigiqa_reward' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,150 @@
+"""Reading and writing weight files: safetensors only, checked by hash, loaded strictly, never unpickled.
+
+Frozen towers are stored as int8 with one scale a row (`name` and `name.row_scale`), which is a quarter of float32; what
+was trained here is stored as float16. Both are float32 again when read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+ASSETS = Path(__file__).parent / "assets"
+"""Folder of the embedded checkpoints."""
+
+_SCALE = ".row_scale"
+
+
+class WeightsError(ValueError):
+    """A checkpoint that is missing, damaged, altered, or made for another model."""
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_weights(path: str | os.PathLike[str], *, expected_sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file, undoing the storage types of `write_weights`.
+
+    Args:
+        path: the file.
+        expected_sha256: refuse the file if its hash is another.
+
+    Returns:
+        Tensors by name; floating ones as float32 (float64 if stored so).
+
+    Raises:
+        WeightsError: missing, not safetensors, altered, or with NaN/inf values.
+    """
+    file = Path(path)
+    if file.suffix != ".safetensors":
+        raise WeightsError(
+            f"weights: expected a .safetensors file, got {file.name!r}; pickled checkpoints are never opened: "
+            "convert it with safetensors.torch.save_file"
+        )
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"weights: cannot read {file}: {error.strerror}") from error
+    if expected_sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != expected_sha256:
+        raise WeightsError(
+            f"weights: {file} was altered or damaged: expected sha256 {expected_sha256[:12]}..., got {found[:12]}...; "
+            "reinstall the package (pip install --force-reinstall aigiqa-reward)"
+        )
+    try:
+        stored = load(data)
+    except SafetensorError as error:
+        raise WeightsError(f"weights: {file} is not a whole safetensors file ({error})") from error
+    return {name: _restored(name, stored, file) for name in stored if not name.endswith(_SCALE)}
+
+
+def _restored(name: str, stored: Mapping[str, Tensor], file: Path) -> Tensor:
+    tensor = stored[name]
+    if name + _SCALE in stored:
+        scale = stored[name + _SCALE]
+        tensor = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
+    elif tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise WeightsError(f"weights: {file} holds NaN or infinite values in {name!r}")
+    return tensor
+
+
+def write_weights(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    to_int8: Callable[[str, Tensor], bool] = lambda name, tensor: False,
+) -> None:
+    """Write tensors to a safetensors file in one atomic step.
+
+    Args:
+        path: the file; an existing one is replaced only when the new one is whole.
+        tensors: by name.
+        dtype: store floating tensors as this type; None keeps each one's own.
+        to_int8: which tensors to store as int8 with one scale for each first index.
+    """
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if to_int8(name, tensor):
+            scale = tensor.float().flatten(1).abs().amax(dim=1).clamp_min(1e-12) / 127
+            rows = scale.view(-1, *[1] * (tensor.ndim - 1))
+            stored[name] = (tensor.float() / rows).round().to(torch.int8)
+            stored[name + _SCALE] = scale
+        else:
+            stored[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    write_atomically(path, save(stored))
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that readers see the old content or the new one, never a part."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Load a full state dict, and refuse one that does not fit in every name, shape and kind of number.
+
+    Raises:
+        WeightsError: names missing, unknown, or of another shape.
+    """
+    expected = module.state_dict()
+    problems = []
+    if missing := sorted(expected.keys() - tensors.keys()):
+        problems.append(f"{len(missing)} missing (first: {missing[0]})")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        problems.append(f"{len(unknown)} unknown (first: {unknown[0]})")
+    for name in sorted(expected.keys() & tensors.keys()):
+        if expected[name].shape != tensors[name].shape:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
+        elif expected[name].is_floating_point() != tensors[name].is_floating_point():
+            problems.append(f"{name} is {tensors[name].dtype}, expected {expected[name].dtype}")
+    if problems:
+        raise WeightsError(
+            f"weights: {source} does not fit {type(module).__name__}: {'; '.join(problems[:3])}; "
+            "it was saved from another model or configuration"
+        )
+    module.load_state_dict(tensors, strict=True)

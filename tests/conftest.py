@@ -1,0 +1,44 @@
+"""Shape annotations of the package are checked while the tests run; fixtures that several files share.
+
+jaxtyping's hook must be in place before the package is imported, which is why it is set up on import of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import jaxtyping
+import pytest
+from beartype import beartype
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def check_shapes(function: Function) -> Function:
+    """Let beartype check the annotations that state a shape, and those only.
+
+    Plain types are left to the package, whose own errors say more than a type checker's and are tested as such.
+    """
+    hints = function.__annotations__
+    function.__annotations__ = {name: hint for name, hint in hints.items() if _states_shape(hint)}
+    return beartype(function)
+
+
+def _states_shape(hint: Any) -> bool:
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    return any(_states_shape(part) for part in get_args(hint))
+
+
+jaxtyping.install_import_hook("aigiqa_reward", f"{__name__}.check_shapes")
+
+
+@pytest.fixture(scope="session")
+def agiqa3k() -> Path:
+    """The folder of the human-scored images, where it lies beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "agiqa3k"
+    if not folder.is_dir():
+        pytest.skip("human-scored images are not beside this checkout")
+    return folder
