@@ -1,0 +1,95 @@
+"""Bootstrap intervals that respect groups: all images of a prompt are drawn together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from aigiqa_reward.evaluation._numbers import Labels, group_codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A statistic on all rows, and the bounds of its bootstrap interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    groups: Labels,
+    *,
+    repeats: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile interval of a statistic when whole groups, such as prompts, are drawn with replacement.
+
+    A paired difference is simply a statistic that computes one::
+
+        bootstrap_interval(lambda rows, _: srcc(a[rows], y[rows]) - srcc(b[rows], y[rows]), prompts)
+
+    and a statistic that needs groups takes them from its second argument, where a prompt drawn twice is two::
+
+        bootstrap_interval(lambda rows, prompts: selection_gain(a[rows], y[rows], prompts), prompts)
+
+    Args:
+        statistic: called as `statistic(rows, groups)` with (M,) row numbers and their (M,) integer groups, of
+            which each drawn copy is one of its own; first once with all rows, for the estimate.
+        groups: (N,) the group of each row.
+        repeats: number of draws.
+        level: coverage aimed at, between 0 and 1.
+        seed: of the draws.
+
+    Returns:
+        The estimate and the interval, over the draws in which the statistic is not nan.
+
+    Raises:
+        ValueError: no rows, or `repeats` or `level` out of range.
+    """
+    return bootstrap_intervals(
+        lambda rows, ids: np.array([statistic(rows, ids)]), groups, repeats=repeats, level=level, seed=seed
+    )[0]
+
+
+def bootstrap_intervals(
+    statistics: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    groups: Labels,
+    *,
+    repeats: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[Interval, ...]:
+    """As `bootstrap_interval`, for a function of S statistics (S,): S intervals over the same draws."""
+    if repeats < 1 or not 0 < level < 1:
+        raise ValueError(f"repeats, level: expected at least 1 and a number in (0, 1), got {repeats} and {level}")
+    codes, _ = group_codes(groups, len(groups), "groups")
+    estimates = statistics(np.arange(len(codes)), codes)
+    draws = np.array([statistics(rows, ids) for rows, ids in _draws(codes, repeats, seed)])
+    tail = (1 - level) / 2
+    intervals = []
+    for estimate, column in zip(estimates, draws.T, strict=True):
+        kept = column[~np.isnan(column)]
+        low, high = np.quantile(kept, [tail, 1 - tail]) if len(kept) else (np.nan, np.nan)
+        intervals.append(Interval(estimate=float(estimate), low=float(low), high=float(high)))
+    return tuple(intervals)
+
+
+def _draws(codes: np.ndarray, repeats: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Row numbers of groups drawn with replacement, and the number of the drawn copy that each belongs to."""
+    rng = np.random.default_rng(seed)
+    sizes = np.bincount(codes)
+    members = np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
+    for _ in range(repeats):
+        drawn = rng.integers(len(members), size=len(members))
+        yield (
+            np.concatenate([members[group] for group in drawn]),
+            np.repeat(np.arange(len(drawn)), sizes[drawn]),
+        )

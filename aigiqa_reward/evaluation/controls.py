@@ -1,0 +1,149 @@
+"""Gain from choosing within a prompt, and the controls that tell seeing from knowing the generator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from aigiqa_reward.evaluation._numbers import ROUNDING, Labels, Numbers, group_codes, numbers, pair
+from aigiqa_reward.evaluation.correlation import srcc
+
+MAX_SWEEPS = 10_000
+"""Rounds of centring before giving up: chosen here; a nearly balanced design needs about ten."""
+
+
+def selection_gain(predicted: Numbers, target: Numbers, groups: Labels) -> float:
+    """How much of the best possible improvement picking each group's best-predicted row brings.
+
+    mean over groups of (target of the picked row - mean target of the group), over
+    mean over groups of (best target - mean target): 1 for a perfect choice, 0 on average for a random one.
+    Tied predictions count with the mean target of the tied rows, so a constant predictor has exactly 0.
+
+    Args:
+        predicted: (N,) predictions, higher is better.
+        target: (N,) human scores.
+        groups: (N,) which rows compete, such as the images of one prompt.
+
+    Returns:
+        The gain, at most 1; nan if no group has two different targets.
+
+    Raises:
+        ValueError: NaN or infinite values, unequal lengths, or no rows.
+    """
+    x, y = pair(predicted, target)
+    codes, count = group_codes(groups, len(x), "groups")
+    highest, best = np.full(count, -np.inf), np.full(count, -np.inf)
+    np.maximum.at(highest, codes, x)
+    np.maximum.at(best, codes, y)
+    tied = (x == highest[codes]).astype(np.float64)
+    mean = np.bincount(codes, weights=y, minlength=count) / np.bincount(codes, minlength=count)
+    picked = np.bincount(codes, weights=y * tied, minlength=count) / np.bincount(codes, weights=tied)
+    possible = float(np.mean(best - mean))
+    if possible <= ROUNDING * float(np.ptp(y)):
+        return float("nan")
+    return float(np.mean(picked - mean)) / possible
+
+
+def within(generators: Sequence[str] | np.ndarray, prefix: str) -> np.ndarray:
+    """Which rows come from a generator and its variants: (N,) bool, True where the name starts with `prefix`.
+
+    With it, the selection gain over the variants of one generator, which are alike in quality on average::
+
+        rows = within(generators, "sd1.5")
+        gain = selection_gain(predicted[rows], target[rows], prompts[rows])
+
+    Raises:
+        ValueError: no name starts with `prefix`.
+    """
+    mask = np.array([name.startswith(prefix) for name in generators], dtype=bool)
+    if not mask.any():
+        raise ValueError(f"prefix: no generator's name starts with {prefix!r}; there are {sorted(set(generators))}")
+    return mask
+
+
+def prompt_auc(right: Numbers, wrong: np.ndarray) -> float:
+    """Probability that an image's right prompt scores above a wrong one for the same image; ties count half.
+
+    Args:
+        right: (N,) correspondence of each image to its own prompt.
+        wrong: (N, K) correspondence of the same image to K other prompts.
+
+    Returns:
+        The mean over images and wrong prompts, in [0, 1]; 0.5 for scores that ignore the prompt.
+
+    Raises:
+        ValueError: wrong shapes, no rows, or NaN or infinite values.
+    """
+    x, others = numbers(right, "right"), np.asarray(wrong, dtype=np.float64)
+    if others.ndim != 2 or others.shape[0] != len(x) or others.shape[1] == 0:
+        raise ValueError(f"wrong: expected shape ({len(x)}, K) with K of at least 1, got {others.shape}")
+    if not np.isfinite(others).all():
+        raise ValueError("wrong: expected finite numbers, got NaN or infinite ones; drop or repair those rows")
+    return float(np.mean((x[:, None] > others) + 0.5 * (x[:, None] == others)))
+
+
+def group_mean_predictor(train_target: Numbers, train_groups: Labels, groups: Labels) -> np.ndarray:
+    """Predict each row by the mean training target of its group.
+
+    With generators as groups this is the generator-identity control: a model that beats it has seen more than
+    which generator made the image.
+
+    Args:
+        train_target: (M,) human scores.
+        train_groups: (M,) their groups.
+        groups: (N,) groups of the rows to predict.
+
+    Returns:
+        (N,) predictions in the target's units.
+
+    Raises:
+        ValueError: NaN or infinite values, unequal lengths, or a group that training does not have.
+    """
+    y = numbers(train_target, "train_target")
+    codes, count = group_codes(train_groups, len(y), "train_groups")
+    means = np.bincount(codes, weights=y) / np.bincount(codes, minlength=count)
+    known = np.unique(np.asarray(train_groups))
+    wanted = np.asarray(groups)
+    unknown = sorted(set(wanted.tolist()) - set(known.tolist()))
+    if unknown:
+        raise ValueError(f"groups: no training row of {unknown}; training has {known.tolist()}")
+    return means[np.searchsorted(known, wanted)]
+
+
+def centred(values: Numbers, *groupings: Labels) -> np.ndarray:
+    """Remove the additive effects of several groupings, such as generator and prompt, from values (N,).
+
+    Group means are subtracted in turn until none is left. On unbalanced data too this ends at the residuals
+    of the least-squares fit of all effects together. Values that the effects explain entirely become exact 0.
+
+    Raises:
+        ValueError: NaN or infinite values, unequal lengths, no grouping, or no convergence.
+    """
+    x = numbers(values, "values")
+    if not groupings:
+        raise ValueError("groupings: expected at least one sequence of labels, got none")
+    coded = [group_codes(labels, len(x), "groupings") for labels in groupings]
+    sized = [(codes, np.bincount(codes, minlength=count)) for codes, count in coded]
+    scale = float(np.abs(x - x.mean()).max())
+    residual = x - x.mean()
+    for _ in range(MAX_SWEEPS):
+        moved = 0.0
+        for codes, sizes in sized:
+            means = np.bincount(codes, weights=residual, minlength=len(sizes)) / sizes
+            residual = residual - means[codes]
+            moved = max(moved, float(np.abs(means).max()))
+        if moved <= 1e-3 * ROUNDING * scale:
+            return residual if np.abs(residual).max() > ROUNDING * scale else np.zeros_like(residual)
+    raise ValueError(
+        f"groupings: no convergence after {MAX_SWEEPS} rounds, because the groupings hardly overlap; "
+        "centre by fewer of them"
+    )
+
+
+def centred_srcc(predicted: Numbers, target: Numbers, *groupings: Labels) -> float:
+    """SRCC of predictions and targets after the additive effects of `groupings` are removed from both.
+
+    Nan for a predictor that those effects explain entirely. Raises as `centred` does.
+    """
+    return srcc(centred(predicted, *groupings), centred(target, *groupings))

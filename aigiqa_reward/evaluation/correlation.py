@@ -1,0 +1,111 @@
+"""Correlations of predictions with human scores, raw and after the 4-parameter logistic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares
+from scipy.special import expit
+from scipy.stats import kendalltau, rankdata
+
+from aigiqa_reward.evaluation._numbers import Numbers, is_constant, pair, pearson
+
+MIN_ROWS = 5
+"""Fewest rows correlated: chosen here, one more than the fitted logistic has parameters."""
+
+_LOG_WIDTHS = (-6.0, 6.0)  # of the logistic, in deviations of the predictions: from a step to a straight line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correlations:
+    """Agreement of predictions with human scores; nan where one of the two is constant.
+
+    Attributes:
+        srcc: Spearman's rank correlation, ties sharing their mean rank.
+        plcc: Pearson's correlation of the raw predictions.
+        plcc_fitted: Pearson's correlation after the 4-parameter logistic, fitted on the same rows, for
+            reporting only. The curve may fall, so a reversed predictor is positive here; `srcc` has the sign.
+        krcc: Kendall's tau-b.
+        rmse: root mean squared error after the logistic, in the target's units.
+    """
+
+    srcc: float
+    plcc: float
+    plcc_fitted: float
+    krcc: float
+    rmse: float
+
+
+def correlations(predicted: Numbers, target: Numbers) -> Correlations:
+    """Correlate predictions (N,) with human scores (N,), N >= 5.
+
+    Constant predictions have no correlation: all four are nan, and `rmse` is that of the mean score.
+
+    Raises:
+        ValueError: NaN or infinite values, unequal lengths, or fewer than 5 rows.
+    """
+    x, y = pair(predicted, target, at_least=MIN_ROWS)
+    fitted = fit_logistic4(x, y)(x)
+    tau = float("nan") if is_constant(x) or is_constant(y) else float(np.asarray(kendalltau(x, y))[0])
+    return Correlations(
+        srcc=srcc(x, y),
+        plcc=pearson(x, y),
+        plcc_fitted=pearson(fitted, y),
+        krcc=tau,
+        rmse=float(np.sqrt(np.mean((fitted - y) ** 2))),
+    )
+
+
+def srcc(predicted: Numbers, target: Numbers) -> float:
+    """Spearman's rank correlation of predictions (N,) with human scores (N,); nan if either is constant."""
+    x, y = pair(predicted, target)
+    if is_constant(x) or is_constant(y):
+        return float("nan")
+    return pearson(rankdata(x), rankdata(y))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logistic4:
+    """y = b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|)): from b2 on the left to b1 on the right, half at b3.
+
+    Source: the monotonic fit of the Video Quality Experts Group (final report, phase II, 2003), usual in
+    image quality assessment.
+    """
+
+    b1: float
+    b2: float
+    b3: float
+    b4: float
+
+    def __call__(self, values: Numbers) -> np.ndarray:
+        """The curve at `values`, the same shape."""
+        x = np.asarray(values, dtype=np.float64)
+        return self.b2 + (self.b1 - self.b2) * expit((x - self.b3) / abs(self.b4))
+
+
+def fit_logistic4(predicted: Numbers, target: Numbers) -> Logistic4:
+    """Least-squares fit of the 4-parameter logistic; the best of three starting widths.
+
+    Constant predictions get the flat curve at the mean target. The width b4 stays within exp(-6) and exp(6)
+    deviations of the predictions, from a step to a straight line.
+
+    Raises:
+        ValueError: NaN or infinite values, unequal lengths, or fewer than 5 rows.
+    """
+    x, y = pair(predicted, target, at_least=MIN_ROWS)
+    if is_constant(x):
+        return Logistic4(b1=float(y.mean()), b2=float(y.mean()), b3=float(x[0]), b4=1.0)
+    centre, spread = float(x.mean()), float(x.std())
+    z = (x - centre) / spread
+    ends = (float(y.max()), float(y.min()))
+    b1, b2 = ends if np.dot(z, y - y.mean()) >= 0 else ends[::-1]
+
+    def residuals(b: np.ndarray) -> np.ndarray:
+        return b[1] + (b[0] - b[1]) * expit((z - b[2]) / np.exp(b[3])) - y
+
+    bounds = ([-np.inf, -np.inf, -np.inf, _LOG_WIDTHS[0]], [np.inf, np.inf, np.inf, _LOG_WIDTHS[1]])
+    starts = [[b1, b2, 0.0, log_width] for log_width in (-1.5, 0.0, 1.5)]
+    fits = [least_squares(residuals, start, bounds=bounds, x_scale="jac", max_nfev=500) for start in starts]
+    b = min(fits, key=lambda fit: fit.cost).x
+    return Logistic4(b1=float(b[0]), b2=float(b[1]), b3=centre + spread * float(b[2]), b4=spread * float(np.exp(b[3])))

@@ -1,0 +1,163 @@
+"""The report of a model against human scores, as data and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from aigiqa_reward.evaluation.bootstrap import Interval
+from aigiqa_reward.evaluation.correlation import Correlations
+
+MODEL = "model"
+GENERATOR = "generator's mean score"
+IMAGE_ONLY = "image only"
+SHUFFLED = "shuffled prompts"
+HUMAN_QUALITY = "human quality score"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRow:
+    """One predictor of one human score.
+
+    Attributes:
+        task: "quality" or "correspondence", the score predicted.
+        predictor: "model" or the name of a control.
+        correlations: over all images at once.
+        srcc: with its interval.
+        gain: selection gain over all images of each prompt.
+        gain_within: selection gain over those of one generator and its variants.
+        centred_srcc: SRCC after the additive effects of generator and prompt are removed from both sides. Nan
+            for the generator's mean score: with that effect removed, only differences between the folds it
+            was computed in are left, and their correlation with the target is an artefact (below zero).
+        srcc_by_fold: SRCC of each fold alone, in the order of the fold numbers.
+    """
+
+    task: str
+    predictor: str
+    correlations: Correlations
+    srcc: Interval
+    gain: Interval
+    gain_within: Interval
+    centred_srcc: Interval
+    srcc_by_fold: tuple[float, ...]
+
+    @property
+    def fold_mean(self) -> float:
+        """Mean SRCC over the folds."""
+        return float(np.mean(self.srcc_by_fold))
+
+    @property
+    def fold_std(self) -> float:
+        """Standard deviation of SRCC over the folds (ddof 1); nan for a single fold."""
+        return float(np.std(self.srcc_by_fold, ddof=1)) if len(self.srcc_by_fold) > 1 else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """What `evaluate` found. Intervals resample prompts.
+
+    Attributes:
+        rows: one a predictor: quality first, the model first.
+        right_prompt_auc: probability that an image's right prompt scores above a wrong one, or None.
+        srcc_over_image_only: correspondence SRCC of the model minus the image-only control's, or None.
+        centred_srcc_over_image_only: the same of the centred SRCC, or None.
+        images: number of images.
+        prompts: number of distinct prompts.
+        folds: number of folds.
+        same_generator: the generator whose variants `gain_within` compares.
+        level: coverage of the intervals.
+        repeats: bootstrap draws.
+    """
+
+    rows: tuple[ReportRow, ...]
+    right_prompt_auc: Interval | None
+    srcc_over_image_only: Interval | None
+    centred_srcc_over_image_only: Interval | None
+    images: int
+    prompts: int
+    folds: int
+    same_generator: str
+    level: float
+    repeats: int
+
+    def row(self, task: str, predictor: str = MODEL) -> ReportRow:
+        """The row of one predictor.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for row in self.rows:
+            if (row.task, row.predictor) == (task, predictor):
+                return row
+        raise ValueError(
+            f"task, predictor: no row {(task, predictor)}; there are {[(row.task, row.predictor) for row in self.rows]}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it: nested dictionaries and lists of numbers and names, None for nan."""
+        return _plain(asdict(self))
+
+    def markdown(self) -> str:
+        """The report as Markdown: a table a score, then the comparisons."""
+        lines = [
+            f"{self.images:,} images, {self.prompts} prompts, folds: {self.folds}. In brackets: "
+            f"{self.level:.0%} bootstrap intervals over prompts ({self.repeats:,} draws)."
+        ]
+        for task in ("quality", "correspondence"):
+            lines += ["", f"**{task.capitalize()}**", "", *self._table(task)]
+        notes = {
+            "Right prompt above a wrong one, same image (AUC)": self.right_prompt_auc,
+            "Correspondence SRCC, model minus image only": self.srcc_over_image_only,
+            "Correspondence SRCC centred, model minus image only": self.centred_srcc_over_image_only,
+        }
+        listed = [f"- {name}: {_bracketed(value)}" for name, value in notes.items() if value is not None]
+        return "\n".join([*lines, *([""] if listed else []), *listed]) + "\n"
+
+    def _table(self, task: str) -> list[str]:
+        header = [
+            "predictor",
+            "SRCC",
+            "PLCC",
+            "PLCC fitted",
+            "KRCC",
+            "RMSE",
+            "selection gain",
+            f"gain within {self.same_generator}",
+            "SRCC centred by generator and prompt",
+            "SRCC per fold",
+        ]
+        table = [header, ["---", *["---:"] * (len(header) - 1)]]
+        for row in self.rows:
+            if row.task == task:
+                agreement = row.correlations
+                table.append(
+                    [
+                        row.predictor,
+                        _bracketed(row.srcc),
+                        *map(_number, (agreement.plcc, agreement.plcc_fitted, agreement.krcc, agreement.rmse)),
+                        *map(_bracketed, (row.gain, row.gain_within, row.centred_srcc)),
+                        f"{_number(row.fold_mean)} ± {_number(row.fold_std)}",
+                    ]
+                )
+        return ["| " + " | ".join(cells) + " |" for cells in table]
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _bracketed(interval: Interval) -> str:
+    return "–" if math.isnan(interval.estimate) else str(interval)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value
