@@ -1,0 +1,259 @@
+"""Best of N: sample N images of one prompt with a diffusers pipeline, keep those that a reward likes best."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.sampling.candidates import (
+    FLAGGED,
+    NON_FINITE,
+    BestOfNOutput,
+    PromptedReward,
+    Tally,
+    check_prompt,
+    check_reward,
+    check_text,
+    conclude,
+)
+from aigiqa_reward.sampling.prompt_memo import PromptMemo
+from aigiqa_reward.sampling.reranking import rerank
+from aigiqa_reward.selection import integer
+
+__all__ = ["BestOfN", "BestOfNOutput", "rerank"]
+
+_OWNED = {
+    "generator": "each candidate has its own, made from its seed: pass seed=",
+    "latents": "each candidate draws its own from its seed: pass seed=",
+    "num_images_per_prompt": "set n= and batch_size= of BestOfN",
+    "output_type": "the winners come as PIL images in the output's .images",
+    "return_dict": "the result is a BestOfNOutput",
+}
+"""Arguments of a pipeline that BestOfN sets itself, and what to do instead."""
+
+_NO_MEMORY = (
+    "BestOfN: not even one candidate fits into memory. Sample smaller images (height=, width=), load the "
+    "pipeline in half precision, call pipe.enable_model_cpu_offload() or pipe.vae.enable_tiling(), or move "
+    "the reward to the CPU (reward.to('cpu'))"
+)
+
+
+class BestOfN:
+    """Samples `n` candidates for a prompt, scores them with a reward and keeps the best `top_k`.
+
+    Candidate i has the seed `s = seed + i` and a generator of its own, so that `pipe(prompt,
+    generator=torch.Generator("cpu").manual_seed(s), **pipe_kwargs)` makes its image again: bit for bit with
+    batch_size=1 in float32 on the CPU, within 2/255 otherwise. The prompt is encoded once by the pipeline and
+    once by the reward. Images stay on the pipeline's device until they are scored; only the winners are kept,
+    so memory does not grow with `n`, and the ranking does not depend on `batch_size`. A chunk that runs out
+    of memory is halved and sampled again, with the same result. The pipeline is left as it was.
+
+    Args:
+        pipe: a text-to-image pipeline of diffusers, or anything called like one. One whose call has no
+            `num_images_per_prompt` is called for one candidate at a time.
+        reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; it stays on its device.
+        n: number of candidates, at least 1.
+        batch_size: candidates sampled at once, at least 1.
+        top_k: images to keep, in [1, n].
+        pruning: must be None in this version.
+        reward_prompt: the text that the reward sees; by default the pipeline's prompt.
+        progress: show a progress bar over the candidates.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        reward: Any,
+        n: Any = 16,
+        batch_size: Any = 4,
+        top_k: Any = 1,
+        pruning: Any = None,
+        reward_prompt: Any = None,
+        progress: bool = True,
+    ) -> None:
+        if not callable(pipe):
+            raise TypeError(
+                f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}; "
+                "load one with DiffusionPipeline.from_pretrained(...)"
+            )
+        self.pipe: Any = pipe
+        self.reward = check_reward(reward)
+        self.n = integer("n", n, least=1)
+        self.batch_size = integer("batch_size", batch_size, least=1)
+        self.top_k = integer("top_k", top_k, least=1)
+        if self.top_k > self.n:
+            raise ValueError(f"top_k: expected at most n={self.n}, got {self.top_k}; raise n, or ask for fewer")
+        if pruning is not None:
+            raise ValueError(f"pruning: expected None, got {pruning!r}; not available in this version, pass None")
+        if reward_prompt is not None:
+            check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
+        self.reward_prompt = reward_prompt
+        self.progress = progress
+        self._batched = _takes(pipe, "num_images_per_prompt")
+
+    def __call__(self, prompt: Any, seed: Any = 0, **pipe_kwargs: Any) -> BestOfNOutput:
+        """Sample, score and rank the candidates for one prompt.
+
+        Args:
+            prompt: one text; or None together with `prompt_embeds` of shape (1, ...) and a `reward_prompt`.
+            seed: seed of the first candidate.
+            **pipe_kwargs: passed on to the pipeline (steps, guidance, size, negative prompt, ...), except for
+                `generator`, `latents`, `num_images_per_prompt`, `output_type` and `return_dict`.
+
+        Warns:
+            UserWarning: once, if candidates were dropped: NaN or infinite pixels, flagged by the safety
+                checker, or given NaN by the reward. With fewer than `top_k` left, the fewer are returned.
+
+        Raises:
+            TypeError: a list of prompts, or another argument of a wrong type.
+            ValueError: an argument that cannot be used; before anything is sampled.
+            RuntimeError: if no candidate is left.
+            torch.OutOfMemoryError: if not even one candidate fits into memory.
+        """
+        from tqdm.auto import tqdm
+
+        run = self._start(prompt, seed, pipe_kwargs, stacklevel=4)
+        output = None
+        with tqdm(total=self.n, desc="best of n", disable=not self.progress) as bar:
+            for output in run:
+                bar.update(len(output.all_seeds) - bar.n)
+        assert output is not None  # n is at least 1
+        return output
+
+    def stream(self, prompt: Any, seed: Any = 0, **pipe_kwargs: Any) -> Generator[BestOfNOutput, None, None]:
+        """Like a call, but yields the output so far after each chunk of candidates.
+
+        Show it as progress, leave the loop when it is good enough, or keep it when the user interrupts.
+        Between two outputs the pipeline is as it was. Until a first candidate is ranked, `.images` is empty.
+        The warning and the RuntimeError of a call come after the last output.
+
+        Args and errors are those of a call; wrong arguments raise here already, not at the first output.
+        """
+        return self._start(prompt, seed, pipe_kwargs, stacklevel=3)
+
+    def _start(
+        self, prompt: Any, seed: Any, pipe_kwargs: dict[str, Any], *, stacklevel: int
+    ) -> Generator[BestOfNOutput, None, None]:
+        first = integer("seed", seed)
+        check_prompt(prompt)
+        _check_pipe_kwargs(pipe_kwargs)
+        text = self.reward_prompt
+        if text is None:
+            remedy = "pass BestOfN(..., reward_prompt=) to give the reward a text of its own"
+            text = check_text(prompt, "prompt", remedy)
+        call = _Call(
+            prompt=prompt,
+            pipe_kwargs=pipe_kwargs,
+            memo=PromptMemo(self.pipe),
+            reward=PromptedReward(self.reward, text),
+            tally=Tally(self.top_k),
+        )
+        return self._run(call, range(first, first + self.n), stacklevel)
+
+    def _run(self, call: _Call, seeds: range, stacklevel: int) -> Generator[BestOfNOutput, None, None]:
+        size = self.batch_size if self._batched else 1
+        while seeds:
+            chunk = seeds[:size]
+            if self._score(call, chunk):
+                seeds = seeds[size:]
+                yield call.tally.output()
+            else:
+                size = len(chunk) // 2
+        conclude(call.tally.output(), self.top_k, name="seed", stacklevel=stacklevel)
+
+    def _score(self, call: _Call, seeds: range) -> bool:
+        """Sample and score one chunk; False if there was not enough memory, and fewer may fit."""
+        try:
+            self._sample_and_score(call, seeds)
+            return True
+        except torch.OutOfMemoryError as error:
+            if len(seeds) == 1:
+                error.add_note(_NO_MEMORY)
+                raise
+        # Outside the except block, so that the error no longer holds the failed chunk's tensors.
+        if hasattr(self.pipe, "maybe_free_model_hooks"):
+            self.pipe.maybe_free_model_hooks()  # offloads, as the pipeline does at the end of a call
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return False
+
+    def _sample_and_score(self, call: _Call, seeds: range) -> None:
+        images, flagged = self._sample(call, seeds)
+        finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
+        reasons = [
+            FLAGGED if flag else None if is_finite else NON_FINITE
+            for flag, is_finite in zip(flagged, finite, strict=True)
+        ]
+        kept = [row for row, reason in enumerate(reasons) if reason is None]
+        output = None
+        if kept:
+            output = call.reward(images if len(kept) == len(seeds) else images[kept])
+        call.tally.add(seeds, reasons, output, lambda row: pixels.to_pil(images[row : row + 1].cpu())[0])
+
+    def _sample(self, call: _Call, seeds: range) -> tuple[Tensor, list[Any]]:
+        """Images (B, 3, H, W) of the seeds, and whether the pipeline's safety checker flagged them."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        generator = generators if len(seeds) > 1 else generators[0]
+        arguments = dict(call.pipe_kwargs, output_type="pt", generator=generator)
+        if self._batched:
+            arguments["num_images_per_prompt"] = len(seeds)
+        with torch.no_grad(), call.memo.installed():
+            result = self.pipe(call.prompt, **arguments)
+        flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(seeds)
+        return _images_of(result, len(seeds)), flagged
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What one call of a BestOfN works with, over all its chunks."""
+
+    prompt: str | None
+    pipe_kwargs: dict[str, Any]
+    memo: PromptMemo
+    reward: PromptedReward
+    tally: Tally
+
+
+def _takes(pipe: Any, argument: str) -> bool:
+    try:
+        return argument in inspect.signature(pipe).parameters
+    except ValueError:  # a callable without a signature
+        return False
+
+
+def _images_of(result: Any, count: int) -> Tensor:
+    images = getattr(result, "images", None)
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            "pipe: expected an output whose .images is a tensor, as output_type='pt' asks for, got "
+            f"{type(result).__name__} with {type(images).__name__}; "
+            "pass a diffusers pipeline that makes images"
+        )
+    pixels.check(images, validate=False, argument="the pipeline's images")
+    if images.shape[0] != count:
+        raise ValueError(
+            f"pipe: expected {count} images for {count} generators, got {images.shape[0]}; "
+            "pass a pipeline that makes one image for each"
+        )
+    return images
+
+
+def _check_pipe_kwargs(pipe_kwargs: dict[str, Any]) -> None:
+    for name, value in pipe_kwargs.items():
+        if name in _OWNED:
+            raise ValueError(f"{name}: BestOfN sets this argument of the pipeline itself; {_OWNED[name]}")
+        if name.endswith("prompt_embeds") and isinstance(value, Tensor) and value.shape[0] != 1:
+            raise ValueError(
+                f"{name}: expected embeddings of one prompt, (1, ...), got shape {tuple(value.shape)}; "
+                "pass one prompt per call: loop"
+            )

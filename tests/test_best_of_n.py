@@ -1,0 +1,896 @@
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import pipelines
+import pytest
+import torch
+from PIL import Image
+from pipelines import FAMILIES, FEW_STEPS
+from torch import Tensor, nn
+
+from aigiqa_reward import BestOfN, BestOfNOutput, rerank
+from aigiqa_reward.sampling.prompt_memo import PromptMemo, is_one_prompt
+from aigiqa_reward.types import PromptFeatures, RewardOutput
+
+PROMPT = "a cat on a mat"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def corner(images: Tensor, prompts: list[str]) -> Tensor:
+    """Redness of a corner: a reward that tells seeds apart by far more than rounding."""
+    assert len(prompts) == len(images)
+    return images[:, 0, :4, :4].mean(dim=(1, 2))
+
+
+class TwoAspects(nn.Module):
+    """A reward with parameters, features of its own and both aspects; remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.encoded: list[list[str]] = []
+        self.seen: list[tuple[PromptFeatures, Tensor]] = []
+
+    def encode_prompts(self, prompts: list[str]) -> PromptFeatures:
+        self.encoded.append(prompts)
+        lengths = torch.tensor([[float(len(prompt))] for prompt in prompts])
+        index = torch.arange(len(prompts))
+        return PromptFeatures(texts=tuple(prompts), index=index, tensors={"length": lengths}, model="two")
+
+    def forward(self, images: Tensor, prompts: PromptFeatures) -> RewardOutput:
+        self.seen.append((prompts, images))
+        quality = corner(images, prompts.prompts) * self.scale
+        correspondence = images.std(dim=(1, 2, 3)) * prompts.rows("length")[:, 0]
+        total = quality + correspondence
+        return RewardOutput(total=total, quality=quality, correspondence=correspondence)
+
+
+def make(pipe: Any, n: int = 6, reward: Any = corner, **arguments: Any) -> BestOfN:
+    return BestOfN(pipe, reward, n=n, progress=False, **arguments)
+
+
+def again(pipe: Any, seed: int, prompt: str | None = PROMPT, **arguments: Any) -> np.ndarray:
+    """The image of a seed as the documentation says that it is made again."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return np.asarray(pipe(prompt, generator=generator, **FEW_STEPS, **arguments).images[0]).astype(int)
+
+
+def farthest(images: list[Image.Image], others: list[np.ndarray]) -> int:
+    pairs = zip(images, others, strict=True)
+    return max(int(np.abs(np.asarray(image).astype(int) - other).max()) for image, other in pairs)
+
+
+def text_encoders(pipe: Any) -> list[nn.Module]:
+    named = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+    return [encoder for encoder in named if encoder is not None]
+
+
+def count_forwards(modules: list[nn.Module]) -> list[int]:
+    """Batch sizes of all forwards from now on."""
+    calls: list[int] = []
+    for module in modules:
+        module.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    return calls
+
+
+def attributes(pipe: Any) -> dict[str, Any]:
+    """What a pipeline holds, but for the notes that diffusers leaves about the last call."""
+    return {name: value for name, value in vars(pipe).items() if not name.startswith("_")}
+
+
+@pytest.fixture(scope="module")
+def sd() -> Any:
+    """One to share by tests that leave no hooks behind."""
+    return pipelines.stable_diffusion()
+
+
+# --------------------------------------------------------------------------------------------- every family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_size_changes_neither_ranking_nor_scores(family):
+    pipe = FAMILIES[family]()
+    one, four, sixteen = (
+        make(pipe, n=7, top_k=7, batch_size=batch_size)(PROMPT, seed=3, **FEW_STEPS) for batch_size in (1, 4, 16)
+    )
+    assert one.all_seeds == four.all_seeds == sixteen.all_seeds == list(range(3, 10))
+    assert one.seeds == four.seeds == sixteen.seeds
+    for other in (four, sixteen):
+        assert other.all_scores == pytest.approx(one.all_scores, abs=1e-3)
+        assert other.scores == pytest.approx(one.scores, abs=1e-3)
+    assert max(one.all_scores) - min(one.all_scores) > 0.05  # else the comparison would mean little
+    assert one.scores == sorted(one.all_scores, reverse=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_winner_is_made_again_from_its_seed(family):
+    pipe = FAMILIES[family]()
+    alone = make(pipe, top_k=3, batch_size=1)(PROMPT, seed=11, **FEW_STEPS)
+    assert farthest(alone.images, [again(pipe, seed) for seed in alone.seeds]) == 0
+    together = make(pipe, top_k=3, batch_size=4)(PROMPT, seed=11, **FEW_STEPS)
+    assert farthest(together.images, [again(pipe, seed) for seed in together.seeds]) <= 2
+    assert np.abs(again(pipe, 11) - again(pipe, 12)).max() > 50  # seeds differ far more than that
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_the_images(family):
+    pipe = FAMILIES[family]()
+    out = make(pipe, n=5, top_k=5, batch_size=2)(PROMPT, **FEW_STEPS)
+    for image, score in zip(out.images, out.scores, strict=True):
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        assert float(corner(pixels, [PROMPT])) == pytest.approx(score, abs=1 / 255)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prompt_is_encoded_once(family):
+    pipe = FAMILIES[family]()
+    calls = count_forwards(text_encoders(pipe))
+    again(pipe, 0)
+    once = list(calls)
+    assert len(once) >= len(text_encoders(pipe))
+    for n, batch_size in ((1, 1), (2, 1), (4, 4), (7, 3), (8, 5)):
+        calls.clear()
+        make(pipe, n=n, batch_size=batch_size)(PROMPT, **FEW_STEPS)
+        assert calls == once, (n, batch_size)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_remembered_encodings_change_no_bit_of_an_image(family, negative, count):
+    pipe = FAMILIES[family]()
+    arguments: dict[str, Any] = {**FEW_STEPS, "num_images_per_prompt": count, "output_type": "pt"}
+    if negative:
+        arguments["negative_prompt"] = "a dog"
+        if family == "flux":
+            arguments["true_cfg_scale"] = 3.0
+
+    def sample() -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+        return pipe(PROMPT, generator=generators, **arguments).images
+
+    plain = sample()
+    memo = PromptMemo(pipe)
+    with memo.installed():
+        first, second = sample(), sample()
+    assert torch.equal(first, plain)
+    assert torch.equal(second, plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remembered_encodings_equal_the_pipelines_own(family):
+    pipe = FAMILIES[family]()
+    arguments: dict[str, Any] = {"prompt": PROMPT, "device": torch.device("cpu")}
+    if family == "sd":
+        arguments["do_classifier_free_guidance"] = True
+    if family in ("sd3", "flux"):
+        arguments["prompt_2"] = "a dog"
+    if family == "sd3":
+        arguments["prompt_3"] = None
+    with torch.no_grad():
+        own = {count: pipe.encode_prompt(**arguments, num_images_per_prompt=count) for count in (1, 2, 5)}
+        memo = PromptMemo(pipe)
+        for count in (5, 1, 2, 5):
+            with memo.installed():
+                remembered = pipe.encode_prompt(**arguments, num_images_per_prompt=count)
+            for ours, theirs in zip(remembered, own[count], strict=True):
+                assert ours.is_contiguous()
+                assert torch.equal(ours, theirs)
+                ours.fill_(7)  # whatever a pipeline does in place must not reach the memory
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_embeddings_of_the_user(family):
+    pipe = FAMILIES[family]()
+    given: dict[str, Any] = {"device": torch.device("cpu"), "num_images_per_prompt": 1}
+    with torch.no_grad():
+        if family == "sd":
+            positive, negative = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=True, **given)
+            embeds = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+        elif family == "flux":
+            positive, pooled, _ = pipe.encode_prompt(PROMPT, **given)
+            embeds = {"prompt_embeds": positive, "pooled_prompt_embeds": pooled}
+        else:
+            more = {"prompt_2": None, "prompt_3": None} if family == "sd3" else {}
+            names = ("prompt_embeds", "negative_prompt_embeds")
+            names += ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+            encoded = pipe.encode_prompt(PROMPT, **more, **given)
+            embeds = dict(zip(names, encoded, strict=True))
+    calls = count_forwards(text_encoders(pipe))
+    sampler = make(pipe, batch_size=4, top_k=6, reward_prompt=PROMPT)
+    out = sampler(None, **embeds, **FEW_STEPS)
+    assert calls == []
+    from_text = make(pipe, batch_size=4, top_k=6)(PROMPT, **FEW_STEPS)
+    assert out.seeds == from_text.seeds
+    assert out.scores == pytest.approx(from_text.scores, abs=1e-6)
+    assert farthest(out.images[:1], [again(pipe, out.seeds[0], None, **embeds)]) <= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pipeline_is_left_as_it_was(family):
+    pipe = FAMILIES[family]()
+    again(pipe, 0)
+    before = attributes(pipe)
+    state = torch.get_rng_state()
+    weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
+    make(pipe, batch_size=4)(PROMPT, **FEW_STEPS)
+    assert attributes(pipe) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------- encodings
+
+
+def test_encodings_that_must_not_be_guessed_are_not():
+    embedding, pooled = torch.zeros(1, 7, 8), torch.zeros(1, 8)
+    assert is_one_prompt((embedding, pooled, None))
+    assert is_one_prompt((embedding, pooled, torch.zeros(7, 3)))
+    assert is_one_prompt([torch.zeros(7, 8)])
+    assert is_one_prompt((embedding, torch.ones(1, 7, dtype=torch.bool)))
+    assert not is_one_prompt((torch.zeros(1, 1, 8), pooled, torch.zeros(1, 3)))  # ids or features?
+    assert not is_one_prompt((embedding, torch.zeros(32, 1, 7, 8)))  # layers first (HiDream)
+    assert not is_one_prompt((embedding, pooled, torch.tensor([0, 7])))  # cumulative lengths (Kandinsky 5)
+    assert not is_one_prompt((embedding, [embedding]))  # over layers or over prompts?
+    assert not is_one_prompt((torch.zeros(2, 7, 8), pooled))
+    assert not is_one_prompt({"prompt_embeds": embedding})
+
+
+def test_an_ambiguous_encoding_is_made_anew_for_each_number_of_images():
+    pipe = pipelines.flux()
+    shortest = {"max_sequence_length": 1}  # text ids of shape (1, 3), shared by the batch all the same
+    calls = count_forwards([pipe.text_encoder_2])
+    out = make(pipe, n=8, top_k=8, batch_size=3)(PROMPT, **shortest, **FEW_STEPS)
+    assert len(calls) == 3  # for 1, 3 and 2 images
+    assert farthest(out.images, [again(pipe, seed, **shortest) for seed in out.seeds]) <= 2
+
+
+def test_memory_of_encodings_is_bounded_and_follows_the_arguments():
+    calls: list[str] = []
+
+    class Encoder:
+        def encode_prompt(self, prompt: Any, num_images_per_prompt: int = 1, **more: Any) -> Tensor:
+            calls.append(prompt)
+            return torch.full((num_images_per_prompt, 2, 3), float(len(prompt)))
+
+    encoder = Encoder()
+    memo = PromptMemo(encoder)
+    with memo.installed():
+        assert encoder.encode_prompt("ab", 2).shape == (2, 2, 3)
+        assert encoder.encode_prompt(prompt="ab", num_images_per_prompt=5, scale=None).shape == (5, 2, 3)
+        assert calls == ["ab", "ab"]  # another argument may mean another encoding
+        assert float(encoder.encode_prompt("abc").mean()) == 3
+        for _ in range(100):
+            encoder.encode_prompt([torch.zeros(1)])
+        assert len(memo._known) <= 16
+    assert "encode_prompt" not in vars(encoder)
+
+
+def test_a_wrapper_of_the_users_stays():
+    pipe = pipelines.stable_diffusion()
+    original, calls = pipe.encode_prompt, []
+
+    @functools.wraps(original)
+    def logged(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    pipe.encode_prompt = logged
+    make(pipe, n=3, batch_size=2)(PROMPT, **FEW_STEPS)
+    assert pipe.encode_prompt is logged
+    assert len(calls) == 1
+
+
+# --------------------------------------------------------------------------------------------- arguments
+
+
+def test_arguments_reach_the_pipeline(sd):
+    steps = []
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        steps.append(step)
+        return tensors
+
+    more = {"negative_prompt": "a dog", "guidance_scale": 4.0}
+    result = make(sd, n=2, batch_size=1)(PROMPT, callback_on_step_end=on_step_end, **more, **FEW_STEPS)
+    assert steps == [0, 1, 0, 1]
+    assert farthest(result.images, [again(sd, result.seeds[0], **more)]) == 0
+    assert np.abs(again(sd, result.seeds[0], **more) - again(sd, result.seeds[0])).max() > 2
+
+
+def test_size_reaches_the_pipeline(sd):
+    result = make(sd, n=2)(PROMPT, height=48, width=24, num_inference_steps=1)
+    assert result.images[0].size == (24, 48)
+
+
+@pytest.mark.parametrize("name", ["generator", "latents", "num_images_per_prompt", "output_type", "return_dict"])
+def test_arguments_that_it_sets_itself_are_refused(sd, name):
+    with pytest.raises(ValueError, match=f"^{name}: BestOfN sets this argument.*; "):
+        make(sd)(PROMPT, **{name: None}, **FEW_STEPS)
+
+
+@pytest.mark.parametrize("name", ["n", "batch_size", "top_k"])
+@pytest.mark.parametrize("value", [True, 2.0, "4", None])
+def test_counts_must_be_integers(sd, name, value):
+    with pytest.raises(TypeError, match=f"^{name}: expected an integer of at least 1, got .*pass a whole"):
+        BestOfN(sd, corner, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["n", "batch_size", "top_k"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_must_be_positive(sd, name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected an integer of at least 1, got {value}"):
+        BestOfN(sd, corner, **{name: value})
+
+
+def test_other_constructor_arguments_are_checked(sd):
+    with pytest.raises(ValueError, match=r"top_k: expected at most n=4, got 5"):
+        BestOfN(sd, corner, n=4, top_k=5)
+    with pytest.raises(ValueError, match=r"pruning: .*not available in this version, pass None"):
+        BestOfN(sd, corner, pruning=[8, 4])
+    with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline, got str"):
+        BestOfN("stable-diffusion", corner)
+    with pytest.raises(TypeError, match=r"reward: expected a Reward or a function.*got str"):
+        BestOfN(sd, "compact")
+    with pytest.raises(ValueError, match="reward_prompt: expected a text"):
+        BestOfN(sd, corner, reward_prompt=" ")
+    with pytest.raises(TypeError, match="reward_prompt: expected a text, got list"):
+        BestOfN(sd, corner, reward_prompt=["a cat"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "match"),
+    [
+        (None, ValueError, "prompt: .*reward_prompt="),
+        ("", ValueError, "prompt: .*reward_prompt="),
+        (" \n", ValueError, "prompt: .*reward_prompt="),
+        (["a cat", "a dog"], TypeError, "one prompt per call.*loop"),
+        (("a cat",), TypeError, "one prompt per call.*loop"),
+        (3, TypeError, "prompt: expected a text, got int"),
+    ],
+)
+def test_unusable_prompts_raise_before_anything_is_sampled(prompt, error, match):
+    pipe = pipelines.stable_diffusion()
+    calls = count_forwards([pipe.unet, *text_encoders(pipe)])
+    with pytest.raises(error, match=match):
+        make(pipe)(prompt, **FEW_STEPS)
+    with pytest.raises(error, match=match):
+        make(pipe).stream(prompt, **FEW_STEPS)  # already here, not at the first output
+    assert calls == []
+
+
+@pytest.mark.parametrize("seed", [True, 0.5, "1", None])
+def test_seed_must_be_an_integer(sd, seed):
+    with pytest.raises(TypeError, match="seed: expected an integer"):
+        make(sd)(PROMPT, seed=seed, **FEW_STEPS)
+
+
+def test_embeddings_of_several_prompts_are_refused(sd):
+    with pytest.raises(ValueError, match="prompt_embeds: expected embeddings of one prompt"):
+        make(sd, reward_prompt=PROMPT)(None, prompt_embeds=torch.zeros(2, 77, 32), **FEW_STEPS)
+
+
+# --------------------------------------------------------------------------------------------- the reward's side
+
+
+def test_the_rewards_prompt_is_encoded_once_and_expanded(sd):
+    reward = TwoAspects()
+    make(sd, n=7, batch_size=3, reward=reward)(PROMPT, **FEW_STEPS)
+    assert reward.encoded == [[PROMPT]]
+    assert [(features.texts, len(features), len(images)) for features, images in reward.seen] == [
+        ((PROMPT,), 3, 3),
+        ((PROMPT,), 3, 3),
+        ((PROMPT,), 1, 1),
+    ]
+
+
+def test_scores_have_no_gradient_and_images_are_float_tensors(sd):
+    reward = TwoAspects()
+    make(sd, n=2, reward=reward)(PROMPT, **FEW_STEPS)
+    images = reward.seen[0][1]
+    assert images.dtype == torch.float32
+    assert images.shape == (2, 3, 32, 32)
+    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    assert not reward(images, reward.seen[0][0]).total.is_inference()  # outside: an ordinary call
+
+    grads = []
+
+    def watch(images: Tensor, prompts: list[str]) -> Tensor:
+        grads.append(torch.is_grad_enabled() or not torch.is_inference_mode_enabled())
+        return corner(images, prompts)
+
+    make(sd, n=2, reward=watch)(PROMPT, **FEW_STEPS)
+    assert grads == [False]
+
+
+def test_both_aspects_are_reported(sd):
+    reward = TwoAspects()
+    out = make(sd, n=5, top_k=2, batch_size=2, reward=reward)(PROMPT, **FEW_STEPS)
+    assert out.correspondence is not None
+    assert out.all_correspondence is not None
+    for total, quality, correspondence in zip(out.all_scores, out.all_quality, out.all_correspondence, strict=True):
+        assert total == pytest.approx(quality + correspondence)
+    places = [out.all_seeds.index(seed) for seed in out.seeds]
+    assert out.scores == [out.all_scores[place] for place in places]
+    assert out.quality == [out.all_quality[place] for place in places]
+    assert out.correspondence == [out.all_correspondence[place] for place in places]
+
+
+def test_a_plain_function_reports_one_aspect(sd):
+    out = make(sd, n=3)(PROMPT, **FEW_STEPS)
+    assert out.all_quality == out.all_scores
+    assert out.correspondence is None
+    assert out.all_correspondence is None
+
+
+def test_reward_prompt_is_what_the_reward_sees_and_nothing_else(sd):
+    seen: list[str] = []
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        seen.extend(prompts)
+        return corner(images, prompts)
+
+    out = make(sd, n=3, reward=reward, reward_prompt="a dog")(PROMPT, **FEW_STEPS)
+    assert seen == ["a dog"] * 3
+    plain = make(sd, n=3)(PROMPT, **FEW_STEPS)
+    assert out.all_scores == plain.all_scores
+    make(sd, n=1, reward=reward, reward_prompt="a dog")("", **FEW_STEPS)  # an unconditional image
+
+
+def test_a_reward_is_met_on_its_own_device_and_dtype(sd):
+    class Elsewhere:
+        """Says where it is; "meta" stands for any device that is not the pipeline's."""
+
+        device = "meta"
+
+        def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+            assert images.device.type == "meta"
+            return torch.arange(float(len(images)))
+
+    out = make(sd, n=3, batch_size=3, reward=Elsewhere())(PROMPT, **FEW_STEPS)
+    assert out.seeds == [2]
+
+
+def test_a_reward_of_wrong_shape_is_told(sd):
+    with pytest.raises(ValueError, match="scores of shape"):
+        make(sd, reward=lambda images, prompts: images.mean())(PROMPT, **FEW_STEPS)
+
+
+def test_ties_go_to_the_earlier_candidate(sd):
+    def coarse(images: Tensor, prompts: list[str]) -> Tensor:
+        return torch.zeros(len(images))
+
+    for batch_size in (1, 4):
+        out = make(sd, n=6, top_k=3, batch_size=batch_size, reward=coarse)(PROMPT, seed=5, **FEW_STEPS)
+        assert out.seeds == [5, 6, 7]
+
+
+# --------------------------------------------------------------------------------------------- memory
+
+
+def live_images() -> int:
+    """Images in live tensors, of any dtype and on any device."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) is Tensor]
+    return sum(t.shape[0] for t in tensors if t.ndim == 4 and tuple(t.shape[1:]) in ((3, 32, 32), (32, 32, 3)))
+
+
+def test_memory_does_not_grow_with_n():
+    pipe = pipelines.stable_diffusion()
+    before = live_images()
+    while_scoring, between = {}, {}
+    for n in (4, 64):
+        chunks = iter(range(n // 4, 0, -1))
+
+        def reward(images: Tensor, prompts: list[str], n: int = n, chunks: Any = chunks) -> Tensor:
+            if next(chunks) == 1:
+                while_scoring[n] = live_images() - before
+            return corner(images, prompts)
+
+        for out in make(pipe, n=n, batch_size=4, reward=reward).stream(PROMPT, **FEW_STEPS):
+            assert len(out.images) == 1
+            if len(out.all_scores) == n:
+                between[n] = live_images() - before
+    assert between == {4: 0, 64: 0}  # the winners are PIL images
+    assert while_scoring[64] == while_scoring[4]
+    assert 4 <= while_scoring[4] <= 8
+
+
+def test_only_winners_are_kept(sd):
+    def pictures() -> int:
+        gc.collect()
+        return sum(type(thing) is Image.Image for thing in gc.get_objects())
+
+    before = pictures()
+    out = make(sd, n=12, top_k=2)(PROMPT, **FEW_STEPS)
+    assert len(out.images) == 2
+    assert pictures() == before + 2
+
+
+def out_of_memory_over(module: nn.Module, limit: int) -> list[int]:
+    """From now on batches of more than `limit` rows raise what CUDA raises; returns the batches that were tried."""
+    tried: list[int] = []
+
+    def refuse(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        tried.append(len(args[0]))
+        if len(args[0]) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    module.register_forward_pre_hook(refuse)
+    return tried
+
+
+def test_a_chunk_out_of_memory_is_halved_with_the_same_result():
+    expected = make(pipelines.stable_diffusion(), n=11, top_k=3, batch_size=1)(PROMPT, **FEW_STEPS)
+    pipe = pipelines.stable_diffusion()
+    tried = out_of_memory_over(pipe.unet, limit=4)  # guidance doubles the batch: two images fit
+    calls = count_forwards(text_encoders(pipe))
+    out = make(pipe, n=11, top_k=3, batch_size=8)(PROMPT, **FEW_STEPS)
+    assert out.all_seeds == expected.all_seeds
+    assert out.seeds == expected.seeds
+    assert out.all_scores == pytest.approx(expected.all_scores, abs=1e-3)
+    assert farthest(out.images, [np.asarray(image).astype(int) for image in expected.images]) <= 2
+    # 16 and 8 fail in the first step; then two images a chunk, two steps each, and the last one alone
+    assert tried == [16, 8, *[4] * 10, 2, 2]
+    assert len(calls) == 2
+
+
+def test_a_reward_out_of_memory_is_halved_too(sd):
+    sizes: list[int] = []
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        sizes.append(len(images))
+        if len(images) > 1:
+            raise torch.OutOfMemoryError
+        return corner(images, prompts)
+
+    out = make(sd, n=5, batch_size=5, reward=reward)(PROMPT, **FEW_STEPS)
+    assert sizes == [5, 2, 1, 1, 1, 1, 1]
+    assert out.all_scores == pytest.approx(make(sd, n=5)(PROMPT, **FEW_STEPS).all_scores, abs=1e-3)
+    assert out.all_seeds == list(range(5))
+
+
+def test_one_candidate_out_of_memory_raises_with_remedies():
+    pipe = pipelines.stable_diffusion()
+    before = attributes(pipe)
+    out_of_memory_over(pipe.unet, limit=1)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        make(pipe)(PROMPT, **FEW_STEPS)
+    assert "enable_model_cpu_offload" in caught.value.__notes__[0]
+    assert attributes(pipe) == before
+
+
+# --------------------------------------------------------------------------------------------- dropped candidates
+
+
+def spoil(pipe: Any, seeds: set[int]) -> None:
+    """NaN out of the decoder for these seeds, known by the first number that they draw."""
+    marks = {}
+    for seed in seeds:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        marks[seed] = torch.randn((1, 4, 16, 16), generator=generator)[0]
+    drawn: dict[str, Tensor] = {}
+    prepare = pipe.prepare_latents
+
+    def remember(*args: Any, **kwargs: Any) -> Tensor:
+        drawn["latents"] = prepare(*args, **kwargs)
+        return drawn["latents"]
+
+    def break_rows(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        for row, latent in enumerate(drawn["latents"]):
+            if any(torch.equal(latent, mark) for mark in marks.values()):
+                output[row, 0, 0, 0] = math.nan
+        return output
+
+    pipe.prepare_latents = remember
+    pipe.vae.decoder.register_forward_hook(break_rows)
+
+
+def test_non_finite_images_never_reach_the_reward_and_are_named():
+    pipe = pipelines.stable_diffusion()
+    expected = make(pipe, n=6, top_k=6)(PROMPT, **FEW_STEPS)
+    spoil(pipe, {expected.seeds[0], 3})
+    seen: list[int] = []
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        assert torch.isfinite(images).all()
+        seen.append(len(images))
+        return corner(images, prompts)
+
+    bad = sorted({expected.seeds[0], 3})
+    with pytest.warns(UserWarning, match="candidates were dropped") as caught:
+        out = make(pipe, n=6, batch_size=3, reward=reward)(PROMPT, **FEW_STEPS)
+    assert len(caught) == 1
+    assert f"seed {', '.join(map(str, bad))}: NaN" in str(caught[0].message)
+    assert sum(seen) == 6 - len(bad)
+    assert sorted(out.dropped) == bad
+    assert [seed for seed, score in zip(out.all_seeds, out.all_scores, strict=True) if math.isnan(score)] == bad
+    assert out.seeds == [next(seed for seed in expected.seeds if seed not in bad)]
+    assert all(math.isnan(out.all_quality[seed]) for seed in bad)
+
+
+def test_fewer_than_top_k_left_are_returned():
+    pipe = pipelines.stable_diffusion()
+    spoil(pipe, {0, 1})
+    with pytest.warns(UserWarning, match="only 1 of top_k=2 are returned"):
+        out = make(pipe, n=3, top_k=2)(PROMPT, **FEW_STEPS)
+    assert out.seeds == [2]
+    assert len(out.images) == len(out.scores) == 1
+
+
+def test_nothing_left_is_an_error():
+    pipe = pipelines.stable_diffusion()
+    pipe.vae.decoder.register_forward_hook(lambda module, args, output: output * math.nan)
+    with pytest.raises(RuntimeError, match=r"none of the 3 candidates could be ranked.*NaN"):
+        make(pipe, n=3)(PROMPT, **FEW_STEPS)
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_images_that_the_safety_checker_flags_are_dropped():
+    pipe = pipelines.stable_diffusion(safety_checker=True)
+    clean = make(pipe, n=6, top_k=6, batch_size=2)(PROMPT, **FEW_STEPS)
+    assert clean.dropped == {}
+    similarities = {}
+    hook = pipe.safety_checker.visual_projection.register_forward_hook(
+        lambda module, args, output: similarities.update(
+            {len(similarities): nn.functional.cosine_similarity(output, pipe.safety_checker.concept_embeds[:1])}
+        )
+    )
+    for seed in range(6):
+        again(pipe, seed)
+    hook.remove()
+    concept = torch.cat(list(similarities.values()))
+    worst = int(concept.argmax())
+    second = float(concept.sort().values[-2])
+    with torch.no_grad():
+        pipe.safety_checker.concept_embeds_weights[0] = (float(concept.max()) + second) / 2
+    with pytest.warns(UserWarning, match=f"seed {worst}: flagged by the pipeline's safety checker"):
+        out = make(pipe, n=6, top_k=6, batch_size=2)(PROMPT, **FEW_STEPS)
+    assert list(out.dropped) == [worst]
+    assert out.seeds == [seed for seed in clean.seeds if seed != worst]
+
+
+def test_a_reward_that_gives_nan_is_told(sd):
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        scores = corner(images, prompts)
+        scores[0] = math.nan
+        return scores
+
+    with pytest.warns(UserWarning, match="seed 0, 2: the reward gave NaN"):
+        out = make(sd, n=4, top_k=2, batch_size=2, reward=reward)(PROMPT, **FEW_STEPS)
+    assert sorted(out.seeds) == [1, 3]
+
+
+def test_good_runs_do_not_warn(sd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(sd, n=3)(PROMPT, **FEW_STEPS)
+
+
+# --------------------------------------------------------------------------------------------- streaming
+
+
+def test_stream_yields_the_best_so_far_after_each_chunk(sd):
+    full = make(sd, n=7, top_k=2)(PROMPT, seed=2, **FEW_STEPS)
+    outputs = list(make(sd, n=7, top_k=2, batch_size=3).stream(PROMPT, seed=2, **FEW_STEPS))
+    assert [len(out.all_seeds) for out in outputs] == [3, 6, 7]
+    for out in outputs:
+        assert out.all_seeds == full.all_seeds[: len(out.all_seeds)]
+        scores = out.all_scores
+        assert out.scores == sorted(scores, reverse=True)[:2]
+    assert outputs[-1].seeds == full.seeds
+    assert outputs[-1].all_scores == pytest.approx(full.all_scores, abs=1e-3)
+
+
+def test_stream_can_be_left_and_the_pipeline_used_in_between():
+    pipe = pipelines.stable_diffusion()
+    sampler = make(pipe, n=64, batch_size=2)
+    calls = count_forwards([pipe.vae.decoder])
+    stream = sampler.stream(PROMPT, **FEW_STEPS)
+    other = make(pipe, n=4, batch_size=1).stream("a dog", **FEW_STEPS)
+    first = next(stream)
+    assert "encode_prompt" not in vars(pipe)
+    next(other)
+    second = next(stream)
+    assert "encode_prompt" not in vars(pipe)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    stream.close()
+    other.close()
+    assert "encode_prompt" not in vars(pipe)
+    assert (len(first.all_scores), len(second.all_scores)) == (2, 4)
+    assert sum(calls) == 5
+    expected = make(pipe, n=4, batch_size=2)(PROMPT, **FEW_STEPS)
+    assert second.all_scores == expected.all_scores
+
+
+def test_an_interrupt_keeps_what_is_computed():
+    pipe = pipelines.stable_diffusion()
+    interrupted = iter([False, False, True])
+
+    def on_decode(*_: Any) -> None:
+        if next(interrupted):
+            raise KeyboardInterrupt
+
+    pipe.vae.decoder.register_forward_pre_hook(on_decode)
+    last = None
+    with pytest.raises(KeyboardInterrupt):
+        for out in make(pipe, n=8, batch_size=2).stream(PROMPT, **FEW_STEPS):
+            last = out
+    assert last is not None
+    assert len(last.all_scores) == 4
+    assert len(last.images) == 1
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_errors_of_the_pipeline_leave_it_as_it_was():
+    pipe = pipelines.stable_diffusion()
+    before = attributes(pipe)
+    with pytest.raises(ValueError, match="Cannot forward both"):
+        make(pipe)(PROMPT, prompt_embeds=torch.zeros(1, 77, 32))
+    with pytest.raises(TypeError, match="should be the same type"):  # from inside encode_prompt
+        make(pipe)(PROMPT, negative_prompt=["a dog"])
+    assert attributes(pipe) == before
+
+
+def test_the_progress_bar_counts_candidates(sd, capsys):
+    BestOfN(sd, corner, n=5, batch_size=2)(PROMPT, **FEW_STEPS)
+    assert "5/5" in capsys.readouterr().err
+    make(sd, n=5)(PROMPT, **FEW_STEPS)
+    assert capsys.readouterr().err == ""
+
+
+# --------------------------------------------------------------------------------------------- kinds of pipelines
+
+
+def test_a_pipeline_without_a_number_of_images_is_called_one_at_a_time(sd):
+    calls = []
+
+    def pipe(prompt: str, generator: torch.Generator, output_type: str = "pil", **arguments: Any) -> Any:
+        calls.append(generator)
+        return sd(prompt, generator=generator, output_type=output_type, **arguments)
+
+    out = make(pipe, n=3, batch_size=4)(PROMPT, **FEW_STEPS)
+    assert [generator.initial_seed() for generator in calls] == [0, 1, 2]
+    assert out.all_scores == make(sd, n=3, batch_size=1)(PROMPT, **FEW_STEPS).all_scores
+
+
+def test_what_does_not_make_image_tensors_is_told(sd):
+    with pytest.raises(TypeError, match=r"pipe: expected an output whose .images is a tensor"):
+        make(lambda prompt, **arguments: sd(prompt, **{**arguments, "output_type": "pil"}))(PROMPT, **FEW_STEPS)
+
+
+def test_a_compiled_model_works():
+    plain = make(pipelines.stable_diffusion(), n=4, batch_size=2)(PROMPT, **FEW_STEPS)
+    pipe = pipelines.stable_diffusion()
+    pipe.unet = unet = torch.compile(pipe.unet, backend="eager")
+    out = make(pipe, n=4, batch_size=2)(PROMPT, **FEW_STEPS)
+    assert pipe.unet is unet
+    assert out.seeds == plain.seeds
+    assert out.all_scores == pytest.approx(plain.all_scores, abs=1e-3)
+
+
+def test_sequentially_offloaded_weights_work():
+    plain = make(pipelines.stable_diffusion(), n=5, batch_size=2)(PROMPT, **FEW_STEPS)
+    pipe = pipelines.stable_diffusion()
+    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+        accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
+    assert next(pipe.unet.parameters()).device.type == "meta"
+    out = make(pipe, n=5, batch_size=2)(PROMPT, **FEW_STEPS)
+    assert out.all_scores == plain.all_scores
+    assert next(pipe.unet.parameters()).device.type == "meta"
+    assert hasattr(pipe.unet, "_hf_hook")
+
+
+def test_model_offloading_works_also_after_running_out_of_memory():
+    plain = make(pipelines.stable_diffusion(), n=5, batch_size=2)(PROMPT, **FEW_STEPS)
+    pipe = pipelines.stable_diffusion()
+    out_of_memory_over(pipe.unet, limit=4)
+    pipe.enable_model_cpu_offload(device="cpu")
+    out = make(pipe, n=5, batch_size=4)(PROMPT, **FEW_STEPS)
+    assert out.all_scores == pytest.approx(plain.all_scores, abs=1e-3)
+    assert len(pipe._all_hooks) >= 3
+
+
+# --------------------------------------------------------------------------------------------- rerank
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> list[Any]:
+    """Five images of different kinds and sizes; the corner of number i has the brightness of place i."""
+    levels = (0.2, 0.8, 0.4, 0.6, 0.8)
+    arrays = [np.full((20 + 4 * i, 40 - 4 * i, 3), level, np.float32) for i, level in enumerate(levels)]
+    path = tmp_path / "image.png"
+    Image.fromarray((arrays[1] * 255).round().astype(np.uint8)).save(path)
+    return [
+        Image.fromarray((arrays[0] * 255).round().astype(np.uint8)),
+        path,
+        arrays[2],
+        torch.from_numpy(arrays[3]).permute(2, 0, 1),
+        str(path),
+    ]
+
+
+def test_rerank_orders_mixed_inputs(gallery):
+    out = rerank(gallery, PROMPT, corner)
+    assert isinstance(out, BestOfNOutput)
+    assert out.seeds == [1, 4, 3, 2, 0]
+    assert out.all_seeds == [0, 1, 2, 3, 4]
+    assert out.all_scores == pytest.approx([0.2, 0.8, 0.4, 0.6, 0.8], abs=1 / 255)
+    assert out.scores == [out.all_scores[index] for index in out.seeds]
+    assert [image.size for image in out.images] == [(36, 24), (36, 24), (28, 32), (32, 28), (40, 20)]
+
+
+def test_rerank_keeps_the_best(gallery):
+    out = rerank(gallery, PROMPT, corner, top_k=2)
+    assert out.seeds == [1, 4]
+    assert len(out.images) == len(out.scores) == 2
+    assert len(out.all_scores) == 5
+
+
+def test_rerank_of_a_batch_agrees_with_a_list():
+    images = torch.rand(19, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    reward = TwoAspects()
+    batch = rerank(images, PROMPT, reward)
+    assert len(reward.encoded) == 1
+    assert set(reward.encoded[0]) == {PROMPT}
+    listed = rerank(list(images), PROMPT, reward)
+    assert batch.all_scores == listed.all_scores
+    assert batch.seeds == listed.seeds
+    with torch.no_grad():
+        expected = reward(images, reward.encode_prompts([PROMPT]).expand(19)).total
+    assert batch.all_scores == pytest.approx(expected.tolist(), abs=1e-6)
+    assert batch.seeds == sorted(range(19), key=lambda index: -float(expected[index]))
+
+
+def test_rerank_agrees_with_best_of_n(sd):
+    out = make(sd, n=5, top_k=5)(PROMPT, **FEW_STEPS)
+    in_order = [out.images[out.seeds.index(seed)] for seed in out.all_seeds]
+    assert rerank(in_order, PROMPT, corner).seeds == out.seeds
+
+
+def test_rerank_drops_what_it_cannot_read(gallery, tmp_path):
+    broken = torch.full((3, 16, 16), math.nan)
+    with pytest.warns(UserWarning, match="2 of 7 candidates were dropped.*no such file") as caught:
+        out = rerank([broken, *gallery, tmp_path / "missing.png"], PROMPT, corner)
+    assert len(caught) == 1
+    assert out.seeds == [2, 5, 4, 3, 1]
+    assert sorted(out.dropped) == [0, 6]
+    assert "NaN" in out.dropped[0]
+    assert math.isnan(out.all_scores[0])
+    with pytest.raises(RuntimeError, match="none of the 1 candidates"):
+        rerank([broken], PROMPT, corner)
+
+
+def test_rerank_refuses_what_it_cannot_use(gallery):
+    with pytest.raises(ValueError, match="images: expected at least one"):
+        rerank([], PROMPT, corner)
+    with pytest.raises(TypeError, match=r"images: expected a list.*got str"):
+        rerank("image.png", PROMPT, corner)
+    with pytest.raises(ValueError, match="images: expected a batch of 4 dimensions"):
+        rerank(torch.zeros(3, 16, 16), PROMPT, corner)
+    with pytest.raises(TypeError, match="one prompt per call"):
+        rerank(gallery, [PROMPT] * 5, corner)
+    with pytest.raises(ValueError, match="prompt: expected a text"):
+        rerank(gallery, " ", corner)
+    with pytest.raises(ValueError, match="top_k: expected at most 5"):
+        rerank(gallery, PROMPT, corner, top_k=6)
+    with pytest.raises(TypeError, match="top_k: expected an integer"):
+        rerank(gallery, PROMPT, corner, top_k=1.5)
+    with pytest.raises(TypeError, match="reward: expected"):
+        rerank(gallery, PROMPT, "compact")
