@@ -168,7 +168,7 @@ def as_reward_output(result: Tensor | RewardOutput, batch: int, *, source: str =
         scores = getattr(result, name)
         if scores is not None and tuple(scores.shape) != (batch,):
             raise ValueError(
-                f"{source} returned scores ({name}) of shape {tuple(scores.shape)} for {batch} images; expected "
-                f"({batch},): one score an image, in the images' order"
+                f"{source} returned {'scores' if name == 'total' else name} of shape {tuple(scores.shape)} for {batch} "
+                f"images; expected ({batch},): one score an image, in the images' order"
             )
     return result

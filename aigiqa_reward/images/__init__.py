@@ -1,0 +1,43 @@
+"""The only place where pixels change layout, range or size. Every operation on a tensor is differentiable.
+
+Inside the library an image batch is `(B, 3, H, W)`, RGB, nominally [0, 1], floating point. Nothing here clamps,
+rounds or leaves the device, except `load` (files and PIL in) and `to_pil` (PIL out).
+"""
+
+from aigiqa_reward.images.checks import HIGHEST, LOWEST, MIN_SIDE, ImageError, check
+from aigiqa_reward.images.layouts import from_bhwc, from_vae, to_bhwc, to_pil, to_vae
+from aigiqa_reward.images.loading import MAX_PIXELS, ImageSource, load
+from aigiqa_reward.images.sizes import (
+    enlarge_to,
+    even_crops,
+    even_offsets,
+    letterbox,
+    normalise,
+    random_crops,
+    resize,
+    resize_to_area,
+)
+
+__all__ = [
+    "HIGHEST",
+    "LOWEST",
+    "MAX_PIXELS",
+    "MIN_SIDE",
+    "ImageError",
+    "ImageSource",
+    "check",
+    "enlarge_to",
+    "even_crops",
+    "even_offsets",
+    "from_bhwc",
+    "from_vae",
+    "letterbox",
+    "load",
+    "normalise",
+    "random_crops",
+    "resize",
+    "resize_to_area",
+    "to_bhwc",
+    "to_pil",
+    "to_vae",
+]

@@ -1,0 +1,83 @@
+"""What a batch of images must be, and errors that say what it is instead."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_SIDE = 16
+"""Smallest accepted side in pixels: chosen here because below it every tower would judge interpolation, not content."""
+
+LOWEST, HIGHEST = -0.5, 1.5
+"""Accepted values: [0, 1] with room for a decoder's small overshoot, which passes unclamped."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or used; the message says which, why, and what to do."""
+
+
+def check(images: Tensor, *, validate: bool = True, argument: str = "images") -> Tensor:
+    """Return `images` unchanged if it is a batch this library accepts.
+
+    Args:
+        images: expected (B, 3, H, W), floating, values in [-0.5, 1.5], sides of at least 16 px.
+        validate: also look at the values; costs one device synchronisation per call.
+        argument: the name to use in errors.
+
+    Raises:
+        TypeError: not a tensor, or not a floating-point one.
+        ValueError: wrong rank, channels, size, range, or NaN/inf values.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"{argument}: expected a float tensor (B, 3, H, W) in [0, 1], got {type(images).__name__}; "
+            "Scorer takes PIL images, paths and arrays"
+        )
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        hint = "; add a batch dimension with images[None]" if images.ndim == 3 else ""
+        raise ValueError(f"{argument}: expected 4 dimensions (B, 3, H, W), got shape {shape}{hint}")
+    if shape[1] != 3:
+        if shape[-1] == 3:
+            hint = "; channels-last tensors (ComfyUI, numpy) convert with images.from_bhwc"
+        elif shape[1] == 4:
+            hint = "; a VAE latent must be decoded first, and RGBA needs its alpha removed (images[:, :3])"
+        else:
+            hint = "; repeat a grey channel with images.expand(-1, 3, -1, -1)" if shape[1] == 1 else ""
+        raise ValueError(f"{argument}: expected 3 channels (B, 3, H, W), got shape {shape}{hint}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"{argument}: expected a floating-point tensor in [0, 1], got {images.dtype}; "
+            "divide by 255 (images.float() / 255) for 8-bit values"
+        )
+    if shape[0] == 0:
+        raise ValueError(f"{argument}: expected at least one image, got shape {shape}")
+    if min(shape[2:]) < MIN_SIDE:
+        raise ValueError(
+            f"{argument}: expected sides of at least {MIN_SIDE} px, got {shape[3]} x {shape[2]} (width x height)"
+        )
+    if validate:
+        _check_values(images.detach(), argument)
+    return images
+
+
+def _check_values(images: Tensor, argument: str) -> None:
+    low, high = torch.aminmax(images)  # NaN propagates through both, so one comparison covers it
+    if bool((low >= LOWEST) & (high <= HIGHEST)):
+        return
+    finite = torch.isfinite(images)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite.flatten(1).all(dim=1)).flatten().tolist()
+        raise ValueError(
+            f"{argument}: NaN or infinite values in image(s) {bad}; expected finite values in [0, 1]. "
+            "A half-precision VAE overflows easily: decode in float32 or bfloat16"
+        )
+    remedy = "pass the pixels from before any normalisation by a mean and a deviation"
+    if float(low) >= LOWEST:
+        remedy = "divide 8-bit values by 255"
+    elif float(low) >= -1.5 and float(high) <= HIGHEST:
+        remedy = "a decoder's [-1, 1] output converts with aigiqa_reward.images.from_vae"
+    raise ValueError(
+        f"{argument}: expected values in [0, 1], got [{float(low):.3g}, {float(high):.3g}]; {remedy} "
+        "(validate=False skips this check)"
+    )

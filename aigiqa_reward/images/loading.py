@@ -1,0 +1,153 @@
+"""One image from whatever holds it: a file, PIL, an array, a tensor."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from aigiqa_reward.images.checks import ImageError, check
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ImageSource: TypeAlias = "Image | str | os.PathLike[str] | np.ndarray | Tensor"
+
+MAX_PIXELS = 100_000_000
+"""Largest file decoded: chosen here, above any generator's output and 1.2 GB as float32; guards against bombs."""
+
+
+def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
+    """Read one image into a float32 tensor (3, H, W), RGB, [0, 1].
+
+    Args:
+        source: a PIL image; a path; a uint8/uint16 or [0, 1] float array (H, W), (H, W, 1|3|4) or (3, H, W);
+            or a tensor of those layouts. EXIF rotation is applied, alpha is composited on white, greyscale is
+            repeated, CMYK and palettes are converted, 16 bits keep their precision where Pillow does, and of an
+            animation the first frame is taken with a warning.
+
+    Raises:
+        ImageError: unreadable, truncated, empty, too large, smaller than 16 px, or out of range.
+        TypeError: `source` is of another type.
+    """
+    if isinstance(source, Tensor | np.ndarray):
+        image = _from_array(source)
+    elif isinstance(source, str | os.PathLike):
+        image = _from_file(source)
+    elif hasattr(source, "convert") and hasattr(source, "getbands"):
+        with _reading("image"):  # Pillow decodes late: an opened file may still turn out to be truncated
+            image = _from_pil(source)
+    else:
+        raise TypeError(f"source: expected a PIL image, a path, an array or a tensor, got {type(source).__name__}")
+    try:
+        check(image[None], argument="image")
+    except (TypeError, ValueError) as error:
+        name = f"{os.fspath(source)}: " if isinstance(source, str | os.PathLike) else ""
+        raise ImageError(f"{name}{error}") from error
+    return image
+
+
+def _from_file(path: str | os.PathLike[str]) -> Tensor:
+    from PIL import Image as PILImage
+
+    text = os.fspath(path)
+    if text.startswith(("http://", "https://")):
+        raise ImageError(f"{text}: addresses are not fetched; download the image and pass its path")
+    file = Path(text)
+    with _reading(text), warnings.catch_warnings():
+        if not file.exists():
+            raise ImageError(f"{text}: no such file")
+        if file.is_dir():
+            raise ImageError(f"{text}: is a folder; pass the images in it")
+        if file.stat().st_size == 0:
+            raise ImageError(f"{text}: the file is empty")
+        warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # our own, lower limit follows
+        with PILImage.open(file) as image:
+            return _from_pil(image, name=text)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what Pillow and the file system raise into an ImageError that names the image."""
+    from PIL import Image as PILImage
+
+    try:
+        yield
+    except ImageError:
+        raise
+    except PILImage.DecompressionBombError as error:
+        raise ImageError(f"{name}: {_too_large()} ({error})") from error
+    except PILImage.UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not an image file that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        raise ImageError(f"{name}: cannot be read, it may be damaged or truncated ({error})") from error
+
+
+def _too_large() -> str:
+    return f"more than {MAX_PIXELS:,} pixels; scale it down first"
+
+
+def _from_pil(image: Any, *, name: str = "image") -> Tensor:
+    from PIL import Image as PILImage
+    from PIL import ImageOps
+
+    width, height = image.size
+    if width * height > MAX_PIXELS:  # before any pixel is decoded
+        raise ImageError(f"{name}: {width} x {height} px is {_too_large()}")
+    if getattr(image, "n_frames", 1) > 1:
+        warnings.warn(f"{name}: animated image; the first of {image.n_frames} frames is scored", stacklevel=4)
+        image.seek(0)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit greyscale: keep its precision
+        grey = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)
+        return grey.expand(3, -1, -1).contiguous()
+    if image.mode == "F":
+        return torch.from_numpy(np.array(image, dtype=np.float32)).expand(3, -1, -1).contiguous()
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba)
+    pixels = np.array(image.convert("RGB"), dtype=np.uint8)
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+_INTEGER_RANGE = {torch.uint8: 255.0, torch.uint16: 65535.0}
+
+
+def _from_array(source: np.ndarray | Tensor) -> Tensor:
+    channels_first = isinstance(source, Tensor)
+    if isinstance(source, np.ndarray):
+        try:
+            # a copy in this machine's byte order, because PIL's arrays are read-only and torch shares memory
+            source = torch.from_numpy(np.array(source, dtype=source.dtype.newbyteorder("="), order="C"))
+        except TypeError as error:
+            raise ImageError(f"array: expected numbers, got dtype {source.dtype}") from error
+    image = source.detach().cpu()
+    if image.dtype in _INTEGER_RANGE:
+        image = image.float() / _INTEGER_RANGE[image.dtype]
+    elif not image.is_floating_point():
+        raise ImageError(f"array: expected uint8, uint16 or floats in [0, 1], got {image.dtype}")
+    image = _channels_first(image.float(), prefer_first=channels_first)
+    if image.shape[0] == 4:
+        image = image[:3] * image[3:] + (1 - image[3:])
+    return image.expand(3, -1, -1).contiguous()
+
+
+def _channels_first(image: Tensor, *, prefer_first: bool) -> Tensor:
+    """(H, W), (C, H, W) or (H, W, C) to (C, H, W); a tensor's first and an array's last axis are tried first."""
+    if image.ndim == 2:
+        return image[None]
+    if image.ndim == 3:
+        for axis in (0, 2) if prefer_first else (2, 0):
+            if image.shape[axis] in (1, 3, 4):
+                return image.movedim(axis, 0)
+    raise ImageError(
+        f"array: expected (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, got shape {tuple(image.shape)}"
+    )

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from aigiqa_reward import weights
+from aigiqa_reward.weights import WeightsError, load_strictly, read_weights, sha256, write_atomically, write_weights
+
+
+class Small(nn.Module):
+    """A convolution, a normalisation with an integer buffer, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 2)
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "body.weight": torch.randn(8, 3, 3, 3, generator=generator) * torch.logspace(-3, 2, 8).view(-1, 1, 1, 1),
+        "head.bias": torch.randn(5, generator=generator),
+        "steps": torch.tensor(7),
+    }
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.safetensors"
+
+
+# --------------------------------------------------------------------------------------------- round trips
+
+
+def test_tensors_come_back_as_they_were(path, tensors):
+    write_weights(path, tensors)
+    back = read_weights(path)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor)
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_half_precision_is_stored_and_float32_read(path, tensors, dtype, epsilon):
+    write_weights(path, tensors, dtype=dtype)
+    with safe_open(path, framework="pt") as file:
+        assert file.get_tensor("head.bias").dtype == dtype
+        assert file.get_tensor("steps").dtype == torch.int64
+    back = read_weights(path)
+    assert back["steps"] == 7
+    for name in ("body.weight", "head.bias"):
+        assert back[name].dtype == torch.float32
+        # half a unit in the last place, or of the smallest subnormal of float16
+        bound = tensors[name].abs() * epsilon + 2**-25
+        assert bool(((back[name] - tensors[name]).abs() <= bound).all())
+
+
+def test_double_precision_is_kept(path):
+    tensor = torch.rand(4, dtype=torch.float64)
+    write_weights(path, {"a": tensor})
+    assert torch.equal(read_weights(path)["a"], tensor)
+
+
+def test_int8_is_within_half_a_step_of_each_rows_scale(path, tensors):
+    write_weights(path, tensors, dtype=torch.float16, to_int8=lambda name, tensor: tensor.ndim > 1)
+    with safe_open(path, framework="pt") as file:
+        assert file.get_tensor("body.weight").dtype == torch.int8
+        assert file.get_tensor("head.bias").dtype == torch.float16
+    back = read_weights(path)
+    assert back.keys() == tensors.keys()
+    original, restored = tensors["body.weight"].numpy(), back["body.weight"].numpy()
+    scale = np.abs(original).reshape(8, -1).max(axis=1) / 127
+    error = np.abs(original - restored).reshape(8, -1).max(axis=1)
+    assert (error <= scale * (0.5 + 1e-4)).all()
+    assert (error > 0).all()  # it was quantised
+    # the largest weight of a row is kept, so that small rows are as exact as large ones
+    np.testing.assert_allclose(np.abs(restored).reshape(8, -1).max(axis=1), scale * 127, rtol=1e-6)
+
+
+def test_a_row_of_zeros_survives_int8(path):
+    tensor = torch.tensor([[0.0, 0.0], [1.0, -2.0]])
+    write_weights(path, {"a": tensor}, to_int8=lambda name, tensor: True)
+    torch.testing.assert_close(read_weights(path)["a"], tensor, atol=0.01, rtol=0)
+
+
+def test_views_are_written_as_they_are_seen(path):
+    tensor = torch.arange(12.0).view(3, 4)
+    write_weights(path, {"a": tensor.T, "b": tensor[:, 1]})
+    back = read_weights(path)
+    assert torch.equal(back["a"], tensor.T)
+    assert torch.equal(back["b"], tensor[:, 1])
+
+
+# --------------------------------------------------------------------------------------------- damage
+
+
+def test_the_hash_is_the_files(path, tensors):
+    write_weights(path, tensors)
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sha256(path) == expected
+    assert read_weights(path, expected_sha256=expected).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("place", [0, 60, -1])
+def test_one_altered_byte_is_refused(path, tensors, place):
+    write_weights(path, tensors)
+    expected = sha256(path)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(WeightsError, match=rf"model\.safetensors was altered.*sha256 {expected[:12]}.*reinstall"):
+        read_weights(path, expected_sha256=expected)
+
+
+def test_pickles_are_never_opened(tmp_path):
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    for name in ("model.pt", "model.bin", "model.ckpt", "model"):
+        (tmp_path / name).write_bytes(pickle.dumps(Trap()))
+        with pytest.raises(WeightsError, match=r"expected a \.safetensors file.*save_file"):
+            read_weights(tmp_path / name)
+    (tmp_path / "renamed.safetensors").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        read_weights(tmp_path / "renamed.safetensors")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, 0.5, 0.99])
+def test_truncated_files_are_refused(path, tensors, keep):
+    write_weights(path, tensors)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        read_weights(path)
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    with pytest.raises(WeightsError, match=r"cannot read .*absent\.safetensors: No such file"):
+        read_weights(tmp_path / "absent.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(WeightsError, match=r"cannot read .*folder\.safetensors"):
+        read_weights(tmp_path / "folder.safetensors")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_that_are_not_finite_are_refused(path, tensors, bad, dtype):
+    tensors["head.bias"][3] = bad
+    write_weights(path, tensors, dtype=dtype)
+    with pytest.raises(WeightsError, match=r"NaN or infinite values in 'head\.bias'"):
+        read_weights(path)
+
+
+def test_weights_that_are_not_finite_do_not_hide_in_int8(path, tensors):
+    tensors["body.weight"][2, 0, 0, 0] = float("nan")
+    write_weights(path, tensors, to_int8=lambda name, tensor: tensor.ndim > 1)
+    with pytest.raises(WeightsError, match=r"NaN or infinite values in 'body\.weight'"):
+        read_weights(path)
+
+
+# --------------------------------------------------------------------------------------------- atomic writing
+
+
+def test_a_failed_serialisation_leaves_the_old_file(path, tensors):
+    write_weights(path, tensors)
+    before = path.read_bytes()
+    shared = torch.rand(4, 4)
+    with pytest.raises(RuntimeError, match="share memory"):  # safetensors refuses tied tensors
+        write_weights(path, {"a": shared, "b": shared})
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("data", ["text is not bytes", None])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, data):
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, data)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_failed_replacement_leaves_nothing_behind(path):
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_atomically(path, b"new")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_is_replaced_whole_and_readable(path):
+    write_atomically(path, b"old")
+    with path.open("rb") as reader:
+        write_atomically(path, b"new and longer")
+        assert reader.read() == b"old"  # who had it open still reads the old one
+    assert path.read_bytes() == b"new and longer"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.stat().st_mode & 0o444 == 0o444
+
+
+def test_folders_are_made(tmp_path):
+    write_atomically(tmp_path / "a" / "b" / "c.bin", b"x")
+    assert (tmp_path / "a" / "b" / "c.bin").read_bytes() == b"x"
+
+
+# --------------------------------------------------------------------------------------------- strict loading
+
+
+def test_a_fitting_state_is_loaded(path):
+    source, target = Small(), Small()
+    source.norm.num_batches_tracked += 5
+    write_weights(path, source.state_dict())
+    load_strictly(target, read_weights(path), source="model.safetensors")
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name])
+
+
+def altered(**changes: Tensor | None) -> dict[str, Tensor]:
+    state = dict(Small().state_dict())
+    for name, tensor in changes.items():
+        if tensor is None:
+            del state[name]
+        else:
+            state[name] = tensor
+    return state
+
+
+MISFITS = {
+    "missing": (altered(**{"head.bias": None}), r"1 missing \(first: head\.bias\)"),
+    "unknown": (altered(tail=torch.zeros(1)), r"1 unknown \(first: tail\)"),
+    "shape": (altered(**{"head.weight": torch.zeros(2, 9)}), r"head\.weight has shape \(2, 9\), expected \(2, 8\)"),
+    "broadcastable": (altered(**{"head.bias": torch.zeros(1)}), r"head\.bias has shape \(1,\), expected \(2,\)"),
+    "kind": (altered(**{"head.bias": torch.zeros(2, dtype=torch.int64)}), r"head\.bias is torch\.int64"),
+    "nothing": ({}, "9 missing"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(name):
+    tensors, message = MISFITS[name]
+    module = Small()
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    with pytest.raises(WeightsError, match=rf"heads\.safetensors does not fit Small: .*{message}"):
+        load_strictly(module, tensors, source="heads.safetensors")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
+
+
+def test_embedded_assets_lie_in_the_package():
+    assert Path(weights.__file__).parent / "assets" == weights.ASSETS
