@@ -1,0 +1,199 @@
+"""Any open_clip model as a contrastive encoder, from its published weights or a local file."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.encoders.text import warn_dropped, warn_if_not_latin
+from aigiqa_reward.types import Images
+
+_SCHEMAS = ("local-dir:", "hf-hub:")
+_CONFIG_FILE = "open_clip_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenCLIPConfig:
+    """Which open_clip model.
+
+    Attributes:
+        architecture: a name from `open_clip.list_models()`, or `local-dir:PATH` of a folder with open_clip_config.json.
+        pretrained: a published tag ("openai", "laion2b_s34b_b79k", ...), fetched from the Hub, or the path of a
+            .safetensors file; None for a local-dir, which brings its own.
+    """
+
+    architecture: str
+    pretrained: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pretrained is not None and Path(self.pretrained).suffix in {".pt", ".pth", ".bin", ".ckpt"}:
+            raise ValueError(
+                f"pretrained: expected a tag or a .safetensors file, got {self.pretrained!r}; pickled checkpoints are "
+                "never opened: convert it with safetensors.torch.save_file"
+            )
+
+
+class OpenCLIPEncoder(nn.Module):
+    """Images and texts in one space, by an open_clip model with its own text transformer.
+
+    Args:
+        config: which model.
+        load_weights: False leaves the weights random, to be filled from a saved reward.
+
+    Raises:
+        ValueError: unknown architecture or tag, missing file, weights that do not fit, or a text tower whose word
+            states cannot be projected into the joint space (those taken from transformers).
+    """
+
+    def __init__(self, config: OpenCLIPConfig, *, load_weights: bool = True) -> None:
+        super().__init__()
+        import open_clip
+
+        self.config = config
+        schema = config.architecture.startswith(_SCHEMAS)
+        try:
+            model: Any = open_clip.create_model(
+                config.architecture,
+                pretrained=config.pretrained,
+                load_weights=load_weights,
+                require_pretrained=load_weights and (schema or config.pretrained is not None),
+            )
+        except (RuntimeError, FileNotFoundError, OSError, ValueError) as error:
+            raise ValueError(_explain(config, error)) from error
+        self.clip = model
+        self.description: dict[str, Any] = {
+            "model_cfg": _architecture(config),
+            "preprocess_cfg": {"mean": list(model.visual.image_mean), "std": list(model.visual.image_std)},
+        }
+        if not hasattr(self._text, "ln_final") or not hasattr(self._text, "text_projection"):
+            raise ValueError(
+                f"architecture: {config.architecture!r} has a text tower without projected word states; "
+                "choose one with open_clip's own text transformer, such as ViT-B-32"
+            )
+        tokenizer = open_clip.get_tokenizer(config.architecture)
+        if not isinstance(tokenizer, open_clip.SimpleTokenizer):
+            raise ValueError(
+                f"architecture: {config.architecture!r} does not read CLIP's own vocabulary, so its words cannot be "
+                "told from padding; choose a CLIP model such as ViT-B-32 or ViT-L-14"
+            )
+        self.tokenizer = tokenizer
+        self.window: int = tokenizer.context_length or 77
+        self.mean: tuple[float, float, float] = tuple(model.visual.image_mean)
+        self.std: tuple[float, float, float] = tuple(model.visual.image_std)
+        size = model.visual.image_size
+        self.image_size: int = size if isinstance(size, int) else size[0]
+
+    @property
+    def _text(self) -> Any:
+        """The module that holds the text transformer: the model itself, or a part of it."""
+        return self.clip if hasattr(self.clip, "token_embedding") else self.clip.text
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> OpenCLIPEncoder:
+        """Build the architecture that `describe` described, with weights still to be loaded."""
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / _CONFIG_FILE).write_text(json.dumps(description), encoding="utf-8")
+            encoder = cls(OpenCLIPConfig(architecture=f"local-dir:{folder}"), load_weights=False)
+        encoder.description = description
+        return encoder
+
+    def describe(self) -> dict[str, Any]:
+        """The content of an open_clip_config.json that builds this architecture."""
+        return self.description
+
+    @property
+    def logit_scale(self) -> float:
+        """The trained inverse temperature of the similarities (100 in OpenAI's models)."""
+        return float(self.clip.logit_scale.detach().float().exp())
+
+    def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
+        """Embed [0, 1] images of `image_size` px a side; not normalised; at least float32."""
+        weight = self.clip.logit_scale
+        inputs = pixels.normalise(images, self.mean, self.std).to(weight.dtype)
+        return self.clip.encode_image(inputs).to(images.dtype)
+
+    def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
+        """Embed texts; not normalised; at least float32."""
+        return _at_least_float32(self.clip.encode_text(self._tokenize(texts)))
+
+    def encode_words(
+        self, texts: Sequence[str]
+    ) -> tuple[Float[Tensor, "texts length width"], Bool[Tensor, "texts length"]]:
+        """Each word's state after the final norm, projected into the joint space, and which places hold words.
+
+        Start, end and padding tokens are masked out. Warns of words beyond the window and of scripts other than Latin.
+        """
+        for text in texts:
+            self._warn(text)
+        tokens = self._tokenize(texts)
+        states: list[Tensor] = []
+        handle = self._text.ln_final.register_forward_hook(lambda _module, _inputs, output: states.append(output))
+        try:
+            self.clip.encode_text(tokens)
+        finally:
+            handle.remove()
+        projection = self._text.text_projection
+        words = projection(states[0]) if isinstance(projection, nn.Module) else states[0] @ projection
+        ends = tokens.argmax(dim=1, keepdim=True)  # the end token has the largest id
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        mask = (places > 0) & (places < ends)
+        longest = max(1, int(mask.sum(dim=1).max())) + 1
+        return _at_least_float32(words[:, 1:longest]), mask[:, 1:longest]
+
+    def _tokenize(self, texts: Sequence[str]) -> Tensor:
+        return self.tokenizer(list(texts)).to(self.clip.logit_scale.device)
+
+    def _warn(self, text: str) -> None:
+        name = self.config.architecture.rsplit("/", maxsplit=1)[-1]
+        warn_if_not_latin(text, tower=name)
+        words = text.split()
+        ends = list(accumulate(len(self.tokenizer.encode(word)) for word in words))
+        if not ends or ends[-1] == 0:
+            raise ValueError(f"prompts: {text!r} holds no readable word; pass a prompt with words, or None")
+        room = self.window - 2  # for the start and end tokens
+        if ends[-1] > room:
+            kept = sum(end <= room for end in ends)
+            warn_dropped(text, " ".join(words[kept:]), self.window, tower=name)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _architecture(config: OpenCLIPConfig) -> dict[str, Any]:
+    import open_clip
+    from huggingface_hub import hf_hub_download
+
+    schema, _, place = config.architecture.rpartition(":")
+    if not schema:
+        return dict(open_clip.get_model_config(place) or {})
+    path = Path(place) / _CONFIG_FILE if schema == "local-dir" else Path(hf_hub_download(place, _CONFIG_FILE))
+    return json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+
+
+def _explain(config: OpenCLIPConfig, error: Exception) -> str:
+    import difflib
+
+    import open_clip
+
+    names = open_clip.list_models()
+    if not config.architecture.startswith(_SCHEMAS) and config.architecture not in names:
+        close = difflib.get_close_matches(config.architecture, names, n=3)
+        return (
+            f"architecture: open_clip knows no {config.architecture!r}; did you mean {', '.join(close) or names[:3]}?"
+        )
+    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"pretrained: open_clip could not load {config.pretrained!r} into {config.architecture!r}: {first_line}; "
+        "pass a tag from open_clip.list_pretrained() (fetched from the Hub) or the path of a .safetensors file"
+    )

@@ -1,0 +1,92 @@
+"""The towers: what the compact ones compute, and what the wrappers promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from clip_models import write_tiny_clip
+
+from aigiqa_reward.encoders.compact import LITE0, load_image_tower, load_text_tower
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
+from aigiqa_reward.encoders.timm import SmoothReLU6, TimmConfig, TimmEncoder
+from aigiqa_reward.zoo import get_spec
+
+SHA256 = get_spec("compact").sha256
+
+
+def test_smooth_relu6_is_relu6_away_from_its_corners_and_differentiable_at_them() -> None:
+    smooth = SmoothReLU6(0.02)
+    inputs = torch.linspace(-2, 8, 10_001, dtype=torch.float64)
+    away = (inputs.abs() > 0.02) & ((inputs - 6).abs() > 0.02)
+    assert torch.allclose(smooth(inputs)[away], torch.nn.functional.relu6(inputs)[away], atol=1e-12)
+    assert (smooth(inputs) - torch.nn.functional.relu6(inputs)).abs().max() <= 0.02 / 4 + 1e-12
+    near = torch.linspace(-0.05, 0.05, 101, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(smooth, near)
+    assert torch.autograd.gradcheck(smooth, (near.detach() + 6).requires_grad_())
+
+
+def test_smooth_relu6_keeps_half_precision_exact() -> None:
+    inputs = torch.linspace(-9, 9, 1001).bfloat16()
+    expected = torch.nn.functional.relu6(inputs.float())
+    assert (SmoothReLU6(0.02)(inputs).float() - expected).abs().max() <= 0.02
+
+
+def test_text_tower_reads_meaning() -> None:
+    tower = load_text_tower(sha256=SHA256["towers/text.safetensors"])
+    pooled = tower.encode(["a small dog", "a puppy", "an aeroplane in the sky", "a jet plane flying"]).pooled
+    similarity = pooled @ pooled.T
+    assert torch.allclose(pooled.norm(dim=1), torch.ones(4), atol=1e-5)
+    assert similarity[0, 1] > 0.5 > similarity[0, 2]
+    assert similarity[2, 3] > 0.5 > similarity[1, 3]
+
+
+def test_text_tower_does_not_see_padding_or_batch_mates() -> None:
+    tower = load_text_tower(sha256=SHA256["towers/text.safetensors"])
+    texts = ["a cat", "a very long description of a castle on a hill above the sea at dusk"]
+    together, alone = tower.encode(texts), tower.encode(texts[:1])
+    assert torch.allclose(together.pooled[:1], alone.pooled, atol=1e-5)
+    assert together.mask.sum(dim=1).tolist()[0] == alone.mask.sum() == 2
+    assert torch.allclose(together.tokens[0][together.mask[0]], alone.tokens[0][alone.mask[0]], atol=1e-5)
+
+
+def test_image_tower_recognises_what_is_shown() -> None:
+    from aigiqa_reward import images as pixels
+
+    folder = Path(__file__).parents[1] / "examples" / "images"
+    batch = torch.stack([pixels.load(folder / f"sushi_{name}.jpg") for name in ("xl22_normal", "sd15_normal")])
+    image = load_image_tower(sha256=SHA256["towers/image.safetensors"])
+    text = load_text_tower(sha256=SHA256["towers/text.safetensors"])
+    with torch.no_grad():
+        semantic = image(pixels.resize(batch, (256, 256))).semantic
+        likeness = semantic @ text.encode(["food on a plate", "a motorcycle", "a dog in a garden"]).pooled.T
+    assert (likeness.argmax(dim=1) == 0).all()
+
+
+def test_timm_encoder_takes_convolutional_and_transformer_models() -> None:
+    images = torch.rand(2, 3, 224, 224)
+    for architecture in ("tf_efficientnet_lite0", "vit_tiny_patch16_224"):
+        encoder = TimmEncoder(TimmConfig(architecture=architecture)).eval()
+        with torch.no_grad():
+            assert encoder.pool(encoder(images)).shape == (2, encoder.width)
+
+
+def test_wrong_architectures_name_close_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tf_efficientnet_lite0"):
+        TimmEncoder(TimmConfig(architecture="tf_efficientnet_lit0"))
+    with pytest.raises(ValueError, match=r"ViT-B-32"):
+        OpenCLIPEncoder(OpenCLIPConfig(architecture="ViT-B32"))
+    with pytest.raises(ValueError, match="never opened"):
+        OpenCLIPConfig(architecture="ViT-B-32", pretrained="model.pt")
+    with pytest.raises(ValueError, match="smooth"):
+        TimmConfig(architecture=LITE0.architecture, smooth=-1.0)
+
+
+def test_open_clip_words_are_the_words_of_the_prompt(tmp_path: Path) -> None:
+    encoder = OpenCLIPEncoder(OpenCLIPConfig(architecture=f"local-dir:{write_tiny_clip(tmp_path, seed=0)}"))
+    with torch.no_grad():
+        words, mask = encoder.encode_words(["a red apple", "one two three four five"])
+        pooled = encoder.encode_text(["a red apple"])
+    assert mask.sum(dim=1).tolist() == [3, 5]
+    assert words.shape[2] == pooled.shape[1]
