@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from aigiqa_reward.reward import CompositeReward, Reward
+    from aigiqa_reward.composite import CompositeReward
+    from aigiqa_reward.reward import Reward
     from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput, rerank
     from aigiqa_reward.scorer import Scorer
     from aigiqa_reward.types import RewardFunction, RewardOutput
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "BestOfN": "aigiqa_reward.sampling.best_of_n",
     "BestOfNOutput": "aigiqa_reward.sampling.best_of_n",
-    "CompositeReward": "aigiqa_reward.reward",
+    "CompositeReward": "aigiqa_reward.composite",
     "Reward": "aigiqa_reward.reward",
     "RewardFunction": "aigiqa_reward.types",
     "RewardOutput": "aigiqa_reward.types",

@@ -1,0 +1,141 @@
+"""Several rewards as one, on one scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.models.base import (
+    FullPrecision,
+)
+from aigiqa_reward.types import RewardFunction, RewardOutput, as_reward_output
+
+
+class CompositeReward(nn.Module):
+    """Several rewards as one: totals brought to one scale, then averaged with weights.
+
+    Scales come from a fixed reference sample of each member's totals, never from the batch, so that a score does not
+    depend on its batch mates: `"zscore"` subtracts the sample's mean and divides by its deviation; `"rank"` gives the
+    share of the sample that lies below (linear between neighbours, so that it has a gradient within the sample's
+    range). `quality` and `correspondence` are the weighted means of the members' own, unscaled.
+
+    Args:
+        members: rewards or reward functions by name.
+        weights: one number above 0 a member; None weighs all alike.
+        combine: "zscore" or "rank".
+        reference: (R,) totals of each member on one sample of at least 2 images; `with_reference` measures them.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, RewardFunction],
+        *,
+        weights: Mapping[str, float] | None = None,
+        combine: str = "zscore",
+        reference: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        if not isinstance(members, Mapping) or not all(callable(member) for member in members.values()):
+            raise TypeError(f"members: expected a mapping from names to rewards or functions, got {members!r}")
+        if not members:
+            raise ValueError("members: expected at least one reward, got none")
+        if combine not in ("zscore", "rank"):
+            raise ValueError(f"combine: expected 'zscore' or 'rank', got {combine!r}")
+        weights = dict.fromkeys(members, 1.0) if weights is None else weights
+        for argument, given in (("weights", weights), ("reference", reference)):
+            if given.keys() != members.keys():
+                raise ValueError(f"{argument}: expected an entry for each of {sorted(members)}, got {sorted(given)}")
+        if not all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights.values()):
+            raise ValueError(f"weights: expected finite numbers above 0, got {dict(weights)}")
+        self.combine = combine
+        self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        self.members = dict(members)
+        try:
+            self.member_modules = nn.ModuleDict({n: m for n, m in members.items() if isinstance(m, nn.Module)})
+            self.reference = nn.ModuleDict({name: _Reference(name, reference[name]) for name in members})
+        except KeyError as error:
+            raise ValueError(f"members: torch cannot name a module so ({error}); choose another name") from error
+
+    @classmethod
+    def with_reference(
+        cls,
+        members: Mapping[str, RewardFunction],
+        images: Tensor,
+        prompts: Sequence[str],
+        *,
+        weights: Mapping[str, float] | None = None,
+        combine: str = "zscore",
+    ) -> CompositeReward:
+        """Measure the reference on a sample: images (R, 3, H, W) and R prompts such as the reward will meet."""
+        with torch.no_grad():
+            reference = {name: _call(name, member, images, prompts).total for name, member in members.items()}
+        return cls(members, weights=weights, combine=combine, reference=reference)
+
+    def forward(self, images: Tensor, prompts: Sequence[str] | None = None, *, validate: bool = True) -> RewardOutput:
+        """Score a batch (B, 3, H, W) as `Reward` does, prompts as strings; `details` holds each member's own total."""
+        pixels.check(images, validate=validate)
+        outputs = {name: _call(name, member, images, prompts) for name, member in self.members.items()}
+        total = self._mean({n: self._scaled(n, o.total) for n, o in outputs.items()})
+        with_prompts = {n: o.correspondence for n, o in outputs.items() if o.correspondence is not None}
+        return RewardOutput(
+            total=total,
+            quality=self._mean({n: o.quality for n, o in outputs.items()}),
+            correspondence=self._mean(with_prompts) if with_prompts else None,
+            details={name: output.total for name, output in outputs.items()},
+        )
+
+    def _scaled(self, name: str, total: Tensor) -> Tensor:
+        reference = self.reference[name]
+        assert isinstance(reference, _Reference)
+        total = _at_least_float32(total)
+        return reference.zscore(total) if self.combine == "zscore" else reference.rank(total)
+
+    def _mean(self, values: Mapping[str, Tensor]) -> Tensor:
+        share = sum(self.weights[name] for name in values)
+        device = next(iter(values.values())).device
+        parts = [_at_least_float32(value).to(device) * (self.weights[n] / share) for n, value in values.items()]
+        return torch.stack(parts).sum(dim=0)
+
+
+class _Reference(FullPrecision):
+    """The sorted totals of one member on the reference sample."""
+
+    def __init__(self, name: str, totals: Tensor) -> None:
+        super().__init__()
+        if not isinstance(totals, Tensor):
+            raise TypeError(f"reference[{name!r}]: expected a tensor of totals, got {type(totals).__name__}")
+        totals = totals.detach().flatten().float().sort().values.clone()
+        if len(totals) < 2 or not bool(torch.isfinite(totals).all()) or float(totals[0]) == float(totals[-1]):
+            raise ValueError(
+                f"reference[{name!r}]: expected at least 2 finite totals that are not all equal, got "
+                f"{totals.tolist()[:5]}"
+            )
+        self.register_buffer("totals", totals)
+        self.totals: Tensor
+
+    def zscore(self, total: Tensor) -> Tensor:
+        reference = self.totals.to(total)
+        return (total - reference.mean()) / reference.std()
+
+    def rank(self, total: Tensor) -> Tensor:
+        reference = self.totals.to(total)
+        right = torch.searchsorted(reference, total.detach().contiguous(), right=True).clamp(1, len(reference) - 1)
+        low, high = reference[right - 1], reference[right]
+        gap = high - low  # 0 only where totals that are tied end the sample, at and beyond which there is no slope
+        step = torch.where(total.isnan(), total, (total >= high).to(total))
+        inside = torch.where(gap > 0, ((total - low) / torch.where(gap > 0, gap, 1)).clamp(0, 1), step.detach())
+        return (right - 1 + inside) / (len(reference) - 1)
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _call(name: str, member: Callable[..., Any], images: Tensor, prompts: Any) -> RewardOutput:
+    if isinstance(member, nn.Module) and (weight := next(member.parameters(), None)) is not None:
+        images = images.to(weight.device)
+    return as_reward_output(member(images, prompts), len(images), source=f"member {name!r}")

@@ -1,0 +1,276 @@
+"""What every reward of the zoo owes its users, run over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_models import write_tiny_clip
+from PIL import Image
+from scipy.stats import kendalltau
+
+from aigiqa_reward import Reward, Scorer, create_reward, list_rewards
+from aigiqa_reward import images as pixels
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
+
+PROMPTS = ["a red apple on a table", "a castle in the clouds, oil painting", "two cats"]
+Maker = Callable[..., Reward]
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"), seed=0)
+
+
+@pytest.fixture(scope="module", params=[spec.name for spec in list_rewards()])
+def make(request: pytest.FixtureRequest, tiny_clip: Path) -> Maker:
+    """Builds the reward of this name, as a user would, with any further arguments of create_reward."""
+    encoder = OpenCLIPConfig(architecture=f"local-dir:{tiny_clip}") if request.param == "tsp_mgs" else None
+
+    def build(**arguments: object) -> Reward:
+        if "weights" in arguments or encoder is None:
+            return create_reward(request.param, **arguments)
+        return create_reward(request.param, encoder=encoder, **arguments)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def reward(make: Maker) -> Reward:
+    return make()
+
+
+def scenes(count: int, height: int, width: int, *, seed: int = 0) -> torch.Tensor:
+    """Images with edges and texture, (count, 3, height, width) in [0.1, 0.9]; no two score alike, as noise would."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, max(2, height // 16), max(2, width // 16), generator=generator)
+    blocks = torch.nn.functional.interpolate(coarse, size=(height, width), mode="nearest")
+    grain = torch.randn(count, 3, height, width, generator=generator)
+    strength = torch.linspace(0.01, 0.08, count).view(-1, 1, 1, 1)
+    return (0.15 + 0.7 * blocks + strength * grain).clamp(0.1, 0.9)
+
+
+# --------------------------------------------------------------------------------------------- gradients
+
+
+def test_pixel_gradient_equals_central_differences(make: Maker) -> None:
+    reward = make(dtype=torch.float64)
+    images = scenes(2, 96, 80).double().requires_grad_()
+    context = reward.prepare(images.detach(), PROMPTS[:2])
+
+    def total(batch: torch.Tensor) -> torch.Tensor:
+        return reward(batch, PROMPTS[:2], context=context).total.sum()
+
+    (gradient,) = torch.autograd.grad(total(images), images)
+    assert torch.isfinite(gradient).all()
+    assert (gradient.flatten(1).norm(dim=1) > 0).all(), "an image without any gradient cannot be improved"
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(8)]
+    step = 1e-5
+    with torch.no_grad():
+        for direction in [gradient, *directions]:
+            direction = direction / direction.norm()
+            numeric = (total(images + step * direction) - total(images - step * direction)) / (2 * step)
+            analytic = (gradient * direction).sum()
+            assert abs(float(numeric - analytic)) <= 1e-4 * abs(float(analytic)) + 1e-9
+
+
+def test_weights_get_no_gradient_and_training_mode_changes_nothing(reward: Reward) -> None:
+    images = scenes(2, 64, 64).requires_grad_()
+    before = reward(images, PROMPTS[:2])
+    before.total.sum().backward()
+    assert images.grad is not None
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in reward.parameters())
+    reward.train()
+    assert not any(module.training for module in reward.modules())
+    assert torch.equal(reward(images, PROMPTS[:2]).total, before.total)
+
+
+def test_each_aspect_has_its_own_gradient(reward: Reward) -> None:
+    images = scenes(1, 64, 64).requires_grad_()
+    output = reward(images, PROMPTS[:1])
+    (quality,) = torch.autograd.grad(output.quality.sum(), images, retain_graph=True)
+    (correspondence,) = torch.autograd.grad(output.correspondence.sum(), images)
+    assert quality.norm() > 0
+    assert correspondence.norm() > 0
+
+
+# --------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_do_not_see_their_batch_mates(reward: Reward) -> None:
+    images = scenes(3, 80, 112)
+    with torch.no_grad():
+        together = reward(images, PROMPTS)
+        for row in range(3):
+            alone = reward(images[row : row + 1], PROMPTS[row : row + 1])
+            for aspect in ("total", "quality", "correspondence"):
+                assert abs(float(getattr(together, aspect)[row] - getattr(alone, aspect)[0])) < 1e-5
+
+
+def test_permuting_the_batch_permutes_the_scores(reward: Reward) -> None:
+    images, order = scenes(3, 64, 64), torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        straight = reward(images, PROMPTS)
+        permuted = reward(images[order], [PROMPTS[i] for i in order])
+    assert torch.allclose(straight.total[order], permuted.total, atol=1e-5)
+    assert all(len(detail) == 3 for detail in straight.details.values())
+
+
+def test_quality_does_not_depend_on_the_prompt_but_correspondence_does(reward: Reward) -> None:
+    images = scenes(1, 96, 96)
+    with torch.no_grad():
+        without = reward(images)
+        first, second = reward(images, PROMPTS[:1]), reward(images, PROMPTS[1:2])
+    assert without.correspondence is None
+    assert torch.equal(without.total, without.quality)
+    assert torch.allclose(without.quality, first.quality, atol=1e-6)
+    assert torch.equal(first.quality, second.quality)
+    assert abs(float(first.correspondence - second.correspondence)) > 1e-6
+
+
+def test_encoded_prompts_score_like_their_strings(reward: Reward) -> None:
+    images = scenes(3, 64, 64)
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+    with torch.no_grad():
+        features = reward.encode_prompts(prompts)
+        assert features.texts == (PROMPTS[0], PROMPTS[1])
+        assert torch.allclose(reward(images, features).total, reward(images, prompts).total, atol=1e-6)
+        one = reward.encode_prompts(PROMPTS[:1]).expand(3)
+        assert torch.allclose(reward(images, one).total, reward(images, PROMPTS[:1] * 3).total, atol=1e-5)
+
+
+def test_total_is_the_weighted_mean(make: Maker) -> None:
+    reward = make(quality_weight=3.0, correspondence_weight=1.0)
+    with torch.no_grad():
+        output = reward(scenes(2, 64, 64), PROMPTS[:2])
+    assert torch.allclose(output.total, 0.75 * output.quality + 0.25 * output.correspondence, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- inputs
+
+
+def test_one_image_has_one_score_in_every_form(reward: Reward, tmp_path: Path) -> None:
+    image = (scenes(1, 72, 100)[0] * 255).round() / 255
+    array = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(tmp_path / "image.png")
+    forms = [Image.fromarray(array), tmp_path / "image.png", array, image, image.permute(1, 2, 0), array / 255.0]
+    scores = Scorer(reward, batch_size=2).score(forms, PROMPTS[0]).total
+    batch = Scorer(reward).score(image.permute(1, 2, 0)[None], PROMPTS[0]).total
+    assert float(scores.max() - scores.min()) < 1e-3
+    assert abs(float(batch[0] - scores[0])) < 1e-3
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 2048), (2048, 16), (31, 33), (224, 1000), (1536, 2048)])
+def test_every_size_and_aspect_ratio_scores(reward: Reward, size: tuple[int, int]) -> None:
+    with torch.no_grad():
+        output = reward(scenes(1, *size), PROMPTS[:1])
+    assert torch.isfinite(output.total).all()
+    assert torch.isfinite(output.correspondence).all()
+
+
+def test_precision_of_inputs_and_reward(make: Maker) -> None:
+    images = scenes(2, 64, 64)
+    single, double = make(), make(dtype=torch.float64)
+    with torch.no_grad():
+        full = single(images, PROMPTS[:2])
+        assert full.total.dtype == torch.float32
+        for half in (torch.float16, torch.bfloat16):
+            output = single(images.to(half), PROMPTS[:2])
+            assert {output.total.dtype, output.quality.dtype, output.correspondence.dtype} == {torch.float32}
+        exact = double(images.double(), PROMPTS[:2])
+    assert {exact.total.dtype, exact.quality.dtype, exact.correspondence.dtype} == {torch.float64}
+    assert all(detail.dtype == torch.float64 for detail in exact.details.values() if detail.is_floating_point())
+    assert torch.allclose(exact.total.float(), full.total, atol=1e-4)
+
+
+def test_bfloat16_keeps_the_ranking_of_real_images(make: Maker, agiqa3k: Path) -> None:
+    files = sorted((agiqa3k / "images").iterdir())[::37][:64]
+    batch = torch.stack([pixels.load(file) for file in files])
+    full = Scorer(make(), batch_size=16).score(batch, PROMPTS[0])
+    half = Scorer(make(dtype=torch.bfloat16), batch_size=16).score(batch, PROMPTS[0])
+    assert half.total.dtype == torch.float32
+    for aspect in ("total", "quality"):
+        assert kendalltau(getattr(full, aspect).numpy(), getattr(half, aspect).numpy()).statistic >= 0.90
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+
+def test_errors_name_the_argument_and_the_remedy(reward: Reward) -> None:
+    images = scenes(2, 64, 64)
+    with pytest.raises(ValueError, match=r"2 images.*expand"):
+        reward(images, PROMPTS)
+    with pytest.raises(TypeError, match=r"prompts.*one string.*len\(images\)"):
+        reward(images, PROMPTS[0])
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        reward(images, [PROMPTS[0], "  "])
+    with pytest.raises(TypeError, match=r"prompts\[0\]: expected a string, got NoneType"):
+        reward(images, [None, PROMPTS[0]])
+    with pytest.raises(ValueError, match=r"images\.from_vae"):
+        reward(images * 2 - 1, PROMPTS[:2])
+    with pytest.raises(ValueError, match="NaN"):
+        reward(images.where(images < 0.5, torch.nan), PROMPTS[:2])
+    with pytest.raises(TypeError, match="255"):
+        reward((images * 255).byte(), PROMPTS[:2])
+    foreign = reward.encode_prompts(PROMPTS[:2])
+    with pytest.raises(ValueError, match="encoded by 'other'"):
+        reward(images, type(foreign)(texts=foreign.texts, index=foreign.index, tensors=foreign.tensors, model="other"))
+
+
+def test_correspondence_alone_needs_prompts(make: Maker) -> None:
+    reward = make(quality_weight=0.0)
+    with pytest.raises(ValueError, match="needs one prompt per image"):
+        reward(scenes(1, 64, 64))
+
+
+def test_long_prompts_warn_and_name_what_was_dropped(reward: Reward) -> None:
+    words = [f"word{i}" for i in range(300)]
+    with pytest.warns(UserWarning, match=r"300 words.*dropped.*word299"):
+        features = reward.encode_prompts([" ".join(words)])
+    with torch.no_grad():
+        assert torch.isfinite(reward(scenes(1, 64, 64), features).total).all()
+
+
+def test_prompts_in_other_scripts_are_scored_with_a_warning(reward: Reward) -> None:
+    with pytest.warns(UserWarning, match="Latin"):
+        features = reward.encode_prompts(["桌子上的红苹果"])
+    with torch.no_grad():
+        assert torch.isfinite(reward(scenes(1, 64, 64), features).total).all()
+
+
+# --------------------------------------------------------------------------------------------- saving
+
+
+def test_saved_and_loaded_rewards_are_equal_to_the_bit(make: Maker, tmp_path: Path) -> None:
+    reward = make(quality_weight=2.0)
+    reward.save_pretrained(tmp_path)
+    again, direct = make(weights=tmp_path), Reward.from_pretrained(tmp_path)
+    images = scenes(2, 64, 96)
+    with torch.no_grad():
+        expected = reward(images, PROMPTS[:2])
+        for loaded in (again, direct):
+            assert loaded.quality_weight == 2.0
+            output = loaded(images, PROMPTS[:2])
+            assert torch.equal(output.total, expected.total)
+            assert torch.equal(output.correspondence, expected.correspondence)
+    assert {file.suffix for file in tmp_path.iterdir()} <= {".json", ".safetensors", ".md"}
+
+
+def test_specification_is_complete(reward: Reward) -> None:
+    spec = reward.spec
+    for text in (spec.paper, spec.licence, spec.scale, spec.input_size, spec.gradient_path, spec.weights):
+        assert len(text) > 5
+    assert spec.differentiable
+    assert np.isfinite(spec.megabytes)
+    assert reward.needs_prompts == spec.needs_prompt
+
+
+@pytest.fixture(autouse=True)
+def _leaves_global_randomness_alone() -> Iterator[None]:
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(before, torch.random.get_rng_state()), "the library drew from the global generator"

@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from aigiqa_reward import CompositeReward, Reward, RewardOutput, Scorer
+from aigiqa_reward.images import load
+from aigiqa_reward.models.base import ModelOutput, ModelSpec, QualityModel
+from aigiqa_reward.scorer import ScoringError, device_of
+from aigiqa_reward.types import PromptFeatures
+
+
+def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
+    """A reward whose scores are known: the mean of an image's values."""
+    return images.mean(dim=(1, 2, 3))
+
+
+def word_count(images: Tensor, prompts: list[str]) -> Tensor:
+    """A reward that needs prompts: brightness and the number of words."""
+    return images.mean(dim=(1, 2, 3)) + torch.tensor([float(len(prompt.split())) for prompt in prompts])
+
+
+def detailed(images: Tensor, prompts: list[str] | None) -> RewardOutput:
+    """A reward with every kind of output, among them maps of the images' own sizes."""
+    red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
+    return RewardOutput(
+        total=red,
+        quality=green,
+        correspondence=blue,
+        details={"gate": red * 2, "map": images[:, 0], "one": red[:, None]},
+    )
+
+
+class Channels(nn.Module):
+    """A trainable reward: a weighted sum of the channels' means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, images: Tensor, prompts: list[str] | None) -> Tensor:
+        return self.head(images.mean(dim=(2, 3))).squeeze(1)
+
+
+class WordModel(QualityModel):
+    """A quality model with known scores: brightness, and the number of a prompt's words; keeps what it encoded."""
+
+    name = "words"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[tuple[str, ...]] = []
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        self.encoded.append(tuple(texts))
+        return {"count": torch.tensor([float(len(text.split())) for text in texts])}
+
+    def forward(self, images: Tensor, prompts: PromptFeatures | None, context: Any = None) -> ModelOutput:
+        correspondence = None if prompts is None else prompts.rows("count")
+        return ModelOutput(quality=images.mean(dim=(1, 2, 3)), correspondence=correspondence)
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+def word_reward() -> Reward:
+    spec = ModelSpec(
+        name="words",
+        title="Words",
+        paper="none",
+        licence="Apache-2.0",
+        scale="counts",
+        input_size="any",
+        differentiable=True,
+        gradient_path="brightness",
+        needs_prompt=False,
+        weights="none",
+        megabytes=0,
+    )
+    return Reward(WordModel(), spec)
+
+
+def random_image(height: int, width: int, seed: int) -> np.ndarray:
+    """(H, W, 3) uint8, brighter for larger seeds."""
+    return np.random.default_rng(seed).integers(10 * seed, 10 * seed + 100, (height, width, 3), dtype=np.uint8)
+
+
+SIZES = [(20, 30), (40, 24), (20, 30), (64, 64), (17, 90), (40, 24), (20, 30)]
+
+
+@pytest.fixture
+def arrays() -> list[np.ndarray]:
+    return [random_image(*size, seed=seed) for seed, size in enumerate(SIZES)]
+
+
+@pytest.fixture
+def means(arrays) -> np.ndarray:
+    return np.array([array.mean() / 255 for array in arrays])
+
+
+# --------------------------------------------------------------------------------------------- inputs
+
+
+def test_mixed_types_and_sizes_are_scored_in_order(arrays, means, tmp_path):
+    Image.fromarray(arrays[1]).save(tmp_path / "one.png")
+    Image.fromarray(arrays[2]).save(tmp_path / "two.png")
+    inputs = [
+        Image.fromarray(arrays[0]),
+        tmp_path / "one.png",
+        str(tmp_path / "two.png"),
+        arrays[3],
+        torch.from_numpy(arrays[4]).permute(2, 0, 1).float() / 255,
+        arrays[5].transpose(2, 0, 1) / 255,
+        torch.from_numpy(arrays[6]),
+    ]
+    output = Scorer(brightness, batch_size=3).score(inputs)
+    np.testing.assert_allclose(output.total.numpy(), means, atol=1e-5)
+    assert output.total.device.type == "cpu"
+    assert output.correspondence is None
+
+
+def test_one_image_has_one_score_whatever_holds_it(tmp_path):
+    array = random_image(37, 53, seed=3)
+    Image.fromarray(array).save(tmp_path / "image.png")
+    floats = torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    sources = {
+        "PIL": Image.fromarray(array),
+        "path": tmp_path / "image.png",
+        "uint8 array": array,
+        "float tensor": floats,
+        "double array": array / 255,
+        "BHWC row": floats.permute(1, 2, 0),
+    }
+    scorer = Scorer(Channels())
+    scores = scorer.score(list(sources.values())).total
+    assert scores.max() - scores.min() < 1e-5
+    batches = [floats[None], floats.permute(1, 2, 0)[None], array[None], (array / 255)[None]]
+    for batch in batches:
+        torch.testing.assert_close(scorer.score(batch).total, scores[:1], atol=1e-5, rtol=0)
+
+
+def test_a_batch_tensor_is_scored_as_the_reward_scores_it():
+    reward, images = Channels(), torch.rand(5, 3, 24, 32)
+    expected = reward(images, None).detach()
+    torch.testing.assert_close(Scorer(reward, batch_size=2).score(images).total, expected)
+    torch.testing.assert_close(Scorer(reward).score(images.permute(0, 2, 3, 1).numpy()).total, expected)
+
+
+def test_scores_of_files_agree_with_scores_of_their_pixels(agiqa3k):
+    paths = sorted((agiqa3k / "images").glob("*.jpg"))[::500]
+    direct = torch.cat([brightness(load(path)[None], None) for path in paths])
+    torch.testing.assert_close(Scorer(brightness).score(paths).total, direct)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
+def test_scores_do_not_depend_on_the_batch_size(arrays, batch_size):
+    prompts = [" ".join(["word"] * (place + 1)) for place in range(len(arrays))]
+    expected = [array.mean() / 255 + place + 1 for place, array in enumerate(arrays)]
+    output = Scorer(word_count, batch_size=batch_size).score(arrays, prompts)
+    np.testing.assert_allclose(output.total.numpy(), expected, atol=1e-5)
+
+
+def test_batches_hold_at_most_batch_size_images_of_one_size(arrays):
+    sizes = []
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        sizes.append(len(images))
+        assert len(prompts) == len(images)
+        return brightness(images, prompts)
+
+    Scorer(reward, batch_size=3).score(arrays, "a cat")
+    assert max(sizes) <= 3
+    assert sum(sizes) == len(arrays)
+
+
+def test_every_part_of_the_output_keeps_the_order(arrays):
+    output = Scorer(detailed, batch_size=4).score(arrays)
+    channels = np.array([array.mean((0, 1)) / 255 for array in arrays])
+    np.testing.assert_allclose(output.total.numpy(), channels[:, 0], atol=1e-5)
+    np.testing.assert_allclose(output.quality.numpy(), channels[:, 1], atol=1e-5)
+    np.testing.assert_allclose(output.correspondence.numpy(), channels[:, 2], atol=1e-5)
+    np.testing.assert_allclose(output.details["gate"].numpy(), 2 * channels[:, 0], atol=1e-5)
+    assert output.details["one"].shape == (len(arrays), 1)
+    assert "map" not in output.details  # maps of different sizes cannot be one tensor
+
+
+def test_stream_yields_each_result_as_soon_as_its_batch_is_scored(arrays, means):
+    calls = []
+
+    def reward(images: Tensor, prompts: None) -> Tensor:
+        calls.append(len(images))
+        return brightness(images, prompts)
+
+    stream = Scorer(reward, batch_size=2).stream(arrays)
+    assert calls == []
+    first = next(stream)
+    assert sum(calls) == 2
+    rest = list(stream)
+    assert [result.index for result in (first, *rest)] == list(range(len(arrays)))
+    assert all(result.error is None and len(result.output) == 1 for result in rest)
+    np.testing.assert_allclose([float(result.output.total) for result in (first, *rest)], means, atol=1e-5)
+
+
+def test_stream_checks_its_arguments_at_once(arrays):
+    with pytest.raises(ValueError, match="expected one per input"):
+        Scorer(brightness).stream(arrays, ["a cat"])
+
+
+# --------------------------------------------------------------------------------------------- prompts
+
+
+def test_one_string_serves_all_inputs(arrays, means):
+    output = Scorer(word_count, batch_size=3).score(arrays, "a small cat")
+    np.testing.assert_allclose(output.total.numpy(), means + 3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_prompts_follow_their_images_through_the_grouping_by_size(arrays, means, kind):
+    counts = [4, 1, 2, 6, 3, 5, 7]
+    prompts = kind(" ".join(["word"] * count) for count in counts)
+    output = Scorer(word_count, batch_size=7).score(arrays, prompts)
+    np.testing.assert_allclose(output.total.numpy(), means + counts, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        (["a cat"], ValueError, "expected one per input, got 1 prompts for 7 inputs"),
+        (["a cat"] * 8, ValueError, "got 8 prompts for 7 inputs"),
+        ([], ValueError, "empty list"),
+        ("  ", ValueError, r"prompts\[0\] is empty"),
+        (["a cat"] * 6 + [""], ValueError, r"prompts\[6\] is empty"),
+        (["a cat"] * 6 + [None], TypeError, r"prompts\[6\]: expected a string, got NoneType"),
+        (7, TypeError, "expected a list of strings, got int"),
+        ({"a cat"}, TypeError, "expected a list of strings, got set"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused_before_scoring(arrays, prompts, error, message):
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        pytest.fail("scored with prompts that do not fit")
+
+    with pytest.raises(error, match=f"prompts.*{message}|{message}"):
+        Scorer(reward).score(arrays, prompts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_rewards_score_encoded_prompts_in_the_images_order(arrays, means, batch_size):
+    reward, counts = word_reward(), [4, 1, 2, 4, 1, 2, 4]
+    prompts = [" ".join(["word"] * count) for count in counts]
+    output = Scorer(reward, batch_size=batch_size).score(arrays, prompts)
+    np.testing.assert_allclose(output.quality.numpy(), means, atol=1e-5)
+    assert output.correspondence.tolist() == counts
+    np.testing.assert_allclose(output.total.numpy(), (means + counts) / 2, atol=1e-5)
+    assert all(len(set(texts)) == len(texts) for texts in reward.model.encoded)
+
+
+def test_rewards_without_prompts_give_quality_alone(arrays, means):
+    output = Scorer(word_reward()).score(arrays)
+    assert output.correspondence is None
+    np.testing.assert_allclose(output.total.numpy(), means, atol=1e-5)
+
+
+def test_one_prompt_is_encoded_once_for_all_batches(arrays):
+    reward = word_reward()
+    Scorer(reward, batch_size=2).score(arrays, "a cat")
+    assert reward.model.encoded == [("a cat",)]
+
+
+# --------------------------------------------------------------------------------------------- unreadable inputs
+
+
+@pytest.fixture
+def damaged(arrays, tmp_path) -> list[Any]:
+    """The arrays with inputs 0, 3 and 6 replaced by what cannot be read."""
+    (tmp_path / "text.png").write_text("no image")
+    return [tmp_path / "absent.png", *arrays[1:3], tmp_path / "text.png", *arrays[4:6], np.zeros((8, 8, 3))]
+
+
+def test_unreadable_inputs_raise_an_error_that_carries_all_other_scores(damaged, means):
+    with pytest.raises(
+        ScoringError, match=r"3 could not be read, the first is inputs\[0\]: .*absent.*\.output"
+    ) as caught:
+        Scorer(brightness, batch_size=2).score(damaged)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.errors.keys() == {0, 3, 6}
+    assert "not an image file" in caught.value.errors[3]
+    assert "at least 16 px" in caught.value.errors[6]
+    assert caught.value.output is not None
+    readable = [1, 2, 4, 5]
+    np.testing.assert_allclose(caught.value.output.total[readable].numpy(), means[readable], atol=1e-5)
+    assert caught.value.output.total[[0, 3, 6]].isnan().all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_unreadable_inputs_are_nan_on_request(damaged, batch_size):
+    output = Scorer(detailed, batch_size=batch_size).score(damaged, on_error="nan")
+    for scores in (output.total, output.quality, output.correspondence, output.details["gate"]):
+        assert scores.isnan().tolist() == [True, False, False, True, False, False, True]
+
+
+def test_prompts_stay_with_their_images_beside_unreadable_inputs(damaged, means):
+    prompts = [" ".join(["word"] * (place + 1)) for place in range(7)]
+    output = Scorer(word_count).score(damaged, prompts, on_error="nan")
+    for place in (1, 2, 4, 5):
+        assert float(output.total[place]) == pytest.approx(means[place] + place + 1, abs=1e-5)
+
+
+def test_stream_reports_unreadable_inputs_in_place(damaged):
+    results = list(Scorer(brightness, batch_size=2).stream(damaged))
+    assert [result.output is None for result in results] == [True, False, False, True, False, False, True]
+    assert [result.error is None for result in results] == [False, True, True, False, True, True, False]
+
+
+def test_nothing_readable_at_all(tmp_path):
+    absent = [tmp_path / "a.png", tmp_path / "b.png"]
+    with pytest.raises(ScoringError, match="2 could not be read") as caught:
+        Scorer(brightness).score(absent)
+    assert caught.value.output is None
+    output = Scorer(brightness).score(absent, on_error="nan")
+    assert output.total.isnan().tolist() == [True, True]
+    assert output.quality.isnan().all()
+
+
+def test_files_that_turn_out_damaged_while_decoding_lose_no_scores(arrays, means, tmp_path):
+    Image.fromarray(np.tile(arrays[3], (4, 4, 1))).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    with Image.open(tmp_path / "half.jpg") as opened:
+        inputs = [arrays[0], opened, "a prompt " * 1000, arrays[1]]
+        output = Scorer(brightness).score(inputs, on_error="nan")
+    assert output.total.isnan().tolist() == [False, True, True, False]
+    np.testing.assert_allclose(output.total[[0, 3]].numpy(), means[:2], atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- arguments and results
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ([], ValueError, "at least one image, got none"),
+        (torch.rand(0, 3, 20, 20), ValueError, "at least one image, got none"),
+        ("image.png", TypeError, "list of images.*got str; wrap a single image in a list"),
+        (b"image", TypeError, "got bytes"),
+        (Path("image.png"), TypeError, "wrap a single image in a list"),
+        (Image.new("RGB", (20, 20)), TypeError, "got Image; wrap a single image in a list"),
+        (torch.rand(3, 20, 20), ValueError, r"got shape \(3, 20, 20\); wrap a single image in a list"),
+        (np.zeros((20, 20, 3)), ValueError, r"got shape \(20, 20, 3\)"),
+        (iter([]), TypeError, "got list_iterator"),
+        ({"a": 1}, TypeError, "got dict"),
+        (None, TypeError, "got NoneType"),
+    ],
+)
+def test_inputs_that_are_no_list_of_images_are_refused(inputs, error, message):
+    with pytest.raises(error, match=f"inputs: .*{message}"):
+        Scorer(brightness).score(inputs)
+
+
+def test_settings_are_checked(arrays):
+    with pytest.raises(TypeError, match="reward: expected a Reward or a function, got str"):
+        Scorer("compact")
+    for batch_size in (0, -1, 2.0, True, "8", None):
+        with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1"):
+            Scorer(brightness, batch_size=batch_size)
+    with pytest.raises(ValueError, match="on_error: expected 'raise' or 'nan', got 'ignore'"):
+        Scorer(brightness).score(arrays, on_error="ignore")
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (lambda images: 0.5, TypeError, "returned float; expected a tensor"),
+        (lambda images: None, TypeError, "returned NoneType"),
+        (lambda images: images.mean((1, 2, 3)).tolist(), TypeError, "returned list"),
+        (lambda images: images.mean(), ValueError, r"shape \(\) for 1 images; expected \(1,\)"),
+        (lambda images: images.mean((2, 3)), ValueError, r"shape \(1, 3\)"),
+        (lambda images: images.mean((1, 2, 3))[:, None], ValueError, r"shape \(1, 1\)"),
+    ],
+)
+def test_rewards_that_do_not_give_one_score_an_image_are_told(result, error, message):
+    with pytest.raises(error, match=message):
+        Scorer(lambda images, prompts: result(images)).score([np.zeros((20, 20, 3))])
+
+
+def test_errors_of_the_reward_are_not_taken_for_unreadable_images(arrays):
+    def reward(images: Tensor, prompts: None) -> Tensor:
+        raise ValueError("the reward itself failed")
+
+    with pytest.raises(ValueError, match="the reward itself failed") as caught:
+        Scorer(reward).score(arrays, on_error="nan")
+    assert not isinstance(caught.value, ScoringError)
+
+
+# --------------------------------------------------------------------------------------------- gradients and devices
+
+
+def test_scoring_builds_no_graph_and_its_scores_are_ordinary_tensors(arrays):
+    reward = Channels()
+    grad_modes = []
+    reward.register_forward_pre_hook(lambda module, args: grad_modes.append(torch.is_grad_enabled()))
+    output = Scorer(reward, batch_size=3).score(arrays)
+    assert not any(grad_modes)
+    assert not output.total.requires_grad
+    weight = torch.ones(len(arrays), requires_grad=True)
+    (weight * output.total).sum().backward()  # inference tensors could not be saved for this
+    assert torch.equal(weight.grad, output.total)
+    assert torch.is_grad_enabled()
+
+
+def test_the_device_is_the_rewards_own():
+    assert device_of(brightness) == torch.device("cpu")
+    assert device_of(Channels().to("meta")) == torch.device("meta")
+    assert device_of(nn.Identity()) == torch.device("cpu")
+    with_device = Channels()
+    with_device.device = "meta"
+    assert device_of(with_device) == torch.device("meta")
+
+
+def test_composite_rewards_score_like_any_other(arrays, means):
+    reference = {"brightness": torch.tensor([0.2, 0.4, 0.6])}
+    composite = CompositeReward({"brightness": brightness}, reference=reference)
+    output = Scorer(composite, batch_size=2).score(arrays)
+    np.testing.assert_allclose(output.total.numpy(), (means - 0.4) / 0.2, atol=1e-4)
+    np.testing.assert_allclose(output.quality.numpy(), means, atol=1e-5)
