@@ -1,0 +1,128 @@
+"""Fine-tune both image streams; store what they then see of every image."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from features import StoredFeatures, Tail
+from recipe import Recipe, score_loss
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from aigiqa_reward.encoders.compact import CompactImageTower
+from aigiqa_reward.encoders.timm import TimmEncoder
+from aigiqa_reward.models.blocks import ScoreHead
+from aigiqa_reward.models.compact import CompactConfig, CompactHead
+from aigiqa_reward.weights import load_strictly, read_weights, write_weights
+
+EVALUATED_CROPS = (0, 2, 6, 8)
+"""Corners of the 3 x 3 grid: what the model itself takes of a square image."""
+
+
+class Streams(nn.Module):
+    """Both trained streams with the head, and a head for correspondence from the image alone (the control)."""
+
+    def __init__(self, config: CompactConfig, recipe: Recipe, encoder: TimmEncoder) -> None:
+        super().__init__()
+        self.coarse = Tail(copy.deepcopy(encoder)).to(memory_format=torch.channels_last)
+        self.fine = Tail(copy.deepcopy(encoder)).to(memory_format=torch.channels_last)
+        self.head = CompactHead(config, encoder.width, CompactImageTower.semantic_width, 384)
+        self.image_only = ScoreHead(config.width)
+        self.dropout = nn.Dropout(recipe.dropout)
+
+    def fused(self, whole: Tensor, crops: list[Tensor]) -> Tensor:
+        """(B, crops, width)."""
+        coarse = self.dropout(self.coarse(whole))
+        return self.head.fuse(coarse, torch.stack([self.dropout(self.fine(crop)) for crop in crops], dim=1))[0]
+
+    def forward(self, whole: Tensor, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Quality and image-only correspondence, (B,) each."""
+        fused = self.fused(whole, crops)
+        return self.head.quality(fused).mean(dim=1), self.image_only(fused).mean(dim=1)
+
+
+def train_streams(
+    stored: StoredFeatures, targets: Tensor, rows: np.ndarray, streams: Streams, recipe: Recipe, seed: int
+) -> Streams:
+    """Fine-tune the streams for quality, and at half weight for correspondence; returns their moving average."""
+    rng = np.random.default_rng(seed)
+    towers = [*streams.coarse.parameters(), *streams.fine.parameters()]
+    heads = [p for part in (streams.head.fusion, streams.head.quality, streams.image_only) for p in part.parameters()]
+    optimizer = torch.optim.AdamW(
+        [{"params": towers, "lr": recipe.tower_lr}, {"params": heads, "lr": recipe.head_lr}],
+        weight_decay=recipe.weight_decay,
+    )
+    steps = recipe.epochs * (len(rows) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [recipe.tower_lr, recipe.head_lr], total_steps=steps, pct_start=0.1
+    )
+    average = torch.optim.swa_utils.AveragedModel(
+        streams, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
+    )
+    streams.eval()  # batch statistics stay ImageNet's
+    streams.dropout.train()
+    bar = tqdm(total=steps, desc="streams", unit="step")
+    for _ in range(recipe.epochs):
+        order = rng.permutation(rows)[: len(rows) // recipe.batch_size * recipe.batch_size]
+        for batch in order.reshape(-1, recipe.batch_size):
+            whole = stored.maps(stored.whole, batch, rng.integers(2, size=len(batch)))
+            crop = stored.maps(stored.crops, batch, rng.integers(stored.crops.shape[1], size=len(batch)))
+            predictions = streams(whole, [crop])
+            loss = sum(
+                share * score_loss(predicted, targets[batch, aspect], recipe)
+                for aspect, (predicted, share) in enumerate(zip(predictions, (1.0, 0.5), strict=True))
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([*towers, *heads], 5.0)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(streams)
+            bar.update()
+    return average.module.eval()
+
+
+def fit_streams(stored: StoredFeatures, targets: Tensor, rows: np.ndarray, encoder: TimmEncoder, path: Path) -> Streams:
+    """The streams trained on these rows, from `path` if they were trained before."""
+    torch.manual_seed(0)  # initial weights and dropout of this script, which owns its process
+    recipe = Recipe()
+    streams = Streams(CompactConfig(), recipe, encoder)
+    pooled = torch.from_numpy(stored.pooled[rows])
+    streams.head.image_mean.copy_(pooled.mean(dim=0))
+    streams.head.image_std.copy_(pooled.std(dim=0) + 0.05)  # rarely active channels would be blown up
+    if path.exists():
+        load_strictly(streams, read_weights(path), source=str(path))
+        return streams.eval()
+    for head, aspect in ((streams.head.quality, 0), (streams.image_only, 1)):
+        nn.init.constant_(head.out.bias, float(targets[rows, aspect].mean()))
+    streams = train_streams(stored, targets, rows, streams, recipe, seed=0)
+    write_weights(path, streams.state_dict())
+    return streams
+
+
+@torch.no_grad()
+def describe_all(stored: StoredFeatures, streams: Streams) -> tuple[Tensor, Tensor, Tensor]:
+    """Quality and image-only correspondence (N,) at scoring crops, and fused embeddings (N, 2, width), one a flip."""
+    quality, image_only, fused = [], [], []
+    batches = np.array_split(np.arange(len(stored.whole)), len(stored.whole) // 16)
+    for rows in tqdm(batches, desc="describe", unit="16 images"):
+        crops = [streams.fine(stored.maps(stored.crops, rows, np.full(len(rows), c))) for c in EVALUATED_CROPS]
+        fine = torch.stack(crops, dim=1)
+        whole = [streams.coarse(stored.maps(stored.whole, rows, np.full(len(rows), flip))) for flip in (0, 1)]
+        both = [streams.head.fuse(coarse, fine)[0] for coarse in whole]
+        quality.append(streams.head.quality(both[0]).mean(dim=1))
+        image_only.append(streams.image_only(both[0]).mean(dim=1))
+        fused.append(torch.stack([z.mean(dim=1) for z in both], dim=1))
+    return torch.cat(quality), torch.cat(image_only), torch.cat(fused)
+
+
+def described(stored: StoredFeatures, streams: Streams, path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """`describe_all`, from `path` if it was done before."""
+    names = ("quality", "image_only", "fused")
+    if not path.exists():
+        write_weights(path, dict(zip(names, describe_all(stored, streams), strict=True)))
+    tensors = read_weights(path)
+    return tensors["quality"], tensors["image_only"], tensors["fused"]
