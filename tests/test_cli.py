@@ -1,0 +1,668 @@
+"""The command line, run as its users do: what it prints, writes, refuses and survives."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+from clip_models import write_tiny_clip
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from aigiqa_reward import BestOfN, Reward, Scorer, __version__, create_reward, list_rewards
+from aigiqa_reward.cli import app
+from aigiqa_reward.cli.output import Format, Row, render, scored
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
+
+KEYS = ["path", "prompt", "total", "quality", "correspondence", "error"]
+SIZES = {"a b.png": (64, 64), "b.jpg": (48, 80), "C.PNG": (96, 64), "é.png": (64, 64), "[red].png": (64, 64)}
+PROMPT = "a red apple on a table"
+
+
+def write_image(path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> Path:
+    """Coloured blocks: images of different seeds score apart."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for seed, (name, size) in enumerate(SIZES.items()):
+        write_image(folder / name, seed, size)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def paths(folder: Path) -> list[str]:
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"local-dir:{write_tiny_clip(tmp_path_factory.mktemp('clip'), seed=0)}"
+
+
+@pytest.fixture(scope="session")
+def tiny(clip: str) -> list[str]:
+    """Options that name a small reward."""
+    return ["--reward", "tsp_mgs", "--encoder", clip, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def tiny_reward(clip: str) -> Reward:
+    return create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip))
+
+
+@pytest.fixture(scope="module")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipelines.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def only_error(result: Result) -> str:
+    """The message of a usage error: the one thing that was printed."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
+    return result.stderr
+
+
+def assert_scores(rows: list[dict[str, Any]], reward: Reward, paths: list[str], prompts: Any) -> None:
+    """Each row holds what Scorer says of its path."""
+    expected = Scorer(reward).score(paths, prompts)
+    assert [row["path"] for row in rows] == paths
+    for name in ("total", "quality", "correspondence"):
+        scores = getattr(expected, name)
+        if scores is None:
+            assert all(row[name] is None for row in rows)
+        else:
+            assert [float(row[name]) for row in rows] == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- score
+
+
+@pytest.mark.parametrize("prompt", [None, PROMPT])
+def test_scores_are_those_of_scorer(
+    folder: Path, paths: list[str], tiny: list[str], tiny_reward: Reward, prompt: str | None
+) -> None:
+    result = run("score", folder, *tiny, "--format", "jsonl", *(["--prompt", prompt] if prompt else []))
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    rows = lines(result.stdout)
+    assert all(list(row) == KEYS for row in rows)
+    assert {row["prompt"] for row in rows} == {prompt}
+    assert_scores(rows, tiny_reward, paths, prompt)
+    assert len({row["total"] for row in rows}) == len(rows)
+
+
+def test_the_default_reward_is_the_embedded_one(folder: Path, paths: list[str]) -> None:
+    reward = create_reward("compact")
+    result = run("score", folder, "--device", "cpu", "--prompt", PROMPT, "--format", "jsonl")
+    assert result.exit_code == 0, result.output
+    assert_scores(lines(result.stdout), reward, paths, PROMPT)
+
+
+def test_options_reach_the_reward(paths: list[str], tiny: list[str], clip: str) -> None:
+    shares = {"quality_weight": 3.0, "correspondence_weight": 1.0}
+    encoder = OpenCLIPConfig(architecture=clip)
+    reward = create_reward("tsp_mgs", encoder=encoder, dtype=torch.bfloat16, **shares)
+    options = ["--quality-weight", "3", "--correspondence-weight", "1", "--dtype", "bfloat16", "--batch-size", "2"]
+    result = run("score", *paths, *tiny, *options, "--prompt", PROMPT, "--format", "jsonl")
+    rows = lines(result.stdout)
+    half = Scorer(reward, batch_size=2).score(paths, PROMPT)
+    assert [row["total"] for row in rows] == pytest.approx(half.total.tolist(), abs=1e-5)
+    for row in rows:
+        assert row["total"] == pytest.approx(0.75 * row["quality"] + 0.25 * row["correspondence"], abs=1e-5)
+
+
+def test_every_format_says_the_same(paths: list[str], tiny: list[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"")
+    common = ["score", *paths, broken, *tiny, "--prompt", PROMPT, "--format"]
+    rows = lines(run(*common, "jsonl").stdout)
+    from_csv = list(csv.DictReader(io.StringIO(run(*common, "csv").stdout)))
+    assert list(from_csv[0]) == KEYS
+    as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    assert from_csv == as_text
+    table = run(*common, "table").stdout.splitlines()
+    for row in rows:
+        (line,) = (line for line in table if line.startswith(f" {row['path']} "))
+        cells = line.removeprefix(f" {row['path']} ").split()
+        if row["error"] is None:
+            assert cells == [f"{row[name]:.4f}" for name in ("total", "quality", "correspondence")]
+        else:
+            assert " ".join(cells) in row["error"]
+
+
+def test_output_goes_to_a_file_whole(paths: list[str], tiny: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "new" / "scores.jsonl"
+    printed = run("score", *paths, *tiny, "--format", "jsonl").stdout
+    for _ in range(2):
+        result = run("score", *paths, *tiny, "--format", "jsonl", "--output", file)
+        assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+        assert file.read_text(encoding="utf-8") == printed
+        assert [path.name for path in file.parent.iterdir()] == ["scores.jsonl"]
+
+
+@pytest.mark.parametrize("place", [".", os.devnull])
+def test_output_replaces_files_only(paths: list[str], tiny: list[str], place: str) -> None:
+    assert "--output: expected a file" in only_error(run("score", *paths, *tiny, "--output", place))
+    assert not Path(os.devnull).is_file()
+    assert "cannot write" in only_error(run("score", *paths, *tiny, "--output", "x" * 300))
+
+
+def test_folders_stand_for_their_images(tiny: list[str], tmp_path: Path) -> None:
+    names = ["b.png", "a.JPG", "sub/c.webp", "sub/deep/d.bmp", ".hidden.png", ".git/e.png"]
+    for seed, name in enumerate(names):
+        write_image(tmp_path / name, seed)
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "empty").mkdir()
+
+    def found(*arguments: Path | str) -> list[str]:
+        result = run("score", *arguments, *tiny, "--format", "jsonl")
+        assert result.exit_code == 0, result.output
+        return [str(Path(row["path"]).relative_to(tmp_path)) for row in lines(result.stdout)]
+
+    assert found(tmp_path) == ["a.JPG", "b.png"]
+    assert found(tmp_path, "--recursive") == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.bmp"]
+    assert found(tmp_path / "sub", tmp_path / "b.png", tmp_path / "empty") == ["sub/c.webp", "b.png"]
+
+
+def test_unreadable_images_are_reported_and_the_others_scored(
+    paths: list[str], tiny: list[str], tiny_reward: Reward, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("hello")
+    write_image(tmp_path / "small.png", 0, (8, 8))
+    (tmp_path / "cut.png").write_bytes(Path(paths[0]).read_bytes()[:200])
+    bad = [str(tmp_path / name) for name in ("empty.png", "text.png", "missing.png", "small.png", "cut.png")]
+    bad.append(str(tmp_path / f"{'x' * 300}.png"))
+    mixed = [bad[0], paths[0], *bad[1:4], *paths[1:], *bad[4:]]
+    result = run("score", *mixed, *tiny, "--prompt", PROMPT, "--format", "jsonl", "--batch-size", "3")
+    assert result.exit_code == 1
+    rows = lines(result.stdout)
+    assert [row["path"] for row in rows] == mixed
+    failed = [row for row in rows if row["error"] is not None]
+    assert [row["path"] for row in failed] == bad
+    assert all(row[name] is None for row in failed for name in ("total", "quality", "correspondence"))
+    assert_scores([row for row in rows if row["error"] is None], tiny_reward, paths, PROMPT)
+    messages = result.stderr.splitlines()
+    assert len(messages) == len(bad)
+    assert all(message.startswith(f"error: {path}: ") for message, path in zip(messages, bad, strict=True))
+
+
+def test_warnings_are_messages(paths: list[str], tiny: list[str]) -> None:
+    result = run("score", paths[0], *tiny, "--prompt", "two cats " * 60, "--format", "jsonl")
+    assert result.exit_code == 0, result.output
+    assert len(lines(result.stdout)) == 1
+    assert re.fullmatch(r"warning: [^\n]*120 words[^\n]*dropped[^\n]*\n", result.stderr)
+
+
+def test_scores_that_are_no_numbers_are_errors() -> None:
+    row = scored("a.png", None, float("nan"), 0.5, None)
+    assert row.total is None
+    assert "nan" in str(row.error)
+    assert lines(render([row, scored("b.png", "x", 0.5, 0.25, 0.75)], Format.JSONL))[1]["total"] == 0.5
+
+
+# --------------------------------------------------------------------------------------------- names
+
+
+def hostile_names() -> list[str]:
+    names = [
+        "-x.png",
+        "--prompt",
+        "a b.png",
+        "[red].png",
+        "[bold].png",
+        ":smile:.png",
+        "'\".png",
+        "a,b.png",
+        "new\nline.png",
+    ]
+    names += ["é漢字.png", "\u2028.png", "\x1b[31mred.png", "=1+1.png", "a\tb.png", "back\\slash.png", "{x}.png"]
+    return names if sys.platform == "darwin" else [*names, os.fsdecode(b"not-utf8-\xff.png")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="such names cannot exist there")
+def test_hostile_names(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = hostile_names()
+    for seed, name in enumerate(names):
+        write_image(tmp_path / "image.png", seed).rename(tmp_path / name)
+    common = ["score", *tiny, "--format"]
+    result = run(*common, "jsonl", "--", *names)
+    assert result.exit_code == 0, result.output
+    assert [row["path"] for row in lines(result.stdout)] == names
+    table = list(csv.DictReader(io.StringIO(run(*common, "csv", "--", *names).stdout)))
+    assert [row["path"] for row in table] == [name.encode("utf-8", "backslashreplace").decode() for name in names]
+    table_lines = run(*common, "table", "--", *names).stdout.splitlines()
+    body = [line for line in table_lines if re.search(r"\d\.\d{4}", line)]
+    assert len(body) == len(names)
+    for name in ("[red].png", "[bold].png", ":smile:.png", "-x.png", "{x}.png", "é漢字.png"):
+        assert sum(line.startswith(f" {name} ") for line in body) == 1, name
+    assert "\x1b" not in "".join(table_lines)
+    ranked = run("rank", *tiny, "--format", "jsonl", "--copy-to", "best", "--", *names)
+    assert ranked.exit_code == 0, ranked.output
+    order = [row["path"] for row in lines(ranked.stdout)]
+    copies = {f"{place:03d}_{name}" for place, name in enumerate(order, start=1)}
+    assert {file.name for file in (tmp_path / "best").iterdir()} == copies | {"ranking.jsonl"}
+
+
+def test_messages_are_one_line_and_literal(tiny: list[str], tmp_path: Path) -> None:
+    result = run("score", *tiny, tmp_path / "[bold]no\nsuch.png", "--format", "jsonl")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: .*\[bold\]no\\nsuch\.png: no such file\n", result.stderr)
+
+
+def test_tables_keep_unscored_rows_apart() -> None:
+    rows = [
+        Row(key="a.png", prompt=None, total=0.5, quality=0.5),
+        Row(key="[b].png", prompt=None, error="[b].png: bad"),
+    ]
+    table = render(rows, Format.TABLE, numbered=True).splitlines()
+    assert table[0].split() == ["#", "image", "total", "quality", "error"]
+    assert [line.split() for line in table[2:]] == [["1", "a.png", "0.5000", "0.5000"], ["[b].png", "bad"]]
+
+
+# --------------------------------------------------------------------------------------------- prompts
+
+
+def prompts_for(paths: list[str]) -> list[str]:
+    return [f"{count} cats, one of them red" for count in range(len(paths))]
+
+
+def as_text(paths: list[str]) -> tuple[str, str]:
+    return "prompts.txt", "".join(prompt + "\r\n" for prompt in prompts_for(paths))
+
+
+def as_jsonl(paths: list[str]) -> tuple[str, str]:
+    pairs = reversed(list(zip(paths, prompts_for(paths), strict=True)))
+    return "prompts.jsonl", "\n".join(json.dumps({"path": path, "prompt": text, "mos": 1}) for path, text in pairs)
+
+
+def as_csv(column: str, key: Callable[[str], str]) -> Callable[[list[str]], tuple[str, str]]:
+    def build(paths: list[str]) -> tuple[str, str]:
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["mos", column, "prompt"])
+        writer.writerows((1, key(path), prompt) for path, prompt in zip(paths, prompts_for(paths), strict=True))
+        return f"{column}.csv", "\ufeff" + text.getvalue()
+
+    return build
+
+
+FILES = [as_text, as_jsonl, as_csv("path", str), as_csv("path", lambda p: Path(p).name)]
+FILES += [as_csv("name", lambda p: Path(p).name)]
+
+
+@pytest.mark.parametrize("build", FILES, ids=["text", "jsonl", "csv paths", "csv relative paths", "csv names"])
+def test_prompts_files(
+    build: Callable[[list[str]], tuple[str, str]],
+    paths: list[str],
+    tiny: list[str],
+    tiny_reward: Reward,
+    tmp_path: Path,
+) -> None:
+    name, text = build(paths)
+    (tmp_path / name).write_bytes(text.encode())
+    result = run("score", *paths, *tiny, "--prompts-file", tmp_path / name, "--format", "jsonl")
+    assert result.exit_code == 0, result.output
+    rows = lines(result.stdout)
+    assert [row["prompt"] for row in rows] == prompts_for(paths)
+    assert_scores(rows, tiny_reward, paths, prompts_for(paths))
+
+
+def test_an_empty_prompt_costs_its_own_image_only(
+    paths: list[str], tiny: list[str], tiny_reward: Reward, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(["one cat", "", "two cats", "  ", "three cats"]))
+    result = run("score", *paths, *tiny, "--prompts-file", file, "--format", "jsonl")
+    assert result.exit_code == 1
+    rows = lines(result.stdout)
+    assert [row["path"] for row in rows] == paths
+    assert ["prompt is empty" in (row["error"] or "") for row in rows] == [False, True, False, True, False]
+    assert_scores(rows[::2], tiny_reward, paths[::2], ["one cat", "two cats", "three cats"])
+    assert result.stderr.count("prompt is empty") == 2
+
+
+def test_prompts_are_never_guessed(tiny: list[str], tmp_path: Path) -> None:
+    images = [
+        write_image(tmp_path / name, seed) for seed, name in enumerate(["x/a.png", "y/a.png", "y/b.png", "c.png"])
+    ]
+    file = tmp_path / "prompts.csv"
+    file.write_text("path,prompt\nx/a.png,one\nb.png,two\nelsewhere/c.png,three\nelse/c.png,four\n")
+    result = run("score", *images, *tiny, "--prompts-file", file, "--format", "jsonl")
+    assert result.exit_code == 1
+    rows = lines(result.stdout)
+    assert [row["prompt"] for row in rows] == ["one", None, "two", None]
+    assert "no prompt for it" in rows[1]["error"]
+    assert "more than one prompt" in rows[3]["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("few.txt", "one\ntwo\n", "one line for each of the 5 images, got 2 lines"),
+        ("empty.txt", "", "got 0 lines"),
+        ("bad.jsonl", '{"path": "a.png", "prompt": "x"}\n{"path"\n', "line 2: not JSON"),
+        ("list.jsonl", '["a.png", "x"]\n', "line 1: expected"),
+        ("number.jsonl", '{"path": "a.png", "prompt": 3}\n', "line 1: expected"),
+        ("header.csv", "file,text\na.png,x\n", "expected the columns path,prompt or name,prompt"),
+        ("cells.csv", "name,prompt\na.png,a cat, red\n", "line 2: more cells than columns"),
+        ("others.csv", "name,prompt\nother.png,a cat\n", "none of the 5 images has a prompt"),
+        ("binary.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("missing.txt", None, "cannot read"),
+    ],
+)
+def test_wrong_prompts_files(
+    paths: list[str], tiny: list[str], tmp_path: Path, name: str, text: str | bytes | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert message in only_error(run("score", *paths, *tiny, "--prompts-file", tmp_path / name))
+
+
+# --------------------------------------------------------------------------------------------- usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score"], "IMAGES"),
+        (["score", ""], "empty path"),
+        (["score", "IMAGE", "--prompt", "x", "--prompts-file", "y"], "expected one of them, got both"),
+        (["score", "IMAGE", "--prompt", " "], "--prompt: expected a text"),
+        (["score", "IMAGE", "--reward", "compcat"], "did you mean 'compact'"),
+        (["score", "IMAGE", "--format", "xml"], "'--format'.*'table', 'jsonl', 'csv'"),
+        (["score", "IMAGE", "--dtype", "int8"], "'--dtype'"),
+        (["score", "IMAGE", "--batch-size", "0"], "'--batch-size'"),
+        (["score", "IMAGE", "--reward", "tsp_mgs"], "encoder"),
+        (["score", "IMAGE", "--encoder-weights", "openai"], "--encoder-weights"),
+        (["score", "IMAGE", "--reward", "tsp_mgs", "--encoder", "ViT-B-33", "--encoder-weights", "x"], "ViT-B-32"),
+        (["score", "IMAGE", "--reward", "tsp_mgs", "--encoder", "ViT-B-32", "--encoder-weights", "x.pt"], "pickle"),
+        (["score", "IMAGE", "--weights", "no/such/folder"], "weights: expected a folder"),
+        (["score", "IMAGE", "TINY", "--device", "nowhere"], "--device: cannot compute on 'nowhere'"),
+        (["score", "IMAGE", "TINY", "--device", "meta"], "--device: cannot compute on 'meta'"),
+        (["score", "IMAGE", "TINY", "--quality-weight", "0"], "needs prompts here: pass --prompt"),
+        (["score", "IMAGE", "TINY", "--quality-weight", "-1"], "quality_weight"),
+        (["rank", "IMAGE", "TINY", "--top-k", "0"], "'--top-k'"),
+        (["rank", "IMAGE", "TINY", "--copy-to", "IMAGE"], "--copy-to: expected a folder"),
+        (["best-of-n", "sd", "--prompt", "x", "--n", "2", "--top-k", "3"], "at most --n 2"),
+        (["best-of-n", "sd"], "--prompt"),
+        (["best-of-n", "sd", "--prompt", "x", "TINY"], "MODEL: expected a folder"),
+        (["score", "--no-such-option"], "--no-such-option"),
+        (["scroe"], "scroe"),
+    ],
+)
+def test_usage_errors(
+    paths: list[str],
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stand_ins = {"IMAGE": [paths[0]], "TINY": tiny}
+    full = [part for argument in arguments for part in stand_ins.get(argument, [argument])]
+    assert re.search(message, only_error(run(*full)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_without_images(tiny: list[str], tmp_path: Path) -> None:
+    write_image(tmp_path / "sub" / "a.png", 0)
+    assert "no images in" in only_error(run("score", tmp_path, *tiny))
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"aigiqa-reward {__version__}\n"
+
+
+# --------------------------------------------------------------------------------------------- rank
+
+
+def test_rank_orders_by_total(paths: list[str], tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"")
+    inputs = [str(tmp_path / "bad.png"), *paths, paths[2]]
+    common = [*inputs, *tiny, "--prompt", PROMPT, "--format", "jsonl"]
+    flat, ranked, best = run("score", *common), run("rank", *common), run("rank", *common, "--top-k", "2")
+    assert (ranked.exit_code, best.exit_code) == (1, 1)
+    rows = [row for row in lines(flat.stdout) if row["error"] is None]
+    expected = sorted(rows, key=lambda row: row["total"], reverse=True)
+    assert lines(ranked.stdout)[:-1] == expected
+    assert lines(ranked.stdout)[-1]["path"] == inputs[0]
+    assert [row["path"] for row in lines(best.stdout)] == [expected[0]["path"], expected[1]["path"], inputs[0]]
+
+
+def test_rank_copies_the_best(paths: list[str], tiny: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "best"
+    arguments = ["rank", *paths, *tiny, "--format", "jsonl", "--top-k", "2", "--copy-to", out]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert (out / "ranking.jsonl").read_text() == result.stdout
+    best = [Path(row["path"]) for row in lines(result.stdout)]
+    names = [f"{place:03d}_{path.name}" for place, path in enumerate(best, start=1)]
+    assert {file.name for file in out.iterdir()} == {*names, "ranking.jsonl"}
+    for name, path in zip(names, best, strict=True):
+        assert (out / name).read_bytes() == path.read_bytes()
+    (out / names[0]).write_bytes(b"mine")
+    assert "--overwrite" in only_error(run(*arguments))
+    (out / "ranking.jsonl").unlink()
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert refused.stdout == result.stdout, "the ranking itself is not lost"
+    assert (out / names[0]).read_bytes() == b"mine"
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert (out / names[0]).read_bytes() == best[0].read_bytes()
+
+
+def test_rank_never_overwrites_an_image_it_ranks(tiny: list[str], tmp_path: Path) -> None:
+    images = [write_image(tmp_path / f"{seed}.png", seed) for seed in range(3)]
+    rows = lines(run("rank", *images, *tiny, "--format", "jsonl").stdout)
+    names = ["a.png", "001_a.png", "b.png"]  # the copy of the best would be called as the second is
+    ranked = [Path(row["path"]).rename(tmp_path / name) for row, name in zip(rows, names, strict=True)]
+    before = {path.name: path.read_bytes() for path in ranked}
+    result = run("rank", *ranked, *tiny, "--top-k", "1", "--copy-to", tmp_path, "--overwrite")
+    assert result.exit_code == 2
+    assert "is itself one of the images" in result.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# --------------------------------------------------------------------------------------------- rewards
+
+
+def test_rewards_lists_all() -> None:
+    specs = list_rewards()
+    rows = lines(run("rewards", "--format", "jsonl").stdout)
+    assert [row["name"] for row in rows] == [spec.name for spec in specs]
+    assert [row["paper"] for row in rows] == [spec.paper for spec in specs]
+    table = run("rewards").stdout
+    for spec in specs:
+        for text in (spec.name, spec.paper, spec.licence, spec.scale, spec.input_size, spec.weights):
+            assert text in table
+
+
+# --------------------------------------------------------------------------------------------- best of n
+
+
+def test_best_of_n(sd_folder: Path, tiny: list[str], tiny_reward: Reward, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [
+        "best-of-n",
+        sd_folder,
+        "--prompt",
+        PROMPT,
+        "--n",
+        "5",
+        "--top-k",
+        "2",
+        "--seed",
+        "7",
+        "--batch-size",
+        "2",
+    ]
+    arguments += [
+        "--steps",
+        "2",
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--guidance-scale",
+        "3",
+        "--negative-prompt",
+        "red",
+    ]
+    result = run(*arguments, *tiny, "--out", out)
+    assert result.exit_code == 0, result.output
+    pipe = DiffusionPipeline.from_pretrained(sd_folder)
+    settings = {**pipelines.FEW_STEPS, "guidance_scale": 3.0, "negative_prompt": "red"}
+    expected = BestOfN(pipe, tiny_reward, n=5, top_k=2, batch_size=2, progress=False)(PROMPT, seed=7, **settings)
+    rows = lines((out / "results.jsonl").read_text())
+    assert all(list(row) == ["seed", *KEYS[1:]] for row in rows)
+    assert [row["seed"] for row in rows] == [7, 8, 9, 10, 11]
+    assert [row["total"] for row in rows] == pytest.approx(expected.all_scores, abs=1e-6)
+    winners = [f"{place:03d}_seed{seed}.png" for place, seed in enumerate(expected.seeds, start=1)]
+    assert {file.name for file in out.iterdir()} == {*winners, "results.jsonl"}
+    for name, image in zip(winners, expected.images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(out / name)), np.asarray(image))
+        assert str(out / name) in result.stdout
+    assert "--overwrite" in only_error(run(*arguments, *tiny, "--out", out))
+    again = run(*arguments, *tiny, "--out", out, "--overwrite", "--top-k", "1", "--reward-prompt", "two cats")
+    assert again.exit_code == 0, again.output
+    assert len(list(out.glob("*.png"))) == 1
+    assert [row["total"] for row in lines((out / "results.jsonl").read_text())] != [row["total"] for row in rows]
+
+
+def test_best_of_n_reads_safetensors_only(sd_folder: Path, tiny: list[str], tmp_path: Path) -> None:
+    pickled = shutil.copytree(sd_folder, tmp_path / "pickled")
+    for file in pickled.rglob("*.safetensors"):
+        name = "pytorch_model" if file.stem == "model" else file.stem  # transformers' name, or diffusers'
+        torch.save(load_file(file), file.with_name(f"{name}.bin"))
+        file.unlink()
+    error = only_error(run("best-of-n", pickled, "--prompt", "x", *tiny, "--out", tmp_path / "out"))
+    assert "MODEL: cannot load the pipeline" in error
+    assert "safetensors" in error
+
+
+# --------------------------------------------------------------------------------------------- processes
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "aigiqa_reward", *map(str, arguments)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'numpy', 'diffusers', 'transformers', 'PIL', 'huggingface_hub'}"
+    check = f"import sys, aigiqa_reward.cli as cli; assert not {heavy} & set(sys.modules); cli.app(['score', '--help'])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--prompts-file" in done.stdout
+
+
+def test_a_process_separates_its_streams(paths: list[str], tiny: list[str], tiny_reward: Reward) -> None:
+    arguments = command("score", *paths, "missing.png", *tiny, "--prompt", PROMPT, "--format", "jsonl")
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    assert done.returncode == 1
+    assert done.stderr == "error: missing.png: no such file\n"
+    assert_scores(lines(done.stdout)[:-1], tiny_reward, paths, PROMPT)
+
+
+def test_a_reader_that_leaves_is_no_error(tiny: list[str], paths: list[str]) -> None:
+    arguments = command("score", *paths, *tiny, "--format", "jsonl")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=120) == 0
+
+
+def interrupt(arguments: list[str]) -> tuple[int, str, str]:
+    """Start a command with a terminal on stderr and send SIGINT once its bar has moved: its status, stdout, stderr."""
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=end,
+        env=ENVIRONMENT | {"TERM": "xterm"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    os.close(end)
+    shown = b""
+    while not re.search(rb"[1-9]\d*/\d+", shown):
+        shown += os.read(terminal, 4096)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=120)
+    os.set_blocking(terminal, False)
+    try:
+        while part := os.read(terminal, 4096):
+            shown += part
+    except OSError:  # read to its end
+        pass
+    os.close(terminal)
+    return process.returncode, stdout.decode(), shown.decode(errors="replace")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("to_file", [False, True])
+def test_interrupted_scoring_keeps_what_it_has(
+    paths: list[str], tiny: list[str], tiny_reward: Reward, tmp_path: Path, to_file: bool
+) -> None:
+    file = tmp_path / "scores.jsonl"
+    output = ["--output", str(file)] if to_file else []
+    arguments = ["score", *paths * 1000, *tiny, "--prompt", PROMPT, "--batch-size", "1", "--format", "jsonl", *output]
+    status, stdout, stderr = interrupt(command(*arguments))
+    assert status == 130
+    rows = lines(file.read_text() if to_file else stdout)
+    assert 0 < len(rows) < 5000
+    assert f"interrupted: the result holds {len(rows)} of 5000 images" in stderr
+    assert "Traceback" not in stderr
+    assert_scores(rows[:5], tiny_reward, (paths * 1000)[: len(rows[:5])], PROMPT)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_interrupted_best_of_n_keeps_what_it_has(sd_folder: Path, tiny: list[str], tmp_path: Path) -> None:
+    arguments = ["best-of-n", sd_folder, "--prompt", PROMPT, "--n", "5000", "--batch-size", "1", "--steps", "2"]
+    arguments += ["--height", "32", "--width", "32", *tiny, "--out", tmp_path]
+    status, _, stderr = interrupt(command(*arguments))
+    assert status == 130
+    assert "error: interrupted" in re.sub(r"\x1b\[[0-9;]*m", "", stderr)
+    assert "Traceback" not in stderr
+    rows = lines((tmp_path / "results.jsonl").read_text())
+    assert 0 < len(rows) < 5000
+    best = max(rows, key=lambda row: row["total"])["seed"]
+    assert [file.name for file in tmp_path.glob("*.png")] == [f"001_seed{best}.png"]
