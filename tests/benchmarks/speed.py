@@ -1,0 +1,101 @@
+"""What a score costs, in one run: bare towers, the rewards, and the usual loop through PIL and a processor.
+
+    python tests/benchmarks/speed.py [--repeats 7] [--batch 8] [--threads 2] [--device cpu]
+
+Every contestant runs once a round, rounds are interleaved, and the figure is the median over rounds, as a ratio to one
+open_clip ViT-B/16 image forward on the same batch: absolute times on a shared CPU mean little. CLIP weights are random,
+which costs the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import open_clip
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from aigiqa_reward import Scorer, create_reward
+from aigiqa_reward import images as pixels
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
+from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
+from aigiqa_reward.reward import Reward
+from aigiqa_reward.zoo import get_spec
+
+REFERENCE = "open_clip ViT-B/16, image forward (bare tower)"
+
+
+def contestants(batch: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    images = torch.rand(batch, 3, 512, 512, generator=torch.Generator().manual_seed(0)).to(device)
+    prompts = ["a red apple on a wooden table"] * batch
+    vit_b16, _, processor = open_clip.create_model_and_transforms("ViT-B-16", device=device)
+    vit_b16.eval()
+    vit_b32 = OpenCLIPEncoder(OpenCLIPConfig(architecture="ViT-B-32"), load_weights=False)
+    zero_shot = Reward(TSPMGS(TSPMGSConfig(), vit_b32), get_spec("tsp_mgs")).to(device)
+    compact = create_reward("compact", device=device)
+    model = compact.model
+    features = {"compact": compact.encode_prompts(prompts), "tsp_mgs": zero_shot.encode_prompts(prompts)}
+    small = pixels.resize(images, (224, 224))
+    whole = pixels.resize_to_area(images, model.config.area**2, least=32)
+    crops = pixels.even_crops(images, model.config.crop, model.config.crops).flatten(0, 1)
+    patches = pixels.even_crops(images, 224, 15).flatten(0, 1)
+    pictures = pixels.to_pil(images)
+
+    def pil_loop() -> None:
+        for picture in pictures:
+            vit_b16.encode_image(processor(picture)[None].to(device))
+
+    def backward() -> Tensor:
+        leaf = images.clone().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(compact(leaf, features["compact"]).total.sum(), leaf)[0]
+
+    return {
+        REFERENCE: lambda: vit_b16.encode_image(small),
+        "usual loop: PIL, processor, ViT-B/16, one image at a time": pil_loop,
+        "compact, bare towers": lambda: (model.coarse(whole), model.fine(crops), model.semantic(whole)),
+        "compact, quality": lambda: compact(images),
+        "compact, quality and correspondence": lambda: compact(images, features["compact"]),
+        "compact, both, with pixel gradient": backward,
+        "compact through Scorer, PIL in": lambda: Scorer(compact, batch).score(pictures, prompts),
+        "open_clip ViT-B/32 on image and 15 crops (bare tower)": lambda: (
+            vit_b32.encode_image(small),
+            vit_b32.encode_image(patches),
+        ),
+        "tsp_mgs on ViT-B/32, quality and correspondence": lambda: zero_shot(images, features["tsp_mgs"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    runs = contestants(arguments.batch, arguments.device)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.no_grad():
+        for round_number in tqdm(range(arguments.repeats + 1), desc="rounds"):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                if arguments.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if round_number:  # the first round warms up
+                    times[name].append(time.perf_counter() - start)
+    reference = statistics.median(times[REFERENCE])
+    print(f"batch of {arguments.batch} images of 512 x 512, {arguments.repeats} rounds, {arguments.device}\n")
+    print("| | ratio to ViT-B/16 |\n| --- | ---: |")
+    for name, values in times.items():
+        print(f"| {name} | {statistics.median(values) / reference:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
