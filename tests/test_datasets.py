@@ -55,9 +55,7 @@ def test_reads_the_published_layout(tmp_path: Path) -> None:
     assert data.names == tuple(row["name"] for row in rows)
     assert data.prompts == tuple(row["prompt"] for row in rows)
     assert data.generators == GENERATORS * 3
-    assert all(
-        path.is_file() and path.name == name for path, name in zip(data.paths, data.names, strict=True)
-    )
+    assert all(path.is_file() and path.name == name for path, name in zip(data.paths, data.names, strict=True))
     for field, column in (
         ("quality", "mos_quality"),
         ("quality_std", "std_quality"),
@@ -229,9 +227,7 @@ def test_real_benchmark_and_its_generator_control() -> None:
         means = {generator: sum(values) / len(values) for generator, values in scores.items()}
         picked = possible = 0.0
         for prompt in {row["prompt"] for row in rows}:
-            images = [
-                (means[r["name"].rsplit("_", 1)[0]], float(r[column])) for r in rows if r["prompt"] == prompt
-            ]
+            images = [(means[r["name"].rsplit("_", 1)[0]], float(r[column])) for r in rows if r["prompt"] == prompt]
             mean = sum(score for _, score in images) / len(images)
             picked += max(images)[1] - mean
             possible += max(score for _, score in images) - mean

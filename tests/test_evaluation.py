@@ -167,9 +167,7 @@ def test_prompt_auc_agrees_with_counting() -> None:
     rng = np.random.default_rng(0)
     right, wrong = rng.integers(0, 5, size=40).astype(float), rng.integers(0, 5, size=(40, 3)).astype(float)
     wins = [
-        1.0 if right[i] > wrong[i, k] else 0.5 if right[i] == wrong[i, k] else 0.0
-        for i in range(40)
-        for k in range(3)
+        1.0 if right[i] > wrong[i, k] else 0.5 if right[i] == wrong[i, k] else 0.0 for i in range(40) for k in range(3)
     ]
     assert prompt_auc(right, wrong) == pytest.approx(sum(wins) / len(wins))
     assert prompt_auc(right, np.repeat(right[:, None], 3, axis=1)) == 0.5
@@ -227,9 +225,7 @@ def test_bootstrap_interval_covers_a_known_mean() -> None:
     groups, covered, trials = np.repeat(np.arange(50), 4), 0, 300
     for trial in range(trials):
         values = 2.0 + rng.normal(size=50)[groups] + 0.5 * rng.normal(size=200)  # alike within a group
-        found = bootstrap_interval(
-            lambda rows, _, v=values: float(v[rows].mean()), groups, repeats=200, seed=trial
-        )
+        found = bootstrap_interval(lambda rows, _, v=values: float(v[rows].mean()), groups, repeats=200, seed=trial)
         covered += found.low <= 2.0 <= found.high
     assert 0.90 <= covered / trials <= 0.98  # resampling rows instead of groups would cover about 0.65
 
@@ -266,9 +262,7 @@ def test_bootstrap_is_seeded_and_paired() -> None:
     one, two, difference, undefined = bootstrap_intervals(both, groups, repeats=50, level=0.9, seed=3)
     alone = bootstrap_interval(lambda rows, _: srcc(a[rows], y[rows]), groups, repeats=50, level=0.9, seed=3)
     assert one == alone
-    assert one != bootstrap_interval(
-        lambda rows, _: srcc(a[rows], y[rows]), groups, repeats=50, level=0.9, seed=4
-    )
+    assert one != bootstrap_interval(lambda rows, _: srcc(a[rows], y[rows]), groups, repeats=50, level=0.9, seed=4)
     assert difference.estimate == pytest.approx(one.estimate - two.estimate)
     assert math.isnan(undefined.low)
     wider = bootstrap_intervals(both, groups, repeats=50, level=0.99, seed=3)[0]
