@@ -149,19 +149,20 @@ class Scorer:
             yield ScoredImage(index=index, output=results.get(index), error=errors.get(index))
 
     def _score_batch(self, batch: Tensor, prompts: Any) -> RewardOutput:
+        device = device_of(self.reward)
         with torch.inference_mode():
-            result = self.reward(batch.to(device_of(self.reward)), prompts)
+            result = self.reward(batch if device is None else batch.to(device), prompts)
         return as_reward_output(result, len(batch)).to("cpu")
 
 
-def device_of(reward: Any) -> torch.device:
-    """Where a reward wants its images: its own `device`, else that of its first parameter, else the CPU."""
+def device_of(reward: Any) -> torch.device | None:
+    """Where a reward wants its images: its own `device`, else that of its first parameter; None if it has neither."""
     device = getattr(reward, "device", None)
     if isinstance(device, torch.device | str):
         return torch.device(device)
     if isinstance(reward, nn.Module) and (weight := next(reward.parameters(), None)) is not None:
         return weight.device
-    return torch.device("cpu")
+    return None
 
 
 def _take(prompts: Any, rows: list[int]) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from aigiqa_reward.scorer import device_of
 from aigiqa_reward.selection import TopK
 from aigiqa_reward.types import RewardOutput, as_reward_output
 
@@ -62,7 +63,7 @@ class PromptedReward:
     def __init__(self, reward: Any, text: str) -> None:
         self._reward = reward
         self._text = text
-        self._device = _device_of(reward)
+        self._device = device_of(reward)
         self._features: Any = None
         if callable(getattr(reward, "encode_prompts", None)):
             with torch.no_grad():
@@ -75,16 +76,6 @@ class PromptedReward:
         with torch.inference_mode():
             result = self._reward(images if self._device is None else images.to(self._device), prompts)
         return as_reward_output(result, count)
-
-
-def _device_of(reward: Any) -> torch.device | None:
-    """The device on which a reward wants its images; None if it does not say, and they stay where they are."""
-    device = getattr(reward, "device", None)
-    if isinstance(device, torch.device | str):
-        return torch.device(device)
-    if isinstance(reward, nn.Module):
-        return next((parameter.device for parameter in reward.parameters()), None)
-    return None
 
 
 class Tally:

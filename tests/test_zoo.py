@@ -1,0 +1,111 @@
+"""The zoo: names, arguments and weight files that people can get wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from clip_models import write_tiny_clip
+
+from aigiqa_reward import Reward, create_reward, list_rewards
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
+from aigiqa_reward.models.blocks import expected_level, level_probabilities
+from aigiqa_reward.weights import ASSETS, WeightsError, sha256
+from aigiqa_reward.zoo import COMPACT_FILES, build_compact, get_spec
+
+
+def test_an_unknown_name_says_which_exist_and_which_was_meant() -> None:
+    with pytest.raises(ValueError, match=r"'compct'; did you mean 'compact'\?.*compact, tsp_mgs"):
+        create_reward("compct")
+    with pytest.raises(ValueError, match="'tsp_mgs'"):
+        create_reward("TSP-MGS")
+    with pytest.raises(ValueError, match="no reward is called 7"):
+        create_reward(7)  # type: ignore[arg-type]
+
+
+def test_arguments_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    encoder = OpenCLIPConfig(architecture="ViT-B-32")
+    for arguments, message in (
+        ({"name": "compact", "preset": "paper"}, "embedded towers"),
+        ({"name": "compact", "preset": "large"}, "'large'"),
+        ({"name": "compact", "encoder": encoder}, "embedded towers"),
+        ({"name": "compact", "dtype": torch.int8}, "floating-point"),
+        ({"name": "compact", "revision": "main"}, "weights is None"),
+        ({"name": "compact", "quality_weight": -1.0}, "quality_weight"),
+        ({"name": "compact", "quality_weight": 0.0, "correspondence_weight": 0.0}, "at least one above 0"),
+        ({"name": "compact", "weights": tmp_path, "encoder": encoder}, "neither preset nor encoder"),
+        ({"name": "tsp_mgs"}, "no embedded weights.*OpenCLIPConfig"),
+        ({"name": "tsp_mgs", "encoder": encoder}, "random weights"),
+        ({"name": "tsp_mgs", "encoder": encoder, "preset": "paper"}, "pass one of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_reward(**arguments)
+
+
+def test_embedded_files_are_the_ones_that_were_listed() -> None:
+    spec = get_spec("compact")
+    assert spec.sha256.keys() == COMPACT_FILES.keys()
+    assert {file: sha256(ASSETS / file) for file in COMPACT_FILES} == spec.sha256
+    total = (
+        sum((ASSETS / file).stat().st_size for file in COMPACT_FILES)
+        + (ASSETS / "towers" / "tokenizer.json").stat().st_size
+    )
+    assert total <= 40e6
+    assert abs(total / 1e6 - spec.megabytes) < 1
+
+
+@pytest.mark.parametrize("file", sorted(COMPACT_FILES))
+def test_an_altered_embedded_file_is_refused(file: str, tmp_path: Path) -> None:
+    shutil.copytree(ASSETS, tmp_path / "assets")
+    damaged = tmp_path / "assets" / file
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"altered or damaged.*sha256.*reinstall"):
+        build_compact(tmp_path / "assets")
+
+
+def test_saved_rewards_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"reward\.save_pretrained or a Hub id"):
+        create_reward("compact", weights=tmp_path / "nowhere" / "at" / "all")
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        create_reward("compact", weights=tmp_path)
+    clip = write_tiny_clip(tmp_path / "clip", seed=0)
+    saved = tmp_path / "saved"
+    create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=f"local-dir:{clip}")).save_pretrained(saved)
+    with pytest.raises(WeightsError, match="'tsp_mgs' reward, expected 'compact'"):
+        create_reward("compact", weights=saved)
+    with pytest.raises(ValueError, match="no revisions"):
+        create_reward("tsp_mgs", weights=saved, revision="main")
+    config = json.loads((saved / "config.json").read_text())
+    config["model"]["config"]["nonsense"] = 1
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="nonsense"):
+        Reward.from_pretrained(saved)
+
+
+def test_create_reward_draws_nothing_from_the_global_generator() -> None:
+    before = torch.random.get_rng_state()
+    create_reward("compact")
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_every_entry_names_its_paper_and_licence() -> None:
+    for spec in list_rewards():
+        assert get_spec(spec.name) is spec
+        assert spec.paper
+        assert "Apache-2.0" in spec.licence
+
+
+def test_levels_follow_the_equations_of_the_paper() -> None:
+    image = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    levels = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+    got = level_probabilities(image, levels, 100.0)
+    for row in range(3):
+        cosines = [float(image[row] @ level / (image[row].norm() * level.norm())) for level in levels[row]]
+        weights = torch.tensor([100 * cosine for cosine in cosines], dtype=torch.float64).exp()
+        assert torch.allclose(got[row].double(), weights / weights.sum(), atol=1e-4)
+    assert torch.allclose(expected_level(torch.eye(5)), torch.tensor([0.0, 1.25, 2.5, 3.75, 5.0]))
