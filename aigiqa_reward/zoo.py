@@ -38,7 +38,7 @@ SPECS: dict[str, ModelSpec] = {
         paper="after MST-CLIPIQA: multi-scale two-stream CLIP for AI-generated image quality assessment",
         licence="Apache-2.0 (code and heads; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
         scale="[0, 1] on AGIQA-3K, 1 = its best human score; not clamped",
-        input_size="whole image at 256 x 256 px area, 4 crops of 224 px at native resolution",
+        input_size="whole image at 256 x 256 px area, 4 to 16 crops of 224 px at native resolution up to 512 px",
         differentiable=True,
         gradient_path="pixels through both image streams, the gate and the heads; prompts fixed",
         needs_prompt=False,

@@ -145,8 +145,10 @@ def test_resize_keeps_overshoot_and_double_precision_and_lifts_half():
         assert pixels.resize(edge.to(dtype), (32, 32)).dtype == torch.float32
 
 
-def test_resize_to_area_and_enlarge_to_keep_the_aspect_ratio():
+def test_scaling_keeps_the_aspect_ratio():
     image = torch.rand(1, 3, 60, 120)
+    assert pixels.reduce_to(image, 60) is image
+    assert pixels.reduce_to(image, 30).shape == (1, 3, 30, 60)
     assert pixels.enlarge_to(image, 60) is image
     assert pixels.enlarge_to(image, 90).shape == (1, 3, 90, 180)
     assert pixels.resize_to_area(image, 200 * 400, least=32).shape == (1, 3, 200, 400)
@@ -162,6 +164,7 @@ OPERATIONS = {
     "resize up": lambda x: pixels.resize(x, (9, 13)),
     "resize to area": lambda x: pixels.resize_to_area(x, 20, least=3),
     "enlarge": lambda x: pixels.enlarge_to(x, 9),
+    "reduce": lambda x: pixels.reduce_to(x, 4),
     "letterbox down": lambda x: pixels.letterbox(x, 6, fill=FILL),
     "letterbox up": lambda x: pixels.letterbox(x, 11, fill=FILL),
     "even crops": lambda x: pixels.even_crops(x, 4, 3),

@@ -14,6 +14,7 @@ from aigiqa_reward.images.sizes import (
     letterbox,
     normalise,
     random_crops,
+    reduce_to,
     resize,
     resize_to_area,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "normalise",
     "random_crops",
+    "reduce_to",
     "resize",
     "resize_to_area",
     "to_bhwc",

@@ -40,9 +40,16 @@ def resize_to_area(images: Images, area: int, *, least: int) -> Resized:
 
 def enlarge_to(images: Images, short_side: int) -> Resized:
     """Bring the short side up to `short_side` px, keeping the aspect ratio; larger images pass unchanged."""
+    return images if min(images.shape[2:]) >= short_side else _with_short_side(images, short_side)
+
+
+def reduce_to(images: Images, short_side: int) -> Resized:
+    """Bring the short side down to `short_side` px, keeping the aspect ratio; smaller images pass unchanged."""
+    return images if min(images.shape[2:]) <= short_side else _with_short_side(images, short_side)
+
+
+def _with_short_side(images: Images, short_side: int) -> Resized:
     height, width = images.shape[2:]
-    if min(height, width) >= short_side:
-        return images
     scale = short_side / min(height, width)
     return resize(images, (max(short_side, round(height * scale)), max(short_side, round(width * scale))))
 

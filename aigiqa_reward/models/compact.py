@@ -12,7 +12,8 @@ and divided by the deviation of the product there:
     m = <s - s0, t - t0> / sigma,  correspondence = head_c(z + alpha attention(z, words)) + w m
 
 What is ours, not the paper's: EfficientNet-Lite0 in place of CLIP's image towers and MiniLM in place of its text tower;
-crops as the fine stream's input; a gate for each crop; towers fine-tuned rather than frozen; the semantic match m.
+crops as the fine stream's input, at native resolution up to 512 px; a gate for each crop; towers fine-tuned rather than
+frozen; the semantic match m.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class CompactConfig:
         width: joint width d of the fused embedding.
         area: the coarse stream scales images to about area x area pixels, keeping their aspect ratio.
         crop: side of the fine stream's crops in px, at native resolution.
-        crops: how many, evenly spaced over the image.
+        crops: how many on a square image, evenly spaced; longer images get more, up to four times as many.
+        resolution: short side in px up to which the fine stream sees native pixels. Larger images are scaled down to it
+            first, as those of the benchmark were: the model knows no others.
         rank: of the prompt's cross-attention.
     """
 
@@ -81,6 +84,7 @@ class CompactConfig:
     area: int = 256
     crop: int = 224
     crops: int = 4
+    resolution: int = 512
     rank: int = 32
 
     def __post_init__(self) -> None:
@@ -170,11 +174,18 @@ class Compact(QualityModel):
         features = self.text.encode(texts)
         return {"tokens": features.tokens, "mask": features.mask, "pooled": features.pooled}
 
+    def crops(self, images: Images) -> Float[Tensor, "batch crops 3 side side"]:
+        """What the fine stream looks at."""
+        height, width = images.shape[2:]
+        elongation = min(4, round(max(height, width) / min(height, width)))
+        native = pixels.reduce_to(images, self.config.resolution)
+        return pixels.even_crops(native, self.config.crop, self.config.crops * elongation)
+
     def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> ModelOutput:
         """Quality from both streams; correspondence from them, the prompt's words and the semantic match."""
         del context
         whole = pixels.resize_to_area(images, self.config.area**2, least=32)
-        crops = pixels.even_crops(images, self.config.crop, self.config.crops)
+        crops = self.crops(images)
         coarse = self.coarse.pool(self.coarse(whole))
         fine = self.fine.pool(self.fine(crops.flatten(0, 1))).unflatten(0, crops.shape[:2])
         fused, gate = self.head.fuse(coarse, fine)

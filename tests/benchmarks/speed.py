@@ -41,7 +41,7 @@ def contestants(batch: int, device: torch.device) -> dict[str, Callable[[], obje
     features = {"compact": compact.encode_prompts(prompts), "tsp_mgs": zero_shot.encode_prompts(prompts)}
     small = pixels.resize(images, (224, 224))
     whole = pixels.resize_to_area(images, model.config.area**2, least=32)
-    crops = pixels.even_crops(images, model.config.crop, model.config.crops).flatten(0, 1)
+    crops = model.crops(images).flatten(0, 1)
     patches = pixels.even_crops(images, 224, 15).flatten(0, 1)
     pictures = pixels.to_pil(images)
 
