@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -180,10 +181,37 @@ class Reward(nn.Module, ModelHubMixin):
         save_reward(self, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None, **_hub_arguments: object) -> Reward:
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **model_kwargs: Any,
+    ) -> Reward:
         from aigiqa_reward.zoo import load_reward
 
-        return load_reward(model_id, revision=revision)
+        if unknown := model_kwargs.keys() - {"model", "spec", "quality_weight", "correspondence_weight"}:
+            raise TypeError(
+                f"from_pretrained: unknown arguments {sorted(unknown)}; quality_weight and correspondence_weight "
+                "can be given, device and dtype are changed with .to(...)"
+            )
+        hub = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        return load_reward(
+            model_id,
+            revision=revision,
+            hub=hub,
+            quality_weight=model_kwargs.get("quality_weight"),
+            correspondence_weight=model_kwargs.get("correspondence_weight"),
+        )
 
     def extra_repr(self) -> str:
         """What sets this reward apart from another of its name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ COMPACT_FILES = {
     "compact/model.safetensors": "",
 }
 """Embedded files of the compact reward, and which part of the model each one fills."""
+
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 SPECS: dict[str, ModelSpec] = {
     "compact": ModelSpec(
@@ -123,11 +126,21 @@ def create_reward(
     if weights is not None:
         if preset is not None or encoder is not None:
             raise ValueError("weights: a saved reward brings its own towers; pass neither preset nor encoder")
-        reward = load_reward(weights, revision=revision, expected=name, **shares)
+        reward = load_reward(
+            weights,
+            revision=revision,
+            expected=name,
+            quality_weight=quality_weight,
+            correspondence_weight=correspondence_weight,
+        )
     else:
         with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
             reward = Reward(_build(name, preset, encoder), spec, **shares)
-    return reward.to(device=device, dtype=dtype)
+    try:
+        return reward.to(device=device, dtype=dtype)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: cannot use {str(device)!r} here ({reason}); pass 'cpu', or None") from error
 
 
 def _build(name: str, preset: str | None, encoder: OpenCLIPConfig | None) -> QualityModel:
@@ -173,6 +186,7 @@ def save_reward(reward: Reward, folder: Path) -> None:
     config = {
         "name": reward.name,
         "library_version": __version__,
+        "dtype": str(next(reward.model.parameters()).dtype).removeprefix("torch."),
         "quality_weight": reward.quality_weight,
         "correspondence_weight": reward.correspondence_weight,
         "model": reward.model.describe(),
@@ -185,20 +199,30 @@ def load_reward(
     source: str | Path,
     *,
     revision: str | None = None,
+    hub: Mapping[str, Any] | None = None,
     expected: str | None = None,
     quality_weight: float | None = None,
     correspondence_weight: float | None = None,
 ) -> Reward:
-    """Load what `Reward.save_pretrained` wrote, from a folder or a Hub id.
+    """Load what `Reward.save_pretrained` wrote, from a folder or a Hub id, in the dtype it was saved in.
+
+    Args:
+        source: the folder, or the id.
+        revision: branch, tag or commit of the id.
+        hub: further arguments of `huggingface_hub.snapshot_download`, such as token and cache_dir.
+        expected: name that the reward must have.
+        quality_weight: instead of the saved one.
+        correspondence_weight: instead of the saved one.
 
     Raises:
         WeightsError: the folder or id holds no whole reward, or one of another name than `expected`.
     """
-    folder = _folder(source, revision)
+    folder = _folder(source, revision, hub or {})
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name, description = config["name"], config["model"]
         shares = {key: float(config[key]) for key in ("quality_weight", "correspondence_weight")}
+        dtype = _DTYPES[config["dtype"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"weights: {folder}/config.json does not describe a reward ({type(error).__name__}: {error}); "
@@ -214,29 +238,28 @@ def load_reward(
     try:
         with torch.random.fork_rng(devices=[]):
             model = _empty(name, description)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"weights: {folder}/config.json does not fit {name!r}: {error}") from error
-    reward = Reward(model, spec, **shares)
+    reward = Reward(model, spec, **shares).to(dtype)
     load_strictly(reward, read_weights(folder / "model.safetensors"), source=str(folder))
     return reward
 
 
-def _folder(source: str | Path, revision: str | None) -> Path:
+def _folder(source: str | Path, revision: str | None, hub: Mapping[str, Any]) -> Path:
     folder = Path(source)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision: {source} is a local folder, which has no revisions; pass None")
         return folder
-    if folder.exists() or len(Path(source).parts) != 2:
+    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:
         raise WeightsError(
             f"weights: expected a folder written by reward.save_pretrained or a Hub id owner/name, got {str(source)!r}"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(source), revision=revision, allow_patterns=["config.json", "model.safetensors"])
-        )
+        files = ["config.json", "model.safetensors"]
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=files, **hub))
     except (OSError, ValueError) as error:
         raise WeightsError(f"weights: could not fetch {str(source)!r} from the Hub: {error}") from error
 

@@ -245,8 +245,9 @@ def test_prompts_in_other_scripts_are_scored_with_a_warning(reward: Reward) -> N
 # --------------------------------------------------------------------------------------------- saving
 
 
-def test_saved_and_loaded_rewards_are_equal_to_the_bit(make: Maker, tmp_path: Path) -> None:
-    reward = make(quality_weight=2.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_saved_and_loaded_rewards_are_equal_to_the_bit(make: Maker, tmp_path: Path, dtype: torch.dtype) -> None:
+    reward = make(quality_weight=2.0, dtype=dtype)
     reward.save_pretrained(tmp_path)
     again, direct = make(weights=tmp_path), Reward.from_pretrained(tmp_path)
     images = scenes(2, 64, 96)

@@ -87,6 +87,17 @@ def test_saved_rewards_that_are_not_whole_are_refused(tmp_path: Path) -> None:
         Reward.from_pretrained(saved)
 
 
+def test_a_device_that_is_not_there_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(ValueError, match=r"device: cannot use 'cudaa' here.*'cpu'"):
+        create_reward("compact", device="cudaa")
+
+
+def test_from_pretrained_refuses_arguments_it_does_not_know(tmp_path: Path) -> None:
+    create_reward("compact").save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="banana"):
+        Reward.from_pretrained(tmp_path, banana=1)
+
+
 def test_create_reward_draws_nothing_from_the_global_generator() -> None:
     before = torch.random.get_rng_state()
     create_reward("compact")
