@@ -1,0 +1,205 @@
+"""Pictures of results. Here pixels are shown, not scored: what is drawn goes to eyes, and never into a reward."""
+
+from __future__ import annotations
+
+import bisect
+import importlib.util
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from aigiqa_reward.sampling.candidates import BestOfNOutput
+
+WINNER = (234, 88, 12)
+"""Colour of the frame around the winner and of nothing else in a contact sheet, sRGB."""
+
+_SHEET, _CARD, _EMPTY = (242, 243, 245), (255, 255, 255), (232, 234, 237)
+_INK, _MUTED = (24, 24, 27), (104, 106, 115)
+_MARGIN, _GAP, _PADDING, _FRAME = 36, 22, 12, 6  # px: around the sheet, between cards, in a card, the winner's frame
+_TITLE, _HEADING, _TEXT, _SMALL = 24, 18, 14, 12  # font sizes in px
+_WIDTH = 1152
+"""Width in px that the images of a row share: chosen here, for a sheet that fits a laptop's screen."""
+
+_SMALLEST, _LARGEST = 192, 512
+"""Limits in px to an image's longer side: the first leaves room for the numbers below it."""
+
+_TITLE_LINES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Card:
+    """What is drawn of one candidate; `reason` says why there is no image."""
+
+    seed: int
+    total: float
+    quality: float
+    correspondence: float | None
+    image: Image.Image | None
+    reason: str
+    best: bool
+
+    def numbers(self) -> list[tuple[str, str]]:
+        """The small print, line by line."""
+        lines = [("quality", _number(self.quality))]
+        if self.correspondence is not None:
+            lines.append(("correspondence", _number(self.correspondence)))
+        return [*lines, ("seed", str(self.seed))]
+
+
+def contact_sheet(output: BestOfNOutput, prompt: str) -> Image.Image:
+    """Draw all candidates of one prompt in one picture, with their scores, the best one in a frame.
+
+    Candidates stand in their order, row by row. Small images are enlarged by a whole factor, each pixel a square; large
+    ones are scaled down. A candidate that was dropped, or whose image was not kept, is an empty tile with the reason.
+
+    Args:
+        output: of `BestOfN` or `rerank`; with `top_k` as large as `n` it holds every image.
+        prompt: the title. Shortened to three lines; characters that cannot be printed are left out.
+
+    Returns:
+        An RGB picture, up to 1350 px wide for 25 candidates or fewer; more are as square a grid of 238 px a column.
+
+    Raises:
+        ValueError: no candidates.
+    """
+    if not output.all_seeds:
+        raise ValueError("output: expected at least one candidate, got none; pass what BestOfN or rerank returned")
+    columns = _columns(len(output.all_seeds))
+    side = min(_LARGEST, max(_SMALLEST, _WIDTH // columns))
+    cards = _cards(output, side)
+    images = [card.image for card in cards if card.image is not None]
+    box_width = max([_SMALLEST, *(image.width for image in images)])
+    box_height = max([_SMALLEST // 2, *(image.height for image in images)])
+    width = box_width + 2 * _PADDING
+    height = box_height + 2 * _PADDING + 32 + 18 * len(cards[0].numbers())
+    sheet_width = 2 * _MARGIN + columns * width + (columns - 1) * _GAP
+    title = _wrapped(_printable(prompt), _font(_TITLE, bold=True), sheet_width - 2 * _MARGIN, _TITLE_LINES)
+    top = _MARGIN + 32 * len(title) + 40
+    rows = math.ceil(len(cards) / columns)
+    sheet = Image.new("RGB", (sheet_width, top + rows * height + (rows - 1) * _GAP + _MARGIN), _SHEET)
+    draw = ImageDraw.Draw(sheet)
+    for line, text in enumerate(title):
+        draw.text((_MARGIN, _MARGIN + 20 + 32 * line), text, _INK, _font(_TITLE, bold=True), anchor="ls")
+    draw.text((_MARGIN, top - 26), _summary(output), _MUTED, _font(_TEXT), anchor="ls")
+    for place, card in enumerate(cards):
+        left = _MARGIN + place % columns * (width + _GAP)
+        upper = top + place // columns * (height + _GAP)
+        _draw_card(sheet, card, (left, upper, left + width, upper + height), box_height)
+    return sheet
+
+
+def _cards(output: BestOfNOutput, side: int) -> list[_Card]:
+    images = dict(zip(output.seeds, output.images, strict=True))
+    best = output.seeds[0] if output.seeds else None
+    known = output.all_correspondence or [None] * len(output.all_seeds)
+    return [
+        _Card(
+            seed=seed,
+            total=total,
+            quality=quality,
+            correspondence=correspondence,
+            image=_fitted(images[seed], side) if seed in images else None,
+            reason=output.dropped.get(seed, "the image was not kept"),
+            best=seed == best,
+        )
+        for seed, total, quality, correspondence in zip(
+            output.all_seeds, output.all_scores, output.all_quality, known, strict=True
+        )
+    ]
+
+
+def _summary(output: BestOfNOutput) -> str:
+    count = len(output.all_seeds)
+    parts = ["1 candidate" if count == 1 else f"{count} candidates"]
+    if output.dropped:
+        parts.append(f"{len(output.dropped)} dropped")
+    if output.seeds:
+        parts += [f"the best has seed {output.seeds[0]}", "bold: total, higher is better"]
+    return "  ·  ".join(parts)
+
+
+def _draw_card(sheet: Image.Image, card: _Card, place: tuple[int, int, int, int], box_height: int) -> None:
+    draw = ImageDraw.Draw(sheet)
+    left, top, right, bottom = place
+    if card.best:
+        draw.rectangle((left - _FRAME, top - _FRAME, right - 1 + _FRAME, bottom - 1 + _FRAME), WINNER)
+    draw.rectangle((left, top, right - 1, bottom - 1), _CARD)
+    left, top, right = left + _PADDING, top + _PADDING, right - _PADDING
+    if card.image is not None:
+        corner = left + (right - left - card.image.width) // 2, top + (box_height - card.image.height) // 2
+        sheet.paste(card.image, corner)
+    else:
+        draw.rectangle((left, top, right - 1, top + box_height - 1), _EMPTY)
+        lines = _wrapped(_printable(card.reason), _font(_SMALL), right - left - 2 * _PADDING, 4)
+        middle = (left + right) / 2, top + box_height / 2
+        draw.multiline_text(middle, "\n".join(lines), _MUTED, _font(_SMALL), anchor="mm", align="center", spacing=6)
+    baseline = top + box_height + 28
+    heading, ink = ("dropped", _MUTED) if math.isnan(card.total) else (_number(card.total), _INK)
+    draw.text((left, baseline), heading, ink, _font(_HEADING, bold=True), anchor="ls")
+    if card.best:
+        draw.rectangle((right - 44, baseline - 17, right - 1, baseline + 4), WINNER)
+        draw.text((right - 22, baseline - 6), "best", _CARD, _font(_SMALL, bold=True), anchor="mm")
+    for line, (name, value) in enumerate(card.numbers()):
+        draw.text((left, baseline + 22 + 18 * line), name, _MUTED, _font(_SMALL), anchor="ls")
+        draw.text((right, baseline + 22 + 18 * line), value, _MUTED, _font(_SMALL), anchor="rs")
+
+
+def _columns(count: int) -> int:
+    """As square as can be, or one column wider where that leaves fewer empty places."""
+    least = math.ceil(math.sqrt(count))
+    return min(least, least + 1, key=lambda columns: -count % columns)
+
+
+def _fitted(image: Image.Image, side: int) -> Image.Image:
+    """The image with its longer side at most `side`, enlarged by a whole factor only."""
+    scale = side / max(image.size)
+    if scale >= 1:
+        return image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+@cache
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic, Arabic and more."""
+    library = importlib.util.find_spec("matplotlib")  # found, not imported: that looks for a home, and logs without one
+    if library is None or library.origin is None:
+        raise ImportError("matplotlib is missing, whose font is used here; pip install matplotlib")
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(library.origin).parent / "mpl-data" / "fonts" / "ttf" / name), size)
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
+
+
+def _printable(text: str) -> str:
+    """In one line, without control characters and halves of characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """At most `most` lines of `width` px, broken between words where that is possible; an ellipsis for what is cut."""
+    text, lines = text[:2000], []  # more never fits, and measuring it would take its time
+    while text and len(lines) < most:
+        end = _fitting(text, font, width)
+        if end < len(text) and len(lines) == most - 1:
+            return [*lines, text[: _fitting(text, font, width - font.getlength("…"))].rstrip() + "…"]
+        if end < len(text) and (space := text.rfind(" ", 1, end + 1)) > 0:
+            end = space
+        lines.append(text[:end].rstrip())
+        text = text[end:].lstrip()
+    return lines
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
+    """How many of the first characters are no wider than `width` px; at least one."""
+    return max(1, bisect.bisect_right(range(1, len(text) + 1), width, key=lambda end: font.getlength(text[:end])))

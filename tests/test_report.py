@@ -1,0 +1,312 @@
+"""Contact sheets, judged by their pixels: every image in its place, one frame around the right one, nothing spilled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aigiqa_reward import BestOfNOutput
+from aigiqa_reward.report import WINNER, contact_sheet
+
+PROMPT = "a red apple on a blue background"
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in px; right and bottom are not inside."""
+
+
+def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def solid(colour: tuple[int, int, int], size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def output(
+    images: list[Image.Image],
+    scores: list[float] | None = None,
+    *,
+    dropped: dict[int, str] | None = None,
+    top_k: int | None = None,
+    first_seed: int = 0,
+) -> BestOfNOutput:
+    """What BestOfN returns for these candidates; the last one is the best unless scores say otherwise."""
+    seeds = list(range(first_seed, first_seed + len(images)))
+    reasons = dropped or {}
+    given = scores or [place / 100 for place in range(len(images))]
+    total = [math.nan if seed in reasons else score for seed, score in zip(seeds, given, strict=True)]
+    order = [place for place in range(len(images)) if seeds[place] not in reasons]
+    order = sorted(order, key=lambda place: -total[place])[:top_k]
+    return BestOfNOutput(
+        images=[images[place] for place in order],
+        scores=[total[place] for place in order],
+        seeds=[seeds[place] for place in order],
+        quality=[total[place] for place in order],
+        correspondence=[total[place] for place in order],
+        all_scores=total,
+        all_seeds=seeds,
+        all_quality=total,
+        all_correspondence=total,
+        dropped=reasons,
+    )
+
+
+def pixels(result: BestOfNOutput, prompt: str = PROMPT) -> np.ndarray:
+    sheet = contact_sheet(result, prompt)
+    assert sheet.mode == "RGB"
+    return np.asarray(sheet)
+
+
+def find(sheet: np.ndarray, image: Image.Image) -> tuple[Box, int] | None:
+    """Where the image stands in the sheet with each pixel a square, and the side of the squares."""
+    small = np.asarray(image)
+    corners = np.nonzero((sheet @ [1, 256, 65536]) == small[0, 0] @ [1, 256, 65536])
+    for top, left in zip(*map(np.ndarray.tolist, corners), strict=True):
+        for factor in range(12, 0, -1):
+            bottom, right = top + factor * small.shape[0], left + factor * small.shape[1]
+            large = small.repeat(factor, axis=0).repeat(factor, axis=1)
+            if np.array_equal(sheet[top:bottom, left:right], large):
+                return (left, top, right, bottom), factor
+    return None
+
+
+def boxes_of(sheet: np.ndarray, images: list[Image.Image]) -> list[Box]:
+    """Of images that all are there, enlarged alike."""
+    found = [find(sheet, image) for image in images]
+    assert None not in found
+    assert len({factor for _, factor in found}) == 1
+    return [box for box, _ in found]
+
+
+def box_where(mask: np.ndarray) -> Box | None:
+    rows, columns = np.nonzero(mask)
+    return (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else None
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> Box | None:
+    assert a.shape == b.shape
+    return box_where((a != b).any(axis=2))
+
+
+def below(box: Box | None, image: Box) -> bool:
+    """Whether a box lies right under an image: in its column, give or take a pixel of a letter, and near it."""
+    assert box is not None
+    return image[0] - 1 <= box[0] and box[2] <= image[2] + 1 and image[3] < box[1] and box[3] < image[3] + 110
+
+
+# --------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (5, 3), (7, 4), (16, 4), (64, 8)])
+def test_every_image_is_enlarged_and_stands_in_candidate_order(count: int, columns: int) -> None:
+    images = [noise(seed) for seed in range(count)]
+    sheet = pixels(output(images))
+    boxes = boxes_of(sheet, images)
+    assert boxes[0][2] - boxes[0][0] >= 3 * 64
+    lefts = sorted({box[0] for box in boxes})
+    tops = sorted({box[1] for box in boxes})
+    assert (len(lefts), len(tops)) == (columns, math.ceil(count / columns))
+    assert [(box[0], box[1]) for box in boxes] == [(x, y) for y in tops for x in lefts][:count]
+    assert len(set(np.diff(lefts))) <= 1
+    assert len(set(np.diff(tops))) <= 1
+    assert lefts[0] == sheet.shape[1] - max(box[2] for box in boxes), "margins left and right"
+
+
+@pytest.mark.parametrize("size", [(1024, 512), (512, 1024), (700, 700), (16, 16), (300, 40)])
+def test_images_of_every_size_keep_their_shape(size: tuple[int, int]) -> None:
+    colour = (0, 77, 255)
+    sheet = pixels(output([solid(colour, size)] * 4, [0.4, 0.3, 0.2, 0.1]))
+    assert sheet.shape[1] < 1400
+    width = sheet.shape[1] // 2
+    box = box_where((sheet[:, :width] == colour).all(axis=2)[: sheet.shape[0] // 2])
+    assert box is not None
+    assert (box[2] - box[0]) / (box[3] - box[1]) == pytest.approx(size[0] / size[1], rel=0.03)
+    assert 192 <= max(box[2] - box[0], box[3] - box[1]) <= 512
+
+
+def test_images_of_mixed_sizes_share_a_sheet() -> None:
+    images = [noise(0), noise(1, (32, 64)), noise(2, (64, 16)), noise(3, (128, 128))]
+    places = [find(pixels(output(images)), image) for image in images]
+    assert None not in places
+    assert [factor for _, factor in places] == [8, 8, 8, 4]
+
+
+def test_the_images_given_are_left_alone() -> None:
+    image = noise(0)
+    before = image.copy()
+    contact_sheet(output([image]), PROMPT)
+    assert image == before
+
+
+# --------------------------------------------------------------------------------------------- the winner
+
+
+@pytest.mark.parametrize("count", [1, 7, 16])
+def test_the_frame_surrounds_the_winner_and_no_other(count: int) -> None:
+    images = [noise(seed) for seed in range(count)]
+    for winner in {0, count // 2, count - 1}:
+        scores = [0.9 if place == winner else 0.5 for place in range(count)]
+        sheet = pixels(output(images, scores))
+        boxes = boxes_of(sheet, images)
+        framed = (sheet == WINNER).all(axis=2)
+        frame = box_where(framed)
+        assert frame is not None
+        left, top, right, bottom = frame
+        for thick in range(4):
+            assert framed[top + thick, left:right].all()
+            assert framed[bottom - 1 - thick, left:right].all()
+            assert framed[top:bottom, left + thick].all()
+            assert framed[top:bottom, right - 1 - thick].all()
+        for place, (x0, y0, x1, y1) in enumerate(boxes):
+            inside = left < x0 and x1 < right and top < y0 and y1 < bottom
+            outside = x1 < left or right < x0 or y1 < top or bottom < y0
+            assert (inside, outside) == ((True, False) if place == winner else (False, True))
+        label = box_where(framed[boxes[winner][3] + 1 : bottom - 8, left + 8 : right - 8])
+        assert label is not None, "a label beside the frame"
+
+
+def test_nobody_wins_where_all_were_dropped() -> None:
+    sheet = pixels(output([noise(0), noise(1)], dropped={0: "NaN or infinite pixels", 1: "NaN or infinite pixels"}))
+    assert not (sheet == WINNER).all(axis=2).any()
+    assert find(sheet, noise(0)) is None
+
+
+# --------------------------------------------------------------------------------------------- words and numbers
+
+
+@pytest.mark.parametrize("field", ["all_scores", "all_quality", "all_correspondence", "all_seeds"])
+@pytest.mark.parametrize("value", [8, 4294967295, -123456.789e30, 1e-9, math.inf])
+def test_each_number_stands_below_its_own_image(field: str, value: float) -> None:
+    images = [noise(seed) for seed in range(7)]
+    result = output(images)
+    changed = list(getattr(result, field))
+    changed[5] = value
+    changes: dict[str, Any] = {field: changed}
+    if field == "all_seeds":
+        changes["seeds"] = [changed[seed] for seed in result.seeds]
+    before, after = pixels(result), pixels(dataclasses.replace(result, **changes))
+    assert below(difference(before, after), boxes_of(before, images)[5])
+
+
+def test_a_dropped_candidate_is_an_empty_tile_with_the_reason() -> None:
+    images = [noise(seed) for seed in range(7)]
+    place = boxes_of(pixels(output(images)), images)[3]
+
+    def sheet_of(reason: str) -> np.ndarray:
+        sheet = pixels(output(images, dropped={3: reason}))
+        assert find(sheet, images[3]) is None
+        assert boxes_of(sheet, [*images[:3], *images[4:]])
+        return sheet
+
+    def tile(sheet: np.ndarray) -> np.ndarray:
+        return sheet[place[1] : place[3], place[0] : place[2]]
+
+    nothing = tile(sheet_of(""))
+    assert (nothing == nothing[0, 0]).all()
+    for reason in ("NaN or infinite pixels", "flagged by the safety checker " * 20, "x" * 500, "\n\x1b\x00 漢字"):
+        written = difference(nothing, tile(sheet_of(reason)))
+        assert written is not None
+        x0, y0, x1, y1 = written
+        assert 0 < x0 < x1 < nothing.shape[1]
+        assert 0 < y0 < y1 < nothing.shape[0]
+
+
+def test_images_that_were_not_kept_leave_the_numbers() -> None:
+    images = [noise(seed) for seed in range(4)]
+    sheet = pixels(output(images, top_k=1))
+    assert [find(sheet, image) is not None for image in images] == [False, False, False, True]
+
+
+def test_a_reward_without_correspondence_has_a_line_less() -> None:
+    result = output([noise(0), noise(1)])
+    without = dataclasses.replace(result, all_correspondence=None, correspondence=None)
+    assert contact_sheet(without, PROMPT).height < contact_sheet(result, PROMPT).height
+
+
+# --------------------------------------------------------------------------------------------- the prompt
+
+
+def title_of(prompt: str) -> np.ndarray:
+    """The part of a sheet above its images."""
+    images = [noise(seed) for seed in range(4)]
+    sheet = pixels(output(images), prompt)
+    top = boxes_of(sheet, images)[0][1]
+    return sheet[:top]
+
+
+def test_the_prompt_is_above_and_changes_nothing_else() -> None:
+    images = [noise(seed) for seed in range(4)]
+    result = output(images)
+    sheet, other = pixels(result), pixels(result, "two cats")
+    changed = difference(sheet, other)
+    assert changed is not None
+    assert changed[3] < boxes_of(sheet, images)[0][1]
+
+
+def test_dollars_are_dollars() -> None:
+    def ink(prompt: str) -> int:
+        title = title_of(prompt)
+        box = box_where(title[: title.shape[0] // 2].max(axis=2) < 100)
+        assert box is not None
+        return box[2] - box[0]
+
+    assert ink("$x$") > 2 * ink("x"), "mathtext would drop the signs"
+    assert ink("$x^2$") > ink("x^2")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "same"),
+    [("a\x00 \x1bb\n\r\t c\u2028", "a b c"), ("  a  b ", "a b"), ("\udcffa", "a"), ("\n", ""), ("\u202ea", "a")],
+)
+def test_what_cannot_be_printed_is_left_out(prompt: str, same: str) -> None:
+    assert np.array_equal(title_of(prompt), title_of(same))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "word " * 5000,
+        "a" * 5000,
+        "漢字" * 500,
+        "🍎" * 400,
+        "تفاحة حمراء " * 50,
+        "e\u0301\u0302" * 900,
+        "\u0301" * 3000,
+        "$\\frac{1}{$",
+        "[bold]{x}%s\\",
+        "\x1b[31m\x00" * 300,
+        "яблоко на синем фоне",
+        "\ufeff\U000e0001",
+    ],
+)
+def test_hostile_prompts_leave_the_sheet_as_it_is(prompt: str, capfd: pytest.CaptureFixture[str]) -> None:
+    images = [noise(seed) for seed in range(4)]
+    usual = pixels(output(images))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sheet = pixels(output(images), prompt)
+    assert capfd.readouterr() == ("", "")
+    down = sheet.shape[0] - usual.shape[0]
+    assert -64 <= down <= 128, "no more than a few lines"
+    assert boxes_of(sheet, images) == [(x0, y0 + down, x1, y1 + down) for x0, y0, x1, y1 in boxes_of(usual, images)]
+    margin = boxes_of(sheet, images)[0][0] // 2
+    assert (sheet[:, :margin] == sheet[0, 0]).all(), "nothing runs over the edge"
+    assert (sheet[:, -margin:] == sheet[0, 0]).all()
+
+
+def test_a_long_prompt_takes_more_room_than_a_short_one_but_ends() -> None:
+    heights = [title_of("word " * count).shape[0] for count in (1, 20, 30, 1000)]
+    assert heights[0] < heights[1] < heights[2] == heights[3]
+
+
+def test_no_candidates_are_an_error() -> None:
+    empty = dataclasses.replace(output([]), all_correspondence=None, correspondence=None)
+    with pytest.raises(ValueError, match="output: expected at least one candidate"):
+        contact_sheet(empty, PROMPT)
