@@ -1,0 +1,147 @@
+"""The world of the embedded generator: 64 things on 8 background colours, so that the truth about a picture is known.
+
+The things are Fluent 3D emoji, found by code point; their names are Unicode's. Every thing has one background colour
+that no training picture shows it on (`is_held_out`): the hard prompts.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+THINGS = {
+    "red apple": 0x1F34E,
+    "green apple": 0x1F34F,
+    "tangerine": 0x1F34A,
+    "lemon": 0x1F34B,
+    "banana": 0x1F34C,
+    "pineapple": 0x1F34D,
+    "strawberry": 0x1F353,
+    "watermelon": 0x1F349,
+    "cherries": 0x1F352,
+    "grapes": 0x1F347,
+    "carrot": 0x1F955,
+    "broccoli": 0x1F966,
+    "avocado": 0x1F951,
+    "mushroom": 0x1F344,
+    "hamburger": 0x1F354,
+    "doughnut": 0x1F369,
+    "birthday cake": 0x1F382,
+    "pretzel": 0x1F968,
+    "cactus": 0x1F335,
+    "tulip": 0x1F337,
+    "sunflower": 0x1F33B,
+    "palm tree": 0x1F334,
+    "evergreen tree": 0x1F332,
+    "maple leaf": 0x1F341,
+    "penguin": 0x1F427,
+    "octopus": 0x1F419,
+    "turtle": 0x1F422,
+    "crab": 0x1F980,
+    "butterfly": 0x1F98B,
+    "lady beetle": 0x1F41E,
+    "owl": 0x1F989,
+    "tropical fish": 0x1F420,
+    "elephant": 0x1F418,
+    "flamingo": 0x1F9A9,
+    "snail": 0x1F40C,
+    "panda face": 0x1F43C,
+    "balloon": 0x1F388,
+    "guitar": 0x1F3B8,
+    "trumpet": 0x1F3BA,
+    "trophy": 0x1F3C6,
+    "crown": 0x1F451,
+    "key": 0x1F511,
+    "bell": 0x1F514,
+    "hammer": 0x1F528,
+    "candle": 0x1F56F,
+    "teddy bear": 0x1F9F8,
+    "teapot": 0x1FAD6,
+    "magnet": 0x1F9F2,
+    "camera": 0x1F4F7,
+    "gem stone": 0x1F48E,
+    "top hat": 0x1F3A9,
+    "t-shirt": 0x1F455,
+    "jack-o-lantern": 0x1F383,
+    "ghost": 0x1F47B,
+    "snowman": 0x26C4,
+    "soccer ball": 0x26BD,
+    "umbrella": 0x1F302,
+    "rocket": 0x1F680,
+    "automobile": 0x1F697,
+    "bus": 0x1F68C,
+    "sailboat": 0x26F5,
+    "helicopter": 0x1F681,
+    "tractor": 0x1F69C,
+    "bicycle": 0x1F6B2,
+}
+"""Name to code point. Two names are shorter than Unicode's (closed umbrella, snowman without snow)."""
+
+COLOURS = {
+    "red": (214, 48, 49),
+    "orange": (243, 146, 43),
+    "yellow": (248, 218, 74),
+    "green": (60, 163, 82),
+    "blue": (58, 110, 214),
+    "purple": (134, 74, 184),
+    "white": (246, 246, 246),
+    "black": (28, 28, 30),
+}
+"""Background colours, sRGB 0 to 255."""
+
+NOUNS = tuple(THINGS)
+COLOUR_NAMES = tuple(COLOURS)
+
+WORDINGS = (
+    "{thing} on {a_colour} background",
+    "{thing} on {colour}",
+    "{thing}, {colour} background",
+    "a picture of {thing} on {a_colour} background",
+    "{thing} in front of {a_colour} background",
+    "{a_colour} background with {thing}",
+)
+"""How a training caption says it."""
+
+_NO_ARTICLE = ("cherries", "grapes", "broccoli")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a prompt asks for: indices into NOUNS and COLOUR_NAMES, None where the prompt names nothing known."""
+
+    noun: int | None
+    colour: int | None
+
+
+def _with_article(words: str) -> str:
+    if words in _NO_ARTICLE:
+        return words
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def caption(noun: int, colour: int, wording: int = 0) -> str:
+    """The caption of a thing on a background colour, by index, in one of WORDINGS."""
+    thing, name = NOUNS[noun], COLOUR_NAMES[colour]
+    return WORDINGS[wording].format(thing=_with_article(thing), colour=name, a_colour=_with_article(name))
+
+
+def is_held_out(noun: int, colour: int) -> bool:
+    """Whether training never shows this thing on this colour: one colour for each thing, each colour 8 times."""
+    return (3 * noun + noun // 8) % len(COLOURS) == colour
+
+
+def read_subject(prompt: str) -> Subject:
+    """The thing and background colour that a prompt names.
+
+    The longest name wins, and a thing's own words are not its background: "a red apple" names no background colour.
+    """
+    text = prompt.lower()
+    noun = None
+    for name in sorted(NOUNS, key=len, reverse=True):
+        found = re.search(rf"(?<!\w){re.escape(name)}s?(?!\w)", text)
+        if found:
+            noun = NOUNS.index(name)
+            text = text[: found.start()] + " " + text[found.end() :]
+            break
+    found = re.search(rf"(?<!\w)({'|'.join(COLOUR_NAMES)})(?!\w)", text)
+    return Subject(noun=noun, colour=COLOUR_NAMES.index(found[1]) if found else None)
