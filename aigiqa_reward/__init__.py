@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from aigiqa_reward.composite import CompositeReward
+    from aigiqa_reward.embedded.pipeline import load_embedded_pipeline
     from aigiqa_reward.reward import Reward
     from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput, rerank
     from aigiqa_reward.scorer import Scorer
@@ -29,6 +30,7 @@ _EXPORTS = {
     "Scorer": "aigiqa_reward.scorer",
     "create_reward": "aigiqa_reward.zoo",
     "list_rewards": "aigiqa_reward.zoo",
+    "load_embedded_pipeline": "aigiqa_reward.embedded.pipeline",
     "rerank": "aigiqa_reward.sampling.best_of_n",
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "Scorer",
     "create_reward",
     "list_rewards",
+    "load_embedded_pipeline",
     "rerank",
 ]
 

@@ -1,0 +1,246 @@
+"""The embedded world: its words, its pictures, its judge, and the generator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import aigiqa_reward
+from aigiqa_reward import load_embedded_pipeline
+from aigiqa_reward.embedded.degradations import blur, degrade, noise, warp
+from aigiqa_reward.embedded.judge import DEGRADATIONS, Judge, load_judge
+from aigiqa_reward.embedded.pictures import SIDE, all_pairs, compose
+from aigiqa_reward.embedded.pipeline import GENERATOR
+from aigiqa_reward.embedded.world import (
+    COLOUR_NAMES,
+    COLOURS,
+    NOUNS,
+    WORDINGS,
+    Subject,
+    caption,
+    is_held_out,
+    read_subject,
+)
+from aigiqa_reward.weights import ASSETS
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return load_judge()
+
+
+@pytest.fixture(scope="module")
+def pairs() -> np.ndarray:
+    """A thing and a colour for each of 512 pictures: every pair once, those held out from the generator as well."""
+    return np.concatenate([all_pairs(held_out=False), all_pairs(held_out=True)])
+
+
+@pytest.fixture(scope="module")
+def pictures(pairs: np.ndarray) -> torch.Tensor:
+    return compose(pairs, np.random.default_rng(123_456))
+
+
+def mean_channel_error(picture: torch.Tensor, colour: int) -> float:
+    """How far the corners of a picture are from the named colour, of 255."""
+    corners = picture[:, [0, 0, -1, -1], [0, -1, 0, -1]].T * 255
+    return float((corners - torch.tensor(list(COLOURS.values())[colour])).abs().mean(dim=1).median())
+
+
+# --------------------------------------------------------------------------------------------- words
+
+
+def test_the_world_is_as_large_as_it_says():
+    assert len(NOUNS) == len(set(NOUNS)) == 64
+    assert len(COLOUR_NAMES) == 8
+
+
+@pytest.mark.parametrize("wording", range(len(WORDINGS)))
+def test_every_caption_is_read_back(wording: int):
+    for noun in range(len(NOUNS)):
+        for colour in range(len(COLOUR_NAMES)):
+            assert read_subject(caption(noun, colour, wording)) == Subject(noun=noun, colour=colour)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "thing", "colour"),
+    [
+        ("a red apple", "red apple", None),
+        ("A GREEN APPLE on a RED background", "green apple", "red"),
+        ("two bananas, purple", "banana", "purple"),
+        ("an airbus on black", None, "black"),
+        ("a monkey on blue", None, "blue"),
+        ("evergreen tree", "evergreen tree", None),
+        ("", None, None),
+        ("a jack-o-lantern, whiteish", "jack-o-lantern", None),
+    ],
+)
+def test_subjects_of_free_prompts(prompt: str, thing: str | None, colour: str | None):
+    subject = read_subject(prompt)
+    assert (None if subject.noun is None else NOUNS[subject.noun]) == thing
+    assert (None if subject.colour is None else COLOUR_NAMES[subject.colour]) == colour
+
+
+def test_each_thing_has_one_held_out_colour_and_each_colour_eight_things():
+    held_out = np.array([[is_held_out(noun, colour) for colour in range(8)] for noun in range(64)])
+    assert (held_out.sum(axis=1) == 1).all()
+    assert (held_out.sum(axis=0) == 8).all()
+    assert len(all_pairs(held_out=True)) == 64
+    assert len(all_pairs(held_out=False)) == 448
+
+
+# --------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_are_made_again_from_their_generator_and_stand_on_their_colour(pairs: np.ndarray):
+    first, again = (compose(pairs[:32], np.random.default_rng(5)) for _ in range(2))
+    assert first.shape == (32, 3, SIDE, SIDE)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, compose(pairs[:32], np.random.default_rng(6)))
+    assert float(first.min()) >= 0 and float(first.max()) <= 1
+    errors = [mean_channel_error(picture, int(colour)) for picture, (_, colour) in zip(first, pairs, strict=False)]
+    assert max(errors) < 15
+
+
+def test_degradations_do_nothing_at_level_0_and_more_at_higher_levels(pictures: torch.Tensor):
+    images = pictures[:64]
+    generator = torch.Generator().manual_seed(0)
+    assert torch.allclose(degrade(images, torch.zeros(64, 3), generator), images, atol=1e-5)
+    for change in (blur, lambda x, level: noise(x, level, generator), lambda x, level: warp(x, level, generator)):
+        errors = [float((change(images, torch.full((64,), level)) - images).square().mean()) for level in (0.2, 0.5, 1)]
+        assert 1e-5 < errors[0] < errors[1] < errors[2]
+
+
+# --------------------------------------------------------------------------------------------- judge
+
+
+def test_the_judge_is_right_on_clean_pictures(judge: Judge, pictures: torch.Tensor, pairs: np.ndarray):
+    noun, colour = judge.recognises(pictures, [caption(*pair) for pair in pairs.tolist()])
+    assert float((noun & colour).float().mean()) >= 0.98
+
+
+def test_the_judge_gives_wrong_prompts_a_low_score(judge: Judge, pictures: torch.Tensor, pairs: np.ndarray):
+    images, true = pictures[:64], pairs[:64]
+    right = judge(images, [caption(*pair) for pair in true.tolist()]).total
+    other_noun = judge(images, [caption((noun + 7) % 64, colour) for noun, colour in true.tolist()]).total
+    other_colour = judge(images, [caption(noun, (colour + 3) % 8) for noun, colour in true.tolist()]).total
+    assert bool((right <= 0).all())
+    assert float(right.mean()) > -0.1
+    assert float(torch.stack([other_noun, other_colour]).max()) < -2
+
+
+@pytest.mark.parametrize("column", range(len(DEGRADATIONS)))
+def test_the_judge_measures_degradation(judge: Judge, pictures: torch.Tensor, column: int):
+    """Its level of the right kind rises with the true one, on average over pictures."""
+    generator = torch.Generator().manual_seed(column)
+    measured = []
+    for level in (0.0, 0.3, 0.6, 0.9):
+        levels = torch.zeros(len(pictures), len(DEGRADATIONS))
+        levels[:, column] = level
+        measured.append(float(judge.examine(degrade(pictures, levels, generator)).degradation[:, column].mean()))
+    assert measured == sorted(measured)
+    assert measured[0] < 0.1
+    assert measured[3] > measured[0] + 0.3
+
+
+def test_the_judge_takes_any_size_and_gives_each_picture_its_own_score(judge: Judge, pictures: torch.Tensor):
+    large = torch.nn.functional.interpolate(pictures[:4], scale_factor=3, mode="bicubic").clamp(0, 1)
+    assert torch.equal(judge.examine(large).nouns.argmax(1), judge.examine(pictures[:4]).nouns.argmax(1))
+    together, alone = judge.examine(pictures[:4]).nouns, judge.examine(pictures[2:3]).nouns
+    assert torch.allclose(together[2:3], alone, atol=1e-4)
+
+
+def test_gradients_of_the_judge_reach_the_pixels(judge: Judge, pictures: torch.Tensor):
+    images = pictures[:2].clone().requires_grad_()
+    judge(images, ["a bus on red", "a key on blue"]).total.sum().backward()
+    assert images.grad is not None
+    assert bool((images.grad.flatten(1).abs().sum(dim=1) > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "says"),
+    [
+        (["a dragon on a blue background"], ValueError, "no thing in 'a dragon on a blue background'.*red apple"),
+        (["a red apple"], ValueError, "no background colour in 'a red apple'.*red, orange"),
+        (["a key on red", "a key on blue"], ValueError, "expected 1, one for each image, got 2"),
+        ("a key on red", TypeError, r"pass \[text\] \* 1"),
+    ],
+)
+def test_prompts_that_the_judge_cannot_read(judge: Judge, prompts: list[str], error: type[Exception], says: str):
+    with pytest.raises(error, match=says):
+        judge(torch.rand(1, 3, 64, 64), prompts)
+
+
+def test_the_judge_is_small_and_shares_nothing_with_a_reward():
+    file = ASSETS / "judge" / "model.safetensors"
+    assert file.stat().st_size <= 3e6
+    assert {type(part).__module__.split(".")[0] for part in Judge().modules()} <= {"torch", "aigiqa_reward"}
+    source = Path(aigiqa_reward.__file__).parent / "embedded" / "judge.py"
+    assert "models" not in source.read_text()
+
+
+# --------------------------------------------------------------------------------------------- generator
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    return load_embedded_pipeline()
+
+
+def test_there_is_one_pipeline_in_the_package_and_it_is_small():
+    package = Path(aigiqa_reward.__file__).parent
+    assert [file.parent for file in package.rglob("model_index.json")] == [GENERATOR]
+    assert sum(file.stat().st_size for file in GENERATOR.rglob("*") if file.is_file()) <= 20e6
+    weights = {file.suffix for file in GENERATOR.rglob("*") if file.stat().st_size > 100_000}
+    assert weights == {".safetensors"}
+    assert json.loads((GENERATOR / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_plain_from_pretrained_loads_the_same_in_one_dtype(pipe: StableDiffusionPipeline):
+    plain = StableDiffusionPipeline.from_pretrained(GENERATOR)
+    parts = {name: part for name, part in plain.components.items() if isinstance(part, torch.nn.Module)}
+    assert parts.keys() == {"vae", "text_encoder", "unet"}
+    for name, part in parts.items():
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+        for key, tensor in getattr(pipe, name).state_dict().items():
+            assert torch.equal(tensor, part.state_dict()[key])
+
+
+def test_pipelines_in_half_precision_and_errors():
+    pipe = load_embedded_pipeline(dtype=torch.bfloat16)
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
+    image = pipe("a key on red", num_inference_steps=2, output_type="pt").images
+    assert bool(torch.isfinite(image).all())
+    with pytest.raises(TypeError, match="dtype: expected a floating-point type"):
+        load_embedded_pipeline(dtype=torch.int8)
+
+
+def test_samples_show_what_the_prompt_says(pipe: StableDiffusionPipeline, judge: Judge):
+    """One sample of each of 32 trained pairs; the full figure is examples/train_generator/evaluate.py's."""
+    chosen = np.random.default_rng(2).permutation(all_pairs(held_out=False))[:32]
+    prompts = [caption(*pair) for pair in chosen.tolist()]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(len(prompts))]
+    images = pipe(prompts, generator=generators, num_inference_steps=20, guidance_scale=3.0, output_type="pt").images
+    assert images.shape == (32, 3, SIDE, SIDE)
+    noun, colour = judge.recognises(images, prompts)
+    assert int(noun.sum()) >= 26
+    assert int(colour.sum()) >= 28
+
+
+def test_every_word_of_the_world_is_a_token_of_its_own(pipe: StableDiffusionPipeline):
+    words = {word for name in (*NOUNS, *COLOUR_NAMES) for word in name.replace("-", " - ").split()}
+    for word in words - {"-"}:
+        assert pipe.tokenizer.tokenize(word) == [f"{word}</w>"]
+
+
+def test_the_guidance_makes_prompts_matter(pipe: StableDiffusionPipeline):
+    def sample(prompt: str) -> torch.Tensor:
+        generator = torch.Generator("cpu").manual_seed(0)
+        return pipe(prompt, generator=generator, num_inference_steps=4, guidance_scale=3.0, output_type="pt").images
+
+    assert torch.equal(sample("a key on red"), sample("a key on red"))
+    assert float((sample("a key on red") - sample("a key on blue")).abs().mean()) > 0.05
