@@ -49,7 +49,7 @@ SPECS: dict[str, ModelSpec] = {
         megabytes=39.0,
         sha256={
             "towers/image.safetensors": "fbf5ed7dabfe5b52242e45255c11d8fb4ecff851e79b193668c122a319029d80",
-            "compact/model.safetensors": "49aca1775a2a5245e24f76a194008d17730363ad07b00cc31b78ef19e19fda61",
+            "compact/model.safetensors": "89eaff08fdf83755a262ae8a17b2e217169446f9d01e6d952469ed2ea3c37e33",
             "towers/text.safetensors": "5c8ccd909081d4b56784254744148ef34833a92748690d06f78814d1ee5fe46b",
         },
     ),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
 from aigiqa_reward import Reward, Scorer, create_reward
 from aigiqa_reward import images as pixels
+from aigiqa_reward.embedded.degradations import degrade
+from aigiqa_reward.embedded.pictures import all_pairs, compose
+from aigiqa_reward.embedded.world import caption
 from aigiqa_reward.models.compact import CompactConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "images"
@@ -79,3 +83,48 @@ def test_settings_are_checked() -> None:
         CompactConfig(crops=0)
     with pytest.raises(ValueError, match="width"):
         CompactConfig(width=1.5)  # type: ignore[arg-type]
+
+
+def test_small_squares_are_one_crop_which_is_all_four(reward: Reward) -> None:
+    image = torch.rand(2, 3, 64, 64)
+    crops = reward.model.crops(image)
+    assert crops.shape == (2, 1, 3, 224, 224)
+    assert torch.equal(pixels.even_crops(image, 224, 4), crops.expand(-1, 4, -1, -1, -1))
+
+
+# --------------------------------------------------------------------------------------------- the embedded world
+
+
+@pytest.fixture(scope="module")
+def unseen() -> np.ndarray:
+    """Every pair of thing and colour that neither the reward nor the generator was trained on."""
+    return all_pairs(held_out=True)
+
+
+def test_the_right_caption_of_eight_is_preferred(reward: Reward, unseen: np.ndarray) -> None:
+    """Wrong in the colour, in the thing, and in both; the full figure is examples/train_compact/evaluate_world.py's."""
+    pictures = compose(unseen, np.random.default_rng(77))
+    nouns, colours = unseen.T
+    captions = [(nouns, colours), (nouns, (colours + 2) % 8), (nouns, (colours + 5) % 8)]
+    captions += [((nouns + step) % 64, colours) for step in (1, 20, 41)]
+    captions += [((nouns + step) % 64, (colours + step) % 8) for step in (3, 30)]
+    with torch.inference_mode():
+        scores = [
+            reward(pictures, [caption(*pair) for pair in np.stack(pair, axis=1).tolist()]).correspondence
+            for pair in captions
+        ]
+    assert float((torch.stack(scores).argmax(dim=0) == 0).float().mean()) >= 0.9
+
+
+@pytest.mark.parametrize("column", range(3), ids=["blur", "noise", "warp"])
+def test_quality_falls_as_degradation_grows(reward: Reward, unseen: np.ndarray, column: int) -> None:
+    pictures = compose(unseen, np.random.default_rng(78))
+    qualities = []
+    for level in (0.0, 0.33, 0.67, 1.0):
+        levels = torch.zeros(len(pictures), 3)
+        levels[:, column] = level
+        degraded = degrade(pictures, levels, torch.Generator().manual_seed(column))
+        with torch.inference_mode():
+            qualities.append(float(reward(degraded, None).quality.mean()))
+    assert qualities == sorted(qualities, reverse=True)
+    assert qualities[0] > qualities[-1] + 0.05

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from aigiqa_reward.models.base import FullPrecision
+from aigiqa_reward.types import Images
 
 
 class GatedFusion(FullPrecision):
@@ -84,6 +85,20 @@ class ScoreHead(FullPrecision):
     def forward(self, embedding: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
         """The score, unbounded."""
         return self.out(F.relu(self.hidden(embedding)))[..., 0]
+
+
+def colour_histogram(images: Images, steps: int) -> Float[Tensor, "batch bins"]:
+    """Shares of the colours in each image (B, 3, H, W) on a grid of `steps` levels a channel: (B, steps^3), sum 1.
+
+    A pixel's share is spread over the levels around it by a Gaussian whose deviation is half of their distance, so
+    that the histogram is smooth in the pixels; colours are averaged over a grid of 32 x 32 places first. Computed in
+    at least float32.
+    """
+    small = F.adaptive_avg_pool2d(images if images.dtype == torch.float64 else images.float(), 32).flatten(2)
+    levels = torch.linspace(0, 1, steps, device=images.device, dtype=small.dtype)
+    shares = (-2 * ((small[..., None] - levels) * (steps - 1)) ** 2).softmax(dim=-1)
+    red, green, blue = shares.unbind(dim=1)
+    return torch.einsum("bpi,bpj,bpk->bijk", red, green, blue).flatten(1) / small.shape[2]
 
 
 def level_probabilities(

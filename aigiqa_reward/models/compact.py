@@ -5,15 +5,16 @@ A coarse stream sees the whole image, a fine stream square crops at native resol
     f_c = coarse(whole),  f_n = fine(crop_n),  g_n = sigmoid(W_g relu(W_h [f_c; f_n])),
     z_n = g_n * (W_c f_c) + (1 - g_n) * (W_f f_n),  quality = mean_n head_q(z_n)
 
-Correspondence reads z = mean_n z_n after it has attended to the prompt's words, and adds how well the image's place s
-among ImageNet's class names matches the prompt's sentence embedding t, both less their means over the training images,
-and divided by the deviation of the product there:
+Correspondence reads z = mean_n z_n after it has attended to the prompt's words, and adds how well the image's place
+among texts matches the prompt's sentence embedding t. That place is s, from ImageNet's class names, and what a linear
+map of the pretrained tower's features p and of the image's colours h adds to it; all are less their means over the
+training images, and the product is divided by its deviation there:
 
-    m = <s - s0, t - t0> / sigma,  correspondence = head_c(z + alpha attention(z, words)) + w m
+    m = <s - s0 + W_m [p; h], t - t0> / sigma,  correspondence = head_c(z + alpha attention(z, words)) + w m
 
 What is ours, not the paper's: EfficientNet-Lite0 in place of CLIP's image towers and MiniLM in place of its text tower;
 crops as the fine stream's input, at native resolution up to 512 px; a gate for each crop; towers fine-tuned rather than
-frozen; the semantic match m.
+frozen; the match m; the colour histogram h.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import FullPrecision, ModelOutput, QualityModel
-from aigiqa_reward.models.blocks import GatedFusion, PromptCrossAttention, ScoreHead
+from aigiqa_reward.models.blocks import GatedFusion, PromptCrossAttention, ScoreHead, colour_histogram
 from aigiqa_reward.types import Context, Images, PromptFeatures
+
+COLOURS = 5
+"""Steps of each channel in the histogram of an image's colours."""
 
 
 class MapEncoder(Protocol):
@@ -52,7 +56,7 @@ class SemanticTower(Protocol):
     semantic_width: int
 
     def __call__(self, images: Tensor) -> Any:
-        """An object with `semantic` (B, semantic_width)."""
+        """An object with `pooled` (B, width of the streams) and `semantic` (B, semantic_width)."""
         ...
 
 
@@ -74,10 +78,12 @@ class CompactConfig:
         width: joint width d of the fused embedding.
         area: the coarse stream scales images to about area x area pixels, keeping their aspect ratio.
         crop: side of the fine stream's crops in px, at native resolution.
-        crops: how many on a square image, evenly spaced; longer images get more, up to four times as many.
+        crops: how many on a square image, evenly spaced; longer images get more, up to four times as many, and squares
+            of at most `crop` px one, which is all of them.
         resolution: short side in px up to which the fine stream sees native pixels. Larger images are scaled down to it
             first, as those of the benchmark were: the model knows no others.
         rank: of the prompt's cross-attention.
+        place_rank: of W_m.
     """
 
     width: int = 256
@@ -86,6 +92,7 @@ class CompactConfig:
     crops: int = 4
     resolution: int = 512
     rank: int = 32
+    place_rank: int = 72
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -102,10 +109,15 @@ class CompactHead(FullPrecision):
         self.quality = ScoreHead(config.width)
         self.attend = PromptCrossAttention(config.width, text, rank=config.rank)
         self.correspondence = ScoreHead(config.width)
+        self.place_in = nn.Linear(image + COLOURS**3, config.place_rank, bias=False)
+        self.place_out = nn.Linear(config.place_rank, semantic, bias=False)
+        nn.init.zeros_(self.place_out.weight)
         self.match_weight = nn.Parameter(torch.zeros(()))
         for name, width in (
             ("image_mean", image),
             ("image_std", image),
+            ("colour_mean", COLOURS**3),
+            ("colour_std", COLOURS**3),
             ("semantic_mean", semantic),
             ("text_mean", text),
         ):
@@ -114,6 +126,8 @@ class CompactHead(FullPrecision):
         self.match_deviation: Tensor
         self.image_mean: Tensor
         self.image_std: Tensor
+        self.colour_mean: Tensor
+        self.colour_std: Tensor
         self.semantic_mean: Tensor
         self.text_mean: Tensor
 
@@ -124,11 +138,22 @@ class CompactHead(FullPrecision):
         coarse = ((coarse - self.image_mean) / self.image_std)[:, None].expand(-1, fine.shape[1], -1)
         return self.fusion(coarse, (fine - self.image_mean) / self.image_std)
 
+    def describe(
+        self, pooled: Float[Tensor, "batch image"], colours: Float[Tensor, "batch colours"]
+    ) -> Float[Tensor, "batch features"]:
+        """[p; h]: the pretrained tower's features and the colour histogram, standardised as in training."""
+        parts = ((pooled - self.image_mean) / self.image_std, (colours - self.colour_mean) / self.colour_std)
+        return torch.cat(parts, dim=1)
+
     def match(
-        self, semantic: Float[Tensor, "batch semantic"], text: Float[Tensor, "batch semantic"]
+        self,
+        described: Float[Tensor, "batch features"],
+        semantic: Float[Tensor, "batch semantic"],
+        text: Float[Tensor, "batch semantic"],
     ) -> Float[Tensor, " batch"]:
         """How much nearer this image is to this prompt than images are to prompts on average, in deviations."""
-        return ((semantic - self.semantic_mean) * (text - self.text_mean)).sum(dim=1) / self.match_deviation
+        place = semantic - self.semantic_mean + self.place_out(self.place_in(described))
+        return (place * (text - self.text_mean)).sum(dim=1) / self.match_deviation
 
     def judge_correspondence(
         self,
@@ -177,8 +202,10 @@ class Compact(QualityModel):
     def crops(self, images: Images) -> Float[Tensor, "batch crops 3 side side"]:
         """What the fine stream looks at."""
         height, width = images.shape[2:]
-        elongation = min(4, round(max(height, width) / min(height, width)))
         native = pixels.reduce_to(images, self.config.resolution)
+        if height == width <= self.config.crop:
+            return pixels.even_crops(native, self.config.crop, 1)
+        elongation = min(4, round(max(height, width) / min(height, width)))
         return pixels.even_crops(native, self.config.crop, self.config.crops * elongation)
 
     def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> ModelOutput:
@@ -193,9 +220,10 @@ class Compact(QualityModel):
         details = {"crop_quality": crop_quality, "gate": gate.mean(dim=(1, 2))}
         correspondence = None
         if prompts is not None:
-            semantic = self.semantic(whole).semantic
-            match = self.head.match(semantic, prompts.rows("pooled").to(semantic.dtype))
-            words = prompts.rows("tokens").to(semantic.dtype)
+            seen = self.semantic(whole)
+            text, words = (prompts.rows(name).to(seen.semantic.dtype) for name in ("pooled", "tokens"))
+            described = self.head.describe(seen.pooled, colour_histogram(whole, COLOURS).to(seen.pooled.dtype))
+            match = self.head.match(described, seen.semantic, text)
             correspondence = self.head.judge_correspondence(fused.mean(dim=1), match, words, prompts.rows("mask"))
             details["semantic_match"] = match
         return ModelOutput(quality=crop_quality.mean(dim=1), correspondence=correspondence, details=details)

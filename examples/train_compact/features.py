@@ -15,7 +15,8 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.datasets import ScoredImages
 from aigiqa_reward.encoders.compact import CompactImageTower
 from aigiqa_reward.encoders.timm import TimmEncoder
-from aigiqa_reward.models.compact import CompactConfig
+from aigiqa_reward.models.blocks import colour_histogram
+from aigiqa_reward.models.compact import COLOURS, CompactConfig
 from aigiqa_reward.weights import write_atomically
 
 FROZEN_STAGES = 3
@@ -52,6 +53,7 @@ class StoredFeatures:
     crops: np.ndarray  # (N, 9, C, h', w') float16
     pooled: np.ndarray  # (N, 1280) float32, of the frozen tower
     semantic: np.ndarray  # (N, 384) float32
+    colours: np.ndarray  # (N, 125) float32
 
     @staticmethod
     def maps(array: np.ndarray, rows: np.ndarray, views: np.ndarray) -> Tensor:
@@ -73,6 +75,7 @@ def store_features(
         "crops": (TRAIN_CROPS, *stem(encoder, pixels.even_crops(first, config.crop, 1)[0]).shape[1:]),
         "pooled": (tower.width,),
         "semantic": (tower.semantic_width,),
+        "colours": (COLOURS**3,),
     }
     arrays = {}
     for name, shape in shapes.items():
@@ -88,5 +91,6 @@ def store_features(
         arrays["whole"][rows] = torch.stack([stem(encoder, whole), stem(encoder, whole.flip(3))], dim=1).numpy()
         arrays["crops"][rows] = stem(encoder, crops.flatten(0, 1)).unflatten(0, crops.shape[:2]).numpy()
         arrays["pooled"][rows], arrays["semantic"][rows] = features.pooled.numpy(), features.semantic.numpy()
+        arrays["colours"][rows] = colour_histogram(whole, COLOURS).numpy()
         write_atomically(progress, str(rows.stop).encode())
     return StoredFeatures(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes})

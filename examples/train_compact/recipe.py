@@ -29,6 +29,14 @@ class Recipe:
     branch_match_weight: float = 0.03
     mismatch_margin: float = 0.5
     mismatch_weight: float = 0.3
+    world_batch: int = 8
+    world_weight: float = 0.5
+    noun_share: float = 0.42
+    colour_share: float = 0.35
+    scored_weight: float = 5.0
+    place_ridge: float = 0.03
+    text_ridge: float = 0.3
+    colour_scale: float = 3.0
 
 
 def score_loss(predicted: Tensor, target: Tensor, recipe: Recipe) -> Tensor:

