@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,13 +19,12 @@ import pipelines
 import pytest
 import torch
 from clip_models import write_tiny_clip
+from commands import ENVIRONMENT, command, interrupt, lines, only_error, run
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
 from aigiqa_reward import BestOfN, Reward, Scorer, __version__, create_reward, list_rewards
-from aigiqa_reward.cli import app
 from aigiqa_reward.cli.output import Format, Row, render, scored
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 
@@ -77,22 +75,6 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     pipelines.stable_diffusion().save_pretrained(folder)
     return folder
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def only_error(result: Result) -> str:
-    """The message of a usage error: the one thing that was printed."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
-    return result.stderr
 
 
 def assert_scores(rows: list[dict[str, Any]], reward: Reward, paths: list[str], prompts: Any) -> None:
@@ -580,13 +562,6 @@ def test_best_of_n_reads_safetensors_only(sd_folder: Path, tiny: list[str], tmp_
 # --------------------------------------------------------------------------------------------- processes
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "aigiqa_reward", *map(str, arguments)]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def test_help_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'diffusers', 'transformers', 'PIL', 'huggingface_hub'}"
     check = f"import sys, aigiqa_reward.cli as cli; assert not {heavy} & set(sys.modules); cli.app(['score', '--help'])"
@@ -609,32 +584,6 @@ def test_a_reader_that_leaves_is_no_error(tiny: list[str], paths: list[str]) -> 
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=120) == 0
-
-
-def interrupt(arguments: list[str]) -> tuple[int, str, str]:
-    """Start a command with a terminal on stderr and send SIGINT once its bar has moved: its status, stdout, stderr."""
-    terminal, end = os.openpty()
-    process = subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=end,
-        env=ENVIRONMENT | {"TERM": "xterm"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    os.close(end)
-    shown = b""
-    while not re.search(rb"[1-9]\d*/\d+", shown):
-        shown += os.read(terminal, 4096)
-    process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=120)
-    os.set_blocking(terminal, False)
-    try:
-        while part := os.read(terminal, 4096):
-            shown += part
-    except OSError:  # read to its end
-        pass
-    os.close(terminal)
-    return process.returncode, stdout.decode(), shown.decode(errors="replace")
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")

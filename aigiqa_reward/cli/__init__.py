@@ -1,4 +1,4 @@
-"""The command line: `app` holds the commands; inputs, options, runs, files and output are what they are made of."""
+"""The command line: `app` and `demo` hold the commands; inputs, options, runs, files and output are what they share."""
 
 from aigiqa_reward.cli.app import app
 

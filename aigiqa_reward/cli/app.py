@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from aigiqa_reward import __version__
 from aigiqa_reward.cli import options
+from aigiqa_reward.cli.demo import demo
 from aigiqa_reward.cli.files import (
     CANDIDATES,
     RANKING,
@@ -220,6 +221,9 @@ def best_of_n(
         say("note", f"the scores of {len(output.all_seeds)} candidates are in {out / 'results.jsonl'}")
     if failure is not None:
         raise failure
+
+
+app.command()(demo)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_place: object) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,8 @@ from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.output import Format, Row, render, scored
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from aigiqa_reward.sampling import BestOfNOutput
 
 RANKING = re.compile(r"ranking\.jsonl")
@@ -76,6 +80,34 @@ def check_folder(folder: Path | None, ours: re.Pattern[str], *, option: str, ove
         raise CommandError(f"{option}: {folder} holds the {min(earlier)} of an earlier run; --overwrite replaces it")
 
 
+def check_writable(folder: Path, *, option: str) -> None:
+    """Refuse a folder that files cannot be written to, before anything is computed.
+
+    It is tried for real; what that takes is removed again.
+
+    Args:
+        folder: need not exist.
+        option: which option named the folder.
+
+    Raises:
+        CommandError: it is no folder, or cannot be created or written to.
+    """
+    created: list[Path] = []
+    try:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise CommandError(f"{option}: expected a folder, got the file {folder}")
+        created += [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandError(f"{option}: cannot write in {folder}: {error.strerror}") from error
+    finally:
+        for place in created:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
 def copy_ranked(rows: Sequence[Row], folder: Path, *, originals: Sequence[str], overwrite: bool) -> None:
     """Copy the images of a ranking into a folder as 001_NAME, 002_NAME, ..., and write its ranking.jsonl.
 
@@ -118,19 +150,34 @@ def write_candidates(output: BestOfNOutput, prompt: str, folder: Path, *, overwr
         for file in folder.iterdir():
             if CANDIDATES.fullmatch(file.name):
                 file.unlink()
-    known = output.all_correspondence or [None] * len(output.all_seeds)
-    rows: dict[int, Row] = {}
-    for seed, total, quality, correspondence in zip(
-        output.all_seeds, output.all_scores, output.all_quality, known, strict=True
-    ):
-        reason = output.dropped.get(seed)
-        failed = Row(key=seed, prompt=prompt, error=reason)
-        rows[seed] = scored(seed, prompt, total, quality, correspondence) if reason is None else failed
+    rows = {row.key: row for row in candidate_rows(output, prompt)}
     winners = []
     for place, (seed, image) in enumerate(zip(output.seeds, output.images, strict=True), start=1):
-        file, data = folder / f"{place:03d}_seed{seed}.png", io.BytesIO()
-        image.save(data, format="PNG")
-        write(file, data.getvalue())
+        file = folder / f"{place:03d}_seed{seed}.png"
+        write(file, png(image))
         winners.append(dataclasses.replace(rows[seed], key=str(file)))
     write(folder / "results.jsonl", render(list(rows.values()), Format.JSONL).encode())
     return winners
+
+
+def candidate_rows(output: BestOfNOutput, prompt: str) -> list[Row]:
+    """All candidates in their order, by seed; those that were dropped have an error."""
+    known = output.all_correspondence or [None] * len(output.all_seeds)
+    scores = zip(output.all_seeds, output.all_scores, output.all_quality, known, strict=True)
+    return [
+        Row(key=seed, prompt=prompt, error=output.dropped[seed])
+        if seed in output.dropped
+        else scored(seed, prompt, total, quality, correspondence)
+        for seed, total, quality, correspondence in scores
+    ]
+
+
+def png(image: Image.Image, *, software: str | None = None) -> bytes:
+    """The image as a PNG file, without loss; `software` is noted in it as what made it."""
+    from PIL.PngImagePlugin import PngInfo
+
+    data, notes = io.BytesIO(), PngInfo()
+    if software is not None:
+        notes.add_text("Software", software)
+    image.save(data, format="PNG", pnginfo=notes)
+    return data.getvalue()

@@ -222,3 +222,19 @@ OutOption = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+
+DemoCandidatesOption = Annotated[
+    int, Option("--n", min=1, max=1000, metavar="N", help="How many candidates to sample.", rich_help_panel=_SAMPLING)
+]
+DemoOutOption = Annotated[
+    Path,
+    Option(
+        metavar="DIR",
+        help="Folder for contact-sheet.png (all candidates), results.jsonl (their scores) and best.png. Those of an "
+        "earlier demo are replaced.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+OpenOption = Annotated[
+    bool, Option("--open", help="Open the contact sheet in the system's viewer.", rich_help_panel=_OUTPUT)
+]

@@ -1,0 +1,64 @@
+"""Running the command line: in this process, or as a process of its own that can be interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner, Result
+
+from aigiqa_reward.cli import app
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def only_error(result: Result) -> str:
+    """The message of a usage error: the one thing that was printed."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
+    return result.stderr
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "aigiqa_reward", *map(str, arguments)]
+
+
+def interrupt(arguments: list[str]) -> tuple[int, str, str]:
+    """Start a command with a terminal on stderr and send SIGINT once its bar has moved: its status, stdout, stderr."""
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=end,
+        env=ENVIRONMENT | {"TERM": "xterm"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    os.close(end)
+    shown = b""
+    while not re.search(rb"[1-9]\d*/\d+", shown):
+        shown += os.read(terminal, 4096)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=120)
+    os.set_blocking(terminal, False)
+    try:
+        while part := os.read(terminal, 4096):
+            shown += part
+    except OSError:  # read to its end
+        pass
+    os.close(terminal)
+    return process.returncode, stdout.decode(), shown.decode(errors="replace")

@@ -1,0 +1,353 @@
+"""`aigiqa-reward demo`: what it writes, says, refuses and survives, with the generator and reward that ship."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import ENVIRONMENT, command, interrupt, lines, only_error, run
+from diffusers import DDIMScheduler
+from PIL import Image
+from typer.testing import Result
+
+from aigiqa_reward import BestOfN, BestOfNOutput, create_reward, load_embedded_pipeline
+from aigiqa_reward.embedded.world import COLOUR_NAMES, NOUNS
+from aigiqa_reward.report import contact_sheet
+
+PROMPT = "a penguin on a yellow background"
+FILES = {"contact-sheet.png", "results.jsonl", "best.png"}
+SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0}
+STEPS = 20
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return lines((folder / "results.jsonl").read_text())
+
+
+def array(image: Image.Image | Path) -> np.ndarray:
+    return np.asarray(Image.open(image) if isinstance(image, Path) else image)
+
+
+def assert_holds(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """The folder holds a whole demo whose winner is that of the rows."""
+    assert names(folder) == FILES
+    for name in ("contact-sheet.png", "best.png"):
+        with Image.open(folder / name) as image:
+            image.verify()
+    assert array(folder / "best.png").shape == (64, 64, 3)
+    best = max(rows, key=lambda row: row["total"])["seed"]
+    image = load_embedded_pipeline()(PROMPT, generator=torch.Generator().manual_seed(best), **SETTINGS).images[0]
+    assert np.abs(array(folder / "best.png").astype(int) - array(image)).max() <= 2
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """One whole demo, and its folder."""
+    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    return run("demo", "--prompt", PROMPT, "--n", "3", "--seed", "5", "--out", out), out
+
+
+@pytest.fixture(scope="module")
+def expected() -> BestOfNOutput:
+    search = BestOfN(load_embedded_pipeline(), create_reward("compact"), n=3, top_k=3, batch_size=8, progress=False)
+    return search(PROMPT, seed=5, **SETTINGS)
+
+
+@pytest.fixture
+def each_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, torch.Tensor], None]], None]:
+    """Lets a test act after each denoising step: on its number, counted from 1, and its latents."""
+
+    def act_on(action: Callable[[int, torch.Tensor], None]) -> None:
+        step, count = DDIMScheduler.step, iter(range(1, 10**6))
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            result = step(*arguments, **options)
+            action(next(count), result[0])
+            return result
+
+        monkeypatch.setattr(DDIMScheduler, "step", watched)
+
+    return act_on
+
+
+@pytest.fixture
+def nothing_is_sampled(each_step: Callable[..., None]) -> None:
+    def fail(number: int, latents: torch.Tensor) -> None:
+        raise AssertionError("sampling began")
+
+    each_step(fail)
+
+
+# --------------------------------------------------------------------------------------------- what it writes
+
+
+def test_it_is_best_of_n(shown: tuple[Result, Path], expected: BestOfNOutput) -> None:
+    result, out = shown
+    assert result.exit_code == 0, result.output
+    assert names(out) == FILES
+    rows = rows_of(out)
+    assert all(list(row) == ["seed", "prompt", "total", "quality", "correspondence", "error"] for row in rows)
+    assert [(row["seed"], row["prompt"], row["error"]) for row in rows] == [(s, PROMPT, None) for s in (5, 6, 7)]
+    for name, scores in (
+        ("total", expected.all_scores),
+        ("quality", expected.all_quality),
+        ("correspondence", expected.all_correspondence),
+    ):
+        assert [row[name] for row in rows] == pytest.approx(scores, abs=1e-5)
+    assert np.array_equal(array(out / "best.png"), array(expected.images[0]))
+    assert np.array_equal(array(out / "contact-sheet.png"), array(contact_sheet(expected, PROMPT)))
+    table = [line.split() for line in result.stdout.splitlines() if re.search(r"\d\.\d{4}", line)]
+    assert [(cells[0], cells[2]) for cells in table] == [("1", str(expected.seeds[0]))] + [
+        (str(place), str(seed)) for place, seed in enumerate(expected.seeds[1:], start=2)
+    ]
+
+
+def test_it_says_where_everything_is(shown: tuple[Result, Path]) -> None:
+    result, out = shown
+    assert all(line.startswith("note: ") for line in result.stderr.splitlines())
+    assert all(name in result.stderr for name in (str(out), *FILES))
+
+
+def test_the_line_of_python_makes_the_best_again(shown: tuple[Result, Path]) -> None:
+    result, out = shown
+    (code,) = re.findall(r"in Python: (.*)", result.stderr)
+    variables: dict[str, Any] = {}
+    exec(code, variables)
+    assert np.abs(array(variables["image"]).astype(int) - array(out / "best.png")).max() <= 2
+
+
+def test_a_second_demo_replaces_the_first_and_nothing_else(tmp_path: Path) -> None:
+    assert run("demo", "--prompt", PROMPT, "--n", "2", "--out", tmp_path).exit_code == 0
+    first = rows_of(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    again = run("demo", "--prompt", PROMPT, "--n", "1", "--seed", "9", "--out", tmp_path)
+    assert again.exit_code == 0, again.output
+    assert [row["seed"] for row in first] == [0, 1]
+    assert [row["seed"] for row in rows_of(tmp_path)] == [9]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert names(tmp_path) == FILES | {"notes.txt"}
+
+
+def test_candidates_that_were_dropped_are_listed(each_step: Callable[..., None], tmp_path: Path) -> None:
+    each_step(lambda number, latents: latents[1:].fill_(float("nan")))
+    result = run("demo", "--prompt", PROMPT, "--n", "2", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^warning: 1 of 2 candidates were dropped", result.stderr, re.MULTILINE)
+    rows = rows_of(tmp_path)
+    assert [row["error"] for row in rows] == [None, "NaN or infinite pixels"]
+    assert rows[1]["total"] is None
+    assert_holds(tmp_path, rows[:1])
+
+
+def test_no_winner_is_left_over_where_all_were_dropped(each_step: Callable[..., None], tmp_path: Path) -> None:
+    assert run("demo", "--n", "1", "--out", tmp_path).exit_code == 0
+    each_step(lambda number, latents: latents.fill_(float("nan")))
+    result = run("demo", "--n", "2", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "error: none of the 2 candidates could be ranked" in result.stderr
+    assert "best" not in result.stderr
+    assert names(tmp_path) == FILES - {"best.png"}
+    assert len(rows_of(tmp_path)) == 2
+
+
+# --------------------------------------------------------------------------------------------- prompts
+
+
+def test_an_unknown_thing_is_told_what_is_known(tmp_path: Path) -> None:
+    result = run("demo", "--prompt", "a wizard on a red background", "--n", "1", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^warning: .*nothing that this prompt names.*'a red apple on a blue background'", result.stderr)
+    listed = re.findall(r"[\w-]+(?: [\w-]+)*(?=,|\n)", result.stderr)
+    assert set(NOUNS) - {NOUNS[0]} <= set(listed)
+    assert f"{len(NOUNS)} things: {NOUNS[0]}, " in result.stderr
+    assert f"{len(COLOUR_NAMES)} background colours: {', '.join(COLOUR_NAMES)}\n" in result.stderr
+    assert names(tmp_path) == FILES
+
+
+def test_a_missing_colour_is_told_the_colours(tmp_path: Path) -> None:
+    result = run("demo", "--prompt", "a red apple", "--n", "1", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    warning, *others = result.stderr.splitlines()
+    assert re.fullmatch(rf"warning: .*background colour.*{', '.join(COLOUR_NAMES)}.*", warning)
+    assert not any(line.startswith("warning") for line in others)
+    assert "penguin" not in result.stderr
+
+
+def test_a_prompt_that_is_cut_is_told_so_by_us_alone(tmp_path: Path) -> None:
+    result = run("demo", "--prompt", PROMPT + ", zzyzx" * 40, "--n", "1", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^warning: .*reads the first 24 of the prompt's \d+ tokens$", result.stderr, re.MULTILINE)
+    assert all(re.match(r"(warning|note): ", line) for line in result.stderr.splitlines())
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n", "0"], "'--n'"),
+        (["--n", "many"], "'--n'"),
+        (["--n", "1001"], "'--n'"),
+        (["--seed", "-1"], "'--seed'"),
+        (["--seed", str(2**32)], "'--seed'"),
+        (["--prompt", ""], "--prompt: expected a text"),
+        (["--prompt", " \n"], "--prompt: expected a text"),
+        (["--prompt", "\udcff"], "--prompt: expected a text"),
+        (["--out", "file"], "--out: expected a folder, got the file file"),
+        (["--out", "file/below"], "--out: cannot write in file/below"),
+        (["--out", "x" * 300], "--out: cannot write in x+: File name too long"),
+        (["--out", "new/" + "x" * 300], "--out: cannot write in"),
+    ],
+)
+def test_usage_errors(
+    nothing_is_sampled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    assert re.search(message, only_error(run("demo", *arguments)))
+    assert names(tmp_path) == {"file"}
+    assert Path("file").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system where nobody can write")
+def test_a_place_where_even_root_cannot_write(nothing_is_sampled: None) -> None:
+    assert "--out: cannot write in /proc/new" in only_error(run("demo", "--out", "/proc/new"))
+    assert "--out: cannot write in /proc/self" in only_error(run("demo", "--out", "/proc/self"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(nothing_is_sampled: None, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in only_error(run("demo", "--out", tmp_path))
+    assert "Permission denied" in only_error(run("demo", "--out", tmp_path / "new"))
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_files_of_others_are_never_replaced(nothing_is_sampled: None, tmp_path: Path, name: str) -> None:
+    mine = tmp_path / name
+    Image.new("RGB", (4, 4)).save(mine, format="PNG")
+    before = mine.read_bytes()
+    error = only_error(run("demo", "--out", tmp_path))
+    assert f"{mine} exists and is not of an earlier demo" in error
+    assert mine.read_bytes() == before
+    assert names(tmp_path) == {name}
+
+
+# --------------------------------------------------------------------------------------------- interruption
+
+
+def interrupt_at(wanted: int) -> Callable[[int, torch.Tensor], None]:
+    def action(number: int, latents: torch.Tensor) -> None:
+        if number == wanted:
+            raise KeyboardInterrupt
+
+    return action
+
+
+def test_what_was_made_before_an_interruption_is_kept(each_step: Callable[..., None], tmp_path: Path) -> None:
+    each_step(interrupt_at(STEPS + 3))
+    result = run("demo", "--prompt", PROMPT, "--n", "9", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert result.stderr.endswith("error: interrupted: 8 of 9 candidates\n")
+    rows = rows_of(tmp_path)
+    assert [row["seed"] for row in rows] == list(range(8))
+    assert_holds(tmp_path, rows)
+
+
+def test_an_interruption_before_anything_was_made_writes_nothing(
+    each_step: Callable[..., None], tmp_path: Path
+) -> None:
+    each_step(interrupt_at(3))
+    result = run("demo", "--prompt", PROMPT, "--n", "9", "--out", tmp_path / "new")
+    assert result.exit_code == 130
+    assert (result.stdout, result.stderr) == ("", "error: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_an_interrupted_process_keeps_what_it_has(tmp_path: Path) -> None:
+    status, stdout, stderr = interrupt(command("demo", "--prompt", PROMPT, "--n", "1000", "--out", tmp_path))
+    assert status == 130
+    rows = rows_of(tmp_path)
+    assert 8 <= len(rows) < 1000
+    assert f"interrupted: {len(rows)} of 1000 candidates" in stderr
+    assert "Traceback" not in stderr
+    best = sorted(rows, key=lambda row: row["total"], reverse=True)[:5]
+    assert re.findall(r"seed (\d+)", stdout) == [str(row["seed"]) for row in best]
+    assert_holds(tmp_path, rows)
+
+
+# --------------------------------------------------------------------------------------------- the process, the viewer
+
+
+def test_a_process_prints_our_lines_only_and_needs_no_network(tmp_path: Path) -> None:
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    (tmp_path / "file").write_text("")
+    home = {"HOME": str(tmp_path / "file" / "home"), "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        command("demo", "--n", "2"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=ENVIRONMENT | nowhere | home,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(" ")[0] for line in done.stderr.splitlines()] == ["note:", "note:"]
+    assert done.stdout.split()[:5] == ["#", "image", "total", "quality", "correspondence"]
+    assert "\x1b" not in done.stdout + done.stderr
+    assert names(tmp_path / "aigiqa-demo") == FILES
+
+
+def test_help_names_the_defaults() -> None:
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run("demo", "--help").stdout).split())
+    for default in ("a red apple on a blue background", "16", "0", "aigiqa-demo"):
+        assert f"[default: {default}]" in text
+
+
+@pytest.fixture
+def viewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that is all of PATH; whatever viewer it holds notes its argument in the file `opened` there."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    yield folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the system opens files without a command")
+def test_the_contact_sheet_is_opened(viewer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("xdg-open", "open"):
+        (viewer / name).write_text(
+            f'#!/bin/sh\necho "$1" > {viewer}/opened.part && /bin/mv {viewer}/opened.part {viewer}/opened\n'
+        )
+        (viewer / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    result = run("demo", "--n", "1", "--out", "-a folder", "--open")
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    until = time.monotonic() + 30
+    while not (viewer / "opened").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert (viewer / "opened").read_text() == f"{tmp_path / '-a folder' / 'contact-sheet.png'}\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the system opens files without a command")
+def test_a_missing_viewer_is_a_warning_only(viewer: Path, tmp_path: Path) -> None:
+    result = run("demo", "--n", "1", "--out", tmp_path / "out", "--open")
+    assert result.exit_code == 0, result.output
+    assert "warning: cannot open" in result.stderr
+    assert names(tmp_path / "out") == FILES
