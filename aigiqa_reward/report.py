@@ -60,7 +60,7 @@ def contact_sheet(output: BestOfNOutput, prompt: str) -> Image.Image:
         prompt: the title. Shortened to three lines; characters that cannot be printed are left out.
 
     Returns:
-        An RGB picture, up to 1350 px wide for 25 candidates or fewer; more are as square a grid of 238 px a column.
+        An RGB picture, at most 1500 px wide for 25 candidates or fewer; more are as square a grid of 238 px a column.
 
     Raises:
         ValueError: no candidates.

@@ -51,7 +51,7 @@ def test_worse_generators_and_degradations_score_lower(reward: Reward) -> None:
     """Ground truth by construction: the same image blurred, with noise, and a generator from 2018."""
     good = pixels.load(EXAMPLES / "sushi_xl22_normal.jpg")[None]
     blurred = pixels.resize(pixels.resize(good, (64, 64)), (512, 512))
-    noisy = good + 0.2 * torch.randn(good.shape, generator=torch.Generator().manual_seed(0))
+    noisy = good + 0.4 * torch.randn(good.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         clean, blur, noise = (float(reward(image, validate=False).quality) for image in (good, blurred, noisy))
         old = float(reward(pixels.load(EXAMPLES / "sushi_AttnGAN_normal.jpg")[None]).quality)

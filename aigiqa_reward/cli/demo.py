@@ -95,10 +95,11 @@ def _say_what_is_unknown(prompt: str) -> None:
 
 def _load_pipeline(prompt: str) -> Any:
     from aigiqa_reward.embedded.pipeline import load_embedded_pipeline
+    from aigiqa_reward.weights import WeightsError
 
     try:
         pipe: Any = load_embedded_pipeline()
-    except OSError as error:
+    except (OSError, WeightsError) as error:
         raise CommandError(str(error), status=1) from error
     with usage_errors():
         length, most = len(pipe.tokenizer(prompt).input_ids), pipe.tokenizer.model_max_length

@@ -14,17 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.embedded.world import COLOUR_NAMES, NOUNS, Subject, read_subject
+from aigiqa_reward.embedded.degradations import DEGRADATIONS
+from aigiqa_reward.embedded.world import COLOUR_NAMES, NOUNS, SIDE, Subject, read_subject
 from aigiqa_reward.types import Images, RewardOutput
 from aigiqa_reward.weights import ASSETS, load_strictly, read_weights
 
-SIDE = 64
-"""Side in px that pictures are brought to."""
-
-DEGRADATIONS = ("blur", "noise", "warp")
-"""What the judge measures beside what it recognises, each from 0 (none) to 1 (the strongest of its training)."""
-
-CLEAN = 0.4
+STRONG = 0.4
 """Level of degradation from which a picture is not right: chosen here, above the judge's levels of clean pictures."""
 
 _SHA256 = "66da39860707b38c1e69423acf4b9bbcd50e1f2fdd8498acc0933351ee8fcc42"
@@ -110,10 +105,11 @@ class Judge(nn.Module):
             in nats. `quality`: minus the mean level of degradation, in [-1, 0].
 
         Raises:
-            ValueError: a prompt names no thing or no background colour of the embedded world.
+            TypeError, ValueError: not such pictures, not a text for each, or one that names no thing or no background
+                colour of the embedded world.
         """
-        nouns, colours = subject_indices(prompts, count=images.shape[0])
         verdict = self.examine(images)
+        nouns, colours = subject_indices(prompts, count=images.shape[0])
         rows = torch.arange(len(nouns))
         score = verdict.nouns[rows, nouns] + verdict.colours[rows, colours]
         return RewardOutput(total=score, quality=-verdict.degradation.mean(dim=1), correspondence=score)
@@ -121,34 +117,40 @@ class Judge(nn.Module):
     @torch.no_grad()
     def recognises(self, images: Images, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Whether the likeliest noun, and the likeliest colour, are the prompt's: two (B,) booleans."""
-        nouns, colours = subject_indices(prompts, count=images.shape[0])
-        verdict = self.examine(images)
-        return (verdict.nouns.argmax(dim=1).cpu() == nouns), (verdict.colours.argmax(dim=1).cpu() == colours)
+        return _recognised(self.examine(images), prompts)
 
     @torch.no_grad()
     def accepts(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Whether a picture is right: its noun and its colour recognised, and no degradation of CLEAN or more. (B,)."""
-        noun, colour = self.recognises(images, prompts)
-        return noun & colour & (self.examine(images).degradation.amax(dim=1).cpu() < CLEAN)
+        """Whether a picture is right, (B,): noun and colour recognised, and no degradation of STRONG or more."""
+        verdict = self.examine(images)
+        noun, colour = _recognised(verdict, prompts)
+        return noun & colour & (verdict.degradation.amax(dim=1).cpu() < STRONG)
+
+
+def _recognised(verdict: Verdict, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    nouns, colours = subject_indices(prompts, count=len(verdict.nouns))
+    return (verdict.nouns.argmax(dim=1).cpu() == nouns), (verdict.colours.argmax(dim=1).cpu() == colours)
 
 
 def subject_indices(prompts: Sequence[str], *, count: int) -> tuple[Tensor, Tensor]:
     """Indices (B,) of the prompts' nouns and colours.
 
     Raises:
-        TypeError: one text in place of a list.
+        TypeError: not a list of texts.
         ValueError: not `count` of them, or one that names no thing or no background colour of the embedded world.
     """
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts: expected a list of {count} texts, got one text; pass [text] * {count}")
-    subjects = [_known(prompt) for prompt in prompts]
-    if len(subjects) != count:
-        raise ValueError(f"prompts: expected {count}, one for each image, got {len(subjects)}")
-    nouns, colours = zip(*subjects, strict=True)
-    return torch.tensor(nouns), torch.tensor(colours)
+    if not isinstance(prompts, list | tuple):
+        got = "one text" if isinstance(prompts, str) else type(prompts).__name__
+        raise TypeError(f"prompts: expected a list of {count} texts, got {got}; pass [text] * {count}")
+    if len(prompts) != count:
+        raise ValueError(f"prompts: expected {count}, one for each image, got {len(prompts)}; pass as many as images")
+    subjects = torch.tensor([_known(prompt) for prompt in prompts], dtype=torch.long).reshape(count, 2)
+    return subjects[:, 0], subjects[:, 1]
 
 
 def _known(prompt: str) -> tuple[int, int]:
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompts: expected texts, got {type(prompt).__name__} among them; pass a list of str")
     subject: Subject = read_subject(prompt)
     if subject.noun is None or subject.colour is None:
         missing = "thing" if subject.noun is None else "background colour"

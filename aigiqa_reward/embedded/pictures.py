@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from PIL import Image
 
-from aigiqa_reward.embedded.world import COLOURS, NOUNS, is_held_out
+from aigiqa_reward.embedded.world import COLOURS, NOUNS, SIDE, is_held_out
 from aigiqa_reward.types import Images
 from aigiqa_reward.weights import ASSETS
 
@@ -24,9 +24,6 @@ CELL = 96
 """Side of a cell in px."""
 
 COLUMNS = 8
-
-SIDE = 64
-"""Side of a picture in px."""
 
 SIZES = tuple(range(44, 57, 2))
 """Sides in px that a cell is scaled to."""

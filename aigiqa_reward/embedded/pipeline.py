@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aigiqa_reward.weights import ASSETS
+from aigiqa_reward.weights import ASSETS, read_weights
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
 GENERATOR = ASSETS / "generator"
 """The pipeline's folder; a plain `StableDiffusionPipeline.from_pretrained` loads it too."""
+
+_SHA256 = {
+    "text_encoder/model.safetensors": "3be0be65984640d1651f38a13af281d51ebf1b05511dc164b1f1fd12a4e6ee88",
+    "unet/diffusion_pytorch_model.safetensors": "420354088b72c0f172a3946e2dc765883ccf37d8d01c579a3ebc47d9cefa6133",
+    "vae/diffusion_pytorch_model.safetensors": "4313784ba0d1ddd6cd62308b8eb93fd79d66df63518a73a7fa2d81c61fd33ace",
+}
 
 
 def load_embedded_pipeline(
@@ -36,15 +42,15 @@ def load_embedded_pipeline(
         A new pipeline, with its progress bar off.
 
     Raises:
-        FileNotFoundError: the package was installed without its assets.
+        WeightsError: a file of its weights is missing or damaged.
         TypeError: `dtype` is not a floating-point type.
     """
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point type such as torch.float32, got {dtype!r}")
-    if not (GENERATOR / "model_index.json").is_file():
-        raise FileNotFoundError(f"no embedded pipeline in {GENERATOR}; install aigiqa-reward again")
+    for name, expected in _SHA256.items():  # diffusers would only log what is missing
+        read_weights(GENERATOR / name, expected_sha256=expected)
     with quiet_libraries():  # diffusers warns of an AutoencoderTiny as a pipeline's `vae`, which works
         pipe = StableDiffusionPipeline.from_pretrained(GENERATOR, use_safetensors=True).to(device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)

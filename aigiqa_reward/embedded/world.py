@@ -89,6 +89,9 @@ COLOURS = {
 }
 """Background colours, sRGB 0 to 255."""
 
+SIDE = 64
+"""Side of a picture in px."""
+
 NOUNS = tuple(THINGS)
 COLOUR_NAMES = tuple(COLOURS)
 
@@ -134,6 +137,7 @@ def read_subject(prompt: str) -> Subject:
     """The thing and background colour that a prompt names.
 
     The longest name wins, and a thing's own words are not its background: "a red apple" names no background colour.
+    Of several colours that of the background is meant: before that word, or after "on" or "in front of".
     """
     text = prompt.lower()
     noun = None
@@ -143,5 +147,7 @@ def read_subject(prompt: str) -> Subject:
             noun = NOUNS.index(name)
             text = text[: found.start()] + " " + text[found.end() :]
             break
-    found = re.search(rf"(?<!\w)({'|'.join(COLOUR_NAMES)})(?!\w)", text)
+    colour = rf"(?<!\w)({'|'.join(COLOUR_NAMES)})(?!\w)"
+    places = (rf"{colour}\s+background", rf"\b(?:on|in front of)\s+(?:an?\s+)?{colour}", colour)
+    found = next((match for place in places if (match := re.search(place, text))), None)
     return Subject(noun=noun, colour=COLOUR_NAMES.index(found[1]) if found else None)

@@ -2,7 +2,7 @@
 
     python examples/train_compact/evaluate_world.py [--pictures 256]
 
-Half of the pictures show pairs of thing and colour that neither the reward nor the generator was trained on.
+So many pictures of pairs that reward and generator were trained on, and as many of pairs that neither ever saw.
 """
 
 from __future__ import annotations
@@ -12,29 +12,33 @@ import argparse
 import numpy as np
 import torch
 from tqdm import tqdm
-from world import CAPTIONS, draw_captions
 
 from aigiqa_reward import Reward, create_reward
-from aigiqa_reward.embedded.degradations import degrade
-from aigiqa_reward.embedded.judge import DEGRADATIONS
+from aigiqa_reward.embedded.degradations import DEGRADATIONS, degrade
 from aigiqa_reward.embedded.pictures import all_pairs, compose
+from aigiqa_reward.embedded.world import COLOURS, NOUNS, WORDINGS, caption
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def eight_captions(noun: int, colour: int, rng: np.random.Generator) -> list[str]:
+    """The right caption and seven wrong ones: two of another colour, two of another thing, three of both other."""
+    nouns = rng.permutation(np.delete(np.arange(len(NOUNS)), noun))
+    colours = rng.permutation(np.delete(np.arange(len(COLOURS)), colour))
+    wrong = [(noun, colours[0]), (noun, colours[1]), (nouns[0], colour), (nouns[1], colour)]
+    wrong += [(nouns[2 + step], colours[2 + step]) for step in range(3)]
+    return [caption(*pair, wording=int(rng.integers(len(WORDINGS)))) for pair in [(noun, colour), *wrong]]
 
 
 @torch.inference_mode()
 def choices(reward: Reward, pairs: np.ndarray) -> float:
     """How often the right one of eight captions has the highest correspondence."""
-    generator = torch.Generator().manual_seed(9)
-    pictures = compose(pairs, np.random.default_rng(9))
-    numbers, right = draw_captions(torch.from_numpy(pairs), generator)
-    scores = [
-        reward(pictures, [CAPTIONS[number] for number in column]).correspondence
-        for column in tqdm(numbers.T.tolist(), desc="captions", unit="caption of each")
-    ]
-    table = torch.stack(scores, dim=1)
-    rivals = table.masked_fill(right.all(dim=2), -torch.inf).amax(dim=1)
-    return float((table[:, 0] > rivals).float().mean())
+    rng = np.random.default_rng(9)
+    pictures = compose(pairs, rng)
+    captions = [eight_captions(noun, colour, rng) for noun, colour in pairs.tolist()]
+    columns = tqdm(list(zip(*captions, strict=True)), desc="captions", unit="caption of each")
+    scores = torch.stack([reward(pictures, list(column)).correspondence for column in columns], dim=1)
+    return float((scores.argmax(dim=1) == 0).float().mean())
 
 
 @torch.inference_mode()
@@ -59,8 +63,9 @@ def main() -> None:
         pairs = all_pairs(held_out=held_out)
         drawn = pairs[rng.integers(len(pairs), size=arguments.pictures)]
         print(f"right caption of 8, {name}: {choices(reward, drawn):.3f} of {arguments.pictures} pictures")
+    pairs = all_pairs(held_out=True)
     for column, name in enumerate(DEGRADATIONS):
-        means = qualities(reward, drawn[:128], column)
+        means = qualities(reward, pairs[rng.integers(len(pairs), size=arguments.pictures)], column)
         print(f"quality at {name} {LEVELS}: {', '.join(f'{mean:.3f}' for mean in means)}")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.embedded.degradations import degrade
+from aigiqa_reward.embedded.degradations import degrade, random_levels
 from aigiqa_reward.embedded.pictures import all_pairs, compose
 from aigiqa_reward.embedded.world import COLOURS, NOUNS, WORDINGS, caption
 from aigiqa_reward.encoders.compact import CompactImageTower
@@ -66,9 +66,7 @@ def store_world(encoder: TimmEncoder, tower: CompactImageTower, config: CompactC
     if not path.exists():
         rng, generator = np.random.default_rng(3), torch.Generator().manual_seed(3)
         pairs = np.repeat(all_pairs(held_out=False), COPIES, axis=0)
-        levels = torch.rand((len(pairs), 3), generator=generator)
-        levels *= torch.rand(levels.shape, generator=generator) > 0.5
-        levels *= (torch.rand(len(pairs), generator=generator) > CLEAN)[:, None]
+        levels = random_levels(len(pairs), clean=CLEAN, generator=generator)
         whole, crops, features, colours = [], [], [], []
         for start in tqdm(range(0, len(pairs), 32), desc="world", unit="32 pictures"):
             part = slice(start, start + 32)
@@ -97,24 +95,6 @@ def store_world(encoder: TimmEncoder, tower: CompactImageTower, config: CompactC
 def order_loss(quality: Tensor, levels: Tensor, recipe: Recipe) -> Tensor:
     """Less degraded pictures have to be better."""
     return pairwise_margin_loss(quality, -levels.sum(dim=1), margin=recipe.margin)
-
-
-def draw_captions(pairs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Eight captions for each of N pictures, the right one first, and what each gets right.
-
-    Of the wrong ones, two differ in the colour alone and two in the thing alone.
-
-    Returns:
-        Numbers (N, 8) among CAPTIONS, and (N, 8, 2) whether the noun and the colour are the picture's.
-    """
-    count = len(pairs)
-    nouns = torch.randint(len(NOUNS), (count, 8), generator=generator)
-    colours = torch.randint(len(COLOURS), (count, 8), generator=generator)
-    nouns[:, :3], colours[:, 3:5] = pairs[:, :1], pairs[:, 1:]
-    colours[:, 0] = pairs[:, 1]
-    wording = torch.randint(len(WORDINGS), (count, 8), generator=generator)
-    right = torch.stack([nouns == pairs[:, :1], colours == pairs[:, 1:]], dim=2)
-    return (nouns * len(COLOURS) + colours) * len(WORDINGS) + wording, right
 
 
 def wanted(pairs: Tensor, recipe: Recipe) -> Tensor:

@@ -1,6 +1,6 @@
 """Train the generator's text encoder and UNet in the autoencoder's latents, and write the pipeline that ships.
 
-python examples/train_generator/denoiser.py --runs runs/generator      # about an hour on two cores
+python examples/train_generator/denoiser.py --runs runs/generator      # about 80 minutes on one core
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from aigiqa_reward.embedded.world import COLOURS, NOUNS, WORDINGS, caption
-from aigiqa_reward.weights import ASSETS, read_weights, write_weights
+from aigiqa_reward.weights import ASSETS, read_weights, sha256, write_weights
 
 BATCH = 32
 CAPTION_DROPOUT = 0.1
@@ -114,10 +114,19 @@ def write_pipeline(trained: nn.Module, tokenizer: CLIPTokenizer, vae: Autoencode
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
-    config = folder / "text_encoder" / "config.json"
-    settings = json.loads(config.read_text()) | {"dtype": "float32"}  # transformers would keep float16
-    config.write_text(json.dumps(settings, indent=2) + "\n")
-    print(f"{folder}: {sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6:.1f} MB")
+    text_config, vae_config = (folder / part / "config.json" for part in ("text_encoder", "vae"))
+    settings = json.loads(text_config.read_text()) | {"dtype": "float32"}  # transformers would keep float16
+    text_config.write_text(json.dumps(settings, indent=2) + "\n")
+    settings = json.loads(vae_config.read_text())
+    for name in ("_name_or_path", "block_out_channels"):  # where it was trained; what AutoencoderTiny derives itself
+        settings.pop(name, None)
+    vae_config.write_text(json.dumps(settings, indent=2) + "\n")
+    print(
+        f"{folder}: {sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6:.1f} MB. "
+        "Hashes for aigiqa_reward/embedded/pipeline.py:"
+    )
+    for file in sorted(folder.rglob("*.safetensors")):
+        print(f'    "{file.relative_to(folder).as_posix()}": "{sha256(file)}",')
 
 
 def main() -> None:
@@ -128,7 +137,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)  # initial weights of this script, which owns its process
     vae = AutoencoderTiny.from_pretrained(arguments.runs / "vae")
-    latents, pairs = stored_latents(vae, arguments.runs / "latents.safetensors")
+    version = sha256(arguments.runs / "vae" / "diffusion_pytorch_model.safetensors")[:8]
+    latents, pairs = stored_latents(vae, arguments.runs / f"latents_{version}.safetensors")
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     texts = [caption(n, c, w) for n in range(len(NOUNS)) for c in range(len(COLOURS)) for w in range(len(WORDINGS))]
     ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids

@@ -38,6 +38,10 @@ def fit(
     done = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        if state["steps"] != steps:
+            raise SystemExit(
+                f"{checkpoint} is of a run of {state['steps']} steps, not {steps}; use a new --runs folder"
+            )
         done = state["done"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -54,6 +58,8 @@ def fit(
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             buffer = io.BytesIO()
-            torch.save({name: part.state_dict() for name, part in parts.items()} | {"done": step + 1}, buffer)
+            torch.save(
+                {name: part.state_dict() for name, part in parts.items()} | {"done": step + 1, "steps": steps}, buffer
+            )
             write_atomically(checkpoint, buffer.getvalue())
     return average.module.eval()

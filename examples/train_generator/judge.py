@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from fit import fit
 from torch import Tensor
 
-from aigiqa_reward.embedded.degradations import degrade
-from aigiqa_reward.embedded.judge import DEGRADATIONS, Judge
+from aigiqa_reward.embedded.degradations import DEGRADATIONS, degrade, random_levels
+from aigiqa_reward.embedded.judge import Judge
 from aigiqa_reward.embedded.pictures import compose
 from aigiqa_reward.embedded.world import COLOURS, NOUNS
 from aigiqa_reward.weights import ASSETS, sha256, write_weights
@@ -52,9 +52,7 @@ def loss_of(judge: Judge, generator: torch.Generator) -> Tensor:
     share = torch.where(torch.rand(BATCH, generator=generator) < 0.15, torch.rand(BATCH, generator=generator), 1.0)
     images = share[:, None, None, None] * images + (1 - share[:, None, None, None]) * images.roll(1, 0)
     labels = [share[:, None] * label + (1 - share[:, None]) * label.roll(1, 0) for label in labels]
-    levels = torch.rand((BATCH, len(DEGRADATIONS)), generator=generator)
-    levels *= torch.rand(levels.shape, generator=generator) > 0.5
-    levels *= (torch.rand(BATCH, generator=generator) > CLEAN)[:, None]
+    levels = random_levels(BATCH, clean=CLEAN, generator=generator)
     images = degrade(images, levels, generator).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         noun, colour, degradation = (logits.float() for logits in judge.logits(images))
