@@ -46,7 +46,7 @@ SPECS: dict[str, ModelSpec] = {
         gradient_path="pixels through both image streams, the gate and the heads; prompts fixed",
         needs_prompt=False,
         weights="embedded",
-        megabytes=39.0,
+        megabytes=39.2,
         sha256={
             "towers/image.safetensors": "fbf5ed7dabfe5b52242e45255c11d8fb4ecff851e79b193668c122a319029d80",
             "compact/model.safetensors": "89eaff08fdf83755a262ae8a17b2e217169446f9d01e6d952469ed2ea3c37e33",

@@ -6,6 +6,7 @@ that no training picture shows it on (`is_held_out`): the hard prompts.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -126,6 +127,12 @@ def caption(noun: int, colour: int, wording: int = 0) -> str:
     """The caption of a thing on a background colour, by index, in one of WORDINGS."""
     thing, name = NOUNS[noun], COLOUR_NAMES[colour]
     return WORDINGS[wording].format(thing=_with_article(thing), colour=name, a_colour=_with_article(name))
+
+
+def all_captions() -> list[str]:
+    """Every caption: nouns outermost, then colours, then wordings."""
+    counts = len(NOUNS), len(COLOURS), len(WORDINGS)
+    return [caption(*indices) for indices in itertools.product(*map(range, counts))]
 
 
 def is_held_out(noun: int, colour: int) -> bool:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from aigiqa_reward import images as pixels
 from aigiqa_reward.embedded.degradations import degrade, random_levels
 from aigiqa_reward.embedded.pictures import all_pairs, compose
-from aigiqa_reward.embedded.world import COLOURS, NOUNS, WORDINGS, caption
+from aigiqa_reward.embedded.world import COLOURS, NOUNS, WORDINGS, all_captions
 from aigiqa_reward.encoders.compact import CompactImageTower
 from aigiqa_reward.encoders.timm import TimmEncoder
 from aigiqa_reward.models.blocks import colour_histogram
@@ -34,12 +34,7 @@ COPIES = 5
 CLEAN = 0.4
 """Share of pictures without a degradation."""
 
-CAPTIONS = tuple(
-    caption(noun, colour, wording)
-    for noun in range(len(NOUNS))
-    for colour in range(len(COLOURS))
-    for wording in range(len(WORDINGS))
-)
+CAPTIONS = tuple(all_captions())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Train the generator's autoencoder: pictures of 64 x 64 px to latents of 4 x 16 x 16 and back.
 
-python examples/train_generator/autoencoder.py --runs runs/generator      # about 12 minutes on two cores
+From the repository's root:
+
+    python examples/train_generator/autoencoder.py --runs runs/generator      # about 12 minutes on two cores
 """
 
 from __future__ import annotations

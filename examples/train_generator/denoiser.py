@@ -1,6 +1,8 @@
 """Train the generator's text encoder and UNet in the autoencoder's latents, and write the pipeline that ships.
 
-python examples/train_generator/denoiser.py --runs runs/generator      # about 80 minutes on one core
+From the repository's root:
+
+    python examples/train_generator/denoiser.py --runs runs/generator      # about 80 minutes on one core
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from aigiqa_reward.embedded.world import COLOURS, NOUNS, WORDINGS, caption
+from aigiqa_reward.embedded.world import COLOURS, NOUNS, WORDINGS, all_captions
 from aigiqa_reward.weights import ASSETS, read_weights, sha256, write_weights
 
 BATCH = 32
@@ -32,7 +34,6 @@ WIDTH = 128
 
 def build_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer class with a vocabulary of the world's words; others fall into letters."""
-    captions = [caption(n, c, w) for n in range(len(NOUNS)) for c in range(len(COLOURS)) for w in range(len(WORDINGS))]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     stock = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[]).backend_tokenizer
     bpe.normalizer, bpe.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
@@ -40,12 +41,19 @@ def build_tokenizer() -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=2000, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
     )
-    bpe.train_from_iterator(captions, trainer)
+    bpe.train_from_iterator(all_captions(), trainer)
     learned = json.loads(bpe.to_str())["model"]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *learned["vocab"]]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     merges = [tuple(pair) for pair in learned["merges"]]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=LENGTH)
+
+
+def stored_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a run: trained once, since its ties fall otherwise in each process, and weights depend on it."""
+    if not folder.exists():
+        build_tokenizer().save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def build_models(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
@@ -139,13 +147,12 @@ def main() -> None:
     vae = AutoencoderTiny.from_pretrained(arguments.runs / "vae")
     version = sha256(arguments.runs / "vae" / "diffusion_pytorch_model.safetensors")[:8]
     latents, pairs = stored_latents(vae, arguments.runs / f"latents_{version}.safetensors")
-    tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    texts = [caption(n, c, w) for n in range(len(NOUNS)) for c in range(len(COLOURS)) for w in range(len(WORDINGS))]
-    ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    tokenizer, scheduler = stored_tokenizer(arguments.runs / "tokenizer"), build_scheduler()
+    ids = tokenizer(all_captions(), padding="max_length", return_tensors="pt").input_ids
     ids = ids.unflatten(0, (len(NOUNS), len(COLOURS), len(WORDINGS)))
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
 
-    def loss_of(models: nn.Module, generator: torch.Generator) -> Tensor:
+    def loss_of(trained: nn.Module, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
         nouns, colours = pairs[rows].T
         prompts = ids[nouns, colours, torch.randint(len(WORDINGS), (BATCH,), generator=generator)]
@@ -159,8 +166,8 @@ def main() -> None:
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
-            states = models["text_encoder"](prompts).last_hidden_state
-            predicted = models["unet"](noisy, timesteps, states).sample
+            states = trained["text_encoder"](prompts).last_hidden_state
+            predicted = trained["unet"](noisy, timesteps, states).sample
         return F.mse_loss(predicted.float(), target)
 
     trained = fit(

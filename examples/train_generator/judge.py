@@ -1,6 +1,9 @@
 """Train the judge of the embedded world on composed pictures, and check it on fresh ones.
 
-python examples/train_generator/judge.py --runs runs/generator      # about 8 minutes on two cores
+From the repository's root:
+
+    python examples/train_generator/judge.py --runs runs/generator      # about 8 minutes on two cores
+    python examples/train_generator/judge.py                            # only check the judge that ships
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from fit import fit
 from torch import Tensor
 
 from aigiqa_reward.embedded.degradations import DEGRADATIONS, degrade, random_levels
-from aigiqa_reward.embedded.judge import Judge
+from aigiqa_reward.embedded.judge import Judge, load_judge
 from aigiqa_reward.embedded.pictures import compose
 from aigiqa_reward.embedded.world import COLOURS, NOUNS
 from aigiqa_reward.weights import ASSETS, sha256, write_weights
@@ -85,9 +88,12 @@ def check(judge: Judge) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--runs", type=Path, help="folder for checkpoints; without it the judge that ships is checked")
     parser.add_argument("--out", type=Path, default=ASSETS / "judge" / "model.safetensors")
     arguments = parser.parse_args()
+    if arguments.runs is None:
+        check(load_judge())
+        return
     arguments.runs.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)  # initial weights of this script, which owns its process
     judge = Judge().to(memory_format=torch.channels_last)
