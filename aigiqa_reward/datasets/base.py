@@ -22,6 +22,7 @@ class ScoredImages:
         quality_std: (N,) float64, deviation between raters.
         correspondence: (N,) float64, mean opinion score of correspondence to the prompt.
         correspondence_std: (N,) float64, deviation between raters.
+        groups: what a split must keep on one side; left out or None, the prompts.
 
     A benchmark that did not publish a score holds NaN in its place.
 
@@ -37,8 +38,10 @@ class ScoredImages:
     quality_std: np.ndarray
     correspondence: np.ndarray
     correspondence_std: np.ndarray
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _groups_or_prompts(self)
         for field in fields(self):
             value = getattr(self, field.name)
             if len(value) != len(self.names) or (isinstance(value, np.ndarray) and value.ndim != 1):
@@ -50,23 +53,23 @@ class ScoredImages:
         """Number of images N."""
         return len(self.names)
 
+    @property
+    def has_quality(self) -> bool:
+        """Whether any image has a score of quality."""
+        return bool(np.any(~np.isnan(self.quality)))
+
+    @property
+    def has_correspondence(self) -> bool:
+        """Whether any image has a score of correspondence."""
+        return bool(np.any(~np.isnan(self.correspondence)))
+
     def subset(self, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> ScoredImages:
         """The images that `rows` names: a boolean mask (N,), or row numbers in the order wanted.
 
         Raises:
             ValueError: a mask of another length, or row numbers that do not exist.
         """
-        index = np.asarray(rows)
-        if index.dtype == bool:
-            if index.shape != (len(self),):
-                raise ValueError(f"rows: expected a mask of shape ({len(self)},), got {index.shape}")
-            index = np.flatnonzero(index)
-        elif index.size == 0:
-            index = np.zeros(0, dtype=np.int64)
-        if index.ndim != 1 or index.dtype.kind not in "iu":
-            raise ValueError(f"rows: expected a boolean mask or row numbers, got {index.dtype} of shape {index.shape}")
-        if index.size and (index.min() < -len(self) or index.max() >= len(self)):
-            raise ValueError(f"rows: expected numbers below {len(self)}, got {int(index.min())} to {int(index.max())}")
+        index = _row_numbers(rows, len(self))
         return ScoredImages(
             names=tuple(self.names[i] for i in index),
             paths=tuple(self.paths[i] for i in index),
@@ -76,4 +79,74 @@ class ScoredImages:
             quality_std=self.quality_std[index],
             correspondence=self.correspondence[index],
             correspondence_std=self.correspondence_std[index],
+            groups=tuple(self.groups[i] for i in index),
         )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreferencePairs:
+    """N choices of people between two images of one prompt. Row i is choice i; ties are left out.
+
+    Attributes:
+        prompts: the prompt that both images were made from, length N.
+        better: the file of the image that was preferred.
+        worse: the file of the other.
+        groups: what a split must keep on one side; left out or None, the prompts.
+
+    Raises:
+        ValueError: unequal lengths, or an image preferred to itself.
+    """
+
+    prompts: tuple[str, ...]
+    better: tuple[Path, ...]
+    worse: tuple[Path, ...]
+    groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _groups_or_prompts(self)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if len(value) != len(self.prompts):
+                raise ValueError(f"{field.name}: expected {len(self.prompts)} entries, one a pair, got {len(value)}")
+        for row, (better, worse) in enumerate(zip(self.better, self.worse, strict=True)):
+            if better == worse:
+                raise ValueError(f"better, worse: expected two images, got {str(better)!r} twice at row {row}")
+
+    def __len__(self) -> int:
+        """Number of pairs N."""
+        return len(self.prompts)
+
+    def subset(self, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> PreferencePairs:
+        """The pairs that `rows` names: a boolean mask (N,), or row numbers in the order wanted.
+
+        Raises:
+            ValueError: a mask of another length, or row numbers that do not exist.
+        """
+        index = _row_numbers(rows, len(self))
+        return PreferencePairs(
+            prompts=tuple(self.prompts[i] for i in index),
+            better=tuple(self.better[i] for i in index),
+            worse=tuple(self.worse[i] for i in index),
+            groups=tuple(self.groups[i] for i in index),
+        )
+
+
+def _groups_or_prompts(table: ScoredImages | PreferencePairs) -> None:
+    if not table.groups:
+        object.__setattr__(table, "groups", table.prompts)
+
+
+def _row_numbers(rows: np.ndarray | Sequence[int] | Sequence[bool], count: int) -> np.ndarray:
+    """A mask or row numbers as row numbers of a table of `count` rows."""
+    index = np.asarray(rows)
+    if index.dtype == bool:
+        if index.shape != (count,):
+            raise ValueError(f"rows: expected a mask of shape ({count},), got {index.shape}")
+        return np.flatnonzero(index)
+    if index.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if index.ndim != 1 or index.dtype.kind not in "iu":
+        raise ValueError(f"rows: expected a boolean mask or row numbers, got {index.dtype} of shape {index.shape}")
+    if index.min() < -count or index.max() >= count:
+        raise ValueError(f"rows: expected numbers below {count}, got {int(index.min())} to {int(index.max())}")
+    return index

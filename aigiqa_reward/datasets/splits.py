@@ -2,9 +2,102 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
+
+from aigiqa_reward.datasets._rows import read_csv, refuse_repeats
+from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages
+
+TEST_FRACTION = 0.2
+"""Of the groups: 80/20, as in the published protocols."""
+
+VALIDATION_FRACTION = 0.1
+"""Of the groups that are not test, for the choice of an epoch: chosen here, since the published protocols choose it on
+the test part."""
+
+_MODES = ("group", "random_image", "csv")
+_PARTS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """Rows of a table in three parts that share none.
+
+    Attributes:
+        train: int64 row numbers, ascending.
+        validation: those that choose an epoch.
+        test: those that are only reported.
+
+    Raises:
+        ValueError: a part is not of row numbers, or a row is in two of them or twice in one.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            rows = getattr(self, field.name)
+            if rows.ndim != 1 or rows.dtype.kind not in "iu" or (rows < 0).any():
+                raise ValueError(f"{field.name}: expected row numbers from 0, got {rows.dtype} of shape {rows.shape}")
+        rows, times = np.unique(np.concatenate([self.train, self.validation, self.test]), return_counts=True)
+        if (times > 1).any():
+            raise ValueError(
+                f"train, validation, test: expected no row twice, got {int((times > 1).sum())}, the first "
+                f"{rows[times > 1][0]}"
+            )
+
+
+def split_rows(
+    images: ScoredImages | PreferencePairs,
+    *,
+    mode: Literal["group", "random_image", "csv"] = "group",
+    seed: int,
+    file: str | os.PathLike[str] | None = None,
+) -> Split:
+    """Divide images, or pairs, into what trains, what chooses an epoch and what is reported.
+
+    A split depends on the groups (or the file) and the seed alone.
+
+    Args:
+        images: the benchmark.
+        mode: `group`: 20 % of the groups are test, 10 % of the others validation, and no group is on two sides.
+            `random_image`: the same over single rows. It is there for comparison with published figures that were
+            split so: prompts of the test part are then seen in training as well.
+            `csv`: the parts that `file` assigns.
+        seed: of the draws; in mode `csv` used only where the file has no validation rows.
+        file: with mode `csv`: the columns name (as in `images.names`) and split, which is train, validation (or val)
+            or test. It lists every image, and may list others. Without validation rows, 10 % of the groups of the
+            train rows are drawn.
+
+    Returns:
+        The row numbers of each part.
+
+    Raises:
+        ValueError: no such mode, a file without mode `csv` or the other way round, fewer than three groups, or a
+            file that lacks an image or a part, or has another form.
+    """
+    if mode not in _MODES:
+        raise ValueError(f"mode: expected one of {', '.join(_MODES)}, got {mode!r}")
+    if (file is None) == (mode == "csv"):
+        expected, got = ("the table of parts", "none") if file is None else ("none", repr(str(file)))
+        raise ValueError(f"file: expected {expected} with mode {mode!r}, got {got}; a file goes with mode 'csv'")
+    if file is not None:
+        return _assigned_split(images, Path(file), seed)
+    groups = np.asarray(images.groups) if mode == "group" else np.arange(len(images))
+    count = len(np.unique(groups))
+    if count < 3:
+        raise ValueError(
+            f"images: expected at least 3 {'groups' if mode == 'group' else 'rows'}, one a part, got {count}"
+        )
+    test = group_split(groups, TEST_FRACTION, seed)
+    return _with_validation(groups, np.flatnonzero(~test), np.flatnonzero(test), seed)
 
 
 def group_folds(groups: Sequence[str] | Sequence[int] | np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -69,3 +162,41 @@ def _groups(groups: Sequence[str] | Sequence[int] | np.ndarray) -> tuple[np.ndar
         raise ValueError(f"groups: expected one label a row, at least one, got shape {array.shape}")
     _, codes, sizes = np.unique(array, return_inverse=True, return_counts=True)
     return codes, sizes
+
+
+def _with_validation(groups: np.ndarray, rest: np.ndarray, test: np.ndarray, seed: int) -> Split:
+    """Draw the validation groups from the rows that are not test."""
+    drawn = group_split(groups[rest], VALIDATION_FRACTION, seed)
+    return Split(train=rest[~drawn], validation=rest[drawn], test=test)
+
+
+def _assigned_split(images: ScoredImages | PreferencePairs, file: Path, seed: int) -> Split:
+    """The parts that a file assigns."""
+    if not isinstance(images, ScoredImages):
+        raise ValueError("mode: 'csv' lists images by name, and pairs have none; take mode 'group'")
+    if not file.is_file():
+        raise ValueError(f"file: expected a CSV file with the columns name and split, found none at {str(file)!r}")
+    rows = read_csv(file, ("name", "split"), expected="the columns")
+    refuse_repeats(rows, "name")
+    part_of: dict[str, str] = {}
+    for row in rows:
+        if row["split"] not in _PARTS:
+            raise row.error(f"expected split to be train, validation (or val) or test, got {row['split']!r}")
+        part_of[row["name"]] = _PARTS[row["split"]]
+    unlisted = [name for name in images.names if name not in part_of]
+    if unlisted:
+        raise ValueError(
+            f"{file}: expected a row for every image, got none for {len(unlisted)} of {len(images)}, the first "
+            f"{unlisted[0]!r}; add them, or drop the images by subset()"
+        )
+    parts = np.array([part_of[name] for name in images.names])
+    train, validation, test = (np.flatnonzero(parts == part) for part in ("train", "validation", "test"))
+    for part, numbers in (("train", train), ("test", test)):
+        if not len(numbers):
+            raise ValueError(f"{file}: expected images in both train and test, got none in {part}")
+    if len(validation):
+        return Split(train=train, validation=validation, test=test)
+    groups = np.asarray(images.groups)
+    if len(np.unique(groups[train])) < 2:
+        raise ValueError(f"{file}: expected validation rows, or train rows of two groups to draw them from, got one")
+    return _with_validation(groups, train, test, seed)

@@ -1,0 +1,73 @@
+"""Reader of the training part of AIGIQA-20K in its published layout.
+
+Source: C. Li et al., "AIGIQA-20K: A Large Database for AI-Generated Image Quality Assessment", CVPRW 2024, arXiv
+2404.03407; published for the NTIRE 2024 challenge as AIGCQA-30K-Image.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+from pathlib import Path
+
+from aigiqa_reward.datasets._rows import (
+    find_table,
+    generators_of,
+    image_folder,
+    number_or_nan,
+    numbers,
+    read_csv,
+    refuse_absent,
+    refuse_repeats,
+    unpublished,
+)
+from aigiqa_reward.datasets.base import ScoredImages
+
+_COLUMNS = ("name", "prompt", "mos")
+_NAME = re.compile(r"(?P<generator>[^/\\]+)_\d+\.png")
+
+
+def read_aigiqa20k(folder: str | os.PathLike[str]) -> ScoredImages:
+    """Read `info_train.csv` and find the images in `train/` or `images/`; none is opened.
+
+    The file may list any part of the benchmark; the published one lists 14,000 images. Scores stay as published,
+    mean opinion scores of 0 to 5. A rater gave one score for quality and alignment with the prompt together: it is
+    put into `quality`, and `correspondence` is NaN, because no model of either can be held against it alone. The
+    generator of an image is its file name less `_{index}.png`: `DALLE2`, `LCM_SD1.5`.
+
+    Args:
+        folder: holds `info_train.csv`, with the columns name, prompt and mos, or those three without a header (some
+            copies: a number in the third cell of the first line tells), and the images.
+
+    Returns:
+        The images in the order of the file.
+
+    Raises:
+        ValueError: a file, column or image is missing, a name is repeated or of another form, or a score is
+            not a number.
+    """
+    root = Path(folder)
+    table = find_table(root, "info_train.csv", "AIGIQA-20K's info_train.csv and train/")
+    rows = read_csv(table, _COLUMNS, header=None if _has_header(table) else _COLUMNS)
+    generators = generators_of(rows, "name", _NAME, "{generator}_{index}.png")
+    refuse_repeats(rows, "name")
+    paths = tuple(image_folder(root, "train", "images") / row["name"] for row in rows)
+    refuse_absent(paths, table.name)
+    return ScoredImages(
+        names=tuple(row["name"] for row in rows),
+        paths=paths,
+        prompts=tuple(row["prompt"] for row in rows),
+        generators=generators,
+        quality=numbers(rows, "mos"),
+        quality_std=unpublished(len(rows)),
+        correspondence=unpublished(len(rows)),
+        correspondence_std=unpublished(len(rows)),
+    )
+
+
+def _has_header(table: Path) -> bool:
+    with table.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        first = next(csv.reader(file), [])
+    return len(first) != len(_COLUMNS) or math.isnan(number_or_nan(first[-1]))

@@ -1,0 +1,118 @@
+"""Reader of ImageReward's rankings in their published JSON layout.
+
+Source: J. Xu et al., "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation", NeurIPS
+2023, arXiv 2304.05977; https://github.com/THUDM/ImageReward.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from aigiqa_reward.datasets._rows import image_folder, refuse_absent
+from aigiqa_reward.datasets.base import PreferencePairs
+
+_FIELDS = ("id", "prompt", "generations", "ranking")
+
+
+def read_imagereward(path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None) -> PreferencePairs:
+    """Read a JSON list of ranked images as pairs; no image is opened.
+
+    An entry is {id, prompt, generations, ranking}: a list of images of the prompt, and the rank of each, 1 the best.
+    Every two images of an entry give a pair, the lower rank the better; two of one rank give none. The group of a
+    pair is its prompt, which a few entries share.
+
+    Args:
+        path: the JSON file (`train.json`, `valid.json`, `test.json`), or a folder that holds `train.json`.
+        images: the folder that the entries' image paths start from. None: the folder named like the file,
+            `test_images` for `test.json`, or else `images`, beside the file.
+
+    Returns:
+        The pairs in the order of the file.
+
+    Raises:
+        ValueError: a file, field or image is missing, an id or image is repeated, a rank is not a number, ranks and
+            images differ in number, or no two images differ in rank.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "train.json"
+    if not file.is_file():
+        raise ValueError(
+            f"path: expected ImageReward's JSON file, or a folder that holds train.json, got {str(path)!r}; name the "
+            "file itself for another part"
+        )
+    root = image_folder(file.parent, f"{file.stem}_images", "images") if images is None else Path(images)
+    prompts: list[str] = []
+    better: list[Path] = []
+    worse: list[Path] = []
+    for prompt, generations, ranking in _read_entries(file):
+        for first, second in combinations(range(len(generations)), 2):
+            if ranking[first] == ranking[second]:
+                continue
+            won, lost = (first, second) if ranking[first] < ranking[second] else (second, first)
+            prompts.append(prompt)
+            better.append(root / generations[won])
+            worse.append(root / generations[lost])
+    if not prompts:
+        raise ValueError(f"{file}: expected images of different ranks in at least one entry, got none")
+    refuse_absent(
+        list(dict.fromkeys(better + worse)),
+        file.name,
+        argument="images",
+        remedy="name the folder they are in by images=",
+    )
+    return PreferencePairs(prompts=tuple(prompts), better=tuple(better), worse=tuple(worse))
+
+
+def _read_entries(file: Path) -> list[tuple[str, list[str], list[float]]]:
+    """Prompt, images and ranks of every entry, checked."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON in UTF-8, got {error}; take the published file") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{file}: expected a list of entries {{{', '.join(_FIELDS)}}}, got {type(entries).__name__}")
+    places: dict[str, int] = {}
+    checked = []
+    for number, entry in enumerate(entries, start=1):
+        where = f"{file}, entry {number}"
+        if not isinstance(entry, dict) or any(field not in entry for field in _FIELDS):
+            got = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+            raise ValueError(f"{where}: expected the fields {', '.join(_FIELDS)}, got {got or 'none'}")
+        identity = str(entry["id"])
+        if identity in places:
+            raise ValueError(
+                f"{where}: the id {identity!r} is that of entry {places[identity]} as well; keep one of the two"
+            )
+        places[identity] = number
+        checked.append(_check_entry(entry, f"{where} (id {identity!r})"))
+    return checked
+
+
+def _check_entry(entry: dict[str, Any], where: str) -> tuple[str, list[str], list[float]]:
+    prompt, generations, ranking = entry["prompt"], entry["generations"], entry["ranking"]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: expected prompt to be a text, got {prompt!r}")
+    _check_list(generations, str, "generations", "image paths", where)
+    _check_list(ranking, (int, float), "ranking", "numbers", where)
+    if len(generations) != len(ranking):
+        raise ValueError(
+            f"{where}: expected one rank an image, got {len(ranking)} for {len(generations)}; remove the entry"
+        )
+    repeated = [name for name in generations if generations.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{where}: {repeated[0]!r} is listed twice; keep one of the two")
+    return prompt, generations, ranking
+
+
+def _check_list(value: Any, kind: Any, field: str, expected: str, where: str) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{where}: expected {field} to be a list of {expected}, got {value!r}")
+    for item in value:
+        if not isinstance(item, kind) or isinstance(item, bool) or item != item:
+            raise ValueError(f"{where}: expected {field} to be a list of {expected}, got {item!r} in it")

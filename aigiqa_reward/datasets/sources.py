@@ -1,0 +1,71 @@
+"""Benchmarks by name, so that a command takes its data as one word, NAME:PATH."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from aigiqa_reward.datasets.agiqa1k import read_agiqa1k
+from aigiqa_reward.datasets.agiqa3k import read_agiqa3k
+from aigiqa_reward.datasets.aigciqa2023 import read_aigciqa2023
+from aigiqa_reward.datasets.aigiqa20k import read_aigiqa20k
+from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages
+from aigiqa_reward.datasets.imagereward import read_imagereward
+from aigiqa_reward.datasets.pickapic import read_pickapic
+from aigiqa_reward.datasets.table import read_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A benchmark that can be read by name.
+
+    Attributes:
+        reader: takes the path.
+        path: what the path is, in words.
+    """
+
+    reader: Callable[[Path], ScoredImages | PreferencePairs]
+    path: str
+
+
+SOURCES: dict[str, Source] = {
+    "agiqa3k": Source(reader=read_agiqa3k, path="the folder that holds data.csv and images/"),
+    "agiqa1k": Source(reader=read_agiqa1k, path="the folder that holds AIGC_MOS_Zscore.xlsx and file/"),
+    "aigciqa2023": Source(reader=read_aigciqa2023, path="the folder that holds DATA/ and Image/"),
+    "aigiqa20k": Source(reader=read_aigiqa20k, path="the folder that holds info_train.csv and train/"),
+    "imagereward": Source(reader=read_imagereward, path="the JSON file, or the folder that holds train.json"),
+    "pickapic": Source(reader=read_pickapic, path="a parquet file, or a folder of those of one part"),
+    "csv": Source(reader=read_table, path="a CSV file with the columns path, prompt and quality or correspondence"),
+}
+"""Name of a benchmark -> its reader. `csv` is a table of anyone's own."""
+
+
+def read_data(source: str) -> ScoredImages | PreferencePairs:
+    """Read a benchmark that is named in one word, as `agiqa3k:data/agiqa3k`.
+
+    Args:
+        source: NAME:PATH, the name one of `SOURCES`; a path may begin with ~.
+
+    Returns:
+        Images with scores, or pairs of images (imagereward, pickapic).
+
+    Raises:
+        ImportError: the reader needs the extra `data`.
+        ValueError: the form is another, there is no such name, or what the reader of that name raises.
+    """
+    name, _, path = source.partition(":")
+    if name not in SOURCES:
+        if ":" not in source and (Path(source).exists() or any(mark in source for mark in "/\\.~")):
+            raise ValueError(f"source: expected NAME:PATH, got the path {source!r}; write one of {_forms()}")
+        close = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), SOURCES, n=1, cutoff=0.5)
+        meant = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"source: no data is called {name!r}{meant} Write one of {_forms()}")
+    if not path.strip():
+        raise ValueError(f"source: expected {name}:PATH, got {source!r}; PATH is {SOURCES[name].path}")
+    return SOURCES[name].reader(Path(path).expanduser())
+
+
+def _forms() -> str:
+    return ", ".join(f"{name}:PATH" for name in SOURCES)
