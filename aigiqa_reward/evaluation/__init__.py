@@ -16,15 +16,26 @@ from aigiqa_reward.evaluation.controls import (
 )
 from aigiqa_reward.evaluation.correlation import Correlations, Logistic4, correlations, fit_logistic4, srcc
 from aigiqa_reward.evaluation.predictions import Predictions
+from aigiqa_reward.evaluation.protocol import OverSeeds, PairedDifference, ProtocolReport, SummaryRow
+from aigiqa_reward.evaluation.published import PUBLISHED, PublishedResult, published_markdown
 from aigiqa_reward.evaluation.report import EvaluationReport, ReportRow
+from aigiqa_reward.evaluation.ridge import ridge_predict
+from aigiqa_reward.evaluation.split_scores import SplitScores, score_split
 
 __all__ = [
+    "PUBLISHED",
     "Correlations",
     "EvaluationReport",
     "Interval",
     "Logistic4",
+    "OverSeeds",
+    "PairedDifference",
     "Predictions",
+    "ProtocolReport",
+    "PublishedResult",
     "ReportRow",
+    "SplitScores",
+    "SummaryRow",
     "bootstrap_interval",
     "bootstrap_intervals",
     "centred",
@@ -34,6 +45,9 @@ __all__ = [
     "fit_logistic4",
     "group_mean_predictor",
     "prompt_auc",
+    "published_markdown",
+    "ridge_predict",
+    "score_split",
     "selection_gain",
     "srcc",
     "within",

@@ -13,6 +13,10 @@ MAX_SWEEPS = 10_000
 """Rounds of centring before giving up: chosen here; a nearly balanced design needs about ten."""
 
 
+class NotConverged(ValueError):
+    """Centring did not end, because the groupings hardly overlap."""
+
+
 def selection_gain(predicted: Numbers, target: Numbers, groups: Labels) -> float:
     """How much of the best possible improvement picking each group's best-predicted row brings.
 
@@ -118,7 +122,8 @@ def centred(values: Numbers, *groupings: Labels) -> np.ndarray:
     of the least-squares fit of all effects together. Values that the effects explain entirely become exact 0.
 
     Raises:
-        ValueError: NaN or infinite values, unequal lengths, no grouping, or no convergence.
+        ValueError: NaN or infinite values, unequal lengths, or no grouping.
+        NotConverged: a ValueError, where the groupings hardly overlap.
     """
     x = numbers(values, "values")
     if not groupings:
@@ -135,7 +140,7 @@ def centred(values: Numbers, *groupings: Labels) -> np.ndarray:
             moved = max(moved, float(np.abs(means).max()))
         if moved <= 1e-3 * ROUNDING * scale:
             return residual if np.abs(residual).max() > ROUNDING * scale else np.zeros_like(residual)
-    raise ValueError(
+    raise NotConverged(
         f"groupings: no convergence after {MAX_SWEEPS} rounds, because the groupings hardly overlap; "
         "centre by fewer of them"
     )

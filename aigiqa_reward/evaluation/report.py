@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from aigiqa_reward.evaluation._text import markdown_table, number, plain
 from aigiqa_reward.evaluation.bootstrap import Interval
 from aigiqa_reward.evaluation.correlation import Correlations
 
@@ -98,7 +99,7 @@ class EvaluationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON holds it: nested dictionaries and lists of numbers and names, None for nan."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
     def markdown(self) -> str:
         """The report as Markdown: a table a score, then the comparisons."""
@@ -129,35 +130,21 @@ class EvaluationReport:
             "SRCC centred by generator and prompt",
             "SRCC per fold",
         ]
-        table = [header, ["---", *["---:"] * (len(header) - 1)]]
+        rows = []
         for row in self.rows:
             if row.task == task:
                 agreement = row.correlations
-                table.append(
+                rows.append(
                     [
                         row.predictor,
                         _bracketed(row.srcc),
-                        *map(_number, (agreement.plcc, agreement.plcc_fitted, agreement.krcc, agreement.rmse)),
+                        *map(number, (agreement.plcc, agreement.plcc_fitted, agreement.krcc, agreement.rmse)),
                         *map(_bracketed, (row.gain, row.gain_within, row.centred_srcc)),
-                        f"{_number(row.fold_mean)} ± {_number(row.fold_std)}",
+                        f"{number(row.fold_mean)} ± {number(row.fold_std)}",
                     ]
                 )
-        return ["| " + " | ".join(cells) + " |" for cells in table]
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
+        return markdown_table(header, rows)
 
 
 def _bracketed(interval: Interval) -> str:
     return "–" if math.isnan(interval.estimate) else str(interval)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value

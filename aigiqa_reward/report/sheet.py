@@ -1,16 +1,13 @@
-"""Pictures of results. Here pixels are shown, not scored: what is drawn goes to eyes, and never into a reward."""
+"""Contact sheets: all candidates of one prompt, with their scores, in one picture."""
 
 from __future__ import annotations
 
-import bisect
-import importlib.util
 import math
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from aigiqa_reward.report._text import font, printable, wrapped
 from aigiqa_reward.sampling.candidates import BestOfNOutput
 
 WINNER = (234, 88, 12)
@@ -76,14 +73,14 @@ def contact_sheet(output: BestOfNOutput, prompt: str) -> Image.Image:
     width = box_width + 2 * _PADDING
     height = box_height + 2 * _PADDING + 32 + 18 * len(cards[0].numbers())
     sheet_width = 2 * _MARGIN + columns * width + (columns - 1) * _GAP
-    title = _wrapped(_printable(prompt), _font(_TITLE, bold=True), sheet_width - 2 * _MARGIN, _TITLE_LINES)
+    title = wrapped(printable(prompt), font(_TITLE, bold=True), sheet_width - 2 * _MARGIN, _TITLE_LINES)
     top = _MARGIN + 32 * len(title) + 40
     rows = math.ceil(len(cards) / columns)
     sheet = Image.new("RGB", (sheet_width, top + rows * height + (rows - 1) * _GAP + _MARGIN), _SHEET)
     draw = ImageDraw.Draw(sheet)
     for line, text in enumerate(title):
-        draw.text((_MARGIN, _MARGIN + 20 + 32 * line), text, _INK, _font(_TITLE, bold=True), anchor="ls")
-    draw.text((_MARGIN, top - 26), _summary(output), _MUTED, _font(_TEXT), anchor="ls")
+        draw.text((_MARGIN, _MARGIN + 20 + 32 * line), text, _INK, font(_TITLE, bold=True), anchor="ls")
+    draw.text((_MARGIN, top - 26), _summary(output), _MUTED, font(_TEXT), anchor="ls")
     for place, card in enumerate(cards):
         left = _MARGIN + place % columns * (width + _GAP)
         upper = top + place // columns * (height + _GAP)
@@ -133,18 +130,18 @@ def _draw_card(sheet: Image.Image, card: _Card, place: tuple[int, int, int, int]
         sheet.paste(card.image, corner)
     else:
         draw.rectangle((left, top, right - 1, top + box_height - 1), _EMPTY)
-        lines = _wrapped(_printable(card.reason), _font(_SMALL), right - left - 2 * _PADDING, 4)
+        lines = wrapped(printable(card.reason), font(_SMALL), right - left - 2 * _PADDING, 4)
         middle = (left + right) / 2, top + box_height / 2
-        draw.multiline_text(middle, "\n".join(lines), _MUTED, _font(_SMALL), anchor="mm", align="center", spacing=6)
+        draw.multiline_text(middle, "\n".join(lines), _MUTED, font(_SMALL), anchor="mm", align="center", spacing=6)
     baseline = top + box_height + 28
     heading, ink = ("dropped", _MUTED) if math.isnan(card.total) else (_number(card.total), _INK)
-    draw.text((left, baseline), heading, ink, _font(_HEADING, bold=True), anchor="ls")
+    draw.text((left, baseline), heading, ink, font(_HEADING, bold=True), anchor="ls")
     if card.best:
         draw.rectangle((right - 44, baseline - 17, right - 1, baseline + 4), WINNER)
-        draw.text((right - 22, baseline - 6), "best", _CARD, _font(_SMALL, bold=True), anchor="mm")
+        draw.text((right - 22, baseline - 6), "best", _CARD, font(_SMALL, bold=True), anchor="mm")
     for line, (name, value) in enumerate(card.numbers()):
-        draw.text((left, baseline + 22 + 18 * line), name, _MUTED, _font(_SMALL), anchor="ls")
-        draw.text((right, baseline + 22 + 18 * line), value, _MUTED, _font(_SMALL), anchor="rs")
+        draw.text((left, baseline + 22 + 18 * line), name, _MUTED, font(_SMALL), anchor="ls")
+        draw.text((right, baseline + 22 + 18 * line), value, _MUTED, font(_SMALL), anchor="rs")
 
 
 def _columns(count: int) -> int:
@@ -162,44 +159,7 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-# --------------------------------------------------------------------------------------------- text
-
-
-@cache
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic, Arabic and more."""
-    library = importlib.util.find_spec("matplotlib")  # found, not imported: that looks for a home, and logs without one
-    if library is None or library.origin is None:
-        raise ImportError("matplotlib is missing, whose font is used here; pip install matplotlib")
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(library.origin).parent / "mpl-data" / "fonts" / "ttf" / name), size)
-
-
 def _number(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
-
-
-def _printable(text: str) -> str:
-    """In one line, without control characters and halves of characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
-    """At most `most` lines of `width` px, broken between words where that is possible; an ellipsis for what is cut."""
-    text, lines = text[:2000], []  # more never fits, and measuring it would take its time
-    while text and len(lines) < most:
-        end = _fitting(text, font, width)
-        if end < len(text) and len(lines) == most - 1:
-            return [*lines, text[: _fitting(text, font, width - font.getlength("…"))].rstrip() + "…"]
-        if end < len(text) and (space := text.rfind(" ", 1, end + 1)) > 0:
-            end = space
-        lines.append(text[:end].rstrip())
-        text = text[end:].lstrip()
-    return lines
-
-
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
-    """How many of the first characters are no wider than `width` px; at least one."""
-    return max(1, bisect.bisect_right(range(1, len(text) + 1), width, key=lambda end: font.getlength(text[:end])))

@@ -1,0 +1,278 @@
+"""Results of a model that is trained and tested on several random splits of one benchmark.
+
+Test parts of different seeds overlap, so predictions are never pooled: every seed is one table of its own, and what
+is reported is the mean and the spread over seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aigiqa_reward.evaluation._text import markdown_table, number
+from aigiqa_reward.evaluation.split_scores import MEASURES, TASKS, SplitScores, check_line
+
+FORMAT = 1
+"""Version of the file; raised when a field changes its meaning."""
+
+_COLUMNS = ("SRCC", "SRCC median", "KRCC", "PLCC raw", "PLCC fitted", "centred SRCC", "gain", "gain within", "AUC")
+_LEGEND = (
+    "Mean ± standard deviation over seeds; in brackets, in how many seeds a measure is defined where that is not all. "
+    "PLCC fitted: after the 4-parameter logistic. Centred SRCC: by generator and prompt. Gain: selection gain over the "
+    "images of each prompt; within: over those of one generator. AUC: an image's right prompt above a wrong one."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverSeeds:
+    """One measure over the seeds in which it is defined; nan where there is none.
+
+    Attributes:
+        mean: the mean.
+        std: standard deviation (ddof 1); nan for a single seed.
+        median: the median.
+        count: number of seeds in which the measure is not nan.
+    """
+
+    mean: float
+    std: float
+    median: float
+    count: int
+
+    def __str__(self) -> str:
+        return number(self.mean) if self.count < 2 else f"{number(self.mean)} ± {number(self.std)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryRow:
+    """One predictor of one human score over the seeds; the measures are those of `SplitScores`.
+
+    Attributes:
+        task: "quality" or "correspondence".
+        predictor: its name.
+        seeds: those it was scored on, ascending.
+    """
+
+    task: str
+    predictor: str
+    seeds: tuple[int, ...]
+    srcc: OverSeeds
+    krcc: OverSeeds
+    plcc: OverSeeds
+    plcc_fitted: OverSeeds
+    rmse: OverSeeds
+    centred_srcc: OverSeeds
+    gain: OverSeeds
+    gain_within: OverSeeds
+    right_prompt_auc: OverSeeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """SRCC of one predictor minus another's, seed by seed on the same test parts.
+
+    Splits share most of their images, so the spread describes these splits; it is no standard error.
+
+    Attributes:
+        mean: over the seeds in which both are defined; nan if there is none.
+        std: standard deviation (ddof 1); nan for fewer than two seeds.
+        seeds: number of seeds compared.
+        wins: number of them in which the first predictor is strictly higher.
+    """
+
+    mean: float
+    std: float
+    seeds: int
+    wins: int
+
+    def __str__(self) -> str:
+        if self.seeds == 0:
+            return "–"
+        spread = f" ± {self.std:.3f}" if self.seeds > 1 else ""
+        return f"{self.mean:+.3f}{spread}, higher in {self.wins} of {self.seeds} seeds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolReport:
+    """The scores of all seeds, predictors and tasks of one protocol; grows seed by seed, so that a run can resume.
+
+    Attributes:
+        title: the benchmark, or the benchmark and the model.
+        protocol: how it was split, such as "groups by prompt, 80/20, 10 % of the training groups for model
+            selection, 10 seeds".
+        scores: one entry a seed, predictor and task.
+
+    Raises:
+        ValueError: a title that is not one line of text, or the same seed, predictor and task twice.
+    """
+
+    title: str
+    protocol: str
+    scores: tuple[SplitScores, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_line("title", self.title)
+        object.__setattr__(self, "scores", tuple(self.scores))
+        seen = set()
+        for entry in self.scores:
+            if entry.key in seen:
+                raise ValueError(
+                    f"scores: expected each seed, predictor and task once, got {entry.key} again; "
+                    "leave out what `done` says is there"
+                )
+            seen.add(entry.key)
+
+    def done(self, seed: int, predictor: str, task: str) -> bool:
+        """Whether the scores of this seed, predictor and task are there."""
+        return (seed, predictor, task) in {entry.key for entry in self.scores}
+
+    def with_scores(self, more: Iterable[SplitScores]) -> ProtocolReport:
+        """A new report that holds more scores.
+
+        Raises:
+            ValueError: one of them is there already.
+        """
+        return replace(self, scores=(*self.scores, *more))
+
+    def summary(self) -> tuple[SummaryRow, ...]:
+        """One row a task and predictor: quality first, predictors in the order of their first appearance."""
+        rows = []
+        for task in TASKS:
+            for predictor in dict.fromkeys(entry.predictor for entry in self.scores if entry.task == task):
+                entries = self._by_seed(task, predictor)
+                measures = {name: _over_seeds([getattr(e, name) for e in entries.values()]) for name in MEASURES}
+                rows.append(SummaryRow(task=task, predictor=predictor, seeds=tuple(entries), **measures))
+        return tuple(rows)
+
+    def difference(self, task: str, a: str, b: str) -> PairedDifference:
+        """SRCC of predictor `a` minus that of `b`, over the seeds that both were scored on.
+
+        Raises:
+            ValueError: no scores of one of the two.
+        """
+        first, second = self._by_seed(task, a), self._by_seed(task, b)
+        both = [first[seed].srcc - second[seed].srcc for seed in first if seed in second]
+        over = _over_seeds(both)
+        return PairedDifference(mean=over.mean, std=over.std, seeds=over.count, wins=sum(value > 0 for value in both))
+
+    def markdown(self) -> str:
+        """The summary as Markdown: the protocol, then a table a task."""
+        seeds = sorted({entry.seed for entry in self.scores})
+        lines = [f"### {self.title}", "", f"{self.protocol.rstrip('.')}. {_counted(self.scores, seeds)}"]
+        rows = self.summary()
+        for task in TASKS:
+            of_task = [row for row in rows if row.task == task]
+            if of_task:
+                cells = [_cells(row) for row in of_task]
+                lines += ["", f"**{task.capitalize()}**", "", *markdown_table(("predictor", *_COLUMNS), cells)]
+            partial = [row for row in of_task if len(row.seeds) < len(seeds)]
+            lines += [""] if partial else []
+            lines += [f"- {row.predictor}: {len(row.seeds)} of {len(seeds)} seeds ({_listed(row)})" for row in partial]
+        return "\n".join([*lines, *(["", _LEGEND] if rows else [])]) + "\n"
+
+    def csv(self) -> str:
+        """One line a seed, predictor and task below a header; full precision, empty where undefined."""
+        text = io.StringIO()
+        names = [field.name for field in fields(SplitScores)]
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(entry.as_dict() for entry in self.scores)
+        return text.getvalue()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it: dictionaries, lists, names and numbers, None for nan."""
+        return {
+            "format": FORMAT,
+            "title": self.title,
+            "protocol": self.protocol,
+            "scores": [entry.as_dict() for entry in self.scores],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one JSON file, whole or not at all, and return its path.
+
+        Raises:
+            ValueError: `path` does not end in .json.
+        """
+        from aigiqa_reward.weights import write_atomically  # here, because it loads torch and the measures do not
+
+        target = Path(path)
+        if target.suffix != ".json":
+            raise ValueError(f"path: expected a name that ends in .json, got {str(target)!r}")
+        text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomically(target, text.encode() + b"\n")
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ProtocolReport:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: no such file, another kind of file, another version, or fields missing or unknown.
+        """
+        source = Path(path)
+        if not source.is_file():
+            raise ValueError(f"path: no file at {str(source)!r}; make it with ProtocolReport.save")
+        try:
+            values = json.loads(source.read_bytes())
+            version = values.pop("format")
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"path: {str(source)!r} is not a file of ProtocolReport.save ({error})") from error
+        if version != FORMAT:
+            raise ValueError(f"path: expected format {FORMAT} in {str(source)!r}, got {version}; save it again")
+        try:
+            return cls(scores=tuple(_restored(entry) for entry in values.pop("scores")), **values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"path: {str(source)!r} does not hold a protocol report ({error})") from error
+
+    def _by_seed(self, task: str, predictor: str) -> dict[int, SplitScores]:
+        """The scores of one predictor by seed, ascending."""
+        entries = [entry for entry in self.scores if (entry.task, entry.predictor) == (task, predictor)]
+        if not entries:
+            there = sorted({(entry.task, entry.predictor) for entry in self.scores})
+            raise ValueError(f"task, predictor: no scores of {(task, predictor)}; there are {there}")
+        return {entry.seed: entry for entry in sorted(entries, key=lambda entry: entry.seed)}
+
+
+def _restored(entry: dict[str, Any]) -> SplitScores:
+    values: dict[str, Any] = {name: np.nan if value is None else value for name, value in entry.items()}
+    return SplitScores(**values)
+
+
+def _over_seeds(values: list[float]) -> OverSeeds:
+    known = np.array([value for value in values if not np.isnan(value)])
+    if len(known) == 0:
+        return OverSeeds(mean=np.nan, std=np.nan, median=np.nan, count=0)
+    std = float(known.std(ddof=1)) if len(known) > 1 else np.nan
+    return OverSeeds(mean=float(known.mean()), std=std, median=float(np.median(known)), count=len(known))
+
+
+def _cells(row: SummaryRow) -> list[str]:
+    """The row of one predictor in the Markdown table."""
+
+    def cell(name: str) -> str:
+        over: OverSeeds = getattr(row, name)
+        return f"{over} ({over.count} of {len(row.seeds)})" if 0 < over.count < len(row.seeds) else str(over)
+
+    rest = ("krcc", "plcc", "plcc_fitted", "centred_srcc", "gain", "gain_within", "right_prompt_auc")
+    return [row.predictor, cell("srcc"), number(row.srcc.median), *map(cell, rest)]
+
+
+def _counted(scores: tuple[SplitScores, ...], seeds: list[int]) -> str:
+    if not seeds:
+        return "No seed has been scored."
+    fewest, most = min(entry.images for entry in scores), max(entry.images for entry in scores)
+    images = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    return f"Scored: {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, {images} test images each."
+
+
+def _listed(row: SummaryRow) -> str:
+    return ", ".join(map(str, row.seeds))

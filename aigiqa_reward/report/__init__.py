@@ -1,0 +1,23 @@
+"""Pictures of results. Here pixels are shown, not scored: what is drawn goes to eyes, and never into a reward.
+
+Plots load matplotlib when they are first used; contact sheets do without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aigiqa_reward.report.sheet import WINNER, contact_sheet
+
+if TYPE_CHECKING:
+    from aigiqa_reward.report.plots import protocol_plot, scatter_plot
+
+__all__ = ["WINNER", "contact_sheet", "protocol_plot", "scatter_plot"]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("protocol_plot", "scatter_plot"):
+        from aigiqa_reward.report import plots
+
+        return getattr(plots, name)
+    raise AttributeError(f"module 'aigiqa_reward.report' has no attribute {name!r}")

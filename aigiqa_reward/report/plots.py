@@ -1,0 +1,247 @@
+"""Plots of predictions against human scores, and of repeated splits, drawn by matplotlib's objects without pyplot."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+
+from aigiqa_reward.evaluation import Correlations, ProtocolReport, SummaryRow, correlations, fit_logistic4
+from aigiqa_reward.report._text import font, printable, wrapped
+from aigiqa_reward.weights import write_atomically
+
+_DPI = 160
+_WIDTH = 8.0  # inches, both plots: 1280 px
+_INK, _MUTED, _GRID = "#18181b", "#686a73", "#e4e6ea"  # the inks of the contact sheet
+_TITLE, _TEXT, _SMALL = 13, 10, 8.5  # font sizes in points
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c6d31")
+"""Six of Okabe and Ito's colours, which the colour-blind tell apart (jfly.uni-koeln.de/color), and two darker ones."""
+
+_MARKERS = ("o", "^", "s")
+_NAMED = len(_COLOURS) * len(_MARKERS)
+"""Generators with a look of their own; of more, the rarest are drawn alike."""
+
+_ROW = 0.46  # inches, the height of one predictor
+
+
+def scatter_plot(
+    predicted: Sequence[float] | np.ndarray,
+    target: Sequence[float] | np.ndarray,
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    generators: Sequence[str] | np.ndarray | None = None,
+) -> Path:
+    """Draw predictions against human scores as a PNG of 1280 x 960 px: points, fitted logistic, SRCC and PLCC.
+
+    Args:
+        predicted: (N,) predictions, N >= 5; the horizontal axis.
+        target: (N,) human scores; the vertical axis.
+        path: of the PNG, written whole or not at all.
+        title: of the plot; what does not fit two lines is cut.
+        x_label: of the predictions, with their unit.
+        y_label: of the human scores, with their unit.
+        generators: (N,) the group of each point, told apart by colour and marker and listed from the highest mean
+            score to the lowest; the rarest beyond 24 share one look. None draws all points alike.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: NaN or infinite values, unequal lengths, fewer than 5 rows, or a path that does not end in .png.
+    """
+    agreement, curve = correlations(predicted, target), fit_logistic4(predicted, target)
+    x, y = np.asarray(predicted, dtype=np.float64), np.asarray(target, dtype=np.float64)
+    if generators is not None and np.shape(generators) != x.shape:
+        raise ValueError(f"generators: expected {len(x)} names, one a point, got shape {np.shape(generators)}")
+    figure, (axes,) = _figure(height=6.0, panels=[1.0])
+    _heading(figure, title)
+    handles = _points(axes, x, y, generators)
+    axes.set_xlim(*_limits(x))
+    axes.set_ylim(*_limits(y))
+    along = np.linspace(*_limits(x), 800)
+    axes.plot(along, curve(along), color=_INK, linewidth=2, zorder=3)
+    _label(axes, x_label, y_label)
+    axes.grid(color=_GRID, linewidth=0.8)
+    if handles:
+        legend = figure.legend(list(handles.values()), ["x"] * len(handles), loc="outside right center", frameon=False)
+        for text, name in zip(legend.get_texts(), handles, strict=True):
+            _plain(text, _fitted(name, _SMALL, 280), _SMALL, _INK)
+    _corner(figure, axes, np.append(x, along), np.append(y, curve(along)), _summary(agreement, len(x)))
+    return _write(figure, path)
+
+
+def protocol_plot(report: ProtocolReport, path: str | os.PathLike[str]) -> Path:
+    """Draw the SRCC of every predictor as a PNG 1280 px wide: a point a seed, a bar at the mean, one panel a task.
+
+    A seed has the same height in every row, so that predictors can be compared seed by seed; the first is on top.
+
+    Args:
+        report: with one entry at least.
+        path: of the PNG, written whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: an empty report, or a path that does not end in .png.
+    """
+    rows = report.summary()
+    if not rows:
+        raise ValueError("report: expected the scores of one seed at least, got none; add them with with_scores")
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    panels = [[row for row in rows if row.task == task] for task in tasks]
+    seeds = sorted({entry.seed for entry in report.scores})
+    values = {entry.key: entry.srcc for entry in report.scores}
+    heights = [_ROW * len(panel) + 0.3 for panel in panels]
+    figure, every_axes = _figure(height=sum(heights) + 0.55 * len(panels) + 1.1, panels=heights)
+    _heading(figure, report.title)
+    for axes, task, panel in zip(every_axes, tasks, panels, strict=True):
+        for place, row in enumerate(panel):
+            _row(axes, place, row, [values.get((seed, row.predictor, task), np.nan) for seed in seeds])
+        axes.set_ylim(len(panel) - 0.4, -0.6)
+        axes.set_yticks(range(len(panel)), [_fitted(row.predictor, _TEXT, 330, most=2) for row in panel])
+        for label in axes.get_yticklabels():
+            label.set_parse_math(False)
+        axes.set_title(task.capitalize(), loc="left", fontsize=_TEXT, fontweight="bold", color=_INK)
+        axes.grid(axis="x", color=_GRID, linewidth=0.8)
+        axes.tick_params(axis="y", length=0)
+    known = np.array([value for value in values.values() if not np.isnan(value)])
+    every_axes[0].set_xlim(*_limits(known) if len(known) else (-1, 1))  # all panels share it
+    every_axes[-1].set_xlabel("SRCC on the test part", fontsize=_TEXT, color=_INK)
+    note = f"A point: one seed. Bar and figures: mean ± standard deviation over seeds. Protocol: {report.protocol}"
+    _plain(figure.supxlabel("x"), _fitted(note, _SMALL, 1200, most=3), _SMALL, _MUTED)
+    return _write(figure, path)
+
+
+# --------------------------------------------------------------------------------------------- parts
+
+
+def _figure(*, height: float, panels: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A white figure with one axes below the other, of these relative heights, that share the horizontal axis."""
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout=layout, facecolor="white")
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=list(panels))
+    for axes in grid[:, 0]:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_MUTED)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=_TEXT, color=_MUTED, labelcolor=_INK)
+    return figure, list(grid[:, 0])
+
+
+def _fitted(text: str, size: float, width: int, *, most: int = 1, bold: bool = False) -> str:
+    """The text in at most `most` lines of `width` px, in letters of `size` points."""
+    return "\n".join(wrapped(printable(text), font(round(size * _DPI / 72), bold=bold), width, most))
+
+
+def _plain(text: Text, content: str, size: float, colour: str) -> None:
+    text.set(text=content, parse_math=False, fontsize=size, color=colour)
+
+
+def _heading(figure: Figure, title: str) -> None:
+    _plain(figure.suptitle("x", fontweight="bold"), _fitted(title, _TITLE, 1200, most=2, bold=True), _TITLE, _INK)
+
+
+def _label(axes: Axes, x_label: str, y_label: str) -> None:
+    _plain(axes.xaxis.label, _fitted(x_label, _TEXT, 800), _TEXT, _INK)
+    _plain(axes.yaxis.label, _fitted(y_label, _TEXT, 750), _TEXT, _INK)
+
+
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    """The range of values with a margin; around a single value, one of its size."""
+    low, high = float(values.min()), float(values.max())
+    margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _points(
+    axes: Axes, x: np.ndarray, y: np.ndarray, generators: Sequence[str] | np.ndarray | None
+) -> dict[str, Line2D]:
+    """Draw them, and return what the legend shows of each group."""
+    size = float(np.clip(600 / len(x) ** 0.5, 10, 40))
+    if generators is None:
+        axes.scatter(x, y, s=size, color=_COLOURS[0], alpha=0.5, linewidths=0, zorder=2)
+        return {}
+    names, codes, counts = np.unique(np.asarray(generators, dtype=str), return_inverse=True, return_counts=True)
+    named = np.argsort(-counts, kind="stable")[: _NAMED if len(names) > _NAMED else None]
+    means = np.bincount(codes, weights=y) / counts
+    handles = {}
+    looks = [(_COLOURS[i % len(_COLOURS)], _MARKERS[i // len(_COLOURS)]) for i in range(_NAMED)]
+    groups = [(str(names[group]), codes == group) for group in named[np.argsort(-means[named], kind="stable")]]
+    if len(named) < len(names):
+        groups.append((f"{len(names) - len(named)} others", ~np.isin(codes, named)))
+        looks = [*looks, (_MUTED, "x")]
+    for (name, mask), (colour, marker) in zip(groups, looks, strict=False):
+        stroke = 1.0 if marker == "x" else 0.0
+        axes.scatter(x[mask], y[mask], s=size, c=colour, marker=marker, alpha=0.6, linewidths=stroke, zorder=2)
+        handles[name] = Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6)
+    return handles
+
+
+def _summary(agreement: Correlations, count: int) -> str:
+    srcc, plcc, fitted = (
+        "–" if np.isnan(value) else f"{value:.3f}".replace("-", "−")
+        for value in (agreement.srcc, agreement.plcc, agreement.plcc_fitted)
+    )
+    return f"SRCC {srcc}\nPLCC {plcc}, fitted {fitted} (line)\n{count:,} images"
+
+
+def _corner(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, content: str) -> None:
+    """Write in a corner that no point (x, y) lies in; where each has some, above them all. To be called last."""
+    frame = {"facecolor": "white", "edgecolor": _GRID, "alpha": 0.9, "boxstyle": "round,pad=0.5"}
+    text = axes.text(0.02, 0.97, content, transform=axes.transAxes, va="top", linespacing=1.4, zorder=4, bbox=frame)
+    text.set(parse_math=False, fontsize=_TEXT, color=_INK)
+    figure.draw_without_rendering()  # gives the panel and the text their sizes
+    panel, box = axes.get_window_extent(), text.get_window_extent()
+    width, height = (box.x1 - panel.x0 + 24) / panel.width, (panel.y1 - box.y0 + 24) / panel.height  # with its frame
+    (low_x, high_x), (low_y, high_y) = axes.get_xlim(), axes.get_ylim()
+    across, up = (x - low_x) / (high_x - low_x), (y - low_y) / (high_y - low_y)
+    for right, top in ((0, 1), (1, 0), (0, 0), (1, 1)):
+        if not np.any((np.abs(across - right) < width) & (np.abs(up - top) < height)):
+            text.set(position=(0.98 if right else 0.02, 0.97 if top else 0.03))
+            text.set(ha="right" if right else "left", va="top" if top else "bottom")
+            return
+    axes.set_ylim(low_y, low_y + (high_y - low_y) / (1 - height))
+
+
+def _row(axes: Axes, place: int, row: SummaryRow, values: Sequence[float]) -> None:
+    """One predictor: its seeds, the mean, and the figures beside the panel."""
+    heights = place + (np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1))
+    axes.axhline(place, color=_GRID, linewidth=0.8, zorder=1)
+    axes.scatter(values, heights, s=22, color=_COLOURS[0], alpha=0.75, linewidths=0, zorder=3)
+    if row.srcc.count:
+        axes.plot([row.srcc.mean] * 2, [place - 0.32, place + 0.32], color=_INK, linewidth=2.4, zorder=2)
+    partly = f" ({row.srcc.count} of {len(values)})" if row.srcc.count < len(values) else ""
+    figures = f"{row.srcc}{partly}" if row.srcc.count else "undefined"
+    axes.text(
+        1.02,
+        place,
+        figures,
+        transform=axes.get_yaxis_transform(),
+        va="center_baseline",
+        fontsize=_TEXT,
+        color=_INK if row.srcc.count else _MUTED,
+    )
+
+
+def _write(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if target.suffix != ".png":
+        raise ValueError(f"path: expected a name that ends in .png, got {str(target)!r}")
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})  # savefig would follow the user's settings
+    write_atomically(target, picture.getvalue())
+    return target

@@ -1,0 +1,291 @@
+"""Plots, judged by their pixels: every point in its place, words where they belong, nothing left behind."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from aigiqa_reward.evaluation import ProtocolReport, SplitScores
+from aigiqa_reward.report import protocol_plot, scatter_plot
+
+BLUE, ORANGE, GREEN = (0, 114, 178), (213, 94, 0), (0, 158, 115)
+WORDS = {"title": "a benchmark: a model", "x_label": "prediction", "y_label": "mean opinion score"}
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def points(picture: np.ndarray) -> np.ndarray:
+    """Centres (N, 2) in px, across and down, of the blue dots."""
+    blue = picture[:, :, 2] - picture[:, :, 0] > 60
+    found, count = ndimage.label(ndimage.binary_closing(blue, iterations=3))  # a line may run over a dot
+    return np.array(ndimage.center_of_mass(found > 0, found, range(1, count + 1))).reshape(-1, 2)[:, ::-1]
+
+
+def has(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """(rows, columns) where the picture has exactly this colour."""
+    return (picture == colour).all(axis=2)
+
+
+def two_bands(count: int = 30) -> tuple[np.ndarray, np.ndarray]:
+    """Points above and below the fitted line, far from it and from one another."""
+    return np.arange(count, dtype=float), np.tile([-1.0, 1.0], count // 2)
+
+
+def scatter(path: Path, *args: Any, **words: Any) -> np.ndarray:
+    assert scatter_plot(*args, path, **{**WORDS, **words}) == path
+    return pixels(path)
+
+
+# --------------------------------------------------------------------------------------------- scatter plot
+
+
+def test_every_point_is_in_its_place(tmp_path: Path) -> None:
+    x, y = two_bands()
+    y = y + 0.1 * np.sin(x)
+    picture = scatter(tmp_path / "plot.png", x, y)
+    assert picture.shape == (960, 1280, 3)
+    found = points(picture)
+    assert len(found) == 30
+    found = found[np.argsort(found[:, 0])]
+    for pixel, value, slope in ((found[:, 0], x, 1), (found[:, 1], y, -1)):
+        line = np.polyfit(value, pixel, 1)
+        assert np.sign(line[0]) == slope
+        assert np.abs(np.polyval(line, value) - pixel).max() < 1
+    assert (picture[:4] == 255).all()
+    assert (picture[:, -4:] == 255).all()
+
+
+def test_the_curve_passes_through_what_it_is_fitted_to(tmp_path: Path) -> None:
+    x = np.linspace(-4, 4, 41)
+    y = 1 / (1 + np.exp(-x / 0.7))
+    below = scatter(tmp_path / "plot.png", x, y)  # the line covers the middle of every point
+    assert len(points(scatter(tmp_path / "noisy.png", *two_bands(40)))) == 40
+    blue = below[:, :, 2] - below[:, :, 0] > 60
+    dark = below.max(axis=2) < 60
+    rows, columns = np.nonzero(blue)
+    middle = [(rows[columns == column].mean(), column) for column in np.unique(columns)]
+    near = [dark[round(row) - 6 : round(row) + 7, column].any() for row, column in middle]
+    assert np.mean(near) > 0.95
+
+
+def test_generators_have_colours_and_a_legend_from_high_to_low(tmp_path: Path) -> None:
+    x, y = two_bands()
+    picture = scatter(tmp_path / "plot.png", x, y, generators=["worse", "better"] * 15)
+    bare = scatter(tmp_path / "bare.png", x, y)
+    assert not has(bare, ORANGE).any()
+    heights = []
+    for colour in (BLUE, ORANGE):
+        rows, columns = np.nonzero(has(picture, colour))
+        assert columns.min() > 900, "only the legend is opaque"
+        heights.append(rows.mean())
+    assert heights[0] < heights[1]
+    upper, lower = picture[: 960 // 2, :900], picture[960 // 2 :, :900]
+    blueish, reddish = (lambda p: p[:, :, 2] - p[:, :, 0] > 60), (lambda p: p[:, :, 0] - p[:, :, 2] > 60)
+    assert blueish(upper).any(), "better is above, and blue"
+    assert reddish(lower).any()
+    assert not blueish(lower).any()
+    assert not reddish(upper).any()
+
+
+def test_more_generators_than_colours_share_a_look(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = np.repeat([f"_generator with a long name {i}, $x_{i}$" for i in range(60)], 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = scatter(tmp_path / "plot.png", *rng.normal(size=(2, 180)), generators=names)
+    assert picture.shape == (960, 1280, 3)
+    assert (picture[:, -4:] == 255).all()
+    assert (picture[-4:] == 255).all()
+    rows = np.flatnonzero((picture < 200).any(axis=(1, 2)))
+    assert rows.max() - rows.min() > 800
+    inside = (picture < 250).any(axis=2)[:, 200:700]
+    assert inside.any(axis=0).all(), "the panel keeps its width"
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (np.full(20, 0.3), np.arange(20.0)),
+        (np.arange(20.0), np.full(20, 3.0)),
+        (np.zeros(5), np.zeros(5)),
+        (np.arange(5.0), [1, 2, 3, 4, 5]),
+        (1e-9 * np.arange(20.0) + 1, 1e9 * np.arange(20.0)),
+    ],
+)
+def test_constant_few_and_extreme_values_can_be_drawn(tmp_path: Path, x: np.ndarray, y: np.ndarray) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = scatter(tmp_path / "plot.png", x, y)
+    assert len(points(picture)) >= 1
+    dark = (picture.max(axis=2) < 60)[100:800, 200:1200]
+    assert dark.any(axis=0).mean() > 0.9, "the line runs across"
+
+
+def test_words_are_drawn_as_they_are(tmp_path: Path) -> None:
+    x, y = two_bands()
+    before = scatter(tmp_path / "a.png", x, y)
+    for words in ({"title": "cost in $: \\frac{1}{$"}, {"x_label": "$x$ and $"}, {"y_label": "^_{"}):
+        changed = np.nonzero((scatter(tmp_path / "b.png", x, y, **words) != before).any(axis=2))
+        assert len(changed[0])
+        if "title" in words:
+            assert changed[0].max() < 60
+        if "x_label" in words:
+            assert changed[0].min() > 900
+        if "y_label" in words:
+            assert changed[1].max() < 60
+    for text in ("word " * 500, "W" * 500, "i" * 500, "\n" * 9, ""):
+        long = scatter(tmp_path / "long.png", x, y, title=text, x_label=text, y_label=text)
+        assert len(points(long)) == 30
+        for edge in (long[:3], long[-3:], long[:, :3], long[:, -3:]):
+            assert (edge == 255).all()
+
+
+def box_of(picture: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the figures: the letters inside the panel."""
+    ink = (picture.max(axis=2) < 130) & (np.ptp(picture, axis=2) < 30)
+    blocks, count = ndimage.label(ndimage.binary_dilation(ink[80:850, 130:1200], iterations=12))
+    sizes = [place for place in ndimage.find_objects(blocks) if place[0].stop - place[0].start > 90]
+    assert count >= 1
+    rows, columns = min(sizes, key=lambda place: place[1].stop - place[1].start)
+    return columns.start + 130, rows.start + 80, columns.stop + 130, rows.stop + 80
+
+
+@pytest.mark.parametrize("free", [(-1, 1), (1, 1), (-1, -1), (1, -1), None])
+def test_the_figures_hide_no_point(tmp_path: Path, free: tuple[int, int] | None) -> None:
+    across, up = (grid.ravel() for grid in np.meshgrid(np.linspace(-1, 1, 16), np.linspace(-1, 1, 16)))
+    rows = np.full(len(up), True) if free is None else (across * free[0] < 0) | (up * free[1] < 0.4)
+    rows &= np.abs(up) > 0.3  # room for the line
+    picture = scatter(tmp_path / "plot.png", across[rows], up[rows])
+    assert len(points(picture)) == rows.sum()
+    left, top, right, bottom = box_of(picture)
+    if free is not None:
+        assert ((left + right) / 2 > 640) == (free[0] > 0)
+    assert ((top + bottom) / 2 < 480) == (free is None or free[1] > 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generators": ["a"]}, "generators: expected 30 names"),
+        ({"path": "plot.jpg"}, r"path: expected a name that ends in \.png"),
+        ({"target": [1.0, 2.0]}, "equal lengths, got 30 and 2"),
+        ({"predicted": np.full(30, np.nan)}, "predicted: expected finite numbers"),
+    ],
+)
+def test_malformed_input_is_refused_and_nothing_written(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    given = {"predicted": two_bands()[0], "target": two_bands()[1], "path": "plot.png", **WORDS, **changes}
+    with pytest.raises(ValueError, match=message):
+        scatter_plot(**{**given, "path": tmp_path / given["path"]})
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------- protocol plot
+
+
+def scores(task: str, predictor: str, values: list[float], first_seed: int = 0) -> list[SplitScores]:
+    rest = dict.fromkeys(
+        ("krcc", "plcc", "plcc_fitted", "rmse", "centred_srcc", "gain", "gain_within", "right_prompt_auc"), math.nan
+    )
+    return [
+        SplitScores(seed=first_seed + place, predictor=predictor, task=task, srcc=value, images=40, **rest)
+        for place, value in enumerate(values)
+    ]
+
+
+def plotted(path: Path, *parts: list[SplitScores], **words: str) -> np.ndarray:
+    names = {"title": "a benchmark", "protocol": "by prompt, 80/20", **words}
+    report = ProtocolReport(**names, scores=tuple(itertools.chain(*parts)))
+    assert protocol_plot(report, path) == path
+    return pixels(path)
+
+
+def test_every_seed_is_a_point_and_the_bar_is_their_mean(tmp_path: Path) -> None:
+    model, ridge = [0.60, 0.70, 0.80, 0.94], [0.1, 0.35, 0.2, 0.15]
+    both = scores("quality", "model", model), scores("quality", "ridge", ridge)
+    picture = plotted(tmp_path / "plot.png", *both)
+    assert picture.shape[1] == 1280
+    found = points(picture)
+    assert len(found) == 8
+    found = found[np.argsort(found[:, 1])]  # rows from the top, in each the seeds in their order
+    scale = np.polyfit([*model, *ridge], found[:, 0], 1)
+    assert scale[0] > 0
+    assert np.abs(np.polyval(scale, [*model, *ridge]) - found[:, 0]).max() < 1
+    for values, seen in ((model, found[:4]), (ridge, found[4:])):
+        top, bottom = int(seen[:, 1].min()) - 8, int(seen[:, 1].max()) + 9
+        left, right = int(found[:, 0].min()) - 9, int(found[:, 0].max()) + 9
+        dark = (picture[top:bottom, left:right].max(axis=2) < 60).sum(axis=0)
+        bar = np.flatnonzero(dark > 0.8 * (bottom - top))
+        assert left + bar.mean() == pytest.approx(np.polyval(scale, np.mean(values)), abs=1.5)
+    gaps = np.diff(found[:, 1])
+    assert np.ptp([*gaps[:3], *gaps[4:]]) < 1.5, "the same seeds at the same heights"
+
+
+def test_a_panel_a_task_and_room_for_every_predictor(tmp_path: Path) -> None:
+    quality = [
+        scores("quality", f"control {i}, with a rather long name for a row", [0.2 * i, 0.2 * i + 0.1]) for i in range(4)
+    ]
+    one = plotted(tmp_path / "one.png", *quality)
+    two = plotted(tmp_path / "two.png", *quality, scores("correspondence", "model", [0.5, 0.6]))
+    more = plotted(tmp_path / "more.png", *quality, *(scores("quality", f"{i}", [0.1, 0.2]) for i in range(9)))
+    assert one.shape[0] < two.shape[0] < more.shape[0]
+    assert [len(points(picture)) for picture in (one, two, more)] == [8, 10, 26]
+    for picture in (one, two, more):
+        assert (picture[:, -4:] == 255).all()
+        assert (picture[:, :4] == 255).all()
+
+
+def test_undefined_and_single_seeds_can_be_drawn(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flat = plotted(tmp_path / "flat.png", scores("quality", "flat", [math.nan, math.nan]))
+        single = plotted(tmp_path / "single.png", scores("quality", "model", [0.7]))
+        partly = plotted(
+            tmp_path / "partly.png",
+            scores("quality", "model", [0.7, 0.6, 0.8]),
+            scores("quality", "ridge", [0.5, math.nan], first_seed=1),
+            title="$\\frac{1}{$",
+            protocol="by $prompt$ " * 100,
+        )
+    assert [len(points(picture)) for picture in (flat, single, partly)] == [0, 1, 4]
+    assert (flat < 100).any()
+    with pytest.raises(ValueError, match="report: expected the scores of one seed at least"):
+        plotted(tmp_path / "none.png", [])
+    with pytest.raises(ValueError, match=r"ends in \.png"):
+        plotted(tmp_path / "plot.svg", scores("quality", "model", [0.7]))
+
+
+# --------------------------------------------------------------------------------------------- files and state
+
+
+def test_plots_are_the_same_every_time_and_leave_nothing_beside_them(tmp_path: Path) -> None:
+    first, second = tmp_path / "new" / "a.png", tmp_path / "new" / "b.png"
+    for path in (first, second, first):
+        scatter(path, *two_bands())
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(path.name for path in first.parent.iterdir()) == ["a.png", "b.png"]
+
+
+def test_pyplot_is_left_alone_and_contact_sheets_load_no_matplotlib() -> None:
+    code = (
+        "import sys, io, tempfile\nfrom aigiqa_reward.report import contact_sheet\nprint('matplotlib' in sys.modules)\n"
+        "from aigiqa_reward.report import scatter_plot\nprint('matplotlib' in sys.modules)\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    scatter_plot(range(9), range(9), folder + '/a.png', title='', x_label='', y_label='')\n"
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "True", "False"]
