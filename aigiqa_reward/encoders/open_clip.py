@@ -50,10 +50,21 @@ class OpenCLIPEncoder(nn.Module):
         config: which model.
         load_weights: False leaves the weights random, to be filled from a saved reward.
 
+    Attributes:
+        image_size: side in px of the images it takes.
+        mean: channel means of its pretraining images, in [0, 1].
+        std: channel deviations of its pretraining images.
+        any_size: whether it takes images of other sizes as well; never.
+        width: width of the joint space.
+        feature_width: width of `features`, the same here.
+        window: tokens of a text it reads, with the start and end tokens.
+
     Raises:
         ValueError: unknown architecture or tag, missing file, weights that do not fit, or a text tower whose word
             states cannot be projected into the joint space (those taken from transformers).
     """
+
+    any_size = False
 
     def __init__(self, config: OpenCLIPConfig, *, load_weights: bool = True) -> None:
         super().__init__()
@@ -92,6 +103,8 @@ class OpenCLIPEncoder(nn.Module):
         self.std: tuple[float, float, float] = tuple(model.visual.image_std)
         size = model.visual.image_size
         self.image_size: int = size if isinstance(size, int) else size[0]
+        self.width = int(self.description["model_cfg"]["embed_dim"])
+        self.feature_width = self.width
 
     @property
     def _text(self) -> Any:
@@ -120,7 +133,39 @@ class OpenCLIPEncoder(nn.Module):
         """Embed [0, 1] images of `image_size` px a side; not normalised; at least float32."""
         weight = self.clip.logit_scale
         inputs = pixels.normalise(images, self.mean, self.std).to(weight.dtype)
-        return self.clip.encode_image(inputs).to(images.dtype)
+        return self.clip.encode_image(inputs).to(torch.promote_types(images.dtype, torch.float32))
+
+    def features(self, images: Images) -> Float[Tensor, "batch feature_width"]:
+        """What is worth keeping of an image: `encode_image`, since open_clip pools and projects in one step."""
+        return self.encode_image(images)
+
+    def project(self, features: Float[Tensor, "*batch feature_width"]) -> Float[Tensor, "*batch embedding"]:
+        """Bring `features` into the joint space, where they are already."""
+        return features
+
+    def encode_map(self, images: Images) -> Float[Tensor, "batch embedding rows columns"]:
+        """Each patch of [0, 1] images of `image_size` px a side in the joint space, as a map; not normalised.
+
+        The last block's patch tokens take the class token's way: the final norm, then the projection. At least float32.
+
+        Raises:
+            ValueError: the image tower is not a VisionTransformer of open_clip, or pools its tokens by attention.
+        """
+        from open_clip.transformer import VisionTransformer
+
+        visual = self.clip.visual
+        if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None:
+            kind = "pools its patches by attention" if isinstance(visual, VisionTransformer) else type(visual).__name__
+            raise ValueError(
+                f"architecture: the image tower of {self.config.architecture!r} has no patches in the joint space "
+                f"({kind}); choose a VisionTransformer such as ViT-B-32 or ViT-L-14"
+            )
+        inputs = pixels.normalise(images, self.mean, self.std).to(self.clip.logit_scale.dtype)
+        last = visual.forward_intermediates(inputs, indices=1, normalize_intermediates=True, intermediates_only=True)
+        patches = last["image_intermediates"][0]
+        if visual.proj is not None:
+            patches = torch.einsum("bchw,cd->bdhw", patches, visual.proj)
+        return patches.to(torch.promote_types(images.dtype, torch.float32))
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
         """Embed texts; not normalised; at least float32."""

@@ -1,0 +1,278 @@
+"""BLIP as an encoder: it computes what transformers computes, reads what BLIP reads, and lets gradients through."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_blip import write_tiny_blip
+from torch import Tensor
+from transformers import BertTokenizerFast, BlipForImageTextRetrieval, CLIPConfig
+
+from aigiqa_reward.encoders.blip import BLIPConfig, BLIPEncoder
+from aigiqa_reward.encoders.compact import TOWERS
+from aigiqa_reward.weights import load_strictly
+
+TEXTS = ["a red apple", "a very long description of a castle on a hill above the sea at dusk"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_blip(tmp_path_factory.mktemp("blip"), seed=0)
+
+
+@pytest.fixture
+def encoder(folder: Path) -> BLIPEncoder:
+    return BLIPEncoder(BLIPConfig(path_or_id=str(folder))).requires_grad_(False).eval()
+
+
+@pytest.fixture
+def broken(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the folder, to be damaged."""
+    return Path(shutil.copytree(folder, tmp_path / "broken"))
+
+
+def draw_images(count: int = 2, side: int = 32) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def grounded(encoder: BLIPEncoder, images: Tensor, texts: list[str]) -> Tensor:
+    return encoder.ground(encoder.look(images), **encoder.read(texts))
+
+
+# ------------------------------------------------------------------------------------------------ what it computes
+
+
+def test_states_are_those_of_the_published_class(folder: Path, encoder: BLIPEncoder) -> None:
+    model = BlipForImageTextRetrieval.from_pretrained(folder).eval()
+    tokens = BertTokenizerFast.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
+    images = draw_images().float()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
+    with torch.no_grad():
+        expected = model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=(images - mean) / std
+        )
+    features = encoder.read(TEXTS)
+    assert torch.equal(features["text"], tokens.input_ids)
+    assert torch.equal(features["mask"], tokens.attention_mask.bool())
+    seen = encoder.look(images)
+    assert torch.allclose(seen, expected.last_hidden_state, atol=1e-5)
+    assert torch.allclose(encoder.ground(seen, **features), expected.question_embeds, atol=1e-5)
+
+
+def test_widths_are_those_of_the_tensors(encoder: BLIPEncoder) -> None:
+    features = encoder.read(TEXTS)
+    seen = encoder.look(draw_images())
+    assert seen.shape == (2, 1 + 4 * 4, encoder.vision_width)
+    assert encoder.ground(seen, **features).shape == (*features["text"].shape, encoder.grounded_width)
+    assert encoder.grounded_width == encoder.width
+    assert encoder.image_size == 32
+
+
+def test_every_word_depends_on_the_image(encoder: BLIPEncoder) -> None:
+    states = grounded(encoder, draw_images(), TEXTS[:1] * 2)
+    assert ((states[0] - states[1]).norm(dim=-1) > 1e-3 * states[0].norm(dim=-1)).all()
+
+
+def test_pixel_gradient_is_that_of_finite_differences(encoder: BLIPEncoder) -> None:
+    encoder.double()
+    images = draw_images().requires_grad_()
+    features = encoder.read(TEXTS)
+    mask = features["mask"][..., None]
+
+    def states(images: Tensor) -> Tensor:
+        return encoder.ground(encoder.look(images), **features) * mask
+
+    assert torch.autograd.gradcheck(states, images, fast_mode=True)
+    gradient = torch.autograd.grad(states(images)[..., 0].sum(), images)[0]
+    assert (gradient.flatten(1).norm(dim=1) > 1e-3).all()
+
+
+def test_padding_changes_no_word(encoder: BLIPEncoder) -> None:
+    encoder.double()
+    images = draw_images(1)
+    alone, padded = encoder.read(TEXTS[:1]), encoder.read(TEXTS)
+    seen = encoder.look(images)
+    expected = encoder.ground(seen, **alone)
+    states = encoder.ground(seen, padded["text"][:1], padded["mask"][:1])
+    words = padded["mask"][0]
+    assert int(words.sum()) == alone["text"].shape[1] < len(words)
+    assert torch.allclose(states[0, words], expected[0], atol=1e-12)
+
+
+def test_rows_are_independent(encoder: BLIPEncoder) -> None:
+    encoder.double()
+    images, features = draw_images(), encoder.read(TEXTS)
+    together = encoder.ground(encoder.look(images), **features)
+    for i in range(2):
+        row = slice(i, i + 1)
+        alone = encoder.ground(encoder.look(images[row]), features["text"][row], features["mask"][row])
+        assert torch.allclose(together[row], alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_outputs_never_fall_below_float32(encoder: BLIPEncoder, weights: torch.dtype) -> None:
+    encoder.to(weights)
+    features = encoder.read(TEXTS)
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32)):
+        seen = encoder.look(draw_images().to(dtype))
+        assert seen.dtype == encoder.ground(seen, **features).dtype == expected
+    seen = encoder.look(draw_images())
+    assert seen.dtype == encoder.ground(seen, **features).dtype == torch.float64
+
+
+# --------------------------------------------------------------------------------------------------- what it reads
+
+
+def test_a_text_starts_and_ends_as_bert_marks_it(encoder: BLIPEncoder) -> None:
+    features = encoder.read(TEXTS)
+    tokens = [encoder.tokenizer.id_to_token(token) for token in features["text"][0].tolist()]
+    assert tokens[:5] == ["[CLS]", "a", "red", "apple", "[SEP]"]
+    assert set(tokens[5:]) == {"[PAD]"}
+    assert features["mask"][0].tolist() == [True] * 5 + [False] * (len(tokens) - 5)
+
+
+def test_padding_and_truncation_of_a_tokenizer_file_are_not_followed(encoder: BLIPEncoder, broken: Path) -> None:
+    shutil.copy(TOWERS / "tokenizer.json", broken / "tokenizer.json")  # pads and cuts to 128
+    long = " ".join(["apple"] * 150)
+    again = BLIPEncoder(BLIPConfig(path_or_id=str(broken), window=200))
+    assert again.read(TEXTS)["text"].tolist() == encoder.read(TEXTS)["text"].tolist()
+    assert again.read([long])["mask"].sum() == 152
+
+
+def test_words_beyond_the_window_are_named_and_the_end_is_kept(folder: Path) -> None:
+    encoder = BLIPEncoder(BLIPConfig(path_or_id=str(folder), window=6))
+    with pytest.warns(UserWarning, match=r"window of 6 tokens.*'five six'"):
+        ids = encoder.read(["one two three four five six"])["text"]
+    assert [encoder.tokenizer.id_to_token(token) for token in ids[0].tolist()] == [
+        *("[CLS]", "one", "two", "three", "four", "[SEP]")
+    ]
+
+
+def test_other_scripts_are_warned_of(encoder: BLIPEncoder) -> None:
+    with pytest.warns(UserWarning, match="not in Latin script; BLIP"):
+        encoder.read(["красное яблоко на столе"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ("a red apple", TypeError, "expected a list of strings"),
+        ([], ValueError, "at least one"),
+        (["a cat", "  "], ValueError, "no readable word"),
+    ],
+)
+def test_unreadable_texts_are_refused(
+    encoder: BLIPEncoder, texts: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"texts: .*{message}"):
+        encoder.read(texts)
+
+
+def test_images_of_another_size_are_refused(encoder: BLIPEncoder) -> None:
+    with pytest.raises(ValueError, match=r"images: expected 32 x 32 px, got 24 x 24"):
+        encoder.look(draw_images(side=24))
+
+
+# ------------------------------------------------------------------------------------------- saving and loading
+
+
+def test_a_description_builds_the_same_encoder_without_the_folder(tmp_path: Path) -> None:
+    folder = write_tiny_blip(tmp_path / "model", seed=3)
+    encoder = BLIPEncoder(BLIPConfig(path_or_id=str(folder), window=40)).eval()
+    written = json.dumps(encoder.describe())
+    assert str(tmp_path) not in written
+    shutil.rmtree(folder)
+    again = BLIPEncoder.from_description(json.loads(written)).eval()
+    assert not torch.equal(again.look(draw_images()), encoder.look(draw_images()))
+    load_strictly(again, encoder.state_dict(), source="the first")
+    assert json.dumps(again.describe()) == written
+    assert again.window == 40
+    assert all(torch.equal(again.read(TEXTS)[name], tensor) for name, tensor in encoder.read(TEXTS).items())
+    assert torch.equal(grounded(again, draw_images(), TEXTS), grounded(encoder, draw_images(), TEXTS))
+
+
+def test_weights_stored_in_half_precision_are_read_as_float32(folder: Path, broken: Path) -> None:
+    BlipForImageTextRetrieval.from_pretrained(folder).half().save_pretrained(broken)
+    encoder = BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
+    assert {tensor.dtype for tensor in encoder.parameters()} == {torch.float32}
+
+
+def change_weights(folder: Path, *, drop: str | None = None, add: dict[str, Tensor] | None = None) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if drop is None or not name.startswith(drop)}
+    save_file({**tensors, **(add or {})}, path, metadata={"format": "pt"})
+
+
+def test_heads_and_counters_that_play_no_part_may_be_missing_or_left_over(encoder: BLIPEncoder, broken: Path) -> None:
+    change_weights(
+        broken, drop="itm_head.", add={"text_encoder.embeddings.position_ids": torch.arange(512).view(1, -1)}
+    )
+    again = BLIPEncoder(BLIPConfig(path_or_id=str(broken))).eval()
+    assert torch.equal(grounded(again, draw_images(), TEXTS), grounded(encoder, draw_images(), TEXTS))
+
+
+def test_missing_and_unknown_weights_are_refused(broken: Path) -> None:
+    change_weights(broken, drop="text_encoder.encoder.layer.1.crossattention.self.key.")
+    with pytest.raises(ValueError, match=r"2 missing \(first: text_encoder.encoder.layer.1.crossattention.self.key.b"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
+    change_weights(broken, add={"visual_encoder.pos_embed": torch.zeros(1, 17, 32)})
+    with pytest.raises(ValueError, match=r"1 unknown \(first: visual_encoder.pos_embed\).*ImageReward.*converted"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
+
+
+def test_weights_of_another_shape_are_refused(broken: Path) -> None:
+    name = "vision_model.embeddings.position_embedding"
+    change_weights(broken, drop=name, add={name: torch.zeros(1, 5, 32)})
+    with pytest.raises(ValueError, match="path_or_id: cannot load"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
+
+
+def test_a_folder_with_pickled_weights_only_is_refused(broken: Path) -> None:
+    torch.save(load_file(broken / "model.safetensors"), broken / "pytorch_model.bin")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot load.*expected a folder.*model.safetensors"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
+
+
+def test_a_damaged_file_is_refused(broken: Path) -> None:
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="path_or_id: cannot load"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
+
+
+def test_other_models_and_missing_parts_are_refused(broken: Path, tmp_path: Path) -> None:
+    CLIPConfig().save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="holds a 'clip' model, expected 'blip'"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(tmp_path / "clip")))
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"cannot load.*tokenizer.json"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
+    with pytest.raises(ValueError, match=r"no folder .*no Hub id"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(tmp_path / "nowhere")))
+
+
+def test_models_that_cannot_serve_are_refused(tmp_path: Path) -> None:
+    blind = write_tiny_blip(tmp_path / "blind", seed=0, is_decoder=False)
+    with pytest.raises(ValueError, match="no cross-attention"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(blind)))
+    small = write_tiny_blip(tmp_path / "small", seed=0, vocab_size=1000)
+    with pytest.raises(ValueError, match=r"30522 tokens, the model embeds 1000"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(small)))
+    short = write_tiny_blip(tmp_path / "short", seed=0, max_position_embeddings=64)
+    with pytest.raises(ValueError, match="window: expected at most the model's 64, got 128"):
+        BLIPEncoder(BLIPConfig(path_or_id=str(short)))
+
+
+def test_configurations_that_cannot_be_meant_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"never opened.*ImageReward.pt.*converted"):
+        BLIPConfig(path_or_id="ImageReward.pt")
+    with pytest.raises(ValueError, match=r"revision: .*no revisions"):
+        BLIPConfig(path_or_id=str(folder), revision="main")
+    with pytest.raises(ValueError, match="window: expected at least 3"):
+        BLIPConfig(path_or_id=str(folder), window=2)

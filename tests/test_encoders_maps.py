@@ -1,0 +1,310 @@
+"""Maps of the image towers: which patch or cell they describe, and what the wrappers make of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from clip_models import CONFIG, write_tiny_clip
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
+from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder, TimmLevels, TimmLevelsConfig
+from aigiqa_reward.weights import WeightsError, load_strictly
+
+VIT = TimmConfig(architecture="vit_tiny_patch16_224", image_size=48)
+LITE0 = TimmConfig(architecture="tf_efficientnet_lite0", smooth=0.02)
+
+
+def draw_images(count: int = 2, height: int = 32, width: int = 32) -> Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def frozen(config: TimmConfig) -> TimmEncoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        return TimmEncoder(config).requires_grad_(False).eval().double()
+
+
+# ------------------------------------------------------------------------------------------------------- open_clip
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"), seed=0)
+
+
+@pytest.fixture
+def clip(clip_folder: Path) -> OpenCLIPEncoder:
+    return OpenCLIPEncoder(OpenCLIPConfig(architecture=f"local-dir:{clip_folder}")).requires_grad_(False).eval()
+
+
+def vision_transformer(weights: dict[str, Tensor], images: Tensor, *, patch: int, heads: int, layers: int) -> Tensor:
+    """CLIP's image tower written out (Radford et al. 2021): normalised images to projected tokens (B, 1 + N, d)."""
+
+    def norm(tokens: Tensor, name: str) -> Tensor:
+        centred = tokens - tokens.mean(dim=-1, keepdim=True)
+        scaled = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def linear(tokens: Tensor, name: str) -> Tensor:
+        return tokens @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def attend(tokens: Tensor, name: str) -> Tensor:
+        mixed = tokens @ weights[f"{name}.in_proj_weight"].T + weights[f"{name}.in_proj_bias"]
+        query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in mixed.chunk(3, dim=-1))
+        shares = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+        return linear((shares @ value).transpose(1, 2).flatten(2), f"{name}.out_proj")
+
+    rows, columns = images.shape[2] // patch, images.shape[3] // patch
+    kernel = weights["conv1.weight"].flatten(1)
+    cells = [
+        images[:, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch].flatten(1) @ kernel.T
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    start = weights["class_embedding"].expand(len(images), -1)
+    tokens = norm(torch.stack([start, *cells], dim=1) + weights["positional_embedding"], "ln_pre")
+    for layer in range(layers):
+        block = f"transformer.resblocks.{layer}"
+        tokens = tokens + attend(norm(tokens, f"{block}.ln_1"), f"{block}.attn")
+        tokens = tokens + linear(
+            F.gelu(linear(norm(tokens, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj"
+        )
+    return norm(tokens, "ln_post") @ weights["proj"]
+
+
+def test_patches_take_the_way_of_the_class_token(clip: OpenCLIPEncoder, clip_folder: Path) -> None:
+    stored = load_file(clip_folder / "open_clip_model.safetensors")
+    weights = {name.removeprefix("visual."): tensor.double() for name, tensor in stored.items()}
+    mean, std = (torch.tensor(CONFIG["preprocess_cfg"][name]).double().view(3, 1, 1) for name in ("mean", "std"))
+    images = draw_images()
+    tokens = vision_transformer(weights, (images - mean) / std, patch=8, heads=2, layers=2)
+    clip.double()
+    assert torch.allclose(clip.encode_image(images), tokens[:, 0], atol=1e-6)
+    found = clip.encode_map(images)
+    assert found.shape == (2, clip.width, 4, 4)
+    for i in range(4):
+        for j in range(4):
+            assert torch.allclose(found[:, :, i, j], tokens[:, 1 + 4 * i + j], atol=1e-6)
+    assert (found.flatten(2).std(dim=2) > 1e-3 * found.flatten(2).abs().mean(dim=2)).all()
+
+
+def write_clip_config(folder: Path, **vision: object) -> OpenCLIPConfig:
+    description: dict[str, Any] = json.loads(json.dumps(CONFIG))
+    description["model_cfg"]["vision_cfg"] |= vision
+    (folder / "open_clip_config.json").write_text(json.dumps(description), encoding="utf-8")
+    return OpenCLIPConfig(architecture=f"local-dir:{folder}")
+
+
+def test_the_map_of_a_tower_that_averages_has_its_embedding_as_mean(tmp_path: Path) -> None:
+    config = write_clip_config(tmp_path, pool_type="avg")
+    encoder = OpenCLIPEncoder(config, load_weights=False).requires_grad_(False).eval().double()
+    images = draw_images()
+    assert torch.allclose(encoder.encode_map(images).mean(dim=(2, 3)), encoder.encode_image(images), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("vision", "kind"),
+    [
+        ({"layers": [1, 1, 1, 1], "width": 16}, "ModifiedResNet"),
+        ({"attentional_pool": True, "attn_pooler_heads": 2}, "attention"),
+    ],
+)
+def test_towers_without_patches_in_the_joint_space_are_refused(
+    tmp_path: Path, vision: dict[str, object], kind: str
+) -> None:
+    encoder = OpenCLIPEncoder(write_clip_config(tmp_path, **vision), load_weights=False)
+    with pytest.raises(ValueError, match=rf"architecture: .*{kind}.*ViT-B-32"):
+        encoder.encode_map(draw_images().float())
+
+
+def test_the_maps_pixel_gradient_is_that_of_finite_differences(clip: OpenCLIPEncoder) -> None:
+    clip.double()
+    images = draw_images(1).requires_grad_()
+    assert torch.autograd.gradcheck(clip.encode_map, images, fast_mode=True)
+    assert torch.autograd.grad(clip.encode_map(images).square().sum(), images)[0].norm() > 1e-3
+
+
+def test_features_are_projected_already(clip: OpenCLIPEncoder) -> None:
+    images = draw_images().float()
+    features = clip.features(images)
+    assert not clip.any_size
+    assert torch.equal(clip.project(features), clip.encode_image(images))
+    assert features.shape[1] == clip.feature_width
+    assert clip.project(features).shape[1] == clip.width == clip.encode_text(["a cat"]).shape[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_open_clip_outputs_never_fall_below_float32(clip: OpenCLIPEncoder, dtype: torch.dtype) -> None:
+    clip.to(dtype)
+    images = draw_images().to(dtype)
+    assert {clip.encode_map(images).dtype, clip.encode_image(images).dtype} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------------------ timm
+
+
+def recorded(encoder: TimmEncoder, images: Tensor) -> list[Tensor]:
+    """What each block of the trunk returns during an ordinary pass."""
+    outputs: list[Tensor] = []
+    handles = [
+        block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        for block in encoder.trunk.blocks
+    ]
+    encoder(images)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def test_levels_of_a_vit_are_its_blocks_patches_in_order() -> None:
+    encoder, images = frozen(VIT), draw_images(height=48, width=48)
+    found = encoder.levels(images, [-4, -3, -1])
+    assert found.shape == (2, 3 * 192, 3, 3)
+    assert encoder.level_channels([-4, -3, -1]) == 3 * 192
+    outputs = recorded(encoder, images)
+    for place, block in enumerate((8, 9, 11)):
+        tokens = outputs[block][:, 1:]  # the first is the class token
+        level = found[:, place * 192 : (place + 1) * 192]
+        for i in range(3):
+            for j in range(3):
+                assert torch.allclose(level[:, :, i, j], tokens[:, 3 * i + j], atol=1e-10)
+    assert torch.equal(found, encoder.levels(images, [8, 9, 11]))
+
+
+def test_levels_of_a_convolutional_model_are_brought_to_the_last_grid() -> None:
+    encoder, images = frozen(LITE0), draw_images(height=64, width=96)
+    found = encoder.levels(images, [1, 2, 4])
+    assert found.shape == (2, 24 + 40 + 320, 2, 3)
+    assert encoder.level_channels([1, 2, 4]) == 24 + 40 + 320
+    stages = {output.shape[1]: output for output in recorded(encoder, images)}
+    expected = []
+    for channels in (24, 40, 320):
+        cells = stages[channels].unflatten(2, (2, -1)).unflatten(4, (3, -1))
+        expected.append(cells.mean(dim=(3, 5)))
+    assert torch.allclose(found, torch.cat(expected, dim=1), atol=1e-10)
+
+
+def test_levels_take_images_of_any_size_where_the_model_does() -> None:
+    encoder = frozen(LITE0)
+    assert encoder.image_size is None
+    assert encoder.levels(draw_images(height=75, width=101), [0, 4]).shape == (2, 16 + 320, 3, 4)
+
+
+@pytest.mark.parametrize(("config", "blocks"), [(VIT, [-2, -1]), (LITE0, [2, 4])])
+def test_the_levels_pixel_gradient_is_that_of_finite_differences(config: TimmConfig, blocks: list[int]) -> None:
+    encoder = frozen(config)
+    images = draw_images(1, 48, 48).requires_grad_()
+    assert torch.autograd.gradcheck(lambda batch: encoder.levels(batch, blocks), images, fast_mode=True, atol=1e-4)
+    assert torch.autograd.grad(encoder.levels(images, blocks).square().sum(), images)[0].norm() > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_levels_never_fall_below_float32(dtype: torch.dtype) -> None:
+    images = draw_images(height=48, width=48)
+    encoder = frozen(VIT)
+    assert encoder.levels(images, [-1]).dtype == encoder(images).dtype == torch.float64
+    encoder.to(dtype)
+    assert encoder.levels(images.to(dtype), [-1]).dtype == encoder(images.to(dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("blocks", [[], [12], [-13], [3, 3], [4, 3], [-1, 0], [11, -1]])
+def test_blocks_that_cannot_be_given_are_refused(blocks: list[int]) -> None:
+    encoder = TimmEncoder(VIT)
+    with pytest.raises(ValueError, match="blocks: expected"):
+        encoder.levels(draw_images(height=48, width=48).float(), blocks)
+    with pytest.raises(ValueError, match="blocks: expected"):
+        encoder.level_channels(blocks)
+
+
+def test_images_of_another_size_than_the_models_are_refused() -> None:
+    encoder = TimmEncoder(VIT)
+    assert encoder.image_size == 48
+    images = draw_images(height=48, width=64).float()
+    for call in (encoder.forward, lambda images: encoder.levels(images, [-1])):
+        with pytest.raises(ValueError, match=r"images: 'vit_tiny_patch16_224' takes 48 x 48 px, got 48 x 64"):
+            call(images)
+
+
+def test_sizes_that_cannot_be_built_are_refused() -> None:
+    with pytest.raises(ValueError, match="image_size: 'tf_efficientnet_lite0' is built for no fixed size"):
+        TimmEncoder(TimmConfig(architecture="tf_efficientnet_lite0", image_size=64))
+    with pytest.raises(ValueError, match="image_size: expected None or at least 16 px"):
+        TimmConfig(architecture=VIT.architecture, image_size=8)
+
+
+@pytest.mark.parametrize("config", [VIT, LITE0, TimmConfig(architecture="resnet18", mean=(0.5, 0.5, 0.5))])
+def test_a_description_builds_the_same_model(config: TimmConfig) -> None:
+    encoder = frozen(config)
+    again = TimmEncoder.from_description(json.loads(json.dumps(encoder.describe()))).eval().double()
+    assert again.config == config
+    load_strictly(again, encoder.state_dict(), source="the first")
+    images = draw_images(1, 48, 48)
+    assert torch.equal(again.levels(images, [1, -1]), encoder.levels(images, [1, -1]))
+
+
+def test_a_description_holds_no_trace_of_where_the_weights_came_from(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), path)
+    description = TimmEncoder(TimmConfig(architecture="resnet10t", weights=str(path))).describe()
+    assert not {"weights", "pretrained"} & description.keys()
+    assert str(tmp_path) not in json.dumps(description)
+
+
+@pytest.mark.parametrize(
+    ("tower", "blocks"), [(VIT, (8, -1)), (TimmConfig(architecture=VIT.architecture, image_size=60), (11,))]
+)
+def test_chosen_blocks_state_the_shape_of_their_map(tower: TimmConfig, blocks: tuple[int, ...]) -> None:
+    chosen = TimmLevels(TimmLevelsConfig(tower=tower, blocks=blocks)).eval()
+    images = draw_images(1, chosen.image_size, chosen.image_size).float()
+    with torch.no_grad():
+        found = chosen.levels(images)
+    assert found.shape == (1, chosen.level_channels, chosen.level_side, chosen.level_side)
+    again = TimmLevels.from_description(json.loads(json.dumps(chosen.describe()))).eval()
+    assert again.config == chosen.config
+    load_strictly(again, chosen.state_dict(), source="the first")
+    with torch.no_grad():
+        assert torch.equal(again.levels(images), found)
+
+
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "tf_efficientnet_lite0", "resnet10t"])
+def test_weights_with_their_classifier_are_read_from_a_file(architecture: str, tmp_path: Path) -> None:
+    published, path = timm.create_model(architecture, num_classes=7).eval(), tmp_path / "weights.safetensors"
+    save_file(published.state_dict(), path)
+    encoder = TimmEncoder(TimmConfig(architecture=architecture, weights=str(path))).eval()
+    images = draw_images(1, 224, 224).float()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.config.mean, encoder.config.std))
+    with torch.no_grad():
+        expected = published.forward_features((images - mean) / std)
+        found = encoder(images)
+    assert torch.allclose(found, expected if expected.ndim == 4 else expected.transpose(1, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"neck.weight": torch.zeros(2)}, r"1 unknown \(first: neck.weight\)"),
+        ({"conv1.0.weight": None}, r"1 missing \(first: conv1.0.weight\)"),
+        ({"layer1.0.bn1.weight": torch.zeros(3)}, r"layer1.0.bn1.weight has shape"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change: dict[str, Tensor | None], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    tensors = {**timm.create_model("resnet10t").state_dict(), **change}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    with pytest.raises(WeightsError, match=message):
+        TimmEncoder(TimmConfig(architecture="resnet10t", weights=str(path)))
+
+
+def test_sources_of_weights_that_cannot_be_meant_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weights: expected a .safetensors file.*never opened"):
+        TimmConfig(architecture="resnet10t", weights="resnet10t.pth")
+    with pytest.raises(ValueError, match="weights: pretrained=True"):
+        TimmConfig(architecture="resnet10t", weights="resnet10t.safetensors", pretrained=True)
