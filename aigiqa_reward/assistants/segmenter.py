@@ -1,0 +1,217 @@
+"""Regions of an image, by the Segment Anything Model or, without it, by a regular grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.assistants._entries import TENSOR
+from aigiqa_reward.assistants._pretrained import (
+    AssistantConfig,
+    PretrainedAssistant,
+    check_at_least,
+    load_model,
+    load_part,
+)
+from aigiqa_reward.assistants.cache import AssistantCache
+from aigiqa_reward.types import Images
+
+MASK_SIZE = 64
+"""Rows and columns of a mask over the whole image. Chosen here: a quarter of SAM's own, several cells a CLIP patch."""
+
+_POINTS_AT_ONCE = 64
+"""Points a pass of the mask decoder, as SAM's automatic mask generator (points_per_batch)."""
+
+_WANTED = "a Segment Anything model (SamModel)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterConfig(AssistantConfig):
+    """Which SAM, and which of its masks are kept.
+
+    Attributes:
+        batch_size: images a forward pass; 1, since SAM works at 1024 x 1024 px.
+        max_regions: masks an image (CPA-IQA: at most 16).
+        points_per_side: rows and columns of the grid of points, each of which asks for the object under it. Chosen
+            here: 64 points suffice for 16 regions; SAM's automatic mask generator uses 32 a side to find everything.
+        max_overlap: largest intersection over union of two kept masks; SAM's automatic mask generator uses 0.7.
+    """
+
+    batch_size: int = 1
+    max_regions: int = 16
+    points_per_side: int = 8
+    max_overlap: float = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("max_regions", self.max_regions, 1)
+        check_at_least("points_per_side", self.points_per_side, 1)
+        if not 0 <= self.max_overlap <= 1:
+            raise ValueError(f"max_overlap: expected an intersection over union in [0, 1], got {self.max_overlap}")
+
+
+class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
+    """Soft masks of an image's regions, for CPA-IQA's local alignment.
+
+    SAM is asked at a regular grid of points. Of its three masks for a point the one with the highest predicted
+    quality is taken; of these, from the best down, each that overlaps none of those kept by more than `max_overlap`
+    (greedy non-maximum suppression by the masks' intersection over union; a mask is where its value exceeds 0.5).
+    The paper states SAM and no settings: which masks are kept is our choice.
+
+    Args:
+        config: which model.
+        cache: where masks are kept; None asks the model every time.
+    """
+
+    kind = "segmenter"
+
+    def __init__(self, config: SegmenterConfig, *, cache: AssistantCache | None = None) -> None:
+        super().__init__(config, cache=cache)
+
+    def _recipe(self) -> dict[str, Any]:
+        return {"mask_size": MASK_SIZE}
+
+    @cached_property
+    def _model(self) -> Any:
+        found = load_part("AutoConfig", self.config, wanted=_WANTED).model_type
+        if found != "sam":
+            raise ValueError(
+                f"path_or_id: {self.config.path_or_id!r} is a {found!r} model, not {_WANTED}; pass one such as "
+                "facebook/sam-vit-base"
+            )
+        return load_model("SamModel", self.config, wanted=_WANTED)
+
+    @cached_property
+    def _processor(self) -> Any:
+        return load_part("SamProcessor", self.config, wanted=_WANTED)
+
+    def segment(self, images: Tensor) -> Float[Tensor, "batch regions 64 64"]:
+        """The regions of each image, without gradients.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]; the model sees them rounded to 8 bits.
+
+        Returns:
+            (B, max_regions, 64, 64) float32 in [0, 1] on the images' device, each mask over the whole image whatever
+            its aspect, from the highest predicted quality down; places without a region are zero everywhere.
+
+        Raises:
+            TypeError: `images` is not a floating-point tensor.
+            ValueError: images of a wrong shape or range; or the model cannot be loaded, or is no SAM.
+        """
+        pixels.check(images)
+
+        def answer(rows: list[int]) -> list[Tensor]:
+            masks, scores = self._candidates(images[rows])
+            return [self._regions(*candidates) for candidates in zip(masks, scores, strict=True)]
+
+        return torch.stack(self._serve(list(images), answer, TENSOR)).to(images.device)
+
+    def _candidates(self, images: Images) -> tuple[Float[Tensor, "batch points 64 64"], Float[Tensor, "batch points"]]:
+        """The best mask of every point, and its predicted intersection over union; float32, on the CPU."""
+        model, device, dtype = self._model, self.config.device, self.config.dtype
+        points = grid_points(images.shape[2], images.shape[3], self.config.points_per_side)
+        inputs = self._processor(
+            images=pixels.to_pil(images), input_points=[points[:, None].tolist()] * len(images), return_tensors="pt"
+        )
+        embeddings = model.get_image_embeddings(inputs["pixel_values"].to(device, dtype))
+        masks, scores = [], []
+        for some in inputs["input_points"].float().to(device).split(_POINTS_AT_ONCE, dim=1):
+            output = model(image_embeddings=embeddings, input_points=some, multimask_output=True)
+            best = output.iou_scores.float().max(dim=2)
+            index = best.indices[:, :, None, None, None].expand(-1, -1, 1, *output.pred_masks.shape[-2:])
+            logits = output.pred_masks.float().gather(2, index).squeeze(2)
+            masks.append(_over_image(logits, inputs["reshaped_input_sizes"][0], inputs["pixel_values"].shape[-2:]))
+            scores.append(best.values)
+        return torch.cat(masks, dim=1).sigmoid().cpu(), torch.cat(scores, dim=1).cpu()
+
+    def _regions(
+        self, masks: Float[Tensor, "points 64 64"], scores: Float[Tensor, " points"]
+    ) -> Float[Tensor, "regions 64 64"]:
+        """The best distinct masks, in as many places as regions are wanted."""
+        kept = distinct(masks > 0.5, scores, count=self.config.max_regions, max_overlap=self.config.max_overlap)
+        regions = masks.new_zeros(self.config.max_regions, *masks.shape[1:])
+        regions[: len(kept)] = masks[kept]
+        return regions
+
+
+def _over_image(logits: Tensor, content: Tensor, padded: torch.Size) -> Float[Tensor, "batch points 64 64"]:
+    """The part of SAM's low-resolution logits that shows the image, without its padding, as a 64 x 64 map.
+
+    Args:
+        logits: (B, N, h, w) over the padded input, which has the image at its top left.
+        content: height and width of the image in the padded input, in px.
+        padded: height and width of the padded input, in px.
+    """
+    height, width = (
+        max(1, round(int(part) * cells / whole))
+        for part, cells, whole in zip(content, logits.shape[-2:], padded, strict=True)
+    )
+    shown = logits[:, :, :height, :width]
+    return F.interpolate(shown, size=(MASK_SIZE, MASK_SIZE), mode="bilinear", align_corners=False, antialias=True)
+
+
+def grid_points(height: int, width: int, per_side: int) -> Float[Tensor, "points 2"]:
+    """Centres (x, y), in px, of `per_side` x `per_side` equal parts of an image, row by row."""
+    steps = (torch.arange(per_side, dtype=torch.float64) + 0.5) / per_side
+    y, x = torch.meshgrid(steps * height, steps * width, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
+
+
+def distinct(
+    masks: Bool[Tensor, "masks height width"], scores: Float[Tensor, " masks"], *, count: int, max_overlap: float
+) -> list[int]:
+    """Greedy non-maximum suppression: from the highest score down, masks that overlap none kept before too much.
+
+    Args:
+        masks: N masks; empty ones are never kept.
+        scores: (N,); of equal ones the earlier mask goes first.
+        count: largest number to keep.
+        max_overlap: largest intersection over union with a mask kept before.
+
+    Returns:
+        Indices of the kept masks, highest score first.
+    """
+    flat = masks.flatten(1).float()
+    areas = flat.sum(dim=1)
+    shared = flat @ flat.T
+    overlaps = shared / (areas[:, None] + areas - shared).clamp_min(1)
+    kept: list[int] = []
+    for index in scores.argsort(descending=True, stable=True).tolist():
+        if len(kept) == count:
+            break
+        if areas[index] > 0 and not bool((overlaps[index, kept] > max_overlap).any()):
+            kept.append(index)
+    return kept
+
+
+def grid_regions(rows: int = 4, columns: int = 4, size: int = MASK_SIZE) -> Float[Tensor, "regions size size"]:
+    """A regular grid in place of SAM's regions: offline, the same for every image.
+
+    Args:
+        rows: of the grid.
+        columns: of the grid.
+        size: rows and columns of a mask.
+
+    Returns:
+        (rows * columns, size, size) float32, row by row: 1 in the cell, 0 elsewhere; together the masks cover the
+        image once.
+
+    Raises:
+        ValueError: fewer than one row or column, or more of them than the masks have cells.
+    """
+    for name, value in (("rows", rows), ("columns", columns)):
+        check_at_least(name, value, 1)
+        if value > size:
+            raise ValueError(f"{name}: expected at most size = {size}, got {value}; a cell would be empty")
+    cells = torch.arange(size)
+    in_row = F.one_hot(cells * rows // size, rows).T.float()
+    in_column = F.one_hot(cells * columns // size, columns).T.float()
+    return torch.einsum("ry,cx->rcyx", in_row, in_column).flatten(0, 1)

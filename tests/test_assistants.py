@@ -1,0 +1,711 @@
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_layering import loaded_by
+from tiny_transformers import (
+    WIDTH,
+    tiny_tokenizer,
+    write_tiny_blip2,
+    write_tiny_llama,
+    write_tiny_llava,
+    write_tiny_sam,
+)
+from torch import Tensor, nn
+from transformers import AutoProcessor, AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGeneration, SamModel
+
+from aigiqa_reward.assistants import (
+    AssistantCache,
+    Assistants,
+    AttributesConfig,
+    CaptionerConfig,
+    LLMAttributes,
+    LMMCaptioner,
+    LMMSemantics,
+    SAMSegmenter,
+    SegmenterConfig,
+    SemanticsConfig,
+    grid_regions,
+    noun_phrases,
+)
+from aigiqa_reward.assistants.captioner import DESCRIBE
+from aigiqa_reward.assistants.lmm_semantics import QUESTIONS
+from aigiqa_reward.assistants.segmenter import distinct, grid_points
+
+SAID = "A red cube on a green floor."
+LISTED = "1. two cats\n2. **red sofa**\n- oil painting\n"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Tiny models on disk: random ones, and ones that give a known answer."""
+
+    llava: Path
+    says: Path
+    says_plainly: Path
+    blip2: Path
+    llama: Path
+    lists: Path
+    sam: Path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Folders:
+    place = tmp_path_factory.mktemp("models")
+    return Folders(
+        llava=write_tiny_llava(place / "llava"),
+        says=write_tiny_llava(place / "says", answer=SAID),
+        says_plainly=write_tiny_llava(place / "says_plainly", answer=SAID, chat=False),
+        blip2=write_tiny_blip2(place / "blip2"),
+        llama=write_tiny_llama(place / "llama"),
+        lists=write_tiny_llama(place / "lists", answer=LISTED, chat=True),
+        sam=write_tiny_sam(place / "sam"),
+    )
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.rand(5, 3, 40, 48, generator=torch.Generator().manual_seed(3))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One assistant: how to make it, how to ask it, and the network inside, with what it is given a row."""
+
+    make: Callable[..., Any]
+    ask: Callable[[Any, Tensor], Any]
+    network: Callable[[Any], nn.Module]
+    rows: str
+
+
+def texts_of(images: Tensor) -> list[str]:
+    """A text for each image, of unequal lengths."""
+    return [f"a photo of {'very ' * int(image[0, 0, 0] * 9)}{image.sum():.3f} cats" for image in images]
+
+
+KINDS = {
+    "captioner": Kind(
+        make=lambda folders, cache=None, **options: LMMCaptioner(
+            CaptionerConfig(path_or_id=str(folders.llava), max_new_tokens=12, **options), cache=cache
+        ),
+        ask=lambda assistant, images: assistant.describe(images),
+        network=lambda assistant: assistant._lmm.model,
+        rows="input_ids",
+    ),
+    "semantics": Kind(
+        make=lambda folders, cache=None, **options: LMMSemantics(
+            SemanticsConfig(path_or_id=str(folders.llava), **options), cache=cache
+        ),
+        ask=lambda assistant, images: assistant.read(images),
+        network=lambda assistant: assistant._lmm.model,
+        rows="pixel_values",
+    ),
+    "segmenter": Kind(
+        make=lambda folders, cache=None, **options: SAMSegmenter(
+            SegmenterConfig(path_or_id=str(folders.sam), points_per_side=3, **options), cache=cache
+        ),
+        ask=lambda assistant, images: assistant.segment(images),
+        network=lambda assistant: assistant._model,
+        rows="image_embeddings",
+    ),
+    "attributes": Kind(
+        make=lambda folders, cache=None, **options: LLMAttributes(
+            AttributesConfig(path_or_id=str(folders.llama), max_new_tokens=6, **options), cache=cache
+        ),
+        ask=lambda assistant, images: assistant.decompose(texts_of(images)),
+        network=lambda assistant: assistant._model,
+        rows="input_ids",
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> Kind:
+    return KINDS[request.param]
+
+
+@contextmanager
+def passes(kind: Kind, assistant: Any) -> Iterator[list[int]]:
+    """The rows of each forward pass that begins something new, as the network itself sees them."""
+    seen: list[int] = []
+
+    def note(_module: nn.Module, _args: Any, options: dict[str, Any], _output: Any) -> None:
+        rows = options.get(kind.rows)
+        if rows is not None and (rows.ndim > 2 or rows.shape[1] > 1):  # not the later words of a generated text
+            seen.append(len(rows))
+
+    handle = kind.network(assistant).register_forward_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+# --------------------------------------------------------------------------------------------- of every assistant
+
+
+def test_a_known_row_is_not_asked_again(kind, folders, images, tmp_path):
+    assistant = kind.make(folders, AssistantCache(tmp_path))
+    with passes(kind, assistant) as seen:
+        first = kind.ask(assistant, images[:3])
+        assert seen
+        seen.clear()
+        assert same(kind.ask(assistant, images[:3]), first)
+        assert seen == []
+    later = kind.make(folders, AssistantCache(tmp_path))  # another session
+    assert same(kind.ask(later, images[:3]), first)
+    assert not {"_model", "_processor", "_tokenizer", "_lmm"} & vars(later).keys()  # and no weights were loaded
+
+
+def test_only_missing_rows_are_asked_together_and_order_is_kept(kind, folders, images, tmp_path):
+    whole = kind.ask(kind.make(folders), images)
+    assistant = kind.make(folders, AssistantCache(tmp_path), batch_size=8)
+    kind.ask(assistant, images[[3, 1]])
+    with passes(kind, assistant) as seen:
+        rest = kind.ask(assistant, images)
+    assert set(seen) == {3}
+    assert len(seen) == (len(QUESTIONS) if isinstance(assistant, LMMSemantics) else 1)
+    if isinstance(rest, Tensor):
+        torch.testing.assert_close(rest, whole, atol=1e-5, rtol=1e-5)
+    else:
+        assert rest == whole
+        assert len({str(row) for row in rest}) == 5  # rows differ, so that their order shows
+
+
+def test_an_answer_does_not_depend_on_batch_mates(kind, folders, images):
+    one, two = kind.make(folders, batch_size=1), kind.make(folders, batch_size=2)
+    alone = [kind.ask(one, image[None]) for image in images]
+    together = kind.ask(two, images)
+    for row, answer in enumerate(alone):
+        if isinstance(answer, Tensor):
+            torch.testing.assert_close(answer[0], together[row], atol=1e-5, rtol=1e-5)
+        else:
+            assert answer[0] == together[row]
+
+
+def test_answers_are_the_same_every_time(kind, folders, images):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = kind.ask(kind.make(folders), images[:2])
+    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
+    torch.manual_seed(1)
+    assert same(kind.ask(kind.make(folders), images[:2]), first)
+
+
+def test_no_gradient_is_kept(kind, folders, images):
+    assistant = kind.make(folders)
+    pixels = images[:2].clone().requires_grad_()
+    recording: list[bool] = []
+    kind.network(assistant).register_forward_hook(lambda *_: recording.append(torch.is_grad_enabled()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")  # by f"{image.sum()}"
+        answer = kind.ask(assistant, pixels)
+    if isinstance(answer, Tensor):
+        assert not answer.requires_grad
+        assert answer.grad_fn is None
+    assert set(recording) == {False}
+    assert not any(weight.requires_grad for weight in kind.network(assistant).parameters())
+    assert not kind.network(assistant).training
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_of_any_precision_give_one_answer(kind, folders, images, dtype):
+    pixels = (images[:2] * 255).round() / 256  # exact in every type
+    assistant = kind.make(folders)
+    answer = kind.ask(assistant, pixels.to(dtype).float() if kind is KINDS["attributes"] else pixels.to(dtype))
+    assert same(answer, kind.ask(assistant, pixels))
+    if isinstance(answer, Tensor):
+        assert answer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_work(kind, folders, images, dtype):
+    assistant = kind.make(folders, dtype=dtype)
+    answer = kind.ask(assistant, images[:2])
+    assert {weight.dtype for weight in kind.network(assistant).parameters()} == {dtype}
+    if isinstance(answer, Tensor):
+        assert answer.dtype == torch.float32
+        assert bool(torch.isfinite(answer).all())
+
+
+def test_a_progress_bar_is_shown_of_more_than_a_few(kind, folders, images, capsys):
+    assistant = kind.make(folders)
+    kind.ask(assistant, images[:4])
+    assert f"{assistant.kind}:" not in capsys.readouterr().err
+    kind.ask(assistant, images)
+    shown = capsys.readouterr()
+    assert f"{assistant.kind}:" in shown.err
+    assert not shown.out
+
+
+def test_importing_and_making_assistants_loads_no_transformers():
+    made = (
+        "import aigiqa_reward.assistants as a; "
+        "s = a.SAMSegmenter(a.SegmenterConfig(path_or_id='some/model'), cache=a.AssistantCache()); s.identity; "
+        "a.grid_regions(); a.noun_phrases('a cat')"
+    )
+    assert not loaded_by(made) & {"transformers", "tokenizers", "huggingface_hub", "PIL"}
+
+
+# --------------------------------------------------------------------------------------------- identity
+
+SETTINGS = {
+    "captioner": {"question": "What is this?", "max_new_tokens": 5},
+    "semantics": {},
+    "segmenter": {"max_regions": 3, "points_per_side": 2, "max_overlap": 0.5},
+    "attributes": {"limit": 3, "max_new_tokens": 5},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_identity_changes_with_everything_that_changes_the_answer(folders, name):
+    base = KINDS[name].make(folders)
+    changes = {"revision": "main", "dtype": torch.bfloat16, "path_or_id": str(folders.blip2), **SETTINGS[name]}
+    others = [type(base)(replace(base.config, **{field: value})) for field, value in changes.items()]
+    identities = [base.identity, *(other.identity for other in others)]
+    assert len(set(identities)) == len(identities)
+    elsewhere = type(base)(replace(base.config, device="cuda:1", batch_size=3))
+    assert elsewhere.identity == base.identity
+    assert json.loads(base.identity)["kind"] == base.kind
+
+
+def test_identities_of_two_kinds_of_one_model_differ(folders):
+    config = {"path_or_id": str(folders.llava)}
+    one, other = LMMCaptioner(CaptionerConfig(**config)), LMMSemantics(SemanticsConfig(**config))
+    assert one.identity != other.identity
+    assert json.loads(other.identity)["questions"] == list(QUESTIONS)
+
+
+def test_a_folder_trained_further_is_another_model(folders, images, tmp_path):
+    folder = shutil.copytree(folders.llava, tmp_path / "model")
+    cache = AssistantCache(tmp_path / "cache")
+    before = LMMSemantics(SemanticsConfig(path_or_id=str(folder)), cache=cache)
+    features = before.read(images[:1])
+    write_tiny_llava(folder, seed=1)
+    after = LMMSemantics(SemanticsConfig(path_or_id=str(folder)), cache=cache)
+    assert after.identity != before.identity
+    assert not torch.equal(after.read(images[:1]), features)
+    assert torch.equal(before.read(images[:1]), features)
+
+
+def test_a_folder_is_one_model_by_any_name(folders, monkeypatch):
+    monkeypatch.chdir(folders.llava.parent)
+    one = LMMSemantics(SemanticsConfig(path_or_id="llava"))
+    assert one.identity == LMMSemantics(SemanticsConfig(path_or_id=str(folders.llava))).identity
+
+
+# --------------------------------------------------------------------------------------------- captioner
+
+
+@pytest.mark.parametrize("model", ["says", "says_plainly"])
+def test_a_description_is_the_models_answer_alone(folders, images, model):
+    captioner = LMMCaptioner(CaptionerConfig(path_or_id=str(getattr(folders, model))))
+    assert captioner.describe(images[:2]) == [SAID, SAID]
+
+
+def greedy(model: Any, inputs: dict[str, Tensor], count: int) -> list[int]:
+    """The likeliest next token, `count` times, without any of the library's generation."""
+    tokens, said = inputs["input_ids"], []
+    rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        for _ in range(count):
+            following = model(input_ids=tokens, use_cache=False, **rest).logits[:, -1].argmax(dim=-1)
+            tokens = torch.cat([tokens, following[:, None]], dim=1)
+            said.append(int(following))
+    return said
+
+
+def test_a_description_is_the_greedy_answer_to_the_question(folders, images):
+    model = LlavaForConditionalGeneration.from_pretrained(folders.llava)
+    processor = AutoProcessor.from_pretrained(folders.llava)
+    described = LMMCaptioner(CaptionerConfig(path_or_id=str(folders.llava), max_new_tokens=6)).describe(images)
+    for image, text in zip(images, described, strict=True):
+        picture = Image.fromarray(np.round(image.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+        prompt = f"USER: <image>\n{DESCRIBE} ASSISTANT:"
+        inputs = processor(text=prompt, images=picture, return_tensors="pt")
+        assert processor.tokenizer.decode(greedy(model, inputs, 6)) == text
+
+
+def test_a_question_of_ones_own_is_asked(folders, images):
+    config = CaptionerConfig(path_or_id=str(folders.llava), max_new_tokens=6)
+    other = replace(config, question="Which colours are there?")
+    assert LMMCaptioner(config).describe(images) != LMMCaptioner(other).describe(images)
+
+
+def test_a_processor_that_places_image_tokens_itself_is_not_given_more(folders, images):
+    captioner = LMMCaptioner(CaptionerConfig(path_or_id=str(folders.blip2), max_new_tokens=3))
+    assert len(captioner.describe(images[:2])) == 2
+
+
+def test_a_sampling_model_is_made_to_answer_greedily(folders, images, tmp_path):
+    folder = shutil.copytree(folders.llava, tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings |= {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 3}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    options = {"max_new_tokens": 6}
+    drawn = LMMCaptioner(CaptionerConfig(path_or_id=str(folder), **options)).describe(images)
+    assert drawn == LMMCaptioner(CaptionerConfig(path_or_id=str(folders.llava), **options)).describe(images)
+
+
+# --------------------------------------------------------------------------------------------- semantics
+
+
+def test_features_are_the_mean_of_the_last_hidden_layer_under_each_question(folders, images):
+    model = LlavaForConditionalGeneration.from_pretrained(folders.llava)
+    processor = AutoProcessor.from_pretrained(folders.llava)
+    read = LMMSemantics(SemanticsConfig(path_or_id=str(folders.llava), batch_size=2)).read(images)
+    assert read.shape == (5, 2, WIDTH)
+    for image, features in zip(images, read, strict=True):
+        picture = Image.fromarray(np.round(image.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+        for question, feature in zip(QUESTIONS, features, strict=True):
+            inputs = processor(text=f"USER: <image>\n{question} ASSISTANT:", images=picture, return_tensors="pt")
+            with torch.no_grad():
+                states = model.model(**inputs).last_hidden_state[0]
+            torch.testing.assert_close(feature, states.mean(dim=0), atol=1e-5, rtol=1e-4)
+    assert float((read[0] - read[1]).abs().max()) > 0.01  # images and questions show
+    assert float((read[:, 0] - read[:, 1]).abs().max()) > 0.01
+
+
+def test_padding_is_left_out_of_the_mean(folders, images):
+    reader = LMMSemantics(SemanticsConfig(path_or_id=str(folders.llava)))
+    short, long = (reader._lmm.inputs(images[:1], question) for question in ("Why?", "What is the matter here?"))
+    room = long["input_ids"].shape[1] - short["input_ids"].shape[1]
+    padded = {"pixel_values": short["pixel_values"]}
+    padded["input_ids"] = nn.functional.pad(short["input_ids"], (room, 0), value=tiny_tokenizer().eos_token_id)
+    padded["attention_mask"] = nn.functional.pad(short["attention_mask"], (room, 0))
+    with torch.no_grad():
+        torch.testing.assert_close(reader._features(padded), reader._features(short), atol=1e-5, rtol=1e-4)
+
+
+def test_width_is_read_from_the_configuration_without_weights(folders, tmp_path):
+    folder = shutil.copytree(folders.llava, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert LMMSemantics(SemanticsConfig(path_or_id=str(folder))).width == WIDTH
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"]["hidden_size"] = 64
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert LMMSemantics(SemanticsConfig(path_or_id=str(folder))).width == 64
+
+
+def test_a_model_that_hides_its_language_models_layers_is_refused(folders, images):
+    with pytest.raises(ValueError, match=r"path_or_id: .*Blip2.*hidden layer.*pass a decoder-only"):
+        LMMSemantics(SemanticsConfig(path_or_id=str(folders.blip2))).read(images[:1])
+
+
+# --------------------------------------------------------------------------------------------- segmenter
+
+
+def pillow_resized(mask: Tensor) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask.numpy()).resize((64, 64), Image.Resampling.BILINEAR))
+
+
+def suppressed(masks: np.ndarray, scores: np.ndarray, count: int, most: float) -> list[int]:
+    """Greedy non-maximum suppression over sets of cells."""
+    cells = [set(np.flatnonzero(mask)) for mask in masks]
+    kept: list[int] = []
+    for index in sorted(range(len(masks)), key=lambda i: (-scores[i], i)):
+        clear = all(len(cells[index] & cells[k]) <= most * len(cells[index] | cells[k]) for k in kept)
+        if cells[index] and clear and len(kept) < count:
+            kept.append(index)
+    return kept
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 64), (96, 48)], ids=str)
+def test_regions_are_sams_best_distinct_masks_of_the_image_without_its_padding(folders, size):
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    config = SegmenterConfig(path_or_id=str(folders.sam), points_per_side=5, max_overlap=0.8)
+    found = SAMSegmenter(config).segment(image)[0].numpy()
+
+    model, processor = SamModel.from_pretrained(folders.sam), AutoProcessor.from_pretrained(folders.sam)
+    picture = Image.fromarray(np.round(image[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+    height, width = size
+    points = [[[(x + 0.5) * width / 5, (y + 0.5) * height / 5]] for y in range(5) for x in range(5)]
+    with torch.no_grad():
+        output = model(**processor(images=picture, input_points=[points], return_tensors="pt").to(torch.float32))
+    scores = output.iou_scores[0].numpy()
+    shown = [round(16 * side / max(size)) for side in size]  # masks are 16 x 16 over the padded square
+    masks = [output.pred_masks[0, i, j, : shown[0], : shown[1]] for i, j in enumerate(scores.argmax(axis=1))]
+    resized = np.stack([pillow_resized(mask) for mask in masks])
+    kept = suppressed(resized > 0, scores.max(axis=1), 16, 0.8)
+    assert 1 < len(kept) < 25
+    np.testing.assert_allclose(found[: len(kept)], 1 / (1 + np.exp(-resized[kept])), atol=1e-4)
+    assert not found[len(kept) :].any()
+
+
+def test_fewer_regions_are_the_first_ones(folders, images):
+    config = SegmenterConfig(path_or_id=str(folders.sam), max_overlap=1.0)
+    many = SAMSegmenter(config).segment(images[:2])
+    few = SAMSegmenter(replace(config, max_regions=2)).segment(images[:2])
+    assert many.shape == (2, 16, 64, 64)
+    assert torch.equal(few, many[:, :2])
+    assert bool((many.amax(dim=(2, 3)) > 0.5).all())  # as many as asked for, where overlap does not matter
+    assert 0 <= float(many.min()) <= float(many.max()) <= 1
+
+
+def test_distinct_masks_are_kept_from_the_best_down():
+    left, right = torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
+    left[:, :2], right[:, 2:] = True, True
+    nearly = left.clone()
+    nearly[0, 0] = False  # 7/8 of left
+    empty = torch.zeros_like(left)
+    masks = torch.stack([nearly, left, right, empty, right])
+    scores = torch.tensor([0.5, 0.9, 0.9, 1.0, 0.1])
+    assert distinct(masks, scores, count=16, max_overlap=0.7) == [1, 2]
+    assert distinct(masks, scores, count=16, max_overlap=0.9) == [1, 2, 0]
+    assert distinct(masks, scores, count=16, max_overlap=1.0) == [1, 2, 0, 4]
+    assert distinct(masks, scores, count=1, max_overlap=1.0) == [1]
+    assert distinct(empty[None], scores[:1], count=4, max_overlap=0.5) == []
+
+
+def test_points_are_the_centres_of_equal_parts():
+    points = grid_points(20, 40, 2)
+    assert points.tolist() == [[10, 5], [30, 5], [10, 15], [30, 15]]  # (x, y)
+
+
+@pytest.mark.parametrize(("rows", "columns", "size"), [(4, 4, 64), (1, 1, 64), (3, 5, 64), (2, 8, 16), (7, 7, 7)])
+def test_a_grid_covers_the_image_once(rows, columns, size):
+    regions = grid_regions(rows, columns, size)
+    assert regions.shape == (rows * columns, size, size)
+    assert torch.equal(regions.sum(dim=0), torch.ones(size, size))
+    assert set(regions.unique().tolist()) <= {0.0, 1.0}
+    areas = regions.sum(dim=(1, 2))
+    assert areas.max() <= (size // rows + 1) * (size // columns + 1)
+    for index, region in enumerate(regions):  # each is its rows' and columns' rectangle, in reading order
+        row, column = divmod(index, columns)
+        y, x = (axis.float().mean() / size for axis in torch.nonzero(region, as_tuple=True))
+        assert row / rows <= y <= (row + 1) / rows
+        assert column / columns <= x <= (column + 1) / columns
+
+
+@pytest.mark.parametrize("options", [{"rows": 0}, {"columns": 65}, {"rows": 9, "size": 8}])
+def test_a_grid_with_empty_cells_is_refused(options):
+    with pytest.raises(ValueError, match=r"(rows|columns): expected"):
+        grid_regions(**options)
+
+
+# --------------------------------------------------------------------------------------------- attributes
+
+
+def test_attributes_are_those_the_model_lists(folders):
+    reader = LLMAttributes(AttributesConfig(path_or_id=str(folders.lists)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reader.decompose(["cats", "a sofa"]) == [["two cats", "red sofa", "oil painting"]] * 2
+        fewer = LLMAttributes(replace(reader.config, limit=2))
+        assert fewer.decompose(["cats"]) == [["two cats", "red sofa"]]
+    assert reader.decompose([]) == []
+
+
+@pytest.mark.parametrize("model", ["llama", "lists"])
+def test_the_prompt_is_put_as_the_model_expects(folders, model):
+    """The answer to an unpadded question is the greedy one, with one start token whoever places it."""
+    folder = getattr(folders, model)
+    reader = LLMAttributes(AttributesConfig(path_or_id=str(folder), max_new_tokens=5))
+    network, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    asked: list[Tensor] = []
+    reader._model.register_forward_pre_hook(
+        lambda _module, _args, options: asked.append(options["input_ids"]), with_kwargs=True
+    )
+    [answer] = reader._ask(["two\n cats"])
+    [prompt] = asked[0]
+    assert prompt.tolist().count(tokenizer.bos_token_id) == 1
+    shown = tokenizer.decode(prompt, skip_special_tokens=True)
+    assert "Prompt: two cats\nPhrases:" in shown
+    assert shown.startswith("[USER] List") == (model == "lists")
+    expected = tokenizer.decode(greedy(network, {"input_ids": prompt[None]}, 5), skip_special_tokens=True)
+    assert expected.startswith(answer if model == "llama" else LISTED)
+
+
+def test_an_answer_that_is_no_list_falls_back_to_noun_phrases(folders, tmp_path):
+    write_tiny_llama(tmp_path / "chats", answer="I am sorry, but there is nothing here that I could possibly list!")
+    texts = ["two cats on a red sofa", "a dog"]
+    reader = LLMAttributes(AttributesConfig(path_or_id=str(tmp_path / "chats")), cache=AssistantCache(tmp_path / "c"))
+    for _ in range(2):  # the warning comes again with answers from the cache
+        with pytest.warns(UserWarning, match=r"no list of phrases for 2 of 2 prompts \(first: 'two cats"):
+            assert reader.decompose(texts) == [noun_phrases(text) for text in texts]
+
+
+@pytest.mark.parametrize("texts", ["a cat", [1, 2], [None]])
+def test_texts_that_are_no_list_of_prompts_are_refused(folders, texts):
+    with pytest.raises(TypeError, match=r"texts: expected a list of prompts, got .*pass \[prompt\]"):
+        LLMAttributes(AttributesConfig(path_or_id=str(folders.llama))).decompose(texts)
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("name", ["captioner", "semantics", "segmenter"])
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(3, 32, 32), "4 dimensions"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "floating-point"),
+        (torch.full((1, 3, 32, 32), 255.0), "divide 8-bit values by 255"),
+    ],
+)
+def test_images_that_are_none_are_refused_before_a_model_is_loaded(name, pixels, message):
+    assistant = KINDS[name].make(Folders(*[Path("nowhere")] * 7))
+    with pytest.raises((TypeError, ValueError), match=f"images: .*{message}"):
+        KINDS[name].ask(assistant, pixels)
+
+
+def describe(folder: Path | str, images: Tensor, **options: Any) -> list[str]:
+    return LMMCaptioner(CaptionerConfig(path_or_id=str(folder), max_new_tokens=2, **options)).describe(images[:1])
+
+
+def without(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).unlink()
+    return folder
+
+
+def pickled(folder: Path) -> Path:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    return without(folder, "model.safetensors")
+
+
+def headless(folder: Path) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def reshaped(folder: Path) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    [name] = [name for name in tensors if "lm_head" in name]
+    tensors[name] = tensors[name][:5].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def truncated(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    return folder
+
+
+BROKEN = {
+    "no config": (lambda folder: without(folder, "config.json"), "holds no config.json.*save_pretrained"),
+    "pickles": (pickled, r"pickles only \(pytorch_model.bin\), which are never opened"),
+    "a part of the weights": (truncated, "could not be loaded as an image-text-to-text model"),
+    "missing weights": (headless, r"lacks 1 weights .*lm_head.weight.*would be random"),
+    "weights of another shape": (reshaped, "could not be loaded as an image-text-to-text model"),
+    "no processor": (lambda folder: without(folder, "processor_config.json"), "could not be loaded"),
+    "no tokenizer": (lambda folder: without(folder, "tokenizer.json", "tokenizer_config.json"), "could not be loaded"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_folder_that_cannot_be_loaded_says_why(folders, images, tmp_path, name):
+    damage, message = BROKEN[name]
+    folder = damage(shutil.copytree(folders.llava, tmp_path / "model"))
+    with pytest.raises(ValueError, match=f"(?s)path_or_id: .*{message}"):
+        describe(folder, images)
+
+
+def test_a_repositorys_own_code_is_never_run(folders, images, tmp_path):
+    folder = shutil.copytree(folders.llava, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.C", "AutoModelForImageTextToText": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
+    with pytest.raises(ValueError, match=r"path_or_id: .*custom code"):
+        describe(folder, images)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "message"),
+    [
+        ("captioner", "llama", "'llama' model, not an image-text-to-text model"),
+        ("semantics", "sam", "'sam' model, not an image-text-to-text model"),
+        ("segmenter", "llava", "'llava' model, not a Segment Anything model.*sam-vit-base"),
+        ("attributes", "sam", "'sam' model, not a causal language model"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(folders, images, name, model, message):
+    kind = KINDS[name]
+    assistant = kind.make(replace(folders, llava=(place := getattr(folders, model)), sam=place, llama=place))
+    with pytest.raises(ValueError, match=f"path_or_id: .*{message}"):
+        kind.ask(assistant, images[:1])
+
+
+def test_a_name_that_the_hub_cannot_give_says_so(images, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"path_or_id: 'nobody/nothing' is no folder here.*check the name.*network"):
+        describe("nobody/nothing", images)
+    with pytest.raises(ValueError, match=r"path_or_id: '\./no/such/folder' is no folder here"):
+        describe("./no/such/folder", images)
+
+
+def test_a_device_that_is_not_there_is_named(folders, images):
+    if torch.cuda.device_count() > 77:
+        pytest.skip("that many devices")
+    with pytest.raises(ValueError, match="device: 'cuda:77' is not available here; pass device='cpu'"):
+        describe(folders.llava, images, device="cuda:77")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (CaptionerConfig, {"path_or_id": " "}, "path_or_id: expected a folder or a model's name"),
+        (CaptionerConfig, {"path_or_id": "weights.pt"}, "path_or_id: .*pickled checkpoints are never opened"),
+        (CaptionerConfig, {"device": "banana"}, "device: expected a torch device"),
+        (CaptionerConfig, {"dtype": "float16"}, "dtype: expected a floating torch.dtype"),
+        (CaptionerConfig, {"dtype": torch.int8}, "dtype: expected a floating torch.dtype"),
+        (CaptionerConfig, {"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+        (CaptionerConfig, {"question": " "}, "question: expected a text"),
+        (CaptionerConfig, {"max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1"),
+        (AttributesConfig, {"limit": 0}, "limit: expected an integer of at least 1"),
+        (AttributesConfig, {"max_new_tokens": 1.5}, "max_new_tokens: expected an integer of at least 1"),
+        (SegmenterConfig, {"max_regions": 0}, "max_regions: expected an integer of at least 1"),
+        (SegmenterConfig, {"points_per_side": True}, "points_per_side: expected an integer of at least 1"),
+        (SegmenterConfig, {"max_overlap": 1.1}, r"max_overlap: expected .* in \[0, 1\], got 1.1"),
+        (SemanticsConfig, {"batch_size": -1}, "batch_size: expected an integer of at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**{"path_or_id": "some/model", **options})
+
+
+# --------------------------------------------------------------------------------------------- roles
+
+
+def test_assistants_play_their_roles(folders):
+    made = {name: kind.make(folders) for name, kind in KINDS.items()}
+    assistants = Assistants(**made)
+    assert assistants.semantics is made["semantics"]
+    assert Assistants() == Assistants(captioner=None, semantics=None, segmenter=None, attributes=None)
+
+
+def test_an_assistant_in_another_role_is_refused(folders):
+    captioner = KINDS["captioner"].make(folders)
+    with pytest.raises(TypeError, match=r"segmenter: expected an assistant with a method segment\(\).*LMMCaptioner"):
+        Assistants(segmenter=captioner)
+    with pytest.raises(TypeError, match=r"captioner: expected .*got the class LMMCaptioner"):
+        Assistants(captioner=LMMCaptioner)
+
+
+def test_files_of_the_models_are_left_as_they_were(folders, images):
+    before = {path: path.stat().st_mtime_ns for path in folders.llava.iterdir()}
+    describe(folders.llava, images)
+    assert {path: path.stat().st_mtime_ns for path in folders.llava.iterdir()} == before
