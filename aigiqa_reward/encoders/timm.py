@@ -161,9 +161,15 @@ class TimmEncoder(nn.Module):
         taken = self._taken(blocks)
         inputs = self._inputs(images)
         maps = self.trunk.forward_intermediates(inputs, indices=taken, stop_early=True, intermediates_only=True)
-        precise = [level.to(torch.promote_types(images.dtype, torch.float32)) for level in maps]
-        height, width = precise[-1].shape[2:]
-        return torch.cat([_on_grid(level, height, width) for level in precise], dim=1)
+        return _joined(maps, images.dtype)
+
+    def observe(
+        self, images: Images, blocks: Sequence[int]
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch joined rows columns"]]:
+        """The last feature map of a convolutional model, as calling it gives, and `levels` of it, in one pass."""
+        inputs = self._inputs(images)
+        last, maps = self.trunk.forward_intermediates(inputs, indices=self._taken(blocks))
+        return last.to(torch.promote_types(images.dtype, torch.float32)), _joined(maps, images.dtype)
 
     def level_channels(self, blocks: Sequence[int]) -> int:
         """How many channels `levels(images, blocks)` has.
@@ -199,6 +205,13 @@ class TimmEncoder(nn.Module):
             )
         weight = next(self.trunk.parameters())
         return pixels.normalise(images, self.config.mean, self.config.std).to(weight.dtype)
+
+
+def _joined(maps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Maps on the grid of the last, along the channels; at least float32."""
+    height, width = maps[-1].shape[2:]
+    precise = torch.promote_types(dtype, torch.float32)
+    return torch.cat([_on_grid(level.to(precise), height, width) for level in maps], dim=1)
 
 
 def _on_grid(level: Tensor, height: int, width: int) -> Tensor:
@@ -246,53 +259,3 @@ def _load(trunk: nn.Module, path: str) -> None:
     tensors = read_weights(path)
     kept = {name: tensor for name, tensor in tensors.items() if name in expected or not name.startswith(_CLASSIFIERS)}
     load_strictly(trunk, kept, source=path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimmLevelsConfig:
-    """Several blocks of a timm model, read together.
-
-    Attributes:
-        tower: which model; one of a fixed size, such as a ViT.
-        blocks: numbers of the blocks, in the model's order.
-    """
-
-    tower: TimmConfig
-    blocks: tuple[int, ...]
-
-
-class TimmLevels(nn.Module):
-    """A timm model of a fixed size as a tower whose last blocks are read together.
-
-    Raises:
-        ValueError: a model without a fixed size, or blocks that it does not have.
-    """
-
-    def __init__(self, config: TimmLevelsConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = TimmEncoder(config.tower)
-        size = self.encoder.image_size
-        if size is None:
-            raise ValueError(
-                f"tower: {config.tower.architecture!r} has no fixed size; choose a vision transformer such as "
-                "vit_base_patch16_224"
-            )
-        self.image_size: int = size
-        self.level_channels = self.encoder.level_channels(config.blocks)
-        last = list(self.encoder.trunk.feature_info)[config.blocks[-1]]
-        self.level_side = size // int(last["reduction"])
-
-    @classmethod
-    def from_description(cls, description: Mapping[str, Any]) -> TimmLevels:
-        """Build the tower that `describe` described, with weights still to be loaded."""
-        tower = TimmEncoder.from_description(description["tower"]).config
-        return cls(TimmLevelsConfig(tower=tower, blocks=tuple(description["blocks"])))
-
-    def describe(self) -> dict[str, Any]:
-        """The configuration as JSON, without where the weights came from."""
-        return {"tower": self.encoder.describe(), "blocks": list(self.config.blocks)}
-
-    def levels(self, images: Images) -> Float[Tensor, "batch channels rows columns"]:
-        """The concatenated maps of the blocks, of images in [0, 1] of `image_size` px a side."""
-        return self.encoder.levels(images, self.config.blocks)
