@@ -11,19 +11,29 @@ import torch
 from clip_models import write_tiny_clip
 
 from aigiqa_reward import Reward, create_reward, list_rewards
+from aigiqa_reward.assistants import Assistants
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 from aigiqa_reward.models.blocks import expected_level, level_probabilities
 from aigiqa_reward.weights import ASSETS, WeightsError, sha256
-from aigiqa_reward.zoo import COMPACT_FILES, build_compact, get_spec
+from aigiqa_reward.zoo import SYSTEMS, get_spec
+from aigiqa_reward.zoo.embedded import COMPACT_FILES, build_compact, load_embedded
+from aigiqa_reward.zoo.specs import TOWER_FILES
 
 
 def test_an_unknown_name_says_which_exist_and_which_was_meant() -> None:
-    with pytest.raises(ValueError, match=r"'compct'; did you mean 'compact'\?.*compact, tsp_mgs"):
+    with pytest.raises(ValueError, match=r"'compct'; did you mean 'compact'\?.*compact, mst_clipiqa, tsp_mgs"):
         create_reward("compct")
     with pytest.raises(ValueError, match="'tsp_mgs'"):
         create_reward("TSP-MGS")
     with pytest.raises(ValueError, match="no reward is called 7"):
         create_reward(7)  # type: ignore[arg-type]
+
+
+class Described:
+    """A captioner that says the same of everything."""
+
+    def describe(self, images: torch.Tensor) -> list[str]:
+        return ["a picture"] * len(images)
 
 
 def test_arguments_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
@@ -37,7 +47,16 @@ def test_arguments_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         ({"name": "compact", "quality_weight": -1.0}, "quality_weight"),
         ({"name": "compact", "quality_weight": 0.0, "correspondence_weight": 0.0}, "at least one above 0"),
         ({"name": "compact", "weights": tmp_path, "encoder": encoder}, "neither preset nor encoder"),
-        ({"name": "tsp_mgs"}, "no embedded weights.*OpenCLIPConfig"),
+        ({"name": "compact", "zero_shot": True}, "embedded towers"),
+        ({"name": "mst_clipiqa", "preset": "paper"}, "no trained head.*aigiqa-reward train mst_clipiqa --preset paper"),
+        ({"name": "mst_clipiqa", "preset": "large"}, "'large'"),
+        ({"name": "sc_agiqa", "encoder": encoder}, "only tsp_mgs"),
+        ({"name": "sc_agiqa", "zero_shot": True}, "only tsp_mgs"),
+        ({"name": "tsp_mgs", "weights": tmp_path, "zero_shot": True}, "neither preset nor encoder"),
+        ({"name": "tsp_mgs", "scenario": "poster"}, "only cpa_iqa has scenarios"),
+        ({"name": "cpa_iqa", "scenario": "postr"}, "none called 'postr'.*poster"),
+        ({"name": "cpa_iqa", "preferences": tmp_path / "none.json"}, "cannot read.*none.json"),
+        ({"name": "tsp_mgs", "assistants": Assistants(captioner=Described())}, "can use none, got captioner"),
         ({"name": "tsp_mgs", "encoder": encoder}, "random weights"),
         ({"name": "tsp_mgs", "encoder": encoder, "preset": "paper"}, "pass one of them"),
     ):
@@ -55,6 +74,62 @@ def test_embedded_files_are_the_ones_that_were_listed() -> None:
     )
     assert total <= 40e6
     assert abs(total / 1e6 - spec.megabytes) < 1
+
+
+def test_the_five_heads_are_listed_and_fit_their_budget() -> None:
+    heads = 0
+    for name in SYSTEMS:
+        spec, file = get_spec(name), f"{name}/model.safetensors"
+        assert spec.sha256.keys() == {*TOWER_FILES, file}
+        assert {key: sha256(ASSETS / key) for key in spec.sha256} == spec.sha256
+        total = sum((ASSETS / key).stat().st_size for key in spec.sha256)
+        assert abs(total / 1e6 - spec.megabytes) < 1
+        heads += (ASSETS / file).stat().st_size
+    assert heads <= 10e6
+
+
+@pytest.mark.parametrize("name", sorted(SYSTEMS))
+def test_an_altered_head_is_refused(name: str, tmp_path: Path) -> None:
+    for folder in ("towers", name):
+        shutil.copytree(ASSETS / folder, tmp_path / folder)
+    damaged = tmp_path / name / "model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"altered or damaged.*sha256.*reinstall"):
+        load_embedded(name, folder=tmp_path)
+
+
+def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    reward = create_reward("mst_clipiqa")
+    reward.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["config"]["width"] = 128
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"shape .*expected"):
+        Reward.from_pretrained(tmp_path)
+
+
+def test_zero_shot_runs_on_the_compact_towers_too() -> None:
+    untrained, trained = create_reward("tsp_mgs", zero_shot=True), create_reward("tsp_mgs")
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (reward(images, ["a cat", "a dog"]) for reward in (untrained, trained))
+    assert not torch.allclose(first.quality, second.quality, atol=1e-3)
+    assert torch.equal(untrained.calibration.quality, torch.tensor([1.0, 0.0]))
+
+
+def test_an_assistant_that_a_reward_was_trained_with_is_asked_for(tmp_path: Path) -> None:
+    described = create_reward("sc_agiqa", assistants=Assistants(captioner=Described()))
+    described.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"trained with a captioner.*assistants=Assistants\(captioner=\.\.\.\)"):
+        create_reward("sc_agiqa", weights=tmp_path)
+    again = create_reward("sc_agiqa", weights=tmp_path, assistants=Assistants(captioner=Described()))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = again(images, ["a cat", "a dog"])
+        assert torch.equal(output.total, described(images, ["a cat", "a dog"]).total)
+    assert not output.details["substitute_description"].any()
 
 
 @pytest.mark.parametrize("file", sorted(COMPACT_FILES))

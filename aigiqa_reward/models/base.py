@@ -6,12 +6,16 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from aigiqa_reward.types import Context, Images, PromptFeatures
+
+Seen: TypeAlias = Mapping[str, Tensor]
+"""What a model's towers see of a batch: named tensors, first dimension B."""
 
 
 class FullPrecision(nn.Module):
@@ -87,6 +91,91 @@ class QualityModel(nn.Module, ABC):
         device = next(iter(tensors.values())).device
         index = torch.tensor([place[prompt] for prompt in prompts], device=device)
         return PromptFeatures(texts=texts, index=index, tensors=tensors, model=self.name)
+
+
+class TrainedModel(QualityModel):
+    """A model of frozen towers and a `head` that is fitted to human scores.
+
+    What the towers see of an image does not change while a head is trained, so that `look` can be stored and an epoch
+    costs seconds; `judge` is everything behind it.
+
+    Attributes:
+        head: what is trained; every parameter of it.
+        crop_features: names of `look`'s tensors whose second dimension counts crops; training draws some of them.
+        look_settings: fields of the configuration that change what `look` gives.
+    """
+
+    head: Any
+    crop_features: tuple[str, ...] = ()
+    look_settings: tuple[str, ...] = ()
+
+    @property
+    def standardised(self) -> Mapping[str, Standardise]:
+        """Which modules take the mean and deviation of which of `look`'s tensors from the training images."""
+        return {}
+
+    def start_at(self, quality: float, correspondence: float) -> None:
+        """Let a fresh head answer about the training images' mean scores, where that is a bias of it."""
+        del quality, correspondence
+
+    @abstractmethod
+    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+        """What the towers see of a batch: named tensors, first dimension B.
+
+        Args:
+            images: (B, 3, H, W).
+            generator: draw crops from it, for training; None takes the evenly spaced ones.
+            crops: how many; None is the number scored with.
+        """
+
+    def digest(self, seen: Seen) -> Seen:
+        """What the head makes of an image before it reads a prompt, added to `seen`; `judge` computes what is missing.
+
+        For a head whose work is mostly there, one digest serves several prompts.
+        """
+        return seen
+
+    @abstractmethod
+    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+        """Raw scores of what `look` saw."""
+
+    def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> ModelOutput:
+        """`look`, then `judge`; assistants are asked here where no context was prepared, outside the graph."""
+        if context is None:
+            with torch.no_grad():
+                context = self.prepare(images, prompts)
+        return self.judge(self.look(images), prompts, context)
+
+
+class Standardise(FullPrecision):
+    """(x - mean) / deviation of each channel over the training images; the identity until they are known.
+
+    Args:
+        width: channels.
+        axis: dimension that counts them.
+    """
+
+    def __init__(self, width: int, *, axis: int = -1) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.mean: Tensor
+        self.deviation: Tensor
+
+    def fit(self, rows: Tensor) -> None:
+        """Take mean and deviation from features of the training images."""
+        flat = rows.movedim(self.axis, -1).flatten(0, -2).to(self.mean)
+        self.mean.copy_(flat.mean(dim=0))
+        deviation = flat.std(dim=0)
+        # A channel that is hardly ever active would be blown up to where nothing was learnt.
+        self.deviation.copy_(deviation + 0.1 * deviation.mean() + 1e-6)
+
+    def forward(self, features: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Standardised features of the same shape."""
+        shape = [1] * features.ndim
+        shape[self.axis] = -1
+        return (features - self.mean.view(shape)) / self.deviation.view(shape)
 
 
 def check_prompts(prompts: object) -> None:

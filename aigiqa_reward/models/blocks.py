@@ -1,4 +1,4 @@
-"""Modules that several systems share: gated fusion, prompt cross-attention, score heads, level similarity."""
+"""Modules that several systems share: gated fusion, cross-attention, experts, score heads, level similarity."""
 
 from __future__ import annotations
 
@@ -72,6 +72,110 @@ class PromptCrossAttention(FullPrecision):
 
     def _split(self, sequence: Float[Tensor, "batch length rank"]) -> Float[Tensor, "batch heads length part"]:
         return sequence.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class CrossAttention(FullPrecision):
+    """Multi-head attention of full rank from one sequence to another: softmax(Q K' / sqrt(w)) V, then a projection.
+
+    Args:
+        width: of the queries, the output and inside.
+        memory: width of the keys' and values' sequence.
+        heads: a divisor of `width` (8 in SC-AGIQA and MST-CLIPIQA).
+    """
+
+    def __init__(self, width: int, memory: int, *, heads: int = 8) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width: expected a multiple of heads={heads}, got {width}")
+        self.attention = nn.MultiheadAttention(width, heads, kdim=memory, vdim=memory, batch_first=True)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "batch queries width"],
+        memory: Float[Tensor, "batch length memory"],
+        mask: Bool[Tensor, "batch length"],
+    ) -> Float[Tensor, "batch queries width"]:
+        """What each query takes from the places of the memory that `mask` keeps."""
+        return self.attention(queries, memory, memory, key_padding_mask=~mask, need_weights=False)[0]
+
+
+class Experts(FullPrecision):
+    """A mixture of experts, of which a gate takes the best few for each row (MoER in SC-AGIQA, eq. 10).
+
+    y = sum over the top k of p_e f_e(h), p = softmax(gate(h)) renormalised over the k taken. Each expert, and the gate,
+    is width -> hidden -> out with a ReLU between; renormalising is our inference.
+
+    Args:
+        width: of h.
+        hidden: width of the experts' hidden layer.
+        experts: how many; 1 is a plain head.
+        top: how many of them answer for a row.
+        dropout: on the hidden layers.
+    """
+
+    def __init__(self, width: int, hidden: int, *, experts: int = 4, top: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        if not 1 <= top <= experts:
+            raise ValueError(f"top: expected from 1 to experts={experts}, got {top}")
+        self.top = top
+        self.gate = self._layers(width, hidden, experts, dropout)
+        self.experts = nn.ModuleList(self._layers(width, hidden, 1, dropout) for _ in range(experts))
+
+    @staticmethod
+    def _layers(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, out))
+
+    def start_at(self, mean: float) -> None:
+        """Let every expert answer about `mean`."""
+        for name, parameter in self.experts.named_parameters():
+            if name.endswith("3.bias"):  # of the last of the four layers
+                nn.init.constant_(parameter, mean)
+
+    def forward(
+        self, h: Float[Tensor, "batch width"]
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch experts"]]:
+        """The weighted answer, and each expert's weight (0 for those not taken)."""
+        logits = self.gate(h)
+        taken = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(self.top, dim=1).indices, True)
+        weights = logits.masked_fill(~taken, -torch.inf).softmax(dim=1)
+        answers = torch.cat([expert(h) for expert in self.experts], dim=1)
+        return (weights * answers).sum(dim=1), weights
+
+
+class LowRank(FullPrecision):
+    """A linear map of low rank that starts at zero: what an adapter adds to a frozen tower."""
+
+    def __init__(self, width: int, out: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank)
+        self.up = nn.Linear(rank, out, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
+        """(..., width) to (..., out)."""
+        return self.up(self.down(features))
+
+
+class Anchor(FullPrecision):
+    """What the similarity of image and prompt adds to a correspondence score: weight * s cos(e, t); s fixed.
+
+    Ours, not a paper's: on towers whose words and features are not aligned by a CLIP, cross-attention alone does not
+    learn from a few hundred prompts which picture shows what, and this term says it from the start.
+    """
+
+    SCALE = 4.0
+    """The deviation of a cosine on the compact towers is about a quarter: chosen here, so that s cos has order 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.03))
+
+    def forward(
+        self, image: Float[Tensor, "batch width"], text: Float[Tensor, "batch width"]
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """The term, and the cosine similarity itself."""
+        similarity = F.cosine_similarity(image, text.to(image.dtype), dim=1)
+        return self.weight * self.SCALE * similarity, similarity
 
 
 class ScoreHead(FullPrecision):

@@ -1,0 +1,277 @@
+"""CPA-IQA: contextual, preference-aligned assessment: three tiers of alignment, distortion maps, a scenario's weights.
+
+    global      s_g = sigmoid(a (cos(v, t) - b)), v and t the image's and the prompt's joint embeddings
+    local       s_l = sigmoid(a_l (mean_j smoothmax_i cos(v_i, t_j) - b_l)), v_i of regions, t_j of noun phrases
+    implicit    s_i = mean_j p(a_j | I), p(a_j | I) = sigmoid(MLP [v; t_j; v * t_j]), a_j latent attributes
+    distortion  y_d = sigmoid(smoothmax over places of map_d), 12 maps;  s_d = sigmoid(c - sum_d omega_d y_d), omega > 0
+    low level   s_low = sigmoid(MLP [mean; deviation of the tokens])
+    scenario    c = softmax(M_S), a row of the preference matrix;   Q = 100 c . [s_g, s_l, s_i, s_d, s_low]
+
+The components keep apart what the aspects ask for: correspondence is the c-weighted mean of s_g, s_l and s_i, quality
+that of s_d and s_low; `details["score"]` is Q, `details["components"]` all five, `details["distortion_maps"]` the maps.
+
+Source: CPA-IQA, whose equations are lost in the available text; nearly all of the above is our inference, and so are
+six of the twelve distortions (see `DISTORTIONS`). The maps are learned from whole-image scores alone: a map shows where
+the model finds what lowers its score, and its name is an intention, not a measurement. Without a segmenter the regions
+are a regular grid, without a language model the attributes are the prompt's noun phrases; `details` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aigiqa_reward.assistants.roles import AttributeReader, Segmenter
+from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardise, TrainedModel
+from aigiqa_reward.models.scenarios import COMPONENTS, UNIFORM, Preferences
+from aigiqa_reward.models.towers import ContrastiveEncoder, View, square_view
+from aigiqa_reward.types import Context, Images, PromptFeatures
+
+DISTORTIONS = (
+    "anatomical_error",
+    "physical_law_violation",
+    "rendering_artefact",
+    "texture_repetition",
+    "edge_blur",
+    "light_shadow_contradiction",
+    "noise",
+    "compression",
+    "colour_cast",
+    "over_smoothing",
+    "warped_geometry",
+    "garbled_text",
+)
+"""The first six are named in the text; the other six are our choice, and `CPAIQAConfig.distortions` replaces them."""
+
+SHARPNESS = 10.0
+"""Of the smooth maxima, logsumexp(s x) / s - log(n) / s: chosen here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPAIQAConfig:
+    """Settings of CPA-IQA.
+
+    Attributes:
+        hidden: width of the MLPs' hidden layers.
+        side: side in px at which the image is seen, letterboxed; the tower's own size where it is fixed.
+        tiers: which of "global", "local" and "implicit" count; the others drop out of the weighted mean.
+        attributes: latent attributes kept of each prompt, and noun phrases.
+        grid: rows and columns of the regions without a segmenter.
+        distortions: names of the maps.
+        scenario: row of the preference matrix.
+        preferences: the matrix, scenario -> weights of the five components before the softmax.
+        learn_preferences: train the scenario's row too.
+    """
+
+    hidden: int = 128
+    side: int = 224
+    tiers: tuple[str, ...] = ("global", "local", "implicit")
+    attributes: int = 8
+    grid: int = 4
+    distortions: tuple[str, ...] = DISTORTIONS
+    scenario: str = "general"
+    preferences: Preferences = UNIFORM
+    learn_preferences: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "side", "attributes", "grid"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        object.__setattr__(self, "tiers", tuple(self.tiers))
+        object.__setattr__(self, "distortions", tuple(self.distortions))
+        if not self.tiers or not set(self.tiers) <= set(COMPONENTS[:3]):
+            raise ValueError(f"tiers: expected some of {COMPONENTS[:3]}, got {self.tiers}")
+        if not self.distortions or len(set(self.distortions)) != len(self.distortions):
+            raise ValueError(f"distortions: expected distinct names, at least one, got {self.distortions}")
+        if isinstance(self.preferences, Mapping):
+            object.__setattr__(self, "preferences", Preferences(self.preferences))
+        self.preferences.row(self.scenario)
+
+
+def smooth_maximum(values: Tensor, dim: int) -> Tensor:
+    """logsumexp(s x) / s - log(n) / s over a dimension of n: between the mean and the maximum."""
+    return (
+        (SHARPNESS * values).logsumexp(dim=dim) - torch.tensor(float(values.shape[dim])).log().to(values)
+    ) / SHARPNESS
+
+
+class CPAHead(FullPrecision):
+    """Everything behind the towers."""
+
+    def __init__(self, config: CPAIQAConfig, channels: int, width: int) -> None:
+        super().__init__()
+        count = len(config.distortions)
+        self.tokens = Standardise(channels, axis=-3)
+        self.slopes = nn.Parameter(torch.tensor([4.0, 4.0]))  # of the global and the local tier
+        self.offsets = nn.Parameter(torch.tensor([0.1, 0.2]))
+        self.implicit = nn.Sequential(nn.Linear(3 * width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 1))
+        self.maps = nn.Conv2d(channels, count, 1)
+        self.impact = nn.Parameter(torch.zeros(count))
+        self.tolerance = nn.Parameter(torch.tensor(float(count) * 0.35))
+        self.low_level = nn.Sequential(
+            nn.Linear(2 * channels, config.hidden), nn.ReLU(), nn.Dropout(0.3), nn.Linear(config.hidden, 1)
+        )
+        matrix = torch.tensor(config.preferences.matrix())
+        if config.learn_preferences:
+            self.preferences = nn.Parameter(matrix)
+        else:  # settings, not weights: another matrix goes with the same weights
+            self.register_buffer("preferences", matrix, persistent=False)
+
+
+class CPAIQA(TrainedModel):
+    """CPA-IQA on a contrastive encoder.
+
+    Args:
+        config: settings.
+        encoder: joins images, their places, and texts.
+        phrases: takes noun phrases from a text.
+        levels: whether the encoder has `observe`, whose levels the distortion maps then read, not its joint map.
+        segmenter: finds regions; None takes a regular grid.
+        attributes: decomposes prompts; None takes the noun phrases.
+    """
+
+    name = "cpa_iqa"
+    look_settings = ("side",)
+
+    def __init__(
+        self,
+        config: CPAIQAConfig,
+        encoder: ContrastiveEncoder,
+        *,
+        phrases: Callable[[str], list[str]],
+        levels: bool,
+        segmenter: Segmenter | None = None,
+        attributes: AttributeReader | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder: Any = encoder
+        self.segmenter, self.attributes = segmenter, attributes
+        self._phrases, self._levels = phrases, levels
+        self.head = CPAHead(config, self.encoder.level_channels if levels else encoder.width, encoder.width)
+
+    @property
+    def standardised(self) -> Mapping[str, Standardise]:
+        """The tokens come on a scale of their own."""
+        return {"tokens": self.head.tokens}
+
+    def describe(self) -> dict[str, Any]:
+        """Settings and tower; assistants are not part of a saved reward."""
+        config = asdict(self.config) | {"preferences": dict(self.config.preferences)}
+        roles = {"segmenter": self.segmenter, "attributes": self.attributes}
+        return {
+            "config": config,
+            "towers": {"clip": self.encoder.describe()},
+            "assistants": [role for role, assistant in roles.items() if assistant is not None],
+        }
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Joint embeddings of the texts (P, d), of their noun phrases and attributes (P, k, d), and which exist."""
+        self.encoder.encode_words(texts)  # for its warnings of what it does not read
+        phrases = [self._phrases(text)[: self.config.attributes] for text in texts]
+        latent = phrases
+        if self.attributes is not None:
+            latent = [found[: self.config.attributes] for found in self.attributes.decompose(list(texts))]
+        out = {"pooled": self.encoder.encode_text(texts)}
+        for name, lists in (("phrases", phrases), ("attributes", latent)):
+            out[name], out[f"{name}_mask"] = self._padded(lists)
+        return out
+
+    def _padded(self, lists: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """(P, k, d) and which of the k exist; k is fixed, so that a text's row is the same in any company."""
+        flat = self.encoder.encode_text([text for texts in lists for text in texts])
+        out = flat.new_zeros(len(lists), self.config.attributes, flat.shape[1])
+        mask = torch.zeros(out.shape[:2], dtype=torch.bool, device=flat.device)
+        start = 0
+        for row, texts in enumerate(lists):
+            out[row, : len(texts)], mask[row, : len(texts)] = flat[start : start + len(texts)], True
+            start += len(texts)
+        return out, mask
+
+    def prepare(self, images: Images, prompts: PromptFeatures | None) -> Context | None:
+        """The segmenter's masks (B, R, h, w) of the letterboxed image, held fixed; None where a grid is used."""
+        del prompts
+        if self.segmenter is None:
+            return None
+        return {"regions": self.segmenter.segment(self._view(images)).to(images)}
+
+    def _view(self, images: Images) -> View:
+        side = self.config.side if self.encoder.any_size else self.encoder.image_size
+        return square_view(images, self.encoder, side)
+
+    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+        """The joint map `places` (B, d, h, w), features `pooled` (B, d_f), and the maps' `tokens` (B, C, h, w)."""
+        del generator, crops
+        view = self._view(images)
+        if not self._levels:
+            places = self.encoder.encode_map(view)
+            return {"places": places, "pooled": self.encoder.features(view), "tokens": places}
+        features, tokens = self.encoder.observe(view)
+        places = self.encoder.project(features.movedim(1, -1)).movedim(-1, 1)
+        return {"places": places, "pooled": features.mean(dim=(2, 3)), "tokens": tokens}
+
+    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+        """Quality from the distortions and the low level, correspondence from the three tiers."""
+        tokens = self.head.tokens(seen["tokens"])
+        maps = self.head.maps(tokens)
+        severity = torch.sigmoid(smooth_maximum(maps.flatten(2), dim=2))
+        distortion = torch.sigmoid(self.head.tolerance - (F.softplus(self.head.impact) * severity).sum(dim=1))
+        statistics = torch.cat([tokens.mean(dim=(2, 3)), tokens.std(dim=(2, 3), unbiased=False)], dim=1)
+        low_level = torch.sigmoid(self.head.low_level(statistics))[:, 0]
+        weights = self.head.preferences[self.config.preferences.row(self.config.scenario)].softmax(dim=0)
+        details = {"severity": severity, "distortion_maps": torch.sigmoid(maps)}
+        quality = (weights[3] * distortion + weights[4] * low_level) / (weights[3] + weights[4])
+        if prompts is None:
+            return ModelOutput(quality=quality, correspondence=None, details=details)
+        tiers = self._tiers(seen, prompts, context)
+        counted = torch.stack([weights[i] for i, name in enumerate(COMPONENTS[:3]) if name in self.config.tiers])
+        aligned = torch.stack([tiers[name] for name in COMPONENTS[:3] if name in self.config.tiers], dim=1)
+        correspondence = (aligned * counted).sum(dim=1) / counted.sum()
+        details["components"] = torch.stack([*tiers.values(), distortion, low_level], dim=1)
+        shares = torch.cat([counted, weights[3:]])
+        components = torch.cat([aligned, distortion[:, None], low_level[:, None]], dim=1)
+        details["score"] = 100 * (components * shares).sum(dim=1) / shares.sum()
+        batch, regions = len(quality), context is not None and "regions" in context
+        details["substitute_regions"] = torch.full((batch,), not regions, device=quality.device)
+        details["substitute_attributes"] = torch.full((batch,), self.attributes is None, device=quality.device)
+        return ModelOutput(quality=quality, correspondence=correspondence, details=details)
+
+    def _tiers(self, seen: Seen, prompts: PromptFeatures, context: Context | None) -> dict[str, Tensor]:
+        """s_g, s_l and s_i, (B,) each."""
+        head, places = self.head, seen["places"]
+        image = self.encoder.project(seen["pooled"].to(places.dtype))
+        text = prompts.rows("pooled").to(places.dtype)
+        phrases, latent = (prompts.rows(name).to(places.dtype) for name in ("phrases", "attributes"))
+        cosine = F.cosine_similarity(image, text, dim=1)
+        regions = self._regions(places, None if context is None else context.get("regions"))
+        local = F.normalize(regions, dim=-1) @ F.normalize(phrases, dim=-1).transpose(1, 2)  # (B, R, k)
+        best = _mean_where(smooth_maximum(local, dim=1), prompts.rows("phrases_mask"))
+        v, t = F.normalize(image, dim=1)[:, None].expand_as(latent), F.normalize(latent, dim=-1)
+        present = torch.sigmoid(head.implicit(torch.cat([v, t, v * t * v.shape[-1] ** 0.5], dim=-1)))[..., 0]
+        slope, offset = head.slopes, head.offsets
+        return {
+            "global": torch.sigmoid(slope[0] * (cosine - offset[0])),
+            "local": torch.sigmoid(slope[1] * (best - offset[1])),
+            "implicit": _mean_where(present, prompts.rows("attributes_mask")),
+        }
+
+    def _regions(self, places: Tensor, masks: Tensor | None) -> Tensor:
+        """Embeddings of regions (B, R, d): mask-weighted means of the map, or its cells on a regular grid."""
+        if masks is None:
+            grid = min(self.config.grid, places.shape[2]), min(self.config.grid, places.shape[3])
+            return F.adaptive_avg_pool2d(places, grid).flatten(2).transpose(1, 2)
+        weights = F.adaptive_avg_pool2d(masks.to(places), (places.shape[2], places.shape[3])).flatten(2)
+        # An unused region is all zeros; its embedding is too, and so is its cosine to anything.
+        return weights @ places.flatten(2).transpose(1, 2) / weights.sum(dim=2, keepdim=True).clamp_min(1e-6)
+
+
+def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean over dimension 1 of what `mask` keeps."""
+    kept = mask.to(values.dtype)
+    return (values * kept).sum(dim=1) / kept.sum(dim=1).clamp_min(1)

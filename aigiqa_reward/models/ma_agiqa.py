@@ -1,0 +1,260 @@
+"""MA-AGIQA: a quality network assisted by a large multimodal model that is asked two questions.
+
+MANIQA's head on a vision transformer gives f_1 = S * W, one number a place of the map (784 in the paper). A frozen
+multimodal model M reads the image with two questions, "... due to a lack of meaningful semantic content" and
+"... due to violations of coherence"; the mean over the tokens of its last hidden layer gives f_a and f_b (3). The
+adaptive fusion module brings all to one width and weighs them:
+
+    f_1' = W_1 f_1,   f_i' = dropout(relu(W_i f_i)) for i in {a, b},   alpha = sigmoid(W_g [f_1'; f_a'; f_b'])     (4)
+    quality = w_2 (W_3 sum_i alpha_i f_i')
+
+Source: MA-AGIQA (the paper, by equation number); the sigmoid is the paper's, the released code has none. MANIQA's
+layout is the released code's. The paper has no score of correspondence: where a `matcher` is given, ours adds one, by a
+second fusion whose fourth vector f_t comes from e * t, the products of the image's and the prompt's joint embeddings,
+and by the anchor (see `blocks.Anchor`). Scores are means over the crops.
+
+Without a multimodal model two pooled features of the compact tower stand for f_a and f_b: the mean and the deviation
+over the places of the whole image. `details` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aigiqa_reward.assistants.roles import SemanticsReader
+from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardise, TrainedModel
+from aigiqa_reward.models.blocks import Anchor
+from aigiqa_reward.models.maniqa import ManiqaHead
+from aigiqa_reward.models.towers import ContrastiveEncoder, LevelsEncoder, native_crops, whole_view
+from aigiqa_reward.types import Context, Images, PromptFeatures
+
+WHOLE_SIDE = 256
+"""Side in px at which the compact tower sees the whole image for the two substitute features and the match."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAAGIQAConfig:
+    """Settings of MA-AGIQA.
+
+    Attributes:
+        width: of the MANIQA head's first stage.
+        heads: of its Swin blocks.
+        window: of its Swin blocks, in places of the map.
+        swin_scale: of its Swin blocks' contribution.
+        semantics_width: width of f_a and f_b: the multimodal model's hidden size.
+        semantics: "features", or "zeros" to measure what they are worth.
+        crops: scored and averaged.
+        train_crops: drawn at random for each image in training.
+        short_side: images smaller than this are enlarged before cropping, in px.
+        resolution: larger ones are scaled down to this short side first; None crops at native resolution.
+        dropout: in the head and the fusion.
+    """
+
+    width: int = 768
+    heads: int = 4
+    window: int = 4
+    swin_scale: float = 0.1
+    semantics_width: int = 4096
+    semantics: str = "features"
+    crops: int = 15
+    train_crops: int = 1
+    short_side: int = 224
+    resolution: int | None = None
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("width", "heads", "window", "semantics_width", "crops", "train_crops", "short_side"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width: expected a multiple of 2 heads = {2 * self.heads}, got {self.width}")
+        if self.semantics not in ("features", "zeros"):
+            raise ValueError(f"semantics: expected 'features' or 'zeros', got {self.semantics!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout}")
+
+
+class AdaptiveFusion(FullPrecision):
+    """AFM (eq. 4): vectors brought to one width, weighed by a gate, added, and regressed to a score."""
+
+    def __init__(self, places: int, assisting: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.own = nn.Linear(places, places)
+        self.assisting = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, places), nn.ReLU(), nn.Dropout(dropout)) for width in assisting
+        )
+        self.gate = nn.Linear(places * (1 + len(assisting)), 1 + len(assisting))
+        self.mix = nn.Linear(places, places)
+        self.out = nn.Linear(places, 1)
+
+    def forward(self, own: Tensor, assisting: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The score (B,) and the gate's weights (B, vectors)."""
+        vectors = [self.own(own), *(layer(part) for layer, part in zip(self.assisting, assisting, strict=True))]
+        weights = torch.sigmoid(self.gate(torch.cat(vectors, dim=1)))
+        fused = (torch.stack(vectors, dim=1) * weights[..., None]).sum(dim=1)
+        return self.out(self.mix(fused))[:, 0], weights
+
+
+class MAHead(FullPrecision):
+    """Everything behind the towers."""
+
+    def __init__(self, config: MAAGIQAConfig, channels: int, side: int, joint: int | None) -> None:
+        super().__init__()
+        self.maniqa = ManiqaHead(
+            channels,
+            side,
+            width=config.width,
+            heads=config.heads,
+            window=config.window,
+            scale=config.swin_scale,
+            dropout=config.dropout,
+        )
+        places, two = side * side, [config.semantics_width] * 2
+        self.semantics = Standardise(config.semantics_width)
+        self.quality = AdaptiveFusion(places, two, config.dropout)
+        self.correspondence = None if joint is None else AdaptiveFusion(places, [*two, joint], config.dropout)
+        self.anchor = None if joint is None else Anchor()
+
+
+class MAAGIQA(TrainedModel):
+    """MA-AGIQA on a tower of images, with a multimodal model or its substitute, and a matcher for the prompt.
+
+    Args:
+        config: settings.
+        vision: tower of the crops; `side` says how many rows its maps have.
+        side: rows and columns of the tower's maps.
+        matcher: joins images and prompts for our score of correspondence; None leaves it out, as the paper does.
+        semantics: reads images with the two questions; None takes the matcher's pooled features instead.
+    """
+
+    name = "ma_agiqa"
+    crop_features = ("levels",)
+    look_settings = ("crops", "short_side", "resolution")
+
+    def __init__(
+        self,
+        config: MAAGIQAConfig,
+        vision: LevelsEncoder,
+        *,
+        side: int,
+        matcher: ContrastiveEncoder | None = None,
+        semantics: SemanticsReader | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.side = config, side
+        self.vision = vision
+        self.matcher = None if matcher is vision else matcher
+        self._matched = matcher is not None
+        self.semantics = semantics
+        if semantics is not None and semantics.width != config.semantics_width:
+            raise ValueError(
+                f"semantics_width: expected {semantics.width}, the hidden size of the multimodal model, got "
+                f"{config.semantics_width}"
+            )
+        self.head = MAHead(config, vision.level_channels, side, matcher.width if matcher is not None else None)
+
+    @property
+    def _match(self) -> Any:
+        """The tower that joins images and prompts; the tower of the crops where it does both."""
+        return self.vision if self.matcher is None else self.matcher
+
+    @property
+    def standardised(self) -> Mapping[str, Standardise]:
+        """The blocks' maps, and the multimodal model's states, come on scales of their own."""
+        return {"levels": self.head.maniqa.standard, "context.semantics": self.head.semantics}
+
+    def start_at(self, quality: float, correspondence: float) -> None:
+        """Set the biases of both fusions."""
+        nn.init.constant_(self.head.quality.out.bias, quality)
+        if self.head.correspondence is not None:
+            nn.init.constant_(self.head.correspondence.out.bias, correspondence)
+
+    def describe(self) -> dict[str, Any]:
+        """Settings and towers; the multimodal model is not part of a saved reward."""
+        towers = {
+            "vision": self.vision.describe(),
+            "matcher": None if self.matcher is None else self.matcher.describe(),
+        }
+        assistants = [] if self.semantics is None else ["semantics"]
+        return {"config": asdict(self.config), "towers": towers, "assistants": assistants}
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The prompts' joint embeddings (P, d); without a matcher only their number is kept."""
+        if not self._matched:
+            return {"pooled": torch.zeros(len(texts), 1, device=self.head.semantics.mean.device)}
+        self._match.encode_words(texts)  # for its warnings of what it does not read
+        return {"pooled": self._match.encode_text(texts)}
+
+    def prepare(self, images: Images, prompts: PromptFeatures | None) -> Context:
+        """f_a and f_b (B, 2, width), held fixed in gradients, and whether they are the substitute's."""
+        del prompts
+        with torch.no_grad():
+            read = self._substitute(images) if self.semantics is None else self.semantics.read(images)
+        substitute = torch.full((len(images),), self.semantics is None, device=images.device)
+        return {"semantics": read.to(images), "substitute_semantics": substitute}
+
+    def _substitute(self, images: Images) -> Tensor:
+        if not hasattr(self._match, "feature_map"):
+            raise ValueError(
+                "assistants: ma_agiqa without a multimodal model needs the compact towers; pass "
+                "assistants=Assistants(semantics=LMMSemantics(...)), or create_reward('ma_agiqa') without a preset"
+            )
+        features = self._match.feature_map(whole_view(images, self._match, WHOLE_SIDE)).flatten(2)
+        return torch.stack([features.mean(dim=2), features.std(dim=2, unbiased=False)], dim=1)
+
+    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+        """Maps of the crops, `levels` (B, N, C, h, w), and for the matcher `whole` (B, d_f)."""
+        config = self.config
+        batch = native_crops(
+            images,
+            self.vision.image_size,
+            crops or (config.crops if generator is None else config.train_crops),
+            short_side=config.short_side,
+            resolution=config.resolution,
+            generator=generator,
+        )
+        seen = {"levels": self.vision.levels(batch.flatten(0, 1)).unflatten(0, batch.shape[:2])}
+        if self._matched:
+            seen["whole"] = self._match.features(whole_view(images, self._match, WHOLE_SIDE))
+        return seen
+
+    def digest(self, seen: Seen) -> Seen:
+        """Adds f_1 of each crop, `own`, and its weight map, `weight`, (B N, places) each."""
+        own, weight = self.head.maniqa(seen["levels"].flatten(0, 1))
+        return {**seen, "own": own, "weight": weight}
+
+    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+        """Quality, and our correspondence, of each crop; averaged."""
+        if context is None or "semantics" not in context:
+            raise ValueError("context: expected what prepare returned for these images, got none")
+        head, (batch, count) = self.head, seen["levels"].shape[:2]
+        digested = seen if "own" in seen else self.digest(seen)
+        own, weight = digested["own"], digested["weight"]
+        read = head.semantics(context["semantics"].to(own.dtype))
+        if self.config.semantics == "zeros":
+            read = torch.zeros_like(read)
+        two = [part.repeat_interleave(count, dim=0) for part in read.unbind(dim=1)]
+        scores, gate = head.quality(own, two)
+        details = {
+            "crop_quality": scores.unflatten(0, (batch, count)),
+            "fusion": gate.unflatten(0, (batch, count)).mean(dim=1),
+            "weight_map": weight.unflatten(0, (batch, count)),
+            "substitute_semantics": context["substitute_semantics"],
+        }
+        quality = details["crop_quality"].mean(dim=1)
+        if prompts is None or head.correspondence is None:
+            return ModelOutput(quality=quality, correspondence=None, details=details)
+        image = self._match.project(seen["whole"].to(own.dtype))
+        text = prompts.rows("pooled").to(own.dtype)
+        products = F.normalize(image, dim=1) * F.normalize(text, dim=1) * image.shape[1] ** 0.5
+        matched, _ = head.correspondence(own, [*two, products.repeat_interleave(count, dim=0)])
+        added, details["similarity"] = head.anchor(image, text)
+        correspondence = matched.unflatten(0, (batch, count)).mean(dim=1) + added
+        return ModelOutput(quality=quality, correspondence=correspondence, details=details)

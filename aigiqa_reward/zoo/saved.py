@@ -1,0 +1,110 @@
+"""Rewards in folders and on the Hub: config.json and model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aigiqa_reward import __version__
+from aigiqa_reward.reward import Reward
+from aigiqa_reward.weights import WeightsError, load_strictly, read_weights, write_atomically, write_weights
+from aigiqa_reward.zoo.build import empty_model
+from aigiqa_reward.zoo.specs import get_spec
+
+if TYPE_CHECKING:
+    from aigiqa_reward.assistants import Assistants
+
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+
+def save_reward(reward: Reward, folder: Path) -> None:
+    """Write config.json and model.safetensors, from which `load_reward` makes the same reward again, to the bit."""
+    config = {
+        "name": reward.name,
+        "library_version": __version__,
+        "dtype": str(next(reward.model.parameters()).dtype).removeprefix("torch."),
+        "quality_weight": reward.quality_weight,
+        "correspondence_weight": reward.correspondence_weight,
+        "model": reward.model.describe(),
+    }
+    write_weights(folder / "model.safetensors", reward.state_dict())
+    write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
+
+
+def load_reward(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    hub: Mapping[str, Any] | None = None,
+    expected: str | None = None,
+    quality_weight: float | None = None,
+    correspondence_weight: float | None = None,
+    assistants: Assistants | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Reward:
+    """Load what `Reward.save_pretrained` wrote, from a folder or a Hub id, in the dtype it was saved in.
+
+    Args:
+        source: the folder, or the id.
+        revision: branch, tag or commit of the id.
+        hub: further arguments of `huggingface_hub.snapshot_download`, such as token and cache_dir.
+        expected: name that the reward must have.
+        quality_weight: instead of the saved one.
+        correspondence_weight: instead of the saved one.
+        assistants: of a reward that was trained with some; they are not saved with it.
+        settings: fields of the model's configuration that differ from the saved ones.
+
+    Raises:
+        WeightsError: the folder or id holds no whole reward, or one of another name than `expected`.
+    """
+    folder = _folder(source, revision, hub or {})
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name, description = config["name"], config["model"]
+        shares = {key: float(config[key]) for key in ("quality_weight", "correspondence_weight")}
+        dtype = _DTYPES[config["dtype"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"weights: {folder}/config.json does not describe a reward ({type(error).__name__}: {error}); "
+            "expected a folder written by reward.save_pretrained"
+        ) from error
+    if expected is not None and name != expected:
+        raise WeightsError(f"weights: {source} holds a {name!r} reward, expected {expected!r}")
+    spec = get_spec(name)
+    if quality_weight is not None:
+        shares["quality_weight"] = quality_weight
+    if correspondence_weight is not None:
+        shares["correspondence_weight"] = correspondence_weight
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if settings:
+                description = {**description, "config": {**description["config"], **settings}}
+            model = empty_model(name, description, assistants)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"weights: {folder}/config.json does not fit {name!r}: {error}") from error
+    reward = Reward(model, spec, **shares).to(dtype)
+    load_strictly(reward, read_weights(folder / "model.safetensors"), source=str(folder))
+    return reward
+
+
+def _folder(source: str | Path, revision: str | None, hub: Mapping[str, Any]) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision: {source} is a local folder, which has no revisions; pass None")
+        return folder
+    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:
+        raise WeightsError(
+            f"weights: expected a folder written by reward.save_pretrained or a Hub id owner/name, got {str(source)!r}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["config.json", "model.safetensors"]
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=files, **hub))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"weights: could not fetch {str(source)!r} from the Hub: {error}") from error

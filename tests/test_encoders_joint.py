@@ -1,0 +1,167 @@
+"""The compact towers in one space: images, their places, texts, words, and words in sight of an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plain import array, cosine, draw, linear
+from scipy.special import softmax
+from torch import Tensor
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.embedded.pictures import all_pairs, compose
+from aigiqa_reward.embedded.world import caption
+from aigiqa_reward.encoders.compact_joint import CompactEncoder
+from aigiqa_reward.zoo.embedded import load_compact_encoder
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "images"
+TEXTS = ["a cat", "a castle in the clouds above a very long and winding river at dusk", "two red apples on a table"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> CompactEncoder:
+    return load_compact_encoder().double()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return draw(2, 96, 128)
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def plain_embedding(encoder: CompactEncoder, feature: np.ndarray) -> np.ndarray:
+    """The docstring's equation for one feature vector."""
+    part = encoder.alignment
+    named = softmax(linear(encoder.image.classifier, feature)) @ array(encoder.image.class_names)
+    centred = (feature - array(part.feature_mean)) / array(part.feature_std)
+    learned = array(part.place_out.weight) @ (array(part.place_in.weight) @ centred)
+    return named / np.linalg.norm(named) - array(part.semantic_mean) + learned
+
+
+def test_images_and_places_come_in_by_the_same_map(encoder: CompactEncoder, images: Tensor) -> None:
+    maps, features = encoder.encode_map(images), encoder.image.encoder(images)
+    assert maps.shape == (2, 384, 3, 4)
+    pooled = encoder.encode_image(images)
+    for b in range(2):
+        assert np.allclose(array(pooled[b]), plain_embedding(encoder, array(features[b]).mean(axis=(1, 2))))
+        for i, j in ((0, 0), (1, 2), (2, 3)):
+            assert np.allclose(array(maps[b, :, i, j]), plain_embedding(encoder, array(features[b, :, i, j])))
+
+
+def test_the_learned_part_of_the_mean_place_is_that_of_the_pooled_features(
+    encoder: CompactEncoder, images: Tensor
+) -> None:
+    features, nothing = encoder.feature_map(images).movedim(1, -1), torch.zeros(384, dtype=torch.float64)
+    places = encoder.alignment(features, nothing.expand(*features.shape[:-1], -1))
+    pooled = encoder.alignment(encoder.features(images), nothing.expand(2, -1))
+    assert torch.allclose(places.mean(dim=(1, 2)), pooled)
+    fresh = CompactEncoder().alignment
+    assert torch.equal(fresh(torch.rand(2, 1280), torch.ones(2, 384)), torch.ones(2, 384)), "it starts at nothing"
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 100), (224, 224), (75, 330)])
+def test_any_size_from_32_px_has_a_place_for_32_x_32(encoder: CompactEncoder, size: tuple[int, int]) -> None:
+    image = draw(1, *size)
+    rows, columns = (-(-side // 32) for side in size)
+    assert encoder.encode_map(image).shape == (1, encoder.width, rows, columns)
+    assert encoder.look(image).shape == (1, rows * columns, encoder.width)
+    assert encoder.encode_image(image).shape == (1, encoder.width)
+    levels = encoder.levels(image)
+    assert levels.shape == (1, encoder.level_channels, rows, columns)
+    assert levels.dtype == torch.float64
+    assert torch.isfinite(levels).all()
+
+
+def test_levels_are_three_stages_on_the_coarsest_grid(encoder: CompactEncoder) -> None:
+    images, outputs = draw(1, encoder.image_size, encoder.image_size), []
+    stages = encoder.image.encoder.trunk.blocks
+    handles = [stage.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for stage in stages]
+    levels = encoder.levels(images)
+    for handle in handles:
+        handle.remove()
+    assert levels.shape[2:] == (encoder.level_side, encoder.level_side) == (7, 7)
+    by_side = {output.shape[2]: output for output in outputs}  # the last stage of each stride
+    cells = [by_side[side].unflatten(2, (7, -1)).unflatten(4, (7, -1)).mean(dim=(3, 5)) for side in (28, 14, 7)]
+    strides = [levels[:, :40], levels[:, 40 : -cells[2].shape[1]], levels[:, -cells[2].shape[1] :]]
+    for found, expected in zip(strides, cells, strict=True):
+        assert torch.allclose(found, expected)
+
+
+def test_observing_is_both_maps_in_one_pass(encoder: CompactEncoder, images: Tensor) -> None:
+    features, levels = encoder.observe(images)
+    assert torch.allclose(features, encoder.image.encoder(images))
+    assert torch.allclose(levels, encoder.levels(images))
+
+
+def test_a_place_sees_what_lies_there(encoder: CompactEncoder) -> None:
+    """Sushi beside grey: of the two halves' places, those of the sushi are nearer to its text."""
+    sushi = pixels.resize(pixels.load(EXAMPLES / "sushi_xl22_normal.jpg")[None].double(), (224, 224))
+    both = torch.cat([sushi, torch.full_like(sushi, 0.5)], dim=3)
+    text = encoder.encode_text(["a tray of sushi"])[0].view(1, -1, 1, 1)
+    likeness = torch.cosine_similarity(encoder.encode_map(both), text, dim=1)[0]
+    assert likeness[:, :6].mean() > likeness[:, 8:].mean() + 0.05
+    assert torch.cosine_similarity(encoder.encode_image(sushi), text[..., 0, 0]) > 0.1
+
+
+@torch.no_grad()
+def test_unseen_pictures_are_nearest_to_their_own_captions() -> None:
+    """Pairs of thing and colour that the map was never trained on; a guess finds 1 of the 32."""
+    encoder, unseen = load_compact_encoder(), all_pairs(held_out=True)[::2]
+    pictures = pixels.resize(compose(unseen, np.random.default_rng(5)), (256, 256))
+    texts = encoder.encode_text([caption(*pair) for pair in unseen.tolist()])
+    likeness = torch.cosine_similarity(encoder.encode_image(pictures)[:, None], texts[None], dim=2)
+    assert (likeness.argmax(dim=1) == torch.arange(32)).double().mean() > 0.9
+
+
+# ------------------------------------------------------------------------------------------------ texts
+
+
+def test_words_mean_about_what_their_text_means(encoder: CompactEncoder) -> None:
+    words, mask = encoder.encode_words(TEXTS)
+    embedded = encoder.encode_text(TEXTS)
+    assert mask.sum(dim=1).tolist()[0] == 2
+    for i in range(3):
+        mean = array(words[i, mask[i]].mean(dim=0))
+        assert cosine(mean, array(embedded[i])) > 0.9
+        assert cosine(mean, array(embedded[i - 1])) < 0.5
+        alone, kept = encoder.encode_words([TEXTS[i]])
+        assert kept.all()
+        assert torch.allclose(alone[0], words[i, mask[i]], atol=1e-9), "padding changes no word"
+
+
+def test_grounded_words_are_their_equation_and_ignore_padding(encoder: CompactEncoder, images: Tensor) -> None:
+    seen, read = encoder.look(images), encoder.read(TEXTS[:2])
+    found = encoder.ground(seen, **read)
+    assert found.shape == (*read["mask"].shape, encoder.grounded_width)
+    assert not read["mask"].all()
+    assert torch.equal(found[~read["mask"]], torch.zeros_like(found[~read["mask"]]))
+    rubbish = torch.where(read["mask"][..., None], read["text"], read["text"] + 9)
+    assert torch.equal(encoder.ground(seen, rubbish, read["mask"]), found)
+    for b in range(2):
+        places = array(seen[b])
+        for k, word in enumerate(array(read["text"][b, read["mask"][b]])):
+            shares = softmax([encoder.logit_scale * cosine(word, place) for place in places])
+            taken = shares @ places
+            plain = np.concatenate([taken, word * taken * np.sqrt(384)])
+            assert np.allclose(array(found[b, k]), plain)
+
+
+def test_grounding_is_differentiable_in_the_image(encoder: CompactEncoder) -> None:
+    read = encoder.read(TEXTS[:1])
+    places = torch.randn(1, 3, 384, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda seen: encoder.ground(seen, **read), places, fast_mode=True, atol=1e-4)
+
+
+def test_precision_never_falls_below_float32(encoder: CompactEncoder) -> None:
+    half, image = load_compact_encoder().bfloat16(), draw(1, 64, 64).float()
+    exact = load_compact_encoder()
+    for name in ("encode_image", "encode_map", "levels"):
+        found, expected = getattr(half, name)(image), getattr(exact, name)(image)
+        assert found.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
+    assert half.encode_text(TEXTS).dtype == half.encode_words(TEXTS)[0].dtype == torch.float32

@@ -1,0 +1,262 @@
+"""MA-AGIQA: MANIQA's head and the adaptive fusion in plain numpy, and what holds the language model's features."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clip_models import write_tiny_clip
+from plain import array, cosine, draw, linear, relu, stir
+from scipy.special import expit, softmax
+from tiny_transformers import WIDTH, write_tiny_llava
+from torch import Tensor
+
+from aigiqa_reward.assistants import Assistants, LMMSemantics, SemanticsConfig
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
+from aigiqa_reward.encoders.timm import TimmConfig
+from aigiqa_reward.encoders.timm_levels import TimmLevels, TimmLevelsConfig
+from aigiqa_reward.models.ma_agiqa import MAAGIQA, AdaptiveFusion, MAAGIQAConfig
+from aigiqa_reward.models.maniqa import ManiqaHead, ScaledSwin, TransposedAttention
+from aigiqa_reward.zoo.build import build_model, empty_model
+
+PROMPTS = ["a cat", "a castle in the clouds above a long river", "two red apples"]
+SMALL: dict[str, Any] = {"width": 16, "heads": 2, "window": 2, "crops": 2, "short_side": 64}
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------ MANIQA's head
+
+
+def attend_channels(module: TransposedAttention, x: np.ndarray) -> np.ndarray:
+    """Channels as tokens, (C, places) to (C, places)."""
+    query, key, value = (linear(layer, x) for layer in (module.query, module.key, module.value))
+    out = np.zeros_like(x)
+    for c in range(len(x)):
+        shares = softmax([query[c] @ key[other] / np.sqrt(x.shape[1]) for other in range(len(x))])
+        out[c] = x[c] + sum(share * value[other] for other, share in enumerate(shares))
+    return out
+
+
+def test_transposed_attention_is_its_equation() -> None:
+    module, maps = stir(TransposedAttention(9)).double(), rows(2, 5, 9)
+    found = module(maps)
+    for b in range(2):
+        assert np.allclose(array(found[b]), attend_channels(module, array(maps[b])))
+
+
+def test_head_without_its_swin_blocks_is_a_plain_chain() -> None:
+    head = stir(ManiqaHead(6, 3, width=8, heads=2, window=2, scale=0.0, dropout=0.1)).double().eval()
+    maps = rows(2, 6, 3, 3)
+    head.standard.fit(rows(40, 6, 3, 3, seed=1) * 2 + 1)
+    found, weight = head(maps)
+    for b in range(2):
+        x = array(maps[b]).reshape(6, 9)
+        x = (x - array(head.standard.mean)[:, None]) / array(head.standard.deviation)[:, None]
+        for attention in head.first:
+            x = attend_channels(attention, x)
+        x = linear(head.reduce, x.T).T
+        for attention in head.second:
+            x = attend_channels(attention, x)
+        places = linear(head.halve, x.T)
+        score = relu(linear(head.score[3], relu(linear(head.score[0], places)))[:, 0])
+        share = expit(linear(head.weight[3], relu(linear(head.weight[0], places)))[:, 0])
+        assert np.allclose(array(weight[b]), share)
+        assert np.allclose(array(found[b]), score * share)
+        assert score.max() > 0
+
+
+def test_swin_blocks_add_their_scale_and_look_across_windows() -> None:
+    maps = rows(1, 4, 4, 4)
+    blocks = {s: stir(ScaledSwin(4, 4, heads=2, window=2, scale=s)).double().eval() for s in (0.5, 1.0)}
+    blocks[0.5].load_state_dict(blocks[1.0].state_dict())
+    assert torch.allclose((blocks[0.5](maps) - maps) * 2, blocks[1.0](maps) - maps)
+    maps.requires_grad_()
+    # Place (1, 1) is in the first window; the second block shifts it together with (2, 2), of the last.
+    (seen,) = torch.autograd.grad(blocks[1.0](maps)[0, :, 1, 1].sum(), maps)
+    assert seen[0, :, 2, 2].norm() > 1e-6
+    assert seen[0, :, 3, 3].norm() > 1e-6
+    (corner,) = torch.autograd.grad(blocks[1.0](maps)[0, :, 0, 0].sum(), maps)
+    assert corner[0, :, 3, 3].norm() < 1e-20, "a shift does not wrap around the border"
+
+
+# ------------------------------------------------------------------------------------------------ fusion
+
+
+def plain_fusion(module: AdaptiveFusion, vectors: list[np.ndarray]) -> tuple[float, np.ndarray]:
+    """Equation 4 for one row."""
+    own, *assisting = vectors
+    joined = [linear(module.own, own)]
+    joined += [relu(linear(layer[0], part)) for layer, part in zip(module.assisting, assisting, strict=True)]
+    weights = expit(linear(module.gate, np.concatenate(joined)))
+    fused = sum(weight * part for weight, part in zip(weights, joined, strict=True))
+    return float(linear(module.out, linear(module.mix, fused))[0]), weights
+
+
+def test_adaptive_fusion_is_its_equation() -> None:
+    module = stir(AdaptiveFusion(9, [5, 5, 7], 0.1)).double().eval()
+    vectors = [rows(3, width, seed=width) for width in (9, 5, 5, 7)]
+    scores, weights = module(vectors[0], vectors[1:])
+    for b in range(3):
+        plain, gate = plain_fusion(module, [array(part[b]) for part in vectors])
+        assert np.isclose(array(scores[b]), plain)
+        assert np.allclose(array(weights[b]), gate)
+    assert weights.shape == (3, 4)
+    assert (weights.sum(dim=1) - 1).abs().min() > 1e-3, "a sigmoid each, as the paper has it, and no softmax"
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Reads the mean and the deviation of each colour: a reader whose features are known."""
+
+    width: int = 3
+
+    def read(self, images: Tensor) -> Tensor:
+        flat = images.flatten(2)
+        return torch.stack([flat.mean(dim=2), flat.std(dim=2)], dim=1).float()
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    vit = TimmConfig(architecture="vit_tiny_patch16_224", image_size=64)
+    clip = write_tiny_clip(tmp_path_factory.mktemp("clip"), seed=0)
+    return {
+        "vision": TimmLevelsConfig(tower=vit, blocks=(10, 11)),
+        "matcher": OpenCLIPConfig(architecture=f"local-dir:{clip}"),
+    }
+
+
+def build(towers: dict[str, Any], reader: Any = None, **settings: Any) -> MAAGIQA:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        assistants = Assistants(semantics=reader)
+        model = build_model("ma_agiqa", towers=towers, assistants=assistants, settings=SMALL | settings)
+    assert isinstance(model, MAAGIQA)
+    stir(model.head)
+    return model.double().eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return draw(3, 64, 96)
+
+
+def test_scores_are_means_of_the_fusion_over_the_crops(towers: dict[str, Any], images: Tensor) -> None:
+    model, prompts = build(towers, Colours()), PROMPTS
+    model.head.semantics.fit(rows(30, 3))
+    output = model(images, model.encode_prompts(prompts))
+    read = (array(Colours().read(images)) - array(model.head.semantics.mean)) / array(model.head.semantics.deviation)
+    clip = model.matcher
+    for i, prompt in enumerate(prompts):
+        text = array(clip.encode_text([prompt]))[0]
+        whole = torch.nn.functional.interpolate(images[i : i + 1], (21, 32), mode="bicubic", antialias=True)
+        canvas = images.new_tensor(clip.mean).view(1, 3, 1, 1).repeat(1, 1, 32, 32)
+        canvas[:, :, 5:26] = whole
+        image = array(clip.encode_image(canvas))[0]
+        product = image / np.linalg.norm(image) * text / np.linalg.norm(text) * np.sqrt(32)
+        quality, match = [], []
+        for left in (0, 32):
+            own, _ = model.head.maniqa(model.vision.levels(images[i : i + 1, :, :, left : left + 64]))
+            quality.append(plain_fusion(model.head.quality, [array(own)[0], *read[i]])[0])
+            match.append(plain_fusion(model.head.correspondence, [array(own)[0], *read[i], product])[0])
+        assert np.isclose(array(output.quality[i]), np.mean(quality))
+        added = 4 * array(model.head.anchor.weight) * cosine(image, text)
+        assert np.isclose(array(output.correspondence[i]), np.mean(match) + added)
+    assert output.details["substitute_semantics"].tolist() == [False] * 3
+
+
+@pytest.mark.parametrize(("semantics", "heard"), [("features", True), ("zeros", False)])
+def test_zeros_leave_the_language_model_unheard(
+    semantics: str, heard: bool, towers: dict[str, Any], images: Tensor
+) -> None:
+    model = build(towers, Colours(), semantics=semantics)
+    seen, context = model.look(images), dict(model.prepare(images, None))
+    before = model.judge(seen, None, context).quality
+    after = model.judge(seen, None, {**context, "semantics": context["semantics"] + 1}).quality
+    assert bool((before - after).abs().min() > 1e-4) == heard
+    assert torch.equal(before, after) != heard
+
+
+def test_judge_wants_a_context_and_forward_prepares_it(towers: dict[str, Any], images: Tensor) -> None:
+    model = build(towers, Colours())
+    with pytest.raises(ValueError, match="context: expected what prepare returned"):
+        model.judge(model.look(images), None, None)
+    prepared = model.prepare(images, None)
+    assert torch.equal(model(images, None).quality, model(images, None, prepared).quality)
+    turned = {name: tensor.flip(0) for name, tensor in prepared.items()}
+    assert not torch.allclose(model(images, None).quality, model(images, None, turned).quality, atol=1e-4)
+
+
+def test_no_gradient_flows_through_what_was_read(towers: dict[str, Any], images: Tensor) -> None:
+    """Colours itself is differentiable, so only the model can have cut it off."""
+    model, pixels = build(towers, Colours()), images.clone().requires_grad_()
+    assert not model.prepare(pixels, None)["semantics"].requires_grad
+    gradients = []
+    for context in (None, model.prepare(images, None)):
+        gradients += torch.autograd.grad(model(pixels, None, context).quality.sum(), pixels)
+    assert torch.equal(*gradients)
+    assert gradients[0].norm() > 1e-6
+
+
+def test_without_a_matcher_there_is_no_correspondence(towers: dict[str, Any], images: Tensor) -> None:
+    model = build({"vision": towers["vision"]}, Colours())
+    output = model(images, model.encode_prompts(PROMPTS))
+    assert output.correspondence is None
+    assert torch.equal(output.quality, model(images, None).quality)
+
+
+@pytest.mark.parametrize("roles", [("vision",), ("vision", "matcher")])
+def test_towers_of_no_substitute_say_what_is_missing(
+    roles: tuple[str, ...], towers: dict[str, Any], images: Tensor
+) -> None:
+    model = build({role: towers[role] for role in roles}, semantics_width=8)
+    with pytest.raises(ValueError, match=r"ma_agiqa without a multimodal model.*Assistants\(semantics=LMMSemantics"):
+        model.prepare(images, None)
+    with pytest.raises(ValueError, match="without a multimodal model"):
+        model(images, None)
+
+
+def test_another_width_than_the_language_models_is_refused(towers: dict[str, Any]) -> None:
+    vision = TimmLevels(towers["vision"])
+    with pytest.raises(ValueError, match="semantics_width: expected 3, the hidden size of the multimodal model, got 5"):
+        MAAGIQA(MAAGIQAConfig(**SMALL, semantics_width=5), vision, side=4, semantics=Colours())
+    with pytest.raises(ValueError, match="width: expected a multiple of 2 heads = 8, got 12"):
+        MAAGIQAConfig(width=12)
+
+
+def test_a_language_models_width_is_read_from_it(towers: dict[str, Any], images: Tensor, tmp_path: Path) -> None:
+    reader = LMMSemantics(SemanticsConfig(path_or_id=str(write_tiny_llava(tmp_path / "llava"))))
+    model = build({"vision": towers["vision"]}, reader)
+    assert model.config.semantics_width == WIDTH
+    context = model.prepare(images, None)
+    assert torch.equal(context["semantics"], reader.read(images).double())
+    assert not context["substitute_semantics"].any()
+    assert model.look(images)["levels"].shape == (3, 2, 2 * 192, 4, 4)
+    description = json.loads(json.dumps(model.describe()))
+    with pytest.raises(ValueError, match=r"trained with a semantics.*Assistants\(semantics="):
+        empty_model("ma_agiqa", description)
+    again = empty_model("ma_agiqa", description, Assistants(semantics=reader)).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images, None).quality, model(images, None).quality)
+
+
+def test_the_substitute_is_the_mean_and_deviation_of_the_compact_towers_map() -> None:
+    model = build_model("ma_agiqa").eval()
+    assert model.matcher is None
+    images = draw(2, 256, 256).float()
+    context = model.prepare(images, None)
+    with torch.no_grad():
+        maps = array(model.vision.image.encoder(images)).reshape(2, 1280, -1)
+    assert np.allclose(array(context["semantics"][:, 0]), maps.mean(axis=2), atol=1e-5)
+    assert np.allclose(array(context["semantics"][:, 1]), maps.std(axis=2), atol=1e-5)
+    assert context["substitute_semantics"].tolist() == [True, True]

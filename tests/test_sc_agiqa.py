@@ -1,0 +1,290 @@
+"""SC-AGIQA: visibility by the spectrum, pooling, and its equations on a tiny ViT and a tiny BLIP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from plain import array, cosine, cross_attend, draw, linear, relu, stir
+from scipy.optimize import minimize_scalar
+from scipy.special import expit
+from tiny_blip import write_tiny_blip
+from tiny_transformers import write_tiny_llava
+from torch import Tensor
+
+from aigiqa_reward import Reward
+from aigiqa_reward.assistants import Assistants, CaptionerConfig, LMMCaptioner
+from aigiqa_reward.encoders.blip import BLIPConfig
+from aigiqa_reward.encoders.timm import TimmConfig
+from aigiqa_reward.encoders.timm_levels import TimmLevelsConfig
+from aigiqa_reward.models.frequency import contrast_sensitivity, frequency_weights
+from aigiqa_reward.models.sc_agiqa import AQAFP, SCAGIQA
+from aigiqa_reward.zoo.build import build_model, empty_model
+from aigiqa_reward.zoo.specs import get_spec
+
+PROMPTS = ["a cat", "a castle in the clouds above a very long and winding river at dusk", "two red apples"]
+SAID = "A red cube on a green floor."
+SMALL: dict[str, Any] = {"width": 16, "heads": 4, "crops": 2, "short_side": 64, "dropout": 0.0}
+
+
+# ------------------------------------------------------------------------------------------------ visibility
+
+
+def sensitivity(v: float) -> float:
+    """Mannos and Sakrison 1974, as printed."""
+    return 2.6 * (0.0192 + 0.114 * v) * np.exp(-((0.114 * v) ** 1.1))
+
+
+def test_contrast_sensitivity_is_the_published_curve() -> None:
+    frequencies = np.linspace(0, 60, 200)
+    found = contrast_sensitivity(torch.from_numpy(frequencies))
+    assert np.allclose(found, [sensitivity(v) for v in frequencies])
+    assert 7 < minimize_scalar(lambda v: -sensitivity(v), bounds=(0, 30), method="bounded").x < 9, "about 8 a degree"
+
+
+def test_weights_are_those_of_each_patchs_spectrum() -> None:
+    crops = draw(2, 32, 32)
+    found = frequency_weights(crops, (2, 4), pixels_per_degree=40.0)
+    for b in range(2):
+        red, green, blue = array(crops[b])
+        luma = 0.299 * red + 0.587 * green + 0.114 * blue
+        scores = []
+        for i in range(2):
+            for j in range(4):
+                amplitude = np.abs(np.fft.fft2(luma[16 * i : 16 * i + 16, 8 * j : 8 * j + 8])) / np.sqrt(16 * 8)
+                weighted = [
+                    amplitude[k, m] * sensitivity(40 * np.hypot(np.fft.fftfreq(16)[k], np.fft.fftfreq(8)[m]))
+                    for k in range(16)
+                    for m in range(8)
+                    if (k, m) != (0, 0)
+                ]
+                scores.append(sum(weighted) / (16 * 8))
+        plain = expit((np.array(scores) - np.mean(scores)) / np.sqrt(np.var(scores) + 1e-8))
+        assert np.allclose(array(found[b]), plain, atol=1e-6)
+
+
+def grating(period: int, contrast: float, side: int = 16) -> Tensor:
+    wave = torch.cos(2 * torch.pi * torch.arange(side, dtype=torch.float64) / period)
+    return (0.5 + contrast / 2 * wave).expand(3, side, side)
+
+
+def test_flat_patches_weigh_least_and_the_best_seen_grating_most() -> None:
+    """At 32 px a degree a period of 4 px is 8 cycles a degree, the curve's peak, and 2 px the Nyquist limit."""
+    flat = torch.full((3, 16, 16), 0.5, dtype=torch.float64)
+    patches = [flat, grating(4, 0.8), grating(2, 0.8), grating(4, 0.2), grating(16, 0.8)]
+    weights = frequency_weights(torch.cat(patches, dim=2)[None, :, :, :], (1, 5))[0]
+    plain, peak, nyquist, faint, slow = weights.tolist()
+    assert peak > nyquist > plain
+    assert peak > slow > plain
+    assert peak > faint > plain
+    assert weights.argmin() == 0
+    assert ((weights > 0) & (weights < 1)).all()
+
+
+def test_brightness_and_other_images_change_no_weight() -> None:
+    crops = draw(3, 32, 32)
+    found = frequency_weights(crops, (4, 4))
+    assert torch.allclose(frequency_weights(crops + 0.2, (4, 4)), found, atol=1e-6)
+    for row in range(3):
+        assert torch.allclose(frequency_weights(crops[row : row + 1], (4, 4))[0], found[row])
+    assert not torch.allclose(found[0], found[1], atol=0.05)
+
+
+def test_weights_are_differentiable_even_of_a_flat_image() -> None:
+    crops = draw(1, 16, 16).requires_grad_()
+    projection = torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: frequency_weights(x, (2, 2)) @ projection, crops, fast_mode=True)
+    flat = torch.full((1, 3, 16, 16), 0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad((frequency_weights(flat, (2, 2)) @ projection.float()).sum(), flat)
+    assert torch.isfinite(gradient).all()
+    with pytest.raises(ValueError, match="grid: expected divisors of 16 x 16 px, got 3 x 2"):
+        frequency_weights(crops, (3, 2))
+
+
+def test_pooling_is_its_equations() -> None:
+    pool = stir(AQAFP(32)).double()
+    features = torch.randn(2, 32, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.rand(2, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = pool(features, weights)
+    assert pool.squeeze.out_features == 2, "a sixteenth of the channels"
+    for b in range(2):
+        f = array(features[b]).reshape(32, 12).T
+        place = expit(linear(pool.spatial, f))
+        channel = expit(linear(pool.excite, relu(linear(pool.squeeze, f.mean(axis=0)))))
+        plain = (
+            sum(w * x for w, x in zip(array(weights[b]), f * place * channel, strict=True)) / array(weights[b]).sum()
+        )
+        assert np.allclose(array(found[b]), plain)
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+@dataclass(frozen=True)
+class Brightness:
+    """Says of an image what stands in the row of its brightness: a captioner whose answers are known."""
+
+    texts: Sequence[str]
+
+    def describe(self, images: Tensor) -> list[str]:
+        return [self.texts[int(len(self.texts) * float(image.mean().clamp(0, 0.999)))] for image in images]
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    vit = TimmConfig(architecture="vit_tiny_patch16_224", image_size=64)
+    blip = write_tiny_blip(tmp_path_factory.mktemp("blip"), seed=0)
+    return {"vision": TimmLevelsConfig(tower=vit, blocks=(8, 9, 10, 11)), "text": BLIPConfig(path_or_id=str(blip))}
+
+
+def build(towers: dict[str, Any], captioner: Any = None, **settings: Any) -> SCAGIQA:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        assistants = Assistants(captioner=captioner)
+        model = build_model("sc_agiqa", towers=towers, assistants=assistants, settings=SMALL | settings)
+    assert isinstance(model, SCAGIQA)
+    stir(model.head)
+    return model.double().eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """A dark one, a middling one and a bright one."""
+    return 0.4 * draw(3, 64, 96) + torch.tensor([0.0, 0.3, 0.6], dtype=torch.float64).view(3, 1, 1, 1)
+
+
+def plain_scores(model: SCAGIQA, image: Tensor, prompt: str, description: str) -> tuple[float, float]:
+    """Equations 3 to 10 for one image, one crop after another."""
+    head, config, blip = model.head, model.config, model.text
+    whole = F.interpolate(image[None], (21, 32), mode="bicubic", antialias=True, align_corners=False)
+    canvas = image.new_tensor(blip.mean).view(1, 3, 1, 1).repeat(1, 1, 32, 32)
+    canvas[:, :, 5:26] = whole
+    read = []
+    for text in (prompt, description):
+        states = blip.ground(blip.look(canvas), **blip.read([text]))
+        read.append(
+            linear(head.words[1], array(F.layer_norm(states, (24,), head.grounded.weight, head.grounded.bias))[0])
+        )
+    consistency = cross_attend(head.align, read[0], read[1]).mean(axis=0)  # (4)
+    preference = read[0] if config.preference == "prompt" else read[1]
+    answers = []
+    for left in (0, 32):
+        crop = image[None, :, :, left : left + 64]
+        maps = F.relu(head.reduce(model.vision.levels(crop)))
+        places = array(head.mix(maps)).reshape(16, -1).T  # (5)
+        preferred = places + linear(head.after, cross_attend(head.prefer, places, preference))
+        weights = frequency_weights(crop, (4, 4))
+        if config.frequency == "mean":
+            weights = torch.ones_like(weights)
+        visual, seen = (head.pool(torch.from_numpy(f.T.reshape(1, 16, 4, 4)), weights)[0] for f in (preferred, places))
+        h = torch.cat([visual, torch.from_numpy(consistency)])
+        alone = h if config.prompt_in_quality else torch.cat([seen, head.no_prompt])
+        answers.append([float(head.quality(alone[None])[0].detach()), float(head.correspondence(h[None])[0].detach())])
+    return tuple(np.mean(answers, axis=0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"preference": "description"}, {"prompt_in_quality": True}, {"frequency": "mean", "experts": 1}],
+    ids=["paper", "released", "prompt in quality", "plain"],
+)
+@pytest.mark.parametrize("captioned", [False, True], ids=["substitute", "captioner"])
+def test_scores_are_those_of_a_plain_loop(
+    settings: dict[str, Any], captioned: bool, towers: dict[str, Any], images: Tensor
+) -> None:
+    captioner = Brightness(["a dark room", "grey fog over the hills and far away", "snow"]) if captioned else None
+    model = build(towers, captioner, **settings)
+    output = model(images, model.encode_prompts(PROMPTS))
+    told = PROMPTS if captioner is None else captioner.describe(images)
+    assert len(set(told)) == 3
+    plain = [plain_scores(model, *parts) for parts in zip(images, PROMPTS, told, strict=True)]
+    assert np.allclose(np.stack([array(output.quality), array(output.correspondence)], axis=1), plain, atol=1e-6)
+    assert output.correspondence.std() > 1e-3
+    assert output.details["substitute_description"].tolist() == [not captioned] * 3
+
+
+def test_a_description_equal_to_the_prompt_is_the_substitute(towers: dict[str, Any], images: Tensor) -> None:
+    without, others = build(towers), build(towers, Brightness(["a dark room", "fog", "snow"]))
+    same = build(towers, Brightness([PROMPTS[0]] * 3))
+    scores = [m(images, m.encode_prompts(PROMPTS[:1] * 3)).correspondence for m in (without, same, others)]
+    assert torch.allclose(scores[0], scores[1])
+    assert (scores[0] - scores[2]).abs().min() > 1e-4
+
+
+def test_a_language_model_that_says_the_same_gives_the_same(
+    towers: dict[str, Any], images: Tensor, tmp_path: Path
+) -> None:
+    folder = write_tiny_llava(tmp_path / "says", answer=SAID)
+    real = build(towers, LMMCaptioner(CaptionerConfig(path_or_id=str(folder), max_new_tokens=12)))
+    table = build(towers, Brightness([SAID]))
+    found, expected = (m(images, m.encode_prompts(PROMPTS)) for m in (real, table))
+    assert torch.equal(found.correspondence, expected.correspondence)
+    assert not found.details["substitute_description"].any()
+    description = json.loads(json.dumps(real.describe()))
+    with pytest.raises(ValueError, match=r"trained with a captioner.*Assistants\(captioner="):
+        empty_model("sc_agiqa", description)
+
+
+def test_rows_do_not_see_the_others_descriptions(towers: dict[str, Any], images: Tensor) -> None:
+    model = build(towers, Brightness(["a dark room", "grey fog over the hills and far away", "snow"]))
+    together = model(images, model.encode_prompts(PROMPTS))
+    for row in range(3):
+        alone = model(images[row : row + 1], model.encode_prompts(PROMPTS[row : row + 1]))
+        assert torch.allclose(alone.quality[0], together.quality[row])
+        assert torch.allclose(alone.correspondence[0], together.correspondence[row])
+
+
+def test_prompt_in_quality_needs_prompts(towers: dict[str, Any], images: Tensor) -> None:
+    for inside in (False, True):
+        model = build(towers, prompt_in_quality=inside)
+        assert model.needs_prompts == inside
+        first, second = (model(images, model.encode_prompts([p] * 3)).quality for p in PROMPTS[:2])
+        assert torch.allclose(first, second, atol=1e-12) != inside
+        assert torch.equal(model(images, None).quality, first) != inside
+    with pytest.raises(ValueError, match="sc_agiqa needs one prompt per image"):
+        Reward(model, get_spec("sc_agiqa"))(images)
+
+
+@pytest.mark.parametrize(("frequency", "through"), [("csf", True), ("csf_detached", False)])
+def test_detaching_cuts_the_spectrum_and_nothing_else(
+    frequency: str, through: bool, towers: dict[str, Any], images: Tensor
+) -> None:
+    model, pixels = build(towers, frequency=frequency), images[:1].clone().requires_grad_()
+    seen = model.look(pixels)
+    assert seen["weights"].requires_grad == through
+    assert seen["levels"].requires_grad
+    assert torch.equal(model(images, None).quality, build(towers)(images, None).quality)
+
+
+def test_the_anchor_is_the_likeness_of_places_and_words() -> None:
+    """On the compact towers, whose places and words are in one space."""
+    model, images = build_model("sc_agiqa", settings={"anchor": True, "crops": 2}).double().eval(), draw(3, 96, 80)
+    output = model(images, model.encode_prompts(PROMPTS))
+    model.head.anchor.weight.data += 0.5
+    more = model(images, model.encode_prompts(PROMPTS))
+    for i, prompt in enumerate(PROMPTS):
+        square = F.interpolate(images[i : i + 1], (224, 187), mode="bicubic", antialias=True, align_corners=False)
+        canvas = images.new_tensor(model.vision.mean).view(1, 3, 1, 1).repeat(1, 1, 224, 224)
+        canvas[..., 18:205] = square
+        place = array(model.vision.encode_map(canvas))[0].mean(axis=(1, 2))
+        words = array(model.vision.encode_words([prompt])[0])[0].mean(axis=0)
+        assert np.isclose(array(output.details["similarity"][i]), cosine(place, words))
+        assert np.isclose(array(more.correspondence[i] - output.correspondence[i]), 0.5 * 4 * cosine(place, words))
+    assert torch.equal(more.quality, output.quality)
+
+
+def test_published_sizes(towers: dict[str, Any]) -> None:
+    vit = TimmConfig(architecture="vit_tiny_patch16_224")
+    large = dict(towers, vision=TimmLevelsConfig(tower=vit, blocks=(8, 9, 10, 11)))
+    model = build(large, short_side=224)
+    seen = model.look(draw(1, 224, 256))
+    assert seen["levels"].shape == (1, 2, 4 * 192, 14, 14)
+    assert seen["weights"].shape == (1, 2, 14 * 14)
+    assert torch.isfinite(model.judge(seen, None, None).quality).all()

@@ -1,0 +1,281 @@
+"""What each of the five systems owes, trained or not, on the compact towers: rows, gradients, precision, prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from plain import stir
+from test_model_contract import scenes
+from torch import Tensor
+
+from aigiqa_reward.models.base import FullPrecision, ModelOutput, TrainedModel
+from aigiqa_reward.zoo.build import SYSTEMS, build_model, empty_model
+
+PROMPTS = ["a red apple on a table", "a castle in the clouds above a long river, oil painting", "two cats"]
+FEWER_CROPS: dict[str, dict[str, Any]] = {
+    "mst_clipiqa": {"coarse_side": 128, "fine_side": 256, "bottleneck": 0.1},
+    "tsp_mgs": {"crops": 2, "short_side": 256, "resolution": 256},
+    "sc_agiqa": {"crops": 2, "short_side": 256, "resolution": 256},
+    "ma_agiqa": {"crops": 2, "short_side": 256, "resolution": 256},
+    "cpa_iqa": {"side": 224},
+}
+"""So that a pass takes a fraction of a second; what is computed is the same."""
+
+OTHERWISE: dict[str, Any] = {
+    "fusion": "mean",
+    "anchor": False,
+    "train_crops": 7,
+    "levels": "one",
+    "alpha": "learned",
+    "words_in_quality": True,
+    "frequency": "mean",
+    "preference": "description",
+    "prompt_in_quality": True,
+    "semantics": "zeros",
+    "dropout": 0.5,
+    "tiers": ("global",),
+    "attributes": 2,
+    "grid": 2,
+    "scenario": "poster",
+}
+"""Settings of some system that play no part before its head."""
+
+
+@lru_cache(maxsize=1)
+def heads() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Description and weights of a model of each name, moved away from its start and standardised as in training."""
+    made = {}
+    for name, settings in FEWER_CROPS.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(0)
+            model = build_model(name, settings=settings)
+        assert isinstance(model, TrainedModel)
+        stir(model.head)
+        images = scenes(6, 96, 80, seed=7)
+        with torch.no_grad():
+            seen = dict(model.look(images))
+            seen |= {f"context.{key}": value for key, value in (model.prepare(images, None) or {}).items()}
+        for key, module in model.standardised.items():
+            module.fit(seen[key])
+        made[name] = model.describe(), model.state_dict()
+    return made
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> TrainedModel:
+    """The model as it comes back from its description, by way of JSON, and its weights."""
+    description, weights = heads()[name]
+    with torch.random.fork_rng(devices=[]):
+        model = empty_model(name, json.loads(json.dumps(description)))
+    assert isinstance(model, TrainedModel)
+    model.load_state_dict(weights)
+    return model.requires_grad_(False).eval().to(dtype)
+
+
+@pytest.fixture(scope="module", params=list(SYSTEMS))
+def model(request: pytest.FixtureRequest) -> TrainedModel:
+    return build(request.param)
+
+
+@pytest.fixture(scope="module", params=list(SYSTEMS))
+def exact(request: pytest.FixtureRequest) -> TrainedModel:
+    return build(request.param, torch.float64)
+
+
+def score(model: TrainedModel, images: Tensor, prompts: list[str] | None, **context: Any) -> ModelOutput:
+    return model(images, None if prompts is None else model.encode_prompts(prompts), **context)
+
+
+def tensors(output: ModelOutput) -> dict[str, Tensor]:
+    named = {"quality": output.quality, **output.details}
+    return named if output.correspondence is None else {"correspondence": output.correspondence, **named}
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def test_pixel_gradient_equals_central_differences(exact: TrainedModel) -> None:
+    images = scenes(1, 96, 80).double().requires_grad_()
+    prompts = exact.encode_prompts(PROMPTS[:1])
+    context = exact.prepare(images.detach(), prompts)
+
+    def total(batch: Tensor) -> Tensor:
+        output = exact(batch, prompts, context)
+        assert output.correspondence is not None
+        return (output.quality + output.correspondence).sum()
+
+    (gradient,) = torch.autograd.grad(total(images), images)
+    assert gradient.norm() > 1e-6
+    generator, step = torch.Generator().manual_seed(1), 1e-5
+    with torch.no_grad():
+        for direction in (gradient, torch.randn(images.shape, generator=generator, dtype=torch.float64)):
+            direction = direction / direction.norm()
+            numeric = (total(images + step * direction) - total(images - step * direction)) / (2 * step)
+            analytic = (gradient * direction).sum()
+            assert abs(float(numeric - analytic)) <= 1e-4 * abs(float(analytic)) + 1e-8
+
+
+def test_each_aspect_reaches_the_pixels_and_assistants_are_held_fixed(model: TrainedModel) -> None:
+    images = scenes(1, 64, 64).requires_grad_()
+    output = score(model, images, PROMPTS[:1])
+    assert output.correspondence is not None
+    gradients = [
+        torch.autograd.grad(part.sum(), images, retain_graph=True)[0]
+        for part in (output.quality, output.correspondence)
+    ]
+    assert min(float(gradient.norm()) for gradient in gradients) > 1e-6
+    context = model.prepare(images, model.encode_prompts(PROMPTS[:1]))
+    assert not any(tensor.requires_grad for tensor in (context or {}).values())
+    again = score(model, images, PROMPTS[:1], context=context)
+    assert torch.allclose(torch.autograd.grad(again.quality.sum(), images)[0], gradients[0], atol=1e-7)
+
+
+def test_training_reaches_every_part_of_the_head(model: TrainedModel) -> None:
+    """On what the towers see, as trainings do; towers stay out of the graph."""
+    trained = build(model.name)
+    trained.head.requires_grad_(True)
+    images = scenes(3, 80, 96)
+    with torch.no_grad():
+        seen = trained.look(images, generator=torch.Generator().manual_seed(0))
+        prompts = trained.encode_prompts(PROMPTS)
+        context = trained.prepare(images, prompts)
+    outputs = [trained.judge(seen, given, context) for given in (None, prompts)]
+    loss = sum(value.square().sum() for output in outputs for value in tensors(output).values() if value.requires_grad)
+    loss.backward()
+    silent = {name for name, p in trained.head.named_parameters() if p.grad is None or not p.grad.any()}
+    idle = {name.split(".experts.")[0] + name.split(".experts.")[1][0] for name in silent if ".experts." in name}
+    assert len(idle) <= 2, "of four experts of each aspect three answer"
+    # TSP-MGS reads the words for quality only where it is told to.
+    assert {name for name in silent if ".experts." not in name} <= {"adapters.quality.words"}
+    assert all(p.grad is None for name, p in trained.named_parameters() if not name.startswith("head."))
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+@torch.no_grad()
+def test_rows_do_not_see_their_batch_mates(model: TrainedModel) -> None:
+    images = scenes(3, 80, 112)
+    together = tensors(score(model, images, PROMPTS))
+    assert all(len(value) == 3 for value in together.values()), "first dimension B"
+    assert together["quality"].std() > 1e-4
+    assert together["correspondence"].std() > 1e-4
+    for row in range(3):
+        alone = tensors(score(model, images[row : row + 1], PROMPTS[row : row + 1]))
+        assert alone.keys() == together.keys()
+        for name, value in alone.items():
+            assert torch.allclose(value[0].float(), together[name][row].float(), rtol=1e-3, atol=1e-4), name
+
+
+@torch.no_grad()
+def test_permuting_the_batch_permutes_everything(model: TrainedModel) -> None:
+    images, order = scenes(3, 64, 64), torch.tensor([2, 0, 1])
+    straight = tensors(score(model, images, PROMPTS))
+    permuted = tensors(score(model, images[order], [PROMPTS[i] for i in order]))
+    for name, value in straight.items():
+        assert torch.allclose(value[order].float(), permuted[name].float(), rtol=1e-3, atol=1e-4), name
+
+
+@torch.no_grad()
+def test_quality_stands_without_prompts_and_does_not_hear_them(model: TrainedModel) -> None:
+    images = scenes(1, 96, 96).expand(2, -1, -1, -1)
+    without = score(model, images, None)
+    heard = score(model, images, PROMPTS[:2])
+    assert without.correspondence is None
+    assert torch.allclose(without.quality, heard.quality, atol=1e-6)
+    assert heard.correspondence is not None
+    assert abs(float(heard.correspondence[0] - heard.correspondence[1])) > 1e-4
+    assert not model.needs_prompts
+
+
+# ------------------------------------------------------------------------------------------------ precision
+
+
+@torch.no_grad()
+def test_float64_throughout(exact: TrainedModel, request: pytest.FixtureRequest) -> None:
+    images = scenes(2, 64, 80)
+    found = tensors(score(exact, images.double(), PROMPTS[:2]))
+    single = tensors(score(build(exact.name), images, PROMPTS[:2]))
+    for name, value in found.items():
+        assert value.dtype in (torch.float64, torch.bool), name
+        assert single[name].dtype in (torch.float32, torch.bool), name
+        assert torch.allclose(value.float(), single[name].float(), rtol=1e-3, atol=1e-3), name
+    assert len({t.dtype for t in exact.state_dict().values() if t.is_floating_point()}) == 1
+
+
+@torch.no_grad()
+def test_heads_of_half_precision_towers_stay_at_float32(model: TrainedModel) -> None:
+    half, images = build(model.name, torch.bfloat16), scenes(3, 64, 80)
+    assert isinstance(half.head, FullPrecision)
+    numbers = [t for t in half.head.state_dict().values() if t.is_floating_point()]
+    assert {t.dtype for t in numbers} == {torch.float32}
+    assert {p.dtype for name, p in half.named_parameters() if not name.startswith("head.")} == {torch.bfloat16}
+    for name, value in tensors(score(half, images, PROMPTS)).items():
+        assert value.dtype in (torch.float32, torch.bool), name
+        assert torch.isfinite(value.float()).all(), name
+
+
+# ------------------------------------------------------------------------------------------------ look and judge
+
+
+@torch.no_grad()
+def test_what_was_looked_at_can_be_stored_and_judged_later(model: TrainedModel) -> None:
+    images = scenes(2, 96, 72)
+    prompts = model.encode_prompts(PROMPTS[:2])
+    context = model.prepare(images, prompts)
+    seen = {name: tensor.half().float() for name, tensor in model.look(images).items()}  # as stores keep them
+    later, direct = model.judge(seen, prompts, context), model(images, prompts)
+    assert torch.allclose(later.quality, direct.quality, rtol=0.02, atol=0.02)
+    assert torch.allclose(later.correspondence, direct.correspondence, rtol=0.02, atol=0.02)
+    for name in model.crop_features:
+        drawn = model.look(images, generator=torch.Generator().manual_seed(0), crops=3)[name]
+        assert drawn.shape == (2, 3, *seen[name].shape[2:]), name
+    assert {field for field in model.look_settings if not hasattr(model.config, field)} == set()
+
+
+@torch.no_grad()
+def test_a_digest_serves_any_prompt(model: TrainedModel) -> None:
+    images = scenes(2, 96, 72)
+    seen, context = model.look(images), model.prepare(images, None)
+    digest = model.digest(seen)
+    for texts in (PROMPTS[:2], PROMPTS[1:], None):
+        prompts = None if texts is None else model.encode_prompts(texts)
+        first, second = (tensors(model.judge(given, prompts, context)) for given in (seen, digest))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@torch.no_grad()
+def test_look_settings_are_those_that_change_what_is_looked_at(model: TrainedModel) -> None:
+    """Stored features are told apart by them, so none may be missing."""
+    views, config = [scenes(1, 96, 80), scenes(1, 300, 280)], model.config
+
+    def look(**changes: Any) -> list[Tensor]:
+        model.config = replace(config, **changes)
+        seen = [tensor for images in views for tensor in model.look(images).values()]
+        model.config = config
+        return seen
+
+    def same(first: list[Tensor], second: list[Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    before, names = look(), {field.name for field in dataclasses.fields(config)}
+    assert same(
+        look(**{name: OTHERWISE[name] for name in names - set(model.look_settings) if name in OTHERWISE}), before
+    )
+    for name in model.look_settings:
+        step = {"crops": 1, "resolution": 32}.get(name, -32)
+        assert not same(look(**{name: getattr(config, name) + step}), before), name
+
+
+@pytest.fixture(autouse=True)
+def _leaves_global_randomness_alone() -> Iterator[None]:
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(before, torch.random.get_rng_state()), "the library drew from the global generator"

@@ -1,0 +1,287 @@
+"""TSP-MGS: its equations in a plain loop on a tiny CLIP, its adapters, and the texts it keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from plain import array, cosine, draw, linear, stir, tiny_clip, with_rubbish
+from scipy.special import expit, softmax
+from torch import Tensor
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.encoders.open_clip import OpenCLIPEncoder
+from aigiqa_reward.models.towers import FixedTexts
+from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
+from aigiqa_reward.types import PromptFeatures
+
+PROMPTS = ["a cat", "a castle in the clouds above a very long and winding river at dusk", "two red apples"]
+MATCHES = ("badly", "poorly", "fairly", "well", "perfectly")
+LOOKS = ("bad", "poor", "fair", "good", "perfect")
+TASKS = ("quality", "correspondence")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> OpenCLIPEncoder:
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return draw(3, 32, 64)
+
+
+def build(clip: OpenCLIPEncoder, **settings: Any) -> TSPMGS:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        return TSPMGS(TSPMGSConfig(crops=3, short_side=32, **settings), clip).double().eval()
+
+
+class Plain:
+    """Equations 3 to 7 over one image at a time, with every text embedded on its own; scores are Q / L."""
+
+    def __init__(self, model: TSPMGS, clip: OpenCLIPEncoder, image: Tensor) -> None:
+        self.model, self.clip, self.config = model, clip, model.config
+        whole = pixels.letterbox(image[None], 32, fill=image.new_tensor(clip.mean))
+        crops = [image[None, :, :, left : left + 32] for left in (0, 16, 32)]
+        self.whole, *self.crops = (array(clip.encode_image(view))[0] for view in (whole, *crops))
+
+    def text(self, task: str, text: str) -> np.ndarray:
+        embedded = array(self.clip.encode_text([text]))[0]
+        if not self.config.adapter_rank:
+            return embedded
+        layers = self.model.head.adapters[task].text
+        return embedded + linear(layers.up, linear(layers.down, embedded))
+
+    def part(self, task: str, name: str) -> np.ndarray:
+        """F of the whole image, or the mean F over the crops."""
+        embedded = []
+        for feature in [self.whole] if name == "whole" else self.crops:
+            added = np.zeros(32)
+            if self.config.adapter_rank:
+                standard, layers = self.model.head.standard, self.model.head.adapters[task].image
+                centred = (feature - array(standard.mean)) / array(standard.deviation)
+                added = linear(layers.up, linear(layers.down, centred))
+            embedded.append(feature + added)
+        return np.mean(embedded, axis=0)
+
+    def coarse(self, task: str, texts: list[str]) -> float:
+        alpha = float(task == "correspondence")
+        if self.config.alpha == "learned":
+            alpha = float(expit(array(self.model.head.alpha)[TASKS.index(task)]))
+        score = 0.0
+        for name, weight in (("whole", alpha), ("crops", 1 - alpha)):
+            cosines = [cosine(self.part(task, name), self.text(task, text)) for text in texts]
+            count = len(texts)
+            if self.config.levels == "one":
+                score += weight * cosines[-1]
+                continue
+            shares = softmax(self.clip.logit_scale * np.array(cosines))  # (3)
+            expected = sum((j + 1) * share for j, share in enumerate(shares))
+            score += weight * count / (count - 1) * (expected - 1) / count  # (5), over L
+        if self.config.adapter_rank:
+            adapter = self.model.head.adapters[task]
+            score = array(adapter.scale) * score + array(adapter.shift)
+        return float(score)
+
+    def fine(self, task: str, prompt: str) -> float:
+        words, mask = self.clip.encode_words([prompt])
+        read = array(words[0, mask[0]])
+        similarities = [np.mean([cosine(self.part(task, p), w) for w in read]) for p in ("whole", "crops")]  # (4)
+        return float(sum(similarities) / 2)  # (6), over L
+
+    def with_words(self, task: str, coarse: float, prompt: str) -> float:
+        if self.config.adapter_rank:
+            return coarse + float(array(self.model.head.adapters[task].words)) * self.fine(task, prompt)
+        return (coarse + self.fine(task, prompt)) / (2 if self.config.zero_shot else 1)  # (7)
+
+    def scores(self, prompt: str) -> tuple[float, float]:
+        looks = [f"A photo of {level} quality." for level in LOOKS]
+        if self.config.perception == "antonyms":
+            looks = ["Bad photo.", "Good photo."]
+        quality = self.coarse("quality", looks)
+        if self.config.words_in_quality:
+            quality = self.with_words("quality", quality, prompt)
+        matches = [f"A photo that {level} matches {prompt}." for level in MATCHES]
+        return quality, self.with_words("correspondence", self.coarse("correspondence", matches), prompt)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as published": {},
+    "zero-shot": {"zero_shot": True},
+    "alpha learned": {"alpha": "learned"},
+    "one level": {"levels": "one"},
+    "one level, alpha learned": {"levels": "one", "alpha": "learned"},
+    "antonyms": {"perception": "antonyms"},
+    "words in quality": {"words_in_quality": True},
+    "adapters": {"adapter_rank": 4},
+    "adapters, all learned": {"adapter_rank": 4, "alpha": "learned", "words_in_quality": True},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_scores_are_those_of_a_plain_loop(name: str, clip: OpenCLIPEncoder, images: Tensor) -> None:
+    model = build(clip, **SETTINGS[name])
+    stir(model.head)
+    model.head.standard.fit(draw(20, 1, 32, seed=5)[:, 0, 0] * 3)
+    output = model(images, model.encode_prompts(PROMPTS))
+    plain = [Plain(model, clip, image).scores(prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+    found = np.stack([array(output.quality), array(output.correspondence)], axis=1)
+    assert np.allclose(found, plain, atol=1e-9)
+    assert (found.std(axis=0) > 1e-3).all(), "scores that are all alike prove nothing"
+    assert model.needs_prompts == model.config.words_in_quality
+    if not model.needs_prompts:
+        assert torch.equal(model(images, None).quality, output.quality)
+
+
+def test_learned_alpha_starts_near_the_papers_and_gets_gradients(clip: OpenCLIPEncoder, images: Tensor) -> None:
+    model = build(clip, alpha="learned")
+    start = torch.sigmoid(model.head.alpha)
+    assert start[0] < 0.2
+    assert start[1] > 0.8
+    output = model(images, model.encode_prompts(PROMPTS))
+    (output.quality.sum() + output.correspondence.sum()).backward()
+    assert (model.head.alpha.grad != 0).all()
+
+
+def test_each_image_meets_its_own_texts_only(clip: OpenCLIPEncoder, images: Tensor) -> None:
+    model = build(clip, zero_shot=True)
+    straight = model(images, model.encode_prompts(PROMPTS))
+    turned = model(images, model.encode_prompts([PROMPTS[0], PROMPTS[2], PROMPTS[1]]))
+    assert torch.allclose(straight.correspondence[0], turned.correspondence[0], atol=1e-6)
+    assert (straight.correspondence[1:] - turned.correspondence[1:]).abs().min() > 1e-3
+    for row, prompt in enumerate(PROMPTS):
+        alone = model(images[row : row + 1], model.encode_prompts([prompt]))
+        assert torch.allclose(alone.correspondence[0], straight.correspondence[row], atol=1e-6)
+    assert straight.details["correspondence_levels"].shape == (3, 5)
+    assert torch.allclose(straight.details["correspondence_levels"].sum(dim=1), torch.ones(3).double())
+
+
+def test_padding_of_words_says_nothing(clip: OpenCLIPEncoder, images: Tensor) -> None:
+    model = build(clip, words_in_quality=True)
+    prompts = model.encode_prompts(PROMPTS)
+    expected, found = model(images, prompts), model(images, with_rubbish(prompts, {"words": "mask"}))
+    for name in TASKS:
+        assert torch.allclose(getattr(found, name), getattr(expected, name))
+
+
+def test_training_draws_its_own_crops(clip: OpenCLIPEncoder, images: Tensor) -> None:
+    model = build(clip, train_crops=5)
+    drawn = [model.look(images, generator=torch.Generator().manual_seed(seed))["crops"] for seed in (0, 0, 1)]
+    assert drawn[0].shape == (3, 5, 32)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.allclose(drawn[0], drawn[2])
+    assert model.look(images)["crops"].shape == (3, 3, 32)
+    assert model.look(images, crops=2)["crops"].shape == (3, 2, 32)
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+def test_an_untrained_adapter_leaves_the_frozen_towers_score(clip: OpenCLIPEncoder, images: Tensor) -> None:
+    frozen, fresh = build(clip), build(clip, adapter_rank=4)
+    fresh.head.standard.fit(draw(20, 1, 32)[:, 0, 0])
+    expected, found = (m(images, m.encode_prompts(PROMPTS)) for m in (frozen, fresh))
+    assert torch.equal(found.quality, expected.quality)
+    assert torch.equal(found.details["correspondence_levels"], expected.details["correspondence_levels"])
+    with torch.no_grad():
+        fresh.head.adapters["correspondence"].words.fill_(1.0)  # starts lower; the paper's weight is 1
+    found = fresh(images, fresh.encode_prompts(PROMPTS))
+    assert torch.allclose(found.correspondence, expected.correspondence)
+
+
+def test_an_adapter_serves_its_task_alone(clip: OpenCLIPEncoder, images: Tensor) -> None:
+    model = build(clip, adapter_rank=4)
+    prompts = model.encode_prompts(PROMPTS)
+    before = model(images, prompts)
+    stir(model.head.adapters["quality"])
+    after = model(images, prompts)
+    assert torch.equal(after.correspondence, before.correspondence)
+    assert (after.quality - before.quality).abs().min() > 1e-4
+    (after.correspondence.sum()).backward()
+    assert all(p.grad is None for p in model.head.adapters["quality"].parameters())
+
+
+# ------------------------------------------------------------------------------------------------ fixed texts
+
+
+@pytest.fixture
+def own_clip(tmp_path: Any) -> OpenCLIPEncoder:
+    """A CLIP that a test may change."""
+    return tiny_clip(tmp_path / "clip")
+
+
+def test_kept_texts_are_forgotten_with_the_weights_they_came_from(
+    own_clip: OpenCLIPEncoder, clip: OpenCLIPEncoder, tmp_path: Any, images: Tensor
+) -> None:
+    model = build(own_clip)
+    before = model(images, None).quality
+    model.load_state_dict(build(tiny_clip(tmp_path / "other", seed=1)).state_dict())
+    fresh = build(tiny_clip(tmp_path / "fresh", seed=1))(images, None).quality
+    assert torch.equal(model(images, None).quality, fresh)
+    assert not torch.allclose(fresh, before, atol=1e-3)
+
+
+def test_kept_texts_follow_the_precision_of_the_tower(own_clip: OpenCLIPEncoder, tmp_path: Any) -> None:
+    scored, fresh = build(own_clip).float(), build(tiny_clip(tmp_path / "fresh")).float()
+    images = draw(2, 32, 64).float()
+    scored(images, None)
+    assert torch.equal(scored.bfloat16()(images, None).quality, fresh.bfloat16()(images, None).quality)
+
+
+def test_texts_follow_a_tower_in_training_and_its_best_weights(own_clip: OpenCLIPEncoder, images: Tensor) -> None:
+    """What fine-tuning does: train, validate, train on, and in the end put the best weights back."""
+    model = build(own_clip)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = model(images, None).quality
+    own_clip.requires_grad_(True)
+    model(images, None).quality.sum().backward()
+    assert own_clip.clip.token_embedding.weight.grad.abs().sum() > 0, "the quality texts are trained as well"
+    with torch.no_grad():
+        for parameter in own_clip.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        trained = model(images, None).quality
+    assert not torch.allclose(trained, before, atol=1e-3)
+    model.requires_grad_(False)
+    assert torch.equal(model(images, None).quality, trained)
+    model.load_state_dict(start)
+    assert torch.equal(model(images, None).quality, before)
+
+
+def test_kept_texts_can_be_trained_through_after_inference(clip: OpenCLIPEncoder, images: Tensor) -> None:
+    model = build(clip, adapter_rank=4)
+    with torch.inference_mode():
+        model(images, None)
+    model(images, None).quality.sum().backward()
+    assert model.head.adapters["quality"].text.up.weight.grad.abs().sum() > 0
+
+
+def test_texts_are_embedded_in_their_order(clip: OpenCLIPEncoder) -> None:
+    texts = ["one", "two things", "three"]
+    found = FixedTexts(texts)(clip, torch.zeros(1, dtype=torch.float32))
+    assert found.dtype == torch.float32
+    for row, text in zip(found, texts, strict=True):
+        assert torch.allclose(row, clip.encode_text([text])[0].float(), atol=1e-5)
+
+
+def test_prompts_are_encoded_once(clip: OpenCLIPEncoder) -> None:
+    features: PromptFeatures = build(clip).encode_prompts(["a cat", "a dog", "a cat"])
+    assert features.tensors["levels"].shape == (2, 5, 32)
+    assert features.index.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"crops": 0}, "crops: expected at least 1, got 0"),
+        ({"resolution": 100}, "resolution: expected None or at least short_side 512, got 100"),
+        ({"levels": "two"}, r"levels: expected one of \('five', 'one'\), got 'two'"),
+        ({"alpha": "both"}, "alpha: expected one of"),
+        ({"adapter_rank": -1}, "adapter_rank: expected at least 0, got -1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TSPMGSConfig(**setting)
