@@ -1,0 +1,125 @@
+"""The state of a training between epochs, as safetensors and JSON in one folder that is replaced as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aigiqa_reward.models.base import TrainedModel
+from aigiqa_reward.training.tasks import ScoreTask, Task
+from aigiqa_reward.weights import WeightsError, read_weights, write_atomically, write_weights
+
+_OPTIMIZER = "optimizer."
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    best: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+) -> None:
+    """Write weights, their average, the best weights, the optimizer's moments and the numbers of a training.
+
+    The folder is written beside its name first and then takes its place, so that an interruption leaves the former one:
+    under its name, or under one from which `find_checkpoint` brings it back.
+    """
+    fresh, former = folder.with_name(f".{folder.name}.part"), _former(folder)
+    shutil.rmtree(fresh, ignore_errors=True)  # of an interrupted call
+    fresh.mkdir(parents=True)
+    try:
+        write_weights(fresh / "model.safetensors", model)
+        write_weights(fresh / "average.safetensors", average)
+        write_weights(fresh / "best.safetensors", best)
+        moments = {
+            f"{_OPTIMIZER}{number}.{name}": value if isinstance(value, Tensor) else torch.tensor(float(value))
+            for number, entry in optimizer.state_dict()["state"].items()
+            for name, value in entry.items()
+        }
+        write_weights(fresh / "optimizer.safetensors", moments)
+        write_atomically(fresh / "state.json", json.dumps(dict(state), indent=2).encode())
+        if folder.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            folder.rename(former)
+        fresh.rename(folder)
+        shutil.rmtree(former, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint; puts the former one back where a call was interrupted between two renamings."""
+    if not folder.is_dir() and _former(folder).is_dir():
+        _former(folder).rename(folder)
+    return folder.is_dir()
+
+
+def _former(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.former")
+
+
+def load_checkpoint(
+    folder: Path, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Weights, their average, best weights and numbers of a training; the moments go into the optimizer.
+
+    Raises:
+        WeightsError: the folder is not whole.
+        ValueError: it was written with other settings than these.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"checkpoint: {folder} is not whole ({error}); remove it to start again") from error
+    if other := [name for name, value in settings.items() if state.get(name) != value]:
+        raise ValueError(
+            f"folder: the checkpoint {folder} was written with another {' and '.join(other)}; take another folder, or "
+            "remove the checkpoint"
+        )
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in read_weights(folder / "optimizer.safetensors").items():
+        number, _, key = name.removeprefix(_OPTIMIZER).partition(".")
+        entries.setdefault(int(number), {})[key] = tensor
+    known = optimizer.state_dict()
+    optimizer.load_state_dict({"state": entries, "param_groups": known["param_groups"]})
+    weights, average, best = (read_weights(folder / f"{part}.safetensors") for part in ("model", "average", "best"))
+    return weights, average, best, state
+
+
+def trained_state(module: nn.Module, *, towers: bool) -> dict[str, Tensor]:
+    """What a training changes: the head's state, or the whole model's where the towers are trained too."""
+    state = module.state_dict()
+    return {name: t.detach().clone() for name, t in state.items() if towers or name.startswith("head.")}
+
+
+def settings_of(
+    model: TrainedModel,
+    task: Task,
+    train: np.ndarray,
+    validation: np.ndarray,
+    recipe: Mapping[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """What a checkpoint must have been written with to be gone on from, as JSON gives it back."""
+    examples = hashlib.sha256(json.dumps(task.prompts).encode())
+    for part in (train, validation):
+        examples.update(task.rows(part).astype(np.int64).tobytes())
+        if isinstance(task, ScoreTask):
+            examples.update(task.targets[part].tobytes())
+    settings = {
+        "recipe": dict(recipe),
+        "seed": seed,
+        "examples": examples.hexdigest(),
+        "model": {"name": model.name, **model.describe()},
+    }
+    return json.loads(json.dumps(settings))

@@ -1,0 +1,297 @@
+"""Fit a model to human scores: one loop for every system, on Accelerate, from stored features or through the towers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from aigiqa_reward.datasets import Split
+from aigiqa_reward.models.base import TrainedModel
+from aigiqa_reward.training import checkpoints
+from aigiqa_reward.training.checkpoints import trained_state
+from aigiqa_reward.training.live import LiveImages
+from aigiqa_reward.training.processes import accelerator_for, agreed, mean_over_processes
+from aigiqa_reward.training.recipes import Recipe
+from aigiqa_reward.training.scoring import Scoring, encode, look, predict
+from aigiqa_reward.training.steps import (
+    RunningSRCC,
+    WeightAverage,
+    choose_weights,
+    finite,
+    freeze_statistics,
+    other_prompts,
+    rate,
+    some_rows,
+)
+from aigiqa_reward.training.store import FeatureStore, Unreadable
+from aigiqa_reward.training.tasks import ScoreTask, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+STATISTICS_ROWS = 512
+"""Training images whose features' mean and deviation standardise them: chosen here, enough for a tenth of a percent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a training came to. The model holds the best epoch's weights.
+
+    Attributes:
+        best_epoch: counted from 1.
+        best: its validation measure.
+        history: of each epoch: epoch, loss, validation.
+        unreadable: images that were left out, and why.
+        stopped_early: whether patience ran out.
+    """
+
+    best_epoch: int
+    best: float
+    history: tuple[dict[str, float], ...]
+    unreadable: tuple[Unreadable, ...]
+    stopped_early: bool
+
+
+def fit(
+    model: TrainedModel,
+    task: Task,
+    split: Split,
+    recipe: Recipe,
+    source: FeatureStore | LiveImages,
+    folder: Path | None,
+    *,
+    seed: int = 0,
+    initialise: bool = True,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Train a model's head, and its towers where the recipe says so, and leave the best epoch's weights in it.
+
+    Every random choice comes from `seed` and the epoch's number, so that a training that was interrupted and resumed
+    from `folder` ends with the numbers of one that was not.
+
+    Args:
+        model: with loaded towers and a fresh head.
+        task: scores or preferences.
+        split: rows of the task's examples; validation chooses the epoch.
+        recipe: settings.
+        source: features from `store_features`, or images for a recipe that trains the towers.
+        folder: for the checkpoint after every epoch, from which a further call goes on; None keeps none.
+        seed: of initial order, crops, dropout and wrong prompts.
+        initialise: the head is fresh: take the features' statistics and the mean scores from the training part. False
+            goes on from a trained head.
+        accelerator: device, precision and processes; None is this process on the model's device.
+        progress: show a bar with the running SRCC on stderr.
+
+    Raises:
+        ValueError: nothing to train or to validate on, or a checkpoint of other settings.
+    """
+    run = _Run(
+        model,
+        task,
+        split,
+        recipe,
+        source,
+        folder,
+        seed=seed,
+        initialise=initialise,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    while run.epoch < recipe.epochs and not run.out_of_patience:
+        run.train_epoch()
+        run.validate()
+        run.save()
+    return run.finish()
+
+
+class _Run:
+    """One training, between whose epochs everything can be written down."""
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        task: Task,
+        split: Split,
+        recipe: Recipe,
+        source: FeatureStore | LiveImages,
+        folder: Path | None,
+        *,
+        seed: int,
+        initialise: bool,
+        accelerator: Accelerator | None,
+        progress: bool,
+    ) -> None:
+        if recipe.train_towers != isinstance(source, LiveImages):
+            raise ValueError(
+                "source: a recipe that trains the towers reads images (LiveImages), any other stored features; "
+                f"got train_towers={recipe.train_towers} and {type(source).__name__}"
+            )
+        self.accelerator = accelerator_for(model, accelerator)
+        self.model, self.task, self.recipe, self.source, self.seed = model, task, recipe, source, seed
+        self.train, self.validation = (
+            task.usable(np.asarray(rows), source.readable) for rows in (split.train, split.validation)
+        )
+        if not len(self.train) or not len(self.validation):
+            raise ValueError(
+                f"split: expected readable images for both parts, got {len(self.train)} and {len(self.validation)}"
+            )
+        task.check_validation(self.validation)
+        self.folder = None if folder is None else folder / "checkpoint"
+        self.show = progress and self.accelerator.is_main_process
+        model.to(self.accelerator.device)
+        choose_weights(model, towers=recipe.train_towers)
+        if initialise:
+            self._initialise()
+        self.steps = max(1, len(self.train) // (recipe.batch_size * self.accelerator.num_processes))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        optimizer = kinds[recipe.optimizer](parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.scoring, self.optimizer = self.accelerator.prepare(Scoring(model), optimizer)
+        self.prompts = None if recipe.train_towers else encode(model, task.prompts)
+        self.average = WeightAverage(model, recipe.ema)
+        self.settings = checkpoints.settings_of(model, task, self.train, self.validation, asdict(recipe), seed)
+        self.epoch, self.best_epoch, self.best = 0, 0, -math.inf
+        self.history: list[dict[str, float]] = []
+        self.best_state = trained_state(model, towers=recipe.train_towers)
+        self._resume()
+
+    @property
+    def out_of_patience(self) -> bool:
+        return self.recipe.patience is not None and self.epoch - self.best_epoch >= self.recipe.patience
+
+    def _initialise(self) -> None:
+        if modules := self.model.standardised:
+            with torch.no_grad():
+                seen, context = self._look(some_rows(self.task.rows(self.train), STATISTICS_ROWS, self.seed), None)
+            values = {**seen} | {f"context.{name}": tensor for name, tensor in (context or {}).items()}
+            for name, module in modules.items():
+                module.fit(values[name].float())
+        if isinstance(self.task, ScoreTask):
+            self.model.start_at(*self.task.means(self.train))
+
+    def _look(self, rows: np.ndarray, generator: torch.Generator | None) -> tuple[Mapping[str, Tensor], Any]:
+        crops, device = self.recipe.crops, self.accelerator.device
+        with self.accelerator.autocast():
+            return look(self.model, self.source, rows, device, generator=generator, crops=crops)
+
+    def train_epoch(self) -> None:
+        """One pass over the training part, every random choice drawn from the seed and the epoch."""
+        recipe, accelerator = self.recipe, self.accelerator
+        with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+            torch.manual_seed(self.seed * 100_003 + self.epoch)  # dropout; restored on leaving
+            rng = np.random.default_rng([self.seed, self.epoch])
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            order = rng.permutation(self.train)
+            self.scoring.train()
+            freeze_statistics(self.model)
+            losses, running = [], RunningSRCC(self.task)
+            bar = tqdm(
+                total=self.steps, desc=f"epoch {self.epoch + 1}", unit="step", disable=not self.show, leave=False
+            )
+            for step in range(self.steps):
+                part = np.array_split(order[step :: self.steps], accelerator.num_processes)[accelerator.process_index]
+                for group in self.optimizer.param_groups:
+                    group["lr"] = recipe.learning_rate * rate(recipe, self.epoch + step / self.steps)
+                losses.append(self._step(part, rng, generator, running))
+                bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", srcc=running.srcc)
+                bar.update()
+            bar.close()
+        self.epoch += 1
+        self.history.append({"epoch": self.epoch, "loss": mean_over_processes(accelerator, float(np.mean(losses)))})
+
+    def _step(
+        self, examples: np.ndarray, rng: np.random.Generator, generator: torch.Generator, running: RunningSRCC
+    ) -> float:
+        recipe, rows = self.recipe, self.task.rows(examples)
+        seen, context = self._look(rows, generator)
+        texts = self.prompts or encode(self.model, [self.task.prompts[row] for row in rows], train=True)
+        index = texts.index[torch.from_numpy(rows)] if self.prompts is not None else texts.index
+        wrong = None
+        if recipe.mismatch_weight and len(texts.texts) > 1:
+            wrong = other_prompts(index, len(texts.texts), rng)
+        quality, correspondence, other, penalty = self.scoring(seen, context, texts.tensors, index, wrong)
+        loss = self.task.loss((quality, correspondence), examples, recipe) + penalty
+        if other is not None and correspondence is not None:
+            wanted = recipe.mismatch_margin * correspondence.detach().clamp_min(0)
+            loss = loss + recipe.mismatch_weight * (wanted - (correspondence - other)).relu().mean()
+        value = finite(loss, recipe, self.epoch + 1)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], recipe.clip_norm)
+        self.optimizer.step()
+        self.average.update(self.model)
+        running.add(quality, examples)
+        return value
+
+    def validate(self) -> None:
+        """Measure on the validation part, and keep the weights if no epoch was better."""
+        rows = self.task.rows(self.validation)
+        with self.average.applied(self.model):
+            quality, correspondence = predict(self.model, self.task.prompts, self.source, rows, progress=False)
+            value = self.task.measure(quality, correspondence, self.validation, self.recipe.monitor)
+            value = agreed(self.accelerator, value)
+            self.history[-1]["validation"] = value
+            if value > self.best:
+                self.best, self.best_epoch = value, self.epoch
+                self.best_state = trained_state(self.model, towers=self.recipe.train_towers)
+        if self.show:
+            loss = self.history[-1]["loss"]
+            line = f"epoch {self.epoch}: loss {loss:.4f}, validation {value:.4f}, best {self.best:.4f}"
+            tqdm.write(line, file=sys.stderr)
+
+    def save(self) -> None:
+        """Write a checkpoint, by the main process alone."""
+        if self.folder is None or not self.accelerator.is_main_process:
+            return
+        checkpoints.save_checkpoint(
+            self.folder,
+            model=trained_state(self.model, towers=self.recipe.train_towers),
+            average=self.average.weights,
+            best=self.best_state,
+            optimizer=getattr(self.optimizer, "optimizer", self.optimizer),
+            state={
+                "epoch": self.epoch,
+                "best_epoch": self.best_epoch,
+                "best": self.best,
+                "history": self.history,
+                "steps": self.average.steps,
+                **self.settings,
+            },
+        )
+
+    def _resume(self) -> None:
+        if self.folder is None:
+            return
+        with self.accelerator.main_process_first():
+            if not checkpoints.find_checkpoint(self.folder):
+                return
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        weights, average, best, state = checkpoints.load_checkpoint(self.folder, inner, self.settings)
+        device = self.accelerator.device
+        self.model.load_state_dict({name: t.to(device) for name, t in weights.items()}, strict=False)
+        self.best_state = {name: t.to(device) for name, t in best.items()}
+        self.epoch, self.best_epoch, self.best = state["epoch"], state["best_epoch"], state["best"]
+        self.history, self.average.steps = state["history"], state["steps"]
+        self.average.weights = {name: t.to(device) for name, t in average.items()}
+
+    def finish(self) -> FitResult:
+        """Put the best epoch's weights into the model."""
+        self.model.load_state_dict(self.best_state, strict=False)
+        self.model.requires_grad_(False).eval()
+        return FitResult(
+            best_epoch=self.best_epoch,
+            best=self.best,
+            history=tuple(self.history),
+            unreadable=self.source.unreadable,
+            stopped_early=self.epoch < self.recipe.epochs,
+        )

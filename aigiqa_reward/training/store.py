@@ -1,0 +1,262 @@
+"""What a model's frozen towers see of each image, computed once and kept on disk, so that an epoch costs seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.models.base import TrainedModel
+from aigiqa_reward.training.arrays import ArrayWriter
+from aigiqa_reward.types import PromptFeatures
+from aigiqa_reward.weights import write_atomically
+
+MAX_BYTES = 20_000_000_000
+"""Largest store that is written without being asked: chosen here, a fiftieth of a common disk."""
+
+CONTEXT = "context."
+"""Prefix of what assistants said, among the names of a store."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that was left out, and why."""
+
+    path: Path
+    reason: str
+
+
+class FeatureStore:
+    """Features of N images, as float16 arrays in a folder.
+
+    Attributes:
+        arrays: by name, (N, ...) each; those of assistants begin with `context.`.
+        readable: (N,) bool.
+        unreadable: the images that are not, and why.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], unreadable: Sequence[tuple[int, Unreadable]]) -> None:
+        self.arrays = dict(arrays)
+        count = len(next(iter(self.arrays.values())))
+        self.readable = np.ones(count, dtype=bool)
+        self.readable[[row for row, _ in unreadable]] = False
+        self.unreadable = tuple(entry for _, entry in unreadable)
+
+    def __len__(self) -> int:
+        """Number of images N."""
+        return len(self.readable)
+
+    def seen(
+        self,
+        rows: np.ndarray,
+        device: torch.device,
+        *,
+        crop_features: Sequence[str] = (),
+        crops: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """What `look` gave for these rows; of `crop_features` only `crops` of the stored crops, the same for all rows.
+
+        Crops are drawn from `generator`; without one, or with `crops` None, all are read.
+        """
+        chosen = None
+        if generator is not None and crops is not None and crop_features:
+            count = self.arrays[crop_features[0]].shape[1]
+            chosen = torch.randperm(count, generator=generator)[:crops].numpy()
+        return {
+            name: self._rows(name, rows, device, chosen if name in crop_features else None)
+            for name in self.arrays
+            if not name.startswith(CONTEXT)
+        }
+
+    def context(self, rows: np.ndarray, device: torch.device) -> dict[str, Tensor] | None:
+        """What `prepare` gave for these rows; None for a model without assistants."""
+        names = [name for name in self.arrays if name.startswith(CONTEXT)]
+        return {name.removeprefix(CONTEXT): self._rows(name, rows, device) for name in names} or None
+
+    def _rows(self, name: str, rows: np.ndarray, device: torch.device, crops: np.ndarray | None = None) -> Tensor:
+        array = self.arrays[name]
+        picked = array[rows] if crops is None else array[np.asarray(rows)[:, None], crops[None]]
+        tensor = torch.from_numpy(picked).to(device)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def store_features(
+    model: TrainedModel,
+    paths: Sequence[Path],
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    max_bytes: int = MAX_BYTES,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> FeatureStore:
+    """Compute the features of images into a folder of their own below `folder`, going on where a call was interrupted.
+
+    Images that cannot be read are left out and listed. The folder's name is a hash of the towers' weights, of the
+    settings that change what they see, of the assistants, and of the images' paths, sizes and times of change. A second
+    process that wants the same features waits for the first; what is damaged is computed again.
+
+    Args:
+        model: whose towers look.
+        paths: N images.
+        prompts: of each.
+        folder: for all stores.
+        max_bytes: refuse to write more.
+        batch_size: images of one size looked at together.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: the store would be larger than `max_bytes`, no image can be read, or features overflow float16.
+    """
+    home = folder / f"{model.name}-{_key(model, paths)[:16]}"
+    home.mkdir(parents=True, exist_ok=True)
+    with _alone(home, progress):
+        state = _left_by(home, len(paths))
+        _fill(model, paths, prompts, home, state, max_bytes, batch_size, progress)
+        unreadable = [(row, Unreadable(paths[row], reason)) for row, reason in state["unreadable"]]
+        if len(unreadable) == len(paths):
+            raise ValueError(
+                f"paths: none of the {len(paths)} images can be read; the first: {unreadable[0][1].reason}"
+            )
+        arrays = {name: np.load(home / f"{name}.npy", mmap_mode="r") for name in state["arrays"]}
+    return FeatureStore(arrays, unreadable)
+
+
+@contextmanager
+def _alone(home: Path, show: bool) -> Iterator[None]:
+    """Let one process at a time into a folder; the lock of a killed one is free."""
+    lock = FileLock(home / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if show:
+            tqdm.write(f"another process computes {home}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _left_by(home: Path, count: int) -> dict[str, Any]:
+    """How far the last call came: images done, unreadable ones, names of arrays; nothing if anything is not whole."""
+    try:
+        state = json.loads((home / "progress.json").read_bytes())
+        done, names = int(state["done"]), [str(name) for name in state["arrays"]]
+        unreadable = [[int(row), str(reason)] for row, reason in state["unreadable"]]
+        if not names or {len(np.load(home / f"{name}.npy", mmap_mode="r")) for name in names} != {count}:
+            raise ValueError("not the arrays of these images")
+        if not 0 < done <= count or any(not 0 <= row < done for row, _ in unreadable):
+            raise ValueError("not the progress of these images")
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
+        for file in home.glob("*.npy"):
+            file.unlink()
+        return {"done": 0, "unreadable": [], "arrays": []}
+    return {"done": done, "unreadable": unreadable, "arrays": names}
+
+
+def _fill(
+    model: TrainedModel,
+    paths: Sequence[Path],
+    prompts: Sequence[str],
+    home: Path,
+    state: dict[str, Any],
+    max_bytes: int,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Compute what is not there yet, writing down how far it came every 64 images."""
+    device = next(model.parameters()).device
+    model.eval()
+    writer = ArrayWriter(home, len(paths), max_bytes)
+    rows = range(state["done"], len(paths))
+    bar = tqdm(
+        total=len(paths), initial=state["done"], desc=f"{model.name} features", unit="image", disable=not progress
+    )
+    with bar:
+        for batch in _batches(paths, rows, batch_size, state["unreadable"]):
+            if batch.images:
+                stack = torch.stack(batch.images).to(device)
+                writer.write(batch.rows, _look(model, stack, [prompts[row] for row in batch.rows]))
+                state["arrays"] = sorted(writer.arrays)
+            state["done"] = batch.end
+            if state["arrays"] and (batch.end % 64 < batch_size or batch.end == len(paths)):
+                writer.flush()
+                write_atomically(home / "progress.json", json.dumps(state).encode())
+            bar.update(batch.end - bar.n)
+
+
+@torch.no_grad()
+def _look(model: TrainedModel, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    seen = dict(model.look(images))
+    context = model.prepare(images, asked_prompts(prompts))
+    return seen | {f"{CONTEXT}{name}": tensor for name, tensor in (context or {}).items()}
+
+
+def asked_prompts(prompts: Sequence[str]) -> PromptFeatures:
+    """Prompts for assistants, which read words and no features."""
+    texts = tuple(dict.fromkeys(prompts))
+    index = torch.tensor([texts.index(prompt) for prompt in prompts])
+    return PromptFeatures(texts=texts, index=index, tensors={}, model="")
+
+
+@dataclass
+class _Batch:
+    rows: list[int]
+    images: list[Tensor]
+    end: int
+
+
+def _batches(paths: Sequence[Path], rows: Sequence[int], size: int, unreadable: list[Any]) -> Iterator[_Batch]:
+    """Neighbouring images of one size, at most `size` together; unreadable ones are added to the list."""
+    batch = _Batch([], [], rows[0] if len(rows) else 0)
+    for row in rows:
+        try:
+            image = pixels.load(paths[row])
+        except pixels.ImageError as error:
+            unreadable.append([row, str(error)])
+            image = None
+        if image is not None and batch.images and (len(batch.images) == size or image.shape != batch.images[0].shape):
+            yield batch
+            batch = _Batch([], [], row)
+        if image is not None:
+            batch.rows.append(row)
+            batch.images.append(image)
+        batch.end = row + 1
+    if batch.end > (rows[0] if len(rows) else 0):
+        yield batch
+
+
+def _key(model: TrainedModel, paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("head."):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    description = model.describe()
+    settings = {name: description["config"][name] for name in model.look_settings}
+    roles = description.get("assistants")
+    parts: list[Any] = [settings, description["towers"], roles and [_identity(model, role) for role in roles]]
+    for path in paths:
+        stat = path.stat() if path.exists() else None
+        parts.append([str(path), *([stat.st_size, stat.st_mtime_ns] if stat else [])])
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _identity(model: TrainedModel, role: str) -> list[str]:
+    """What determines an assistant's answers: what it says of itself, else its class."""
+    assistant = getattr(model, role)
+    return [role, str(getattr(assistant, "identity", type(assistant).__qualname__))]

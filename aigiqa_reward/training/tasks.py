@@ -1,0 +1,205 @@
+"""What a model is fitted to: human scores of images, or which of two images people preferred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aigiqa_reward.datasets import PreferencePairs, ScoredImages
+from aigiqa_reward.evaluation import srcc
+from aigiqa_reward.evaluation.correlation import MIN_ROWS, correlations
+from aigiqa_reward.training.losses import POINTWISE, pairwise_margin_loss, pairwise_preference_loss, preference_loss
+from aigiqa_reward.training.recipes import Recipe
+
+Scores = tuple[Tensor, Tensor | None]
+"""Quality (B,) and correspondence (B,), or None where a model has none."""
+
+
+class Task(Protocol):
+    """Examples of a training: what images they need, what they cost, how a validation is judged."""
+
+    @property
+    def paths(self) -> list:
+        """Of all images."""
+        ...
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of all images."""
+        ...
+
+    def rows(self, examples: np.ndarray) -> np.ndarray:
+        """Rows of images that these examples need, in the order `loss` expects."""
+        ...
+
+    def usable(self, examples: np.ndarray, readable: np.ndarray) -> np.ndarray:
+        """The examples all of whose images are readable."""
+        ...
+
+    def check_validation(self, examples: np.ndarray) -> None:
+        """Refuse examples that `measure` could not judge, before anything is trained."""
+        ...
+
+    def loss(self, scores: Scores, examples: np.ndarray, recipe: Recipe) -> Tensor:
+        """Of the scores of `rows(examples)`."""
+        ...
+
+    def measure(
+        self, quality: np.ndarray, correspondence: np.ndarray | None, examples: np.ndarray, monitor: str
+    ) -> float:
+        """How well the scores of `rows(examples)` agree with people; higher is better."""
+        ...
+
+
+@dataclass
+class ScoreTask:
+    """Mean opinion scores, as shares of the best one in the training part.
+
+    Attributes:
+        images: with their scores.
+        targets: (N, 2) quality and correspondence on the models' scale; NaN where people gave none.
+    """
+
+    images: ScoredImages
+    targets: np.ndarray
+
+    @classmethod
+    def of(cls, images: ScoredImages, train: np.ndarray) -> ScoreTask:
+        """Scores over their maximum on the rows of the training part, so that 1 is the best human score there.
+
+        Raises:
+            ValueError: the best score there is not above 0, as with scores that were standardised.
+        """
+        raw = np.stack([images.quality, images.correspondence], axis=1)
+        highest = np.array([np.nanmax(column[train]) if np.isfinite(column[train]).any() else 1.0 for column in raw.T])
+        for aspect, best in zip(("quality", "correspondence"), highest, strict=True):
+            if best <= 0:
+                raise ValueError(
+                    f"{aspect}: expected a best training score above 0, got {best:g}; shift the scores so that the "
+                    "worst possible one is 0"
+                )
+        return cls(images, raw / highest)
+
+    @property
+    def paths(self) -> list:
+        """Of all images."""
+        return list(self.images.paths)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of all images."""
+        return list(self.images.prompts)
+
+    def means(self, examples: np.ndarray) -> tuple[float, float]:
+        """Mean quality and correspondence of these images; 0.5 where people gave none."""
+        columns = (column[np.isfinite(column)] for column in self.targets[examples].T)
+        quality, correspondence = (float(column.mean()) if len(column) else 0.5 for column in columns)
+        return quality, correspondence
+
+    def rows(self, examples: np.ndarray) -> np.ndarray:
+        """An example is an image."""
+        return examples
+
+    def usable(self, examples: np.ndarray, readable: np.ndarray) -> np.ndarray:
+        """Those whose image is readable."""
+        return examples[readable[examples]]
+
+    def check_validation(self, examples: np.ndarray) -> None:
+        """A rank correlation needs a few scored images."""
+        scored = int(np.isfinite(self.targets[examples]).sum(axis=0).max(initial=0))
+        if scored < MIN_ROWS:
+            raise ValueError(
+                f"validation: expected at least {MIN_ROWS} scored images to choose the epoch by, got {scored}; "
+                "give more images, or a split with a larger validation part"
+            )
+
+    def loss(self, scores: Scores, examples: np.ndarray, recipe: Recipe) -> Tensor:
+        """The recipe's loss of each aspect that people scored, added."""
+        total = scores[0].sum() * 0
+        for predicted, column in zip(scores, self.targets.T, strict=True):
+            target = torch.as_tensor(column[examples], dtype=torch.float32)
+            known = torch.isfinite(target)
+            if predicted is None or not bool(known.any()):
+                continue
+            total = total + _score_loss(predicted[known.to(predicted.device)], target[known].to(predicted), recipe)
+        return total
+
+    def measure(
+        self, quality: np.ndarray, correspondence: np.ndarray | None, examples: np.ndarray, monitor: str
+    ) -> float:
+        """Mean over the aspects of SRCC, or of SRCC + PLCC."""
+        values = []
+        for predicted, column in zip((quality, correspondence), self.targets.T, strict=True):
+            known = np.isfinite(column[examples])
+            if predicted is None or known.sum() < MIN_ROWS:
+                continue
+            x, y = predicted[known], column[examples][known]
+            agreement = correlations(x, y).plcc if monitor == "srcc+plcc" else 0.0
+            values.append(np.nan_to_num(srcc(x, y) + agreement, nan=-1.0))
+        if not values:
+            raise ValueError(f"validation: expected at least {MIN_ROWS} scored images, got {len(examples)}")
+        return float(np.mean(values))
+
+
+def _score_loss(predicted: Tensor, target: Tensor, recipe: Recipe) -> Tensor:
+    if recipe.loss == "pairwise":
+        loss = pairwise_preference_loss(predicted, target, temperature=recipe.temperature)
+    elif recipe.loss == "none":
+        loss = predicted.sum() * 0
+    else:
+        loss = POINTWISE[recipe.loss](predicted, target)
+    if recipe.rank_weight:
+        loss = loss + recipe.rank_weight * pairwise_margin_loss(predicted, target, margin=recipe.margin)
+    return loss
+
+
+@dataclass
+class PairTask:
+    """Preferences between two images of one prompt, explained by the mean of quality and correspondence."""
+
+    pairs: PreferencePairs
+
+    def __post_init__(self) -> None:
+        images = sorted({*self.pairs.better, *self.pairs.worse})
+        place = {path: row for row, path in enumerate(images)}
+        # An image may stand in pairs of one prompt only: its prompt is that of any of its pairs.
+        prompt_of = dict(zip(self.pairs.better, self.pairs.prompts, strict=True))
+        prompt_of |= dict(zip(self.pairs.worse, self.pairs.prompts, strict=True))
+        self.paths = images
+        self.prompts = [prompt_of[path] for path in images]
+        self._better = np.array([place[path] for path in self.pairs.better])
+        self._worse = np.array([place[path] for path in self.pairs.worse])
+
+    def rows(self, examples: np.ndarray) -> np.ndarray:
+        """The preferred images of the pairs, then the others."""
+        return np.concatenate([self._better[examples], self._worse[examples]])
+
+    def usable(self, examples: np.ndarray, readable: np.ndarray) -> np.ndarray:
+        """Pairs of which both images are readable."""
+        return examples[readable[self._better[examples]] & readable[self._worse[examples]]]
+
+    def check_validation(self, examples: np.ndarray) -> None:
+        """One pair can be judged."""
+        del examples
+
+    def loss(self, scores: Scores, examples: np.ndarray, recipe: Recipe) -> Tensor:
+        """-log sigmoid of the difference, whatever the recipe's loss for scores is."""
+        better, worse = _total(*scores).chunk(2)
+        return preference_loss(better, worse, temperature=recipe.temperature)
+
+    def measure(
+        self, quality: np.ndarray, correspondence: np.ndarray | None, examples: np.ndarray, monitor: str
+    ) -> float:
+        """Share of the pairs in which the preferred image scores higher."""
+        del examples, monitor
+        total = quality if correspondence is None else (quality + correspondence) / 2
+        better, worse = np.split(total, 2)
+        return float(np.mean(better > worse))
+
+
+def _total(quality: Tensor, correspondence: Tensor | None) -> Tensor:
+    return quality if correspondence is None else (quality + correspondence) / 2
