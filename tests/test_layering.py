@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),  # uses models, datasets and evaluation, and knows no reward
     ("reward", "composite"),
     ("zoo",),
-    ("scorer", "selection", "embedded"),
+    ("scorer", "selection", "embedded", "benchmark"),
     ("sampling",),
     ("finetuning",),
     (FACADE,),  # the package's own lazy exports
@@ -69,7 +69,7 @@ PUBLIC_ONLY = ("integrations", "examples")
 PUBLIC_WITHOUT_LIST = (f"{PACKAGE}.images",)
 """Modules that users are sent to by errors (images.from_vae, images.from_bhwc) and whose names without _ are public."""
 
-ASSET_RECIPES = ("examples/train_compact", "examples/train_generator")
+ASSET_RECIPES = ("examples/train_compact", "examples/train_generator", "examples/train_systems")
 """Folders that make the embedded checkpoints again from the package's inner parts; not scripts for users to copy."""
 
 

@@ -1,0 +1,284 @@
+"""From a name and human scores to a reward in a folder, and to a report over splits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clip_models import write_tiny_clip
+from scipy.stats import linregress, spearmanr
+from scored_images import SMALL, tiny_tower, write_scored_images
+
+from aigiqa_reward import Reward, Scorer, create_reward
+from aigiqa_reward.benchmark import ABLATIONS, ProtocolSettings, TrainingPlan, protocol, run_protocol, whole_split
+from aigiqa_reward.benchmark import train_reward as train
+from aigiqa_reward.benchmark.protocol import GENERATOR, MODEL, RIDGE, SHUFFLED, pooled_features
+from aigiqa_reward.benchmark.training import calibrate
+from aigiqa_reward.datasets import PreferencePairs, ScoredImages, split_rows
+from aigiqa_reward.evaluation import ProtocolReport
+from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
+from aigiqa_reward.training.scoring import predict
+from aigiqa_reward.training.store import FeatureStore
+from aigiqa_reward.training.tasks import ScoreTask
+from aigiqa_reward.zoo import get_spec
+
+QUICK = Recipe(learning_rate=1e-2, batch_size=8, epochs=6)
+Planned = Callable[..., TrainingPlan]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ScoredImages:
+    return write_scored_images(tmp_path_factory.mktemp("data"), prompts=16, images=6)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Planned:
+    """A plan on the tiny CLIP, whose features are kept for all tests."""
+    folder = tmp_path_factory.mktemp("towers")
+    clip = write_tiny_clip(folder / "clip", seed=0)
+
+    def planned(name: str = "mst_clipiqa", **changes: Any) -> TrainingPlan:
+        role, settings = SMALL[name]
+        defaults: dict[str, Any] = {"towers": {role: tiny_tower(clip)}, "settings": settings, "recipe": QUICK}
+        return TrainingPlan(name=name, **{**defaults, "cache": folder / "store", **changes})
+
+    return planned
+
+
+def raw_scores(trained: Any, rows: np.ndarray) -> list[np.ndarray]:
+    scores = predict(trained.reward.model, trained.task.prompts, trained.source, rows, progress=False)
+    return [part for part in scores if part is not None]
+
+
+def outputs(reward: Reward, images: ScoredImages) -> list[np.ndarray]:
+    scores = Scorer(reward, batch_size=16).score(list(images.paths), list(images.prompts))
+    assert scores.correspondence is not None
+    return [scores.quality.numpy(), scores.correspondence.numpy()]
+
+
+# --------------------------------------------------------------------------------------------- one training
+
+
+def test_a_trained_reward_loads_with_the_scores_it_was_judged_by(
+    images: ScoredImages, plan: Planned, tmp_path: Path
+) -> None:
+    split = split_rows(images, seed=0)
+    longer = plan(recipe=replace(QUICK, epochs=20))
+    trained = train(longer, images, split, tmp_path, progress=False)
+    loaded = create_reward("mst_clipiqa", weights=tmp_path)
+    found, expected = outputs(loaded, images), raw_scores(trained, np.arange(len(images)))
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-3)  # the features of the second were stored as float16
+    for x, y in zip(found, outputs(trained.reward, images), strict=True):
+        np.testing.assert_array_equal(x, y)
+    best = images.quality[split.train].max(), images.correspondence[split.train].max()
+    for x, scores, most in zip(found, (images.quality, images.correspondence), best, strict=True):
+        assert spearmanr(x[split.test], scores[split.test])[0] > 0.5
+        shares = scores[split.train] / most  # 1 is the best human score
+        assert np.abs(x[split.train] - shares).mean() < np.abs(shares.mean() - shares).mean() / 1.5
+    again = train(longer, images, split, tmp_path, progress=False)
+    assert again.result == trained.result
+    written = {file.name for file in tmp_path.iterdir()}
+    assert written >= {"checkpoint", "config.json", "model.safetensors", "training.json"}
+    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".json", ".safetensors", ".md"}
+
+
+def test_the_record_says_what_was_done(images: ScoredImages, plan: Planned, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("no picture")
+    images = replace(images, paths=(broken, *images.paths[1:]))
+    own = plan(seed=4, cache=tmp_path / "store", recipe=replace(QUICK, epochs=2))
+    trained = train(own, images, whole_split(images), tmp_path / "out", progress=False)
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["plan"]["name"] == "mst_clipiqa"
+    assert record["plan"]["seed"] == 4
+    assert record["plan"]["settings"] == own.settings
+    assert Recipe(**record["recipe"]) == own.recipe
+    assert record["result"]["history"] == list(trained.result.history)
+    assert [entry["path"] for entry in record["unreadable"]] == [str(broken)]
+    assert "not an image" in record["unreadable"][0]["reason"]
+
+
+def test_fine_tuned_towers_are_saved_as_they_score(images: ScoredImages, plan: Planned, tmp_path: Path) -> None:
+    recipe = Recipe(
+        loss="mae", learning_rate=2e-3, batch_size=8, epochs=3, schedule="constant", crops=2, train_towers=True
+    )
+    part = images.subset(np.arange(36))
+    trained = train(plan("tsp_mgs", recipe=recipe), part, whole_split(part), tmp_path, progress=False)
+    loaded = create_reward("tsp_mgs", weights=tmp_path)
+    for x, y in zip(outputs(loaded, part), outputs(trained.reward, part), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_trained_reward_can_be_trained_further(images: ScoredImages, plan: Planned, tmp_path: Path) -> None:
+    split = split_rows(images, seed=0)
+    first = train(plan(), images, split, tmp_path / "first", progress=False)
+    still = replace(QUICK, learning_rate=1e-12, epochs=1)
+    further = plan(towers={}, settings={}, init=tmp_path / "first", recipe=still)
+    second = train(further, images, split, tmp_path / "second", progress=False)
+    for x, y in zip(outputs(second.reward, images), outputs(first.reward, images), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [replace(QUICK, loss="pairwise"), replace(QUICK, loss="none", rank_weight=1.0)])
+def test_losses_of_order_alone_end_on_the_human_scale(images: ScoredImages, plan: Planned, recipe: Recipe) -> None:
+    split = split_rows(images, seed=0)
+    trained = train(plan(recipe=recipe), images, split, None, progress=False)
+    people = images.quality, images.correspondence
+    for raw, aspect, scores in zip(
+        raw_scores(trained, split.train), ("quality", "correspondence"), people, strict=True
+    ):
+        line = linregress(raw, scores[split.train] / scores[split.train].max())
+        found = getattr(trained.reward.calibration, aspect).tolist()
+        assert found == pytest.approx([line.slope, line.intercept], rel=1e-4)
+        calibrated = trained.reward.calibration(torch.from_numpy(raw), aspect).numpy()
+        assert (np.diff(calibrated[np.argsort(raw)]) >= 0).all()
+
+
+def test_calibration_never_turns_the_order_round(images: ScoredImages, plan: Planned) -> None:
+    trained = train(plan(), images, split_rows(images, seed=0), None, progress=False)
+    assert isinstance(trained.task, ScoreTask)
+    reversed_task = ScoreTask(images, 1.2 - trained.task.targets)
+    for raw, target in zip(raw_scores(trained, np.arange(len(images))), reversed_task.targets.T, strict=True):
+        assert linregress(raw, target).slope < 0
+    calibrate(trained.reward, reversed_task, trained.source, np.arange(len(images)))
+    assert trained.reward.calibration.quality.tolist() == [1.0, 0.0]
+    assert trained.reward.calibration.correspondence.tolist() == [1.0, 0.0]
+
+
+# --------------------------------------------------------------------------------------------- plans and splits
+
+
+def test_everything_is_trained_on_but_whole_groups_that_choose_the_epoch(images: ScoredImages) -> None:
+    pairs = PreferencePairs(prompts=images.prompts[1:], better=images.paths[1:], worse=images.paths[:-1])
+    for data in (images, pairs):
+        split = whole_split(data, seed=3)
+        assert len(split.test) == 0
+        assert sorted([*split.train, *split.validation]) == list(range(len(data)))
+        train_groups, held = ({data.groups[row] for row in part} for part in (split.train, split.validation))
+        assert not train_groups & held
+        assert len(held) == 2, "a tenth of 16"
+
+
+def test_plans_that_cannot_be_followed_are_refused(plan: Planned, tmp_path: Path) -> None:
+    for arguments, message in (
+        ({"name": "compact"}, r"^name: expected one of mst_clipiqa, .*'compact'; .*examples/train_compact"),
+        ({"name": "tsp-mgs"}, r"^name: expected one of .*tsp_mgs.*'tsp-mgs'$"),
+        ({"name": "tsp_mgs", "init": tmp_path, "preset": "paper"}, r"^init: .*preset nor towers"),
+        (
+            {"name": "tsp_mgs", "init": tmp_path, "towers": plan("tsp_mgs").towers},
+            r"^init: .*preset nor towers",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainingPlan(**arguments)
+    Reward(plan().build(), get_spec("mst_clipiqa")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a 'mst_clipiqa' reward, expected 'tsp_mgs'"):
+        TrainingPlan(name="tsp_mgs", init=tmp_path).build()
+    with pytest.raises(ValueError, match=r"seeds, ablation_seeds: .*got 2 and 3"):
+        ProtocolSettings(seeds=2, ablation_seeds=3)
+
+
+def test_the_recipe_follows_from_the_towers(plan: Planned) -> None:
+    assert TrainingPlan(name="tsp_mgs").chosen_recipe == EMBEDDED["tsp_mgs"]
+    assert TrainingPlan(name="tsp_mgs", preset="paper").chosen_recipe == PUBLISHED["tsp_mgs"]
+    assert plan("tsp_mgs", recipe=None).chosen_recipe == PUBLISHED["tsp_mgs"]
+    assert plan("tsp_mgs").chosen_recipe == QUICK
+
+
+def test_the_seed_draws_the_head_and_leaves_global_randomness_alone(plan: Planned) -> None:
+    before = torch.random.get_rng_state()
+    first, second, other = (plan(seed=seed).build().head.state_dict() for seed in (1, 1, 2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+# --------------------------------------------------------------------------------------------- the protocol
+
+SETTINGS = ProtocolSettings(seeds=2, ablation_seeds=1, same_generator="one")
+ABLATION = next(iter(ABLATIONS["mst_clipiqa"]))
+
+
+class Interruption(KeyboardInterrupt):
+    """Ctrl-C, between two trainings."""
+
+
+def test_a_protocol_that_is_interrupted_trains_nothing_twice(
+    images: ScoredImages, plan: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[int, str]] = []
+
+    def noted(own: TrainingPlan, *arguments: Any, **options: Any) -> Any:
+        if len(trained) == stop:
+            raise Interruption
+        trained.append((own.seed, own.settings.get("fusion", "gate")))
+        return train(own, *arguments, **options)
+
+    monkeypatch.setattr(protocol, "train_reward", noted)
+    stop = 2
+    with pytest.raises(Interruption):
+        run_protocol(plan(), images, SETTINGS, tmp_path / "broken", title="blur", progress=False)
+    finished = (tmp_path / "broken" / "seed0.npz").stat().st_mtime_ns
+    stop = 1000
+    report = run_protocol(plan(), images, SETTINGS, tmp_path / "broken", title="blur", progress=False)
+    assert trained == [(0, "gate"), (0, "mean"), (1, "gate")]
+    assert (tmp_path / "broken" / "seed0.npz").stat().st_mtime_ns == finished
+    assert ProtocolReport.load(tmp_path / "broken" / "report.json").as_dict() == report.as_dict()
+    straight = run_protocol(plan(), images, SETTINGS, tmp_path / "straight", title="blur", progress=False)
+    assert report.as_dict() == straight.as_dict()
+    with pytest.raises(ValueError, match=r"^folder: .*another protocol.*another folder"):
+        run_protocol(plan(), images, ProtocolSettings(seeds=3), tmp_path / "broken", title="blur", progress=False)
+
+
+def test_the_report_holds_the_model_its_controls_and_its_ablation(
+    images: ScoredImages, plan: Planned, tmp_path: Path
+) -> None:
+    report = run_protocol(plan(), images, SETTINGS, tmp_path, title="blur", progress=False)
+    shared = {(seed, name) for seed in (0, 1) for name in (MODEL, RIDGE, GENERATOR)} | {(0, ABLATION)}
+    for task, entries in (("quality", shared), ("correspondence", shared | {(0, SHUFFLED), (1, SHUFFLED)})):
+        found = {(entry.seed, entry.predictor): entry for entry in report.scores if entry.task == task}
+        assert found.keys() == entries
+        for seed in (0, 1):
+            split, kept = split_rows(images, seed=seed), np.load(tmp_path / f"seed{seed}.npz")
+            assert kept["rows"].tolist() == split.test.tolist()
+            target = getattr(images, task)
+            assert found[seed, MODEL].srcc == pytest.approx(spearmanr(kept[task], target[split.test])[0])
+            generators = np.array(images.generators)
+            means = {g: target[split.train][generators[split.train] == g].mean() for g in set(generators)}
+            expected = spearmanr([means[generators[row]] for row in split.test], target[split.test])[0]
+            assert found[seed, GENERATOR].srcc == pytest.approx(expected)
+            if task == "correspondence":
+                wrong = kept["wrong_prompt_correspondence"]
+                assert found[seed, SHUFFLED].srcc == pytest.approx(spearmanr(wrong[:, 0], target[split.test])[0])
+                above = [own > other for own, row in zip(kept[task], wrong, strict=True) for other in row]
+                assert found[seed, MODEL].right_prompt_auc == pytest.approx(np.mean(above), abs=0.01)
+    assert found[0, MODEL].srcc > 0.5 > abs(found[0, RIDGE].srcc), "the image alone does not say which colour is meant"
+
+
+def test_scores_of_one_aspect_are_reported_and_not_computed_again(
+    images: ScoredImages, plan: Planned, tmp_path: Path
+) -> None:
+    images = replace(images, quality=np.full(len(images), np.nan))
+    settings = ProtocolSettings(seeds=1, ablation_seeds=0, same_generator=None)
+    first = run_protocol(plan(), images, settings, tmp_path, title="blur", progress=False)
+    assert {entry.task for entry in first.scores} == {"correspondence"}
+    assert run_protocol(plan(), images, settings, tmp_path, title="blur", progress=False).as_dict() == first.as_dict()
+
+
+def test_ridge_sees_means_and_deviations_over_crops_and_places() -> None:
+    rng = np.random.default_rng(0)
+    arrays = {"flat": (70, 3), "sequence": (70, 4, 3), "map": (70, 3, 2, 5), "maps": (70, 4, 3, 2, 5)}
+    kept = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in arrays.items()}
+    found = pooled_features(FeatureStore({**kept, "context.words": kept["flat"]}, []))
+    for row in (0, 69):
+        x = {name: array[row].astype(np.float64) for name, array in kept.items()}
+        places = [x["sequence"], x["map"].reshape(3, -1).T, x["maps"].transpose(0, 2, 3, 1).reshape(-1, 3)]
+        expected = [x["flat"], *(np.concatenate([p.mean(axis=0), p.std(axis=0)]) for p in places)]
+        np.testing.assert_allclose(found[row], np.concatenate(expected), atol=1e-3)
