@@ -390,7 +390,7 @@ def test_wrong_prompts_files(
         (["score", "IMAGE", "--format", "xml"], "'--format'.*'table', 'jsonl', 'csv'"),
         (["score", "IMAGE", "--dtype", "int8"], "'--dtype'"),
         (["score", "IMAGE", "--batch-size", "0"], "'--batch-size'"),
-        (["score", "IMAGE", "--reward", "tsp_mgs"], "encoder"),
+        (["score", "IMAGE", "--reward", "sc_agiqa", "--encoder", "ViT-B-32", "--encoder-weights", "x"], "only tsp_mgs"),
         (["score", "IMAGE", "--encoder-weights", "openai"], "--encoder-weights"),
         (["score", "IMAGE", "--reward", "tsp_mgs", "--encoder", "ViT-B-33", "--encoder-weights", "x"], "ViT-B-32"),
         (["score", "IMAGE", "--reward", "tsp_mgs", "--encoder", "ViT-B-32", "--encoder-weights", "x.pt"], "pickle"),

@@ -1,12 +1,14 @@
 """The command `aigiqa-reward`: each subcommand is a few lines over the public API.
 
 Results go to stdout or a file, messages and progress to stderr. Exit status: 0 all well, 1 some inputs could not be
-scored, 2 wrong usage, 130 interrupted. Commands import torch and diffusers when they need them, so help is quick.
+read or scored, 2 wrong usage, 130 interrupted. Commands import torch and diffusers when they need them, so help is
+quick.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from typer.core import TyperGroup
 from aigiqa_reward import __version__
 from aigiqa_reward.cli import options
 from aigiqa_reward.cli.demo import demo
+from aigiqa_reward.cli.evaluate import evaluate
 from aigiqa_reward.cli.files import (
     CANDIDATES,
     RANKING,
@@ -41,6 +44,11 @@ from aigiqa_reward.cli.output import (
     say,
 )
 from aigiqa_reward.cli.runs import load_pipeline, load_reward, sample, score_sources, usage_errors
+from aigiqa_reward.cli.scenarios import scenarios
+from aigiqa_reward.cli.train import train
+
+_FIRST = os.environ.get("RANK", "0") == "0"
+"""Of several processes (torchrun), the first says for all what is wrong with a command and what to be warned of."""
 
 _UsageError: Any = typer.BadParameter.__base__  # parent of every error in a command line's grammar
 
@@ -55,7 +63,8 @@ class _Commands(TyperGroup):
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except CommandError as error:
-            say("error", error)
+            if error.status != 2 or _FIRST:
+                say("error", error)
             raise typer.Exit(error.status) from error
         except _UsageError as error:
             say("error", error.format_message())
@@ -68,7 +77,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     help="Score, rank and sample AI-generated images by perceptual quality and correspondence to the prompt.",
-    epilog="Exit status: 0 all well, 1 some inputs could not be scored, 2 wrong usage, 130 interrupted.",
+    epilog="Exit status: 0 all well, 1 some inputs could not be read or scored, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -103,6 +112,9 @@ def score(
     encoder: options.EncoderOption = None,
     encoder_weights: options.EncoderWeightsOption = None,
     weights: options.WeightsOption = None,
+    zero_shot: options.ZeroShotOption = False,
+    scenario: options.ScenarioOption = None,
+    preferences: options.PreferencesOption = None,
     quality_weight: options.QualityWeightOption = None,
     correspondence_weight: options.CorrespondenceWeightOption = None,
     device: options.DeviceOption = None,
@@ -114,7 +126,8 @@ def score(
     """Score images, in the order given."""
     check_output(output)
     sources = attach_prompts(find_images(images, recursive=recursive), prompt, prompts_file)
-    judge = load_reward(reward, encoder, encoder_weights, weights, quality_weight, correspondence_weight, device, dtype)
+    chosen = (reward, encoder, encoder_weights, weights, zero_shot, scenario, preferences)
+    judge = load_reward(*chosen, quality_weight, correspondence_weight, device, dtype)
     result = score_sources(judge, sources, batch_size)
     _print(result.rows, form, output)
     result.conclude(len(sources))
@@ -130,6 +143,9 @@ def rank(
     encoder: options.EncoderOption = None,
     encoder_weights: options.EncoderWeightsOption = None,
     weights: options.WeightsOption = None,
+    zero_shot: options.ZeroShotOption = False,
+    scenario: options.ScenarioOption = None,
+    preferences: options.PreferencesOption = None,
     quality_weight: options.QualityWeightOption = None,
     correspondence_weight: options.CorrespondenceWeightOption = None,
     device: options.DeviceOption = None,
@@ -148,7 +164,8 @@ def rank(
     check_folder(copy_to, RANKING, option="--copy-to", overwrite=overwrite)
     paths = find_images(images, recursive=recursive)
     sources = attach_prompts(paths, prompt, prompts_file)
-    judge = load_reward(reward, encoder, encoder_weights, weights, quality_weight, correspondence_weight, device, dtype)
+    chosen = (reward, encoder, encoder_weights, weights, zero_shot, scenario, preferences)
+    judge = load_reward(*chosen, quality_weight, correspondence_weight, device, dtype)
     result = score_sources(judge, sources, batch_size)
     order = best_first(math.nan if row.total is None else row.total for row in result.rows)
     ranked = [result.rows[place] for place in order]
@@ -187,6 +204,9 @@ def best_of_n(
     encoder: options.EncoderOption = None,
     encoder_weights: options.EncoderWeightsOption = None,
     weights: options.WeightsOption = None,
+    zero_shot: options.ZeroShotOption = False,
+    scenario: options.ScenarioOption = None,
+    preferences: options.PreferencesOption = None,
     quality_weight: options.QualityWeightOption = None,
     correspondence_weight: options.CorrespondenceWeightOption = None,
     reward_prompt: options.RewardPromptOption = None,
@@ -198,9 +218,8 @@ def best_of_n(
     if top_k > n:
         raise CommandError(f"--top-k: expected at most --n {n}, got {top_k}")
     check_folder(out, CANDIDATES, option="--out", overwrite=overwrite)
-    judge = load_reward(
-        reward, encoder, encoder_weights, weights, quality_weight, correspondence_weight, device, DType.FLOAT32
-    )
+    chosen = (reward, encoder, encoder_weights, weights, zero_shot, scenario, preferences)
+    judge = load_reward(*chosen, quality_weight, correspondence_weight, device, DType.FLOAT32)
     pipe = load_pipeline(model, str(judge.device), dtype)
     from aigiqa_reward import BestOfN
 
@@ -223,11 +242,12 @@ def best_of_n(
         raise failure
 
 
-app.command()(demo)
+for _command in (demo, scenarios, train, evaluate):
+    app.command()(_command)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_place: object) -> None:
-    if issubclass(category, UserWarning):  # the others are for developers
+    if issubclass(category, UserWarning) and _FIRST:  # the others are for developers
         say("warning", message)
 
 

@@ -76,6 +76,31 @@ WeightsOption = Annotated[
         rich_help_panel=_REWARD,
     ),
 ]
+ZeroShotOption = Annotated[
+    bool,
+    Option(
+        "--zero-shot",
+        help="tsp_mgs without anything trained: on --encoder or, without it, the embedded towers.",
+        rich_help_panel=_REWARD,
+    ),
+]
+ScenarioOption = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        help="What cpa_iqa is to judge images for; the command 'scenarios' lists them.",
+        rich_help_panel=_REWARD,
+    ),
+]
+PreferencesOption = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        help="Scenarios of your own for cpa_iqa, as JSON: each one's name and its weights of global, local, implicit, "
+        "distortion and low_level, before a softmax.",
+        rich_help_panel=_REWARD,
+    ),
+]
 QualityWeightOption = Annotated[
     float | None,
     Option(

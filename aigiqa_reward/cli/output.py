@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -156,6 +156,18 @@ def render_specs(specs: Sequence[ModelSpec], form: ListFormat, *, terminal: bool
         for i, (name, value) in enumerate(about.items()):
             table.add_row(Text(spec.name if i == 0 else "", style="bold"), Text(name), Text(value))
         table.add_section()
+    return _drawn(table, terminal)
+
+
+def render_scenarios(rows: Mapping[str, Mapping[str, float]], form: ListFormat, *, terminal: bool = False) -> str:
+    """Scenarios and their weights by component as text."""
+    if form is ListFormat.JSONL:
+        return jsonl({"scenario": name, **weights} for name, weights in rows.items())
+    components = list(next(iter(rows.values())))
+    table = Table(Column("scenario"), *(Column(name, justify="right") for name in components))
+    table.box, table.pad_edge = box.SIMPLE_HEAD, False
+    for name, weights in rows.items():
+        table.add_row(_cell(name), *map(_cell, weights.values()))
     return _drawn(table, terminal)
 
 

@@ -44,6 +44,9 @@ def load_reward(
     encoder: str | None,
     encoder_weights: str | None,
     weights: str | None,
+    zero_shot: bool,
+    scenario: str | None,
+    preferences: Path | None,
     quality_weight: float | None,
     correspondence_weight: float | None,
     device: str | None,
@@ -66,14 +69,22 @@ def load_reward(
             name,
             encoder=None if encoder is None else OpenCLIPConfig(architecture=encoder, pretrained=encoder_weights),
             weights=weights,
+            zero_shot=zero_shot,
+            scenario=scenario,
+            preferences=preferences,
             quality_weight=quality_weight,
             correspondence_weight=correspondence_weight,
-            device=_usable_device(device),
+            device=usable_device(device),
             dtype=getattr(torch, dtype.value),
         )
 
 
-def _usable_device(name: str | None) -> str:
+def usable_device(name: str | None) -> str:
+    """The device of that name; None is cuda if there is one, else the CPU.
+
+    Raises:
+        CommandError: nothing can be computed there.
+    """
     import torch
 
     if name is None:

@@ -1,0 +1,477 @@
+"""The commands that train and evaluate, on a benchmark of 48 small images; and cpa_iqa's scenarios."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_models import write_tiny_clip
+from commands import ENVIRONMENT, command, lines, only_error, run
+from PIL import Image
+from scipy.stats import pearsonr, spearmanr
+
+from aigiqa_reward import Scorer, create_reward
+from aigiqa_reward.benchmark import whole_split
+from aigiqa_reward.datasets import ScoredImages, read_agiqa3k, read_imagereward, read_table, split_rows
+from aigiqa_reward.evaluation import ProtocolReport
+
+GENERATORS = ("sd1.5_normal", "sd1.5_highcorr", "sd1.5_lowcorr", "AttnGAN_normal", "midjourney_normal", "dalle2_normal")
+PROMPTS = [f"a {thing} on a table" for thing in ("cat", "dog", "car", "tree", "house", "boat", "bird", "cup")]
+COLUMNS = "name,prompt,adj1,adj2,style,mos_quality,std_quality,mos_align,std_align"
+PRINTED = re.compile(r"test: (quality|correspondence) SRCC (\S+), PLCC (\S+), (\d+) images")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the processes that are started here, so that sums are added in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AGIQA-3K's layout: the later its generator, the noisier and worse an image."""
+    folder, rng = tmp_path_factory.mktemp("agiqa3k"), np.random.default_rng(0)
+    (folder / "images").mkdir()
+    rows = [COLUMNS]
+    for number, prompt in enumerate(PROMPTS):
+        for place, generator in enumerate(GENERATORS):
+            blocks = rng.integers(0, 256, (8, 8, 3)).repeat(8, axis=0).repeat(8, axis=1)
+            noisy = blocks + rng.integers(-60, 60, (64, 64, 3)) * place / 5
+            name = f"{generator}_{number:03d}.jpg"
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / "images" / name)
+            quality, correspondence = 4 - 0.6 * place + rng.normal() * 0.2, 2 + number / 5 + rng.normal() * 0.2
+            rows.append(f"{name},{prompt},,,,{quality:.4f},0.5,{correspondence:.4f},0.5")
+    (folder / "data.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"local-dir:{write_tiny_clip(tmp_path_factory.mktemp('clip'), seed=0)}"
+
+
+@pytest.fixture(scope="module")
+def tiny(clip: str, cache: Path) -> list[str]:
+    """mst_clipiqa on a small tower."""
+    options = ["--tower", f"coarse={clip}", "--cache", str(cache), "--device", "cpu", "--learning-rate", "0.001"]
+    return ["mst_clipiqa", *options]
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """mst_clipiqa on the compact towers: its folder, how it was trained, what that printed."""
+    folder = tmp_path_factory.mktemp("trained") / "mst"
+    arguments = ["train", "mst_clipiqa", "--data", f"agiqa3k:{data}", "--split", "group", "--seed", "1"]
+    arguments += ["--epochs", "2", "--out", str(folder), "--cache", str(cache), "--device", "cpu"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return folder, arguments, result.stdout
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def human(table: ScoredImages, aspect: str, rows: np.ndarray) -> np.ndarray:
+    return getattr(table, aspect)[rows]
+
+
+# --------------------------------------------------------------------------------------------- train
+
+
+def test_a_trained_reward_scores_as_the_command_said(data: Path, trained: tuple[Path, list[str], str]) -> None:
+    folder, _, stdout = trained
+    first, *rest = stdout.splitlines()
+    assert first == str(folder)
+    table = read_agiqa3k(data)
+    rows = split_rows(table, mode="group", seed=1).test
+    reward = create_reward("mst_clipiqa", weights=folder)
+    found = Scorer(reward).score([table.paths[row] for row in rows], [table.prompts[row] for row in rows])
+    assert [line.split()[1] for line in rest] == ["quality", "correspondence"]
+    for line in rest:
+        aspect, srcc, plcc, count = PRINTED.fullmatch(line).groups()
+        predicted, target = getattr(found, aspect).numpy(), human(table, aspect, rows)
+        # Features were stored as float16, which may swap neighbours.
+        assert float(srcc) == pytest.approx(spearmanr(predicted, target).statistic, abs=0.03)
+        assert float(plcc) == pytest.approx(pearsonr(predicted, target).statistic, abs=0.01)
+        assert int(count) == len(rows)
+    record = json.loads((folder / "training.json").read_text())
+    assert [entry["epoch"] for entry in record["result"]["history"]] == [1, 2]
+
+
+def test_a_finished_training_is_not_repeated(trained: tuple[Path, list[str], str]) -> None:
+    folder, arguments, stdout = trained
+    before = contents(folder)
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (0, stdout)
+    after = contents(folder)
+    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
+    checkpoint = [name for name in before if name.startswith("checkpoint")]
+    assert checkpoint
+    assert all(before[name] == after[name] for name in checkpoint)
+
+
+def test_another_training_does_not_mix_with_what_a_folder_holds(trained: tuple[Path, list[str], str]) -> None:
+    folder, arguments, _ = trained
+    before = contents(folder)
+    message = only_error(run(*arguments, "--set", "fusion=mean", "--learning-rate", "0.5"))
+    assert re.search(r"--out: .* was begun with another --set, --learning-rate;", message)
+    (folder / "arguments.json").rename(folder / "elsewhere.json")
+    assert "did not write" in only_error(run(*arguments))
+    (folder / "elsewhere.json").rename(folder / "arguments.json")
+    assert contents(folder) == before
+
+
+def test_a_table_of_ones_own(data: Path, cache: Path, tmp_path: Path) -> None:
+    table = read_agiqa3k(data)
+    shutil.copytree(data / "images", tmp_path / "pictures")
+    rows = zip(table.names, table.prompts, table.quality, strict=True)
+    cells = "".join(f"pictures/{name},{prompt},{quality}\n" for name, prompt, quality in rows)
+    (tmp_path / "scores.csv").write_text("path,prompt,quality\n" + cells)
+    options = ["--set", "crops=2", "--set", "train_crops=1", "--set", "levels=one", "--epochs", "1"]
+    result = run(
+        "train",
+        "tsp_mgs",
+        "--data",
+        f"csv:{tmp_path / 'scores.csv'}",
+        *options,
+        "--cache",
+        cache,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    )
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'out'}\n"), result.output
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["model"]["config"]
+    assert (settings["crops"], settings["train_crops"], settings["levels"]) == (2, 1, "one")
+    scores = run("score", tmp_path / "pictures", "--reward", "tsp_mgs", "--weights", tmp_path / "out", "--top-k", "1")
+    assert scores.exit_code == 2  # score has no --top-k
+    best = run("rank", tmp_path / "pictures", "--reward", "tsp_mgs", "--weights", tmp_path / "out", "--format", "jsonl")
+    assert best.exit_code == 0, best.output
+    assert len(lines(best.stdout)) == len(table)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_end(data: Path, tiny: list[str], tmp_path: Path) -> None:
+    options = ["train", *tiny, "--data", f"agiqa3k:{data}", "--epochs", "12", "--batch-size", "6"]
+    whole = run(*options, "--out", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    arguments = [*options, "--out", str(tmp_path / "parts")]
+    with subprocess.Popen(
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        while process.poll() is None and not (tmp_path / "parts" / "checkpoint").is_dir():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (130, "")
+    done = int(re.fullmatch(r"error: interrupted after (\d+) of 12 epochs; [^\n]*\n", stderr)[1])
+    assert 0 < done < 12
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    assert run(*arguments).exit_code == 0
+    for name in ("model.safetensors", "training.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_unreadable_images_are_listed_and_the_rest_is_trained(data: Path, tiny: list[str], tmp_path: Path) -> None:
+    folder = shutil.copytree(data, tmp_path / "agiqa3k")
+    table = read_agiqa3k(folder)
+    broken = [table.paths[row] for row in whole_split(table).train[5:17]]
+    for path in broken:
+        path.write_text("no image")
+    out = tmp_path / "out"
+    result = run("train", *tiny, "--data", f"agiqa3k:{folder}", "--epochs", "1", "--out", out)
+    assert (result.exit_code, result.stdout) == (1, f"{out}\n")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert [line.split(": ")[1] for line in errors[:-1]] == [str(path) for path in broken[:10]]
+    assert errors[-1].startswith("error: 12 images could not be read and were left out")
+    listed = json.loads((out / "training.json").read_text())["unreadable"]
+    assert [entry["path"] for entry in listed] == [str(path) for path in broken]
+    assert run("score", table.paths[0], "--reward", "mst_clipiqa", "--weights", out).exit_code == 0
+
+
+def test_training_goes_on_from_a_saved_reward(data: Path, tiny: list[str], cache: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = ["--data", f"agiqa3k:{data}", "--epochs", "1"]
+    assert run("train", *tiny, *common, "--out", first).exit_code == 0
+    options = ["--init", first, "--learning-rate", "1e-12", "--cache", cache, "--device", "cpu", "--out", second]
+    result = run("train", "mst_clipiqa", *common, *options)
+    assert result.exit_code == 0, result.output
+    paths = list(read_agiqa3k(data).paths[:6])
+    scores = [Scorer(create_reward("mst_clipiqa", weights=out)).score(paths, PROMPTS[0]) for out in (first, second)]
+    assert torch.allclose(scores[0].total, scores[1].total, atol=1e-5)
+
+
+def write_choices(folder: Path, data: Path) -> Path:
+    """ImageReward's layout: of each prompt, the ranks of three of its images, the less noisy the better."""
+    entries = []
+    for number, prompt in enumerate(PROMPTS):
+        images = [f"{GENERATORS[place]}_{number:03d}.jpg" for place in (4, 0, 2)]
+        entries.append({"id": str(number), "prompt": prompt, "generations": images, "ranking": [3, 1, 2]})
+    shutil.copytree(data / "images", folder / "images")
+    (folder / "train.json").write_text(json.dumps(entries))
+    return folder / "train.json"
+
+
+def test_preferences(data: Path, tiny: list[str], tmp_path: Path) -> None:
+    file = write_choices(tmp_path, data)
+    out, report = tmp_path / "out", tmp_path / "report"
+    result = run("train", *tiny, "--data", f"imagereward:{file}", "--split", "group", "--epochs", "2", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(rf"{out}\ntest: the preferred image scores higher in [01]\.\d+ of 6 pairs\n", result.stdout)
+    evaluated = ["evaluate", "mst_clipiqa", "--data", f"imagereward:{file}", "--report", report, "--device", "cpu"]
+    assert "holds preferences" in only_error(run(*evaluated))
+    assert run(*evaluated, "--weights", out).exit_code == 0
+    pairs = read_imagereward(file)
+    scorer = Scorer(create_reward("mst_clipiqa", weights=out))
+    better, worse = (scorer.score(list(side), list(pairs.prompts)) for side in (pairs.better, pairs.worse))
+    with (report / "table.csv").open(newline="") as table:
+        shares = {row["score"]: float(row["share"]) for row in csv.DictReader(table)}
+    for aspect, share in shares.items():
+        first, second = getattr(better, aspect), getattr(worse, aspect)
+        assert share == pytest.approx(((first > second) + 0.5 * (first == second)).float().mean().item())
+    assert list(shares) == ["total", "quality", "correspondence"]
+
+
+# --------------------------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_writes_tables_and_plots_and_computes_nothing_twice(
+    data: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "report"
+    protocol = ["--data", f"agiqa3k:{data}", "--seeds", "2", "--ablation-seeds", "1", "--epochs", "1"]
+    arguments = ["evaluate", *tiny, *protocol, "--report", str(folder)]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (folder / "table.md").read_text()
+    ours, published = result.stdout.split("### AGIQA-3K: as published")
+    assert "gate -> mean" in ours
+    assert "SC-AGIQA" in published
+    assert "SC-AGIQA" not in ours
+    for name in ("quality.png", "correspondence.png", "srcc.png"):
+        with Image.open(folder / name) as plot:
+            assert plot.width == 1280
+    with (folder / "table.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert {(row["seed"], row["predictor"]) for row in rows} >= {("0", "model"), ("1", "model"), ("0", "gate -> mean")}
+    assert ("1", "gate -> mean") not in {(row["seed"], row["predictor"]) for row in rows}
+    images = read_agiqa3k(data)
+    for seed in (0, 1):
+        with np.load(folder / f"seed{seed}.npz") as first:
+            test = split_rows(images, mode="group", seed=seed).test
+            assert first["rows"].tolist() == test.tolist()
+            (row,) = (r for r in rows if (r["seed"], r["predictor"], r["task"]) == (str(seed), "model", "quality"))
+            expected = spearmanr(first["quality"], images.quality[test]).statistic
+            assert float(row["srcc"]) == pytest.approx(expected, abs=1e-6)
+
+    before = contents(folder)
+    again = run(*arguments, "--cache", tmp_path / "unused")
+    assert (again.exit_code, again.stdout) == (0, result.stdout)
+    assert not (tmp_path / "unused").exists()
+    assert contents(folder)["report.json"] == before["report.json"]
+    assert "another --seeds" in only_error(run(*arguments, "--seeds", "3"))
+    assert "another --set" in only_error(run(*arguments, "--set", "hidden=16"))
+    report = ProtocolReport.load(folder / "report.json")
+    partly = ProtocolReport(
+        title=report.title, protocol=report.protocol, scores=[s for s in report.scores if not s.seed]
+    )
+    partly.save(folder / "report.json")
+    assert run(*arguments).stdout == result.stdout
+    assert contents(folder)["table.csv"][0] == before["table.csv"][0]
+
+
+def test_evaluate_on_one_kind_of_score(data: Path, tiny: list[str], tmp_path: Path) -> None:
+    table = read_agiqa3k(data)
+    rows = zip(table.paths, table.prompts, table.generators, table.correspondence, strict=True)
+    cells = "".join(f"{path},{prompt},{generator},{score}\n" for path, prompt, generator, score in rows)
+    file = tmp_path / "scores.csv"
+    file.write_text("path,prompt,generator,correspondence\n" + cells)
+    parts = ["test"] * 12 + ["val"] * 6 + ["train"] * 30
+    assigned = zip(read_table(file).names, parts, strict=True)
+    (tmp_path / "split.csv").write_text("name,split\n" + "".join(f"{name},{part}\n" for name, part in assigned))
+    arguments = [
+        "evaluate",
+        *tiny,
+        "--data",
+        f"csv:{file}",
+        "--split",
+        f"csv:{tmp_path / 'split.csv'}",
+        "--epochs",
+        "1",
+    ]
+    arguments += ["--seeds", "1", "--ablation-seeds", "0", "--report", str(tmp_path / "report")]
+    for _ in range(2):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+        assert "12 test images" in result.stdout
+        assert "published" not in result.stdout
+    assert not (tmp_path / "report" / "quality.png").exists()
+    assert (tmp_path / "report" / "correspondence.png").exists()
+
+
+def test_evaluate_given_weights(data: Path, trained: tuple[Path, list[str], str], tmp_path: Path) -> None:
+    folder = shutil.copytree(data, tmp_path / "agiqa3k")
+    header, *rows = (folder / "data.csv").read_text().splitlines()
+    (folder / "data.csv").write_text("\n".join([header, *rows[:8]]) + "\n")
+    table = read_agiqa3k(folder)
+    table.paths[3].write_text("no image")
+    common = ["evaluate", "mst_clipiqa", "--data", f"agiqa3k:{folder}", "--device", "cpu", "--weights", trained[0]]
+    result = run(*common, "--report", tmp_path / "report")
+    assert result.exit_code == 1
+    assert f"error: {table.paths[3]}: " in result.stderr
+    assert "trained on AGIQA-3K" not in result.stderr
+    kept = np.array([row for row in range(len(table)) if row != 3])
+    scorer = Scorer(create_reward("mst_clipiqa", weights=trained[0]))
+    found = scorer.score([table.paths[row] for row in kept], [table.prompts[row] for row in kept])
+    with (tmp_path / "report" / "table.csv").open(newline="") as file:
+        measured = {row["task"]: row for row in csv.DictReader(file)}
+    for aspect in ("quality", "correspondence"):
+        expected = spearmanr(getattr(found, aspect), human(table, aspect, kept)).statistic
+        assert float(measured[aspect]["srcc"]) == pytest.approx(expected, abs=1e-6)
+        assert measured[aspect]["images"] == "7"
+    message = only_error(run(*common, "--report", tmp_path / "other", "--epochs", "3", "--seeds", "2"))
+    assert "--seeds, --epochs: with --weights nothing is trained" in message
+    embedded = run(
+        "evaluate", "compact", "--data", f"agiqa3k:{folder}", "--weights", "embedded", "--report", tmp_path / "c"
+    )
+    assert embedded.exit_code == 1
+    assert "warning: the embedded weights were trained on AGIQA-3K" in embedded.stderr
+
+
+# --------------------------------------------------------------------------------------------- usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "mst_clipqa", "DATA"], "did you mean 'mst_clipiqa'"),
+        (["train", "compact", "DATA"], "examples/train_compact"),
+        (["train", "mst_clipiqa", "--data", "agiqa33k:x"], "did you mean 'agiqa3k'"),
+        (["train", "mst_clipiqa", "--data", "COLUMN"], "no column mos_align"),
+        (["train", "mst_clipiqa"], "--data"),
+        (["train", "mst_clipiqa", "DATA", "--loss", "mes"], "loss: expected one of mse"),
+        (["train", "mst_clipiqa", "DATA", "--epochs", "0"], "epochs: expected an integer of at least 1"),
+        (["train", "mst_clipiqa", "DATA", "--learning-rate", "nan"], "learning_rate: expected"),
+        (
+            ["train", "mst_clipiqa", "DATA", "--split", "csv"],
+            "--split: expected whole, group, random_image or csv:FILE",
+        ),
+        (["train", "mst_clipiqa", "DATA", "--split", "csv:no.csv"], "--split: expected a CSV file .* found none"),
+        (["train", "mst_clipiqa", "DATA", "--set", "width"], "--set: expected KEY=VALUE"),
+        (["train", "mst_clipiqa", "DATA", "--set", "width=1", "--set", "width=2"], "--set: got width twice"),
+        (["train", "TINY", "DATA", "--set", "widht=8"], "settings: .*'widht'"),
+        (["train", "TINY", "DATA", "--set", "fusion=sum"], "fusion: expected"),
+        (["train", "mst_clipiqa", "DATA", "--tower", "clip=ViT-B-32:openai"], "as coarse or fine, got 'clip'"),
+        (["train", "mst_clipiqa", "DATA", "--tower", "coarse=ViT-B-32"], "random weights"),
+        (["train", "sc_agiqa", "DATA", "--tower", "vision=ViT-B-32:openai"], "nowhere, got 'vision'"),
+        (["train", "mst_clipiqa", "DATA", "--preset", "papers"], "'--preset'"),
+        (["train", "mst_clipiqa", "DATA", "--preset", "paper", "--init", "embedded"], "init: .* neither preset nor"),
+        (["train", "mst_clipiqa", "DATA", "--init", "no/folder/here"], "weights: expected a folder"),
+        (["train", "mst_clipiqa", "DATA", "--hub-id", "name"], "--hub-id: expected owner/name"),
+        (["train", "mst_clipiqa", "DATA", "--device", "nowhere"], "--device: cannot compute on 'nowhere'"),
+        (["train", "TINY", "DATA", "--out", "DATA.CSV"], "--out: expected a folder"),
+        (["evaluate", "mst_clipqa", "DATA"], "did you mean 'mst_clipiqa'"),
+        (["evaluate", "mst_clipiqa", "DATA", "--split", "whole"], "--split: expected group, random_image or csv:FILE"),
+        (["evaluate", "mst_clipiqa", "DATA", "--seeds", "2", "--ablation-seeds", "3"], "at most --seeds 2"),
+        (["evaluate", "mst_clipiqa", "DATA", "--weights", "no/folder/here"], "weights: expected a folder"),
+        (["score", "DATA.CSV", "--scenario", "poster"], "only cpa_iqa has scenarios"),
+        (["score", "DATA.CSV", "--zero-shot"], "zero_shot"),
+        (["scenarios", "--preferences", "no.json"], "--preferences: cannot read"),
+    ],
+)
+def test_usage_errors(
+    data: Path,
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    misnamed = tmp_path / "misnamed"
+    (misnamed / "images").mkdir(parents=True)
+    (misnamed / "data.csv").write_text((data / "data.csv").read_text().replace("mos_align", "align", 1))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    stand_ins = {"DATA": ["--data", f"agiqa3k:{data}"], "COLUMN": [f"agiqa3k:{misnamed}"], "TINY": tiny}
+    stand_ins["DATA.CSV"] = [str(data / "data.csv")]
+    full = [part for argument in arguments for part in stand_ins.get(argument, [argument])]
+    assert re.search(message, only_error(run(*full)))
+    assert not list(work.iterdir())
+
+
+# --------------------------------------------------------------------------------------------- scenarios, zero shot
+
+
+def test_scenarios_are_listed(tmp_path: Path) -> None:
+    shipped = run("scenarios", "--format", "jsonl")
+    assert shipped.exit_code == 0
+    rows = lines(shipped.stdout)
+    assert "general" in [row["scenario"] for row in rows]
+    assert all(row[name] == pytest.approx(0.2) for row in rows for name in row if name != "scenario")
+    assert "uniform" in shipped.stderr
+    own = {"print": dict.fromkeys(("global", "local", "implicit", "distortion"), 0.0) | {"low_level": np.log(4)}}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    listed = run("scenarios", "--preferences", tmp_path / "own.json", "--format", "jsonl")
+    (row,) = lines(listed.stdout)
+    assert listed.stderr == ""
+    assert row["low_level"] == pytest.approx(0.5)
+    assert row["global"] == pytest.approx(0.125)
+    table = run("scenarios", "--preferences", tmp_path / "own.json").stdout.splitlines()
+    assert table[0].split() == ["scenario", "global", "local", "implicit", "distortion", "low_level"]
+    assert table[2].split() == ["print", "0.1250", "0.1250", "0.1250", "0.1250", "0.5000"]
+
+
+def test_scores_for_a_scenario(data: Path, clip: str, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cpa"
+    options = ["--tower", f"clip={clip}", "--cache", cache, "--device", "cpu", "--epochs", "1", "--out", out]
+    assert run("train", "cpa_iqa", "--data", f"agiqa3k:{data}", *options).exit_code == 0
+    own = {"strict": [0, 0, 0, 5, 0], "soft": [0, 0, 0, 0, 5]}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    images = sorted(str(path) for path in (data / "images").iterdir())[:4]
+    common = ["--reward", "cpa_iqa", "--weights", out, "--device", "cpu", "--prompt", PROMPTS[0], "--format", "jsonl"]
+    common += ["--preferences", tmp_path / "own.json"]
+    scores = {}
+    for scenario in own:
+        rows = lines(run("score", *images, *common, "--scenario", scenario).stdout)
+        reward = create_reward("cpa_iqa", weights=out, scenario=scenario, preferences=tmp_path / "own.json")
+        expected = Scorer(reward).score(images, PROMPTS[0])
+        assert [row["quality"] for row in rows] == pytest.approx(expected.quality.tolist(), abs=1e-5)
+        scores[scenario] = [row["quality"] for row in rows]
+    assert scores["strict"] != pytest.approx(scores["soft"], abs=1e-3)
+    assert "none called 'poster'" in only_error(run("score", *images, *common, "--scenario", "poster"))
+
+
+def test_zero_shot(data: Path) -> None:
+    images = sorted(str(path) for path in (data / "images").iterdir())[:2]
+    rows = lines(
+        run("rank", *images, "--reward", "tsp_mgs", "--zero-shot", "--device", "cpu", "--format", "jsonl").stdout
+    )
+    expected = Scorer(create_reward("tsp_mgs", zero_shot=True)).score([row["path"] for row in rows])
+    assert [row["total"] for row in rows] == pytest.approx(expected.total.tolist(), abs=1e-5)
+    assert sorted(row["path"] for row in rows) == images
