@@ -236,7 +236,7 @@ def test_a_recipe_that_trains_nothing_is_refused() -> None:
     assert Recipe(loss="none", rank_weight=1.0).rank_weight == 1.0
 
 
-PAPERS = {  # as SYSTEMS.md lists them; what no source gives is not held here
+PAPERS = {  # as the papers list them; what no source gives is not held here
     "mst_clipiqa": {"loss": "mse", "rank_weight": 1.0, "margin": 0.1, "epochs": 20, "train_towers": False},
     "tsp_mgs": {
         "loss": "mae",

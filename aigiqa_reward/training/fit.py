@@ -29,6 +29,7 @@ from aigiqa_reward.training.steps import (
     finite,
     freeze_statistics,
     other_prompts,
+    prompts_of,
     rate,
     some_rows,
 )
@@ -158,6 +159,7 @@ class _Run:
         optimizer = kinds[recipe.optimizer](parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.scoring, self.optimizer = self.accelerator.prepare(Scoring(model), optimizer)
         self.prompts = None if recipe.train_towers else encode(model, task.prompts)
+        self.wrong = prompts_of(self.prompts, task.rows(self.train))
         self.average = WeightAverage(model, recipe.ema)
         self.settings = checkpoints.settings_of(model, task, self.train, self.validation, asdict(recipe), seed)
         self.epoch, self.best_epoch, self.best = 0, 0, -math.inf
@@ -217,8 +219,9 @@ class _Run:
         texts = self.prompts or encode(self.model, [self.task.prompts[row] for row in rows], train=True)
         index = texts.index[torch.from_numpy(rows)] if self.prompts is not None else texts.index
         wrong = None
-        if recipe.mismatch_weight and len(texts.texts) > 1:
-            wrong = other_prompts(index, len(texts.texts), rng)
+        allowed = np.unique(index.cpu().numpy()) if self.wrong is None else self.wrong
+        if recipe.mismatch_weight and len(allowed) > 1:
+            wrong = other_prompts(index, allowed, rng)
         quality, correspondence, other, penalty = self.scoring(seen, context, texts.tensors, index, wrong)
         loss = self.task.loss((quality, correspondence), examples, recipe) + penalty
         if other is not None and correspondence is not None:

@@ -15,6 +15,7 @@ from aigiqa_reward.evaluation.correlation import MIN_ROWS
 from aigiqa_reward.models.base import TrainedModel
 from aigiqa_reward.training.recipes import Recipe
 from aigiqa_reward.training.tasks import ScoreTask, Task
+from aigiqa_reward.types import PromptFeatures
 
 
 class RunningSRCC:
@@ -75,10 +76,20 @@ def some_rows(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(distinct, min(len(distinct), count), replace=False))
 
 
-def other_prompts(index: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """For each row one of the `count` prompts that is not its own."""
-    shift = torch.from_numpy(rng.integers(1, count, size=len(index)))
-    return (index + shift.to(index.device)) % count
+def prompts_of(prompts: PromptFeatures | None, rows: np.ndarray) -> np.ndarray | None:
+    """Numbers of the prompts that these rows have, ascending.
+
+    Wrong prompts are drawn from those of the training part: what is held out must not be seen, not even as text.
+    """
+    return None if prompts is None else np.unique(prompts.index.cpu().numpy()[rows])
+
+
+def other_prompts(index: Tensor, allowed: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """For each row a prompt that is not its own, of those `allowed`: the training part's, at least two."""
+    own = index.cpu().numpy()
+    place = np.searchsorted(allowed, own)  # every row's own prompt is among them
+    shift = rng.integers(1, len(allowed), size=len(own))
+    return torch.from_numpy(allowed[(place + shift) % len(allowed)]).to(index.device)
 
 
 def choose_weights(model: TrainedModel, *, towers: bool) -> None:
