@@ -254,31 +254,22 @@ def test_unknown_scenarios_and_settings_say_what_there_is(clip: OpenCLIPEncoder)
     assert set(UNIFORM.values()) == {(0.0,) * 5}, "nothing is claimed to be calibrated"
 
 
-def test_preferences_are_read_by_name_in_any_order(tmp_path: Path) -> None:
-    rows = {name: dict(zip(COMPONENTS[::-1], row[::-1], strict=True)) for name, row in list(MATRIX.items())[::-1]}
-    (tmp_path / "m.json").write_text(json.dumps(rows))
-    read = Preferences.load(tmp_path / "m.json")
-    assert read == MATRIX
-    assert hash(read) == hash(MATRIX)
-    assert read.matrix() == MATRIX.matrix()
+def test_unused_regions_change_nothing(clip: OpenCLIPEncoder, images: Tensor) -> None:
+    masks = torch.zeros(1, 3, 64, 64)
+    masks[0, 0, :32], masks[0, 1, 32:, :32], masks[0, 2, 16:48] = 1, 1, 1
+    padded = torch.cat([masks, torch.zeros(1, 13, 64, 64)], dim=1)
+    few, many = (build(clip, segmenter=Masks(found)).double() for found in (masks, padded))
+    features = few.encode_prompts(PROMPTS)
+    first, second = (model(images, features).correspondence for model in (few, many))
+    assert torch.allclose(first, second, atol=1e-12)
+    nothing = build(clip, segmenter=Masks(torch.zeros(1, 4, 64, 64))).double()(images, features)
+    assert torch.isfinite(nothing.correspondence).all()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"preferences: cannot read .*m\.json' as JSON"),
-        ("{", r"preferences: cannot read .*m\.json' as JSON"),
-        ("[1, 2]", "preferences: expected an object of scenarios in .*, got list"),
-        ("{}", "preferences: expected at least one scenario, got none"),
-        ('{"poster": [1, 2, 3]}', "scenario 'poster' needs 5 finite weights"),
-        ('{"poster": [1, 2, 3, 4, NaN]}', "scenario 'poster' needs 5 finite weights"),
-        ('{"poster": {"global": 1}}', r"scenario 'poster' has the weights \['global'\], expected"),
-        ('{"poster": ["a", 2, 3, 4, 5]}', "scenario 'poster' has weights that are not numbers"),
-        ('{"poster": 7}', "scenario 'poster' has weights that are not numbers: 7"),
-    ],
-)
-def test_files_that_hold_no_matrix_are_refused(content: str | None, message: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "m.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        Preferences.load(tmp_path / "m.json")
+def test_extreme_preferences_leave_every_score_finite(clip: OpenCLIPEncoder, images: Tensor) -> None:
+    extreme = Preferences({"one": (200.0, 0.0, 0.0, 0.0, 0.0), "two": (0.0, 0.0, 0.0, 300.0, 0.0)})
+    for scenario in extreme:
+        model = build(clip, preferences=extreme, scenario=scenario).float()
+        output = model(images.float(), model.encode_prompts(PROMPTS))
+        for scores in (output.quality, output.correspondence, output.details["score"]):
+            assert torch.isfinite(scores).all()

@@ -165,7 +165,7 @@ class TimmEncoder(nn.Module):
 
     def observe(
         self, images: Images, blocks: Sequence[int]
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch joined rows columns"]]:
+    ) -> tuple[Float[Tensor, "batch channels rows columns"], Float[Tensor, "batch joined some_rows some_columns"]]:
         """The last feature map of a convolutional model, as calling it gives, and `levels` of it, in one pass."""
         inputs = self._inputs(images)
         last, maps = self.trunk.forward_intermediates(inputs, indices=self._taken(blocks))

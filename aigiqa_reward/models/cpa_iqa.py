@@ -12,7 +12,8 @@ that of s_d and s_low; `details["score"]` is Q, `details["components"]` all five
 
 Source: CPA-IQA, whose equations are lost in the available text; nearly all of the above is our inference, and so are
 six of the twelve distortions (see `DISTORTIONS`). The maps are learned from whole-image scores alone: a map shows where
-the model finds what lowers its score, and its name is an intention, not a measurement. Without a segmenter the regions
+the model finds what lowers its score, and its name is an intention, not a measurement. A region's embedding is the mean
+of the joint map under its mask, where the text encodes softly masked crops. Without a segmenter the regions
 are a regular grid, without a language model the attributes are the prompt's noun phrases; `details` says so.
 """
 
@@ -94,11 +95,12 @@ class CPAIQAConfig:
         self.preferences.row(self.scenario)
 
 
-def smooth_maximum(values: Tensor, dim: int) -> Tensor:
-    """logsumexp(s x) / s - log(n) / s over a dimension of n: between the mean and the maximum."""
-    return (
-        (SHARPNESS * values).logsumexp(dim=dim) - torch.tensor(float(values.shape[dim])).log().to(values)
-    ) / SHARPNESS
+def smooth_maximum(values: Tensor, dim: int, used: Tensor | None = None) -> Tensor:
+    """(logsumexp(s x) - log n) / s over the n entries of a dimension that are used: between their mean and maximum."""
+    if used is None:
+        used = torch.ones_like(values, dtype=torch.bool)
+    count = used.sum(dim=dim).to(values.dtype)
+    return ((SHARPNESS * values).masked_fill(~used, -torch.inf).logsumexp(dim=dim) - count.log()) / SHARPNESS
 
 
 class CPAHead(FullPrecision):
@@ -137,6 +139,7 @@ class CPAIQA(TrainedModel):
     """
 
     name = "cpa_iqa"
+    context_names = ("regions",)
     look_settings = ("side",)
 
     def __init__(
@@ -224,19 +227,19 @@ class CPAIQA(TrainedModel):
         distortion = torch.sigmoid(self.head.tolerance - (F.softplus(self.head.impact) * severity).sum(dim=1))
         statistics = torch.cat([tokens.mean(dim=(2, 3)), tokens.std(dim=(2, 3), unbiased=False)], dim=1)
         low_level = torch.sigmoid(self.head.low_level(statistics))[:, 0]
-        weights = self.head.preferences[self.config.preferences.row(self.config.scenario)].softmax(dim=0)
+        logits = self.head.preferences[self.config.preferences.row(self.config.scenario)]
+        counted = [i for i, name in enumerate(COMPONENTS[:3]) if name in self.config.tiers]
         details = {"severity": severity, "distortion_maps": torch.sigmoid(maps)}
-        quality = (weights[3] * distortion + weights[4] * low_level) / (weights[3] + weights[4])
+        fidelity = torch.stack([distortion, low_level], dim=1)
+        quality = (fidelity * logits[3:].softmax(dim=0)).sum(dim=1)
         if prompts is None:
             return ModelOutput(quality=quality, correspondence=None, details=details)
         tiers = self._tiers(seen, prompts, context)
-        counted = torch.stack([weights[i] for i, name in enumerate(COMPONENTS[:3]) if name in self.config.tiers])
-        aligned = torch.stack([tiers[name] for name in COMPONENTS[:3] if name in self.config.tiers], dim=1)
-        correspondence = (aligned * counted).sum(dim=1) / counted.sum()
-        details["components"] = torch.stack([*tiers.values(), distortion, low_level], dim=1)
-        shares = torch.cat([counted, weights[3:]])
-        components = torch.cat([aligned, distortion[:, None], low_level[:, None]], dim=1)
-        details["score"] = 100 * (components * shares).sum(dim=1) / shares.sum()
+        aligned = torch.stack([tiers[COMPONENTS[i]] for i in counted], dim=1)
+        correspondence = (aligned * logits[counted].softmax(dim=0)).sum(dim=1)
+        details["components"] = torch.cat([torch.stack(list(tiers.values()), dim=1), fidelity], dim=1)
+        shares = logits[[*counted, 3, 4]].softmax(dim=0)
+        details["score"] = 100 * (torch.cat([aligned, fidelity], dim=1) * shares).sum(dim=1)
         batch, regions = len(quality), context is not None and "regions" in context
         details["substitute_regions"] = torch.full((batch,), not regions, device=quality.device)
         details["substitute_attributes"] = torch.full((batch,), self.attributes is None, device=quality.device)
@@ -249,9 +252,9 @@ class CPAIQA(TrainedModel):
         text = prompts.rows("pooled").to(places.dtype)
         phrases, latent = (prompts.rows(name).to(places.dtype) for name in ("phrases", "attributes"))
         cosine = F.cosine_similarity(image, text, dim=1)
-        regions = self._regions(places, None if context is None else context.get("regions"))
+        regions, used = self._regions(places, None if context is None else context.get("regions"))
         local = F.normalize(regions, dim=-1) @ F.normalize(phrases, dim=-1).transpose(1, 2)  # (B, R, k)
-        best = _mean_where(smooth_maximum(local, dim=1), prompts.rows("phrases_mask"))
+        best = _mean_where(smooth_maximum(local, 1, used[..., None].expand_as(local)), prompts.rows("phrases_mask"))
         v, t = F.normalize(image, dim=1)[:, None].expand_as(latent), F.normalize(latent, dim=-1)
         present = torch.sigmoid(head.implicit(torch.cat([v, t, v * t * v.shape[-1] ** 0.5], dim=-1)))[..., 0]
         slope, offset = head.slopes, head.offsets
@@ -261,14 +264,19 @@ class CPAIQA(TrainedModel):
             "implicit": _mean_where(present, prompts.rows("attributes_mask")),
         }
 
-    def _regions(self, places: Tensor, masks: Tensor | None) -> Tensor:
-        """Embeddings of regions (B, R, d): mask-weighted means of the map, or its cells on a regular grid."""
+    def _regions(self, places: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embeddings of regions (B, R, d), means of the map under masks or cells of a grid; and which are used (B, R).
+
+        Of an image without any region all places count, whose embedding, and cosine to anything, is 0.
+        """
         if masks is None:
             grid = min(self.config.grid, places.shape[2]), min(self.config.grid, places.shape[3])
-            return F.adaptive_avg_pool2d(places, grid).flatten(2).transpose(1, 2)
+            cells = F.adaptive_avg_pool2d(places, grid).flatten(2).transpose(1, 2)
+            return cells, torch.ones(cells.shape[:2], dtype=torch.bool, device=cells.device)
         weights = F.adaptive_avg_pool2d(masks.to(places), (places.shape[2], places.shape[3])).flatten(2)
-        # An unused region is all zeros; its embedding is too, and so is its cosine to anything.
-        return weights @ places.flatten(2).transpose(1, 2) / weights.sum(dim=2, keepdim=True).clamp_min(1e-6)
+        used = weights.sum(dim=2) > 0
+        regions = weights @ places.flatten(2).transpose(1, 2) / weights.sum(dim=2, keepdim=True).clamp_min(1e-6)
+        return regions, used | ~used.any(dim=1, keepdim=True)
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
