@@ -15,6 +15,7 @@ from aigiqa_reward.models.base import (
     FullPrecision,
     ModelSpec,
     QualityModel,
+    check_context,
     check_prompts,
     warn_ignored_context,
 )
@@ -138,8 +139,10 @@ class Reward(nn.Module, ModelHubMixin):
             raise ValueError(
                 f"images: are on {images.device}, the reward is on {self.device}; move one with .to(device)"
             )
-        if context is not None and type(self.model).prepare is QualityModel.prepare:
+        if context is not None and not self.model.context_names:
             warn_ignored_context(self.name)
+        elif context is not None:
+            check_context(context, self.model.context_names, len(images))
         raw = self.model(self._working(images), self._features(images, prompts), context)
         quality = self.calibration(raw.quality, "quality")
         if raw.correspondence is None:

@@ -52,6 +52,8 @@ def test_smooth_maximum_of_equal_and_of_repeated_values() -> None:
     assert torch.allclose(smooth_maximum(values[:, :1].expand(-1, 4), dim=1), values[:, 0])
     assert torch.allclose(smooth_maximum(values, dim=1), smooth_maximum(values.repeat(1, 3), dim=1))
     assert torch.allclose(smooth_maximum(values, dim=1), smooth_maximum(values.T, dim=0))
+    used = torch.tensor([True, False, True]).expand(5, -1)
+    assert torch.allclose(smooth_maximum(values, 1, used), smooth_maximum(values[:, ::2], dim=1))
     far = torch.tensor([[0.0, 0.0, 100.0]], dtype=torch.float64)  # a clear winner: the maximum less log(n) / s
     assert torch.allclose(smooth_maximum(far, dim=1), torch.tensor(100 - np.log(3) / 10))
 

@@ -219,9 +219,11 @@ def test_without_a_matcher_there_is_no_correspondence(towers: dict[str, Any], im
 def test_towers_of_no_substitute_say_what_is_missing(
     roles: tuple[str, ...], towers: dict[str, Any], images: Tensor
 ) -> None:
-    model = build({role: towers[role] for role in roles}, semantics_width=8)
-    with pytest.raises(ValueError, match=r"ma_agiqa without a multimodal model.*Assistants\(semantics=LMMSemantics"):
-        model.prepare(images, None)
+    chosen = {role: towers[role] for role in roles}
+    with pytest.raises(ValueError, match=r"needs a multimodal model.*Assistants\(semantics=LMMSemantics"):
+        build(chosen, semantics_width=8)  # before any tower is loaded
+    model = build(chosen, Colours())
+    model.semantics = None
     with pytest.raises(ValueError, match="without a multimodal model"):
         model(images, None)
 

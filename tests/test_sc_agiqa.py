@@ -31,7 +31,7 @@ from aigiqa_reward.zoo.specs import get_spec
 
 PROMPTS = ["a cat", "a castle in the clouds above a very long and winding river at dusk", "two red apples"]
 SAID = "A red cube on a green floor."
-SMALL: dict[str, Any] = {"width": 16, "heads": 4, "crops": 2, "short_side": 64, "dropout": 0.0}
+SMALL: dict[str, Any] = {"width": 16, "heads": 4, "crops": 2, "short_side": 64, "prompt_in_quality": False}
 
 
 # ------------------------------------------------------------------------------------------------ visibility

@@ -15,7 +15,7 @@ from aigiqa_reward.assistants import Assistants
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 from aigiqa_reward.models.blocks import expected_level, level_probabilities
 from aigiqa_reward.weights import ASSETS, WeightsError, sha256
-from aigiqa_reward.zoo import SYSTEMS, get_spec
+from aigiqa_reward.zoo import SYSTEMS, build_model, get_spec
 from aigiqa_reward.zoo.embedded import COMPACT_FILES, build_compact, load_embedded
 from aigiqa_reward.zoo.specs import TOWER_FILES
 
@@ -56,7 +56,6 @@ def test_arguments_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         ({"name": "tsp_mgs", "scenario": "poster"}, "only cpa_iqa has scenarios"),
         ({"name": "cpa_iqa", "scenario": "postr"}, "none called 'postr'.*poster"),
         ({"name": "cpa_iqa", "preferences": tmp_path / "none.json"}, "cannot read.*none.json"),
-        ({"name": "tsp_mgs", "assistants": Assistants(captioner=Described())}, "can use none, got captioner"),
         ({"name": "tsp_mgs", "encoder": encoder}, "random weights"),
         ({"name": "tsp_mgs", "encoder": encoder, "preset": "paper"}, "pass one of them"),
     ):
@@ -120,7 +119,8 @@ def test_zero_shot_runs_on_the_compact_towers_too() -> None:
 
 
 def test_an_assistant_that_a_reward_was_trained_with_is_asked_for(tmp_path: Path) -> None:
-    described = create_reward("sc_agiqa", assistants=Assistants(captioner=Described()))
+    with pytest.warns(UserWarning, match="embedded head"):
+        described = create_reward("sc_agiqa", assistants=Assistants(captioner=Described()))
     described.save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=r"trained with a captioner.*assistants=Assistants\(captioner=\.\.\.\)"):
         create_reward("sc_agiqa", weights=tmp_path)
@@ -195,3 +195,27 @@ def test_levels_follow_the_equations_of_the_paper() -> None:
         weights = torch.tensor([100 * cosine for cosine in cosines], dtype=torch.float64).exp()
         assert torch.allclose(got[row].double(), weights / weights.sum(), atol=1e-4)
     assert torch.allclose(expected_level(torch.eye(5)), torch.tensor([0.0, 1.25, 2.5, 3.75, 5.0]))
+
+
+def test_an_assistant_without_a_place_is_refused() -> None:
+    with pytest.raises(ValueError, match="tsp_mgs can use none, got captioner"):
+        build_model("tsp_mgs", assistants=Assistants(captioner=Described()))
+
+
+def test_a_context_that_prepare_did_not_return_is_refused() -> None:
+    reward = create_reward("cpa_iqa")
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = ["a cat", "a dog", "a bird"]
+    with pytest.raises(ValueError, match=r"'regions' has shape \(1, 4, 8, 8\) for 3 images.*reward\.prepare"):
+        reward(images, prompts, context={"regions": torch.ones(1, 4, 8, 8)})
+    with pytest.raises(ValueError, match=r"expected some of regions, got \['captions'\]"):
+        reward(images, prompts, context={"captions": torch.ones(3, 1)})
+    with pytest.raises(TypeError, match=r"prepare\(images, prompts\) returned, got str"):
+        reward(images, prompts, context="abc")  # type: ignore[arg-type]
+
+
+def test_an_embedded_head_says_that_it_knows_no_assistant() -> None:
+    with pytest.warns(UserWarning, match="sc_agiqa's embedded head was trained with the offline substitutes"):
+        create_reward("sc_agiqa", assistants=Assistants(captioner=Described()))
+    with pytest.raises(TypeError, match="expected Assistants"):
+        create_reward("sc_agiqa", assistants={"captioner": Described()})  # type: ignore[arg-type]

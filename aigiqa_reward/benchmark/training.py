@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from aigiqa_reward.assistants import Assistants
-    from aigiqa_reward.zoo.build import TowerConfig
+    from aigiqa_reward.zoo.published import TowerConfig
 
 DEFAULT_CACHE = Path("~/.cache/aigiqa-reward/features").expanduser()
 """Where features are kept unless another folder is given."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from aigiqa_reward.benchmark import TrainingPlan
     from aigiqa_reward.datasets import PreferencePairs, ScoredImages
-    from aigiqa_reward.zoo.build import TowerConfig
+    from aigiqa_reward.zoo.published import TowerConfig
 
 _OPEN_CLIP_ROLES = {
     "mst_clipiqa": ("coarse", "fine"),

@@ -53,11 +53,13 @@ class QualityModel(nn.Module, ABC):
     """A quality model: images and encoded prompts in, raw quality and correspondence out.
 
     A subclass gives `name`, `encode_texts` and `forward`; one whose scores need prompts for quality as well sets
-    `needs_prompts`. Row i of the output may depend on image i and prompt i only.
+    `needs_prompts`; one with assistants lists in `context_names` what `prepare` returns. Row i of the output may depend
+    on image i and prompt i only.
     """
 
     name: str
     needs_prompts: bool = False
+    context_names: tuple[str, ...] = ()
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -230,6 +232,27 @@ class ModelSpec:
     weights: str
     megabytes: float
     sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_context(context: object, names: tuple[str, ...], batch: int) -> None:
+    """Refuse what `prepare` cannot have returned for this many images.
+
+    Raises:
+        TypeError: not a mapping of tensors.
+        ValueError: unknown names, or rows for another number of images.
+    """
+    if not isinstance(context, Mapping) or not all(isinstance(value, Tensor) for value in context.values()):
+        raise TypeError(
+            f"context: expected what reward.prepare(images, prompts) returned, got {type(context).__name__}"
+        )
+    if unknown := sorted(set(context) - set(names)):
+        raise ValueError(f"context: expected some of {', '.join(names)}, got {unknown}; prepare it with this reward")
+    for name, value in context.items():
+        if value.ndim == 0 or len(value) != batch:
+            raise ValueError(
+                f"context: {name!r} has shape {tuple(value.shape)} for {batch} images; expected a row for each: "
+                "call reward.prepare with these images"
+            )
 
 
 def warn_ignored_context(name: str) -> None:

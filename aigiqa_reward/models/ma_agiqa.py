@@ -51,9 +51,10 @@ class MAAGIQAConfig:
         semantics: "features", or "zeros" to measure what they are worth.
         crops: scored and averaged.
         train_crops: drawn at random for each image in training.
-        short_side: images smaller than this are enlarged before cropping, in px.
+        short_side: images smaller than this are looked at as if enlarged to it, in px.
         resolution: larger ones are scaled down to this short side first; None crops at native resolution.
         dropout: in the head and the fusion.
+        smooth: softplus in place of the score branch's relu, which leaves images without a gradient. Ours.
     """
 
     width: int = 768
@@ -67,6 +68,7 @@ class MAAGIQAConfig:
     short_side: int = 224
     resolution: int | None = None
     dropout: float = 0.1
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "window", "semantics_width", "crops", "train_crops", "short_side"):
@@ -115,6 +117,7 @@ class MAHead(FullPrecision):
             window=config.window,
             scale=config.swin_scale,
             dropout=config.dropout,
+            smooth=config.smooth,
         )
         places, two = side * side, [config.semantics_width] * 2
         self.semantics = Standardise(config.semantics_width)
@@ -135,6 +138,7 @@ class MAAGIQA(TrainedModel):
     """
 
     name = "ma_agiqa"
+    context_names = ("semantics", "substitute_semantics")
     crop_features = ("levels",)
     look_settings = ("crops", "short_side", "resolution")
 

@@ -55,7 +55,9 @@ class ManiqaHead(FullPrecision):
     """From a tower's maps to MA-AGIQA's quality feature f_1 = S * W, one number a place.
 
     maps -> transposed attention x 2 -> 1 x 1 to width -> Swin -> transposed attention x 2 -> 1 x 1 to width / 2
-    -> Swin; S = relu(MLP), W = sigmoid(MLP). In the paper 3072 channels of 28 x 28 places, width 768.
+    -> Swin; S = relu(MLP), W = sigmoid(MLP). With `smooth`, S = softplus(MLP): unlike the paper's it never leaves an
+    image without a gradient, which relu does where every place is 0. In the paper 3072 channels of 28 x 28 places,
+    width 768.
 
     Args:
         channels: of the maps.
@@ -65,13 +67,24 @@ class ManiqaHead(FullPrecision):
         window: of the Swin blocks, in places.
         scale: of the Swin blocks' contribution (0.1 in the source).
         dropout: in the score and weight branches.
+        smooth: softplus in place of relu.
     """
 
     def __init__(
-        self, channels: int, side: int, *, width: int, heads: int, window: int, scale: float, dropout: float
+        self,
+        channels: int,
+        side: int,
+        *,
+        width: int,
+        heads: int,
+        window: int,
+        scale: float,
+        dropout: float,
+        smooth: bool,
     ) -> None:
         super().__init__()
         places, half = side * side, width // 2
+        self.smooth = smooth
         self.standard = Standardise(channels, axis=-3)
         self.first = nn.Sequential(TransposedAttention(places), TransposedAttention(places))
         self.reduce = nn.Conv2d(channels, width, 1)
@@ -93,4 +106,5 @@ class ManiqaHead(FullPrecision):
         x = self.second(x).unflatten(2, (rows, -1))
         places = self.second_swin(self.halve(x)).flatten(2).transpose(1, 2)
         weight = torch.sigmoid(self.weight(places))[..., 0]
-        return F.relu(self.score(places))[..., 0] * weight, weight
+        score = F.softplus(self.score(places)) if self.smooth else F.relu(self.score(places))
+        return score[..., 0] * weight, weight

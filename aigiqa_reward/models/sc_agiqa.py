@@ -48,7 +48,7 @@ class SCAGIQAConfig:
         heads: of both cross-attentions.
         crops: scored and averaged.
         train_crops: drawn at random for each image in training.
-        short_side: images smaller than this are enlarged before cropping, in px.
+        short_side: images smaller than this are looked at as if enlarged to it, in px.
         resolution: larger ones are scaled down to this short side first; None crops at native resolution.
         frequency: "csf", "csf_detached" (no gradient through the spectrum), or "mean" (w = 1, to measure its worth).
         experts: of the regression; 1 measures what a mixture is worth.
@@ -138,6 +138,7 @@ class SCAGIQA(TrainedModel):
     """
 
     name = "sc_agiqa"
+    context_names = ("description", "description_mask")
     crop_features = ("levels", "weights")
     look_settings = ("crops", "short_side", "resolution")
 

@@ -125,22 +125,26 @@ def native_crops(
     resolution: int | None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "batch count 3 side side"]:
-    """Crops of `side` px once the short side is at least `short_side` and, where given, at most `resolution` px.
+    """Crops of `side` px of images whose short side is at least `short_side` and, where given, at most `resolution` px.
+
+    Of a smaller image the crops are taken first and enlarged then, which keeps a long thin one from filling the memory.
 
     Args:
         images: (B, 3, H, W).
         side: of the crops.
         count: how many.
-        short_side: smaller images are enlarged to it.
+        short_side: smaller images are looked at as if enlarged to it.
         resolution: larger ones are scaled down to it.
         generator: draws the places, the same for all images of the batch; None spaces them evenly.
     """
     if resolution is not None:
         images = pixels.reduce_to(images, resolution)
-    images = pixels.enlarge_to(images, short_side)
+    native = max(1, round(side * min(1, min(images.shape[2:]) / short_side)))
     if generator is None:
-        return pixels.even_crops(images, side, count)
-    return pixels.random_crops(images, side, count, generator=generator)
+        crops = pixels.even_crops(images, native, count)
+    else:
+        crops = pixels.random_crops(images, native, count, generator=generator)
+    return pixels.resize(crops.flatten(0, 1), (side, side)).unflatten(0, crops.shape[:2])
 
 
 class FixedTexts(nn.Module):
@@ -173,6 +177,6 @@ class FixedTexts(nn.Module):
         self.forget()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         self.forget()
-        super()._load_from_state_dict(*arguments)
+        super()._load_from_state_dict(*arguments, **keywords)

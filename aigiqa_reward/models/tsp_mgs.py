@@ -48,7 +48,7 @@ class TSPMGSConfig:
     Attributes:
         crops: crops scored beside the whole image.
         train_crops: drawn at random for each image in training.
-        short_side: images smaller than this are enlarged before cropping, in px.
+        short_side: images smaller than this are looked at as if enlarged to it, in px.
         resolution: larger ones are scaled down to this short side first; None crops at native resolution.
         levels: "five" level texts; or "one", the best level's alone, to measure what the levels are worth.
         perception: "adjectives" (five levels, the paper's best) or "antonyms" (two).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from aigiqa_reward.assistants import Assistants
     from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
     from aigiqa_reward.models.scenarios import Preferences
-    from aigiqa_reward.zoo.build import TowerConfig
+    from aigiqa_reward.zoo.published import TowerConfig
 
 __all__ = [
     "SPECS",
@@ -74,7 +75,7 @@ def create_reward(
         ValueError: unknown name or preset, arguments that do not go together, weights that are missing or altered.
     """
     spec = get_spec(name)
-    _check_types(dtype, revision, weights)
+    _check_types(dtype, revision, weights, zero_shot, assistants)
     settings = _scenario_settings(name, scenario, preferences)
     shares: dict[str, Any] = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
     if weights is not None:
@@ -95,7 +96,13 @@ def create_reward(
         raise ValueError(f"device: cannot use {str(device)!r} here ({reason}); pass 'cpu', or None") from error
 
 
-def _check_types(dtype: object, revision: str | None, weights: object) -> None:
+def _check_types(dtype: object, revision: str | None, weights: object, zero_shot: object, assistants: object) -> None:
+    from aigiqa_reward.assistants import Assistants
+
+    if not isinstance(zero_shot, bool):
+        raise TypeError(f"zero_shot: expected True or False, got {zero_shot!r}")
+    if assistants is not None and not isinstance(assistants, Assistants):
+        raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     if revision is not None and weights is None:
@@ -113,10 +120,13 @@ def _scenario_settings(
     from aigiqa_reward.models.scenarios import Preferences
 
     given: dict[str, Any] = {}
+    if preferences is not None and not isinstance(preferences, Mapping | str | os.PathLike):
+        raise TypeError(f"preferences: expected a matrix or the path of one, got {type(preferences).__name__}")
     if preferences is not None:
-        given["preferences"] = (
-            preferences if isinstance(preferences, Mapping) else Preferences.load(os.fspath(preferences))
-        )
+        matrix = Preferences(preferences) if isinstance(preferences, Mapping) else Preferences.load(preferences)
+        given["preferences"] = matrix
+        if scenario is None and len(matrix) == 1:
+            scenario = next(iter(matrix))
     if scenario is not None:
         given["scenario"] = scenario
     if given and name != "cpa_iqa":
@@ -150,12 +160,29 @@ def _build(
         if preset is not None and encoder is not None:
             raise ValueError("preset, encoder: 'paper' names the encoder already; pass one of them")
         towers: dict[str, TowerConfig] = {} if encoder is None else {"clip": encoder}
-        untrained = {"zero_shot": True, "adapter_rank": 0}
+        untrained = {"zero_shot": True, "adapter_rank": 0, "words_in_quality": False}
         return build_model(name, preset=preset, towers=towers, assistants=assistants, settings=untrained)
     if preset == "paper":
         raise ValueError(
             f"preset: {name} on the published towers has no trained head to load: its authors publish none that may be "
             f"used here. Train one with `aigiqa-reward train {name} --preset paper --data ...` and pass its folder as "
             "weights, or leave preset at None for the embedded weights"
+            + ("; ma_agiqa needs TrainingPlan(assistants=...) in Python" if name == "ma_agiqa" else "")
         )
+    if assistants is not None:
+        _warn_untrained(name, assistants)
     return load_embedded(name, assistants=assistants, settings=settings)
+
+
+def _warn_untrained(name: str, assistants: Assistants) -> None:
+    if name == "ma_agiqa" and assistants.semantics is not None:
+        raise ValueError(
+            "assistants: ma_agiqa's embedded head reads the offline substitute's features, not a multimodal model's; "
+            "train one with aigiqa_reward.benchmark.TrainingPlan(assistants=...) and pass it as weights"
+        )
+    warnings.warn(
+        f"assistants: {name}'s embedded head was trained with the offline substitutes and knows no others; train one "
+        "with aigiqa_reward.benchmark.TrainingPlan(assistants=...) before trusting its scores",
+        UserWarning,
+        stacklevel=4,
+    )

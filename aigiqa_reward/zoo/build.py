@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from aigiqa_reward.models.base import QualityModel
+from aigiqa_reward.zoo.published import published_towers
 
 if TYPE_CHECKING:
     from aigiqa_reward.assistants import Assistants
-    from aigiqa_reward.encoders.blip import BLIPConfig
-    from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-    from aigiqa_reward.encoders.timm_levels import TimmLevelsConfig
-
-    TowerConfig = OpenCLIPConfig | TimmLevelsConfig | BLIPConfig
+    from aigiqa_reward.zoo.published import TowerConfig
 
 MULTIMODAL_WIDTH = 1280
 """Width of the compact tower's two features that stand for a multimodal model's."""
@@ -28,14 +25,14 @@ class System:
 
     Attributes:
         embedded: settings of its configuration on the compact towers.
-        tower: the attribute of the model that holds the compact towers.
+        published: settings on other towers that differ from the configuration's defaults, as the paper has them.
         roles: names of its towers where they are not the compact ones.
         assistants: which assistants it can have.
         make: from configuration settings, towers by role (None: the compact ones) and assistants to the model.
     """
 
     embedded: Mapping[str, Any]
-    tower: str
+    published: Mapping[str, Any]
     roles: tuple[str, ...]
     assistants: tuple[str, ...]
     make: Callable[[Mapping[str, Any], Mapping[str, Any], Any], QualityModel]
@@ -95,21 +92,21 @@ def _cpa_iqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants:
 SYSTEMS: dict[str, System] = {
     "mst_clipiqa": System(
         embedded={"width": 256, "coarse_side": 256, "fine_side": 512, "anchor": True, "dropout": 0.3},
-        tower="coarse",
+        published={},
         roles=("coarse", "fine"),
         assistants=(),
         make=_mst_clipiqa,
     ),
     "tsp_mgs": System(
         embedded={"crops": 9, "train_crops": 4, "resolution": 512, "adapter_rank": 64},
-        tower="encoder",
+        published={"words_in_quality": True},
         roles=("clip",),
         assistants=(),
         make=_tsp_mgs,
     ),
     "sc_agiqa": System(
         embedded={"width": 128, "crops": 9, "train_crops": 2, "resolution": 512, "anchor": True, "dropout": 0.3},
-        tower="vision",
+        published={"prompt_in_quality": True},
         roles=("vision", "text"),
         assistants=("captioner",),
         make=_sc_agiqa,
@@ -118,54 +115,26 @@ SYSTEMS: dict[str, System] = {
         embedded={
             "width": 128,
             "window": 7,
+            "smooth": True,
             "semantics_width": MULTIMODAL_WIDTH,
             "crops": 9,
             "short_side": 512,
             "resolution": 512,
         },
-        tower="vision",
+        published={},
         roles=("vision", "matcher"),
         assistants=("semantics",),
         make=_ma_agiqa,
     ),
     "cpa_iqa": System(
         embedded={"side": 448},
-        tower="encoder",
+        published={},
         roles=("clip",),
         assistants=("segmenter", "attributes"),
         make=_cpa_iqa,
     ),
 }
 """The published systems. `compact`, which is not one of them, has a builder of its own."""
-
-
-def published_towers(name: str) -> dict[str, TowerConfig]:
-    """The towers of `preset="paper"`, by role."""
-    from aigiqa_reward.encoders.blip import BLIPConfig
-    from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-    from aigiqa_reward.encoders.timm import TimmConfig
-    from aigiqa_reward.encoders.timm_levels import TimmLevelsConfig
-
-    def clip(architecture: str) -> OpenCLIPConfig:
-        return OpenCLIPConfig(architecture=architecture, pretrained="openai")
-
-    def vit(architecture: str, blocks: tuple[int, ...]) -> TimmLevelsConfig:
-        half = (0.5, 0.5, 0.5)  # the statistics that timm's ViTs of the AugReg recipe were trained with
-        return TimmLevelsConfig(
-            tower=TimmConfig(architecture=architecture, mean=half, std=half, pretrained=True), blocks=blocks
-        )
-
-    table: dict[str, dict[str, TowerConfig]] = {
-        "mst_clipiqa": {"coarse": clip("ViT-B-32"), "fine": clip("ViT-B-16")},
-        "tsp_mgs": {"clip": clip("ViT-B-32")},
-        "sc_agiqa": {
-            "vision": vit("vit_base_patch16_224", (8, 9, 10, 11)),
-            "text": BLIPConfig(path_or_id="Salesforce/blip-itm-large-coco"),
-        },
-        "ma_agiqa": {"vision": vit("vit_base_patch8_224", (6, 7, 8, 9))},
-        "cpa_iqa": {"clip": clip("ViT-B-16")},
-    }
-    return table[name]
 
 
 def build_model(
@@ -203,6 +172,12 @@ def build_model(
         base = dict(system.embedded)
         loaded: dict[str, Any] = {system.roles[0]: load_compact_encoder()}
     else:
+        base = dict(system.published)
+        if name == "ma_agiqa" and chosen.semantics is None:
+            raise ValueError(
+                "assistants: ma_agiqa on other towers than the compact ones needs a multimodal model; pass "
+                "assistants=Assistants(semantics=LMMSemantics(...)) to build_model or TrainingPlan"
+            )
         wanted = (published_towers(name) if preset == "paper" else {}) | given
         loaded = {role: _load_tower(config) for role, config in wanted.items()}
         if system.roles[0] not in loaded:

@@ -86,12 +86,13 @@ SPECS: dict[str, ModelSpec] = {
         scale="[0, 1] on AGIQA-3K, 1 = its best human score; not clamped",
         input_size="9 crops of 224 px at 512 px short side, whole image at 256 x 256 px area",
         differentiable=True,
-        gradient_path="pixels through the image tower and MANIQA's head; the multimodal model's features fixed",
+        gradient_path="pixels through the image tower and MANIQA's head; the multimodal model's features, or what "
+        "stands for them, fixed",
         needs_prompt=False,
         weights="embedded; trained on AGIQA-3K on the compact towers",
         megabytes=30.1,
         sha256=TOWER_FILES
-        | {"ma_agiqa/model.safetensors": "98b364e6f58ee68259cd775c9c7d8ce0d568e78eda472882ee1b19fdaaddd3f4"},
+        | {"ma_agiqa/model.safetensors": "569c5e62a80456d868c2ac52d2a9f3d4583dd8ab188a9067e799a1493a43c927"},
     ),
     "cpa_iqa": ModelSpec(
         name="cpa_iqa",
