@@ -14,6 +14,9 @@ from aigiqa_reward.benchmark import ABLATIONS
 from aigiqa_reward.evaluation import OverSeeds, ProtocolReport, published_markdown
 from aigiqa_reward.zoo import SYSTEMS, get_spec
 
+SPLITS = 10
+"""Of the headline; a row of fewer says so."""
+
 MEASURES = {
     "SRCC": "srcc",
     "KRCC": "krcc",
@@ -37,7 +40,8 @@ def row(label: str, report: ProtocolReport, task: str, predictor: str) -> str | 
     for summary in report.summary():
         if (summary.task, summary.predictor) == (task, predictor):
             values = (cell(title, getattr(summary, measure)) for title, measure in MEASURES.items())
-            return f"| {label} | {' | '.join(values)} |"
+            fewer = f", {summary.srcc.count} splits" if summary.srcc.count < SPLITS else ""
+            return f"| {label}{fewer} | {' | '.join(values)} |"
     return None
 
 
@@ -55,10 +59,13 @@ def table(reports: dict[str, ProtocolReport], task: str) -> list[str]:
 GENERATOR = "generator's mean score"
 
 
-def ablations(reports: dict[str, ProtocolReport]) -> list[str]:
+def ablations(folder: Path, reports: dict[str, ProtocolReport]) -> list[str]:
     lines = ["| switched off | quality SRCC, change | correspondence SRCC, change |", "| --- | ---: | ---: |"]
     for name, report in reports.items():
-        for ablation in ABLATIONS[name]:
+        apart = folder / name / "ablations.json"  # where they were run apart from the headline
+        report = ProtocolReport.load(apart) if apart.is_file() else report
+        run = {score.predictor for score in report.scores}
+        for ablation in [ablation for ablation in ABLATIONS[name] if ablation in run]:
             changes = []
             for task in ("quality", "correspondence"):
                 change = report.difference(task, ablation, "model")
@@ -78,7 +85,7 @@ def main() -> None:
     print(f"AGIQA-3K, {next(iter(reports.values())).protocol}. Mean ± deviation over seeds (median).\n")
     for task in ("quality", "correspondence"):
         print("\n".join(table(reports, task)) + "\n")
-    print("\n".join(ablations(reports)) + "\n")
+    print("\n".join(ablations(folder, reports)) + "\n")
     print(published_markdown("AGIQA-3K"))
 
 
