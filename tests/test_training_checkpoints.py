@@ -82,7 +82,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Recipe, str, int]] = {
     "average": ("mst_clipiqa", {}, replace(QUICK, ema=0.9, optimizer="adam", rank_weight=1.0), "head.fusion", 15),
     "crops": (
         "tsp_mgs",
-        {"adapter_rank": 4},
+        {"adapter_rank": 4, "words_in_quality": False},
         replace(QUICK, crops=2, schedule="step"),
         "head.adapters.quality.image",
         15,
