@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from aigiqa_reward.training.losses import POINTWISE
 
@@ -79,10 +80,17 @@ class Recipe:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-        for name in ("temperature", "learning_rate", "step_factor", "clip_norm"):
+        positive = ("temperature", "learning_rate", "step_factor", "clip_norm")
+        shares = ("rank_weight", "margin", "mismatch_weight", "mismatch_margin", "weight_decay", "warmup_epochs", "ema")
+        for name in (*positive, *shares):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
+        if not isinstance(self.train_towers, bool):
+            raise ValueError(f"train_towers: expected True or False, got {self.train_towers!r}")
+        for name in positive:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)!r}")
-        for name in ("rank_weight", "margin", "mismatch_weight", "mismatch_margin", "weight_decay", "warmup_epochs"):
+        for name in shares:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)!r}")
         if not 0 <= self.ema < 1:
