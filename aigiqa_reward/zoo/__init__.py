@@ -167,7 +167,7 @@ def _build(
             f"preset: {name} on the published towers has no trained head to load: its authors publish none that may be "
             f"used here. Train one with `aigiqa-reward train {name} --preset paper --data ...` and pass its folder as "
             "weights, or leave preset at None for the embedded weights"
-            + ("; ma_agiqa needs TrainingPlan(assistants=...) in Python" if name == "ma_agiqa" else "")
+            + (f"; {name} needs TrainingPlan(assistants=...) in Python" if SYSTEMS[name].needs else "")
         )
     if assistants is not None:
         _warn_untrained(name, assistants)
@@ -175,9 +175,9 @@ def _build(
 
 
 def _warn_untrained(name: str, assistants: Assistants) -> None:
-    if name == "ma_agiqa" and assistants.semantics is not None:
+    if any(getattr(assistants, role) is not None for role in SYSTEMS[name].needs):
         raise ValueError(
-            "assistants: ma_agiqa's embedded head reads the offline substitute's features, not a multimodal model's; "
+            f"assistants: {name}'s embedded head reads the offline substitute's features, not a multimodal model's; "
             "train one with aigiqa_reward.benchmark.TrainingPlan(assistants=...) and pass it as weights"
         )
     warnings.warn(

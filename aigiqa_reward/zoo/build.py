@@ -28,6 +28,8 @@ class System:
         published: settings on other towers that differ from the configuration's defaults, as the paper has them.
         roles: names of its towers where they are not the compact ones.
         assistants: which assistants it can have.
+        needs: which of them it cannot do without on other towers than the compact ones, and whose features its embedded
+            head cannot read.
         make: from configuration settings, towers by role (None: the compact ones) and assistants to the model.
     """
 
@@ -35,6 +37,7 @@ class System:
     published: Mapping[str, Any]
     roles: tuple[str, ...]
     assistants: tuple[str, ...]
+    needs: tuple[str, ...]
     make: Callable[[Mapping[str, Any], Mapping[str, Any], Any], QualityModel]
 
 
@@ -95,6 +98,7 @@ SYSTEMS: dict[str, System] = {
         published={},
         roles=("coarse", "fine"),
         assistants=(),
+        needs=(),
         make=_mst_clipiqa,
     ),
     "tsp_mgs": System(
@@ -102,6 +106,7 @@ SYSTEMS: dict[str, System] = {
         published={"words_in_quality": True},
         roles=("clip",),
         assistants=(),
+        needs=(),
         make=_tsp_mgs,
     ),
     "sc_agiqa": System(
@@ -109,6 +114,7 @@ SYSTEMS: dict[str, System] = {
         published={"prompt_in_quality": True},
         roles=("vision", "text"),
         assistants=("captioner",),
+        needs=(),
         make=_sc_agiqa,
     ),
     "ma_agiqa": System(
@@ -124,6 +130,7 @@ SYSTEMS: dict[str, System] = {
         published={},
         roles=("vision", "matcher"),
         assistants=("semantics",),
+        needs=("semantics",),
         make=_ma_agiqa,
     ),
     "cpa_iqa": System(
@@ -131,6 +138,7 @@ SYSTEMS: dict[str, System] = {
         published={},
         roles=("clip",),
         assistants=("segmenter", "attributes"),
+        needs=(),
         make=_cpa_iqa,
     ),
 }
@@ -173,10 +181,10 @@ def build_model(
         loaded: dict[str, Any] = {system.roles[0]: load_compact_encoder()}
     else:
         base = dict(system.published)
-        if name == "ma_agiqa" and chosen.semantics is None:
+        if missing := [role for role in system.needs if getattr(chosen, role) is None]:
             raise ValueError(
-                "assistants: ma_agiqa on other towers than the compact ones needs a multimodal model; pass "
-                "assistants=Assistants(semantics=LMMSemantics(...)) to build_model or TrainingPlan"
+                f"assistants: {name} on other towers than the compact ones needs a multimodal model; pass "
+                f"assistants=Assistants({missing[0]}=LMMSemantics(...)) to build_model or TrainingPlan"
             )
         wanted = (published_towers(name) if preset == "paper" else {}) | given
         loaded = {role: _load_tower(config) for role, config in wanted.items()}
