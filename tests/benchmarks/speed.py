@@ -9,15 +9,12 @@ which costs the same.
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import open_clip
 import torch
+from rounds import medians, print_ratios, read_arguments
 from torch import Tensor
-from tqdm import tqdm
 
 from aigiqa_reward import Scorer, create_reward
 from aigiqa_reward import images as pixels
@@ -71,30 +68,10 @@ def contestants(batch: int, device: torch.device) -> dict[str, Callable[[], obje
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    runs = contestants(arguments.batch, arguments.device)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.no_grad():
-        for round_number in tqdm(range(arguments.repeats + 1), desc="rounds"):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if arguments.device.type == "cuda":
-                    torch.cuda.synchronize()
-                if round_number:  # the first round warms up
-                    times[name].append(time.perf_counter() - start)
-    reference = statistics.median(times[REFERENCE])
+    arguments = read_arguments(__doc__)
+    middle = medians(contestants(arguments.batch, arguments.device), arguments.repeats, arguments.device)
     print(f"batch of {arguments.batch} images of 512 x 512, {arguments.repeats} rounds, {arguments.device}\n")
-    print("| | ratio to ViT-B/16 |\n| --- | ---: |")
-    for name, values in times.items():
-        print(f"| {name} | {statistics.median(values) / reference:.2f} |")
+    print_ratios(middle, REFERENCE)
 
 
 if __name__ == "__main__":

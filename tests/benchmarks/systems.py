@@ -10,14 +10,11 @@ many texts the text tower reads for a batch with one prompt.
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from rounds import medians, print_ratios, read_arguments
 from torch import Tensor
-from tqdm import tqdm
 
 from aigiqa_reward import Reward, create_reward
 from aigiqa_reward import images as pixels
@@ -67,30 +64,11 @@ def texts_read(reward: Reward, batch: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = read_arguments(__doc__)
     runs, mst = contestants(arguments.batch, arguments.device)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.no_grad():
-        for round_number in tqdm(range(arguments.repeats + 1), desc="rounds"):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if arguments.device.type == "cuda":
-                    torch.cuda.synchronize()
-                if round_number:  # the first round warms up
-                    times[name].append(time.perf_counter() - start)
-    middle = {name: statistics.median(values) for name, values in times.items()}
+    middle = medians(runs, arguments.repeats, arguments.device)
     print(f"batch of {arguments.batch} images, {arguments.repeats} rounds, {arguments.device}\n")
-    print("| | ratio to ViT-B/16 |\n| --- | ---: |")
-    for name, value in middle.items():
-        print(f"| {name} | {value / middle[REFERENCE]:.2f} |")
+    print_ratios(middle, REFERENCE)
     print(f"\nmst_clipiqa over its two bare towers: {middle[MST] / middle[TOWERS]:.3f}")
     print(f"texts read for a batch of {arguments.batch} with one prompt: {texts_read(mst, arguments.batch)}")
 
