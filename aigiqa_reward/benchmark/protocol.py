@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from aigiqa_reward.evaluation import (
     ridge_predict,
     score_split,
 )
+from aigiqa_reward.evaluation.report import GENERATOR, MODEL
 from aigiqa_reward.training.scoring import predict_against
 from aigiqa_reward.training.store import FeatureStore
 from aigiqa_reward.weights import write_atomically
@@ -27,9 +29,7 @@ from aigiqa_reward.weights import write_atomically
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-MODEL = "model"
 RIDGE = "ridge on the same features"
-GENERATOR = "generator's mean score"
 SHUFFLED = "model, shuffled prompts"
 WRONG_PROMPTS = 4
 """Other prompts that each test image is held against for the AUC; the first of them is the shuffled control."""
@@ -107,6 +107,10 @@ def run_protocol(
         accelerator: device and precision; of one process.
         progress: show bars on stderr.
     """
+    if plan.init is not None:
+        raise ValueError(
+            "init: a head that was trained before may have seen the test images; pass None to the protocol"
+        )
     file = folder / "report.json"
     folder.mkdir(parents=True, exist_ok=True)
     report = ProtocolReport.load(file) if file.exists() else ProtocolReport(title=title, protocol=settings.describe())
@@ -267,7 +271,6 @@ def _save(path: Path, rows: np.ndarray, predicted: Mapping[str, np.ndarray | Non
     arrays = {name: values for name, values in predicted.items() if values is not None} | {"rows": rows}
     if wrong is not None:
         arrays["wrong_prompt_correspondence"] = wrong
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    part.replace(path)
+    data = io.BytesIO()
+    np.savez_compressed(data, **arrays)  # pyright: ignore[reportArgumentType]
+    write_atomically(path, data.getvalue())

@@ -101,8 +101,8 @@ def _report(rows: Sequence[Row], table: ScoredImages, title: str, protocol: str,
     """What the rows are worth on the images that people scored, as one seed."""
     import numpy as np
 
-    from aigiqa_reward.benchmark.protocol import MODEL
     from aigiqa_reward.evaluation import ProtocolReport, score_split
+    from aigiqa_reward.evaluation.report import MODEL
 
     scores = []
     for aspect in _ASPECTS[1:]:

@@ -86,13 +86,22 @@ class QualityModel(nn.Module, ABC):
             ValueError: if it is empty or a prompt is blank.
         """
         check_prompts(prompts)
-        texts = tuple(dict.fromkeys(prompts))
-        place = {text: i for i, text in enumerate(texts)}
         with torch.no_grad():
-            tensors = self.encode_texts(texts)
+            return self.read_prompts(prompts)
+
+    def read_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
+        """`encode_prompts` without its checks, and with gradients, for trainings of the text tower."""
+        texts, index = distinct_prompts(prompts)
+        tensors = self.encode_texts(texts)
         device = next(iter(tensors.values())).device
-        index = torch.tensor([place[prompt] for prompt in prompts], device=device)
-        return PromptFeatures(texts=texts, index=index, tensors=tensors, model=self.name)
+        return PromptFeatures(texts=texts, index=index.to(device), tensors=tensors, model=self.name)
+
+
+def distinct_prompts(prompts: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
+    """The distinct prompts in order of first appearance, and (B,) which of them each row has."""
+    texts = tuple(dict.fromkeys(prompts))
+    place = {text: i for i, text in enumerate(texts)}
+    return texts, torch.tensor([place[prompt] for prompt in prompts])
 
 
 class TrainedModel(QualityModel):

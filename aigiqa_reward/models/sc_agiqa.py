@@ -151,9 +151,7 @@ class SCAGIQA(TrainedModel):
     ) -> None:
         super().__init__()
         self.config = config
-        self.vision, self._own_text = vision, text is not None
-        self.text = text
-        self.captioner = captioner
+        self.vision, self.text, self.captioner = vision, text, captioner
         self.needs_prompts = config.prompt_in_quality
         self.head = SCHead(config, vision.level_channels, self._reader.grounded_width)
 

@@ -192,19 +192,18 @@ class TSPMGS(TrainedModel):
     def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
         """Quality from the crops and the perception texts; correspondence from the whole image and the prompt's."""
         del context
-        raw = {name: seen[name] for name in ("whole", "crops")}
-        projected = {name: self.encoder.project(features) for name, features in raw.items()}
-        perception = self._perception(self.encoder, projected["whole"]).expand(len(raw["whole"]), -1, -1)
-        quality, levels = self._coarse("quality", raw, projected, perception)
+        projected = {name: self.encoder.project(features) for name, features in seen.items()}
+        perception = self._perception(self.encoder, projected["whole"]).expand(len(seen["whole"]), -1, -1)
+        quality, levels = self._coarse("quality", seen, projected, perception)
         details = {"quality_levels": levels}
         if prompts is None:
             return ModelOutput(quality=quality, correspondence=None, details=details)
         if self.config.words_in_quality:
-            quality, _ = self._with_words("quality", quality, raw, projected, prompts)
+            quality, _ = self._with_words("quality", quality, seen, projected, prompts)
         texts = prompts.rows("levels").to(projected["whole"].dtype)
-        correspondence, details["correspondence_levels"] = self._coarse("correspondence", raw, projected, texts)
+        correspondence, details["correspondence_levels"] = self._coarse("correspondence", seen, projected, texts)
         correspondence, details["word_similarity"] = self._with_words(
-            "correspondence", correspondence, raw, projected, prompts
+            "correspondence", correspondence, seen, projected, prompts
         )
         return ModelOutput(quality=quality, correspondence=correspondence, details=details)
 

@@ -21,7 +21,7 @@ from aigiqa_reward.training.checkpoints import trained_state
 from aigiqa_reward.training.live import LiveImages
 from aigiqa_reward.training.processes import accelerator_for, agreed, mean_over_processes
 from aigiqa_reward.training.recipes import Recipe
-from aigiqa_reward.training.scoring import Scoring, encode, look, predict
+from aigiqa_reward.training.scoring import Scoring, predict
 from aigiqa_reward.training.steps import (
     RunningSRCC,
     WeightAverage,
@@ -158,7 +158,7 @@ class _Run:
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         optimizer = kinds[recipe.optimizer](parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.scoring, self.optimizer = self.accelerator.prepare(Scoring(model), optimizer)
-        self.prompts = None if recipe.train_towers else encode(model, task.prompts)
+        self.prompts = None if recipe.train_towers else model.encode_prompts(task.prompts)
         self.wrong = prompts_of(self.prompts, task.rows(self.train))
         self.average = WeightAverage(model, recipe.ema)
         self.settings = checkpoints.settings_of(model, task, self.train, self.validation, asdict(recipe), seed)
@@ -184,7 +184,7 @@ class _Run:
     def _look(self, rows: np.ndarray, generator: torch.Generator | None) -> tuple[Mapping[str, Tensor], Any]:
         crops, device = self.recipe.crops, self.accelerator.device
         with self.accelerator.autocast():
-            return look(self.model, self.source, rows, device, generator=generator, crops=crops)
+            return self.source.look(self.model, rows, device, generator=generator, crops=crops)
 
     def train_epoch(self) -> None:
         """One pass over the training part, every random choice drawn from the seed and the epoch."""
@@ -216,7 +216,7 @@ class _Run:
     ) -> float:
         recipe, rows = self.recipe, self.task.rows(examples)
         seen, context = self._look(rows, generator)
-        texts = self.prompts or encode(self.model, [self.task.prompts[row] for row in rows], train=True)
+        texts = self.prompts or self.model.read_prompts([self.task.prompts[row] for row in rows])
         index = texts.index[torch.from_numpy(rows)] if self.prompts is not None else texts.index
         wrong = None
         allowed = np.unique(index.cpu().numpy()) if self.wrong is None else self.wrong

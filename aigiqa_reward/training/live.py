@@ -16,7 +16,7 @@ from aigiqa_reward.training.store import Unreadable, asked_prompts
 
 
 class LiveImages:
-    """Images read from disk at each step; has what `FeatureStore` has, except that features are computed by the caller.
+    """Images read from disk at each step; what `FeatureStore` reads from disk, its `look` computes.
 
     Attributes:
         readable: (N,) bool.
@@ -47,8 +47,8 @@ class LiveImages:
         rows: np.ndarray,
         device: torch.device,
         *,
-        generator: torch.Generator | None,
-        crops: int | None,
+        generator: torch.Generator | None = None,
+        crops: int | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """What the model's towers see of these rows, with gradients, and what its assistants say."""
         seen: list[dict[str, Tensor]] = []

@@ -50,33 +50,6 @@ class Scoring(nn.Module):
         )
 
 
-def encode(model: TrainedModel, prompts: Sequence[str], *, train: bool = False) -> PromptFeatures:
-    """`encode_prompts`, and with gradients where the text tower is trained."""
-    if not train:
-        return model.encode_prompts(prompts)
-    texts = tuple(dict.fromkeys(prompts))
-    tensors = model.encode_texts(texts)
-    device = next(iter(tensors.values())).device
-    index = torch.tensor([texts.index(prompt) for prompt in prompts], device=device)
-    return PromptFeatures(texts=texts, index=index, tensors=tensors, model=model.name)
-
-
-def look(
-    model: TrainedModel,
-    source: FeatureStore | LiveImages,
-    rows: np.ndarray,
-    device: torch.device,
-    *,
-    generator: torch.Generator | None = None,
-    crops: int | None = None,
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]:
-    """Features and context of rows, stored or computed; with a generator, of crops that it draws."""
-    if isinstance(source, LiveImages):
-        return source.look(model, rows, device, generator=generator, crops=crops)
-    seen = source.seen(rows, device, crop_features=model.crop_features, crops=crops, generator=generator)
-    return seen, source.context(rows, device)
-
-
 def predict(
     model: TrainedModel,
     prompts: Sequence[str],
@@ -116,7 +89,7 @@ def predict_against(
     starts = range(0, len(rows), PREDICTED_TOGETHER)
     for start in tqdm(starts, desc="predict", unit="batch", disable=not progress, leave=False):
         part = rows[start : start + PREDICTED_TOGETHER]
-        seen, context = look(model, source, part, device)
+        seen, context = source.look(model, part, device)
         seen = model.digest(seen)
         outputs = [model.judge(seen, texts[start : start + len(part)], context) for texts in features]
         quality.append(outputs[0].quality.float().cpu())

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.models.base import TrainedModel
+from aigiqa_reward.models.base import TrainedModel, distinct_prompts
 from aigiqa_reward.training.arrays import ArrayWriter
 from aigiqa_reward.types import PromptFeatures
 from aigiqa_reward.weights import write_atomically
@@ -80,6 +80,19 @@ class FeatureStore:
             for name in self.arrays
             if not name.startswith(CONTEXT)
         }
+
+    def look(
+        self,
+        model: TrainedModel,
+        rows: np.ndarray,
+        device: torch.device,
+        *,
+        generator: torch.Generator | None = None,
+        crops: int | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """Features and context of rows; with a generator, of crops that it draws."""
+        seen = self.seen(rows, device, crop_features=model.crop_features, crops=crops, generator=generator)
+        return seen, self.context(rows, device)
 
     def context(self, rows: np.ndarray, device: torch.device) -> dict[str, Tensor] | None:
         """What `prepare` gave for these rows; None for a model without assistants."""
@@ -208,8 +221,7 @@ def _look(model: TrainedModel, images: Tensor, prompts: Sequence[str]) -> dict[s
 
 def asked_prompts(prompts: Sequence[str]) -> PromptFeatures:
     """Prompts for assistants, which read words and no features."""
-    texts = tuple(dict.fromkeys(prompts))
-    index = torch.tensor([texts.index(prompt) for prompt in prompts])
+    texts, index = distinct_prompts(prompts)
     return PromptFeatures(texts=texts, index=index, tensors={}, model="")
 
 

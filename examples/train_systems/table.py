@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 from aigiqa_reward.benchmark import ABLATIONS
+from aigiqa_reward.benchmark.protocol import RIDGE, SHUFFLED
 from aigiqa_reward.evaluation import OverSeeds, ProtocolReport, published_markdown
+from aigiqa_reward.evaluation.report import GENERATOR, MODEL
 from aigiqa_reward.zoo import SYSTEMS, get_spec
 
 SPLITS = 10
@@ -48,15 +50,12 @@ def row(label: str, report: ProtocolReport, task: str, predictor: str) -> str | 
 def table(reports: dict[str, ProtocolReport], task: str) -> list[str]:
     lines = [f"| {task} | {' | '.join(MEASURES)} |", f"| --- |{' ---: |' * len(MEASURES)}"]
     for name, report in reports.items():
-        rows = {"model": f"**{get_spec(name).title}**", "ridge on the same features": "ridge on its features"}
+        rows = {MODEL: f"**{get_spec(name).title}**", RIDGE: "ridge on its features"}
         if task == "correspondence":
-            rows["model, shuffled prompts"] = "its prompts shuffled"
+            rows[SHUFFLED] = "its prompts shuffled"
         lines += [line for key, label in rows.items() if (line := row(label, report, task, key))]
-    lines += [line for line in [row("generator's mean score", next(iter(reports.values())), task, GENERATOR)] if line]
+    lines += [line for line in [row(GENERATOR, next(iter(reports.values())), task, GENERATOR)] if line]
     return lines
-
-
-GENERATOR = "generator's mean score"
 
 
 def ablations(folder: Path, reports: dict[str, ProtocolReport]) -> list[str]:
@@ -68,7 +67,7 @@ def ablations(folder: Path, reports: dict[str, ProtocolReport]) -> list[str]:
         for ablation in [ablation for ablation in ABLATIONS[name] if ablation in run]:
             changes = []
             for task in ("quality", "correspondence"):
-                change = report.difference(task, ablation, "model")
+                change = report.difference(task, ablation, MODEL)
                 changes.append(f"{change.mean:+.3f} ± {change.std:.3f}")
             lines.append(f"| {get_spec(name).title}: {ablation} | {' | '.join(changes)} |")
     return lines
