@@ -286,6 +286,16 @@ def test_early_stopping_keeps_the_best_epoch(bench: Bench) -> None:
     assert measured == pytest.approx(result.best), "the weights are those of that epoch"
 
 
+def test_the_last_epoch_is_kept_where_the_recipe_says_so(bench: Bench) -> None:
+    recipe = replace(QUICK, learning_rate=0.03, epochs=12, schedule="constant")
+    best, last = (tiny_model("mst_clipiqa", bench.clip) for _ in range(2))
+    first, second = bench.fit(best, recipe), bench.fit(last, replace(recipe, keep="last"))
+    assert [entry["validation"] for entry in first.history] == [entry["validation"] for entry in second.history]
+    assert (second.best_epoch, second.best) == (12, second.history[-1]["validation"])
+    assert first.best_epoch < 12, "else the comparison would mean nothing"
+    assert any(not torch.equal(a, b) for a, b in zip(best.head.parameters(), last.head.parameters(), strict=True))
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
 

@@ -213,6 +213,7 @@ INVALID: dict[str, tuple[object, ...]] = {
     "optimizer": ("sgd", "Adam", None),
     "schedule": ("linear", None),
     "monitor": ("loss", "plcc", None),
+    "keep": ("first", None),
     **dict.fromkeys(("batch_size", "epochs", "step_epochs"), (0, -1, 1.5, True, None, "8")),
     **dict.fromkeys(("crops", "patience"), (0, -1, 2.0, True, "8")),
     **dict.fromkeys(("temperature", "learning_rate", "step_factor", "clip_norm"), (0.0, -1.0, NAN, math.inf)),
@@ -234,6 +235,11 @@ def test_a_recipe_that_trains_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^loss: 'none' leaves nothing"):
         Recipe(loss="none")
     assert Recipe(loss="none", rank_weight=1.0).rank_weight == 1.0
+
+
+def test_patience_and_keeping_the_last_epoch_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"^patience: .*keep='best'"):
+        Recipe(keep="last", patience=3)
 
 
 PAPERS = {  # as the papers list them; what no source gives is not held here

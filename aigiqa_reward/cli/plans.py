@@ -57,7 +57,8 @@ def make_plan(
         seed: of weights and order.
         cache: of features; None is the usual one.
         max_store_gb: None is the usual one.
-        recipe: fields of it; None leaves the recipe's own, and 0 for patience is none.
+        recipe: fields of it; None leaves the recipe's own, and 0 for patience is none. Any patience keeps the best
+            epoch.
 
     Raises:
         CommandError: unknown names, or options that do not go together.
@@ -77,8 +78,8 @@ def make_plan(
             seed=seed,
         )
         given: dict[str, Any] = {name: value for name, value in recipe.items() if value is not None}
-        if given.get("patience") == 0:
-            given["patience"] = None
+        if "patience" in given:
+            given |= {"patience": given["patience"] or None, "keep": "best"}
         plan = replace(plan, recipe=replace(plan.chosen_recipe, **given))
     if cache is not None:
         plan = replace(plan, cache=cache.expanduser())

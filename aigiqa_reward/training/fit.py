@@ -45,10 +45,10 @@ STATISTICS_ROWS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """What a training came to. The model holds the best epoch's weights.
+    """What a training came to. The model holds the best epoch's weights, or the last's where the recipe keeps those.
 
     Attributes:
-        best_epoch: counted from 1.
+        best_epoch: the one that was kept, counted from 1.
         best: its validation measure.
         history: of each epoch: epoch, loss, validation.
         unreadable: images that were left out, and why.
@@ -75,7 +75,7 @@ def fit(
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> FitResult:
-    """Train a model's head, and its towers where the recipe says so, and leave the best epoch's weights in it.
+    """Train a model's head, and its towers where the recipe says so, and leave the kept epoch's weights in it.
 
     Every random choice comes from `seed` and the epoch's number, so that a training that was interrupted and resumed
     from `folder` ends with the numbers of one that was not.
@@ -237,14 +237,14 @@ class _Run:
         return value
 
     def validate(self) -> None:
-        """Measure on the validation part, and keep the weights if no epoch was better."""
+        """Measure on the validation part, and keep the weights if no epoch was better, or if the last is to be kept."""
         rows = self.task.rows(self.validation)
         with self.average.applied(self.model):
             quality, correspondence = predict(self.model, self.task.prompts, self.source, rows, progress=False)
             value = self.task.measure(quality, correspondence, self.validation, self.recipe.monitor)
             value = agreed(self.accelerator, value)
             self.history[-1]["validation"] = value
-            if value > self.best:
+            if value > self.best or self.recipe.keep == "last":
                 self.best, self.best_epoch = value, self.epoch
                 self.best_state = trained_state(self.model, towers=self.recipe.train_towers)
         if self.show:
@@ -288,7 +288,7 @@ class _Run:
         self.average.weights = {name: t.to(device) for name, t in average.items()}
 
     def finish(self) -> FitResult:
-        """Put the best epoch's weights into the model."""
+        """Put the kept epoch's weights into the model."""
         self.model.load_state_dict(self.best_state, strict=False)
         self.model.requires_grad_(False).eval()
         return FitResult(

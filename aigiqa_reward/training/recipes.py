@@ -10,6 +10,7 @@ from aigiqa_reward.training.losses import POINTWISE
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
 MONITORS = ("srcc", "srcc+plcc")
+KEPT = ("best", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Recipe:
         warmup_epochs: of linear growth before that; may be a fraction.
         crops: drawn for each image and step; None is the model's own number.
         train_towers: fine-tune the towers too; features then cannot be stored.
+        keep: "best" keeps the epoch that validation likes best, "last" the last one: for a schedule that ends at 0,
+            where a validation part of few prompts is the worse guide. Ours.
         patience: epochs without a better validation after which training stops; None never stops early.
         monitor: what validation is compared by: "srcc", or "srcc+plcc", each the mean over both aspects.
         clip_norm: of the gradient.
@@ -59,6 +62,7 @@ class Recipe:
     warmup_epochs: float = 0.0
     crops: int | None = None
     train_towers: bool = False
+    keep: str = "best"
     patience: int | None = None
     monitor: str = "srcc"
     clip_norm: float = 5.0
@@ -70,6 +74,7 @@ class Recipe:
             "optimizer": OPTIMIZERS,
             "schedule": SCHEDULES,
             "monitor": MONITORS,
+            "keep": KEPT,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -95,6 +100,8 @@ class Recipe:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)!r}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema!r}")
+        if self.keep == "last" and self.patience is not None:
+            raise ValueError("patience: stops at the best epoch, which keep='last' does not keep; pass keep='best'")
         if self.loss == "none" and not self.rank_weight:
             raise ValueError("loss: 'none' leaves nothing to train with unless rank_weight is above 0")
 
