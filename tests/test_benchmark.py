@@ -276,9 +276,11 @@ def test_ridge_sees_means_and_deviations_over_crops_and_places() -> None:
     rng = np.random.default_rng(0)
     arrays = {"flat": (70, 3), "sequence": (70, 4, 3), "map": (70, 3, 2, 5), "maps": (70, 4, 3, 2, 5)}
     kept = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in arrays.items()}
-    found = pooled_features(FeatureStore({**kept, "context.words": kept["flat"]}, []))
+    context = {"context.answers": kept["sequence"], "context.length": kept["flat"], "context.found": kept["flat"] > 0}
+    found = pooled_features(FeatureStore({**kept, **context}, []))
     for row in (0, 69):
         x = {name: array[row].astype(np.float64) for name, array in kept.items()}
         places = [x["sequence"], x["map"].reshape(3, -1).T, x["maps"].transpose(0, 2, 3, 1).reshape(-1, 3)]
         expected = [x["flat"], *(np.concatenate([p.mean(axis=0), p.std(axis=0)]) for p in places)]
+        expected.append(x["sequence"].ravel())
         np.testing.assert_allclose(found[row], np.concatenate(expected), atol=1e-3)

@@ -246,11 +246,14 @@ def _generator_means(
 def pooled_features(store: FeatureStore) -> np.ndarray:
     """(N, D) one vector an image for the ridge control: each of `look`'s tensors, averaged over crops and places.
 
-    Of maps and of crops the deviation is taken as well, so that the control has what a linear head could have.
+    Of maps and of crops the deviation is taken as well, so that the control has what a linear head could have; an
+    assistant's features (floating, one vector a question) stand side by side, its flags and words are left out.
     """
     parts = []
     for name, array in store.arrays.items():
         if name.startswith("context."):
+            if array.ndim == 3 and np.issubdtype(array.dtype, np.floating):
+                parts.append(np.asarray(array, np.float32).reshape(len(array), -1))
             continue
         pieces = [_pooled(array[start : start + 64]) for start in range(0, len(array), 64)]
         parts.append(np.concatenate(pieces))
