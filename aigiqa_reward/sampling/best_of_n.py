@@ -99,7 +99,7 @@ class BestOfN:
             check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
         self.reward_prompt = reward_prompt
         self.progress = progress
-        self._batched = _takes(pipe, "num_images_per_prompt")
+        self._batched, self._named = _takes(pipe, "num_images_per_prompt"), _takes(pipe, "prompt")
 
     def __call__(self, prompt: Any, seed: Any = 0, **pipe_kwargs: Any) -> BestOfNOutput:
         """Sample, score and rank the candidates for one prompt.
@@ -208,7 +208,8 @@ class BestOfN:
         if self._batched:
             arguments["num_images_per_prompt"] = len(seeds)
         with torch.no_grad(), call.memo.installed():
-            result = self.pipe(call.prompt, **arguments)
+            # By name: the first argument of FLUX.2 is an image.
+            result = self.pipe(prompt=call.prompt, **arguments) if self._named else self.pipe(call.prompt, **arguments)
         flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(seeds)
         return _images_of(result, len(seeds)), flagged
 

@@ -1,0 +1,74 @@
+"""Qwen-Image: packed latents of a video VAE, true guidance whose norm is that of the prompt's own prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start, linear_shift
+
+
+class QwenImage(Family):
+    """Qwen-Image, text to image."""
+
+    pipelines = ("QwenImagePipeline",)
+    one_pass: ClassVar[bool] = False
+
+    @property
+    def guidance(self) -> float:
+        return float(self.options.true_cfg_scale or 0.0)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1 and self.options.negative_prompt is not None
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning(
+            positive=self._rows(prompts), negative=self._rows(self.negatives(prompts)) if self.guided else None
+        )
+
+    def _rows(self, texts: Sequence[str]) -> dict[str, Tensor | None]:
+        embeddings, mask = self.encoded(texts)
+        return {"encoder_hidden_states": embeddings, "encoder_hidden_states_mask": mask}
+
+    def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
+        embeddings = conditioning.positive["encoder_hidden_states"]
+        assert isinstance(embeddings, Tensor)
+        channels = self.pipe.transformer.config.in_channels // 4
+        return Start(latents=self.draw(generators, channels, embeddings.dtype), shared={})
+
+    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
+        steps = self.options.num_inference_steps
+        mu = linear_shift(latents.shape[1], scheduler)
+        self.retrieve_timesteps(scheduler, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+
+    def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
+        guidance = None
+        if self.pipe.transformer.config.guidance_embeds:
+            guidance = latents.new_full((len(latents),), float(self.options.guidance_scale or 0), dtype=torch.float32)
+        block = self.pipe.vae_scale_factor * 2
+        height, width = self.size()
+        return self.pipe.transformer(
+            hidden_states=latents,
+            timestep=time.expand(len(latents)).to(latents.dtype) / 1000,
+            guidance=guidance,
+            encoder_hidden_states_mask=rows["encoder_hidden_states_mask"],
+            encoder_hidden_states=rows["encoder_hidden_states"],
+            img_shapes=[[(1, height // block, width // block)]] * len(latents),
+            attention_kwargs=self.options.attention_kwargs or {},
+            return_dict=False,
+        )[0]
+
+    def guide(self, negative: Tensor, positive: Tensor, time: Tensor) -> Tensor:
+        guided = super().guide(negative, positive, time)
+        return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def latents_to_decode(self, latents: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        unpacked = self.pipe._unpack_latents(latents, *self.size(), self.pipe.vae_scale_factor)
+        mean, std = (unpacked.new_tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        return unpacked * std + mean

@@ -1,0 +1,137 @@
+"""Stable Diffusion 1.x and 2.x, and SDXL: a UNet, any of diffusers' discrete schedulers, one pass for guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start
+
+
+class _OnUNet(Family):
+    denoiser_name: ClassVar[str] = "unet"
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1 and self.pipe.unet.config.time_cond_proj_dim is None
+
+    def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
+        embeddings = conditioning.positive["encoder_hidden_states"]
+        assert isinstance(embeddings, Tensor)
+        return Start(latents=self.draw(generators, self.pipe.unet.config.in_channels, embeddings.dtype), shared={})
+
+    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
+        self.retrieve_timesteps(scheduler)
+
+    def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
+        return self.pipe.unet(
+            latents,
+            time,
+            encoder_hidden_states=rows["encoder_hidden_states"],
+            timestep_cond=self._guidance_embedding(latents),
+            cross_attention_kwargs=self.options.cross_attention_kwargs,
+            added_cond_kwargs=self._added(rows),
+            return_dict=False,
+        )[0]
+
+    def guide(self, negative: Tensor, positive: Tensor, time: Tensor) -> Tensor:
+        guided = super().guide(negative, positive, time)
+        share = self.options.guidance_rescale
+        if not share:
+            return guided
+        # Lin et al. 2024 (Common Diffusion Noise Schedules and Sample Steps are Flawed), section 3.4.
+        axes = list(range(1, guided.ndim))
+        rescaled = guided * (positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
+        return share * rescaled + (1 - share) * guided
+
+    def _added(self, rows: Rows) -> dict[str, Any] | None:
+        return None
+
+    def _guidance_embedding(self, latents: Tensor) -> Tensor | None:
+        """Latent consistency models are told the guidance scale instead of being guided."""
+        width = self.pipe.unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        scale = torch.tensor(self.guidance - 1).repeat(len(latents))
+        embedding = self.pipe.get_guidance_scale_embedding(scale, embedding_dim=width)
+        return embedding.to(device=latents.device, dtype=latents.dtype)
+
+
+class StableDiffusion(_OnUNet):
+    """Stable Diffusion 1.x and 2.x, and what is trained like them."""
+
+    pipelines = ("StableDiffusionPipeline",)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        positive, negative = self.encoded(
+            prompts, do_classifier_free_guidance=self.guided, negative_prompt=self.negatives(prompts)
+        )
+        return Conditioning(
+            positive={"encoder_hidden_states": positive},
+            negative={"encoder_hidden_states": negative} if self.guided else None,
+        )
+
+    def size(self) -> tuple[int, int]:
+        """Both sides or the defaults: this pipeline drops a height that comes without a width."""
+        if self.options.height and self.options.width:
+            return self.options.height, self.options.width
+        side = self.pipe.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
+
+    def latents_to_decode(self, latents: Tensor) -> Tensor:
+        return latents / self.pipe.vae.config.scaling_factor
+
+    def flagged(self, images: Tensor) -> list[bool]:
+        if getattr(self.pipe, "safety_checker", None) is None:
+            return super().flagged(images)
+        decoded = pixels.to_vae(images).clone()  # the checker blanks what it flags
+        _, found = self.pipe.run_safety_checker(decoded, self.device, self.pipe.text_encoder.dtype)
+        return [bool(flag) for flag in found]
+
+
+class StableDiffusionXL(_OnUNet):
+    """SDXL: two text encoders, pooled text and sizes beside the tokens, a VAE that may have to run in float32."""
+
+    pipelines = ("StableDiffusionXLPipeline",)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        texts, negatives, pooled, negative_pooled = self.encoded(
+            prompts,
+            do_classifier_free_guidance=self.guided,
+            # Without a negative prompt SDXL may ask for zeros in place of the empty text.
+            negative_prompt=None if self.options.negative_prompt is None else self.negatives(prompts),
+        )
+        sizes = self._sizes(texts, pooled).repeat(len(prompts), 1)
+
+        def rows(embeddings: Tensor, pool: Tensor) -> dict[str, Tensor]:
+            return {"encoder_hidden_states": embeddings, "text_embeds": pool, "time_ids": sizes}
+
+        return Conditioning(
+            positive=rows(texts, pooled), negative=rows(negatives, negative_pooled) if self.guided else None
+        )
+
+    def _sizes(self, texts: Tensor, pooled: Tensor) -> Tensor:
+        second = self.pipe.text_encoder_2
+        return self.pipe._get_add_time_ids(
+            self.options.original_size or self.size(),
+            self.options.crops_coords_top_left,
+            self.options.target_size or self.size(),
+            dtype=texts.dtype,
+            text_encoder_projection_dim=pooled.shape[-1] if second is None else second.config.projection_dim,
+        ).to(texts.device)
+
+    def _added(self, rows: Rows) -> dict[str, Any]:
+        return {name: rows[name] for name in ("text_embeds", "time_ids")}
+
+    def latents_to_decode(self, latents: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return latents / config.scaling_factor
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        return latents * std / config.scaling_factor + mean

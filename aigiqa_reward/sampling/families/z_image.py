@@ -1,0 +1,70 @@
+"""Z-Image: lists of images and texts of unequal length, time running upwards, velocity with its sign turned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start, linear_shift
+
+
+class ZImage(Family):
+    """Z-Image and Z-Image-Turbo. Guidance is positive + w (positive - negative), on for any w above 0."""
+
+    pipelines = ("ZImagePipeline",)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 0  # diffusers 0.42's do_classifier_free_guidance of this pipeline says the same
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        positive, negative = self.encoded(
+            prompts, do_classifier_free_guidance=self.guided, negative_prompt=self.negatives(prompts)
+        )
+        return Conditioning(positive={"cap_feats": positive}, negative={"cap_feats": negative} if self.guided else None)
+
+    def size(self) -> tuple[int, int]:
+        """The pipeline's own defaults."""
+        return self.options.height or 1024, self.options.width or 1024
+
+    def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
+        return Start(latents=self.draw(generators, self.pipe.transformer.in_channels, torch.float32), shared={})
+
+    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
+        steps = self.options.num_inference_steps
+        tokens = (latents.shape[2] // 2) * (latents.shape[3] // 2)
+        mu = linear_shift(tokens, scheduler)
+        self.retrieve_timesteps(scheduler, sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+
+    def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
+        frames = latents.to(self.pipe.transformer.dtype).unsqueeze(2)
+        predicted = self.pipe.transformer(
+            list(frames.unbind(dim=0)),
+            (1000 - time.expand(len(latents))) / 1000,
+            rows["cap_feats"],
+            joint_attention_kwargs=self.options.joint_attention_kwargs,
+            return_dict=False,
+        )[0]
+        return torch.stack([output.float() for output in predicted]).squeeze(2)
+
+    def guide(self, negative: Tensor, positive: Tensor, time: Tensor) -> Tensor:
+        truncation = self.options.cfg_truncation
+        if truncation is not None and float(truncation) <= 1 and (1000 - float(time)) / 1000 > truncation:
+            return positive
+        guided = positive + self.guidance * (positive - negative)
+        limit = float(self.options.cfg_normalization or 0.0)
+        if limit <= 0:
+            return guided
+        axes = tuple(range(1, guided.ndim))
+        norms = [torch.linalg.vector_norm(value, dim=axes, keepdim=True) for value in (positive, guided)]
+        return guided * (limit * norms[0] / norms[1]).clamp(max=1)
+
+    def finish(self, output: Tensor) -> Tensor:
+        return -output
+
+    def latents_to_decode(self, latents: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        return latents / config.scaling_factor + config.shift_factor

@@ -1,0 +1,202 @@
+"""Our own loop over a pipeline's parts: step by step, differentiable, with candidates that come and go.
+
+    rollout = Rollout(pipe, num_inference_steps=20, guidance_scale=3.0)
+    state = rollout.start(rollout.encode(["a red apple"]), [torch.Generator().manual_seed(0)])
+    while not state.done:
+        prediction = rollout.predict(state)        # .clean: the latents x0 as seen from here
+        state = rollout.advance(state, prediction.output)
+    images = rollout.decode(state.latents)         # (B, 3, H, W), nominally in [0, 1]
+
+Run to its end it makes the images of `pipe(prompt, generator=..., **pipe_kwargs)`. Nothing here disables gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from aigiqa_reward.sampling.families import Conditioning, Family, family_of
+from aigiqa_reward.sampling.schedules import (
+    check_scheduler,
+    joined_history,
+    predict_clean,
+    step_arguments,
+    with_history_of,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Candidates in the middle of their sampling. A step makes a new state; the old one stays good.
+
+    Only the generators go on: of two futures of one state, a stochastic sampler draws different noise.
+
+    Attributes:
+        latents: (B, ...) as the scheduler sees them.
+        conditioning: of B rows.
+        shared: denoiser inputs that all candidates share.
+        generators: (B,) sources of the samplers' noise.
+        scheduler: our own copy, with these candidates' history.
+        step: number of steps taken.
+    """
+
+    latents: Tensor
+    conditioning: Conditioning
+    shared: Mapping[str, Tensor]
+    generators: tuple[torch.Generator, ...]
+    scheduler: Any
+    step: int = 0
+
+    def __len__(self) -> int:
+        """Number of candidates B."""
+        return len(self.latents)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps from noise to image; calls of the denoiser a candidate."""
+        return len(self.scheduler.timesteps)
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.steps
+
+    def __getitem__(self, rows: Sequence[int]) -> State:
+        """These candidates alone, with their histories; a place may come several times."""
+        rows = list(rows)
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.latents.device)
+        return replace(
+            self,
+            latents=self.latents[index],
+            conditioning=self.conditioning[rows],
+            generators=tuple(self.generators[row] for row in rows),
+            scheduler=with_history_of(self.scheduler, rows, self.latents),
+        )
+
+    def detach(self) -> State:
+        """The same candidates, cut off the graph. For samplers without history, whose latents are all there is."""
+        return replace(self, latents=self.latents.detach())
+
+    @staticmethod
+    def cat(states: Sequence[State]) -> State:
+        """Candidates of several states of one rollout at the same step, in order."""
+        first = states[0]
+        if len({state.step for state in states}) > 1:
+            raise ValueError(f"states: expected all at one step, got {sorted({state.step for state in states})}")
+        if len(states) == 1:
+            return first
+        return replace(
+            first,
+            latents=torch.cat([state.latents for state in states]),
+            conditioning=Conditioning.cat([state.conditioning for state in states]),
+            generators=tuple(generator for state in states for generator in state.generators),
+            scheduler=joined_history([s.scheduler for s in states], [s.latents for s in states]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a denoiser says of a state.
+
+    Attributes:
+        output: (B, ...) after guidance, what the scheduler steps with.
+        clean: (B, ...) latents x0 that it stands for, in at least float32.
+    """
+
+    output: Tensor
+    clean: Tensor
+
+
+class Rollout:
+    """Samples with the parts of a pipeline, for one set of arguments of its call.
+
+    Args:
+        pipe: a text-to-image pipeline of a family that `sampling.families` lists. It is not changed.
+        need: what runs it, for errors.
+        **pipe_kwargs: as `pipe(prompt, **pipe_kwargs)` takes them.
+
+    Raises:
+        TypeError: a pipeline of another class.
+        ValueError: an argument or a scheduler that our loop cannot serve.
+    """
+
+    def __init__(self, pipe: Any, *, need: str = "this", **pipe_kwargs: Any) -> None:
+        self.family: Family = family_of(pipe, pipe_kwargs, need=need)
+        check_scheduler(pipe.scheduler, need=need)
+        self.pipe = pipe
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning (B rows) of B prompts, without gradients."""
+        with torch.no_grad():
+            return self.family.encode(prompts)
+
+    def start(
+        self,
+        conditioning: Conditioning,
+        generators: Sequence[torch.Generator],
+        latents: Tensor | None = None,
+    ) -> State:
+        """Noise for B candidates, with the whole way before them.
+
+        Args:
+            conditioning: of B rows.
+            generators: (B,) candidate i draws from generator i what the pipeline would draw from it.
+            latents: (B, ...) to start from instead; the generators draw theirs all the same.
+        """
+        with torch.no_grad():
+            start = self.family.start(generators, conditioning)
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        self.family.set_timesteps(scheduler, start.latents)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        return State(
+            latents=start.latents if latents is None else latents,
+            conditioning=conditioning,
+            shared=start.shared,
+            generators=tuple(generators),
+            scheduler=scheduler,
+        )
+
+    def predict(self, state: State, *, checkpointed: bool = False) -> Prediction:
+        """Ask the denoiser once (twice a row where guidance wants it).
+
+        Args:
+            state: not done.
+            checkpointed: keep no activations of the denoiser for the backward pass, compute them again there.
+        """
+        scheduler, time = state.scheduler, state.scheduler.timesteps[state.step]
+        latents = state.latents
+        if hasattr(scheduler, "scale_model_input"):
+            latents = scheduler.scale_model_input(latents, time)
+        arguments = (latents, time, state.conditioning, state.shared)
+        if checkpointed:
+            output: Any = checkpoint(self.family.predict, *arguments, use_reentrant=False)
+        else:
+            output = self.family.predict(*arguments)
+        clean = predict_clean(scheduler, state.step, state.latents, output)
+        return Prediction(output=output, clean=clean)
+
+    def advance(self, state: State, output: Tensor) -> State:
+        """Take the scheduler's step with a model output."""
+        scheduler = with_history_of(state.scheduler, range(len(state)), state.latents)
+        time = scheduler.timesteps[state.step]
+        arguments = step_arguments(scheduler, state.generators, self.family.options.eta)
+        latents = scheduler.step(output, time, state.latents, **arguments, return_dict=False)[0]
+        return replace(state, latents=latents, scheduler=scheduler, step=state.step + 1)
+
+    def run(self, state: State, until: int | None = None) -> State:
+        """Go on to step `until`, by default to the end."""
+        until = state.steps if until is None else until
+        while state.step < until:
+            state = self.advance(state, self.predict(state).output)
+        return state
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), nominally in [0, 1], not clamped; differentiable."""
+        return self.family.decode(latents)

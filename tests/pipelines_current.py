@@ -1,0 +1,296 @@
+"""Tiny pipelines of today's families, as `pipelines` builds them: real classes, random weights, no downloads.
+
+Text encoders are as deep as the pipelines' default arguments ask for, and their weights are drawn wide enough that
+different prompts paint different images, although most pipelines pad a prompt to hundreds of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from pipelines import FEW_STEPS, SIDE, _quiet, _t5, _t5_tokenizer, _vae, _weights_of
+from tiny_language_models import (
+    WIDTH,
+    gemma_2,
+    gemma_tokenizer,
+    mistral_3,
+    mistral_processor,
+    qwen_2_5_vl,
+    qwen_3,
+    qwen_tokenizer,
+)
+
+
+def flux_2() -> Flux2Pipeline:
+    """Three layers of Mistral 3 side by side, packed and normalised latents, embedded guidance."""
+    with _weights_of(seed=10):
+        processor = mistral_processor()
+        return _quiet(
+            Flux2Pipeline(
+                tokenizer=processor,
+                text_encoder=mistral_3(processor, layers=30),
+                transformer=_flux_2_transformer(guidance_embeds=True),
+                vae=_flux_2_vae(),
+                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            )
+        )
+
+
+def flux_2_klein() -> Flux2KleinPipeline:
+    """Three layers of Qwen3 side by side, packed and normalised latents, true classifier-free guidance."""
+    with _weights_of(seed=11):
+        tokenizer = qwen_tokenizer()
+        return _quiet(
+            Flux2KleinPipeline(
+                tokenizer=tokenizer,
+                text_encoder=qwen_3(tokenizer, layers=27),
+                transformer=_flux_2_transformer(guidance_embeds=False),
+                vae=_flux_2_vae(),
+                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            )
+        )
+
+
+def qwen_image() -> QwenImagePipeline:
+    """Qwen2.5-VL, a prompt template whose tokens are dropped again, latents with a time axis and their own mean."""
+    with _weights_of(seed=12):
+        tokenizer = qwen_tokenizer()
+        return _quiet(
+            QwenImagePipeline(
+                tokenizer=tokenizer,
+                text_encoder=qwen_2_5_vl(tokenizer),
+                transformer=_heedful(
+                    QwenImageTransformer2DModel(
+                        in_channels=16,
+                        out_channels=4,
+                        num_layers=2,
+                        attention_head_dim=16,
+                        num_attention_heads=2,
+                        joint_attention_dim=WIDTH,
+                        axes_dims_rope=(4, 6, 6),
+                    )
+                ),
+                vae=_qwen_vae(),
+                scheduler=FlowMatchEulerDiscreteScheduler(
+                    base_shift=0.5,
+                    max_shift=0.9,
+                    max_image_seq_len=8192,
+                    shift_terminal=0.02,
+                    use_dynamic_shifting=True,
+                ),
+            )
+        )
+
+
+def z_image() -> ZImagePipeline:
+    """Qwen3's last layer but one as a list of embeddings without padding, one stream, FLUX.1's autoencoder."""
+    with _weights_of(seed=13):
+        tokenizer = qwen_tokenizer()
+        return _quiet(
+            ZImagePipeline(
+                tokenizer=tokenizer,
+                text_encoder=qwen_3(tokenizer, layers=3).model,
+                transformer=ZImageTransformer2DModel(
+                    in_channels=4,
+                    dim=32,
+                    n_layers=2,
+                    n_refiner_layers=1,
+                    n_heads=2,
+                    n_kv_heads=2,
+                    cap_feat_dim=WIDTH,
+                    axes_dims=[4, 6, 6],
+                    axes_lens=[1024, 64, 64],
+                ).eval(),
+                vae=_vae(shift_factor=0.1),
+                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            )
+        )
+
+
+def sana() -> SanaPipeline:
+    """Gemma 2 behind a long instruction, linear attention, deep compression autoencoder, DPM++ along a flow."""
+    with _weights_of(seed=14):
+        tokenizer = gemma_tokenizer()
+        return _quiet(
+            SanaPipeline(
+                tokenizer=tokenizer,
+                text_encoder=gemma_2(tokenizer),
+                transformer=SanaTransformer2DModel(
+                    in_channels=4,
+                    out_channels=4,
+                    num_layers=2,
+                    num_attention_heads=2,
+                    attention_head_dim=16,
+                    num_cross_attention_heads=2,
+                    cross_attention_head_dim=16,
+                    cross_attention_dim=32,
+                    caption_channels=WIDTH,
+                    sample_size=32,
+                ).eval(),
+                vae=_deep_compression_vae(),
+                scheduler=DPMSolverMultistepScheduler(
+                    prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+                ),
+            )
+        )
+
+
+def pixart_sigma() -> PixArtSigmaPipeline:
+    """T5 with an attention mask, cross-attention transformer that also predicts a variance, DPM++."""
+    with _weights_of(seed=15):
+        return _pixart(PixArtSigmaPipeline, sample_size=SIDE // 2)
+
+
+def pixart_alpha() -> PixArtAlphaPipeline:
+    """The same, conditioned on the image's size and aspect ratio (which goes by the transformer's sample size)."""
+    with _weights_of(seed=16):
+        return _pixart(PixArtAlphaPipeline, sample_size=128)
+
+
+CURRENT_FAMILIES: dict[str, Callable[[], Any]] = {
+    "flux_2": flux_2,
+    "flux_2_klein": flux_2_klein,
+    "qwen_image": qwen_image,
+    "z_image": z_image,
+    "sana": sana,
+    "pixart_sigma": pixart_sigma,
+    "pixart_alpha": pixart_alpha,
+}
+"""Every architecture by name; each call builds a new pipeline with the same weights."""
+
+_AS_ASKED = {"use_resolution_binning": False, "clean_caption": False}
+
+CALL: dict[str, dict[str, Any]] = {
+    "flux_2": FEW_STEPS,
+    "flux_2_klein": FEW_STEPS,
+    "qwen_image": FEW_STEPS,
+    "z_image": FEW_STEPS,
+    "sana": {**FEW_STEPS, **_AS_ASKED},
+    "pixart_sigma": {**FEW_STEPS, **_AS_ASKED},
+    "pixart_alpha": {**FEW_STEPS, **_AS_ASKED},
+}
+"""Arguments of every call, by family."""
+
+GUIDED: dict[str, dict[str, Any]] = {
+    "flux_2_klein": {"guidance_scale": 4.0},
+    "qwen_image": {"true_cfg_scale": 4.0, "negative_prompt": "blurry"},
+    "z_image": {"guidance_scale": 4.0, "negative_prompt": "blurry"},
+    "sana": {"guidance_scale": 4.0, "negative_prompt": "blurry"},
+    "pixart_sigma": {"guidance_scale": 4.0, "negative_prompt": "blurry"},
+    "pixart_alpha": {"guidance_scale": 4.0, "negative_prompt": "blurry"},
+}
+"""Arguments that ask for classifier-free guidance, where a family knows it. Without them, it is off in Qwen-Image and
+on in the others. FLUX.2 has embedded guidance only; FLUX.2 klein always guides away from the empty prompt."""
+
+
+# --------------------------------------------------------------------------------------------- parts
+
+
+def _flux_2_transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
+    return _heedful(
+        Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * WIDTH,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=guidance_embeds,
+        )
+    )
+
+
+def _heedful(transformer: Any) -> Any:
+    """With attention that picks single tokens and lets them through: the few of a prompt count beside the padding."""
+    for name, weights in transformer.named_parameters():
+        if name.endswith(("norm_k.weight", "norm_added_k.weight", "add_v_proj.weight", "to_out.0.weight")):
+            weights.data *= 4
+    return transformer.eval()
+
+
+def _flux_2_vae() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        norm_num_groups=8,
+        layers_per_block=1,
+        sample_size=SIDE,
+    ).eval()
+    vae.bn.running_mean.normal_(std=0.1)
+    vae.bn.running_var.uniform_(0.5, 1.5)
+    vae.decoder.conv_out.weight.data *= 2
+    return vae
+
+
+def _qwen_vae() -> AutoencoderKLQwenImage:
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[-0.2, 0.1, 0.0, 0.3],
+        latents_std=[1.1, 0.9, 1.2, 0.8],
+    ).eval()
+    vae.decoder.conv_out.weight.data *= 2
+    return vae
+
+
+def _deep_compression_vae() -> AutoencoderDC:
+    blocks = ("ResBlock", "EfficientViTBlock")
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.41407,
+    ).eval()
+
+
+def _pixart(pipeline: type, *, sample_size: int) -> Any:
+    return _quiet(
+        pipeline(
+            tokenizer=_t5_tokenizer(),
+            text_encoder=_t5(width=32),
+            transformer=PixArtTransformer2DModel(
+                sample_size=sample_size,
+                num_layers=2,
+                num_attention_heads=2,
+                attention_head_dim=24,
+                cross_attention_dim=48,
+                caption_channels=32,
+            ).eval(),
+            vae=_vae(),
+            scheduler=DPMSolverMultistepScheduler(),
+        )
+    )
