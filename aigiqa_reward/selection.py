@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
@@ -91,6 +91,112 @@ class TopK:
     def items(self) -> list[Ranked]:
         """The candidates held now, best first."""
         return list(self._held)
+
+
+def spread(distances: Sequence[Sequence[float]], count: int) -> list[int]:
+    """Which `count` of K candidates lie far apart: the best one, then always the farthest from those taken.
+
+    Greedy farthest-first traversal (Gonzalez 1985), at most twice as narrow as the widest choice there is.
+
+    Args:
+        distances: (K, K) symmetric, at least 0; rows in the candidates' order, best first.
+        count: in [1, K].
+
+    Returns:
+        Their places, ascending, so best first. Of equally far ones the better is taken.
+    """
+    taken = [0]
+    while len(taken) < count:
+        left = [place for place in range(len(distances)) if place not in taken]
+        taken.append(max(left, key=lambda place: (min(distances[place][other] for other in taken), -place)))
+    return sorted(taken)
+
+
+# --------------------------------------------------------------------------------------------- search plans
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One pruning: after `step` steps the best `survivors` go on."""
+
+    step: int
+    survivors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving:
+    """Successive halving (Karnin et al. 2013; Jamieson & Talwalkar 2016) over the steps of a sampler.
+
+    The defaults were chosen on the embedded generator, on prompts apart from those of the published figures: early
+    previews rank candidates poorly, so four gentle rounds lose less than three that halve, at the same price.
+
+    Attributes:
+        at: shares of the steps, in (0, 1) and growing, after which previews are scored.
+        keep: share of the candidates that goes on each time, in (0, 1).
+    """
+
+    at: tuple[float, ...] = (0.2, 0.4, 0.5, 0.7)
+    keep: float = 0.65
+
+    def __post_init__(self) -> None:
+        if not self.at or any(not 0 < share < 1 for share in self.at) or list(self.at) != sorted(set(self.at)):
+            raise ValueError(f"at: expected growing shares of the steps within (0, 1), got {self.at!r}")
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep: expected a share in (0, 1), got {self.keep!r}; a half is usual")
+
+    def rounds(self, n: int, steps: int, least: int = 1) -> list[Round]:
+        """When to prune and down to how many.
+
+        Args:
+            n: candidates at the start.
+            steps: of the sampler.
+            least: candidates that must be left at the end.
+
+        Returns:
+            Rounds with growing steps and falling survivors; shares that come to the same step are one round, and
+            rounds at which nobody would leave are left out.
+        """
+        found: dict[int, int] = {}
+        alive = n
+        for share in self.at:
+            step = max(1, round(share * steps))
+            left = max(least, math.ceil(alive * self.keep))
+            if step < steps and step not in found and left < alive:
+                found[step] = alive = left
+        return [Round(step=step, survivors=survivors) for step, survivors in found.items()]
+
+    def calls(self, n: int, steps: int, least: int = 1) -> int:
+        """Denoiser calls of the whole search, one a candidate and step."""
+        calls, alive, before = 0, n, 0
+        for pruning in self.rounds(n, steps, least):
+            calls += alive * (pruning.step - before)
+            alive, before = pruning.survivors, pruning.step
+        return calls + alive * (steps - before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroOrder:
+    """Zero-order search among noises (Ma et al. 2025, Inference-Time Scaling for Diffusion Models, section 3).
+
+    The first `neighbours` candidates are independent. Then, again and again, the best noise so far is the pivot p, and
+    each of the next `neighbours` candidates starts from sqrt(1 - radius^2) p + radius e with fresh noise e, which is
+    Gaussian again.
+
+    Attributes:
+        neighbours: candidates a round, at least 1.
+        radius: in (0, 1]; 1 is random search.
+    """
+
+    neighbours: int = 4
+    radius: float = 0.5
+
+    def __post_init__(self) -> None:
+        integer("neighbours", self.neighbours, least=1)
+        if not 0 < self.radius <= 1:
+            raise ValueError(f"radius: expected a number in (0, 1], got {self.radius!r}; 1 is random search")
+
+
+# --------------------------------------------------------------------------------------------- checks
 
 
 def integer(argument: str, value: Any, *, least: int | None = None) -> int:

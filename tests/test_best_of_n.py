@@ -341,7 +341,7 @@ def test_counts_must_be_positive(sd, name, value):
 def test_other_constructor_arguments_are_checked(sd):
     with pytest.raises(ValueError, match=r"top_k: expected at most n=4, got 5"):
         BestOfN(sd, corner, n=4, top_k=5)
-    with pytest.raises(ValueError, match=r"pruning: .*not available in this version, pass None"):
+    with pytest.raises(ValueError, match=r"pruning: .*expected None, .halving. or a Halving, got"):
         BestOfN(sd, corner, pruning=[8, 4])
     with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline, got str"):
         BestOfN("stable-diffusion", corner)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from aigiqa_reward.selection import TopK, integer, rank
+from aigiqa_reward.selection import Halving, TopK, ZeroOrder, integer, rank, spread
 
 NAN = float("nan")
 
@@ -118,3 +118,60 @@ def test_k_must_be_positive(k):
 def test_integer_takes_whatever_python_counts_with():
     assert integer("n", np.int64(3), least=1) == 3
     assert integer("seed", -5) == -5
+
+
+# --------------------------------------------------------------------------------------------- search plans
+
+
+def test_rounds_shrink_and_end_before_the_last_step():
+    plan = Halving(at=(0.25, 0.5, 0.75), keep=0.5)
+    assert [(r.step, r.survivors) for r in plan.rounds(16, 20)] == [(5, 8), (10, 4), (15, 2)]
+    assert [(r.step, r.survivors) for r in plan.rounds(16, 20, least=6)] == [(5, 8), (10, 6)]
+    assert [(r.step, r.survivors) for r in plan.rounds(3, 2)] == [(1, 2)]  # shares that come to one step are one round
+    assert plan.rounds(16, 1) == [] == plan.rounds(1, 20)
+
+
+def test_calls_are_those_of_a_walk_step_by_step():
+    for plan in (Halving(), Halving(at=(0.25, 0.5, 0.75), keep=0.5), Halving(at=(0.9,), keep=0.1)):
+        for n, steps, least in [(16, 20, 1), (7, 4, 3), (64, 50, 1), (5, 1, 1)]:
+            rounds = {r.step: r.survivors for r in plan.rounds(n, steps, least)}
+            alive, calls = n, 0
+            for step in range(steps):
+                alive = rounds.get(step, alive)
+                calls += alive
+            assert plan.calls(n, steps, least) == calls
+            assert alive >= min(n, least)
+
+
+@pytest.mark.parametrize("at", [(), (0.0,), (1.0,), (0.5, 0.5), (0.6, 0.3), (math.nan,)])
+def test_shares_must_grow_within_the_steps(at):
+    with pytest.raises(ValueError, match=r"^at: expected growing shares"):
+        Halving(at=at)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0, -1, math.nan])
+def test_a_share_must_go_on(keep):
+    with pytest.raises(ValueError, match=r"^keep: expected a share in \(0, 1\)"):
+        Halving(keep=keep)
+
+
+def test_zero_order_settings_are_checked():
+    with pytest.raises(ValueError, match=r"^radius: expected a number in \(0, 1\], got 0"):
+        ZeroOrder(radius=0)
+    with pytest.raises(ValueError, match=r"^neighbours: expected an integer of at least 1"):
+        ZeroOrder(neighbours=0)
+
+
+def test_spread_takes_the_best_and_is_at_most_twice_as_narrow_as_possible():
+    rng = random.Random(0)
+    for _ in range(50):
+        points = [(rng.random(), rng.random()) for _ in range(8)]
+        distances = [[math.dist(a, b) for b in points] for a in points]
+
+        def narrowest(chosen, distances=distances):
+            return min(distances[a][b] for a, b in itertools.combinations(chosen, 2))
+
+        taken = spread(distances, 3)
+        assert taken[0] == 0
+        assert taken == sorted(set(taken))
+        assert narrowest(taken) >= max(narrowest(c) for c in itertools.combinations(range(8), 3) if 0 in c) / 2

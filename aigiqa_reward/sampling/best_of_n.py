@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +12,21 @@ from torch import Tensor
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.sampling.candidates import (
-    FLAGGED,
-    NON_FINITE,
+    POOL,
     BestOfNOutput,
+    Picture,
     PromptedReward,
     Tally,
     check_prompt,
     check_reward,
     check_text,
     conclude,
+    judge,
 )
+from aigiqa_reward.sampling.chunks import in_chunks
 from aigiqa_reward.sampling.prompt_memo import PromptMemo
 from aigiqa_reward.sampling.reranking import rerank
-from aigiqa_reward.selection import integer
+from aigiqa_reward.selection import Halving, ZeroOrder, integer
 
 __all__ = ["BestOfN", "BestOfNOutput", "rerank"]
 
@@ -37,12 +39,6 @@ _OWNED = {
 }
 """Arguments of a pipeline that BestOfN sets itself, and what to do instead."""
 
-_NO_MEMORY = (
-    "BestOfN: not even one candidate fits into memory. Sample smaller images (height=, width=), load the "
-    "pipeline in half precision, call pipe.enable_model_cpu_offload() or pipe.vae.enable_tiling(), or move "
-    "the reward to the CPU (reward.to('cpu'))"
-)
-
 
 class BestOfN:
     """Samples `n` candidates for a prompt, scores them with a reward and keeps the best `top_k`.
@@ -54,6 +50,11 @@ class BestOfN:
     so memory does not grow with `n`, and the ranking does not depend on `batch_size`. A chunk that runs out
     of memory is halved and sampled again, with the same result. The pipeline is left as it was.
 
+    With `pruning`, or `search="zero_order"`, the steps are taken by our own loop over the pipeline's parts, which knows
+    the architectures that `sampling.families` lists. A pruned search takes all candidates some of the way, scores the
+    clean images as seen from there, and goes on with the best; those that reach the end are the images of their seeds,
+    as without pruning. Zero-order search changes noises: `.noises` then holds the winners' own.
+
     Args:
         pipe: a text-to-image pipeline of diffusers, or anything called like one. One whose call has no
             `num_images_per_prompt` is called for one candidate at a time.
@@ -61,8 +62,10 @@ class BestOfN:
         n: number of candidates, at least 1.
         batch_size: candidates sampled at once, at least 1.
         top_k: images to keep, in [1, n].
-        pruning: must be None in this version.
+        pruning: None, or "halving", or a `selection.Halving` that says when and by how much.
         reward_prompt: the text that the reward sees; by default the pipeline's prompt.
+        search: "random" takes seeds as they come; "zero_order", or a `selection.ZeroOrder`, looks near the best noise.
+        diverse: of the best 4 `top_k`, keep those `top_k` that look least alike, the best among them.
         progress: show a progress bar over the candidates.
 
     Raises:
@@ -80,6 +83,8 @@ class BestOfN:
         pruning: Any = None,
         reward_prompt: Any = None,
         progress: bool = True,
+        search: Any = "random",
+        diverse: bool = False,
     ) -> None:
         if not callable(pipe):
             raise TypeError(
@@ -93,8 +98,11 @@ class BestOfN:
         self.top_k = integer("top_k", top_k, least=1)
         if self.top_k > self.n:
             raise ValueError(f"top_k: expected at most n={self.n}, got {self.top_k}; raise n, or ask for fewer")
-        if pruning is not None:
-            raise ValueError(f"pruning: expected None, got {pruning!r}; not available in this version, pass None")
+        self.pruning: Halving | None = _plan("pruning", pruning, {None: None, "halving": Halving()}, Halving)
+        self.search: ZeroOrder | None = _plan("search", search, {"random": None, "zero_order": ZeroOrder()}, ZeroOrder)
+        if self.pruning and self.search:
+            raise ValueError("pruning, search: pass one of them; zero-order search needs every candidate's final score")
+        self.diverse = bool(diverse)
         if reward_prompt is not None:
             check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
         self.reward_prompt = reward_prompt
@@ -126,6 +134,7 @@ class BestOfN:
         output = None
         with tqdm(total=self.n, desc="best of n", disable=not self.progress) as bar:
             for output in run:
+                bar.set_postfix(calls=output.denoiser_calls) if output.denoiser_calls else None
                 bar.update(len(output.all_seeds) - bar.n)
         assert output is not None  # n is at least 1
         return output
@@ -145,6 +154,11 @@ class BestOfN:
         self, prompt: Any, seed: Any, pipe_kwargs: dict[str, Any], *, stacklevel: int
     ) -> Generator[BestOfNOutput, None, None]:
         first = integer("seed", seed)
+        if not -(2**63) <= first <= 2**64 - self.n:  # what torch.Generator.manual_seed takes
+            raise ValueError(
+                f"seed: expected an integer in [-2**63, 2**64 - n] = [{-(2**63)}, {2**64 - self.n}], so that all n="
+                f"{self.n} candidates have a seed that torch.Generator takes, got {first}; pass a smaller number"
+            )
         check_prompt(prompt)
         _check_pipe_kwargs(pipe_kwargs)
         text = self.reward_prompt
@@ -156,51 +170,42 @@ class BestOfN:
             pipe_kwargs=pipe_kwargs,
             memo=PromptMemo(self.pipe),
             reward=PromptedReward(self.reward, text),
-            tally=Tally(self.top_k),
+            tally=Tally(self.top_k, diverse=self.diverse),
         )
-        return self._run(call, range(first, first + self.n), stacklevel)
+        seeds = range(first, first + self.n)
+        run = self._own_loop(call, seeds) if self.pruning or self.search else self._pipelines_loop(call, seeds)
+        return self._outputs(call, run, stacklevel)
 
-    def _run(self, call: _Call, seeds: range, stacklevel: int) -> Generator[BestOfNOutput, None, None]:
-        size = self.batch_size if self._batched else 1
-        while seeds:
-            chunk = seeds[:size]
-            if self._score(call, chunk):
-                seeds = seeds[size:]
-                yield call.tally.output()
-            else:
-                size = len(chunk) // 2
+    def _outputs(self, call: _Call, run: Iterator[Any], stacklevel: int) -> Generator[BestOfNOutput, None, None]:
+        for _ in run:
+            yield call.tally.output()
+        if hasattr(self.pipe, "maybe_free_model_hooks"):
+            self.pipe.maybe_free_model_hooks()  # what the pipeline's own loop does at its end
         conclude(call.tally.output(), self.top_k, name="seed", stacklevel=stacklevel)
 
-    def _score(self, call: _Call, seeds: range) -> bool:
-        """Sample and score one chunk; False if there was not enough memory, and fewer may fit."""
-        try:
-            self._sample_and_score(call, seeds)
-            return True
-        except torch.OutOfMemoryError as error:
-            if len(seeds) == 1:
-                error.add_note(_NO_MEMORY)
-                raise
-        # Outside the except block, so that the error no longer holds the failed chunk's tensors.
-        if hasattr(self.pipe, "maybe_free_model_hooks"):
-            self.pipe.maybe_free_model_hooks()  # offloads, as the pipeline does at the end of a call
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return False
+    def _pipelines_loop(self, call: _Call, seeds: range) -> Iterator[Any]:
+        def sample_and_score(chunk: Sequence[int]) -> None:
+            images, flagged = self._sample(call, chunk)
+            reasons, output = judge(images, flagged, call.reward)
+            call.tally.add(chunk, reasons, output, lambda row: _picture(images, row))
 
-    def _sample_and_score(self, call: _Call, seeds: range) -> None:
-        images, flagged = self._sample(call, seeds)
-        finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
-        reasons = [
-            FLAGGED if flag else None if is_finite else NON_FINITE
-            for flag, is_finite in zip(flagged, finite, strict=True)
-        ]
-        kept = [row for row, reason in enumerate(reasons) if reason is None]
-        output = None
-        if kept:
-            output = call.reward(images if len(kept) == len(seeds) else images[kept])
-        call.tally.add(seeds, reasons, output, lambda row: pixels.to_pil(images[row : row + 1].cpu())[0])
+        return in_chunks(seeds, self.batch_size if self._batched else 1, sample_and_score, self.pipe)
 
-    def _sample(self, call: _Call, seeds: range) -> tuple[Tensor, list[Any]]:
+    def _own_loop(self, call: _Call, seeds: range) -> Iterator[Any]:
+        from aigiqa_reward.sampling.rollout import Rollout
+        from aigiqa_reward.sampling.searches import Search, climb, halve
+
+        need = "BestOfN(pruning=...)" if self.pruning else "BestOfN(search=...)"
+        if call.prompt is None:
+            raise ValueError(f"prompt: {need} encodes the prompt itself: expected a text, got None")
+        rollout = Rollout(self.pipe, need=need, **call.pipe_kwargs)
+        search = Search(rollout, call.prompt, call.reward, self.batch_size, call.tally)
+        if self.search is not None:
+            return climb(search, seeds, self.search)
+        assert self.pruning is not None, "one of both"
+        return halve(search, seeds, self.pruning, least=self.top_k * POOL if self.diverse else self.top_k)
+
+    def _sample(self, call: _Call, seeds: Sequence[int]) -> tuple[Tensor, list[Any]]:
         """Images (B, 3, H, W) of the seeds, and whether the pipeline's safety checker flagged them."""
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         generator = generators if len(seeds) > 1 else generators[0]
@@ -223,6 +228,20 @@ class _Call:
     memo: PromptMemo
     reward: PromptedReward
     tally: Tally
+
+
+def _plan(argument: str, given: Any, named: dict[Any, Any], kind: type) -> Any:
+    """What a name stands for, or a plan itself."""
+    if isinstance(given, kind):
+        return given
+    if (given is None or isinstance(given, str)) and given in named:
+        return named[given]
+    names = ", ".join(repr(name) for name in named)
+    raise ValueError(f"{argument}: expected {names} or a {kind.__name__}, got {given!r}")
+
+
+def _picture(images: Tensor, row: int) -> Picture:
+    return Picture(image=pixels.to_pil(images[row : row + 1].cpu())[0])
 
 
 def _takes(pipe: Any, argument: str) -> bool:

@@ -5,20 +5,47 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from aigiqa_reward.scorer import device_of
-from aigiqa_reward.selection import TopK
+from aigiqa_reward.selection import Ranked, TopK, spread
 from aigiqa_reward.types import RewardOutput, as_reward_output
 
 NON_FINITE = "NaN or infinite pixels"
 FLAGGED = "flagged by the pipeline's safety checker"
 NO_SCORE = "the reward gave NaN"
+
+
+POOL = 4
+"""Of how many times top_k candidates the diverse ones are taken: chosen here, as wide as scores hardly fall."""
+
+_THUMBNAIL = 16
+"""Side in pixels at which images are compared for diversity: layout and colours, not texture. Chosen here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What a reward says of a candidate's clean image as seen from the middle of its sampling.
+
+    Attributes:
+        step: steps that it has taken.
+        steps: of the whole way.
+        total: higher is better.
+        quality: perceptual quality.
+        correspondence: to the prompt; None if the reward gives none.
+    """
+
+    step: int
+    steps: int
+    total: float
+    quality: float
+    correspondence: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +65,12 @@ class BestOfNOutput:
         all_quality: quality of all candidates in candidate order; NaN for those that were dropped.
         all_correspondence: likewise; None if the reward gives none.
         dropped: why candidates could not be ranked, by seed.
+        previews: by seed, what the reward said of a candidate on its way, where a search looked. A candidate without a
+            score that is not among the dropped was pruned.
+        denoiser_calls: rows that the denoiser was asked for, one a candidate and step; a negative prompt's own are not
+            counted apart. None where the pipeline ran its own loop.
+        noises: initial latents (1, ...) of the best, on the CPU, where a search changed them: their seeds alone do not
+            make their images again.
     """
 
     images: list[Image.Image]
@@ -50,6 +83,9 @@ class BestOfNOutput:
     all_quality: list[float]
     all_correspondence: list[float] | None
     dropped: dict[int, str]
+    previews: dict[int, tuple[Preview, ...]] = field(default_factory=dict)
+    denoiser_calls: int | None = None
+    noises: list[Tensor] | None = None
 
 
 class PromptedReward:
@@ -78,75 +114,131 @@ class PromptedReward:
         return as_reward_output(result, count)
 
 
-class Tally:
-    """Takes in scored candidates; keeps everybody's scores, and the images of the `top_k` best."""
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A candidate's image, and where its noise cannot be drawn from its seed alone, that noise."""
 
-    def __init__(self, top_k: int) -> None:
-        self._winners = TopK(top_k)
-        self._seeds: list[int] = []
-        self._total: list[float] = []
-        self._quality: list[float] = []
-        self._correspondence: list[float] = []
-        self._has_correspondence = False
+    image: Image.Image
+    noise: Tensor | None = None
+
+
+class Tally:
+    """Takes in scored candidates; keeps everybody's scores, and the pictures of the best.
+
+    Args:
+        top_k: how many images the output shall hold.
+        diverse: hold the best 4 top_k, and show those `top_k` of them that lie far apart.
+    """
+
+    def __init__(self, top_k: int, *, diverse: bool = False) -> None:
+        self._top_k, self._diverse = top_k, diverse
+        self._winners = TopK(top_k * POOL if diverse else top_k)
+        self._scores: dict[int, _Scores] = {}
         self._dropped: dict[int, str] = {}
+        self._previews: dict[int, list[Preview]] = {}
+        self.calls: int | None = None
 
     def add(
         self,
         seeds: Sequence[int],
         reasons: Sequence[str | None],
         output: RewardOutput | None,
-        picture: Callable[[int], Image.Image],
+        picture: Callable[[int], Picture],
     ) -> None:
-        """Take in the next candidates.
+        """Take in candidates.
 
         Args:
-            seeds: (B,) their seeds.
+            seeds: (B,) their seeds, of which no other candidate has one. Of two equal scores the smaller seed wins.
             reasons: (B,) why a candidate is dropped, or None.
             output: scores of those that are not dropped, in their order; None if there are none.
-            picture: gives the image of row i; called for those only that are among the best so far.
+            picture: gives the picture of row i; called for those only that are among the best so far.
         """
-        kept = [row for row, reason in enumerate(reasons) if reason is None]
-        total, quality, correspondence = (
-            _spread(None if output is None else getattr(output, aspect), kept, len(seeds))
-            for aspect in ("total", "quality", "correspondence")
-        )
-        first = len(self._seeds)
-        self._seeds += seeds
-        self._total += total
-        self._quality += quality
-        self._correspondence += correspondence
-        self._has_correspondence |= output is not None and output.correspondence is not None
-        for row, (seed, reason, score) in enumerate(zip(seeds, reasons, total, strict=True)):
-            if math.isnan(score):
+        for row, (seed, reason, scores) in enumerate(zip(seeds, reasons, scores_of(output, reasons), strict=True)):
+            self._scores[seed] = scores
+            if math.isnan(scores.total):
                 self._dropped[seed] = reason or NO_SCORE
-            elif self._winners.accepts(score, first + row):
-                self._winners.push(score, first + row, picture(row))
+            elif self._winners.accepts(scores.total, seed):
+                self._winners.push(scores.total, seed, picture(row))
+
+    def total(self, seed: int) -> float:
+        """Total of a candidate that was taken in; NaN if it was dropped or did not reach its end."""
+        return self._scores[seed].total
+
+    def preview(self, seed: int, preview: Preview) -> None:
+        """Note what the reward said of a candidate on its way."""
+        self._previews.setdefault(seed, []).append(preview)
+
+    def leave(self, seed: int, reason: str | None = None) -> None:
+        """Take in a candidate that does not reach its end: pruned, or for a reason dropped."""
+        self._scores[seed] = _Scores()
+        if reason is not None:
+            self._dropped[seed] = reason
 
     def output(self) -> BestOfNOutput:
         """What is known so far."""
-        best = self._winners.items()
-        places = [winner.index for winner in best]
-        known = self._has_correspondence
+        seeds = sorted(self._scores)
+        best = self._best()
+        found = [self._scores[winner.index] for winner in best]
+        every = [self._scores[seed] for seed in seeds]
+        known = any(scores.correspondence is not None for scores in every)
+        noises = [winner.item.noise for winner in best]
         return BestOfNOutput(
-            images=[winner.item for winner in best],
+            images=[winner.item.image for winner in best],
             scores=[winner.score for winner in best],
-            seeds=[self._seeds[place] for place in places],
-            quality=[self._quality[place] for place in places],
-            correspondence=[self._correspondence[place] for place in places] if known else None,
-            all_scores=list(self._total),
-            all_seeds=list(self._seeds),
-            all_quality=list(self._quality),
-            all_correspondence=list(self._correspondence) if known else None,
+            seeds=[winner.index for winner in best],
+            quality=[scores.quality for scores in found],
+            correspondence=[_number(scores.correspondence) for scores in found] if known else None,
+            all_scores=[scores.total for scores in every],
+            all_seeds=seeds,
+            all_quality=[scores.quality for scores in every],
+            all_correspondence=[_number(scores.correspondence) for scores in every] if known else None,
             dropped=dict(self._dropped),
+            previews={seed: tuple(self._previews[seed]) for seed in sorted(self._previews)},
+            denoiser_calls=self.calls,
+            noises=None if any(noise is None for noise in noises) or not noises else noises,
         )
 
+    def _best(self) -> list[Ranked]:
+        held = self._winners.items()
+        if not self._diverse or len(held) <= self._top_k:
+            return held
+        small = np.stack([np.asarray(h.item.image.resize((_THUMBNAIL,) * 2), np.float32).ravel() for h in held])
+        distances = np.linalg.norm(small[:, None] - small[None], axis=-1)
+        return [held[place] for place in spread(distances.tolist(), self._top_k)]
 
-def _spread(values: Tensor | None, kept: list[int], count: int) -> list[float]:
-    """The values at the places `kept` of `count`, NaN elsewhere."""
-    spread = torch.full((count,), math.nan, dtype=torch.float64)
-    if values is not None:
-        spread[kept] = values.to("cpu", torch.float64)
-    return spread.tolist()
+
+@dataclass(frozen=True, kw_only=True)
+class _Scores:
+    total: float = math.nan
+    quality: float = math.nan
+    correspondence: float | None = None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def scores_of(output: RewardOutput | None, reasons: Sequence[str | None]) -> list[_Scores]:
+    """Scores of (B,) candidates, of which `output` holds those without a reason to be dropped; NaN for the others."""
+    if output is None:
+        return [_Scores()] * len(reasons)
+    aspects = ("total", "quality", "correspondence")
+    columns = [getattr(output, aspect) for aspect in aspects]
+    present = {a: c.to("cpu", torch.float64).tolist() for a, c in zip(aspects, columns, strict=True) if c is not None}
+    rows = iter(range(len(output)))
+    empty = _Scores(correspondence=math.nan if "correspondence" in present else None)
+    filled = [next(rows) if reason is None else None for reason in reasons]
+    return [empty if r is None else _Scores(**{a: values[r] for a, values in present.items()}) for r in filled]
+
+
+def judge(
+    images: Tensor, flagged: Sequence[Any], reward: PromptedReward
+) -> tuple[list[str | None], RewardOutput | None]:
+    """Why images (B, 3, H, W) are dropped, or None; and the scores of the others, in their order."""
+    finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
+    reasons = [FLAGGED if flag else None if fine else NON_FINITE for flag, fine in zip(flagged, finite, strict=True)]
+    kept = [row for row, reason in enumerate(reasons) if reason is None]
+    return reasons, reward(images if len(kept) == len(images) else images[kept]) if kept else None
 
 
 def conclude(output: BestOfNOutput, top_k: int, *, name: str, stacklevel: int) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.sampling.candidates import (
     BestOfNOutput,
+    Picture,
     Tally,
     check_prompt,
     check_reward,
@@ -62,8 +62,8 @@ def rerank(images: Any, prompt: Any, reward: Any, top_k: Any = None) -> BestOfNO
     return output
 
 
-def _picture(source: Any) -> Image.Image:
-    return pixels.to_pil(pixels.load(source)[None])[0]
+def _picture(source: Any) -> Picture:
+    return Picture(image=pixels.to_pil(pixels.load(source)[None])[0])
 
 
 def _check_sources(images: Any) -> Sequence[Any]:

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, EulerAncestralDiscreteScheduler
+from pipelines import FAMILIES, SIDE
+from torch import Tensor
+
+from aigiqa_reward import BestOfN, load_embedded_pipeline
+from aigiqa_reward.sampling.rollout import Rollout
+from aigiqa_reward.selection import Halving, ZeroOrder
+
+PROMPT = "a cat on a mat"
+CALL = {"height": SIDE, "width": SIDE, "num_inference_steps": 6}
+HALVE = Halving(at=(0.34, 0.67), keep=0.5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def corner(images: Tensor, prompts: list[str]) -> Tensor:
+    """Redness of a corner: tells seeds apart by far more than rounding."""
+    assert len(prompts) == len(images)
+    return images[:, 0, :4, :4].mean(dim=(1, 2))
+
+
+def make(pipe: Any, n: int = 8, **arguments: Any) -> BestOfN:
+    return BestOfN(pipe, arguments.pop("reward", corner), n=n, progress=False, **arguments)
+
+
+def count_rows(module: torch.nn.Module) -> list[int]:
+    """Rows of all forwards from now on."""
+    rows: list[int] = []
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    return rows
+
+
+def pixels_of(image: Any) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+@pytest.fixture(scope="module")
+def sd() -> Any:
+    """Without guidance a row is a call."""
+    return pipelines.stable_diffusion()
+
+
+# --------------------------------------------------------------------------------------------- halving
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_survivor_is_the_unpruned_image_of_its_seed(family):
+    pipe = FAMILIES[family]()
+    plain = make(pipe, top_k=8)(PROMPT, seed=3, **CALL)
+    pruned = make(pipe, top_k=2, pruning=HALVE)(PROMPT, seed=3, **CALL)
+    assert pruned.all_seeds == plain.all_seeds
+    assert sum(not math.isnan(score) for score in pruned.all_scores) == len(pruned.seeds) == 2
+    for seed, score, image in zip(pruned.seeds, pruned.scores, pruned.images, strict=True):
+        place = plain.seeds.index(seed)
+        assert score == pytest.approx(plain.scores[place], abs=1e-3)
+        assert np.abs(pixels_of(image) - pixels_of(plain.images[place])).max() <= 2
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler])
+def test_histories_and_noise_follow_the_survivors(sd, scheduler):
+    before = sd.scheduler
+    sd.scheduler = scheduler.from_config(before.config)
+    try:
+        outputs = [make(sd, n=7, top_k=2, batch_size=size, pruning=HALVE)(PROMPT, **CALL) for size in (1, 3, 7)]
+        again = [sd(PROMPT, generator=torch.Generator().manual_seed(seed), **CALL) for seed in outputs[0].seeds]
+    finally:
+        sd.scheduler = before
+    assert outputs[0].seeds == outputs[1].seeds == outputs[2].seeds
+    for image, made in zip(outputs[1].images, again, strict=True):
+        assert np.abs(pixels_of(image) - pixels_of(made.images[0])).max() <= 2
+
+
+def test_previews_are_the_decoded_clean_latents_and_decide_who_goes_on(sd):
+    call = {**CALL, "guidance_scale": 1.0}
+    found = make(sd, pruning=HALVE, batch_size=3)(PROMPT, seed=5, **call)
+    rollout = Rollout(sd, **call)
+    seeds = range(5, 13)
+    with torch.no_grad():
+        state = rollout.start(rollout.encode([PROMPT] * 8), [torch.Generator().manual_seed(s) for s in seeds])
+        totals = {}
+        while state.step < 4:
+            prediction = rollout.predict(state)
+            state = rollout.advance(state, prediction.output)
+            shown = rollout.decode(prediction.clean).clamp(0, 1)
+            totals[state.step] = dict(zip(seeds, corner(shown, [PROMPT] * 8).tolist(), strict=True))
+    first = sorted(seeds, key=lambda seed: -totals[2][seed])[:4]
+    second = sorted(first, key=lambda seed: -totals[4][seed])[:2]
+    assert {seed for seed in seeds if len(found.previews[seed]) == 2} == set(first)
+    for seed, previews in found.previews.items():
+        assert [(p.step, p.steps) for p in previews] == ([(2, 6), (4, 6)] if seed in first else [(2, 6)])
+        assert [p.total for p in previews] == pytest.approx([totals[p.step][seed] for p in previews], abs=1e-4)
+    assert [seed for seed, s in zip(found.all_seeds, found.all_scores, strict=True) if not math.isnan(s)] == sorted(
+        second
+    )
+    assert not found.dropped
+
+
+def test_calls_are_what_the_plan_says_and_what_the_denoiser_saw():
+    pipe = pipelines.stable_diffusion()
+    rows = count_rows(pipe.unet)
+    found = make(pipe, n=16, pruning="halving", batch_size=5)(PROMPT, **{**CALL, "guidance_scale": 1.0})
+    assert found.denoiser_calls == sum(rows) == Halving().calls(16, 6)
+    assert found.denoiser_calls < 0.6 * 16 * 6
+
+
+def test_candidates_with_bad_previews_are_dropped_and_the_others_go_on(sd):
+    def blind(images: Tensor, prompts: list[str]) -> Tensor:
+        scores = corner(images, prompts)
+        return torch.where(scores == scores.max(), torch.nan, scores)  # one of each chunk of 4, 4, and then 3
+
+    with pytest.warns(UserWarning, match=r"3 of 8 candidates were dropped \(seed \d+, \d+, \d+: the reward gave NaN\)"):
+        found = make(sd, reward=blind, pruning=Halving(at=(0.5,), keep=0.5), batch_size=4)(PROMPT, **CALL)
+    assert len(found.dropped) == 3
+
+
+def test_a_chunk_out_of_memory_is_halved_with_the_same_result():
+    pipe = pipelines.stable_diffusion()
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    call = {**CALL, "guidance_scale": 1.0}
+    expected = make(pipe, pruning=HALVE, batch_size=2)(PROMPT, **call)
+    steps = []
+
+    def refuse(_: Any, args: tuple[Tensor, ...]) -> None:
+        steps.append(len(args[0]))
+        if len(args[0]) > 2 and len(steps) % 2 == 0:  # in the middle of a chunk, noise already drawn
+            raise torch.OutOfMemoryError("too much")
+
+    pipe.unet.register_forward_pre_hook(refuse)
+    found = make(pipe, pruning=HALVE, batch_size=8)(PROMPT, **call)
+    assert found.seeds == expected.seeds
+    assert found.scores == pytest.approx(expected.scores, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------- zero order
+
+
+def test_zero_order_search_goes_on_from_the_best_noise(sd):
+    plan = ZeroOrder(neighbours=3, radius=0.3)
+    found = make(sd, n=9, top_k=9, search=plan, batch_size=2)(PROMPT, seed=4, **CALL)
+    assert found.noises is not None
+    noises = dict(zip(found.seeds, found.noises, strict=True))
+    scores = dict(zip(found.all_seeds, found.all_scores, strict=True))
+    fresh = {s: torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in found.all_seeds}
+    for first in (4, 7, 10):
+        earlier = [seed for seed in found.all_seeds if seed < first]
+        pivot = max(earlier, key=lambda seed: scores[seed]) if earlier else None
+        for seed in range(first, first + 3):
+            near = fresh[seed] if pivot is None else math.sqrt(0.91) * noises[pivot] + 0.3 * fresh[seed]
+            torch.testing.assert_close(noises[seed], near)
+    again = sd(PROMPT, latents=found.noises[0], generator=torch.Generator().manual_seed(0), **CALL).images[0]
+    assert np.abs(pixels_of(found.images[0]) - pixels_of(again)).max() <= 2
+
+
+def test_radius_one_is_random_search(sd):
+    plain = make(sd, n=6, top_k=6)(PROMPT, **CALL)
+    walk = make(sd, n=6, top_k=6, search=ZeroOrder(neighbours=2, radius=1.0))(PROMPT, **CALL)
+    assert walk.seeds == plain.seeds
+    assert walk.scores == pytest.approx(plain.scores, abs=1e-4)
+    assert walk.denoiser_calls == 6 * 6
+
+
+# --------------------------------------------------------------------------------------------- diverse
+
+
+def test_diverse_winners_are_among_the_best_and_farther_apart():
+    pipe = load_embedded_pipeline()
+    call = {"num_inference_steps": 3, "guidance_scale": 2.0}
+
+    def bright(images: Tensor, prompts: list[str]) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+    plain, wide, pool = (
+        make(pipe, n=16, reward=bright, top_k=k, diverse=diverse, batch_size=16)("a red apple", **call)
+        for k, diverse in ((3, False), (3, True), (12, False))
+    )
+    assert wide.seeds[0] == plain.seeds[0]
+    assert set(wide.seeds) <= set(pool.seeds)
+    assert wide.scores == sorted(wide.scores, reverse=True)
+
+    def narrowest(images: list[Any]) -> float:
+        small = [np.asarray(image.resize((16, 16)), float) for image in images]
+        return min(np.linalg.norm(a - b) for i, a in enumerate(small) for b in small[:i])
+
+    assert narrowest(wide.images) > narrowest(plain.images)
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_our_loop_cannot_serve_is_refused_by_name(sd):
+    with pytest.raises(ValueError, match=r"^ip_adapter_image: .*plain best of N"):
+        make(sd, pruning="halving")(PROMPT, ip_adapter_image=object(), **CALL)
+    with pytest.raises(ValueError, match=r"^prompt: BestOfN\(pruning=\.\.\.\) encodes"):
+        make(sd, pruning="halving", reward_prompt="x")(None, prompt_embeds=torch.zeros(1, 77, 32), **CALL)
+    with pytest.raises(TypeError, match=r"^pipe: BestOfN\(search=\.\.\.\) .*StableDiffusionPipeline.*got function"):
+        make(lambda prompt, **_: prompt, search="zero_order")(PROMPT)
+    before = sd.scheduler
+    sd.scheduler = EDMEulerScheduler()
+    try:
+        with pytest.raises(ValueError, match=r"^scheduler: .*cannot serve EDMEulerScheduler; it serves DDIMScheduler"):
+            make(sd, pruning="halving")(PROMPT, **CALL)
+    finally:
+        sd.scheduler = before
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("pruning", "half"), ("pruning", 0.5), ("search", None), ("search", "x")]
+)
+def test_unknown_plans_are_named(sd, argument, value):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected .*, got {value!r}$"):
+        make(sd, **{argument: value})
+
+
+def test_pruning_and_zero_order_search_exclude_each_other(sd):
+    with pytest.raises(ValueError, match=r"^pruning, search: pass one of them"):
+        make(sd, pruning="halving", search="zero_order")
