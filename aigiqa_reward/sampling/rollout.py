@@ -152,6 +152,7 @@ class Rollout:
         with torch.no_grad():
             start = self.family.start(generators, conditioning)
         scheduler = copy.deepcopy(self.pipe.scheduler)
+        vars(scheduler).pop("step", None)  # whoever listens to the pipeline's scheduler does not listen to ours
         self.family.set_timesteps(scheduler, start.latents)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)

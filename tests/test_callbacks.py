@@ -1,0 +1,159 @@
+"""RewardLogger and EarlyExit on diffusers' own pipelines."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks
+from pipelines import FAMILIES
+from torch import Tensor
+from watched import PROMPT, STEPS, Recorder, is_left_alone, pipeline, redness, sample
+
+from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger
+
+LOGGED = ("sd", "sdxl", "sd3", "flux", "flux_2", "flux_2_klein", "qwen_image", "z_image", "sana")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --------------------------------------------------------------------------------------------- RewardLogger
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_the_last_entry_is_about_the_image_and_the_image_is_untouched(name):
+    pipe, reward = pipeline(name), Recorder()
+    alone = sample(pipe, name)
+    with RewardLogger(pipe, reward, PROMPT) as logger:
+        image = sample(pipe, name, callback_on_step_end=logger)
+    assert torch.equal(image, alone)
+    assert torch.allclose(reward.images[-1], image, atol=1e-3)
+    assert is_left_alone(pipe)
+    assert [entry.step for entry in logger.history] == list(range(STEPS))
+    assert [entry.timestep for entry in logger.history] == pytest.approx(pipe.scheduler.timesteps.tolist())
+    last = logger.history[-1]
+    expected = redness(image, [PROMPT]).tolist()
+    assert last.quality == pytest.approx(expected, abs=1e-3)
+    assert last.total == pytest.approx([2 * e for e in expected], abs=2e-3)
+    assert last.correspondence == pytest.approx([3 * e for e in expected], abs=3e-3)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_with_a_perfect_denoiser_every_preview_is_the_known_image(name):
+    pipe, reward = pipeline(name), Recorder()
+    shape = sample(pipe, name, steps=1, output_type="latent").shape
+    known = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+
+    def perfect(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Tensor]:
+        latents, time = args[:2] if args else (kwargs["hidden_states"], kwargs["timestep"][0])
+        if name == "sd3":  # x = (1 - s) x0 + s eps; the output is eps - x0, time is 1000 s
+            return ((latents - known) / (time / 1000),)
+        kept = pipe.scheduler.alphas_cumprod[int(time)]  # of Euler's scaled model input too
+        return ((latents - kept.sqrt() * known) / (1 - kept).sqrt(),)
+
+    denoiser = pipe.transformer if name == "sd3" else pipe.unet
+    hook = denoiser.register_forward_hook(perfect, with_kwargs=True)
+    try:
+        with RewardLogger(pipe, reward, PROMPT) as logger:
+            sample(pipe, name, guidance_scale=1.0, callback_on_step_end=logger)
+    finally:
+        hook.remove()
+    config = pipe.vae.config
+    with torch.no_grad():
+        image = pipe.vae.decode(known / config.scaling_factor + (config.shift_factor or 0)).sample
+    for preview in reward.images[:-1]:  # DDIM ends a little before the clean latents
+        assert torch.allclose(preview, (image / 2 + 0.5).clamp(0, 1), atol=2e-3)
+    assert len(reward.images) == STEPS
+
+
+def test_every_third_step_and_the_last():
+    pipe, reward = pipeline("sd"), Recorder()
+    with RewardLogger(pipe, reward, PROMPT, every=3) as logger:
+        for seed in range(2):
+            sample(pipe, seed=seed, steps=5, callback_on_step_end=logger)
+        assert [entry.step for entry in logger.history] == [0, 3, 4, 0, 3, 4]
+    with logger:
+        assert logger.history == []
+        sample(pipe, steps=2, callback_on_step_end=logger)
+    assert [entry.step for entry in logger.history] == [0, 1]
+
+
+# --------------------------------------------------------------------------------------------- EarlyExit
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "z_image", "sana"])
+def test_early_exit_saves_calls_and_the_preview_is_the_image(name):
+    pipe, reward, calls = pipeline(name), Recorder(), []
+    denoiser = pipe.unet if name == "sd" else pipe.transformer
+    hook = denoiser.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        whole = sample(pipe, name, steps=6)
+        per_step = len(calls) // 6
+        calls.clear()
+        with (
+            EarlyExit(pipe, reward, PROMPT, above=-9.0, first=0.5) as exit_,
+            RewardLogger(pipe, redness, PROMPT) as logger,
+        ):
+            image = sample(pipe, name, steps=6, callback_on_step_end=MultiPipelineCallbacks([exit_, logger]))
+    finally:
+        hook.remove()
+    assert exit_.exited_at == 2 and len(calls) == 3 * per_step  # half of six steps are always taken
+    assert torch.allclose(reward.images[-1], image, atol=1e-4)
+    assert not torch.allclose(whole, image, atol=1e-4)
+    assert logger.history[-1].total == pytest.approx(exit_.history[-1].quality, abs=1e-4)  # of the image, too
+    assert torch.equal(sample(pipe, name, steps=6), whole)
+
+
+def test_early_exit_keeps_the_latents_type():
+    pipe = FAMILIES["sd"]().to(torch.bfloat16)
+    with EarlyExit(pipe, redness, PROMPT, above=-9.0) as exit_:
+        assert sample(pipe, output_type="latent", callback_on_step_end=exit_).dtype == torch.bfloat16
+    assert exit_.exited_at is not None
+
+
+def test_all_images_must_be_good():
+    pipe = pipeline("sd")
+
+    def graded(images: Tensor, prompts: list[str]) -> Tensor:
+        return torch.arange(len(images)).float()
+
+    for above, exited_at in ((0.0, 0), (0.5, None)):
+        with EarlyExit(pipe, graded, PROMPT, above=above, first=0.0) as exit_:
+            sample(pipe, num_images_per_prompt=2, callback_on_step_end=exit_)
+        assert exit_.exited_at == exited_at
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "exited_at"),
+    [([1, 2, 3, 4, 5, 6], 1, None), ([1, 2, 2, 2, 2, 2], 2, 3), ([3, 1, 4, 1, 1, 9], 2, 4), ([2, 1, 1, 1, 1, 1], 1, 1)],
+)
+def test_patience_counts_steps_without_a_better_mean(scores, patience, exited_at):
+    pipe = pipeline("sd")
+    for seed in range(2):  # a second run of the same object starts afresh
+        left = iter(scores)
+        reward = functools.partial(lambda images, _, left: torch.tensor([float(next(left))]), left=left)
+        with EarlyExit(pipe, reward, PROMPT, patience=patience, first=0.0) as exit_:
+            sample(pipe, seed=seed, steps=6, callback_on_step_end=exit_)
+        assert exit_.exited_at == exited_at
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "at least one"),
+        ({"above": float("nan")}, "above"),
+        ({"patience": 0}, "patience"),
+        ({"above": 0.5, "first": 1.5}, "first"),
+    ],
+)
+def test_early_exit_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EarlyExit(pipeline("sd"), redness, PROMPT, **arguments)

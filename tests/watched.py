@@ -1,0 +1,54 @@
+"""Stock calls of tiny pipelines to be watched, and rewards to watch them with."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from pipelines import FAMILIES, SIDE
+from pipelines_current import CALL, CURRENT_FAMILIES
+from torch import Tensor
+
+from aigiqa_reward.types import RewardOutput
+
+PROMPT = "a red apple"
+STEPS = 4
+
+
+@functools.cache
+def pipeline(name: str) -> Any:
+    """One pipeline for all tests: what watches it leaves it as it was."""
+    return {**FAMILIES, **CURRENT_FAMILIES}[name]()
+
+
+def redness(images: Tensor, prompts: list[str]) -> Tensor:
+    assert len(prompts) == len(images)
+    return (images[:, 0] - images[:, 1:].mean(dim=1)).mean(dim=(1, 2))
+
+
+class Recorder:
+    """Redness that keeps what it was shown."""
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self.prompts: list[list[str]] = []
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> RewardOutput:
+        self.images.append(images)
+        self.prompts.append(prompts)
+        assert not torch.is_grad_enabled()
+        quality = redness(images, prompts)
+        return RewardOutput(total=2 * quality, quality=quality, correspondence=3 * quality)
+
+
+def sample(pipe: Any, name: str = "sd", *, seed: int = 0, steps: int = STEPS, prompt: Any = PROMPT, **more: Any):
+    """Images (B, 3, H, W) of a stock call."""
+    call = {**CALL.get(name, {}), "height": SIDE, "width": SIDE, "num_inference_steps": steps, "output_type": "pt"}
+    call |= {"generator": torch.Generator().manual_seed(seed), **more}
+    return pipe(prompt=prompt, **call).images
+
+
+def is_left_alone(pipe: Any) -> bool:
+    """Whether nothing stands in front of the pipeline's and the scheduler's own methods."""
+    return "step" not in vars(pipe.scheduler) and "prepare_latents" not in vars(pipe)
