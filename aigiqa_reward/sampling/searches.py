@@ -90,7 +90,10 @@ class Search:
 
         def picture(row: int) -> Picture:
             image = pixels.to_pil(images[row : row + 1].cpu())[0]
-            return Picture(image=image, noise=None if noise is None else noise[row : row + 1].cpu())
+            if noise is None:
+                return Picture(image=image)
+            passed = self.rollout.family.as_passed(noise[row : row + 1], state.scheduler)
+            return Picture(image=image, noise=passed.cpu())
 
         self.tally.add(seeds, reasons, output, picture)
         self.count(len(seeds) * (state.steps - state.step))

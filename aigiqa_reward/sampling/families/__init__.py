@@ -39,7 +39,8 @@ def find_family(pipe: Any) -> type[Family] | None:
     """The adapter for a pipeline's class, or for the class whose `__call__` it inherits; None for any other."""
     for cls in type(pipe).__mro__:
         for family in FAMILIES:
-            if cls.__name__ in family.pipelines and type(pipe).__call__ is cls.__call__:
+            known = cls.__name__ in family.pipelines and cls.__module__.startswith("diffusers.")
+            if known and type(pipe).__call__ is cls.__call__:
                 return family
     return None
 

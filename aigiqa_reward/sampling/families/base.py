@@ -267,6 +267,10 @@ class Family(ABC):
         decoded = vae.decode(self.latents_to_decode(latents.to(vae.dtype)), return_dict=False)[0]
         return pixels.from_vae(decoded[:, :, 0] if decoded.ndim == 5 else decoded)
 
+    def as_passed(self, latents: Tensor, scheduler: Any) -> Tensor:
+        """Initial latents (B, ...) in the form in which the pipeline's call takes them as `latents=`."""
+        return latents
+
     def flagged(self, images: Tensor) -> list[bool]:
         """Whether the pipeline's safety checker would withhold the images; never, where there is none."""
         return [False] * len(images)

@@ -37,6 +37,14 @@ class Flux2(Family):
         latents, places = self.draw(generators, self.pipe.transformer.config.in_channels // 4, embeddings.dtype)
         return Start(latents=latents, shared={"img_ids": places[:1]})
 
+    def as_passed(self, latents: Tensor, scheduler: Any) -> Tensor:
+        return self._on_grid(latents)  # the pipeline packs what it is given
+
+    def _on_grid(self, latents: Tensor) -> Tensor:
+        height, width = self.size()
+        block = self.pipe.vae_scale_factor * 2
+        return latents.transpose(1, 2).unflatten(2, (height // block, width // block)).contiguous()
+
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
         steps = self.options.num_inference_steps
         sigmas = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
@@ -59,9 +67,7 @@ class Flux2(Family):
         return latents.new_full((len(latents),), float(self.options.guidance_scale or 0), dtype=torch.float32)
 
     def latents_to_decode(self, latents: Tensor) -> Tensor:
-        height, width = self.size()
-        block = self.pipe.vae_scale_factor * 2
-        places = latents.transpose(1, 2).unflatten(2, (height // block, width // block))
+        places = self._on_grid(latents)
         statistics = self.pipe.vae.bn
         mean = statistics.running_mean.view(1, -1, 1, 1).to(places)
         std = (statistics.running_var.view(1, -1, 1, 1) + self.pipe.vae.config.batch_norm_eps).sqrt().to(places)

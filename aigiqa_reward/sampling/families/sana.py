@@ -114,6 +114,9 @@ class PixArt(_Binned):
         assert isinstance(texts, Tensor)
         return Start(latents=self.draw(generators, self.pipe.transformer.config.in_channels, texts.dtype), shared={})
 
+    def as_passed(self, latents: Tensor, scheduler: Any) -> Tensor:
+        return latents / scheduler.init_noise_sigma  # the pipeline multiplies what it is given
+
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         return self.pipe.transformer(
             latents,

@@ -24,6 +24,9 @@ class _OnUNet(Family):
         assert isinstance(embeddings, Tensor)
         return Start(latents=self.draw(generators, self.pipe.unet.config.in_channels, embeddings.dtype), shared={})
 
+    def as_passed(self, latents: Tensor, scheduler: Any) -> Tensor:
+        return latents / scheduler.init_noise_sigma  # the pipeline multiplies what it is given
+
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
         self.retrieve_timesteps(scheduler)
 
