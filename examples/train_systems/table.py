@@ -58,11 +58,9 @@ def table(reports: dict[str, ProtocolReport], task: str) -> list[str]:
     return lines
 
 
-def ablations(folder: Path, reports: dict[str, ProtocolReport]) -> list[str]:
+def ablations(reports: dict[str, ProtocolReport]) -> list[str]:
     lines = ["| switched off | quality SRCC, change | correspondence SRCC, change |", "| --- | ---: | ---: |"]
     for name, report in reports.items():
-        apart = folder / name / "ablations.json"  # where they were run apart from the headline
-        report = ProtocolReport.load(apart) if apart.is_file() else report
         run = {score.predictor for score in report.scores}
         for ablation in [ablation for ablation in ABLATIONS[name] if ablation in run]:
             changes = []
@@ -84,7 +82,7 @@ def main() -> None:
     print(f"AGIQA-3K, {next(iter(reports.values())).protocol}. Mean ± deviation over seeds (median).\n")
     for task in ("quality", "correspondence"):
         print("\n".join(table(reports, task)) + "\n")
-    print("\n".join(ablations(folder, reports)) + "\n")
+    print("\n".join(ablations(reports)) + "\n")
     print(published_markdown("AGIQA-3K"))
 
 
