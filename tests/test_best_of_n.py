@@ -380,6 +380,22 @@ def test_seed_must_be_an_integer(sd, seed):
         make(sd)(PROMPT, seed=seed, **FEW_STEPS)
 
 
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64 - 3, 2**64, 10**30])
+def test_seeds_beyond_what_a_generator_takes_are_refused(sd, seed):
+    with pytest.raises(ValueError, match=r"seed: expected an integer in \[-2\*\*63, 2\*\*64 - n\]"):
+        make(sd, n=4).stream(PROMPT, seed=seed, **FEW_STEPS)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 4])
+def test_the_outermost_seeds_are_those_that_a_generator_takes(sd, seed):
+    out = make(sd, n=4, top_k=1)(PROMPT, seed=seed, **FEW_STEPS)
+    assert out.all_seeds == [seed + i for i in range(4)]
+    assert farthest(out.images, [again(sd, out.seeds[0])]) <= 2
+    for beyond in (-(2**63) - 1, 2**64):
+        with pytest.raises(ValueError, match="Overflow"):
+            torch.Generator().manual_seed(beyond)
+
+
 def test_embeddings_of_several_prompts_are_refused(sd):
     with pytest.raises(ValueError, match="prompt_embeds: expected embeddings of one prompt"):
         make(sd, reward_prompt=PROMPT)(None, prompt_embeds=torch.zeros(2, 77, 32), **FEW_STEPS)

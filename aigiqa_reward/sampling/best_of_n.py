@@ -11,18 +11,8 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.sampling.candidates import (
-    POOL,
-    BestOfNOutput,
-    Picture,
-    PromptedReward,
-    Tally,
-    check_prompt,
-    check_reward,
-    check_text,
-    conclude,
-    judge,
-)
+from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Picture, PromptedReward, Tally, conclude, judge
+from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text
 from aigiqa_reward.sampling.chunks import in_chunks
 from aigiqa_reward.sampling.prompt_memo import PromptMemo
 from aigiqa_reward.sampling.reranking import rerank
@@ -56,8 +46,9 @@ class BestOfN:
     as without pruning. Zero-order search changes noises: `.noises` then holds the winners' own.
 
     Args:
-        pipe: a text-to-image pipeline of diffusers, or anything called like one. One whose call has no
-            `num_images_per_prompt` is called for one candidate at a time.
+        pipe: a pipeline of diffusers that makes images from a prompt, of images too (image to image, ControlNet,
+            inpainting), or anything called like one. One whose call has no `num_images_per_prompt`, or is given a
+            `mask_image`, is called for one candidate at a time.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; it stays on its device.
         n: number of candidates, at least 1.
         batch_size: candidates sampled at once, at least 1.
@@ -189,7 +180,9 @@ class BestOfN:
             reasons, output = judge(images, flagged, call.reward)
             call.tally.add(chunk, reasons, output, lambda row: _picture(images, row))
 
-        return in_chunks(seeds, self.batch_size if self._batched else 1, sample_and_score, self.pipe)
+        # Inpainting pipelines encode the masked image with the first generator alone; together, seeds would not hold.
+        together = self._batched and "mask_image" not in call.pipe_kwargs
+        return in_chunks(seeds, self.batch_size if together else 1, sample_and_score, self.pipe)
 
     def _own_loop(self, call: _Call, seeds: range) -> Iterator[Any]:
         from aigiqa_reward.sampling.rollout import Rollout

@@ -69,8 +69,8 @@ class BestOfNOutput:
             score that is not among the dropped was pruned.
         denoiser_calls: rows that the denoiser was asked for, one a candidate and step; a negative prompt's own are not
             counted apart. None where the pipeline ran its own loop.
-        noises: initial latents (1, ...) of the best, on the CPU, where a search changed them: their seeds alone do not
-            make their images again.
+        noises: initial latents (1, ...) of the best, on the CPU, where a search changed them, in the form in which the
+            pipeline takes them: `pipe(prompt, latents=..., **pipe_kwargs)` makes the image again, its seed does not.
     """
 
     images: list[Image.Image]
@@ -267,47 +267,3 @@ def conclude(output: BestOfNOutput, top_k: int, *, name: str, stacklevel: int) -
     fewer = f", so only {left} of top_k={top_k} are returned" if left < top_k else ""
     message = f"{len(output.dropped)} of {count} candidates were dropped{fewer} ({why})"
     warnings.warn(message, stacklevel=stacklevel)
-
-
-# --------------------------------------------------------------------------------------------- checks
-
-
-def check_reward(reward: Any) -> Any:
-    """Return a reward that can be called.
-
-    Raises:
-        TypeError: if it cannot.
-    """
-    if not callable(reward):
-        raise TypeError(
-            f"reward: expected a Reward or a function f(images, prompts), got {type(reward).__name__}; "
-            "make one with create_reward('compact')"
-        )
-    return reward
-
-
-def check_prompt(prompt: Any) -> Any:
-    """Return one prompt, or None.
-
-    Raises:
-        TypeError: a list of prompts, or not a text.
-    """
-    if isinstance(prompt, list | tuple):
-        raise TypeError(f"prompt: expected one prompt per call, got {len(prompt)}: loop over them")
-    if prompt is not None and not isinstance(prompt, str):
-        raise TypeError(f"prompt: expected a text, got {type(prompt).__name__}; pass a str")
-    return prompt
-
-
-def check_text(text: Any, argument: str, remedy: str) -> str:
-    """Return a text that a reward can judge by.
-
-    Raises:
-        TypeError: not a text.
-        ValueError: None, or blank.
-    """
-    if text is None or (isinstance(text, str) and not text.strip()):
-        raise ValueError(f"{argument}: expected a text for the reward to see, got {text!r}; {remedy}")
-    if not isinstance(text, str):
-        raise TypeError(f"{argument}: expected a text, got {type(text).__name__}; pass a str")
-    return text

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 NO_MEMORY = (
-    "BestOfN: not even one candidate fits into memory. Sample smaller images (height=, width=), load the "
+    "not even one candidate fits into memory. Sample smaller images (height=, width=), load the "
     "pipeline in half precision, call pipe.enable_model_cpu_offload() or pipe.vae.enable_tiling(), or move "
     "the reward to the CPU (reward.to('cpu'))"
 )

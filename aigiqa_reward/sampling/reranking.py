@@ -9,15 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.sampling.candidates import (
-    BestOfNOutput,
-    Picture,
-    Tally,
-    check_prompt,
-    check_reward,
-    check_text,
-    conclude,
-)
+from aigiqa_reward.sampling.candidates import BestOfNOutput, Picture, Tally, conclude
+from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text
 from aigiqa_reward.scorer import Scorer
 from aigiqa_reward.selection import integer
 

@@ -157,7 +157,7 @@ class Rollout:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         return State(
-            latents=start.latents if latents is None else latents,
+            latents=self.family.as_started(start.latents, scheduler) if latents is None else latents,
             conditioning=conditioning,
             shared=start.shared,
             generators=tuple(generators),

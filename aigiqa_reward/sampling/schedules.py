@@ -89,7 +89,8 @@ def noise_level(scheduler: Any, step: int) -> tuple[Tensor, Tensor]:
 def _sigma(scheduler: Any, step: int) -> Tensor:
     between = getattr(scheduler, "sigmas_interpol", None)
     if between is not None and not scheduler.state_in_first_order:
-        return between[step].to(torch.float32)  # the second call of a DPM-2 step
+        before = type(scheduler).__name__ == "KDPM2AncestralDiscreteScheduler"  # whose list begins a place earlier
+        return between[step - before].to(torch.float32)  # the second call of a DPM-2 step
     return scheduler.sigmas[step].to(torch.float32)
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.candidates import check_reward, check_text
+from aigiqa_reward.sampling.checks import check_reward, check_text
 from aigiqa_reward.sampling.families import SamplingOptions, family_of
 from aigiqa_reward.sampling.schedules import SERVED, SEVERAL_CALLS_A_STEP, check_scheduler, predict_clean
 from aigiqa_reward.scorer import device_of

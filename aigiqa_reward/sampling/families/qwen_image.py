@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start, linear_shift
+from aigiqa_reward.sampling.families.base import Family, linear_shift
+from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
 
 
 class QwenImage(Family):

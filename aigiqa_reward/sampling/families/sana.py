@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start
+from aigiqa_reward.sampling.families.base import Family
+from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
 
 
 class _Binned(Family):
@@ -102,6 +103,7 @@ class PixArt(_Binned):
     """PixArt-alpha and PixArt-Sigma: a DiT told of the text by cross-attention, on Stable Diffusion's latents."""
 
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    scales_noise: ClassVar[bool] = True
     bins: ClassVar[Mapping[int, str]] = {
         256: "ASPECT_RATIO_2048_BIN",
         128: "ASPECT_RATIO_1024_BIN",
@@ -113,9 +115,6 @@ class PixArt(_Binned):
         texts = conditioning.positive["encoder_hidden_states"]
         assert isinstance(texts, Tensor)
         return Start(latents=self.draw(generators, self.pipe.transformer.config.in_channels, texts.dtype), shared={})
-
-    def as_passed(self, latents: Tensor, scheduler: Any) -> Tensor:
-        return latents / scheduler.init_noise_sigma  # the pipeline multiplies what it is given
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         return self.pipe.transformer(

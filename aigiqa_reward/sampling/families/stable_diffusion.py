@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start
+from aigiqa_reward.sampling.families.base import Family
+from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
 
 
 class _OnUNet(Family):
     denoiser_name: ClassVar[str] = "unet"
+    scales_noise: ClassVar[bool] = True
 
     @property
     def guided(self) -> bool:
@@ -23,9 +25,6 @@ class _OnUNet(Family):
         embeddings = conditioning.positive["encoder_hidden_states"]
         assert isinstance(embeddings, Tensor)
         return Start(latents=self.draw(generators, self.pipe.unet.config.in_channels, embeddings.dtype), shared={})
-
-    def as_passed(self, latents: Tensor, scheduler: Any) -> Tensor:
-        return latents / scheduler.init_noise_sigma  # the pipeline multiplies what it is given
 
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
         self.retrieve_timesteps(scheduler)

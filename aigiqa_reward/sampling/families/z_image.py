@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start, linear_shift
+from aigiqa_reward.sampling.families.base import Family, linear_shift
+from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
 
 
 class ZImage(Family):

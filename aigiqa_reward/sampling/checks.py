@@ -1,0 +1,68 @@
+"""Checks of arguments."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+
+def number(argument: str, value: Any, expected: str, accepts: Callable[[float], bool]) -> float:
+    """Return `value` as a float.
+
+    Args:
+        argument: the name to use in errors.
+        value: any real number but True and False.
+        expected: which ones are accepted, and what to pass.
+        accepts: whether one is; NaN is not.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not accepted.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument}: expected a number {expected}, got {value!r} ({type(value).__name__})")
+    if not accepts(float(value)):
+        raise ValueError(f"{argument}: expected a number {expected}, got {value!r}")
+    return float(value)
+
+
+def check_reward(reward: Any) -> Any:
+    """Return a reward that can be called.
+
+    Raises:
+        TypeError: if it cannot.
+    """
+    if not callable(reward):
+        raise TypeError(
+            f"reward: expected a Reward or a function f(images, prompts), got {type(reward).__name__}; "
+            "make one with create_reward('compact')"
+        )
+    return reward
+
+
+def check_prompt(prompt: Any) -> Any:
+    """Return one prompt, or None.
+
+    Raises:
+        TypeError: a list of prompts, or not a text.
+    """
+    if isinstance(prompt, list | tuple):
+        raise TypeError(f"prompt: expected one prompt per call, got {len(prompt)}: loop over them")
+    if prompt is not None and not isinstance(prompt, str):
+        raise TypeError(f"prompt: expected a text, got {type(prompt).__name__}; pass a str")
+    return prompt
+
+
+def check_text(text: Any, argument: str, remedy: str) -> str:
+    """Return a text that a reward can judge by.
+
+    Raises:
+        TypeError: not a text.
+        ValueError: None, or blank.
+    """
+    if text is None or (isinstance(text, str) and not text.strip()):
+        raise ValueError(f"{argument}: expected a text for the reward to see, got {text!r}; {remedy}")
+    if not isinstance(text, str):
+        raise TypeError(f"{argument}: expected a text, got {type(text).__name__}; pass a str")
+    return text

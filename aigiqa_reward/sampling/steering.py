@@ -1,0 +1,285 @@
+"""Feynman-Kac steering: particles of one prompt that are resampled by what a reward says of their previews.
+
+Singhal et al. 2025, "A General Framework for Inference-time Scaling and Steering of Diffusion Models".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.sampling.ancestral import ANCESTRAL, advance
+from aigiqa_reward.sampling.candidates import (
+    NO_SCORE,
+    BestOfNOutput,
+    Picture,
+    Preview,
+    PromptedReward,
+    Tally,
+    conclude,
+    judge,
+    scores_of,
+)
+from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text, number
+from aigiqa_reward.sampling.chunks import in_chunks
+from aigiqa_reward.sampling.families import family_of
+from aigiqa_reward.sampling.particles import (
+    POTENTIALS,
+    Particles,
+    Potential,
+    effective_sample_size,
+    last_log_potential,
+    log_potential,
+    systematic_resampling,
+)
+from aigiqa_reward.sampling.rollout import Rollout, State
+from aigiqa_reward.sampling.schedules import check_scheduler
+from aigiqa_reward.selection import integer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringOutput(BestOfNOutput):
+    """The best particles of one prompt; particle i goes by the seed `seed + i`.
+
+    A seed alone does not make its image again; the same call of the same `ParticleSteering` does. Previews are those
+    of a particle's line of descent.
+
+    Attributes:
+        effective_sample_sizes: (steps taken, effective sample size) at each preview, before any resampling.
+        ancestors: (particles,) at which place each final particle's line of descent began: whose initial noise it has.
+        weights: (particles,) importance weights of the final particles, of sum 1. With them the particles stand for
+            p(image) exp(total / temperature), normalised.
+    """
+
+    effective_sample_sizes: list[tuple[int, float]]
+    ancestors: list[int]
+    weights: list[float]
+
+
+class ParticleSteering:
+    """Samples particles of one prompt that a reward makes multiply or die out on their way.
+
+    At some of the steps, the clean image that each particle is heading for is decoded and scored. A potential of these
+    scores weighs the particles; when their effective sample size has fallen below `resample_below * particles`, as
+    many are drawn anew by their weights. Copies part again, because the sampler adds noise (`ancestral_step`, in place
+    of the scheduler's own step). Without resampling, the weighted particles stand for the model's images tilted by
+    exp(total / temperature); with it, better ones are reached.
+
+    Initial noise of particle i comes from the seed `seed + i`, as does its later noise; resampling draws from the seed
+    `seed + particles`. The same call gives the same bits; another `batch_size` gives the same particles up to rounding.
+    An image is not made again by its seed alone.
+
+    Args:
+        pipe: a text-to-image pipeline of a family that `sampling.families` lists, with a scheduler of `ANCESTRAL`.
+            It is not changed.
+        reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; needs no gradients.
+        particles: at least 2.
+        potential: "difference" rewards a preview that has become better, "max" the best one of the line of descent,
+            "sum" all of them. The final images' potential makes up for the previews', so that each targets the same.
+        temperature: above 0, on the scale of the totals; the smaller, the fewer lines of descent survive. 0.01 is
+            chosen here: the paper's lambda of 10 is for ImageReward, whose scores spread ten times as wide as ours.
+        resample_below: share of `particles` in [0, 1]; 0 never resamples.
+        first: share of the steps in [0, 1] after which the first preview is scored; 1 for none.
+        every: and then after every so many steps.
+        eta: noise of the sampler, in (0, 1].
+        top_k: images to return, in [1, particles].
+        batch_size: particles in the denoiser, the decoder and the reward at once, at least 1.
+        reward_prompt: the text that the reward sees; by default the pipeline's prompt.
+        progress: show a progress bar over the steps.
+
+    Raises:
+        TypeError: an argument of a wrong type, or a pipeline without an adapter.
+        ValueError: an argument out of range, or a scheduler that does not lend itself.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        reward: Any,
+        particles: Any = 4,
+        potential: Potential = "difference",
+        temperature: float = 0.01,
+        resample_below: float = 0.5,
+        first: float = 0.2,
+        every: Any = 1,
+        eta: float = 1.0,
+        top_k: Any = 1,
+        batch_size: Any = 4,
+        reward_prompt: Any = None,
+        progress: bool = True,
+    ) -> None:
+        family_of(pipe, need="ParticleSteering")
+        check_scheduler(pipe.scheduler, need="ParticleSteering", served=ANCESTRAL)
+        self.pipe: Any = pipe
+        self.reward = check_reward(reward)
+        self.particles = integer("particles", particles, least=2)
+        if potential not in POTENTIALS:
+            raise ValueError(f"potential: expected one of {', '.join(POTENTIALS)}, got {potential!r}")
+        self.potential: Potential = potential
+        self.temperature = number("temperature", temperature, "above 0; try 0.01", lambda value: value > 0)
+        self.resample_below = number("resample_below", resample_below, "in [0, 1]; try 0.5", lambda v: 0 <= v <= 1)
+        self.first = number("first", first, "in [0, 1], a share of the steps; try 0.2", lambda v: 0 <= v <= 1)
+        self.every = integer("every", every, least=1)
+        alike = "in (0, 1], without noise copies of a particle would stay alike; try 1.0"
+        self.eta = number("eta", eta, alike, lambda value: 0 < value <= 1)
+        self.top_k = integer("top_k", top_k, least=1)
+        if self.top_k > self.particles:
+            raise ValueError(f"top_k: expected at most particles={self.particles}, got {self.top_k}; ask for fewer")
+        self.batch_size = integer("batch_size", batch_size, least=1)
+        if reward_prompt is not None:
+            check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
+        self.reward_prompt = reward_prompt
+        self.progress = progress
+
+    def __call__(self, prompt: Any, seed: Any = 0, **pipe_kwargs: Any) -> SteeringOutput:
+        """Sample the particles of one prompt and return the best.
+
+        Args:
+            prompt: one text.
+            seed: of the first particle.
+            **pipe_kwargs: arguments of the pipeline's call (steps, guidance, size, negative prompt, ...).
+
+        Warns:
+            UserWarning: once, if particles were dropped to the end: NaN or infinite pixels, flagged by the safety
+                checker, or given NaN by the reward. Their weight is 0.
+
+        Raises:
+            TypeError: a list of prompts, or another argument of a wrong type.
+            ValueError: an argument that cannot be served.
+            RuntimeError: if no particle is left.
+        """
+        seed = integer("seed", seed)
+        text = check_text(check_prompt(prompt), "prompt", "pass what the image shall show")
+        check_scheduler(self.pipe.scheduler, need="ParticleSteering", served=ANCESTRAL)
+        if "eta" in pipe_kwargs:
+            raise ValueError("eta: expected as an argument of ParticleSteering, got it in the call; move it there")
+        run = _Run(
+            plan=self,
+            rollout=Rollout(self.pipe, need="ParticleSteering", **pipe_kwargs),
+            reward=PromptedReward(self.reward, text if self.reward_prompt is None else self.reward_prompt),
+            tally=Tally(self.top_k),
+            seed=seed,
+        )
+        try:
+            with torch.no_grad():
+                output = run.sample(text)
+        finally:
+            if hasattr(self.pipe, "maybe_free_model_hooks"):
+                self.pipe.maybe_free_model_hooks()  # offloads, as the pipeline does at the end of a call
+        conclude(output, self.top_k, name="seed", stacklevel=3)
+        return output
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One call of a ParticleSteering."""
+
+    plan: ParticleSteering
+    rollout: Rollout
+    reward: PromptedReward
+    tally: Tally
+    seed: int
+
+    def sample(self, text: str) -> SteeringOutput:
+        """Take the particles from noise to their images."""
+        from tqdm.auto import tqdm
+
+        plan, count = self.plan, self.plan.particles
+        generators = [torch.Generator("cpu").manual_seed(self.seed + place) for place in range(count)]
+        survival = torch.Generator("cpu").manual_seed(self.seed + count)
+        start = self.rollout.start(self.rollout.encode([text])[[0] * count], generators)
+        particles, self.tally.calls = Particles.of(start), 0
+        looks = range(max(1, round(plan.first * start.steps)), start.steps, plan.every)
+        for step in tqdm(range(start.steps), desc="steering", disable=not plan.progress):
+            self.predict(particles, look=step + 1 in looks)
+            if not particles.alive:
+                break
+            if step + 1 in looks:
+                self.resample(particles, survival)
+            particles.state = advance(particles.state, particles.clean, plan.eta, particles.noise())
+        return self.finish(particles)
+
+    def predict(self, particles: Particles, *, look: bool) -> None:
+        """Ask the denoiser once for every particle; when asked to look, score what it predicts and weigh by that."""
+        state, steps = particles.state, particles.state.steps
+
+        def work(rows: Sequence[int]) -> tuple[Tensor, Any]:
+            clean = self.rollout.predict(state[rows]).clean
+            return clean, judge(self.show(clean, state), [False] * len(rows), self.reward) if look else None
+
+        previous = particles.clean
+        for rows, (clean, judged) in in_chunks(particles.alive, self.plan.batch_size, work, self.rollout.pipe):
+            if previous is particles.clean:
+                particles.clean = torch.zeros_like(previous, dtype=clean.dtype)
+            particles.clean[rows] = clean
+            self.count(len(rows))
+            if judged is None:
+                continue
+            reasons, output = judged
+            for row, reason, scores in zip(rows, reasons, scores_of(output, reasons), strict=True):
+                if not math.isfinite(scores.total):
+                    particles.drop(row, reason or NO_SCORE)
+                    continue
+                particles.rewards[row].append(scores.total)
+                particles.previews[row].append(Preview(step=state.step + 1, steps=steps, **asdict(scores)))
+        rows = particles.alive
+        if look and rows:
+            rewards = torch.tensor([particles.rewards[row] for row in rows], dtype=torch.float64)
+            particles.weigh(log_potential(self.plan.potential, rewards, self.plan.temperature), rows)
+
+    def resample(self, particles: Particles, survival: torch.Generator) -> None:
+        """Note the effective sample size; where it is too small, draw the particles anew by their weights."""
+        weights = particles.weights()
+        size = effective_sample_size(weights)
+        particles.sizes.append((particles.state.step + 1, size))
+        if size < self.plan.resample_below * len(weights):
+            offset = torch.rand((), generator=survival, dtype=torch.float64)
+            particles.select(systematic_resampling(weights, float(offset)))
+
+    def finish(self, particles: Particles) -> SteeringOutput:
+        """Decode and score what is left, and give it its last weights."""
+        state, seeds, rows = particles.state, range(self.seed, self.seed + self.plan.particles), particles.alive
+
+        def work(rows: Sequence[int]) -> None:
+            images = self.show(state.latents[list(rows)], state)
+            reasons, output = judge(images, self.rollout.family.flagged(images), self.reward)
+
+            def picture(row: int) -> Picture:
+                return Picture(image=pixels.to_pil(images[row : row + 1].cpu())[0])
+
+            self.tally.add([seeds[row] for row in rows], reasons, output, picture)
+
+        for _ in in_chunks(rows, self.plan.batch_size, work, self.rollout.pipe):
+            pass
+        for row, (seed, reason, previews) in enumerate(zip(seeds, particles.reasons, particles.previews, strict=True)):
+            for preview in previews:
+                self.tally.preview(seed, preview)
+            if reason is not None:
+                self.tally.leave(seed, reason)
+            elif not math.isfinite(self.tally.total(seed)):
+                particles.drop(row, NO_SCORE)
+        rows = particles.alive
+        totals = torch.tensor([self.tally.total(seeds[row]) for row in rows], dtype=torch.float64)
+        particles.weigh(last_log_potential(totals, particles.log_product[rows], self.plan.temperature), rows)
+        return SteeringOutput(
+            **vars(self.tally.output()),
+            effective_sample_sizes=particles.sizes,
+            ancestors=particles.ancestors,
+            weights=particles.weights().tolist(),
+        )
+
+    def show(self, latents: Tensor, state: State) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], as the pipeline would give them."""
+        images = self.rollout.decode(latents.to(state.latents.dtype))
+        return torch.where(images.isfinite(), images.clamp(0, 1), images)
+
+    def count(self, calls: int) -> None:
+        """Note that so many rows went through the denoiser."""
+        assert self.tally.calls is not None, "set by sample"
+        self.tally.calls += calls
