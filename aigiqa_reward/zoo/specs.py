@@ -45,7 +45,7 @@ SPECS: dict[str, ModelSpec] = {
         weights="embedded; trained on AGIQA-3K on the compact towers",
         megabytes=30.8,
         sha256=TOWER_FILES
-        | {"mst_clipiqa/model.safetensors": "dc6cb143cede0333b9dd0ff3b2eee9fb101ec1d52326bd39974dc876862480e8"},
+        | {"mst_clipiqa/model.safetensors": "f64da9cca7d1a841a901599e91d7158a97dc76fa34db85c9b5e1ba2b5704c74f"},
     ),
     "tsp_mgs": ModelSpec(
         name="tsp_mgs",
@@ -61,7 +61,7 @@ SPECS: dict[str, ModelSpec] = {
         weights="embedded; trained on AGIQA-3K on the compact towers",
         megabytes=29.2,
         sha256=TOWER_FILES
-        | {"tsp_mgs/model.safetensors": "b272cc32f5d69cbf79617f94fe5d03d0459730a21fa7d4017a6b07f518a9a06e"},
+        | {"tsp_mgs/model.safetensors": "5eebedde8f6a48a7da18f95847e53ba72731c7a1c10101b97986e3715ce91b3b"},
     ),
     "sc_agiqa": ModelSpec(
         name="sc_agiqa",
@@ -76,7 +76,7 @@ SPECS: dict[str, ModelSpec] = {
         weights="embedded; trained on AGIQA-3K on the compact towers",
         megabytes=30.1,
         sha256=TOWER_FILES
-        | {"sc_agiqa/model.safetensors": "d32ef197ee939658fdb03e2e90d176de97a675ec2a01b6c1689d45e12d4eb7e2"},
+        | {"sc_agiqa/model.safetensors": "93c3fea9888d2e1de1ae99477f03f86f871e4cd139bfbddf5263fe2d10490d2b"},
     ),
     "ma_agiqa": ModelSpec(
         name="ma_agiqa",
@@ -107,7 +107,7 @@ SPECS: dict[str, ModelSpec] = {
         weights="embedded; trained on AGIQA-3K on the compact towers",
         megabytes=29.1,
         sha256=TOWER_FILES
-        | {"cpa_iqa/model.safetensors": "4a7fa4d0d9d29f28c1a7fca5a3feb8354163a2b65254807b9d2716142d2472ef"},
+        | {"cpa_iqa/model.safetensors": "aa85a91071d581f4c354e94da27cabf1d93f42a150f3d08c72a5e745d37cdc9b"},
     ),
 }
 
