@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Rows: TypeAlias = Mapping[str, Tensor | list[Tensor] | None]
@@ -113,15 +114,45 @@ def _at(rows: Rows, places: Sequence[int]) -> Rows:
 
 
 def joined(parts: Sequence[Rows]) -> dict[str, Any]:
-    """Several rows one after the other, name by name."""
+    """Several rows one after the other, name by name.
+
+    Texts of unequal length are padded with zeros, which their mask (NAME_mask, None for "all of it") then hides.
+
+    Raises:
+        ValueError: texts of unequal length without a mask.
+    """
     result: dict[str, Any] = {}
     for name, first in parts[0].items():
         values: list[Any] = [part[name] for part in parts]
+        if name.endswith("_mask") and name.removesuffix("_mask") in parts[0]:
+            values = _masks(parts, name)
         if isinstance(first, list):
             result[name] = [entry for value in values for entry in value]
+        elif all(value is None for value in values):
+            result[name] = None
         else:
-            result[name] = None if first is None else torch.cat(values)
+            if len({value.shape[1:] for value in values}) > 1 and f"{name.removesuffix('_mask')}_mask" not in parts[0]:
+                raise ValueError(f"{name}: expected equal shapes to join, got {[tuple(v.shape) for v in values]}")
+            result[name] = torch.cat(_padded(values))
     return result
+
+
+def _masks(parts: Sequence[Rows], name: str) -> list[Any]:
+    """Masks of all parts; all None where there is nothing to hide."""
+    texts: list[Any] = [part[name.removesuffix("_mask")] for part in parts]
+    masks = [part[name] for part in parts]
+    if all(mask is None for mask in masks) and len({text.shape[1] for text in texts}) == 1:
+        return masks
+    whole = [text.new_ones(text.shape[:2], dtype=torch.int64) for text in texts]
+    return [whole[place] if mask is None else mask for place, mask in enumerate(masks)]
+
+
+def _padded(values: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors (B, L, ...) with zeros at the end of the shorter ones."""
+    if values[0].ndim < 2:
+        return list(values)
+    longest = max(value.shape[1] for value in values)
+    return [F.pad(v, (*[0] * 2 * (v.ndim - 2), 0, longest - v.shape[1])) for v in values]
 
 
 @dataclass(frozen=True, kw_only=True)

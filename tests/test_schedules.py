@@ -1,0 +1,295 @@
+"""Clean predictions and histories of diffusers' schedulers, against the schedulers themselves."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import pipelines
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from pipelines import SIDE
+from torch import Tensor
+
+from aigiqa_reward.sampling.rollout import Rollout, State
+from aigiqa_reward.sampling.schedules import SERVED, noise_level, output_for, predict_clean
+
+PROMPTS = ["a cat on a mat", "a red apple", "two dogs"]
+CALL = {"height": SIDE, "width": SIDE, "num_inference_steps": 4, "guidance_scale": 1.0}
+
+Case = tuple[str, dict[str, Any], dict[str, Any]]
+"""Name of the class, changes of its configuration, further arguments of the pipeline's call."""
+
+DISCRETE: dict[str, Case] = {
+    "ddim": ("DDIMScheduler", {}, {}),
+    "ddim eta": ("DDIMScheduler", {}, {"eta": 0.7}),
+    "ddpm": ("DDPMScheduler", {}, {}),
+    "ddpm own timesteps": ("DDPMScheduler", {}, {"timesteps": [901, 401, 101]}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, {}),
+    "pndm runge-kutta": ("PNDMScheduler", {"skip_prk_steps": False}, {}),
+    "lcm": ("LCMScheduler", {}, {}),
+    "tcd": ("TCDScheduler", {}, {"eta": 0.5}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}, {}),
+    "dpm++ third order": ("DPMSolverMultistepScheduler", {"solver_order": 3}, {}),
+    "dpm karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, {}),
+    "dpm++ sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "dpm++ singlestep": ("DPMSolverSinglestepScheduler", {}, {}),
+    "unipc": ("UniPCMultistepScheduler", {}, {}),
+    "unipc eps": ("UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}, {}),
+    "deis": ("DEISMultistepScheduler", {}, {}),
+    "sa": ("SASolverScheduler", {}, {}),
+    "euler": ("EulerDiscreteScheduler", {}, {}),
+    "euler leading": ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}, {}),
+    "euler karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {}),
+    "euler ancestral": ("EulerAncestralDiscreteScheduler", {}, {}),
+    "heun": ("HeunDiscreteScheduler", {}, {}),
+    "heun leading": ("HeunDiscreteScheduler", {"timestep_spacing": "leading"}, {}),
+    "lms": ("LMSDiscreteScheduler", {}, {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}, {}),
+    "kdpm2 ancestral": ("KDPM2AncestralDiscreteScheduler", {}, {}),
+}
+SAMPLED_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+FLOW: dict[str, Case] = {
+    "flow euler": ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}, {}),
+    "flow euler shifted": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {}),
+    "flow euler dynamic": ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, {}),
+    "flow euler own sigmas": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {"sigmas": [1.0, 0.7, 0.2]}),
+    "flow euler stochastic": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}),
+    "flow heun": ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, {}),
+    "flow unipc": ("UniPCMultistepScheduler", SAMPLED_FLOW, {}),
+    "flow dpm++": ("DPMSolverMultistepScheduler", SAMPLED_FLOW, {}),
+    "flow dpm++ singlestep": ("DPMSolverSinglestepScheduler", SAMPLED_FLOW, {}),
+    "flow deis": ("DEISMultistepScheduler", SAMPLED_FLOW, {}),
+    "flow sa": ("SASolverScheduler", SAMPLED_FLOW, {}),
+}
+CASES = {**DISCRETE, **FLOW}
+DRAWING = {"ddim eta", "ddpm", "ddpm own timesteps", "lcm", "tcd", "dpm++ sde", "sa", "flow sa", "euler ancestral"}
+DRAWING |= {"kdpm2 ancestral", "flow euler stochastic"}
+"""Those that draw noise on the way."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def parts(kind: str) -> dict[str, Any]:
+    return pipelines.FAMILIES[kind]().components
+
+
+def scheduler_of(case: str, **config: Any) -> Any:
+    name, changes, _ = CASES[case]
+    base = {} if case in FLOW else parts("sd")["scheduler"].config
+    return getattr(diffusers, name).from_config(base, **{**changes, **config})
+
+
+def pipe_of(case: str, **config: Any) -> Any:
+    scheduler = scheduler_of(case, **config)
+    if case in FLOW:
+        return pipelines._quiet(StableDiffusion3Pipeline(**{**parts("sd3"), "scheduler": scheduler}))
+    components = {**parts("sd"), "scheduler": scheduler}
+    return pipelines._quiet(StableDiffusionPipeline(**components, requires_safety_checker=False))
+
+
+def rollout_of(case: str) -> Rollout:
+    return Rollout(pipe_of(case), **CALL, **CASES[case][2])
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
+
+
+def with_fresh_generators(state: State) -> State:
+    """The same state, that draws from copies."""
+    return replace(state, generators=tuple(generator.clone_state() for generator in state.generators))
+
+
+def assert_close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> None:
+    scale = max(1.0, float(other.abs().max()))
+    torch.testing.assert_close(one / scale, other / scale, atol=tolerance, rtol=0)
+
+
+def noise(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_every_served_scheduler_is_here():
+    assert {name for name, _, _ in CASES.values()} == set(SERVED)
+
+
+# --------------------------------------------------------------------------------------------- the pipeline's samples
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_rollout_ends_where_the_pipeline_ends(case, prediction):
+    if case in FLOW and prediction == "v_prediction":
+        pytest.skip("flow matching has its own")
+    if case in FLOW and case in DRAWING:
+        pytest.skip("SD3's pipeline draws that noise from the global random state, a rollout from the generators")
+    config = {} if case in FLOW else {"prediction_type": prediction}
+    call = {**CALL, **CASES[case][2]}
+    rollout = Rollout(pipe_of(case, **config), **call)
+    state = rollout.run(rollout.start(rollout.encode(PROMPTS), generators()))
+    expected = pipe_of(case, **config)(prompt=PROMPTS, generator=generators(), output_type="latent", **call).images
+    assert_close(state.latents, expected)
+
+
+# --------------------------------------------------------------------------------------------- clean predictions
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "flow sa"])  # whose noising knows no flow
+def test_clean_latents_come_back_from_noisy_ones(case, prediction):
+    """The scheduler's own noising, and what a model that knows the noise would answer; and the inverse."""
+    kind = "flow" if case in FLOW else prediction
+    if kind == "flow" and prediction != "epsilon":
+        pytest.skip("flow matching has its own")
+    scheduler = scheduler_of(case, **({} if case in FLOW else {"prediction_type": prediction}))
+    scheduler.set_timesteps(4, **({"mu": 0.8} if scheduler.config.get("use_dynamic_shifting") else {}))
+    clean, eps = noise(0), noise(1)
+    seen = set()
+    for step, time in enumerate(scheduler.timesteps):
+        if float(time) in seen or _between(scheduler, step):
+            continue  # of the points between two steps more below
+        seen.add(float(time))
+        x = _noised(scheduler, clean, eps, time)
+        kept = _kept(scheduler, step) if kind == "v_prediction" else torch.ones(())
+        velocity = kept.sqrt() * eps - (1 - kept).sqrt() * clean
+        output = {"epsilon": eps, "sample": clean, "flow": eps - clean, "v_prediction": velocity}[kind]
+        assert_close(predict_clean(scheduler, step, x, output), clean)
+        assert_close(output_for(scheduler, step, x, clean), output)
+    assert len(seen) >= 3
+
+
+def _noised(scheduler: Any, clean: Tensor, eps: Tensor, time: Tensor) -> Tensor:
+    """As the scheduler noises training images at this time."""
+    if type(scheduler).__name__ == "FlowMatchHeunDiscreteScheduler":
+        return copy.copy(scheduler).scale_noise(clean, time, eps)  # notes the first step that it was asked about
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(clean, time[None], eps)
+    return scheduler.add_noise(clean, eps, time[None])
+
+
+def _between(scheduler: Any, step: int) -> bool:
+    return getattr(scheduler, "sigmas_interpol", None) is not None and step % 2 == 1
+
+
+def _kept(scheduler: Any, step: int) -> Tensor:
+    """alpha^2, which goes by timestep, or by the noise level where the steps are Karras's."""
+    if scheduler.config.get("use_karras_sigmas"):
+        return 1 / (scheduler.sigmas[step].double() ** 2 + 1)
+    return scheduler.alphas_cumprod[int(scheduler.timesteps[step])].double()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("case", CASES)
+def test_clean_predictions_are_the_schedulers_own(case, prediction):
+    """What `step` or `convert_model_output` says of x0, at every step of a run, those in between included."""
+    if case in FLOW and prediction == "v_prediction":
+        pytest.skip("flow matching has its own")
+    scheduler = scheduler_of(case, **({} if case in FLOW else {"prediction_type": prediction}))
+    scheduler.set_timesteps(5, **({"mu": 0.8} if scheduler.config.get("use_dynamic_shifting") else {}))
+    x, compared = noise(2), 0
+    for step, time in enumerate(scheduler.timesteps):
+        output = noise(3 + step)
+        clean = predict_clean(scheduler, step, x, output)
+        expected = _converted(scheduler, x, output, time)
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, time)
+        result = scheduler.step(output, time, x, **_noise_source(scheduler))
+        expected = getattr(result, "pred_original_sample", None) if expected is None else expected
+        if expected is not None:
+            assert_close(clean, expected.to(clean.dtype))
+            compared += 1
+        x = result.prev_sample
+    tells_nothing = ("PNDM", "LCM", "TCD", "FlowMatch")  # of these, the test above and the one below say more
+    assert compared >= 5 or type(scheduler).__name__.startswith(tells_nothing)
+
+
+def _noise_source(scheduler: Any) -> dict[str, Any]:
+    drawing = "generator" in scheduler.step.__code__.co_varnames
+    return {"generator": torch.Generator().manual_seed(0)} if drawing else {}
+
+
+def _converted(scheduler: Any, x: Tensor, output: Tensor, time: Tensor) -> Tensor | None:
+    """x0 as the solvers of exponential integrators see it."""
+    if not hasattr(scheduler, "convert_model_output"):
+        return None
+    asked = copy.copy(scheduler)
+    if asked.step_index is None:
+        asked._init_step_index(time)
+    converted = asked.convert_model_output(output, sample=x)
+    if type(scheduler).__name__.startswith("DEIS") or scheduler.config.get("predict_x0") is False:
+        alpha, sigma = asked._sigma_to_alpha_sigma_t(asked.sigmas[asked.step_index])
+        return (x - sigma * converted) / alpha  # these turn everything into noise
+    return converted
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in DRAWING])
+def test_a_model_that_always_knows_the_noise_sees_the_clean_latents_everywhere(case):
+    """From noise to latents on one straight line: at the second calls of Heun's and DPM-2's steps as anywhere."""
+    rollout = rollout_of(case)
+    state = rollout.start(rollout.encode(PROMPTS), generators())
+    clean, eps = (torch.randn(state.latents.shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    alpha, sigma = noise_level(state.scheduler, 0)
+    state = replace(state, latents=alpha * clean + sigma * eps)
+    output = eps - clean if case in FLOW else eps
+    while not state.done:
+        assert_close(predict_clean(state.scheduler, state.step, state.latents, output), clean, 1e-3)
+        assert_close(output_for(state.scheduler, state.step, state.latents, clean), output, 1e-3)
+        state = rollout.advance(state, output)
+    if "deis" not in case and not case.startswith(("ddim", "pndm", "unipc eps")):  # which stop before there is none
+        assert_close(state.latents, clean, 1e-3)
+
+
+def test_other_kinds_of_predictions_are_told():
+    scheduler = scheduler_of("ddim")
+    scheduler.register_to_config(prediction_type="score")
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match=r"DDIMScheduler has prediction_type='score'; expected epsilon, sample"):
+        predict_clean(scheduler, 0, noise(0), noise(1))
+
+
+# --------------------------------------------------------------------------------------------- histories
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_candidates_keep_their_histories(case):
+    """Picked, parted and joined in the middle of a run, they end where they would have ended."""
+    rollout = rollout_of(case)
+    start = rollout.start(rollout.encode(PROMPTS), generators())
+    middle = rollout.run(start, until=start.steps // 2)
+    # A step later, solvers that call the denoiser twice a step are in the other half of one.
+    for state in (middle, rollout.run(with_fresh_generators(middle), until=middle.step + 1)):
+        picked = with_fresh_generators(state[[2, 0, 2]])
+        first, last = with_fresh_generators(state[[2]]), with_fresh_generators(state[[0, 1]])
+        joined = with_fresh_generators(State.cat([first, last]))
+        assert len(joined) == 3
+        ahead = (rollout.run(first, until=state.step + 1), rollout.run(last, until=state.step + 1))
+        rest = rollout.run(with_fresh_generators(state)).latents
+        assert_close(rollout.run(picked).latents, rest[[2, 0, 2]])
+        assert_close(rollout.run(joined).latents, rest[[2, 0, 1]])
+        assert_close(rollout.run(with_fresh_generators(State.cat(ahead))).latents, rest[[2, 0, 1]])
+        again = rollout.run(with_fresh_generators(state)).latents  # the state is as good as it was
+        assert torch.equal(again, rest)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in DRAWING])
+@torch.no_grad()
+def test_without_noise_on_the_way_generators_are_left_alone(case):
+    rollout = rollout_of(case)
+    state = rollout.start(rollout.encode(PROMPTS), generators())
+    before = [generator.get_state() for generator in state.generators]
+    rollout.run(state)
+    assert all(torch.equal(g.get_state(), b) for g, b in zip(state.generators, before, strict=True))
