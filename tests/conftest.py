@@ -1,14 +1,13 @@
 """Shape annotations of the package are checked while the tests run; fixtures that several files share.
 
 jaxtyping's hook must be in place before the package is imported, which is why it is set up on import of this file.
-Beside it stand two settings for speed: one thread for each of several processes, and memory that glibc keeps instead of
-giving it back to the system after every operation, which costs torch on the CPU most of its time.
+Beside it stand two settings for speed: one thread for each of several processes, so that numbers do not depend on the
+machine either, and memory that glibc keeps instead of giving it back after every operation, which costs torch the most.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -44,8 +43,7 @@ if platform.libc_ver()[0] == "glibc":
     KEEP = {-4: 0, -1: 2**31 - 1, -2: 2**28}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
     for option, value in KEEP.items():
         ctypes.CDLL("libc.so.6").mallopt(option, value)
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

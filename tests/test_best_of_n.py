@@ -23,14 +23,6 @@ from aigiqa_reward.types import PromptFeatures, RewardOutput
 PROMPT = "a cat on a mat"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def corner(images: Tensor, prompts: list[str]) -> Tensor:
     """Redness of a corner: a reward that tells seeds apart by far more than rounding."""
     assert len(prompts) == len(images)

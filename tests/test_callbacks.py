@@ -17,14 +17,6 @@ from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger
 LOGGED = ("sd", "sdxl", "sd3", "flux", "flux_2", "flux_2_klein", "qwen_image", "z_image", "sana")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --------------------------------------------------------------------------------------------- RewardLogger
 
 

@@ -52,14 +52,6 @@ CASES = {**{case: (name, {**FEW_STEPS, **more}) for case, (name, more) in EARLIE
 KINDS = [*FAMILIES, *CURRENT_FAMILIES]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def latent_consistency() -> StableDiffusionPipeline:
     """A UNet that is told the guidance scale, and its scheduler, which draws noise at each step."""
     pipe = pipelines.stable_diffusion()

@@ -23,14 +23,6 @@ STRONG = {"scale": 3e4, "clip": 1e-4}
 """The gradient of a mean over an image has a norm of some 1e-3 here; so moved, latents of norm 32 go 3 at most."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def guidance_of(pipe: Any, through: bool, reward: Any = redness, **more: Any) -> RewardGuidance:
     size = {**SIZE, **more.pop("call", {})}
     return RewardGuidance(pipe, reward, PROMPT, through_denoiser=through, **{**STRONG, **more}, **size)

@@ -20,14 +20,6 @@ PROMPT = "a cat on a mat"
 ONE_STEP = {"height": SIDE, "width": SIDE, "num_inference_steps": 1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def sd() -> Any:
     return pipelines.stable_diffusion()

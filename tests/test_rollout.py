@@ -23,14 +23,6 @@ PROMPTS = ["a cat on a mat", "a red apple", "two dogs"]
 FOUR = {**FEW_STEPS, "num_inference_steps": 4}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def sd() -> Any:
     """One to share by tests that change nothing."""

@@ -72,14 +72,6 @@ DRAWING |= {"kdpm2 ancestral", "flow euler stochastic"}
 """Those that draw noise on the way."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def parts(kind: str) -> dict[str, Any]:
     return pipelines.FAMILIES[kind]().components

@@ -20,14 +20,6 @@ CALL = {"height": SIDE, "width": SIDE, "num_inference_steps": 6}
 HALVE = Halving(at=(0.34, 0.67), keep=0.5)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def corner(images: Tensor, prompts: list[str]) -> Tensor:
     """Redness of a corner: tells seeds apart by far more than rounding."""
     assert len(prompts) == len(images)

@@ -18,14 +18,6 @@ from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger
 from aigiqa_reward.types import PromptFeatures
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_prompts_of_a_batch_go_with_their_images():
     pipe, reward = pipeline("sd"), Recorder()
     prompts = ["a red apple", "a blue sea"]
