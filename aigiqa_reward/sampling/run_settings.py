@@ -1,0 +1,72 @@
+"""What decides the outcome of a run over many prompts, as JSON, and where two runs differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from aigiqa_reward.sampling.best_of_n import BestOfN
+from aigiqa_reward.selection import integer
+
+_LISTED = 5  # prompts that differ
+
+
+def describe(search: BestOfN, seed: Any, settings: Mapping[str, Any], pipe_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the outcome of a run, as JSON."""
+    reward, pipe = search.reward, search.pipe
+    name_or_path = getattr(getattr(pipe, "config", None), "_name_or_path", None)
+    return {
+        "pipeline": f"{type(pipe).__name__} {name_or_path or ''}".strip(),
+        "reward": str(getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__)),
+        "n": search.n,
+        "top_k": search.top_k,
+        "pruning": None if search.pruning is None else repr(search.pruning),
+        "search": "random" if search.search is None else repr(search.search),
+        "diverse": search.diverse,
+        "reward_prompt": search.reward_prompt,
+        "seed": integer("seed", seed),
+        "pipe_kwargs": {name: _described(value) for name, value in pipe_kwargs.items()},
+        **{name: _described(value) for name, value in settings.items()},
+    }
+
+
+def _described(value: Any) -> Any:
+    """A value as JSON: numbers and texts as they are, pixels and tensors by what is in them, others by their type."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): _described(item) for name, item in value.items()}
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().double().numpy().tobytes()
+        return f"tensor {tuple(value.shape)} {hashlib.sha256(data).hexdigest()[:16]}"
+    if isinstance(value, Image.Image):
+        return f"image {value.size} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+def differences(
+    before: Mapping[str, Any], settings: Mapping[str, Any], earlier: Sequence[str], prompts: Sequence[str]
+) -> Iterator[str]:
+    """Where another run differs, one phrase each; more prompts at the end are no difference."""
+    now = json.loads(json.dumps(settings))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            yield f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
+    if len(prompts) < len(earlier):
+        yield f"prompts: {len(earlier)} there, {len(prompts)} now; more may be added at the end, none left out"
+    changed = [place for place, (a, b) in enumerate(zip(earlier, prompts, strict=False)) if a != b]
+    for place in changed[:_LISTED]:
+        yield f"prompt {place}: {_short(earlier[place])} there, {_short(prompts[place])} now"
+    if len(changed) > _LISTED:
+        yield f"{len(changed) - _LISTED} more prompts"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:79] + "…")

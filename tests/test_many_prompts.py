@@ -1,0 +1,275 @@
+"""Many prompts into one folder: resumed, shared out over processes, and never mixed with another run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import ENVIRONMENT, lines
+from PIL import Image
+
+from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
+from aigiqa_reward.sampling import BestOfEachError, best_of_each
+from aigiqa_reward.sampling.many_prompts import ResultsFolder
+
+PROMPTS = ["a red apple on a blue background", "a penguin on a red background", "../../a 'rocket' on <green>"]
+SETTINGS: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0}
+KEYS = ["seed", "prompt", "total", "quality", "correspondence", "error", "prompt_index", "rank", "image", "pruned"]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_embedded_pipeline()
+
+
+class Redness:
+    """A reward that tells seeds apart, counts what it scored, and breaks where it is told to."""
+
+    def __init__(self, fails_on: str = "", error: type[BaseException] = RuntimeError) -> None:
+        self.name = "redness"
+        self.prompts: list[str] = []
+        self._fails_on, self._error = fails_on, error
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        if prompts[0] == self._fails_on:
+            raise self._error("broken")
+        self.prompts += prompts
+        return images[:, 0].mean(dim=(1, 2)) - images[:, 2, :16].mean(dim=(1, 2))
+
+
+def searching(pipe: Any, reward: Any, **arguments: Any) -> BestOfN:
+    return BestOfN(pipe, reward, progress=False, **{"n": 3, "top_k": 2, "batch_size": 3} | arguments)
+
+
+def fill(search: BestOfN, out: Path, prompts: list[str] = PROMPTS, **more: Any) -> ResultsFolder:
+    return best_of_each(search, prompts, out, progress=False, **SETTINGS, **more)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file, with its place below the folder."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+# --------------------------------------------------------------------------------------------- what it writes
+
+
+def test_each_prompt_gives_what_best_of_n_gives_alone(pipe: Any, tmp_path: Path) -> None:
+    search = searching(pipe, create_reward("compact"))
+    results = list(fill(search, tmp_path, PROMPTS[:2], seed=5))
+    rows = lines((tmp_path / "results.jsonl").read_text())
+    assert all(list(row) == KEYS for row in rows)
+    assert [(row["prompt_index"], row["seed"]) for row in rows] == [(i, s) for i in range(2) for s in (5, 6, 7)]
+    for result, prompt in zip(results, PROMPTS[:2], strict=True):
+        alone = search(prompt, seed=5, **SETTINGS)
+        assert result.prompt == prompt
+        assert result.finished
+        assert result.output.seeds == alone.seeds
+        assert result.output.all_seeds == alone.all_seeds
+        for name in ("scores", "quality", "correspondence", "all_scores", "all_quality", "all_correspondence"):
+            assert getattr(result.output, name) == pytest.approx(getattr(alone, name), abs=1e-6)
+        for image, expected, seed in zip(result.output.images, alone.images, alone.seeds, strict=True):
+            assert np.array_equal(np.asarray(image), np.asarray(expected))
+            (row,) = [row for row in rows if (row["prompt"], row["seed"]) == (prompt, seed)]
+            assert row["rank"] == alone.seeds.index(seed) + 1
+            assert np.array_equal(np.asarray(Image.open(tmp_path / row["image"])), np.asarray(expected))
+    assert all((row["image"] is None) == (row["rank"] is None) for row in rows)
+
+
+@pytest.mark.parametrize("plan", [{"pruning": "halving"}, {"search": "zero_order"}])
+def test_a_search_is_read_back_as_it_was(pipe: Any, tmp_path: Path, plan: dict[str, Any]) -> None:
+    search = searching(pipe, Redness(), n=5, top_k=1, batch_size=5, **plan)
+    (result,) = fill(search, tmp_path, PROMPTS[:1])
+    alone = search(PROMPTS[0], **SETTINGS)
+    assert result.output.previews == alone.previews
+    assert result.output.denoiser_calls == alone.denoiser_calls
+    pruned = [row["seed"] for row in lines((tmp_path / "results.jsonl").read_text()) if row["pruned"]]
+    assert pruned == [s for s, total in zip(alone.all_seeds, alone.all_scores, strict=True) if np.isnan(total)]
+    assert bool(pruned) == ("pruning" in plan)
+    assert (result.output.noises is None) == (alone.noises is None)
+    if alone.noises is not None:
+        assert torch.equal(result.output.noises[0], alone.noises[0])
+
+
+def test_files_are_named_by_numbers_and_stay_in_the_folder(pipe: Any, tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    hostile = ["../../../etc/x", "/tmp/y\x00", "COM1: \u202e %s {}", "a\nb"]
+    fill(searching(pipe, Redness(), n=1, top_k=1), out, hostile)
+    names = {f"prompts/{i:05d}.json" for i in range(4)} | {f"images/{i:05d}_seed0.png" for i in range(4)}
+    assert set(contents(out)) == names | {"results.jsonl", "settings.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"a"}
+    assert [row["prompt"] for row in lines((out / "results.jsonl").read_text())] == hostile
+
+
+# --------------------------------------------------------------------------------------------- going on
+
+
+def test_a_rerun_samples_nothing_again(pipe: Any, tmp_path: Path) -> None:
+    fill(searching(pipe, Redness()), tmp_path)
+    before = contents(tmp_path)
+    again = Redness()
+    fill(searching(pipe, again, batch_size=1), tmp_path)
+    assert again.prompts == []
+    assert contents(tmp_path) == before
+    fill(searching(pipe, again), tmp_path, [*PROMPTS, "one more"])
+    assert set(again.prompts) == {"one more"}
+    assert {row["prompt"] for row in lines((tmp_path / "results.jsonl").read_text())} == {*PROMPTS, "one more"}
+
+
+def test_an_interrupted_run_goes_on(pipe: Any, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    fill(searching(pipe, Redness()), whole)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fill(searching(pipe, Redness(PROMPTS[2], KeyboardInterrupt)), out)
+    assert "2 of 3 prompts are finished" in caught.value.__notes__[0]
+    rows = lines((whole / "results.jsonl").read_text())
+    assert lines((out / "results.jsonl").read_text()) == [row for row in rows if row["prompt_index"] < 2]
+    rest = Redness()
+    fill(searching(pipe, rest), out)
+    assert set(rest.prompts) == {PROMPTS[2]}
+    assert contents(out) == contents(whole)
+
+
+def test_what_was_sampled_of_the_prompt_at_work_is_kept_but_done_again(pipe: Any, tmp_path: Path) -> None:
+    class Once(Redness):
+        def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            if len(self.prompts) == 2:
+                raise KeyboardInterrupt
+            return super().__call__(images, prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(searching(pipe, Once(), batch_size=1), tmp_path, PROMPTS[:1])
+    assert [row["seed"] for row in lines((tmp_path / "results.jsonl").read_text())] == [0, 1]
+    assert not ResultsFolder.open(tmp_path).finished(0)
+    again = Once.__mro__[1]()
+    again.name = "redness"
+    fill(searching(pipe, again), tmp_path, PROMPTS[:1])
+    assert len(again.prompts) == 3
+    assert len(list((tmp_path / "images").iterdir())) == 2
+
+
+def test_a_prompt_that_fails_is_named_and_the_others_go_on(pipe: Any, tmp_path: Path) -> None:
+    prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[2]]
+    with pytest.raises(BestOfEachError, match=r"1 of 3 prompts failed: prompt 1 .*red apple.*RuntimeError: broken"):
+        fill(searching(pipe, Redness(PROMPTS[0])), tmp_path, prompts)
+    rows = lines((tmp_path / "results.jsonl").read_text())
+    assert [row["prompt_index"] for row in rows] == [0, 0, 0, 1, 2, 2, 2]
+    assert rows[3]["error"] == "RuntimeError: broken"
+    assert rows[3]["seed"] is None
+    healed = Redness()
+    fill(searching(pipe, healed), tmp_path, prompts)
+    assert set(healed.prompts) == {PROMPTS[0]}
+    assert all(row["error"] is None for row in lines((tmp_path / "results.jsonl").read_text()))
+
+
+@pytest.mark.parametrize("damage", ["image", "record"])
+def test_a_damaged_prompt_is_done_again(pipe: Any, tmp_path: Path, damage: str) -> None:
+    fill(searching(pipe, Redness()), tmp_path)
+    before = contents(tmp_path)
+    if damage == "image":
+        next((tmp_path / "images").glob("00001_*")).unlink()
+    else:
+        (tmp_path / "prompts" / "00001.json").write_text('{"prompt": ')
+    again = Redness()
+    fill(searching(pipe, again), tmp_path)
+    assert set(again.prompts) == {PROMPTS[1]}
+    assert contents(tmp_path) == before
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+def test_other_settings_are_refused_with_the_differences(pipe: Any, tmp_path: Path) -> None:
+    fill(searching(pipe, Redness()), tmp_path, PROMPTS[:2], settings={"lora": None})
+    before = contents(tmp_path)
+    other = searching(pipe, Redness(), n=4, top_k=1, diverse=True)
+    with pytest.raises(ValueError, match="run with other settings") as caught:
+        best_of_each(
+            other,
+            ["a", PROMPTS[1]],
+            tmp_path,
+            seed=9,
+            settings={"lora": "x"},
+            progress=False,
+            **SETTINGS | {"eta": 0.5},
+        )
+    message = str(caught.value)
+    for part in ("n: 3 there, 4 now", "top_k: 2 there, 1 now", "diverse: False there", "seed: 0 there, 9 now"):
+        assert part in message
+    assert all(part in message for part in ("'eta': 0.5", "lora: None there, 'x' now", "prompt 0: 'a red apple"))
+    with pytest.raises(ValueError, match="prompts: 2 there, 1 now"):
+        fill(searching(pipe, Redness()), tmp_path, PROMPTS[:1], settings={"lora": None})
+    assert contents(tmp_path) == before
+    (tmp_path / "images" / "mine.png").write_text("mine")
+    fill(other, tmp_path, PROMPTS[:1], overwrite=True)
+    assert {row["seed"] for row in lines((tmp_path / "results.jsonl").read_text())} == {0, 1, 2, 3}
+    assert len(list((tmp_path / "images").iterdir())) == 2
+    assert (tmp_path / "images" / "mine.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "settings.json", "images"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_somebody_else_is_left_alone(pipe: Any, tmp_path: Path, name: str, overwrite: bool) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"out: .*{name} is not of an earlier run"):
+        fill(searching(pipe, Redness()), tmp_path, overwrite=overwrite)
+    assert contents(tmp_path) == {name: b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "more", "error", "message"),
+    [
+        ("a text", {}, TypeError, "prompts: expected several texts"),
+        ([], {}, ValueError, "prompts: expected at least one"),
+        (["a", " "], {}, ValueError, r"prompts\[1\]: expected a text"),
+        (["a", 3], {}, TypeError, r"prompts\[1\]: expected a text"),
+        (["a"], {"seed": 2**64 - 2}, ValueError, "seed: expected an integer in"),
+        (["a"], {"generator": None}, ValueError, "generator: BestOfN sets"),
+        (["a"], {"colour": 3}, ValueError, "colour: StableDiffusionPipeline has no such argument; it has prompt, "),
+        (["a"], {"num_inference_step": 3}, ValueError, "did you mean 'num_inference_steps'"),
+    ],
+)
+def test_wrong_arguments_leave_no_folder(
+    pipe: Any, tmp_path: Path, prompts: Any, more: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        best_of_each(searching(pipe, Redness()), prompts, tmp_path / "out", progress=False, **more)
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------- processes
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_many_prompts as t
+from pathlib import Path
+t.fill(t.searching(t.load_embedded_pipeline(), t.Redness()), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_processes_fill_the_same_folder(pipe: Any, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(script), str(tmp_path / "two")],
+        env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    fill(searching(pipe, Redness()), tmp_path / "one")
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert json.loads(one["settings.json"]) == json.loads(two["settings.json"])
+    assert one == two
