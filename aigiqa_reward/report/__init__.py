@@ -1,18 +1,19 @@
 """Pictures of results. Here pixels are shown, not scored: what is drawn goes to eyes, and never into a reward.
 
-Plots load matplotlib when they are first used; contact sheets do without it.
+Plots load matplotlib when they are first used, and pages for heat maps alone; contact sheets do without it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aigiqa_reward.report.page import write_page
 from aigiqa_reward.report.sheet import WINNER, contact_sheet
 
 if TYPE_CHECKING:
     from aigiqa_reward.report.plots import protocol_plot, scatter_plot
 
-__all__ = ["WINNER", "contact_sheet", "protocol_plot", "scatter_plot"]
+__all__ = ["WINNER", "contact_sheet", "protocol_plot", "scatter_plot", "write_page"]
 
 
 def __getattr__(name: str) -> object:

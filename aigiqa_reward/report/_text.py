@@ -1,13 +1,16 @@
-"""Words in pictures: the one font, what of a text can be printed, and how much of it fits."""
+"""Words in pictures: the one font, what of a text can be printed, how much of it fits; and numbers as words."""
 
 from __future__ import annotations
 
 import bisect
 import importlib.util
+import math
 from functools import cache
 from pathlib import Path
 
 from PIL import ImageFont
+
+from aigiqa_reward.sampling.candidates import BestOfNOutput
 
 
 @cache
@@ -42,3 +45,18 @@ def wrapped(text: str, typeface: ImageFont.FreeTypeFont, width: int, most: int) 
 def _fitting(text: str, typeface: ImageFont.FreeTypeFont, width: float) -> int:
     """How many of the first characters are no wider than `width` px; at least one."""
     return max(1, bisect.bisect_right(range(1, len(text) + 1), width, key=lambda end: typeface.getlength(text[:end])))
+
+
+def number(value: float | None) -> str:
+    """A score in few digits; a dash for none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
+
+
+def state_of(output: BestOfNOutput, seed: int) -> str | None:
+    """Where a candidate was pruned, in words; None where it was not."""
+    if seed in output.dropped or not math.isnan(output.all_scores[output.all_seeds.index(seed)]):
+        return None
+    previews = output.previews.get(seed)
+    return f"pruned after {previews[-1].step} of {previews[-1].steps} steps" if previews else "pruned"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from aigiqa_reward.report._text import font, printable, wrapped
+from aigiqa_reward.report._text import font, number, printable, state_of, wrapped
 from aigiqa_reward.sampling.candidates import BestOfNOutput
 
 WINNER = (234, 88, 12)
@@ -28,7 +28,7 @@ _TITLE_LINES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class _Card:
-    """What is drawn of one candidate; `reason` says why there is no image."""
+    """What is drawn of one candidate; `reason` says why there is no image, `state` why there is no total."""
 
     seed: int
     total: float
@@ -36,37 +36,42 @@ class _Card:
     correspondence: float | None
     image: Image.Image | None
     reason: str
+    state: str
     best: bool
 
     def numbers(self) -> list[tuple[str, str]]:
         """The small print, line by line."""
-        lines = [("quality", _number(self.quality))]
+        lines = [("quality", number(self.quality))]
         if self.correspondence is not None:
-            lines.append(("correspondence", _number(self.correspondence)))
+            lines.append(("correspondence", number(self.correspondence)))
         return [*lines, ("seed", str(self.seed))]
 
 
-def contact_sheet(output: BestOfNOutput, prompt: str) -> Image.Image:
-    """Draw all candidates of one prompt in one picture, with their scores, the best one in a frame.
+def contact_sheet(output: BestOfNOutput, prompt: str, *, kept_only: bool = False) -> Image.Image:
+    """Draw the candidates of one prompt in one picture, with their scores, the best one in a frame.
 
     Candidates stand in their order, row by row. Small images are enlarged by a whole factor, each pixel a square; large
-    ones are scaled down. A candidate that was dropped, or whose image was not kept, is an empty tile with the reason.
+    ones are scaled down. A candidate that was dropped or pruned, or whose image was not kept, is an empty tile with the
+    reason.
 
     Args:
         output: of `BestOfN` or `rerank`; with `top_k` as large as `n` it holds every image.
         prompt: the title. Shortened to three lines; characters that cannot be printed are left out.
+        kept_only: leave out the empty tiles.
 
     Returns:
         An RGB picture, at most 1500 px wide for 25 candidates or fewer; more are as square a grid of 238 px a column.
 
     Raises:
-        ValueError: no candidates.
+        ValueError: no candidates, or none to draw.
     """
     if not output.all_seeds:
         raise ValueError("output: expected at least one candidate, got none; pass what BestOfN or rerank returned")
-    columns = _columns(len(output.all_seeds))
+    if kept_only and not output.seeds:
+        raise ValueError("output: expected at least one image, got none; leave out kept_only to draw why")
+    columns = _columns(len(output.seeds if kept_only else output.all_seeds))
     side = min(_LARGEST, max(_SMALLEST, _WIDTH // columns))
-    cards = _cards(output, side)
+    cards = [card for card in _cards(output, side) if not kept_only or card.image is not None]
     images = [card.image for card in cards if card.image is not None]
     box_width = max([_SMALLEST, *(image.width for image in images)])
     box_height = max([_SMALLEST // 2, *(image.height for image in images)])
@@ -99,7 +104,8 @@ def _cards(output: BestOfNOutput, side: int) -> list[_Card]:
             quality=quality,
             correspondence=correspondence,
             image=_fitted(images[seed], side) if seed in images else None,
-            reason=output.dropped.get(seed, "the image was not kept"),
+            reason=output.dropped.get(seed, state_of(output, seed) or "the image was not kept"),
+            state="dropped" if seed in output.dropped else "pruned",
             best=seed == best,
         )
         for seed, total, quality, correspondence in zip(
@@ -113,6 +119,9 @@ def _summary(output: BestOfNOutput) -> str:
     parts = ["1 candidate" if count == 1 else f"{count} candidates"]
     if output.dropped:
         parts.append(f"{len(output.dropped)} dropped")
+    pruned = sum(math.isnan(total) for total in output.all_scores) - len(output.dropped)
+    if pruned > 0:
+        parts.append(f"{pruned} pruned")
     if output.seeds:
         parts += [f"the best has seed {output.seeds[0]}", "bold: total, higher is better"]
     return "  ·  ".join(parts)
@@ -134,7 +143,7 @@ def _draw_card(sheet: Image.Image, card: _Card, place: tuple[int, int, int, int]
         middle = (left + right) / 2, top + box_height / 2
         draw.multiline_text(middle, "\n".join(lines), _MUTED, font(_SMALL), anchor="mm", align="center", spacing=6)
     baseline = top + box_height + 28
-    heading, ink = ("dropped", _MUTED) if math.isnan(card.total) else (_number(card.total), _INK)
+    heading, ink = (card.state, _MUTED) if math.isnan(card.total) else (number(card.total), _INK)
     draw.text((left, baseline), heading, ink, font(_HEADING, bold=True), anchor="ls")
     if card.best:
         draw.rectangle((right - 44, baseline - 17, right - 1, baseline + 4), WINNER)
@@ -157,9 +166,3 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
         return image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"

@@ -1,0 +1,206 @@
+"""One self-contained HTML page of best-of-N results: no scripts, nothing fetched, prompts shown and never obeyed."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, features
+
+from aigiqa_reward.report._curves import curves
+from aigiqa_reward.report._style import STYLE
+from aigiqa_reward.report._text import number, state_of
+from aigiqa_reward.sampling.candidates import BestOfNOutput
+from aigiqa_reward.weights import write_atomically
+
+_SIDE = 768
+"""Longest side in px of an image in the page: chosen here, sharp on a phone, some 100 kB each."""
+
+_SMALL = 160
+"""Up to this side in px images are shown with each pixel a square, and stored without loss."""
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""For the browser: nothing runs and nothing is fetched, whatever the page holds."""
+
+WinnerMaps = Sequence[Mapping[str, Any]]
+"""Of each winner, best first: (H, W) arrays by name."""
+
+
+def write_page(
+    outputs: Iterable[tuple[str, BestOfNOutput]],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Best of N",
+    notes: Sequence[str] = (),
+    maps: Iterable[WinnerMaps] = (),
+) -> Path:
+    """Write prompts, their winners and the scores of all candidates as one HTML file that needs nothing beside it.
+
+    Images, at most 768 px, lie in the file. Where a search looked at previews, the reward per step is drawn. The page
+    follows the reader's light or dark colours, fits a phone, and holds neither scripts nor references to elsewhere.
+
+    Args:
+        outputs: a prompt and what BestOfN or rerank returned for it, one after the other; may be a generator, of which
+            one output at a time is held.
+        path: of the page, written whole or not at all.
+        title: its heading.
+        notes: lines below the heading, such as the settings.
+        maps: of each prompt, heat maps of its winners, such as the distortion maps of a reward; in [0, 1], or else
+            brought there by their own range. May end early.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: a map that is not (H, W).
+    """
+    cards = [_card(place, prompt, output, winners) for place, prompt, output, winners in _paired(outputs, maps)]
+    lines = "".join(f'<p class="note">{_text(note)}</p>\n' for note in notes)
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_text(_POLICY)}">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{_text(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
+        f'<header><h1 dir="auto">{_text(title)}</h1>\n{lines}</header>\n<main>\n'
+        f"{''.join(cards)}</main>\n</body>\n</html>\n"
+    )
+    target = Path(path)
+    write_atomically(target, page.encode())
+    return target
+
+
+def _paired(
+    outputs: Iterable[tuple[str, BestOfNOutput]], maps: Iterable[WinnerMaps]
+) -> Iterator[tuple[int, str, BestOfNOutput, WinnerMaps]]:
+    every = iter(maps)
+    for place, (prompt, output) in enumerate(outputs):
+        yield place, prompt, output, next(every, ())
+
+
+def _text(text: str) -> str:
+    """Text for between tags and for within quotes: no mark-up, no control characters, no halves of characters."""
+    kept = "".join(
+        c if c.isprintable() or c == "\n" else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+    return html.escape(kept, quote=True)
+
+
+# --------------------------------------------------------------------------------------------- a prompt
+
+
+def _card(place: int, prompt: str, output: BestOfNOutput, maps: WinnerMaps) -> str:
+    figures = "".join(
+        _figure(rank, prompt, output, winner or {})
+        for rank, winner in zip_longest(range(len(output.seeds)), maps[: len(output.seeds)])
+    )
+    drawn = curves(output)
+    graph = (
+        f'<figure class="curves">{drawn}<figcaption>Reward of the clean image as seen from each step; the winners '
+        "in colour.</figcaption></figure>\n"
+        if drawn
+        else ""
+    )
+    nothing = "" if output.seeds else '<p class="note">No candidate could be ranked.</p>\n'
+    return (
+        f'<article aria-labelledby="prompt-{place}">\n<h2 id="prompt-{place}" dir="auto">{_text(prompt)}</h2>\n'
+        f'<p class="note">{_text(_summary(output))}</p>\n{nothing}<div class="winners">\n{figures}</div>\n{graph}'
+        f"<details><summary>All {len(output.all_seeds)} candidates</summary>\n{_table(output)}</details>\n</article>\n"
+    )
+
+
+def _summary(output: BestOfNOutput) -> str:
+    count = len(output.all_seeds)
+    parts = ["1 candidate" if count == 1 else f"{count} candidates"]
+    if output.dropped:
+        parts.append(f"{len(output.dropped)} dropped")
+    pruned = sum(state_of(output, seed) is not None for seed in output.all_seeds)
+    if pruned:
+        parts.append(f"{pruned} pruned")
+    if output.denoiser_calls is not None:
+        parts.append(f"{output.denoiser_calls} denoiser calls")
+    return "  ·  ".join(parts)
+
+
+def _figure(rank: int, prompt: str, output: BestOfNOutput, maps: Mapping[str, Any]) -> str:
+    seed, image = output.seeds[rank], output.images[rank]
+    scores = [("total", output.scores[rank]), ("quality", output.quality[rank])]
+    if output.correspondence is not None:
+        scores.append(("correspondence", output.correspondence[rank]))
+    rows = "".join(f"<div><dt>{name}</dt><dd>{number(value)}</dd></div>" for name, value in scores)
+    small = ' class="small"' if max(image.size) <= _SMALL else ""
+    heat = "".join(_heat_map(name, values) for name, values in maps.items())
+    return (
+        f'<figure class="winner{" best" if rank == 0 else ""}">\n'
+        f'<img{small} src="{_image(image)}" width="{image.width}" height="{image.height}" '
+        f'alt="{_text(f"Winner {rank + 1}, seed {seed}: {prompt}")}">\n'
+        f"<figcaption><b>{rank + 1}</b> seed {seed}\n<dl>{rows}</dl></figcaption>\n"
+        + (f'<div class="maps">{heat}</div>\n' if heat else "")
+        + "</figure>\n"
+    )
+
+
+def _table(output: BestOfNOutput) -> str:
+    places = {seed: rank for rank, seed in enumerate(output.seeds, start=1)}
+    known = output.all_correspondence or [None] * len(output.all_seeds)
+    aspect = "<th>correspondence</th>" if output.all_correspondence is not None else ""
+    rows = []
+    for seed, total, quality, correspondence in zip(
+        output.all_seeds, output.all_scores, output.all_quality, known, strict=True
+    ):
+        third = f"<td>{number(correspondence)}</td>" if aspect else ""
+        state = (
+            output.dropped.get(seed) or state_of(output, seed) or (f"winner {places[seed]}" if seed in places else "")
+        )
+        mark = ' class="best"' if seed in places else ""
+        cells = f"<td>{seed}</td><td>{number(total)}</td><td>{number(quality)}</td>{third}<td>{_text(state)}</td>"
+        rows.append(f"<tr{mark}>{cells}</tr>\n")
+    head = f"<tr><th>seed</th><th>total</th><th>quality</th>{aspect}<th></th></tr>"
+    return f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{"".join(rows)}</tbody></table></div>\n'
+
+
+# --------------------------------------------------------------------------------------------- pixels
+
+
+def _image(image: Image.Image) -> str:
+    """A data URI: WebP, or PNG for small images and where Pillow has no WebP."""
+    shown, data = image.convert("RGB"), io.BytesIO()
+    shown.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    if max(image.size) <= _SMALL or not features.check("webp"):
+        shown.save(data, format="PNG", optimize=True)
+        return _uri("png", data)
+    shown.save(data, format="WEBP", quality=88)
+    return _uri("webp", data)
+
+
+def _heat_map(name: str, values: Any) -> str:
+    import matplotlib
+
+    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"maps: expected (H, W) for {name!r}, got shape {array.shape}; pass one map a name")
+    finite = array[np.isfinite(array)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    bottom, top = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+    scaled = np.nan_to_num((array - bottom) / ((top - bottom) or 1.0), nan=0.0, posinf=1.0, neginf=0.0)
+    colours = matplotlib.colormaps["magma"](scaled, bytes=True)[..., :3]
+    data = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(colours)).save(data, format="PNG")
+    label = _text(name.replace("_", " "))
+    extent = f"{number(low)} to {number(high)}" if math.isfinite(low) else ""
+    return (
+        f'<figure><img src="{_uri("png", data)}" width="{array.shape[1]}" height="{array.shape[0]}" alt="Map: {label}">'
+        f"<figcaption>{label}<br>{extent}</figcaption></figure>"
+    )
+
+
+def _uri(kind: str, data: io.BytesIO) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

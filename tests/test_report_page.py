@@ -1,0 +1,189 @@
+"""The page of results, judged as a browser would read it: what is there, what is not, and that prompts stay text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_report import noise, output
+
+from aigiqa_reward import BestOfNOutput
+from aigiqa_reward.report import write_page
+from aigiqa_reward.sampling.candidates import Preview
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'& </style></title><script>alert(2)</script>"
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes and the text in them; fails where tags are not balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self._open[-1] if self._open else "", data))
+
+    def all(self, tag: str, kind: str = "") -> list[dict[str, str | None]]:
+        return [a for t, a in self.elements if t == tag and kind in [*(a.get("class") or "").split(), ""]]
+
+    def text_in(self, tag: str) -> list[str]:
+        return [data for inside, data in self.texts if inside == tag]
+
+
+def written(tmp_path: Path, outputs: list[tuple[str, BestOfNOutput]], **more: Any) -> tuple[str, Page]:
+    text = write_page(outputs, tmp_path / "page.html", **more).read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def searched() -> BestOfNOutput:
+    """Four candidates over 8 steps: one dropped, one pruned at step 2, two winners."""
+    result = output([noise(seed) for seed in range(4)], [0.1, 0.2, 0.3, 0.4], dropped={0: HOSTILE}, top_k=2)
+    result.all_scores[1] = float("nan")
+    previews = {
+        seed: tuple(Preview(step=step, steps=8, total=0.01 * seed + 0.1 * step, quality=0.5) for step in steps)
+        for seed, steps in {1: (2,), 2: (2, 4), 3: (2, 4)}.items()
+    }
+    return BestOfNOutput(**{**vars(result), "previews": previews, "denoiser_calls": 20})
+
+
+def pixels_of(attributes: dict[str, str | None]) -> np.ndarray:
+    source = attributes["src"] or ""
+    kind, data = re.fullmatch(r"data:image/(png|webp);base64,(.*)", source).groups()  # type: ignore[union-attr]
+    image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    assert image.format == kind.upper()
+    return np.asarray(image)
+
+
+def test_it_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+    maps = [[{"noise": np.eye(4)}]]
+    text, page = written(tmp_path, [("a red fox", searched())], maps=maps)
+    assert not re.search(r"<script|javascript:|https?://|@import|url\(|<link|<iframe|<object", text, re.IGNORECASE)
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert all((a["src"] or "").startswith("data:image/") for a in page.all("img"))
+    policy = next(a for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in (policy["content"] or "")
+    assert "prefers-color-scheme: dark" in text
+    assert any(a.get("name") == "viewport" for a in page.all("meta"))
+
+
+def test_hostile_texts_stay_text_everywhere(tmp_path: Path) -> None:
+    text, page = written(
+        tmp_path,
+        [(HOSTILE, searched())],
+        title=HOSTILE,
+        notes=[HOSTILE],
+        maps=[[{HOSTILE: np.zeros((2, 2))}]],
+    )
+    _, plain = written(tmp_path, [("x", searched())], title="x", notes=["x"], maps=[[{"x": np.zeros((2, 2))}]])
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
+    assert [set(a) for _, a in page.elements] == [set(a) for _, a in plain.elements]
+    assert "<script" not in text
+    for tag in ("title", "h1", "h2", "p", "td", "figcaption"):
+        assert HOSTILE in "".join(page.text_in(tag)), tag
+    assert sum(HOSTILE in (a["alt"] or "") for a in page.all("img")) == 3
+
+
+@pytest.mark.parametrize("prompt", ["\x00\x1b[31m\x07", "\ud800", "\u202eabc", "漢字 🦊", "x" * 5000, "a\nb"])
+def test_strange_characters_give_a_page(tmp_path: Path, prompt: str) -> None:
+    text, page = written(tmp_path, [(prompt, searched())])
+    (shown,) = page.text_in("h2")
+    assert len(shown) == len(prompt)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
+
+
+def test_winners_show_their_pixels_scores_and_seeds(tmp_path: Path) -> None:
+    result = searched()
+    _, page = written(tmp_path, [("a", result), ("b", result)])
+    images = page.all("img")
+    assert len(images) == 4
+    for attributes, image, seed in zip(images, result.images * 2, result.seeds * 2, strict=True):
+        assert np.array_equal(pixels_of(attributes), np.asarray(image))
+        assert f"seed {seed}" in (attributes["alt"] or "")
+    numbers = page.text_in("dd")
+    assert numbers == ["0.400", "0.400", "0.400", "0.300", "0.300", "0.300"] * 2
+    assert [a["id"] for a in page.all("h2")] == ["prompt-0", "prompt-1"]
+    assert len(page.all("figure", "best")) == 2
+
+
+def test_large_images_are_made_smaller(tmp_path: Path) -> None:
+    large = Image.fromarray(np.full((1500, 1000, 3), (200, 30, 30), dtype=np.uint8))
+    _, page = written(tmp_path, [("a", output([large]))])
+    (attributes,) = page.all("img")
+    shown = pixels_of(attributes)
+    assert shown.shape == (768, 512, 3)
+    assert np.abs(shown.astype(int) - (200, 30, 30)).max() < 8
+    assert (attributes["width"], attributes["height"]) == ("1000", "1500")
+
+
+def test_the_table_tells_what_became_of_everybody(tmp_path: Path) -> None:
+    _, page = written(tmp_path, [("a", searched())])
+    cells = page.text_in("td")
+    assert [cells.count(text) for text in ("pruned after 2 of 8 steps", "winner 1", "winner 2", HOSTILE)] == [1] * 4
+    assert len(page.all("tr")) == 5
+    assert len(page.all("tr", "best")) == 2
+    (summary,) = page.text_in("summary")
+    assert "4" in summary
+    assert any("1 dropped" in t and "1 pruned" in t and "20 denoiser calls" in t for t in page.text_in("p"))
+
+
+def test_a_curve_for_each_candidate_that_was_looked_at(tmp_path: Path) -> None:
+    _, page = written(tmp_path, [("a", searched())])
+    lines = [[tuple(map(float, p.split(","))) for p in (a["points"] or "").split()] for a in page.all("polyline")]
+    assert [len(line) for line in lines] == [1, 3, 3]
+    assert len(page.all("g", "curve")) == 3
+    assert len(page.all("g", "best")) == 2
+    for line in lines[1:]:
+        assert [x for x, _ in line] == sorted(x for x, _ in line)
+    by_total = {0.21: lines[0][0], 0.22: lines[1][0], 0.23: lines[2][0], 0.42: lines[1][1], 0.3: lines[1][2]}
+    heights = [by_total[total][1] for total in sorted(by_total)]
+    assert heights == sorted(heights, reverse=True), "a higher reward is drawn higher"
+    slope = (by_total[0.42][1] - by_total[0.22][1]) / 0.2
+    assert by_total[0.3][1] == pytest.approx(by_total[0.22][1] + slope * 0.08, abs=0.2)
+    _, without = written(tmp_path, [("a", output([noise(0)]))])
+    assert without.all("svg") == []
+
+
+def test_heat_maps_are_drawn_beside_their_winner(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 1, 12).reshape(3, 4)
+    maps = [[{"edge_blur": ramp, "flat": np.full((2, 2), 7.0), "broken": np.array([[np.nan, np.inf]])}]]
+    _, page = written(tmp_path, [("a", searched())], maps=maps)
+    drawn = [a for a in page.all("img") if (a["alt"] or "").startswith("Map")]
+    assert [a["alt"] for a in drawn] == ["Map: edge blur", "Map: flat", "Map: broken"]
+    brightness = pixels_of(drawn[0]).astype(int).sum(axis=2).ravel()
+    assert pixels_of(drawn[0]).shape == (3, 4, 3)
+    assert (np.diff(brightness) > 0).all()
+    with pytest.raises(ValueError, match=r"maps: expected \(H, W\) for 'x', got shape \(3,\)"):
+        written(tmp_path, [("a", searched())], maps=[[{"x": np.zeros(3)}]])
+
+
+def test_nobody_ranked_and_nothing_at_all(tmp_path: Path) -> None:
+    _, page = written(tmp_path, [("a", output([noise(0)], dropped={0: "NaN"}))])
+    assert any("No candidate" in text for text in page.text_in("p"))
+    assert page.all("img") == []
+    _, empty = written(tmp_path, [])
+    assert empty.all("article") == []
