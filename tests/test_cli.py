@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pipelines
 import pytest
 import torch
 from clip_models import write_tiny_clip
 from commands import ENVIRONMENT, command, interrupt, lines, only_error, run
-from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
 
-from aigiqa_reward import BestOfN, Reward, Scorer, __version__, create_reward, list_rewards
+from aigiqa_reward import Reward, Scorer, __version__, create_reward, list_rewards
 from aigiqa_reward.cli.output import Format, Row, render, scored
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 
@@ -68,13 +64,6 @@ def tiny(clip: str) -> list[str]:
 @pytest.fixture(scope="module")
 def tiny_reward(clip: str) -> Reward:
     return create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip))
-
-
-@pytest.fixture(scope="module")
-def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline")
-    pipelines.stable_diffusion().save_pretrained(folder)
-    return folder
 
 
 def assert_scores(rows: list[dict[str, Any]], reward: Reward, paths: list[str], prompts: Any) -> None:
@@ -401,9 +390,6 @@ def test_wrong_prompts_files(
         (["score", "IMAGE", "TINY", "--quality-weight", "-1"], "quality_weight"),
         (["rank", "IMAGE", "TINY", "--top-k", "0"], "'--top-k'"),
         (["rank", "IMAGE", "TINY", "--copy-to", "IMAGE"], "--copy-to: expected a folder"),
-        (["best-of-n", "sd", "--prompt", "x", "--n", "2", "--top-k", "3"], "at most --n 2"),
-        (["best-of-n", "sd"], "--prompt"),
-        (["best-of-n", "sd", "--prompt", "x", "TINY"], "MODEL: expected a folder"),
         (["score", "--no-such-option"], "--no-such-option"),
         (["scroe"], "scroe"),
     ],
@@ -496,69 +482,6 @@ def test_rewards_lists_all() -> None:
             assert text in table
 
 
-# --------------------------------------------------------------------------------------------- best of n
-
-
-def test_best_of_n(sd_folder: Path, tiny: list[str], tiny_reward: Reward, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = [
-        "best-of-n",
-        sd_folder,
-        "--prompt",
-        PROMPT,
-        "--n",
-        "5",
-        "--top-k",
-        "2",
-        "--seed",
-        "7",
-        "--batch-size",
-        "2",
-    ]
-    arguments += [
-        "--steps",
-        "2",
-        "--height",
-        "32",
-        "--width",
-        "32",
-        "--guidance-scale",
-        "3",
-        "--negative-prompt",
-        "red",
-    ]
-    result = run(*arguments, *tiny, "--out", out)
-    assert result.exit_code == 0, result.output
-    pipe = DiffusionPipeline.from_pretrained(sd_folder)
-    settings = {**pipelines.FEW_STEPS, "guidance_scale": 3.0, "negative_prompt": "red"}
-    expected = BestOfN(pipe, tiny_reward, n=5, top_k=2, batch_size=2, progress=False)(PROMPT, seed=7, **settings)
-    rows = lines((out / "results.jsonl").read_text())
-    assert all(list(row) == ["seed", *KEYS[1:]] for row in rows)
-    assert [row["seed"] for row in rows] == [7, 8, 9, 10, 11]
-    assert [row["total"] for row in rows] == pytest.approx(expected.all_scores, abs=1e-6)
-    winners = [f"{place:03d}_seed{seed}.png" for place, seed in enumerate(expected.seeds, start=1)]
-    assert {file.name for file in out.iterdir()} == {*winners, "results.jsonl"}
-    for name, image in zip(winners, expected.images, strict=True):
-        assert np.array_equal(np.asarray(Image.open(out / name)), np.asarray(image))
-        assert str(out / name) in result.stdout
-    assert "--overwrite" in only_error(run(*arguments, *tiny, "--out", out))
-    again = run(*arguments, *tiny, "--out", out, "--overwrite", "--top-k", "1", "--reward-prompt", "two cats")
-    assert again.exit_code == 0, again.output
-    assert len(list(out.glob("*.png"))) == 1
-    assert [row["total"] for row in lines((out / "results.jsonl").read_text())] != [row["total"] for row in rows]
-
-
-def test_best_of_n_reads_safetensors_only(sd_folder: Path, tiny: list[str], tmp_path: Path) -> None:
-    pickled = shutil.copytree(sd_folder, tmp_path / "pickled")
-    for file in pickled.rglob("*.safetensors"):
-        name = "pytorch_model" if file.stem == "model" else file.stem  # transformers' name, or diffusers'
-        torch.save(load_file(file), file.with_name(f"{name}.bin"))
-        file.unlink()
-    error = only_error(run("best-of-n", pickled, "--prompt", "x", *tiny, "--out", tmp_path / "out"))
-    assert "MODEL: cannot load the pipeline" in error
-    assert "safetensors" in error
-
-
 # --------------------------------------------------------------------------------------------- processes
 
 
@@ -601,17 +524,3 @@ def test_interrupted_scoring_keeps_what_it_has(
     assert f"interrupted: the result holds {len(rows)} of 5000 images" in stderr
     assert "Traceback" not in stderr
     assert_scores(rows[:5], tiny_reward, (paths * 1000)[: len(rows[:5])], PROMPT)
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-def test_interrupted_best_of_n_keeps_what_it_has(sd_folder: Path, tiny: list[str], tmp_path: Path) -> None:
-    arguments = ["best-of-n", sd_folder, "--prompt", PROMPT, "--n", "5000", "--batch-size", "1", "--steps", "2"]
-    arguments += ["--height", "32", "--width", "32", *tiny, "--out", tmp_path]
-    status, _, stderr = interrupt(command(*arguments))
-    assert status == 130
-    assert "error: interrupted" in re.sub(r"\x1b\[[0-9;]*m", "", stderr)
-    assert "Traceback" not in stderr
-    rows = lines((tmp_path / "results.jsonl").read_text())
-    assert 0 < len(rows) < 5000
-    best = max(rows, key=lambda row: row["total"])["seed"]
-    assert [file.name for file in tmp_path.glob("*.png")] == [f"001_seed{best}.png"]

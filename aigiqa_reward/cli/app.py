@@ -20,16 +20,15 @@ from typer.core import TyperGroup
 
 from aigiqa_reward import __version__
 from aigiqa_reward.cli import options
+from aigiqa_reward.cli.best_of_n import best_of_n
 from aigiqa_reward.cli.demo import demo
 from aigiqa_reward.cli.evaluate import evaluate
 from aigiqa_reward.cli.files import (
-    CANDIDATES,
     RANKING,
     check_folder,
     check_output,
     copy_ranked,
     write,
-    write_candidates,
 )
 from aigiqa_reward.cli.inputs import CommandError, attach_prompts, find_images
 from aigiqa_reward.cli.options import DType
@@ -43,7 +42,7 @@ from aigiqa_reward.cli.output import (
     render_specs,
     say,
 )
-from aigiqa_reward.cli.runs import load_pipeline, load_reward, sample, score_sources, usage_errors
+from aigiqa_reward.cli.runs import load_reward, score_sources
 from aigiqa_reward.cli.scenarios import scenarios
 from aigiqa_reward.cli.train import train
 
@@ -186,63 +185,7 @@ def rewards(
     emit(render_specs(list_rewards(), form, terminal=sys.stdout.isatty()))
 
 
-@app.command()
-def best_of_n(
-    model: options.ModelArgument,
-    prompt: options.SamplingPromptOption,
-    n: options.CandidatesOption = 16,
-    batch_size: options.SamplingBatchOption = 4,
-    top_k: options.WinnersOption = 1,
-    seed: options.SeedOption = 0,
-    steps: options.StepsOption = None,
-    guidance_scale: options.GuidanceOption = None,
-    negative_prompt: options.NegativePromptOption = None,
-    height: options.HeightOption = None,
-    width: options.WidthOption = None,
-    dtype: options.SamplingDTypeOption = None,
-    reward: options.RewardOption = "compact",
-    encoder: options.EncoderOption = None,
-    encoder_weights: options.EncoderWeightsOption = None,
-    weights: options.WeightsOption = None,
-    zero_shot: options.ZeroShotOption = False,
-    scenario: options.ScenarioOption = None,
-    preferences: options.PreferencesOption = None,
-    quality_weight: options.QualityWeightOption = None,
-    correspondence_weight: options.CorrespondenceWeightOption = None,
-    reward_prompt: options.RewardPromptOption = None,
-    device: options.DeviceOption = None,
-    out: options.OutOption = Path("best-of-n"),
-    overwrite: options.OverwriteOption = False,
-) -> None:
-    """Sample N images of a prompt and keep those that the reward likes best."""
-    if top_k > n:
-        raise CommandError(f"--top-k: expected at most --n {n}, got {top_k}")
-    check_folder(out, CANDIDATES, option="--out", overwrite=overwrite)
-    chosen = (reward, encoder, encoder_weights, weights, zero_shot, scenario, preferences)
-    judge = load_reward(*chosen, quality_weight, correspondence_weight, device, DType.FLOAT32)
-    pipe = load_pipeline(model, str(judge.device), dtype)
-    from aigiqa_reward import BestOfN
-
-    settings = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-        "height": height,
-        "width": width,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
-    with usage_errors():
-        search = BestOfN(pipe, judge, n=n, batch_size=batch_size, top_k=top_k, reward_prompt=reward_prompt)
-    output, failure = sample(search, prompt, seed, given)
-    if output is not None:
-        winners = write_candidates(output, prompt, out, overwrite=overwrite)
-        _print(winners, Format.TABLE, None, numbered=True)
-        say("note", f"the scores of {len(output.all_seeds)} candidates are in {out / 'results.jsonl'}")
-    if failure is not None:
-        raise failure
-
-
-for _command in (demo, scenarios, train, evaluate):
+for _command in (demo, best_of_n, scenarios, train, evaluate):
     app.command()(_command)
 
 

@@ -1,9 +1,8 @@
-"""Files that the commands write: results, copies of ranked images, winners. Nothing is replaced by accident."""
+"""Files that the commands write: results, copies of ranked images. Nothing is replaced by accident."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 import re
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 RANKING = re.compile(r"ranking\.jsonl")
 """What `copy_ranked` writes under a name of its own."""
-
-CANDIDATES = re.compile(r"results\.jsonl|\d{3,}_seed-?\d+\.png")
-"""What `write_candidates` writes."""
 
 
 def check_output(file: Path | None) -> None:
@@ -136,28 +132,6 @@ def copy_ranked(rows: Sequence[Row], folder: Path, *, originals: Sequence[str], 
             raise CommandError(f"cannot copy {source}: {error.strerror}", status=1) from error
         write(copy, data)
     write(folder / "ranking.jsonl", render(rows, Format.JSONL).encode())
-
-
-def write_candidates(output: BestOfNOutput, prompt: str, folder: Path, *, overwrite: bool) -> list[Row]:
-    """Write the winners of a best-of-n run as RANK_seedSEED.png, and results.jsonl with all candidates in their order.
-
-    With `overwrite`, winners of an earlier run are removed from the folder, whatever their number.
-
-    Returns:
-        The winners, best first, by the paths they were written to.
-    """
-    if overwrite and folder.is_dir():
-        for file in folder.iterdir():
-            if CANDIDATES.fullmatch(file.name):
-                file.unlink()
-    rows = {row.key: row for row in candidate_rows(output, prompt)}
-    winners = []
-    for place, (seed, image) in enumerate(zip(output.seeds, output.images, strict=True), start=1):
-        file = folder / f"{place:03d}_seed{seed}.png"
-        write(file, png(image))
-        winners.append(dataclasses.replace(rows[seed], key=str(file)))
-    write(folder / "results.jsonl", render(list(rows.values()), Format.JSONL).encode())
-    return winners
 
 
 def candidate_rows(output: BestOfNOutput, prompt: str) -> list[Row]:

@@ -167,32 +167,8 @@ OverwriteOption = Annotated[
     ),
 ]
 
-ModelArgument = Annotated[
-    str,
-    Argument(
-        metavar="MODEL",
-        help="A text-to-image pipeline of diffusers: a folder that save_pretrained wrote, or a Hub id owner/name. "
-        "Weights are read from .safetensors files only.",
-    ),
-]
 SamplingPromptOption = Annotated[
     str, Option("--prompt", metavar="TEXT", help="What to sample images of.", rich_help_panel=_SAMPLING)
-]
-CandidatesOption = Annotated[
-    int, Option("--n", min=1, metavar="N", help="How many candidates to sample.", rich_help_panel=_SAMPLING)
-]
-SamplingBatchOption = Annotated[
-    int,
-    Option(
-        min=1,
-        metavar="N",
-        help="Candidates sampled at a time; halved by itself where memory runs out.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-WinnersOption = Annotated[
-    int,
-    Option("--top-k", min=1, metavar="K", help="How many of them to keep, at most --n.", rich_help_panel=_SAMPLING),
 ]
 SeedOption = Annotated[
     int,
@@ -202,49 +178,6 @@ SeedOption = Annotated[
         metavar="S",
         help="Seed of the first candidate; candidate i has the seed S + i.",
         rich_help_panel=_SAMPLING,
-    ),
-]
-StepsOption = Annotated[
-    int | None,
-    Option(min=1, metavar="N", help="Denoising steps; by default the pipeline's.", rich_help_panel=_SAMPLING),
-]
-GuidanceOption = Annotated[
-    float | None,
-    Option(
-        metavar="G", help="Strength of classifier-free guidance; by default the pipeline's.", rich_help_panel=_SAMPLING
-    ),
-]
-NegativePromptOption = Annotated[
-    str | None, Option(metavar="TEXT", help="What the images should not show.", rich_help_panel=_SAMPLING)
-]
-HeightOption = Annotated[
-    int | None,
-    Option(min=16, metavar="PX", help="Height in pixels; by default the pipeline's.", rich_help_panel=_SAMPLING),
-]
-WidthOption = Annotated[
-    int | None,
-    Option(min=16, metavar="PX", help="Width in pixels; by default the pipeline's.", rich_help_panel=_SAMPLING),
-]
-SamplingDTypeOption = Annotated[
-    DType | None,
-    Option(
-        "--dtype",
-        metavar="TYPE",
-        help="What the pipeline computes in: float32, bfloat16 or float16; by default bfloat16 on cuda, float32 "
-        "elsewhere. The reward is float32.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-RewardPromptOption = Annotated[
-    str | None,
-    Option(metavar="TEXT", help="The text that the reward sees; by default --prompt.", rich_help_panel=_REWARD),
-]
-OutOption = Annotated[
-    Path,
-    Option(
-        metavar="DIR",
-        help="Folder for the winners, as RANK_seedSEED.png, and results.jsonl with all candidates in their order.",
-        rich_help_panel=_OUTPUT,
     ),
 ]
 

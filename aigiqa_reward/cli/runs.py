@@ -1,12 +1,10 @@
-"""What the commands do with the library: load a reward or a pipeline, score, sample. Imports torch when it is needed.
+"""What the commands do with the library: load a reward, score, sample. Imports torch when it is needed.
 
 What the library says of its arguments becomes a CommandError; an interruption keeps what there is by then.
 """
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -153,38 +151,6 @@ def _report(row: Row) -> None:
     if row.error is not None:
         known = row.error.startswith(f"{row.key}: ")
         say("error", row.error if known else f"{row.key}: {row.error}")
-
-
-def load_pipeline(model: str, device: str, dtype: DType | None) -> Any:
-    """Load a diffusers pipeline, from .safetensors files only.
-
-    Args:
-        model: a folder, or a Hub id.
-        device: where to put it.
-        dtype: what to compute in; None is bfloat16 on cuda and float32 elsewhere.
-
-    Raises:
-        CommandError: there is none, or not with such weights.
-    """
-    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        raise CommandError(f"MODEL: expected a folder of a pipeline or a Hub id 'owner/name', got {model!r}")
-    import diffusers
-    import torch
-    import transformers
-    from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
-
-    if not sys.stderr.isatty():
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-    dtype = dtype or (DType.BFLOAT16 if device.startswith("cuda") else DType.FLOAT32)
-    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-    argument = {"dtype" if version >= (0, 42) else "torch_dtype": getattr(torch, dtype.value)}
-    try:
-        pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **argument)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"MODEL: cannot load the pipeline {model}: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 def sample(

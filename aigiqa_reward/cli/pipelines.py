@@ -1,0 +1,171 @@
+"""Loading a diffusers pipeline and a LoRA for it: from .safetensors files only. Imports torch when it is needed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from aigiqa_reward.cli.inputs import CommandError
+from aigiqa_reward.cli.output import say
+from aigiqa_reward.cli.sampling_options import PipelineDType
+
+EMBEDDED = "embedded"
+"""Instead of a folder or a Hub id: the generator that comes with the package."""
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_ADAPTER = "lora"
+
+
+def check_model(model: str) -> None:
+    """Refuse what cannot be a pipeline's name, before anything is loaded.
+
+    Raises:
+        CommandError: neither a folder of a pipeline, nor a Hub id, nor 'embedded'.
+    """
+    place = Path(model).expanduser()
+    if model == EMBEDDED:
+        return
+    if place.is_dir():
+        if not (place / "model_index.json").is_file():
+            raise CommandError(
+                f"--model: the folder {model} holds no model_index.json; pass one that pipe.save_pretrained wrote"
+            )
+        return
+    siblings = [entry.name for entry in place.parent.iterdir() if entry.is_dir()] if place.parent.is_dir() else []
+    meant = difflib.get_close_matches(place.name, [*siblings, EMBEDDED] if len(place.parts) == 1 else siblings, n=1)
+    hint = f"; did you mean {place.parent / meant[0]}?" if meant else ""
+    if not _HUB_ID.fullmatch(model) or meant:
+        raise CommandError(
+            f"--model: expected a folder of a pipeline, a Hub id owner/name or 'embedded', got {model!r}{hint}"
+        )
+
+
+def load_pipeline(model: str, device: str, dtype: PipelineDType, *, offload: bool = False) -> Any:
+    """Load a pipeline, with its progress bar off.
+
+    Args:
+        model: as `check_model` accepts it.
+        device: where to put it.
+        dtype: what to compute in.
+        offload: keep its parts on the host while they are not used.
+
+    Raises:
+        CommandError: there is none, or not with such weights.
+    """
+    import torch
+
+    if offload and torch.device(device).type == "cpu":
+        raise CommandError("--offload: needs a device beside the CPU, such as --device cuda; leave it out")
+    computes_in = _dtype(dtype, device)
+    pipe: Any
+    if model == EMBEDDED:
+        from aigiqa_reward import load_embedded_pipeline
+        from aigiqa_reward.weights import WeightsError
+
+        try:
+            pipe = load_embedded_pipeline(dtype=computes_in)
+        except (OSError, WeightsError) as error:
+            raise CommandError(str(error), status=1) from error
+    else:
+        pipe = _load(model, computes_in)
+    pipe.set_progress_bar_config(disable=True)
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    return pipe.to(device)
+
+
+def _load(model: str, dtype: Any) -> Any:
+    import diffusers
+    import transformers
+    from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+
+    if not sys.stderr.isatty():
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    place = Path(model).expanduser()
+    source = str(place) if place.is_dir() else model
+    argument = {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
+    try:
+        return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **argument)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--model: cannot load the pipeline {model}: {error}") from error
+
+
+def _dtype(dtype: PipelineDType, device: str) -> Any:
+    import torch
+
+    if dtype is not PipelineDType.AUTO:
+        return getattr(torch, dtype.value)
+    on_cuda = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if on_cuda else torch.float32
+
+
+# --------------------------------------------------------------------------------------------- LoRA
+
+
+def add_lora(pipe: Any, lora: str | None, scale: float) -> None:
+    """Load a LoRA into a pipeline, if there is one.
+
+    Raises:
+        CommandError: there is none, not as .safetensors, or not for this pipeline.
+    """
+    if lora is None:
+        return
+    from safetensors import SafetensorError
+
+    from aigiqa_reward.embedded.pipeline import quiet_libraries
+
+    place = Path(lora).expanduser()
+    _check_lora(pipe, lora, place)
+    source: dict[str, Any] = {"pretrained_model_name_or_path_or_dict": str(place) if place.exists() else lora}
+    if place.is_file():
+        source = {"pretrained_model_name_or_path_or_dict": str(place.parent), "weight_name": place.name}
+    name = type(pipe).__name__
+    try:
+        with quiet_libraries():  # what does not fit is said below
+            pipe.load_lora_weights(**source, adapter_name=_ADAPTER, use_safetensors=True)
+    except SafetensorError as error:
+        raise CommandError(f"--lora: {lora} is not a whole .safetensors file ({error})") from error
+    except (RuntimeError, KeyError, AttributeError) as error:
+        detail = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error)[:300])
+        raise CommandError(f"--lora: {lora} was made for another model than {name}: {detail}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"--lora: cannot load {lora}: {error}") from error
+    fitted = _parameters(pipe)
+    if not fitted:
+        raise CommandError(f"--lora: nothing in {lora} fits {name}; it was made for another model")
+    if not any(bool(up.any()) for up in fitted):
+        raise CommandError(f"--lora: {lora} changes nothing in {name}: its layers have other names, or it is untrained")
+    pipe.set_adapters([_ADAPTER], adapter_weights=[scale])
+
+
+def _check_lora(pipe: Any, lora: str, place: Path) -> None:
+    if not hasattr(pipe, "load_lora_weights"):
+        raise CommandError(f"--lora: {type(pipe).__name__} takes no LoRA")
+    if place.is_file():
+        if place.suffix != ".safetensors":
+            raise CommandError(f"--lora: expected a .safetensors file, got {lora}; pickled files are never opened")
+        return
+    if place.is_dir():
+        files = sorted(file.name for file in place.glob("*.safetensors"))
+        if not files:
+            raise CommandError(f"--lora: the folder {lora} holds no .safetensors file")
+        if len(files) > 1:
+            say("note", f"--lora: {lora} holds {len(files)} .safetensors files; name one of them to be sure")
+        return
+    if not _HUB_ID.fullmatch(lora):
+        raise CommandError(
+            f"--lora: expected a .safetensors file, a folder with one or a Hub id owner/name, got {lora!r}"
+        )
+
+
+def _parameters(pipe: Any) -> list[Any]:
+    """The second factors of all its layers: zero, they change nothing."""
+    parts = [part for part in pipe.components.values() if hasattr(part, "named_parameters")]
+    named = (item for part in parts for item in part.named_parameters())
+    return [parameter for name, parameter in named if ".lora_B." in name and f".{_ADAPTER}." in name]

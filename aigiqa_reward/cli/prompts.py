@@ -1,0 +1,60 @@
+"""Prompts to sample from: given one by one, or in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from aigiqa_reward.cli.inputs import CommandError
+from aigiqa_reward.cli.output import say
+
+
+def gather_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
+    """The prompts of --prompt or of --prompts.
+
+    Raises:
+        CommandError: none, both kinds, a blank one, or a file that cannot be used.
+    """
+    if bool(given) == (file is not None):
+        got = "both" if given else "none"
+        raise CommandError(f"--prompt, --prompts: expected one of them, got {got}")
+    if file is None:
+        assert given, "checked above"
+        for text in given:
+            if not text.strip() or text.encode(errors="ignore").decode() != text:
+                raise CommandError(f"--prompt: expected a text, got {text!r}")
+        return list(given)
+    found = list(
+        _from_json(file) if file.suffix.lower() in (".jsonl", ".ndjson") else _read(file).removesuffix("\n").split("\n")
+    )
+    prompts = [text.strip() for text in found if text.strip()]
+    if not prompts:
+        raise CommandError(f"--prompts: {file} holds no prompt; write one a line")
+    if blank := len(found) - len(prompts):
+        say("note", f"{blank} blank {'line' if blank == 1 else 'lines'} of {file} left out")
+    return prompts
+
+
+def _from_json(file: Path) -> Iterator[str]:
+    for number, line in enumerate(_read(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+        except ValueError as error:
+            raise CommandError(f"--prompts: {file}, line {number}: not JSON ({error})") from error
+        text = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:
+            raise CommandError(f'--prompts: {file}, line {number}: expected {{"prompt": "..."}}, got {line[:80]}')
+        yield text
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise CommandError(f"--prompts: cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CommandError(f"--prompts: {file} is not UTF-8 text ({error.reason})") from error

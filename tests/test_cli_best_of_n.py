@@ -1,0 +1,255 @@
+"""`aigiqa-reward best-of-n`: the folder that it fills, what it says, refuses and survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clip_models import write_tiny_clip
+from commands import command, interrupt, lines, only_error, run
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
+from aigiqa_reward.embedded.pipeline import GENERATOR
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
+
+PROMPT = "a red apple on a blue background"
+HOSTILE = "<img src=x onerror=alert(1)>\"'& ../../x"
+FEW = ["--steps", "2", "--guidance-scale", "1", "--n", "3", "--batch-size", "3"]
+SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.0}
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"local-dir:{write_tiny_clip(tmp_path_factory.mktemp('clip'), seed=0)}"
+
+
+@pytest.fixture(scope="session")
+def tiny(clip: str) -> list[str]:
+    """Options that name a small reward."""
+    return ["--reward", "tsp_mgs", "--encoder", clip, "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(clip: str) -> Any:
+    return create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip))
+
+
+@pytest.fixture(scope="session")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that changes what the embedded pipeline draws, written as diffusers does."""
+    pipe, folder = load_embedded_pipeline(), tmp_path_factory.mktemp("lora")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return lines((folder / "results.jsonl").read_text())
+
+
+def names(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+# --------------------------------------------------------------------------------------------- what it writes
+
+
+def test_it_is_best_of_n_of_each_prompt(tiny: list[str], tiny_reward: Any, tmp_path: Path) -> None:
+    arguments = ["best-of-n", "--model", "embedded", "--prompt", PROMPT, "--prompt", HOSTILE, *FEW, *tiny]
+    arguments += ["--top-k", "2", "--seed", "7", "--set", "eta=0.5", "--negative-prompt", "blurry", "--out", tmp_path]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    search = BestOfN(load_embedded_pipeline(), tiny_reward, n=3, batch_size=3, top_k=2, progress=False)
+    winners = set()
+    rows, page = rows_of(tmp_path), (tmp_path / "index.html").read_text()
+    for index, prompt in enumerate((PROMPT, HOSTILE)):
+        expected = search(prompt, seed=7, eta=0.5, negative_prompt="blurry", **SETTINGS)
+        mine = [row for row in rows if row["prompt_index"] == index]
+        assert [(row["seed"], row["prompt"]) for row in mine] == [(seed, prompt) for seed in (7, 8, 9)]
+        assert [row["total"] for row in mine] == pytest.approx(expected.all_scores, abs=1e-6)
+        for seed, image in zip(expected.seeds, expected.images, strict=True):
+            name = f"images/{index:05d}_seed{seed}.png"
+            winners.add(name)
+            assert np.array_equal(np.asarray(Image.open(tmp_path / name)), np.asarray(image))
+            assert str(tmp_path / name) in result.stdout
+    records = {f"prompts/{i:05d}.json" for i in range(2)} | {f"contact-sheets/{i:05d}.png" for i in range(2)}
+    assert names(tmp_path) == winners | records | {"index.html", "results.jsonl", "settings.json"}
+    assert page.count("<article") == 2
+    assert HOSTILE not in page
+    assert all(text in result.stderr for text in (str(tmp_path), "index.html", "results.jsonl"))
+
+
+def test_pruning_shows_its_curves_and_a_reward_its_maps(tmp_path: Path) -> None:
+    arguments = ["best-of-n", "--model", "embedded", "--prompt", PROMPT, "--steps", "4", "--n", "6", "--device", "cpu"]
+    result = run(*arguments, "--pruning", "halving", "--diverse", "--reward", "cpa_iqa", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "index.html").read_text()
+    assert page.count('class="curve') >= 4
+    assert page.count('alt="Map: ') == 12
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["pipe_kwargs"]["guidance_scale"] == 3.0
+
+
+def test_zero_order_takes_prompts_from_a_file(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text(f"\ufeff{PROMPT}\r\n\n  \na penguin\u2028on ice\n", encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": PROMPT, "x": 1}) + "\n\n" + '{"prompt": "a\\nb"}')
+    for name, second in (("p.txt", "a penguin\u2028on ice"), ("p.jsonl", "a\nb")):
+        out = tmp_path / name.replace(".", "-")
+        arguments = ["--prompts", tmp_path / name, "--search", "zero_order", "--n", "1", "--steps", "1"]
+        result = run("best-of-n", "--model", "embedded", *arguments, *tiny, "--out", out)
+        assert result.exit_code == 0, result.output
+        assert [row["prompt"] for row in rows_of(out)] == [PROMPT, second]
+        assert ("2 blank lines" in result.stderr) == (name == "p.txt")
+        assert (out / "noises" / "00001.safetensors").is_file()
+
+
+def test_a_lora_is_loaded_and_scaled(lora: Path, tiny: list[str], tiny_reward: Any, tmp_path: Path) -> None:
+    for scale, name in ((1.0, lora), (0.5, lora.parent)):
+        arguments = ["best-of-n", "--model", str(GENERATOR), "--prompt", PROMPT, *FEW, *tiny]
+        out = tmp_path / str(scale)
+        result = run(*arguments, "--lora", name, "--lora-scale", scale, "--out", out)
+        assert result.exit_code == 0, result.output
+        pipe = load_embedded_pipeline()
+        pipe.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="mine")
+        pipe.set_adapters(["mine"], adapter_weights=[scale])
+        expected = BestOfN(pipe, tiny_reward, n=3, batch_size=3, progress=False)(PROMPT, **SETTINGS)
+        assert [row["total"] for row in rows_of(out)] == pytest.approx(expected.all_scores, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- going on
+
+
+def test_a_rerun_goes_on_and_other_settings_are_refused(tiny: list[str], tmp_path: Path) -> None:
+    arguments = ["best-of-n", "--model", "embedded", "--prompt", PROMPT, *FEW, *tiny, "--out", tmp_path]
+    assert run(*arguments).exit_code == 0
+    before = (tmp_path / "results.jsonl").read_bytes()
+    (tmp_path / "index.html").unlink()
+    assert run(*arguments).exit_code == 0
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert (tmp_path / "index.html").exists()
+    error = only_error(run(*arguments, "--seed", "5", "--reward-prompt", "two cats"))
+    assert all(
+        text in error for text in ("--out:", "seed: 0 there, 5 now", "reward_prompt: None there, 'two cats' now")
+    )
+    assert run(*arguments, "--seed", "5", "--overwrite").exit_code == 0
+    assert [row["seed"] for row in rows_of(tmp_path)] == [5, 6, 7]
+
+
+def test_a_prompt_that_fails_gives_status_1(tiny: list[str], tmp_path: Path) -> None:
+    arguments = ["best-of-n", "--model", "embedded", "--prompt", PROMPT, "--prompt", "x", *FEW, *tiny]
+    result = run(*arguments, "--set", "guidance_rescale=text", "--guidance-scale", "3", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert f"error: prompt 0 ('{PROMPT}'): TypeError" in result.stderr
+    assert "error: prompt 1 ('x'): " in result.stderr
+    assert [row["seed"] for row in rows_of(tmp_path)] == [None, None]
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_an_interrupted_process_keeps_what_it_has(tiny: list[str], tmp_path: Path) -> None:
+    arguments = ["best-of-n", "--model", "embedded", "--prompt", PROMPT, "--n", "5000", "--batch-size", "1"]
+    status, _, stderr = interrupt(command(*arguments, "--steps", "1", *tiny, "--out", tmp_path))
+    assert status == 130, stderr
+    assert "0 of 1 prompts are finished; the same command goes on" in re.sub(r"\x1b\[[0-9;]*m", "", stderr)
+    assert "Traceback" not in stderr
+    rows = rows_of(tmp_path)
+    assert 0 < len(rows) < 5000
+    best = max(rows, key=lambda row: row["total"])["seed"]
+    assert [file.name for file in (tmp_path / "images").iterdir()] == [f"00000_seed{best}.png"]
+    assert (tmp_path / "index.html").exists()
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected one of them, got none"),
+        (["--prompt", "x", "--prompts", "p.txt"], "expected one of them, got both"),
+        (["--prompt", " "], "--prompt: expected a text"),
+        (["--prompts", "none.txt"], "--prompts: cannot read none.txt: No such file"),
+        (["--prompts", "blank.txt"], "--prompts: blank.txt holds no prompt"),
+        (["--prompts", "bad.jsonl"], "bad.jsonl, line 1: expected"),
+        (["--prompt", "x", "--n", "2", "--top-k", "3"], "at most --n 2"),
+        (["--prompt", "x", "--seed", "-1"], "--seed: expected an integer from 0"),
+        (["--prompt", "x", "--seed", str(2**64 - 15)], f"2.64 - N = {2**64 - 16}"),
+        (["--prompt", "x", "--pruning", "half"], "'none', 'halving'"),
+        (["--prompt", "x", "--dtype", "int8"], "'--dtype'"),
+        (["--prompt", "x", "--model", "embeded"], "--model: .*did you mean embedded"),
+        (["--prompt", "x", "--model", "models/my-sdd"], "--model: .*did you mean models/my-sd"),
+        (["--prompt", "x", "--model", "models"], "no model_index.json"),
+        (["--prompt", "x", "--model", "a/b/c"], "--model: expected a folder of a pipeline, a Hub id"),
+        (["--prompt", "x", "--out", "p.txt"], "--out: expected a folder"),
+        (["--prompt", "x", "--out", "mine"], "--out: .*index.html exists and is not of an earlier run"),
+        (["--prompt", "x", "--steps", "2", "--set", "num_inference_steps=3"], "is given by --steps already"),
+        (["--prompt", "x", "--set", "seed=3"], "--set: seed is no further argument"),
+        (["--prompt", "x", "--set", "eta"], "--set: expected KEY=VALUE"),
+        (["--prompt", "x", "--set", "latents=1", "TINY"], "latents: BestOfN sets this"),
+        (["--prompt", "x", "--set", "et=1", "TINY"], "et: StableDiffusionPipeline has no such argument"),
+        (["--prompt", "x", "--pruning", "halving", "--search", "zero_order", "TINY"], "pass one of them"),
+        (["--prompt", "x", "--offload", "TINY"], "--offload: needs a device beside the CPU"),
+        (["--prompt", "x", "--lora", "none.safetensors", "TINY"], "--lora: expected a .safetensors file"),
+        (["--prompt", "x", "--lora", "p.txt", "TINY"], "pickled files are never opened"),
+        (["--prompt", "x", "--lora", "models", "TINY"], "holds no .safetensors file"),
+    ],
+)
+def test_usage_errors(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "p.txt": "x",
+        "blank.txt": "\n \n",
+        "bad.jsonl": '{"text": "x"}',
+        "mine/index.html": "x",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "models" / "my-sd").mkdir(parents=True)
+    before = names(tmp_path)
+    full = [part for argument in arguments for part in (tiny if argument == "TINY" else [argument])]
+    model = [] if "--model" in full else ["--model", "embedded"]
+    assert re.search(message, only_error(run("best-of-n", *model, *full)))
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: torch.zeros(v.shape[0], v.shape[1] + 3) for k, v in t.items()}, "another model than .*mismatch"),
+        (lambda t: {k.replace("unet.", "transformer."): v for k, v in t.items()}, "nothing in .* fits Stable"),
+        (lambda t: {k: torch.zeros_like(v) for k, v in t.items()}, "changes nothing in Stable"),
+        (lambda t: {"a": torch.zeros(2)}, "--lora: cannot load"),
+    ],
+)
+def test_a_lora_that_does_not_fit(lora: Path, tiny: list[str], tmp_path: Path, change: Any, message: str) -> None:
+    save_file({k: v.contiguous() for k, v in change(load_file(lora)).items()}, tmp_path / "x.safetensors")
+    arguments = ["--model", "embedded", "--prompt", "x", *tiny, "--lora", tmp_path / "x.safetensors"]
+    assert re.search(message, only_error(run("best-of-n", *arguments, "--out", tmp_path / "out")))
+
+
+def test_pickled_weights_are_never_opened(tiny: list[str], tmp_path: Path) -> None:
+    pickled = shutil.copytree(GENERATOR, tmp_path / "pickled")
+    for file in pickled.rglob("*.safetensors"):
+        name = "pytorch_model" if file.stem == "model" else file.stem  # transformers' name, or diffusers'
+        torch.save(load_file(file), file.with_name(f"{name}.bin"))
+        file.unlink()
+    error = only_error(run("best-of-n", "--model", pickled, "--prompt", "x", *tiny, "--out", tmp_path / "out"))
+    assert "--model: cannot load the pipeline" in error
+    assert "safetensors" in error
+    assert not (tmp_path / "out").exists()
