@@ -1,0 +1,251 @@
+"""What searching costs and gains on the embedded generator: the reward, and the judge who knows what is right.
+
+    python tests/benchmarks/search.py --prompts 40 --plot search.png
+
+For prompts of two splits (trained pairs, held-out pairs), 4 blocks of 64 candidates each are sampled by our own loop,
+and the reward scores every image, and of the first 16 of a block every preview at the steps at which `Halving` looks.
+Plain and pruned best of N are read off that table, since a survivor is the unpruned image of its seed. Zero-order
+search, particles and guidance then sample on their own, from the block's first seed. A denoiser call is one row through
+the denoiser; a backward pass counts as two. A finished prompt is a file in --runs and is not sampled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
+from aigiqa_reward.embedded.judge import Judge, load_judge
+from aigiqa_reward.embedded.pictures import all_pairs
+from aigiqa_reward.embedded.world import caption
+from aigiqa_reward.images import load
+from aigiqa_reward.sampling import ParticleSteering, RewardGuidance
+from aigiqa_reward.sampling.rollout import Rollout
+from aigiqa_reward.selection import Halving
+from aigiqa_reward.weights import ASSETS, read_weights, sha256, write_atomically, write_weights
+
+BLOCKS, CANDIDATES, PREVIEWED, BATCH = 4, 64, 16, 16
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+CALL: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 1.0}
+STEPS = CALL["num_inference_steps"]
+SPLITS = {"easy": False, "hard": True}
+"""Name, and whether its pairs of thing and colour were held out from the generator's training."""
+
+COLUMNS = ("reward", "judge", "right")
+LOOKS = [entry.step for entry in Halving().rounds(PREVIEWED, STEPS)]
+DRAWS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools:
+    """What every prompt needs."""
+
+    pipe: Any
+    reward: Any
+    judge: Judge
+
+    def values(self, images: Tensor, prompt: str) -> Tensor:
+        """(B, 3): reward, the judge's score in nats, and whether it accepts the picture."""
+        prompts = [prompt] * len(images)
+        with torch.no_grad():
+            judged = self.judge(images, prompts).total, self.judge.accepts(images, prompts).float()
+            return torch.stack([self.reward(images, prompts).total, *judged], dim=1)
+
+
+def sample_block(tools: Tools, prompt: str, first: int) -> tuple[Tensor, Tensor]:
+    """Previews (PREVIEWED, looks) and final values (CANDIDATES, 3) of seeds `first` and on."""
+    rollout = Rollout(tools.pipe, **CALL)
+    previews, finals = [], []
+    for start in range(first, first + CANDIDATES, BATCH):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(start, start + BATCH)]
+        columns = []
+        with torch.no_grad():
+            state = rollout.start(rollout.encode([prompt])[[0] * BATCH], generators)
+            while not state.done:
+                prediction = rollout.predict(state)
+                state = rollout.advance(state, prediction.output)
+                if state.step in LOOKS and start < first + PREVIEWED:
+                    shown = rollout.decode(prediction.clean).clamp(0, 1)
+                    columns.append(tools.reward(shown, [prompt] * BATCH).total)
+            images = rollout.decode(state.latents).clamp(0, 1)
+        previews += [torch.stack(columns, dim=1)] if columns else []
+        finals.append(tools.values(images, prompt))
+    return torch.cat(previews), torch.cat(finals)
+
+
+def guided(tools: Tools, prompt: str, seed: int, **arguments: Any) -> Any:
+    """One guided image."""
+    with RewardGuidance(tools.pipe, tools.reward, prompt, **arguments) as guidance:
+        generator = torch.Generator().manual_seed(seed)
+        return tools.pipe(prompt=prompt, generator=generator, callback_on_step_end=guidance, **CALL).images[0]
+
+
+def searches(tools: Tools) -> dict[str, tuple[int, Callable[[str, int], Any]]]:
+    """Of each search its denoiser calls, and what samples its image for a prompt and a seed."""
+    pipe, reward = tools.pipe, tools.reward
+
+    def zero_order(prompt: str, seed: int) -> Any:
+        return BestOfN(pipe, reward, n=16, search="zero_order", progress=False)(prompt, seed=seed, **CALL).images[0]
+
+    def particles(prompt: str, seed: int) -> Any:
+        steering = ParticleSteering(pipe, reward, particles=8, every=2, progress=False)
+        return steering(prompt, seed=seed, **CALL).images[0]
+
+    return {
+        "zero-order search, 16": (16 * STEPS, zero_order),
+        "particles, 8": (8 * STEPS, particles),
+        "guidance at the clean image": (STEPS, lambda prompt, seed: guided(tools, prompt, seed)),
+        "guidance through the denoiser": (
+            STEPS + (STEPS - 1) * 3,
+            lambda prompt, seed: guided(tools, prompt, seed, through_denoiser=True, **CALL),
+        ),
+    }
+
+
+def sample_prompt(tools: Tools, prompt: str) -> dict[str, Tensor]:
+    """Previews (BLOCKS, PREVIEWED, looks), finals (BLOCKS, CANDIDATES, 3), and of each search (BLOCKS, 3)."""
+    blocks = [sample_block(tools, prompt, block * CANDIDATES) for block in range(BLOCKS)]
+    found = {"previews": torch.stack([b[0] for b in blocks]), "finals": torch.stack([b[1] for b in blocks])}
+    for name, (_, sample) in searches(tools).items():
+        images = torch.stack([load(sample(prompt, block * CANDIDATES)) for block in range(BLOCKS)])
+        found[name] = tools.values(images, prompt)
+    return found
+
+
+def version() -> str:
+    """A short hash of what the figures depend on: the settings, and the weights of generator, reward and judge."""
+    files = sorted(f for part in ("generator", "compact", "judge") for f in (ASSETS / part).rglob("*.safetensors"))
+    settings = json.dumps([CALL, str(Halving()), BLOCKS, CANDIDATES, PREVIEWED])
+    return hashlib.sha256((settings + "".join(map(sha256, files))).encode()).hexdigest()[:8]
+
+
+def sample_all(count: int, runs: Path, only: str | None) -> dict[str, dict[str, np.ndarray]]:
+    """Of each split, `sample_prompt` of `count` prompts, stacked."""
+    tools = Tools(pipe=load_embedded_pipeline(), reward=create_reward("compact"), judge=load_judge())
+    tables: dict[str, dict[str, np.ndarray]] = {}
+    for split, held_out in SPLITS.items():
+        if only not in (None, split):
+            continue
+        pairs = np.random.default_rng(0).permutation(all_pairs(held_out=held_out))[:count]
+        found = []
+        for number, pair in enumerate(tqdm(pairs, desc=split, unit="prompt")):
+            file = runs / f"{split}_{version()}_{number:03d}.safetensors"
+            if not file.exists():
+                write_weights(file, sample_prompt(tools, caption(*pair.tolist())))
+            found.append(read_weights(file))
+        tables[split] = {name: torch.stack([entry[name] for entry in found]).numpy() for name in found[0]}
+    return tables
+
+
+# --------------------------------------------------------------------------------------------- figures
+
+
+def best_of(finals: np.ndarray, n: int, previews: np.ndarray | None = None) -> np.ndarray:
+    """(prompts, 3) values of the winners, mean over blocks and groups of `n` candidates; pruned where previews come."""
+    finals = finals.reshape(len(finals), -1, n, len(COLUMNS))
+    alive = np.ones(finals.shape[:3], dtype=bool)
+    if previews is not None:
+        previews = previews.reshape(*alive.shape, len(LOOKS))
+        for entry in Halving().rounds(n, STEPS):
+            scores = np.where(alive, previews[..., LOOKS.index(entry.step)], -np.inf)
+            places = np.argsort(np.argsort(-scores, axis=2, kind="stable"), axis=2, kind="stable")
+            alive &= places < entry.survivors
+    best = np.where(alive, finals[..., 0], -np.inf).argmax(axis=2)
+    return np.take_along_axis(finals, best[..., None, None], axis=2)[:, :, 0].mean(axis=1)
+
+
+def methods(table: dict[str, np.ndarray], calls: dict[str, int]) -> dict[str, tuple[int, np.ndarray]]:
+    """Of each method its calls, and what it wins over one sample, (prompts, 3)."""
+    finals, one = table["finals"], table["finals"].mean(axis=(1, 2))
+    found = {f"best of {n}": (n * STEPS, best_of(finals, n) - one) for n in SIZES}
+    for n in [size for size in SIZES if 1 < size <= PREVIEWED]:
+        gain = best_of(finals[:, :, :PREVIEWED], n, table["previews"]) - one
+        found[f"pruned best of {n}"] = (Halving().calls(n, STEPS), gain)
+    return found | {name: (cost, table[name].mean(axis=1) - one) for name, cost in calls.items()}
+
+
+def interval(values: np.ndarray, reference: np.ndarray | None = None) -> str:
+    """Mean over prompts, or ratio of means to a reference, with the 95 % bootstrap interval over prompts."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(len(values), size=(DRAWS, len(values)))
+    if reference is None:
+        draws, point = values[rows].mean(axis=1), values.mean()
+    else:
+        draws, point = values[rows].sum(axis=1) / reference[rows].sum(axis=1), values.sum() / reference.sum()
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return f"{point:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def report(tables: dict[str, dict[str, np.ndarray]], calls: dict[str, int]) -> str:
+    """The tables in Markdown."""
+    lines = []
+    for split, table in tables.items():
+        one = table["finals"].mean(axis=(0, 1, 2))
+        base = ", ".join(f"{name} {value:.3f}" for name, value in zip(COLUMNS, one, strict=True))
+        lines += [f"**{split}**, {len(table['finals'])} prompts; one sample: {base}", ""]
+        lines += ["| search | calls | gain in reward | gain in the judge's score (nats) | gain in right |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: |"]
+        found = methods(table, calls)
+        for name, (cost, gain) in found.items():
+            lines.append(f"| {name} | {cost} | {' | '.join(interval(gain[:, k]) for k in range(3))} |")
+        same = table["finals"][:, :, :PREVIEWED]
+        full = best_of(same, PREVIEWED) - table["finals"].mean(axis=(1, 2))
+        cost, pruned = found[f"pruned best of {PREVIEWED}"]
+        share, calls_share = interval(pruned[:, 0], full[:, 0]).replace("+", ""), cost / (PREVIEWED * STEPS)
+        text = f"Pruned best of {PREVIEWED} keeps {share} of the gain in reward of the same {PREVIEWED} candidates"
+        lines += ["", f"{text}, at {calls_share:.2f} of their denoiser calls.", ""]
+    return "\n".join(lines)
+
+
+def plot(tables: dict[str, dict[str, np.ndarray]], calls: dict[str, int], path: Path) -> None:
+    """Gains against calls: one row a split, the reward on the left, the judge on the right."""
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6 * len(tables)), layout="constrained")
+    axes = figure.subplots(len(tables), 2, squeeze=False)
+    for row, (split, table) in zip(axes, tables.items(), strict=True):
+        found = methods(table, calls)
+        for axis, column, label in zip(row, (0, 2), ("gain in reward", "gain in right pictures"), strict=True):
+            for prefix, style in (("best of", "o-"), ("pruned best of", "s-")):
+                points = [(cost, gain[:, column].mean()) for n, (cost, gain) in found.items() if n.startswith(prefix)]
+                axis.plot(*zip(*points, strict=True), style, label=f"{prefix} N", markersize=4)
+            for name in calls:
+                cost, gain = found[name]
+                axis.plot(cost, gain[:, column].mean(), "D", label=name, markersize=6)
+            axis.set(xscale="log", xlabel="denoiser calls", ylabel=label, title=f"{split} prompts")
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    write_atomically(path, data.getvalue())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=40, help="of each split")
+    parser.add_argument("--runs", type=Path, default=Path("runs/search"), help="folder for finished prompts")
+    parser.add_argument("--split", choices=list(SPLITS), help="one split alone")
+    parser.add_argument("--plot", type=Path, help="PNG of gains against calls")
+    arguments = parser.parse_args()
+    tables = sample_all(arguments.prompts, arguments.runs, arguments.split)
+    tools = Tools(pipe=None, reward=None, judge=load_judge())
+    calls = {name: cost for name, (cost, _) in searches(tools).items()}
+    print(report(tables, calls))
+    if arguments.plot:
+        plot(tables, calls, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
