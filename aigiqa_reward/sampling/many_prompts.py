@@ -67,9 +67,9 @@ def best_of_each(
     record of each finished prompt. The same call again skips finished prompts; more may then have been added at the
     end. A prompt that fails is noted, and the others go on.
 
-    Every prompt starts at the same `seed`, so that its result is that of `search(prompt, seed=seed, **pipe_kwargs)`
-    and depends neither on its place nor on the number of processes. Under torchrun or `accelerate launch`, which must
-    share the folder, prompt i goes to process i modulo their number; each returns when all prompts are done.
+    Every prompt starts at the same `seed`: its result is that of `search(prompt, seed=seed, **pipe_kwargs)`, in any
+    place. Under torchrun or `accelerate launch`, whose processes must share the folder, prompt i goes to process i
+    modulo their number; each returns when all prompts are done.
 
     Args:
         search: its `batch_size` and `progress` may differ between runs into one folder, nothing else.
@@ -80,8 +80,7 @@ def best_of_each(
             processes. The pipeline and the reward are used where they are: put them on the process's device.
         overwrite: start anew in a folder of an earlier run, whose results are removed.
         settings: what else decides the outcome (a model's name, a LoRA), as JSON; kept with the folder's settings.
-        progress: show a bar over the candidates, in the main process; or a function that is told there how many of
-            how many are done.
+        progress: show a bar in the main process; or a function that is told there how many of how many are done.
         **pipe_kwargs: for the pipeline, as for `search`.
 
     Returns:
@@ -91,8 +90,7 @@ def best_of_each(
         TypeError: an argument of a wrong type.
         ValueError: an argument that cannot be used, or a folder of other settings: before anything is sampled.
         BestOfEachError: after the last prompt, if some failed.
-        KeyboardInterrupt: with a note of how to go on. What was sampled of the prompt at work is in the folder too,
-            but a rerun samples that prompt again.
+        KeyboardInterrupt: what was sampled of the prompt at work is in the folder too; a rerun samples it again.
     """
     results = ResultsFolder(out, _checked(prompts))
     _check_names(search.pipe, pipe_kwargs)
