@@ -285,3 +285,13 @@ def test_without_noise_on_the_way_generators_are_left_alone(case):
     before = [generator.get_state() for generator in state.generators]
     rollout.run(state)
     assert all(torch.equal(g.get_state(), b) for g, b in zip(state.generators, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_flow_sigmas": True, "prediction_type": "epsilon"}, {"prediction_type": "flow_prediction"}]
+)
+def test_flow_sigmas_and_flow_prediction_belong_together(config):
+    scheduler = diffusers.DPMSolverMultistepScheduler(**config)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match=r"^scheduler: DPMSolverMultistepScheduler has .* belong together"):
+        predict_clean(scheduler, 1, torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))

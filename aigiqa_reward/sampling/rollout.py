@@ -7,7 +7,9 @@
         state = rollout.advance(state, prediction.output)
     images = rollout.decode(state.latents)         # (B, 3, H, W), nominally in [0, 1]
 
-Run to its end it makes the images of `pipe(prompt, generator=..., **pipe_kwargs)`. Nothing here disables gradients.
+Run to its end it makes the images of `pipe(prompt, generator=..., **pipe_kwargs)`. Only where a sampler draws noise on
+its way and the pipeline passes it no generator (SD3, FLUX) do they differ: the pipeline's noise is the global state's,
+ours the candidates'. Nothing here disables gradients.
 """
 
 from __future__ import annotations
@@ -193,7 +195,7 @@ class Rollout:
 
     def run(self, state: State, until: int | None = None) -> State:
         """Go on to step `until`, by default to the end."""
-        until = state.steps if until is None else until
+        until = state.steps if until is None else min(until, state.steps)
         while state.step < until:
             state = self.advance(state, self.predict(state).output)
         return state

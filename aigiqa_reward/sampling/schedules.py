@@ -106,7 +106,7 @@ def predict_clean(scheduler: Any, step: int, latents: Tensor, output: Tensor) ->
     alpha, sigma = (value.to(latents.device) for value in noise_level(scheduler, step))
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
     output = output.to(x.dtype)
-    kind = "flow_prediction" if is_flow(scheduler) else scheduler.config.prediction_type
+    kind = _kind(scheduler)
     if kind == "flow_prediction":
         return x - sigma * output
     if kind == "sample":
@@ -126,7 +126,7 @@ def output_for(scheduler: Any, step: int, latents: Tensor, clean: Tensor) -> Ten
     """The model output that stands for clean latents x0: the inverse of `predict_clean`."""
     alpha, sigma = (value.to(latents.device) for value in noise_level(scheduler, step))
     x = latents.to(clean.dtype)
-    kind = "flow_prediction" if is_flow(scheduler) else scheduler.config.prediction_type
+    kind = _kind(scheduler)
     if kind == "flow_prediction":
         return (x - clean) / sigma
     if kind == "sample":
@@ -135,6 +135,18 @@ def output_for(scheduler: Any, step: int, latents: Tensor, clean: Tensor) -> Ten
         return (x - alpha * clean) / sigma
     norm = (alpha**2 + sigma**2).sqrt()
     return ((alpha / norm) * (x / norm) - clean) / (sigma / norm)
+
+
+def _kind(scheduler: Any) -> str:
+    """What the model predicts."""
+    kind = "flow_prediction" if type(scheduler).__name__ in FLOW else scheduler.config.prediction_type
+    if (kind == "flow_prediction") != is_flow(scheduler):
+        raise ValueError(
+            f"scheduler: {type(scheduler).__name__} has prediction_type={kind!r} with "
+            f"use_flow_sigmas={bool(scheduler.config.get('use_flow_sigmas'))}; flow_prediction and flow sigmas belong "
+            "together: set both, or neither"
+        )
+    return kind
 
 
 def step_arguments(scheduler: Any, generators: Sequence[torch.Generator], eta: float) -> dict[str, Any]:

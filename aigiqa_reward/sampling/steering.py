@@ -81,7 +81,8 @@ class ParticleSteering:
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; needs no gradients.
         particles: at least 2.
         potential: "difference" rewards a preview that has become better, "max" the best one of the line of descent,
-            "sum" all of them. The final images' potential makes up for the previews', so that each targets the same.
+            "sum" all of them, which with many previews asks for far more than the final images' potential can make up
+            for. The final images' potential makes up for the previews', so that each targets the same.
         temperature: above 0, on the scale of the totals; the smaller, the fewer lines of descent survive. 0.01 is
             chosen here: the paper's lambda of 10 is for ImageReward, whose scores spread ten times as wide as ours.
         resample_below: share of `particles` in [0, 1]; 0 never resamples.
