@@ -53,3 +53,8 @@ def agiqa3k() -> Path:
     if not folder.is_dir():
         pytest.skip("human-scored images are not beside this checkout")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the file that takes longest, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_model_contract.py")
