@@ -145,13 +145,16 @@ class Reward(nn.Module, ModelHubMixin):
             check_context(context, self.model.context_names, len(images))
         raw = self.model(self._working(images), self._features(images, prompts), context)
         quality = self.calibration(raw.quality, "quality")
+        details = dict(raw.details)
+        if "uncertainty" in details:  # a deviation of quality, on its scale
+            details["uncertainty"] = details["uncertainty"] * self.calibration.quality[0].abs()
         if raw.correspondence is None:
-            return RewardOutput(total=quality, quality=quality, details=raw.details)
+            return RewardOutput(total=quality, quality=quality, details=details)
         correspondence = self.calibration(raw.correspondence, "correspondence")
         total = (self.quality_weight * quality + self.correspondence_weight * correspondence) / (
             self.quality_weight + self.correspondence_weight
         )
-        return RewardOutput(total=total, quality=quality, correspondence=correspondence, details=raw.details)
+        return RewardOutput(total=total, quality=quality, correspondence=correspondence, details=details)
 
     def _working(self, images: Tensor) -> Tensor:
         """The images in the dtype the heads compute in: float32, or float64 for a reward cast to it."""

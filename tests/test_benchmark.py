@@ -168,7 +168,7 @@ def test_everything_is_trained_on_but_whole_groups_that_choose_the_epoch(images:
 
 def test_plans_that_cannot_be_followed_are_refused(plan: Planned, tmp_path: Path) -> None:
     for arguments, message in (
-        ({"name": "compact"}, r"^name: expected one of mst_clipiqa, .*'compact'; .*examples/train_compact"),
+        ({"name": "compact"}, r"^init: the compact reward .*examples/train_compact.*--init embedded"),
         ({"name": "tsp-mgs"}, r"^name: expected one of .*tsp_mgs.*'tsp-mgs'$"),
         ({"name": "tsp_mgs", "init": tmp_path, "preset": "paper"}, r"^init: .*preset nor towers"),
         (

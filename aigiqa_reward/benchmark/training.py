@@ -42,7 +42,7 @@ class TrainingPlan:
     """What to train and how.
 
     Attributes:
-        name: one of the five systems.
+        name: one of the five systems, or "compact", which only goes on from `init`.
         preset: None for the compact towers, "paper" for the published ones.
         towers: other towers by role.
         assistants: in place of the offline substitutes.
@@ -66,9 +66,13 @@ class TrainingPlan:
     max_bytes: int = MAX_BYTES
 
     def __post_init__(self) -> None:
-        if self.name not in SYSTEMS:
-            hint = "; the compact reward is trained by examples/train_compact" if self.name == "compact" else ""
-            raise ValueError(f"name: expected one of {', '.join(SYSTEMS)}, got {self.name!r}{hint}")
+        if self.name not in (*SYSTEMS, "compact"):
+            raise ValueError(f"name: expected one of {', '.join(SYSTEMS)} or compact, got {self.name!r}")
+        if self.name == "compact" and self.init is None:
+            raise ValueError(
+                "init: the compact reward is fitted afresh by examples/train_compact; here it goes on from "
+                "init='embedded' (--init embedded), or from a folder with a saved one"
+            )
         if self.init is not None and (self.preset is not None or self.towers):
             raise ValueError("init: a trained reward brings its own towers; pass neither preset nor towers")
 

@@ -28,7 +28,10 @@ _DATA, _MODEL, _TRAINING, _OUTPUT = "Data", "Model", "Training (by default, what
 
 SystemArgument = Annotated[
     str,
-    Argument(metavar="MODEL", help="mst_clipiqa, tsp_mgs, sc_agiqa, ma_agiqa or cpa_iqa; 'rewards' says more of them."),
+    Argument(
+        metavar="MODEL",
+        help="mst_clipiqa, tsp_mgs, sc_agiqa, ma_agiqa or cpa_iqa; compact with --init. 'rewards' says more of them.",
+    ),
 ]
 DataOption = Annotated[
     str,

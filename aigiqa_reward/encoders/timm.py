@@ -17,6 +17,9 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.types import Images
 from aigiqa_reward.weights import load_strictly, read_weights
 
+_LEAST_VARIANCE = 1e-6
+"""Under the root of a variance, whose slope at 0 is infinite."""
+
 _CLASSIFIERS = ("head.", "classifier.", "fc.")
 """How timm names the classifiers that published files hold and models without classes lack."""
 
@@ -170,6 +173,31 @@ class TimmEncoder(nn.Module):
         inputs = self._inputs(images)
         last, maps = self.trunk.forward_intermediates(inputs, indices=self._taken(blocks))
         return last.to(torch.promote_types(images.dtype, torch.float32)), _joined(maps, images.dtype)
+
+    def statistics(self, images: Images) -> Float[Tensor, "batch columns"]:
+        """What an EfficientNet sees at every depth: means and deviations over places.
+
+        The deviations after each of its seven stages, their means, and last the mean of the last feature map, which is
+        `pool` of it.
+
+        Returns:
+            (B, `statistics_columns`); at least float32.
+        """
+        trunk, dtype = self.trunk, torch.promote_types(images.dtype, torch.float32)
+        features, flat = trunk.bn1(trunk.conv_stem(self._inputs(images))), []
+        for stage in trunk.blocks:
+            features = stage(features)
+            flat.append(features.to(dtype).flatten(2))
+        last = trunk.bn2(trunk.conv_head(features)).to(dtype)
+        deviations = [(level.var(dim=2, correction=0) + _LEAST_VARIANCE).sqrt() for level in flat]
+        return torch.cat([*deviations, *(level.mean(dim=2) for level in flat), self.pool(last)], dim=1)
+
+    @property
+    def statistics_columns(self) -> int:
+        """How many columns `statistics` has."""
+        stages = (list(stage[-1].modules()) for stage in self.trunk.blocks)
+        norms = ([part for part in parts if isinstance(part, nn.BatchNorm2d)] for parts in stages)
+        return 2 * sum(int(found[-1].num_features) for found in norms) + self.width
 
     def level_channels(self, blocks: Sequence[int]) -> int:
         """How many channels `levels(images, blocks)` has.

@@ -16,6 +16,7 @@ _OPTIONAL = (
     "wrong_prompt_correspondence",
     "image_only_correspondence",
     "shuffled_prompt_correspondence",
+    "predicted_uncertainty",
 )
 
 
@@ -35,6 +36,8 @@ class Predictions:
         wrong_prompt_correspondence: (N, K) of the same images with K other prompts, or None.
         image_only_correspondence: (N,) of a control that predicts correspondence without the prompt, or None.
         shuffled_prompt_correspondence: (N,) of the model with the prompt of another image, or None.
+        predicted_uncertainty: (N,) standard deviation of quality that the model expects, or None; both then have the
+            benchmark's units.
 
     Raises:
         ValueError: unequal lengths, wrong shapes, or NaN or infinite values.
@@ -51,6 +54,7 @@ class Predictions:
     wrong_prompt_correspondence: np.ndarray | None = None
     image_only_correspondence: np.ndarray | None = None
     shuffled_prompt_correspondence: np.ndarray | None = None
+    predicted_uncertainty: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         count = len(self.names)

@@ -1,20 +1,23 @@
-"""The embedded reward: the MST-CLIPIQA design on towers small enough to travel with the package.
+"""The embedded reward: statistics of two small towers at every depth, judged by likeness to images that people scored.
 
-A coarse stream sees the whole image, a fine stream square crops at native resolution; a gate fuses both for each crop:
+The whole image goes through both towers, square crops at native resolution through the second one. After each stage
+means and deviations over places are taken, over crops their mean; x joins them. In their principal directions
 
-    f_c = coarse(whole),  f_n = fine(crop_n),  g_n = sigmoid(W_g relu(W_h [f_c; f_n])),
-    z_n = g_n * (W_c f_c) + (1 - g_n) * (W_f f_n),  quality = mean_n head_q(z_n)
+    u = B (x - m) / s,    k_j = exp(-|u - u_j|^2),    raw = A k + b,
 
-Correspondence reads z = mean_n z_n after it has attended to the prompt's words, and adds how well the image's place
-among texts matches the prompt's sentence embedding t. That place is s, from ImageNet's class names, and what a linear
-map of the pretrained tower's features p and of the image's colours h adds to it; all are less their means over the
-training images, and the product is divided by its deviation there:
+with centres u_j the training images. That gives quality, what of correspondence the image alone tells, and the log
+of quality's variance. Correspondence adds how well the image's place among texts matches the prompt's sentence
+embedding t. That place is s, from ImageNet's class names, and what a linear map of d, the towers' last means and the
+image's colours, adds to it; all are less their means over the training images:
 
-    m = <s - s0 + W_m [p; h], t - t0> / sigma,  correspondence = head_c(z + alpha attention(z, words)) + w m
+    match = <s - s0 + W d + g V d, t - t0> / sigma,    correspondence = c_raw + w match.
 
-What is ours, not the paper's: EfficientNet-Lite0 in place of CLIP's image towers and MiniLM in place of its text tower;
-crops as the fine stream's input, at native resolution up to 512 px; a gate for each crop; towers fine-tuned rather than
-frozen; the match m; the colour histogram h.
+V is such a map for pictures of the embedded world, which g, a fourth row of A, tells from others: about 1, or else 0.
+
+A further training scales quality and c_raw and adds a linear function of u to them; the embedded weights do not.
+
+The design is ours. After MST-CLIPIQA it sees an image coarsely and finely; a Gaussian process (its mean is kernel ridge
+regression, fitted in closed form) takes the place of gated fusion, which had learned less from as many images.
 """
 
 from __future__ import annotations
@@ -24,29 +27,31 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.models.base import FullPrecision, ModelOutput, QualityModel
-from aigiqa_reward.models.blocks import GatedFusion, PromptCrossAttention, ScoreHead, colour_histogram
+from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, TrainedModel
+from aigiqa_reward.models.blocks import colour_histogram
+from aigiqa_reward.models.likeness import ASPECTS, Likeness
 from aigiqa_reward.types import Context, Images, PromptFeatures
 
 COLOURS = 5
 """Steps of each channel in the histogram of an image's colours."""
 
 
-class MapEncoder(Protocol):
-    """A convolutional tower: images to a map, and the mean over a map."""
+class StatisticsTower(Protocol):
+    """A convolutional tower that tells means and deviations of its stages, the last feature map's means last."""
 
     width: int
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to (B, width, h, w)."""
+    @property
+    def statistics_columns(self) -> int:
+        """How many columns `statistics` has."""
         ...
 
-    def pool(self, features: Tensor) -> Tensor:
-        """(B, width, h, w) to (B, width)."""
+    def statistics(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to (B, statistics_columns)."""
         ...
 
 
@@ -55,8 +60,13 @@ class SemanticTower(Protocol):
 
     semantic_width: int
 
-    def __call__(self, images: Tensor) -> Any:
-        """An object with `pooled` (B, width of the streams) and `semantic` (B, semantic_width)."""
+    @property
+    def encoder(self) -> StatisticsTower:
+        """The tower before its classifier."""
+        ...
+
+    def place(self, pooled: Tensor) -> Tensor:
+        """(B, width) to (B, semantic_width)."""
         ...
 
 
@@ -66,7 +76,7 @@ class TextTower(Protocol):
     width: int
 
     def encode(self, texts: Sequence[str]) -> Any:
-        """An object with `tokens` (P, L, width), `mask` (P, L) and `pooled` (P, width)."""
+        """An object with `pooled` (P, width)."""
         ...
 
 
@@ -75,24 +85,26 @@ class CompactConfig:
     """Settings of the compact model.
 
     Attributes:
-        width: joint width d of the fused embedding.
-        area: the coarse stream scales images to about area x area pixels, keeping their aspect ratio.
-        crop: side of the fine stream's crops in px, at native resolution.
+        area: whole images are scaled to about area x area pixels, keeping their aspect ratio.
+        crop: side of the crops in px, at native resolution.
         crops: how many on a square image, evenly spaced; longer images get more, up to four times as many, and squares
             of at most `crop` px one, which is all of them.
-        resolution: short side in px up to which the fine stream sees native pixels. Larger images are scaled down to it
-            first, as those of the benchmark were: the model knows no others.
-        rank: of the prompt's cross-attention.
-        place_rank: of W_m.
+        resolution: short side in px up to which crops show native pixels. Larger images are scaled down to it first, as
+            those of the benchmark were: the model knows no others.
+        directions: principal directions of the statistics.
+        centres: training images that a new one is held against.
+        place_rank: of the map W.
+        world_rank: of the map V.
     """
 
-    width: int = 256
     area: int = 256
     crop: int = 224
     crops: int = 4
     resolution: int = 512
-    rank: int = 32
-    place_rank: int = 72
+    directions: int = 256
+    centres: int = 4102
+    place_rank: int = 128
+    world_rank: int = 72
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -101,106 +113,91 @@ class CompactConfig:
 
 
 class CompactHead(FullPrecision):
-    """Everything of the compact model behind its towers; small enough to train in seconds on stored features."""
+    """Everything of the compact model behind its towers."""
 
-    def __init__(self, config: CompactConfig, image: int, semantic: int, text: int) -> None:
+    def __init__(self, config: CompactConfig, columns: int, described: int, semantic: int) -> None:
         super().__init__()
-        self.fusion = GatedFusion(image, image, config.width)
-        self.quality = ScoreHead(config.width)
-        self.attend = PromptCrossAttention(config.width, text, rank=config.rank)
-        self.correspondence = ScoreHead(config.width)
-        self.place_in = nn.Linear(image + COLOURS**3, config.place_rank, bias=False)
+        self.likeness = Likeness(columns, config.directions, config.centres)
+        self.scale = nn.Parameter(torch.ones(ASPECTS))
+        self.learned = nn.Linear(config.directions, ASPECTS)
+        nn.init.zeros_(self.learned.weight)
+        nn.init.zeros_(self.learned.bias)
+        self.place_in = nn.Linear(described, config.place_rank, bias=False)
         self.place_out = nn.Linear(config.place_rank, semantic, bias=False)
+        self.world_in = nn.Linear(described, config.world_rank, bias=False)
+        self.world_out = nn.Linear(config.world_rank, semantic, bias=False)
         nn.init.zeros_(self.place_out.weight)
+        nn.init.zeros_(self.world_out.weight)
         self.match_weight = nn.Parameter(torch.zeros(()))
         for name, width in (
-            ("image_mean", image),
-            ("image_std", image),
-            ("colour_mean", COLOURS**3),
-            ("colour_std", COLOURS**3),
+            ("described_mean", described),
+            ("described_deviation", described),
             ("semantic_mean", semantic),
-            ("text_mean", text),
+            ("text_mean", semantic),
         ):
             self.register_buffer(name, torch.zeros(width))
+        nn.init.ones_(self.described_deviation)
         self.register_buffer("match_deviation", torch.ones(()))
-        self.match_deviation: Tensor
-        self.image_mean: Tensor
-        self.image_std: Tensor
-        self.colour_mean: Tensor
-        self.colour_std: Tensor
+        self.described_mean: Tensor
+        self.described_deviation: Tensor
         self.semantic_mean: Tensor
         self.text_mean: Tensor
+        self.match_deviation: Tensor
 
-    def fuse(
-        self, coarse: Float[Tensor, "batch image"], fine: Float[Tensor, "batch crops image"]
-    ) -> tuple[Float[Tensor, "batch crops width"], Float[Tensor, "batch crops width"]]:
-        """Fused embedding and gate of every crop, from features standardised as in training."""
-        coarse = ((coarse - self.image_mean) / self.image_std)[:, None].expand(-1, fine.shape[1], -1)
-        return self.fusion(coarse, (fine - self.image_mean) / self.image_std)
-
-    def describe(
-        self, pooled: Float[Tensor, "batch image"], colours: Float[Tensor, "batch colours"]
-    ) -> Float[Tensor, "batch features"]:
-        """[p; h]: the pretrained tower's features and the colour histogram, standardised as in training."""
-        parts = ((pooled - self.image_mean) / self.image_std, (colours - self.colour_mean) / self.colour_std)
-        return torch.cat(parts, dim=1)
+    def describe(self, described: Float[Tensor, "batch described"]) -> Float[Tensor, "batch described"]:
+        """d, standardised as in training."""
+        return (described - self.described_mean) / self.described_deviation
 
     def match(
         self,
-        described: Float[Tensor, "batch features"],
+        described: Float[Tensor, "batch described"],
         semantic: Float[Tensor, "batch semantic"],
         text: Float[Tensor, "batch semantic"],
+        world: Float[Tensor, " batch"],
     ) -> Float[Tensor, " batch"]:
         """How much nearer this image is to this prompt than images are to prompts on average, in deviations."""
-        place = semantic - self.semantic_mean + self.place_out(self.place_in(described))
+        standard = self.describe(described)
+        place = semantic - self.semantic_mean + self.place_out(self.place_in(standard))
+        place = place + world[:, None] * self.world_out(self.world_in(standard))
         return (place * (text - self.text_mean)).sum(dim=1) / self.match_deviation
 
-    def judge_correspondence(
-        self,
-        fused: Float[Tensor, "batch width"],
-        match: Float[Tensor, " batch"],
-        words: Float[Tensor, "batch length text"],
-        mask: Bool[Tensor, "batch length"],
-    ) -> Float[Tensor, " batch"]:
-        """Correspondence of each image to the words of its prompt, given how well their meanings match."""
-        return self.correspondence(self.attend(fused, words, mask)) + self.match_weight * match
 
-
-class Compact(QualityModel):
-    """The compact model: two image streams, a semantic tower, a text tower and `CompactHead`.
+class Compact(TrainedModel):
+    """The compact model: two image towers, a text tower, all frozen, and `CompactHead`.
 
     Args:
         config: settings.
-        coarse: tower of the whole image.
-        fine: tower of the crops, of the same width.
-        semantic: frozen tower that places the whole image among texts.
-        text: frozen tower of the prompts.
+        semantic: tower that sees the whole image and places it among texts.
+        fine: tower that sees the whole image and its crops.
+        text: tower of the prompts.
     """
 
     name = "compact"
+    look_settings = ("area", "crop", "crops", "resolution")
+    head: CompactHead
 
     def __init__(
-        self, config: CompactConfig, *, coarse: MapEncoder, fine: MapEncoder, semantic: SemanticTower, text: TextTower
+        self, config: CompactConfig, *, semantic: SemanticTower, fine: StatisticsTower, text: TextTower
     ) -> None:
         super().__init__()
         self.config = config
-        self.coarse = coarse
-        self.fine = fine
         self.semantic = semantic
+        self.fine = fine
         self.text = text
-        self.head = CompactHead(config, coarse.width, semantic.semantic_width, text.width)
+        columns = semantic.encoder.statistics_columns + 2 * fine.statistics_columns
+        described = semantic.encoder.width + 2 * fine.width + COLOURS**3
+        self.head = CompactHead(config, columns, described, semantic.semantic_width)
 
     def describe(self) -> dict[str, Any]:
         """The settings; the towers are always the embedded ones' architectures."""
-        return {"config": asdict(self.config)}
+        return {"config": asdict(self.config), "towers": {}}
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Word states (P, L, 384), their mask (P, L) and sentence embeddings (P, 384)."""
-        features = self.text.encode(texts)
-        return {"tokens": features.tokens, "mask": features.mask, "pooled": features.pooled}
+        """Sentence embeddings (P, 384)."""
+        return {"pooled": self.text.encode(texts).pooled}
 
     def crops(self, images: Images) -> Float[Tensor, "batch crops 3 side side"]:
-        """What the fine stream looks at."""
+        """What the second tower looks at beside the whole image."""
         height, width = images.shape[2:]
         native = pixels.reduce_to(images, self.config.resolution)
         if height == width <= self.config.crop:
@@ -208,22 +205,51 @@ class Compact(QualityModel):
         elongation = min(4, round(max(height, width) / min(height, width)))
         return pixels.even_crops(native, self.config.crop, self.config.crops * elongation)
 
-    def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> ModelOutput:
-        """Quality from both streams; correspondence from them, the prompt's words and the semantic match."""
-        del context
+    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+        """Statistics of both towers, the place among texts, and the colours.
+
+        `tower` (B, c), `whole` and `crops` (B, c'), `semantic` (B, 384), `colours` (B, 125). Crops are always the
+        evenly spaced ones, of which only the mean is kept.
+        """
+        del generator, crops
         whole = pixels.resize_to_area(images, self.config.area**2, least=32)
-        crops = self.crops(images)
-        coarse = self.coarse.pool(self.coarse(whole))
-        fine = self.fine.pool(self.fine(crops.flatten(0, 1))).unflatten(0, crops.shape[:2])
-        fused, gate = self.head.fuse(coarse, fine)
-        crop_quality = self.head.quality(fused)
-        details = {"crop_quality": crop_quality, "gate": gate.mean(dim=(1, 2))}
+        patches = self.crops(images)
+        tower = self.semantic.encoder.statistics(whole)
+        fine = self.fine.statistics(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+        return {
+            "tower": tower,
+            "whole": self.fine.statistics(whole),
+            "crops": fine.mean(dim=1),
+            "semantic": self.semantic.place(tower[:, -self.semantic.encoder.width :]),
+            "colours": colour_histogram(whole, COLOURS).to(tower.dtype),
+        }
+
+    def statistics(self, seen: Seen) -> Float[Tensor, "batch columns"]:
+        """X of what `look` saw."""
+        return torch.cat([seen["tower"], seen["whole"], seen["crops"]], dim=1)
+
+    def described(self, seen: Seen) -> Float[Tensor, "batch described"]:
+        """The features d of what `look` saw, not yet standardised."""
+        width = self.fine.width
+        last = (seen["tower"][:, -self.semantic.encoder.width :], seen["whole"][:, -width:], seen["crops"][:, -width:])
+        return torch.cat([*last, seen["colours"]], dim=1)
+
+    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+        """Quality and its uncertainty, correspondence, and how unlike the training images this one is."""
+        del context
+        head = self.head
+        statistics = self.statistics(seen)
+        directions = head.likeness.project(statistics)
+        raw = head.likeness(directions)
+        scores = head.scale * raw[:, :ASPECTS] + head.learned(directions)
+        details = {
+            "uncertainty": head.scale[0].abs() * torch.exp(raw[:, ASPECTS] / 2),
+            "out_of_distribution": head.likeness.strangeness(statistics),
+        }
         correspondence = None
         if prompts is not None:
-            seen = self.semantic(whole)
-            text, words = (prompts.rows(name).to(seen.semantic.dtype) for name in ("pooled", "tokens"))
-            described = self.head.describe(seen.pooled, colour_histogram(whole, COLOURS).to(seen.pooled.dtype))
-            match = self.head.match(described, seen.semantic, text)
-            correspondence = self.head.judge_correspondence(fused.mean(dim=1), match, words, prompts.rows("mask"))
+            text = prompts.rows("pooled").to(directions.dtype)
+            match = head.match(self.described(seen), seen["semantic"], text, raw[:, ASPECTS + 1])
+            correspondence = scores[:, 1] + head.match_weight * match
             details["semantic_match"] = match
-        return ModelOutput(quality=crop_quality.mean(dim=1), correspondence=correspondence, details=details)
+        return ModelOutput(quality=scores[:, 0], correspondence=correspondence, details=details)

@@ -58,7 +58,9 @@ def load_embedded(
         spec: whose hashes to hold the files against; None is the zoo's.
     """
     if name == "compact":
-        return build_compact(folder, spec)
+        if assistants is not None:
+            raise ValueError("assistants: the compact reward asks none; leave them out")
+        return build_compact(folder, spec, settings)
     model = build_model(name, assistants=assistants, settings=settings)
     load_strictly(model.get_submodule("head"), _part(name, "model.head.", folder, spec), source=name)
     return model
@@ -75,10 +77,12 @@ def _part(name: str, prefix: str, folder: Path, spec: ModelSpec | None) -> dict[
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def build_compact(folder: Path = ASSETS, spec: ModelSpec | None = None) -> QualityModel:
+def build_compact(
+    folder: Path = ASSETS, spec: ModelSpec | None = None, settings: Mapping[str, Any] | None = None
+) -> QualityModel:
     """The compact model with the weights in `folder`, each file held against the hash in `spec`."""
     spec = spec or SPECS["compact"]
-    model = empty_compact({"config": {}})
+    model = empty_compact({"config": settings or {}})
     tensors = {}
     for file, prefix in COMPACT_FILES.items():
         part = read_weights(folder / file, expected_sha256=spec.sha256[file])
@@ -89,15 +93,14 @@ def build_compact(folder: Path = ASSETS, spec: ModelSpec | None = None) -> Quali
 
 def empty_compact(description: Mapping[str, Any]) -> QualityModel:
     """The compact model with weights still to be loaded."""
-    from aigiqa_reward.encoders.compact import LITE0, CompactImageTower, CompactTextTower
+    from aigiqa_reward.encoders.compact import LITE2, CompactImageTower, CompactTextTower
     from aigiqa_reward.encoders.timm import TimmEncoder
     from aigiqa_reward.models.compact import Compact, CompactConfig
 
     return Compact(
         CompactConfig(**description["config"]),
-        coarse=TimmEncoder(LITE0),
-        fine=TimmEncoder(LITE0),
         semantic=CompactImageTower(),
+        fine=TimmEncoder(LITE2),
         text=CompactTextTower(),
     )
 

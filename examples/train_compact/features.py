@@ -1,96 +1,73 @@
-"""Store once what the frozen first stages of EfficientNet-Lite0 see of every image; training then starts from there."""
+"""Store once what the frozen towers see: of images that people scored, of spoilt ones, and of the embedded world."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from degradations import DEGRADATIONS, degrade
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.datasets import ScoredImages
-from aigiqa_reward.encoders.compact import CompactImageTower
-from aigiqa_reward.encoders.timm import TimmEncoder
-from aigiqa_reward.models.blocks import colour_histogram
-from aigiqa_reward.models.compact import COLOURS, CompactConfig
-from aigiqa_reward.weights import write_atomically
+from aigiqa_reward.encoders.timm import SmoothReLU6
+from aigiqa_reward.models.base import Seen
+from aigiqa_reward.models.compact import Compact
+from aigiqa_reward.weights import read_weights, write_weights
 
-FROZEN_STAGES = 3
-"""Stages of blocks that stay as ImageNet left them, down to stride 8: chosen here, half of the cost of training."""
-
-TRAIN_CROPS = 9
-"""Places that training crops come from, on a 3 x 3 grid."""
+BATCH = 16
 
 
-def stem(encoder: TimmEncoder, images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] to the map after the frozen stages."""
-    trunk = encoder.trunk
-    features = trunk.bn1(trunk.conv_stem(pixels.normalise(images, encoder.config.mean, encoder.config.std)))
-    return trunk.blocks[:FROZEN_STAGES](features)
+def with_corners(module: nn.Module) -> nn.Module:
+    """Put ReLU6 back in place of its rounded form: half the time, and scores differ by less than 0.004."""
+    for name, child in module.named_children():
+        setattr(module, name, nn.ReLU6() if isinstance(child, SmoothReLU6) else with_corners(child))
+    return module
 
 
-class Tail(nn.Module):
-    """The trained rest of a tower: from the map after the frozen stages to pooled features."""
+@torch.inference_mode()
+def store(
+    model: Compact, count: int, batch: Callable[[np.ndarray], Tensor], path: Path, *, kept: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What `model` sees of `count` pictures, from `path` if it was computed before; `kept` goes with it.
 
-    def __init__(self, encoder: TimmEncoder) -> None:
-        super().__init__()
-        trunk = encoder.trunk
-        self.blocks, self.conv, self.norm = trunk.blocks[FROZEN_STAGES:], trunk.conv_head, trunk.bn2
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.norm(self.conv(self.blocks(features))).mean(dim=(2, 3))
-
-
-@dataclass(frozen=True)
-class StoredFeatures:
-    """Maps and features of N images: whole as it is and mirrored, crops on a grid, and the place among texts."""
-
-    whole: np.ndarray  # (N, 2, C, h, w) float16
-    crops: np.ndarray  # (N, 9, C, h', w') float16
-    pooled: np.ndarray  # (N, 1280) float32, of the frozen tower
-    semantic: np.ndarray  # (N, 384) float32
-    colours: np.ndarray  # (N, 125) float32
-
-    @staticmethod
-    def maps(array: np.ndarray, rows: np.ndarray, views: np.ndarray) -> Tensor:
-        """The chosen view of each row, as a batch."""
-        return torch.from_numpy(array[rows, views]).float().contiguous(memory_format=torch.channels_last)
+    Convolutions are computed in bfloat16 where the machine has it.
+    """
+    if not path.exists():
+        seen: list[Seen] = []
+        for rows in tqdm(np.array_split(np.arange(count), -(-count // BATCH)), desc=path.stem, unit="batch"):
+            images = batch(rows)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                seen.append({name: tensor.float() for name, tensor in model.look(images).items()})
+        write_weights(path, kept | {name: torch.cat([part[name] for part in seen]) for name in seen[0]})
+    return read_weights(path)
 
 
-@torch.no_grad()
-def store_features(
-    images: ScoredImages, encoder: TimmEncoder, tower: CompactImageTower, config: CompactConfig, folder: Path
-) -> StoredFeatures:
-    """Compute the features into `folder`, going on where an earlier call was interrupted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = folder / "progress.json"
-    done = json.loads(progress.read_text()) if progress.exists() else 0
-    first = pixels.load(images.paths[0])[None]
-    shapes = {
-        "whole": (2, *stem(encoder, pixels.resize_to_area(first, config.area**2, least=32)).shape[1:]),
-        "crops": (TRAIN_CROPS, *stem(encoder, pixels.even_crops(first, config.crop, 1)[0]).shape[1:]),
-        "pooled": (tower.width,),
-        "semantic": (tower.semantic_width,),
-        "colours": (COLOURS**3,),
-    }
-    arrays = {}
-    for name, shape in shapes.items():
-        dtype = np.float16 if name in ("whole", "crops") else np.float32
-        path, mode = folder / f"{name}.npy", "r+" if done else "w+"
-        arrays[name] = np.lib.format.open_memmap(path, mode, dtype, (len(images), *shape) if mode == "w+" else None)
-    for start in tqdm(range(done, len(images), 16), desc="features", unit="16 images", disable=done == len(images)):
-        rows = slice(start, min(start + 16, len(images)))
-        batch = torch.stack([pixels.load(path) for path in images.paths[rows]])
-        whole = pixels.resize_to_area(batch, config.area**2, least=32)
-        crops = pixels.even_crops(batch, config.crop, TRAIN_CROPS)
-        features = tower(whole)
-        arrays["whole"][rows] = torch.stack([stem(encoder, whole), stem(encoder, whole.flip(3))], dim=1).numpy()
-        arrays["crops"][rows] = stem(encoder, crops.flatten(0, 1)).unflatten(0, crops.shape[:2]).numpy()
-        arrays["pooled"][rows], arrays["semantic"][rows] = features.pooled.numpy(), features.semantic.numpy()
-        arrays["colours"][rows] = colour_histogram(whole, COLOURS).numpy()
-        write_atomically(progress, str(rows.stop).encode())
-    return StoredFeatures(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes})
+def spoilt(paths: list[Path]) -> tuple[Callable[[np.ndarray], Tensor], dict[str, Tensor]]:
+    """Every fourth image spoilt in one way at a random level: how to get a batch, and which, how and how far."""
+    rng = np.random.default_rng(4)
+    chosen = np.arange(0, len(paths), 4)
+    kinds, levels = rng.permutation(len(chosen)) % len(DEGRADATIONS), rng.uniform(0.1, 1.0, len(chosen))
+
+    def batch(rows: np.ndarray) -> Tensor:
+        return torch.stack(
+            [
+                degrade(
+                    pixels.load(paths[chosen[row]]),
+                    list(DEGRADATIONS)[kinds[row]],
+                    float(levels[row]),
+                    torch.Generator().manual_seed(int(row)),
+                )
+                for row in rows
+            ]
+        )
+
+    known = {"rows": chosen, "kinds": kinds, "levels": levels.astype(np.float32)}
+    return batch, {name: torch.from_numpy(values) for name, values in known.items()}
+
+
+def clean(paths: list[Path]) -> Callable[[np.ndarray], Tensor]:
+    """Images as they are, in batches."""
+    return lambda rows: torch.stack([pixels.load(paths[row]) for row in rows])

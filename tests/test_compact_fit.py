@@ -1,0 +1,76 @@
+"""How the embedded reward is fitted: closed forms against plain numpy, and spoilt images that are spoilt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+RECIPES = Path(__file__).parents[1] / "examples" / "train_compact"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import each other by name, as they do when run."""
+    for name in ("fit", "recipe", "world", "degradations", "features"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(RECIPES))
+
+
+def test_ridge_weights_are_those_of_kernel_ridge_regression() -> None:
+    from fit import kernel, ridge_weights  # pyright: ignore[reportMissingImports]
+
+    rng = np.random.default_rng(0)
+    rows, noise, target = rng.normal(size=(40, 3)), rng.uniform(0.1, 1, 40), rng.normal(size=40)
+    likeness = np.exp(-((rows[:, None] - rows[None]) ** 2).sum(axis=2))
+    expected = np.linalg.inv(likeness + np.diag(noise)) @ target
+    found = kernel(torch.from_numpy(rows), torch.from_numpy(rows))
+    np.testing.assert_allclose(found.numpy(), likeness, atol=1e-12)
+    weights = ridge_weights(found, torch.from_numpy(noise), torch.from_numpy(target))
+    np.testing.assert_allclose(weights.numpy(), expected, atol=1e-9)
+
+
+def test_two_sided_ridge_is_least_squares_on_both_sides() -> None:
+    """Without regularisation it recovers the map that made the target."""
+    from fit import two_sided  # pyright: ignore[reportMissingImports]
+
+    generator = torch.Generator().manual_seed(0)
+    images, texts, truth = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((50, 6), (30, 4), (4, 6))
+    )
+    found = two_sided(images, texts, images @ truth.T @ texts.T, torch.zeros(6).double(), torch.zeros(4).double())
+    torch.testing.assert_close(found, truth)
+
+
+def test_principal_directions_are_those_of_the_singular_values() -> None:
+    from fit import principal  # pyright: ignore[reportMissingImports]
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 60, generator=generator) * torch.linspace(3, 0.05, 60) ** 2
+    found, exact = principal(rows, 5), torch.linalg.svd(rows, full_matrices=False)[2][:5]
+    torch.testing.assert_close((found @ exact.T).abs(), torch.eye(5), atol=1e-3, rtol=0)
+
+
+def test_more_degradation_leaves_less_of_the_image() -> None:
+    from degradations import DEGRADATIONS, blur, degrade  # pyright: ignore[reportMissingImports]
+
+    rng = np.random.default_rng(0)
+    picture = torch.from_numpy(gaussian_filter(rng.random((3, 128, 96)), (0, 2, 2))).float()
+    picture = (picture - picture.min()) / (picture.max() - picture.min())
+    for kind in DEGRADATIONS:
+        distances = []
+        for level in (0.0, 0.3, 0.6, 1.0):
+            spoilt = degrade(picture, kind, level, torch.Generator().manual_seed(0))
+            assert spoilt.shape == picture.shape
+            assert float(spoilt.min()) >= 0
+            assert float(spoilt.max()) <= 1
+            distances.append(float((spoilt - picture).square().mean()))
+        assert distances[0] == 0
+        assert distances == sorted(distances), kind
+    sigma = 4.0 * 96 / 512
+    expected = gaussian_filter(picture.numpy(), (0, sigma, sigma), mode="mirror", truncate=4)
+    np.testing.assert_allclose(blur(picture, 1.0, torch.Generator()).numpy(), expected, atol=3e-3)
