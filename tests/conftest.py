@@ -8,8 +8,9 @@ machine either, and memory that glibc keeps instead of giving it back after ever
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -39,11 +40,20 @@ def _states_shape(hint: Any) -> bool:
 
 jaxtyping.install_import_hook("aigiqa_reward", f"{__name__}.check_shapes")
 
-if platform.libc_ver()[0] == "glibc":
-    KEEP = {-4: 0, -1: 2**31 - 1, -2: 2**28}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
-    for option, value in KEEP.items():
-        ctypes.CDLL("libc.so.6").mallopt(option, value)
+LIBC = ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
+if LIBC is not None:
+    for option, value in {-4: 0, -1: 2**31 - 1, -2: 2**28}.items():  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        LIBC.mallopt(option, value)
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_is_given_back() -> Iterator[None]:
+    """After each file, so that a process holds what one file needs and not what all did."""
+    yield
+    gc.collect()
+    if LIBC is not None:
+        LIBC.malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
