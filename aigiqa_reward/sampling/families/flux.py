@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import Family, linear_shift
+from aigiqa_reward.sampling.families.base import linear_shift
 from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
+from aigiqa_reward.sampling.families.two_pass import TrueGuidance
 
 
-class Flux(Family):
+class Flux(TrueGuidance):
     """FLUX.1 dev and schnell."""
 
     pipelines = ("FluxPipeline",)
-    one_pass: ClassVar[bool] = False
 
-    @property
-    def guidance(self) -> float:
-        return float(self.options.true_cfg_scale or 0.0)
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance > 1 and self.options.negative_prompt is not None
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(
-            positive=self._rows(prompts), negative=self._rows(self.negatives(prompts)) if self.guided else None
-        )
-
-    def _rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
         embeddings, pooled, places = self.encoded(texts, prompt_2=None)
         # The text's places are the same for all rows; held once a row, they can be picked along with the rest.
         return {
@@ -44,7 +31,7 @@ class Flux(Family):
     def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
         embeddings = conditioning.positive["encoder_hidden_states"]
         assert isinstance(embeddings, Tensor)
-        latents, places = self.draw(generators, self.pipe.transformer.config.in_channels // 4, embeddings.dtype)
+        latents, places = self.draw(generators, self.channels, embeddings.dtype)
         return Start(latents=latents, shared={"img_ids": places})
 
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
@@ -53,15 +40,12 @@ class Flux(Family):
         self.retrieve_timesteps(scheduler, sigmas=sigmas, mu=linear_shift(latents.shape[1], scheduler))
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
-        guidance = None
-        if self.pipe.transformer.config.guidance_embeds:
-            guidance = latents.new_full((len(latents),), float(self.options.guidance_scale or 0), dtype=torch.float32)
         places = rows["txt_ids"]
         assert isinstance(places, Tensor)
         return self.pipe.transformer(
             hidden_states=latents,
             timestep=time.expand(len(latents)).to(latents.dtype) / 1000,
-            guidance=guidance,
+            guidance=self.told_guidance(latents) if self.pipe.transformer.config.guidance_embeds else None,
             pooled_projections=rows["pooled_projections"],
             encoder_hidden_states=rows["encoder_hidden_states"],
             txt_ids=places[0],

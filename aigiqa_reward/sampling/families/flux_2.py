@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import Family
 from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
+from aigiqa_reward.sampling.families.two_pass import TwoPass
 
 
-class Flux2(Family):
+class Flux2(TwoPass):
     """FLUX.2 dev, whose guidance is embedded; text to image, without condition images."""
 
     pipelines = ("Flux2Pipeline",)
-    one_pass: ClassVar[bool] = False
 
     @property
     def guided(self) -> bool:
         return False
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(
-            positive=self._rows(prompts), negative=self._rows([""] * len(prompts)) if self.guided else None
-        )
-
-    def _rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
         embeddings, places = self.encoded(texts)
         return {"encoder_hidden_states": embeddings, "txt_ids": places}
 
     def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
         embeddings = conditioning.positive["encoder_hidden_states"]
         assert isinstance(embeddings, Tensor)
-        latents, places = self.draw(generators, self.pipe.transformer.config.in_channels // 4, embeddings.dtype)
+        latents, places = self.draw(generators, self.channels, embeddings.dtype)
         return Start(latents=latents, shared={"img_ids": places[:1]})
 
     def as_passed(self, latents: Tensor, scheduler: Any) -> Tensor:
@@ -65,7 +59,7 @@ class Flux2(Family):
         )[0][:, : latents.shape[1]]
 
     def _guidance_input(self, latents: Tensor) -> Tensor | None:
-        return latents.new_full((len(latents),), float(self.options.guidance_scale or 0), dtype=torch.float32)
+        return self.told_guidance(latents)
 
     def latents_to_decode(self, latents: Tensor) -> Tensor:
         places = self._on_grid(latents)

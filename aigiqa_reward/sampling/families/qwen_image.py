@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import Family, linear_shift
+from aigiqa_reward.sampling.families.base import linear_shift
 from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
+from aigiqa_reward.sampling.families.two_pass import TrueGuidance
 
 
-class QwenImage(Family):
+class QwenImage(TrueGuidance):
     """Qwen-Image, text to image."""
 
     pipelines = ("QwenImagePipeline",)
-    one_pass: ClassVar[bool] = False
 
-    @property
-    def guidance(self) -> float:
-        return float(self.options.true_cfg_scale or 0.0)
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance > 1 and self.options.negative_prompt is not None
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(
-            positive=self._rows(prompts), negative=self._rows(self.negatives(prompts)) if self.guided else None
-        )
-
-    def _rows(self, texts: Sequence[str]) -> dict[str, Tensor | None]:
+    def rows(self, texts: Sequence[str]) -> dict[str, Tensor | None]:
         embeddings, mask = self.encoded(texts)
         return {"encoder_hidden_states": embeddings, "encoder_hidden_states_mask": mask}
 
     def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
         embeddings = conditioning.positive["encoder_hidden_states"]
         assert isinstance(embeddings, Tensor)
-        channels = self.pipe.transformer.config.in_channels // 4
-        return Start(latents=self.draw(generators, channels, embeddings.dtype), shared={})
+        return Start(latents=self.draw(generators, self.channels, embeddings.dtype), shared={})
 
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
         steps = self.options.num_inference_steps
@@ -48,15 +34,12 @@ class QwenImage(Family):
         self.retrieve_timesteps(scheduler, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
-        guidance = None
-        if self.pipe.transformer.config.guidance_embeds:
-            guidance = latents.new_full((len(latents),), float(self.options.guidance_scale or 0), dtype=torch.float32)
         block = self.pipe.vae_scale_factor * 2
         height, width = self.size()
         return self.pipe.transformer(
             hidden_states=latents,
             timestep=time.expand(len(latents)).to(latents.dtype) / 1000,
-            guidance=guidance,
+            guidance=self.told_guidance(latents) if self.pipe.transformer.config.guidance_embeds else None,
             encoder_hidden_states_mask=rows["encoder_hidden_states_mask"],
             encoder_hidden_states=rows["encoder_hidden_states"],
             img_shapes=[[(1, height // block, width // block)]] * len(latents),
