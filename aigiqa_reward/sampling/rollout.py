@@ -200,6 +200,12 @@ class Rollout:
             state = self.advance(state, self.predict(state).output)
         return state
 
+    def show(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], as the pipeline would give them: clamped, without gradients; NaN stays."""
+        with torch.no_grad():
+            images = self.family.decode(latents)
+        return torch.where(images.isfinite(), images.clamp(0, 1), images)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), nominally in [0, 1], not clamped; differentiable."""
         return self.family.decode(latents)

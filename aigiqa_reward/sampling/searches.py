@@ -77,15 +77,9 @@ class Search:
         assert self.tally.calls is not None, "set by __init__"
         self.tally.calls += calls
 
-    def show(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], as the pipeline would give them."""
-        with torch.no_grad():
-            images = self.rollout.decode(latents)
-        return torch.where(images.isfinite(), images.clamp(0, 1), images)
-
     def finish(self, seeds: Sequence[int], state: State, noise: Tensor | None = None) -> None:
         """Take candidates to their end, score them and add them to the tally, with their noise where it is given."""
-        images = self.show(self.go(state, state.steps)[0].latents)
+        images = self.rollout.show(self.go(state, state.steps)[0].latents)
         reasons, output = judge(images, self.rollout.family.flagged(images), self.reward)
 
         def picture(row: int) -> Picture:
@@ -128,7 +122,7 @@ def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Ge
     def look(chunk: Sequence[int], until: int) -> None:
         before = search.gather(chunk)
         state, clean = search.go(before, until)
-        images = search.show(clean)
+        images = search.rollout.show(clean)
         reasons, output = judge(images, [False] * len(chunk), search.reward)
         search.leave(chunk, state)
         search.count(len(chunk) * (until - before.step))

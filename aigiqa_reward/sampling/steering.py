@@ -38,7 +38,7 @@ from aigiqa_reward.sampling.particles import (
     log_potential,
     systematic_resampling,
 )
-from aigiqa_reward.sampling.rollout import Rollout, State
+from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.schedules import check_scheduler
 from aigiqa_reward.selection import integer
 
@@ -212,7 +212,7 @@ class _Run:
 
         def work(rows: Sequence[int]) -> tuple[Tensor, Any]:
             clean = self.rollout.predict(state[rows]).clean
-            return clean, judge(self.show(clean, state), [False] * len(rows), self.reward) if look else None
+            return clean, judge(self.rollout.show(clean), [False] * len(rows), self.reward) if look else None
 
         previous = particles.clean
         for rows, (clean, judged) in in_chunks(particles.alive, self.plan.batch_size, work, self.rollout.pipe):
@@ -248,7 +248,7 @@ class _Run:
         state, seeds, rows = particles.state, range(self.seed, self.seed + self.plan.particles), particles.alive
 
         def work(rows: Sequence[int]) -> None:
-            images = self.show(state.latents[list(rows)], state)
+            images = self.rollout.show(state.latents[list(rows)])
             reasons, output = judge(images, self.rollout.family.flagged(images), self.reward)
 
             def picture(row: int) -> Picture:
@@ -274,11 +274,6 @@ class _Run:
             ancestors=particles.ancestors,
             weights=particles.weights().tolist(),
         )
-
-    def show(self, latents: Tensor, state: State) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], as the pipeline would give them."""
-        images = self.rollout.decode(latents.to(state.latents.dtype))
-        return torch.where(images.isfinite(), images.clamp(0, 1), images)
 
     def count(self, calls: int) -> None:
         """Note that so many rows went through the denoiser."""
