@@ -101,7 +101,7 @@ def attach_prompts(paths: Sequence[str], prompt: str | None, prompts_file: Path 
         raise CommandError("--prompt: expected a text, got an empty one; leave it out for quality alone")
     if prompts_file is None:
         return [Source(path=path, prompt=prompt) for path in paths]
-    text = _read(prompts_file)
+    text = read_text(prompts_file, "--prompts-file")
     suffix = prompts_file.suffix.lower()
     if suffix in (".jsonl", ".ndjson", ".csv"):
         rows = _csv_rows(prompts_file, text) if suffix == ".csv" else _jsonl_rows(prompts_file, text)
@@ -162,13 +162,18 @@ def _absolute(path: str | Path) -> str:
     return os.path.normpath(Path(path).absolute())
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path, option: str) -> str:
+    """The text of a file that was given to an option.
+
+    Raises:
+        CommandError: it cannot be read, or is no UTF-8.
+    """
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise CommandError(f"--prompts-file: cannot read {file}: {error.strerror}") from error
+        raise CommandError(f"{option}: cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise CommandError(f"--prompts-file: {file} is not UTF-8 text ({error.reason})") from error
+        raise CommandError(f"{option}: {file} is not UTF-8 text ({error.reason})") from error
 
 
 def _jsonl_rows(file: Path, text: str) -> Iterable[tuple[str, str]]:

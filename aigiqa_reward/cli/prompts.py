@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from aigiqa_reward.cli.inputs import CommandError
+from aigiqa_reward.cli.inputs import CommandError, read_text
 from aigiqa_reward.cli.output import say
+
+_OPTION = "--prompts"
 
 
 def gather_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
@@ -26,9 +28,9 @@ def gather_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
             if not text.strip() or text.encode(errors="ignore").decode() != text:
                 raise CommandError(f"--prompt: expected a text, got {text!r}")
         return list(given)
-    found = list(
-        _from_json(file) if file.suffix.lower() in (".jsonl", ".ndjson") else _read(file).removesuffix("\n").split("\n")
-    )
+    as_json = file.suffix.lower() in (".jsonl", ".ndjson")
+    found = _from_json(file) if as_json else read_text(file, _OPTION).removesuffix("\n").split("\n")
+    found = list(found)
     prompts = [text.strip() for text in found if text.strip()]
     if not prompts:
         raise CommandError(f"--prompts: {file} holds no prompt; write one a line")
@@ -38,7 +40,7 @@ def gather_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
 
 
 def _from_json(file: Path) -> Iterator[str]:
-    for number, line in enumerate(_read(file).split("\n"), start=1):
+    for number, line in enumerate(read_text(file, _OPTION).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -49,12 +51,3 @@ def _from_json(file: Path) -> Iterator[str]:
         if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:
             raise CommandError(f'--prompts: {file}, line {number}: expected {{"prompt": "..."}}, got {line[:80]}')
         yield text
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise CommandError(f"--prompts: cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CommandError(f"--prompts: {file} is not UTF-8 text ({error.reason})") from error
