@@ -17,6 +17,7 @@ from aigiqa_reward.images.sizes import (
     reduce_to,
     resize,
     resize_to_area,
+    unletterbox,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "to_bhwc",
     "to_pil",
     "to_vae",
+    "unletterbox",
 ]

@@ -68,6 +68,28 @@ def letterbox(images: Images, side: int, *, fill: Float[Tensor, " 3"]) -> Float[
     return F.pad(small - colour, padding) + colour
 
 
+def unletterbox(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Lay maps of a letterboxed square over the image again: the inverse of `letterbox`'s geometry.
+
+    Args:
+        maps: (B, C, s, s) of the whole square, of any resolution.
+        size: (height, width) of the image that was letterboxed.
+
+    Returns:
+        (B, C, height, width), bilinear; what covered the filled borders is cut off.
+
+    Raises:
+        ValueError: maps that are not square.
+    """
+    if maps.ndim != 4 or maps.shape[2] != maps.shape[3]:
+        raise ValueError(f"maps: expected (B, C, s, s) of a square, got shape {tuple(maps.shape)}")
+    height, width = size
+    side = max(size)
+    square = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+    top, left = (side - height) // 2, (side - width) // 2
+    return square[:, :, top : top + height, left : left + width]
+
+
 def normalise(images: Images, mean: Sequence[float], std: Sequence[float]) -> Images:
     """Subtract the channel means and divide by the channel deviations of a tower's pretraining."""
     return (images - images.new_tensor(mean).view(1, 3, 1, 1)) / images.new_tensor(std).view(1, 3, 1, 1)

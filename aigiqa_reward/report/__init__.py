@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aigiqa_reward.report.heat import HeatMaps, draw_heat_maps, heat_maps
 from aigiqa_reward.report.page import write_page
 from aigiqa_reward.report.sheet import WINNER, contact_sheet
 
 if TYPE_CHECKING:
     from aigiqa_reward.report.plots import protocol_plot, scatter_plot
 
-__all__ = ["WINNER", "contact_sheet", "protocol_plot", "scatter_plot", "write_page"]
+__all__ = [
+    "WINNER",
+    "HeatMaps",
+    "contact_sheet",
+    "draw_heat_maps",
+    "heat_maps",
+    "protocol_plot",
+    "scatter_plot",
+    "write_page",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,137 @@
+"""Heat maps: gradients against closed forms, distortion maps against where a distortion was put."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import uniform_filter
+from torch import Tensor, nn
+
+from aigiqa_reward import RewardOutput
+from aigiqa_reward.images import letterbox, unletterbox
+from aigiqa_reward.report import HeatMaps, draw_heat_maps, heat_maps
+
+
+def random_images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Weighted(nn.Module):
+    """A reward whose gradient is its weights."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(weights, requires_grad=False)
+
+    def forward(self, images: Tensor, prompts: list[str] | None) -> Tensor:
+        return (images * self.weights).sum(dim=(1, 2, 3)) * (1 if prompts is None else len(prompts[0]))
+
+
+def brightest(images: Tensor, prompts: list[str] | None) -> RewardOutput:
+    """A reward that sees a letterboxed square, and finds distortions where it is bright, in the second of two kinds."""
+    del prompts
+    seen = letterbox(images, max(images.shape[2:]), fill=torch.full((3,), 0.5))[:, :1]
+    total = images.mean(dim=(1, 2, 3))
+    return RewardOutput(
+        total=total, quality=total, details={"distortion_maps": torch.cat([torch.zeros_like(seen), seen], dim=1)}
+    )
+
+
+@pytest.mark.parametrize("size", [(20, 20), (33, 20), (20, 41), (17, 128)])
+def test_unletterbox_undoes_letterbox(size):
+    images = random_images(2, 3, *size)
+    square = letterbox(images, max(size), fill=torch.ones(3))
+    assert torch.equal(unletterbox(square, size), images)
+
+
+def test_unletterbox_lays_coarse_maps_where_they_belong():
+    maps = torch.zeros(1, 1, 4, 4)
+    maps[0, 0, 1, 3] = 1  # of a 40 x 80 image in an 80 x 80 square: its right upper part
+    found = unletterbox(maps, (40, 80))[0, 0]
+    assert found.shape == (40, 80)
+    assert divmod(int(found.argmax()), 80)[0] < 20 <= 60 <= divmod(int(found.argmax()), 80)[1]
+
+
+def test_unletterbox_refuses_what_is_no_square():
+    with pytest.raises(ValueError, match=r"maps: expected \(B, C, s, s\).*got shape \(1, 1, 4, 5\)"):
+        unletterbox(torch.zeros(1, 1, 4, 5), (8, 8))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_gradient_map_is_the_gradients_length_in_a_small_window(inference):
+    weights = torch.randn(1, 3, 24, 40, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(inference):  # as ComfyUI runs its nodes
+        images = random_images(2, 3, 24, 40)
+        reward = Weighted(weights)
+        if inference:
+            with pytest.raises(ValueError, match=r"made within torch\.inference_mode"):
+                heat_maps(Weighted(weights.clone()), images)
+            with torch.inference_mode(False):
+                reward = Weighted(weights.clone())
+        heat = heat_maps(reward, images, "lamp")
+    length = np.linalg.norm(weights[0].numpy(), axis=0)
+    inside = uniform_filter(np.ones_like(length), 3, mode="constant")
+    even = uniform_filter(length, 3, mode="constant") / inside
+    assert heat.kind == "gradient"
+    assert heat.maps.shape == (2, 24, 40)
+    assert not heat.maps.is_inference() or inference
+    for found in heat.maps:
+        np.testing.assert_allclose(found.numpy(), even / even.max(), atol=1e-5)
+
+
+def test_distortion_maps_lie_over_the_image_and_take_the_highest():
+    images = random_images(2, 3, 20, 36)
+    heat = heat_maps(brightest, images)
+    assert heat.kind == "distortion"
+    assert torch.equal(heat.maps, images[:, 0])
+    assert heat_maps(brightest, images, ["a", "b"], kind="gradient").kind == "gradient"
+
+
+def test_each_image_has_its_map_whatever_its_company():
+    images = random_images(3, 3, 20, 20)
+    together = heat_maps(brightest, images, ["a", "bc", "d"], kind="gradient").maps
+    for image, found in zip(images, together, strict=True):
+        assert torch.equal(heat_maps(brightest, image[None], ["a"], kind="gradient").maps[0], found)
+
+
+@pytest.mark.parametrize(
+    ("reward", "arguments", "error", "message"),
+    [
+        (brightest, {"kind": "depth"}, ValueError, "kind: expected one of auto, distortion, gradient, got 'depth'"),
+        (brightest, {"prompts": ["a"]}, ValueError, "expected one per image, got 1 prompts for 2 images"),
+        (Weighted(torch.ones(1)), {"kind": "distortion"}, ValueError, "no distortion maps.*kind='gradient'"),
+        (Weighted(torch.zeros(1)), {}, ValueError, "the gradient of this reward is 0"),
+        (lambda images, _: images.detach().mean((1, 2, 3)), {}, ValueError, "no gradient passes through this reward"),
+        (lambda images, _: "good", {}, TypeError, "the reward returned str"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(reward, arguments, error, message):
+    with pytest.raises(error, match=message):
+        heat_maps(reward, random_images(2, 3, 16, 16), **arguments)
+
+
+def test_colours_are_magmas_over_grey():
+    images = random_images(1, 3, 16, 16)
+    values = torch.linspace(0, 1, 256).view(1, 16, 16)
+    heat = HeatMaps(kind="gradient", maps=values)
+    colours = torch.from_numpy(matplotlib.colormaps["magma"](values[0].numpy())[..., :3]).permute(2, 0, 1).float()
+    full = draw_heat_maps(images, heat, opacity=1)[0]
+    torch.testing.assert_close(full, colours, atol=0.02, rtol=0)
+    none = draw_heat_maps(images, heat, opacity=0)[0]
+    torch.testing.assert_close(none, images[0].mean(dim=0).expand(3, -1, -1))
+    torch.testing.assert_close(draw_heat_maps(images, heat, opacity=0.25)[0], 0.75 * none + 0.25 * full)
+
+
+@pytest.mark.parametrize(
+    ("images", "opacity", "message"),
+    [
+        (torch.zeros(1, 3, 16, 18), 0.5, r"images: expected \(1, 3, 16, 16\)"),
+        (torch.zeros(2, 3, 16, 16), 0.5, r"images: expected \(1, 3, 16, 16\)"),
+        (torch.zeros(1, 3, 16, 16), 1.5, "opacity: expected a number in"),
+    ],
+)
+def test_maps_of_other_images_are_refused(images, opacity, message):
+    with pytest.raises(ValueError, match=message):
+        draw_heat_maps(images, HeatMaps(kind="gradient", maps=torch.zeros(1, 16, 16)), opacity=opacity)
