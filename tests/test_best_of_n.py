@@ -866,6 +866,20 @@ def test_rerank_of_a_batch_agrees_with_a_list():
     assert batch.seeds == sorted(range(19), key=lambda index: -float(expected[index]))
 
 
+def test_rerank_without_a_prompt_ranks_by_what_the_images_are(gallery):
+    asked = []
+
+    def reward(images: Tensor, prompts: list[str] | None) -> RewardOutput:
+        asked.append(prompts)
+        scores = images.mean(dim=(1, 2, 3))
+        return RewardOutput(total=scores, quality=scores)
+
+    out = rerank(gallery, None, reward)
+    assert out.seeds == [1, 4, 3, 2, 0]
+    assert out.correspondence is out.all_correspondence is None
+    assert set(asked) == {None}
+
+
 def test_rerank_agrees_with_best_of_n(sd):
     out = make(sd, n=5, top_k=5)(PROMPT, **FEW_STEPS)
     in_order = [out.images[out.seeds.index(seed)] for seed in out.all_seeds]

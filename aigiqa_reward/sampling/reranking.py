@@ -24,7 +24,7 @@ def rerank(images: Any, prompt: Any, reward: Any, top_k: Any = None) -> BestOfNO
     Args:
         images: a list of PIL images, paths, arrays and tensors, of any and mixed sizes (see `images.load`),
             or a batch (B, 3, H, W) in [0, 1]. They are read in order, a few at a time.
-        prompt: the text that they should show.
+        prompt: the text that they should show; None ranks by quality alone, if the reward can.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`.
         top_k: how many images to return, in [1, number of images]; by default all.
 
@@ -38,11 +38,13 @@ def rerank(images: Any, prompt: Any, reward: Any, top_k: Any = None) -> BestOfNO
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: no images, a blank prompt, or `top_k` out of range.
+        ValueError: no images, a blank prompt, none where the reward needs one, or `top_k` out of range.
         RuntimeError: if no image could be ranked.
     """
     sources = _check_sources(images)
-    text = check_text(check_prompt(prompt), "prompt", "pass the text that the images should show")
+    text = check_prompt(prompt)
+    if text is not None:
+        check_text(text, "prompt", "pass the text that the images should show, or None to rank by quality alone")
     top_k = len(sources) if top_k is None else integer("top_k", top_k, least=1)
     if top_k > len(sources):
         raise ValueError(f"top_k: expected at most {len(sources)}, the number of images, got {top_k}; ask for fewer")
