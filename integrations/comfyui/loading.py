@@ -1,0 +1,112 @@
+"""The loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aigiqa_reward import create_reward, list_rewards
+
+from .memory import DEVICES, LoadedReward, compute_device
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class RewardLoader:
+    """Load Reward (AIGIQA)."""
+
+    CATEGORY = "AIGIQA"
+    DESCRIPTION = (
+        "Loads a reward that judges images by perceptual quality and by correspondence to the prompt. All of them come "
+        "with the package and need no download; `compact` is the one to start with."
+    )
+    RETURN_TYPES = ("AIGIQA_REWARD",)
+    RETURN_NAMES = ("reward",)
+    OUTPUT_TOOLTIPS = ("For the other AIGIQA nodes.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Inputs, as ComfyUI asks for them."""
+        share = {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.05}
+        return {
+            "required": {
+                "name": (
+                    [spec.name for spec in list_rewards()],
+                    {"default": "compact", "tooltip": "Which model judges. cpa_iqa also draws distortion maps."},
+                ),
+                "device": (
+                    list(DEVICES),
+                    {"default": "auto", "tooltip": "auto is the device that ComfyUI computes on."},
+                ),
+                "dtype": (
+                    list(DTYPES),
+                    {
+                        "default": "float32",
+                        "tooltip": "Of the towers; heads always compute in float32. The embedded models are small: "
+                        "float32 costs little.",
+                    },
+                ),
+                "keep_loaded": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "tooltip": "On: stays on the device between runs. Off: moves to ComfyUI's offload device after "
+                        "each use.",
+                    },
+                ),
+            },
+            "optional": {
+                "weights": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "A reward of your own instead of the embedded weights: a folder written by "
+                        "`aigiqa-reward train` or a Hugging Face Hub id. Only safetensors are read.",
+                    },
+                ),
+                "quality_weight": ("FLOAT", share | {"tooltip": "Share of perceptual quality in the total score."}),
+                "correspondence_weight": (
+                    "FLOAT",
+                    share | {"tooltip": "Share of correspondence to the prompt in the total score."},
+                ),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, weights: str = "", **_inputs: Any) -> str:
+        """A folder of weights that was written again is loaded again; all else depends on the inputs alone."""
+        folder = Path(weights.strip()) if weights and weights.strip() else None
+        if folder is None or not folder.is_dir():
+            return ""
+        return ",".join(f"{file.name}:{file.stat().st_mtime_ns}" for file in sorted(folder.iterdir()))
+
+    def load(
+        self,
+        name: str,
+        device: str = "auto",
+        dtype: str = "float32",
+        keep_loaded: bool = True,
+        weights: str = "",
+        quality_weight: float = 0.5,
+        correspondence_weight: float = 0.5,
+    ) -> tuple[LoadedReward]:
+        """Build the reward where it rests until it is used.
+
+        Raises:
+            ValueError: an unknown name, device or dtype, weights that are missing or altered, or two shares of 0.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        place = compute_device(device)
+        with torch.inference_mode(False):  # else the weights would let no gradient pass, which heat maps need
+            reward = create_reward(
+                name,
+                dtype=getattr(torch, dtype),
+                weights=weights.strip() or None,
+                quality_weight=quality_weight,
+                correspondence_weight=correspondence_weight,
+            )
+        return (LoadedReward(reward, place, keep_loaded=keep_loaded),)

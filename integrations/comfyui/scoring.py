@@ -1,0 +1,112 @@
+"""The node that scores every image by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aigiqa_reward import RewardOutput, Scorer
+from aigiqa_reward.images import load, to_bhwc
+from aigiqa_reward.report import draw_heat_maps, heat_maps
+
+from .arguments import PROMPT, REWARD, image_rows, prompt_or_none
+from .memory import blocked, ready
+
+HEAT_MAPS = ("auto", "distortion", "gradient", "off")
+
+
+class Score:
+    """Score Images (AIGIQA)."""
+
+    CATEGORY = "AIGIQA"
+    DESCRIPTION = (
+        "Scores each image: perceptual quality, correspondence to the prompt, and their mean, the total. 1 is the best "
+        "score that people gave in the benchmark the reward learned from. A list of images of several sizes works too."
+    )
+    RETURN_TYPES = ("FLOAT", "STRING", "IMAGE")
+    RETURN_NAMES = ("scores", "json", "heat_maps")
+    OUTPUT_IS_LIST = (True, False, False)
+    OUTPUT_TOOLTIPS = (
+        "Total of each image, in the images' order, higher is better.",
+        "A JSON list, an object an image: total, quality, correspondence and details. Preview Any shows it.",
+        "The images in grey under a heat map, from dark (0) to bright (1); what it shows is chosen by heat_map.",
+    )
+    FUNCTION = "score"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Inputs, as ComfyUI asks for them."""
+        return {
+            "required": {
+                "reward": REWARD,
+                "images": ("IMAGE", {"tooltip": "A batch, or a list of images of any sizes."}),
+                "prompt": PROMPT,
+            },
+            "optional": {
+                "heat_map": (
+                    list(HEAT_MAPS),
+                    {
+                        "default": "auto",
+                        "tooltip": "distortion: where the model finds distortions (cpa_iqa alone). gradient: where the "
+                        "score reacts most to the pixels, relative within each image; costs twice the scoring. auto: "
+                        "distortion where there is one, else gradient. off: none, fastest.",
+                    },
+                ),
+            },
+        }
+
+    def score(self, reward: Any, images: Any, prompt: str = "", heat_map: str = "auto") -> tuple[list[float], str, Any]:
+        """Score a batch.
+
+        Raises:
+            TypeError, ValueError: inputs that cannot be scored, named with the reason; distortion maps that the reward
+                does not give.
+        """
+        if heat_map not in HEAT_MAPS:
+            raise ValueError(f"heat_map: expected one of {', '.join(HEAT_MAPS)}, got {heat_map!r}")
+        rows, text = image_rows([images]), prompt_or_none(prompt)
+        drawn = blocked("heat_map is off: choose auto, distortion or gradient in Score Images (AIGIQA)")
+        kind = None
+        with ready(reward) as judge:
+            output = _scored(judge, rows, text)
+            if heat_map != "off":
+                pixels = torch.stack([load(row) for row in rows])  # as they were scored: alpha on white
+                heat = heat_maps(judge, pixels, text, kind=heat_map)
+                drawn, kind = to_bhwc(draw_heat_maps(pixels, heat)), heat.kind
+        return output.total.tolist(), json.dumps(_report(output, text, kind), ensure_ascii=False, indent=1), drawn
+
+
+def _scored(reward: Any, rows: list[Tensor], text: str | None) -> RewardOutput:
+    outputs, failed = [], []
+    for result in Scorer(reward, batch_size=8).stream(rows, text):
+        if result.output is None:
+            failed.append(f"image {result.index}: {result.error}")
+        elif math.isnan(float(result.output.total)):
+            failed.append(f"image {result.index}: the reward gave NaN")
+        else:
+            outputs.append(result.output)
+    if failed:
+        raise ValueError(f"images: {len(failed)} of {len(rows)} cannot be scored: {'; '.join(failed)}")
+    return RewardOutput.cat(outputs)
+
+
+def _report(output: RewardOutput, text: str | None, kind: str | None) -> list[dict[str, Any]]:
+    """An object an image; of the details those that are one number an image."""
+    single = {name: values for name, values in output.details.items() if values.ndim == 1}
+    matches = output.correspondence
+    return [
+        {
+            "index": index,
+            "prompt": text,
+            "total": float(output.total[index]),
+            "quality": float(output.quality[index]),
+            "correspondence": None if matches is None else float(matches[index]),
+            "details": {name: values[index].item() for name, values in single.items()},
+            "heat_map": kind,
+        }
+        for index in range(len(output))
+    ]

@@ -1,0 +1,557 @@
+"""The ComfyUI nodes, called as ComfyUI calls them: lists where they ask for them, within torch.inference_mode."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import re
+import subprocess
+import sys
+import tomllib
+import types
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comfyui_pack import PACK, WORKFLOWS, load_pack, read_workflow, workflow_faults
+from torch import Tensor
+
+from aigiqa_reward import RewardOutput, create_reward
+from aigiqa_reward.embedded.degradations import blur
+from aigiqa_reward.embedded.pictures import compose
+from aigiqa_reward.embedded.world import caption
+
+NODES = load_pack().NODE_CLASS_MAPPINGS
+NAMES = ("AIGIQARewardLoader", "AIGIQAScore", "AIGIQASelectBest", "AIGIQAFilter", "AIGIQAContactSheet")
+SUBJECT = (0, 0)
+PROMPT = caption(*SUBJECT)
+
+
+@pytest.fixture(autouse=True)
+def _as_comfyui_runs_nodes() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def node(name: str) -> Any:
+    return NODES[name]()
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    with torch.inference_mode():
+        return node("AIGIQARewardLoader").load("compact", device="cpu")[0]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Tensor:
+    """Five pictures of one subject as an IMAGE (5, 64, 64, 3): the sharp one third, the others blurred."""
+    sharp = compose(np.array([SUBJECT]), np.random.default_rng(0)).expand(5, -1, -1, -1)
+    return blur(sharp, torch.tensor([0.5, 0.25, 0.0, 0.75, 1.0])).permute(0, 2, 3, 1).contiguous()
+
+
+@pytest.fixture(scope="module")
+def expected(pictures: Tensor) -> RewardOutput:
+    """What the reward says of them when called by itself."""
+    return create_reward("compact")(pictures.permute(0, 3, 1, 2), [PROMPT] * 5)
+
+
+def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
+    """A reward whose scores everybody can see."""
+    del prompts
+    return images.mean(dim=(1, 2, 3))
+
+
+def grey(*levels: float, height: int = 16, width: int = 20) -> Tensor:
+    """An IMAGE (B, H, W, 3) of one grey level an image, with a mark in a corner so that no two pixels are confused."""
+    batch = torch.tensor(levels).view(-1, 1, 1, 1).repeat(1, height, width, 3)
+    batch[:, 0, 0] = torch.rand(len(levels), 3, generator=torch.Generator().manual_seed(len(levels)))
+    return batch
+
+
+def select(images: list[Any], *, prompt: tuple[Any, ...] = ("a lamp",), top_k: int = 1, **more: Any) -> Any:
+    return node("AIGIQASelectBest").select([more.pop("reward", brightness)], images, list(prompt), [top_k], **more)
+
+
+def keep(images: list[Any], threshold: float, *, aspect: str = "total", if_none: str = "error", **more: Any) -> Any:
+    reward, prompt = more.pop("reward", brightness), more.pop("prompt", ["a lamp"])
+    return node("AIGIQAFilter").filter([reward], images, prompt, [threshold], [aspect], [if_none], **more)
+
+
+# --------------------------------------------------------------------------------------------- as a pack
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+
+
+def test_without_comfyui_it_declares_the_five_nodes_with_names_to_show():
+    pack = load_pack()
+    assert "comfy" not in sys.modules
+    assert tuple(pack.NODE_CLASS_MAPPINGS) == NAMES == tuple(pack.NODE_DISPLAY_NAME_MAPPINGS)
+    assert len(set(pack.NODE_DISPLAY_NAME_MAPPINGS.values())) == 5
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path):
+    code = f"""
+import importlib.util, sys
+sys.modules["aigiqa_reward"] = None
+specification = importlib.util.spec_from_file_location("pack", {str(PACK / "__init__.py")!r})
+specification.loader.exec_module(importlib.util.module_from_spec(specification))
+"""
+    result = run(code, tmp_path)
+    assert result.returncode == 1
+    assert "python -m pip install aigiqa-reward" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_node_declares_what_its_function_takes(name):
+    declared = NODES[name].INPUT_TYPES()
+    required, optional = declared["required"], declared.get("optional", {})
+    parameters = inspect.signature(getattr(NODES[name], NODES[name].FUNCTION)).parameters
+    assert [*required, *optional] == [argument for argument in parameters if argument != "self"]
+    assert all(parameters[argument].default is not inspect.Parameter.empty for argument in optional)
+    for argument, (kind, settings) in (required | optional).items():
+        assert settings["tooltip"].endswith("."), argument
+        if isinstance(kind, list):
+            assert settings["default"] in kind
+        default = parameters[argument].default
+        if not getattr(NODES[name], "INPUT_IS_LIST", False) and default not in (inspect.Parameter.empty, None):
+            assert settings["default"] == default
+    outputs = NODES[name].RETURN_TYPES
+    for texts in (NODES[name].RETURN_NAMES, NODES[name].OUTPUT_TOOLTIPS):
+        assert len(texts) == len(outputs)
+    assert len(getattr(NODES[name], "OUTPUT_IS_LIST", outputs)) == len(outputs)
+    assert NODES[name].CATEGORY == "AIGIQA"
+    assert NODES[name].DESCRIPTION
+
+
+def test_its_pyproject_names_no_torch_and_what_the_registry_wants():
+    described = tomllib.loads((PACK / "pyproject.toml").read_text())
+    project, registry = described["project"], described["tool"]["comfy"]
+    assert project["dependencies"] == (PACK / "requirements.txt").read_text().split()
+    assert not any(dependency.startswith("torch") for dependency in project["dependencies"])
+    assert "comfyui" not in project["name"]  # the registry's wish
+    assert project["license"] == {"text": "Apache-2.0"}
+    assert (PACK / "LICENSE").read_bytes() == (PACK.parents[1] / "LICENSE").read_bytes()
+    assert {"PublisherId", "DisplayName", "requires-comfyui"} <= registry.keys()
+
+
+def test_a_wheel_of_it_holds_all_and_imports_without_comfyui(tmp_path):
+    pytest.importorskip("hatchling", reason="hatchling, which builds the pack, is not installed")
+    build = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
+    result = run(build, PACK)
+    assert result.returncode == 0, result.stderr
+    with zipfile.ZipFile(tmp_path / result.stdout.split()[-1]) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    package = tmp_path / "installed" / "aigiqa_reward_nodes"
+    shipped = {path.relative_to(PACK) for path in [*PACK.glob("*.py"), *WORKFLOWS]}
+    assert {path.relative_to(package) for path in package.rglob("*") if path.is_file()} == shipped
+    code = f"""
+import sys
+sys.path[:0] = [{str(tmp_path / "installed")!r}, {str(PACK.parents[1])!r}]
+from importlib.metadata import entry_points
+from aigiqa_reward_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+[entry] = entry_points(group="comfyui.custom_nodes")
+print(*entry.load().NODE_CLASS_MAPPINGS, "comfy" in sys.modules, "diffusers" in sys.modules)
+"""
+    result = run(code, tmp_path)
+    assert result.stdout.split() == [*NAMES, "False", "False"], result.stderr
+
+
+# --------------------------------------------------------------------------------------------- scoring
+
+
+def test_scores_are_the_rewards_own(loaded, pictures, expected):
+    totals, report, heat = node("AIGIQAScore").score(loaded, pictures, PROMPT, "off")
+    assert heat is None  # outside ComfyUI; within it an ExecutionBlocker
+    rows = json.loads(report)
+    assert totals == pytest.approx(expected.total.tolist(), abs=1e-5) == [row["total"] for row in rows]
+    for aspect in ("quality", "correspondence"):
+        assert [row[aspect] for row in rows] == pytest.approx(getattr(expected, aspect).tolist(), abs=1e-5)
+    uncertainty = [row["details"]["uncertainty"] for row in rows]
+    assert uncertainty == pytest.approx(expected.details["uncertainty"].tolist(), abs=1e-5)
+    assert [(row["index"], row["prompt"], row["heat_map"]) for row in rows] == [(i, PROMPT, None) for i in range(5)]
+
+
+def test_one_image_and_an_empty_prompt_give_quality_alone(loaded, pictures, expected):
+    [total], report, _ = node("AIGIQAScore").score(loaded, pictures[2:3], " \n", "off")
+    [row] = json.loads(report)
+    assert total == pytest.approx(float(expected.quality[2]), abs=1e-5)
+    assert row["correspondence"] is row["prompt"] is None
+
+
+def test_heat_maps_of_any_reward_are_gradients(loaded, pictures):
+    _, report, heat = node("AIGIQAScore").score(loaded, pictures[2:3], PROMPT)
+    assert [row["heat_map"] for row in json.loads(report)] == ["gradient"]
+    assert heat.shape == (1, 64, 64, 3)
+    assert heat.min() >= 0 and heat.max() <= 1
+    spread = (heat - 0.4 * pictures[2:3].mean(dim=-1, keepdim=True)).flatten(0, 2).std(dim=0)
+    assert spread.min() > 0.01  # colours over the grey image, and not one colour
+
+
+def test_distortion_maps_of_a_reward_that_has_them(pictures):
+    cpa = node("AIGIQARewardLoader").load("cpa_iqa", device="cpu")[0]
+    _, report, heat = node("AIGIQAScore").score(cpa, pictures[:1, :40], PROMPT)
+    assert json.loads(report)[0]["heat_map"] == "distortion"
+    assert heat.shape == (1, 40, 64, 3)
+    assert heat.std() > 0.01
+
+
+def test_distortion_maps_of_a_reward_without_are_an_error():
+    with pytest.raises(ValueError, match=r"gives no distortion maps.*cpa_iqa"):
+        node("AIGIQAScore").score(brightness, grey(0.5), PROMPT, "distortion")
+
+
+def test_images_that_cannot_be_scored_are_named_and_nothing_is_returned():
+    broken = grey(0.1, 0.2, 0.3)
+    broken[1, 5, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"images: 1 of 3 cannot be scored: image 1: .*NaN or infinite"):
+        node("AIGIQAScore").score(brightness, broken, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("images", "prompt", "error", "message"),
+    [
+        ({"samples": torch.zeros(1, 4, 8, 8)}, "x", TypeError, "expected an IMAGE.*got dict; decode latents first"),
+        ("image.png", "x", TypeError, "expected an IMAGE.*got str"),
+        (torch.zeros(1, 16, 16, 3, dtype=torch.uint8), "x", TypeError, "float tensor.*got torch.uint8"),
+        (torch.zeros(1, 3, 16, 16), "x", ValueError, r"expected an IMAGE \(B, H, W, 3\), got shape \(1, 3, 16, 16\)"),
+        (torch.zeros(16, 16, 3), "x", ValueError, r"got shape \(16, 16, 3\)"),
+        (torch.zeros(0, 16, 16, 3), "x", ValueError, "at least one image, got none"),
+        (torch.zeros(1, 8, 16, 3), "x", ValueError, "image 0: .*at least 16 px, got 16 x 8"),
+        (torch.zeros(1, 16, 16, 3), ["x"], TypeError, "prompt: expected a text, got list"),
+    ],
+)
+def test_wrong_inputs_are_refused_by_name(images, prompt, error, message):
+    with pytest.raises(error, match=message):
+        node("AIGIQAScore").score(brightness, images, prompt)
+
+
+def test_a_socket_that_brings_no_reward_is_refused():
+    with pytest.raises(TypeError, match=r"reward: expected the output of Load Reward \(AIGIQA\), got str"):
+        node("AIGIQAScore").score("compact", grey(0.5))
+
+
+def test_transparency_is_seen_on_white():
+    rgba = torch.cat([grey(0.2), torch.full((1, 16, 20, 1), 0.25)], dim=-1)
+    [total], _, _ = node("AIGIQAScore").score(brightness, rgba, "", "off")
+    assert total == pytest.approx(float((grey(0.2) * 0.25 + 0.75).mean()), abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- selecting
+
+
+def test_the_best_come_first_as_they_came_in(loaded, pictures, expected):
+    order = sorted(range(5), key=lambda place: -float(expected.total[place]))
+    assert order[0] == 2  # the sharp one
+    [ranked], latent, scores, indices = select([pictures], prompt=(PROMPT,), top_k=3, reward=loaded)
+    assert indices == order[:3]
+    assert torch.equal(ranked, pictures[order[:3]])
+    assert scores == pytest.approx(expected.total[order[:3]].tolist(), abs=1e-5)
+    assert latent is None
+
+
+@pytest.mark.parametrize(("top_k", "order"), [(1, [1]), (2, [1, 3]), (9, [1, 3, 2, 0, 4]), (0, [1, 3, 2, 0, 4])])
+def test_top_k_is_a_limit_and_0_is_none(top_k, order):
+    images = grey(0.3, 0.9, 0.5, 0.9, 0.1)
+    images[3] = images[1]  # a tie goes to the earlier
+    [ranked], _, scores, indices = select([images], top_k=top_k)
+    assert indices == order
+    assert torch.equal(ranked, images[order])
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_images_of_several_sizes_compete_and_come_out_as_a_list():
+    wide, tall = grey(0.1, 0.8), grey(0.9, height=30, width=17)
+    ranked, _, _, indices = select([wide, tall], top_k=2)
+    assert indices == [2, 1]
+    assert [tuple(image.shape) for image in ranked] == [(1, 30, 17, 3), (1, 16, 20, 3)]
+    assert torch.equal(ranked[0], tall)
+    [winner], *_ = select([wide, tall], top_k=1)
+    assert torch.equal(winner, tall)
+
+
+def test_with_a_prompt_for_each_batch_each_has_its_winner():
+    first, second = grey(0.1, 0.2), grey(0.6, 0.5, 0.4)
+    [winners], _, _, indices = select([first, second], prompt=("a", "b"))
+    assert indices == [1, 0]
+    assert torch.equal(winners, torch.stack([first[1], second[0]]))
+    with pytest.raises(ValueError, match="one for each of the 2 image batches, got 3 prompts"):
+        select([first, second], prompt=("a", "b", "c"))
+
+
+def test_a_broken_image_is_never_chosen_and_the_console_names_it(caplog):
+    images = grey(0.9, 0.2, 0.5)
+    images[0, 3, 3] = torch.inf
+    for _ in range(2):  # each time anew, where Python's own warnings come once
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            [ranked], _, _, indices = select([images], top_k=0)
+        assert indices == [2, 1]
+        assert torch.equal(ranked, images[[2, 1]])
+        assert "1 of 3 candidates were dropped" in caplog.text and "image 0" in caplog.text
+    with pytest.raises(RuntimeError, match=r"none of the 1 candidates could be ranked.*NaN or infinite"):
+        select([images[:1]])
+
+
+def test_one_value_where_one_is_needed():
+    with pytest.raises(ValueError, match="top_k: expected one value, got a list of 2"):
+        node("AIGIQASelectBest").select([brightness], [grey(0.5)], ["x"], [1, 2])
+    with pytest.raises(ValueError, match="top_k: expected a number of at least 0, got -1"):
+        select([grey(0.5)], top_k=-1)
+
+
+# --------------------------------------------------------------------------------------------- latents
+
+IMAGES = grey(0.3, 0.9, 0.5)
+SAMPLES = torch.arange(3 * 4 * 2 * 2, dtype=torch.float32).view(3, 4, 2, 2)
+MASKS = torch.arange(3 * 8 * 8, dtype=torch.float32).view(3, 1, 8, 8)
+
+
+def test_latents_are_chosen_with_their_masks_and_noise():
+    given = {"samples": SAMPLES, "noise_mask": MASKS, "batch_index": [7, 5, 6], "type": "x"}
+    before = copy.deepcopy(given)
+    _, [latent], _, _ = select([IMAGES], top_k=2, latent=[given])
+    assert torch.equal(latent["samples"], SAMPLES[[1, 2]])
+    assert torch.equal(latent["noise_mask"], MASKS[[1, 2]])
+    assert latent["batch_index"] == [5, 6]
+    assert latent["type"] == "x"
+    assert given.keys() == before.keys() and torch.equal(given["samples"], before["samples"])
+    latent["samples"][:] = 0  # what a later node writes into does not reach the input
+    assert torch.equal(given["samples"], before["samples"])
+
+
+@pytest.mark.parametrize(("masks", "rows"), [(MASKS[:1], [0, 0]), (MASKS[:2], [1, 0])])
+def test_fewer_masks_than_latents_are_repeated_as_samplers_do(masks, rows):
+    _, [latent], _, indices = select([IMAGES], top_k=2, latent=[{"samples": SAMPLES, "noise_mask": masks}])
+    assert indices == [1, 2]
+    assert torch.equal(latent["noise_mask"], masks[rows])
+    assert latent["batch_index"] == [1, 2]  # the noise that each had in its batch
+
+
+def test_a_selected_latent_draws_the_noise_of_its_row():
+    """A sampler draws row i of a seed's noise for batch_index i."""
+    noise = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    _, [latent], _, indices = select([IMAGES], top_k=0, latent=[{"samples": noise}])
+    assert torch.equal(latent["samples"], noise[latent["batch_index"]])
+    assert indices == latent["batch_index"]
+
+
+def test_latents_of_several_sizes_come_as_a_list():
+    other = {"samples": torch.ones(1, 4, 3, 2)}
+    images = [IMAGES, grey(0.7, height=24)]
+    ranked, latents, _, indices = select(images, top_k=2, latent=[{"samples": SAMPLES}, other])
+    assert indices == [1, 3]
+    assert len(ranked) == len(latents) == 2
+    assert torch.equal(latents[0]["samples"], SAMPLES[1:2])
+    assert torch.equal(latents[1]["samples"], other["samples"])
+    assert [latent["batch_index"] for latent in latents] == [[1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("latent", "error", "message"),
+    [
+        ({"samples": SAMPLES[:2]}, ValueError, "a row for each of the 3 images, got 2"),
+        (SAMPLES, TypeError, "expected a LATENT.*got Tensor"),
+        ({"noise_mask": MASKS}, TypeError, "expected a LATENT.*got dict"),
+        ({"samples": [SAMPLES]}, TypeError, "got samples of list"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(latent, error, message):
+    with pytest.raises(error, match=f"latent: .*{message}"):
+        select([IMAGES], latent=[latent])
+
+
+# --------------------------------------------------------------------------------------------- filtering
+
+
+def test_what_scores_enough_passes_in_its_order():
+    images = grey(0.3, 0.9, 0.5, 0.6)
+    levels = images.mean(dim=(1, 2, 3)).tolist()
+    latent = {"samples": torch.arange(4.0).view(4, 1, 1, 1)}
+    [kept], [rows], scores, indices = keep([images], levels[2] - 1e-6, latent=[latent])
+    assert indices == [1, 2, 3]
+    assert torch.equal(kept, images[indices])
+    assert rows["samples"].flatten().tolist() == indices
+    assert scores == pytest.approx(levels[1:], abs=1e-6)
+
+
+@pytest.mark.parametrize(("aspect", "passing"), [("total", [2]), ("quality", [0]), ("correspondence", [1])])
+def test_the_aspect_says_which_score_is_held_against_the_threshold(aspect, passing):
+    def reward(images: Tensor, prompts: list[str]) -> RewardOutput:
+        red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
+        return RewardOutput(total=blue, quality=red, correspondence=green)
+
+    images = torch.zeros(3, 16, 16, 3)
+    for place in range(3):
+        images[place, ..., place] = 1
+    assert keep([images], 0.5, aspect=aspect, reward=reward)[3] == passing
+
+
+def test_where_none_passes_the_error_says_by_how_much():
+    images = grey(0.3, 0.9, 0.5)
+    best = f"{float(images[1].mean()):.3f}"
+    with pytest.raises(ValueError, match=f"no image passes: the best total is {re.escape(best)}, below 0.990; lower"):
+        keep([images], 0.99)
+
+
+def test_where_none_passes_the_best_may_go_on_or_nothing():
+    images = grey(0.3, 0.9, 0.5)
+    images[2] = torch.nan
+    [kept], _, _, indices = keep([images], 0.99, if_none="best")
+    assert indices == [1]
+    assert torch.equal(kept, images[1:2])
+    assert keep([images], 0.99, if_none="stop") == (None,) * 4
+
+
+def test_correspondence_without_a_prompt_cannot_be_held_against_anything(loaded, pictures):
+    with pytest.raises(ValueError, match="aspect: correspondence needs a prompt"):
+        keep([pictures[:1]], 0.1, aspect="correspondence", reward=loaded, prompt=[""])
+
+
+@pytest.mark.parametrize("wrong", [{"aspect": "beauty"}, {"if_none": "blank"}])
+def test_an_unknown_choice_is_refused(wrong):
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}: expected one of .*got '{value}'"):
+        keep([IMAGES], 0.1, **wrong)
+
+
+# --------------------------------------------------------------------------------------------- contact sheets
+
+
+def test_a_sheet_shows_the_best_in_a_frame():
+    from aigiqa_reward.report import WINNER
+
+    [sheet] = node("AIGIQAContactSheet").draw([brightness], [grey(0.2, 0.9), grey(0.4, height=30)], ["three lamps"])[0]
+    assert sheet.ndim == 4 and sheet.shape[0] == 1 and sheet.shape[-1] == 3
+    framed = (sheet[0] == torch.tensor(WINNER) / 255).all(dim=-1)
+    assert framed.any()
+    inside = sheet[0][framed.any(dim=1)][:, framed.any(dim=0)]
+    assert (inside - 0.9).abs().lt(0.01).all(dim=-1).float().mean() > 0.3  # the bright one is what it frames
+
+
+def test_a_sheet_for_each_prompt_and_none_without_images():
+    draw = node("AIGIQAContactSheet").draw
+    assert len(draw([brightness], [grey(0.2), grey(0.4)], ["a", ""])[0]) == 2
+    with pytest.raises(ValueError, match="at least one image, got none"):
+        draw([brightness], [], ["a"])
+
+
+# --------------------------------------------------------------------------------------------- loading and memory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "compct"}, "did you mean 'compact'"),
+        ({"device": "tpu"}, "device: expected one of auto, cpu"),
+        ({"dtype": "int8"}, "dtype: expected one of float32"),
+        ({"weights": "/no/such/folder"}, "weights"),
+    ],
+)
+def test_a_loader_that_cannot_load_says_why(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        node("AIGIQARewardLoader").load(**({"name": "compact"} | arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test asks for in vain")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="no cuda device that torch can use"):
+        node("AIGIQARewardLoader").load("compact", device="cuda")
+
+
+def test_weights_that_were_written_again_are_loaded_again(tmp_path):
+    changed = NODES["AIGIQARewardLoader"].IS_CHANGED
+    inputs = {"name": "compact", "device": "auto", "dtype": "float32", "keep_loaded": True}
+    assert changed(**inputs) == changed(**inputs, weights=None) == changed(**inputs, weights="someone/on-the-hub") == ""
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = changed(**inputs, weights=str(tmp_path))
+    assert before == changed(**inputs, weights=f" {tmp_path} ") != ""
+    (tmp_path / "config.json").write_bytes(b"{}")
+    assert changed(**inputs, weights=str(tmp_path)) != before
+
+
+class Interrupted(Exception):
+    """As comfy.model_management.InterruptProcessingException."""
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A stand-in for comfy.model_management on a machine whose only device is the CPU."""
+    found: Any = types.ModuleType("comfy.model_management")
+    found.stop, found.emptied = False, 0
+
+    def throw_exception_if_processing_interrupted() -> None:
+        if found.stop:
+            raise Interrupted
+
+    def soft_empty_cache() -> None:
+        found.emptied += 1
+
+    found.get_torch_device = found.unet_offload_device = lambda: torch.device("cpu")
+    found.throw_exception_if_processing_interrupted = throw_exception_if_processing_interrupted
+    found.soft_empty_cache = soft_empty_cache
+    comfy: Any = types.ModuleType("comfy")
+    comfy.model_management = found
+    monkeypatch.setitem(sys.modules, "comfy", comfy)
+    monkeypatch.setitem(sys.modules, "comfy.model_management", found)
+    return found
+
+
+def test_cancel_stops_before_the_next_batch_and_leaves_the_reward_as_it_was(manager, pictures, expected):
+    loaded = node("AIGIQARewardLoader").load("compact", keep_loaded=False, correspondence_weight=0.0)[0]
+    manager.stop = True
+    with pytest.raises(Interrupted):
+        node("AIGIQAScore").score(loaded, pictures[:1], PROMPT, "off")
+    assert not loaded.reward._forward_pre_hooks
+    assert manager.emptied == 1
+    manager.stop = False
+    [total], *_ = node("AIGIQAScore").score(loaded, pictures[:1], PROMPT, "off")
+    assert manager.emptied == 2
+    assert total == pytest.approx(float(expected.quality[0]), abs=1e-5)  # the shares of the total reach the reward
+
+
+def test_a_reward_that_stays_loaded_is_not_moved(manager, loaded, pictures):
+    node("AIGIQAScore").score(loaded, pictures[:1], PROMPT, "off")
+    assert manager.emptied == 0
+
+
+# --------------------------------------------------------------------------------------------- workflows
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_holds_declared_nodes_inputs_and_links(path):
+    workflow = read_workflow(path)
+    assert workflow_faults(workflow, NODES) == []
+    assert {node["class_type"] for node in workflow.values()} & set(NAMES)
+
+
+def test_workflows_use_every_node():
+    assert len(WORKFLOWS) == 2
+    assert {node["class_type"] for path in WORKFLOWS for node in read_workflow(path).values()} > set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda node: node.update(class_type="AIGIQASelectWorst"), "no node AIGIQASelectWorst"),
+        (lambda node: node["inputs"].pop("top_k"), "lacks top_k"),
+        (lambda node: node["inputs"].update(k=1), "has no input k"),
+        (lambda node: node["inputs"].update(top_k="1"), "'1' is no INT"),
+        (lambda node: node["inputs"].update(prompt=["0", 0]), "no node 0"),
+        (lambda node: node["inputs"].update(images=node["inputs"]["reward"]), "into IMAGE"),
+        (lambda node: node["inputs"].update(reward=[node["inputs"]["reward"][0], 1]), "has no output 1"),
+    ],
+)
+def test_a_broken_workflow_is_found(change, fault):
+    workflow = read_workflow(PACK / "workflows" / "rank_images.json")
+    [selecting] = [node for node in workflow.values() if node["class_type"] == "AIGIQASelectBest"]
+    change(selecting)
+    assert any(fault in found for found in workflow_faults(workflow, NODES))
