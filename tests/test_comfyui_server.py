@@ -1,0 +1,139 @@
+"""The node pack in a real ComfyUI on the CPU: COMFYUI_PATH names its checkout, COMFYUI_PYTHON its Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from comfyui_pack import CORE, PACK, load_pack, read_workflow
+from comfyui_server import ComfyUI, comfyui, error_of
+from PIL import Image
+
+from aigiqa_reward import Scorer, create_reward
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "COMFYUI_PATH" not in os.environ,
+        reason="COMFYUI_PATH is not set to a checkout of ComfyUI whose requirements this Python, or the one that "
+        "COMFYUI_PYTHON names, has",
+    ),
+]
+ROOT = PACK.parents[1]
+PROMPT = "a tray of sushi"
+SIDE = 256
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
+    """A ComfyUI with the pack as a folder in custom_nodes."""
+    base = tmp_path_factory.mktemp("comfyui")
+    shutil.copytree(PACK, base / "custom_nodes" / "aigiqa-reward")
+    with comfyui(base, [ROOT]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pictures(server: ComfyUI) -> dict[str, np.ndarray]:
+    """Three images in ComfyUI's input folder; the best of them, by the scores of people and the reward, is second."""
+    found = {}
+    for name, generator in {"first": "glide_normal", "second": "sd15_lowstep", "third": "AttnGAN_normal"}.items():
+        with Image.open(ROOT / "examples" / "images" / f"sushi_{generator}.jpg") as file:
+            small = file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        small.save(server.base / "input" / f"{name}.png")
+        found[f"{name}.png"] = np.asarray(small)
+    return found
+
+
+def only_node(workflow: dict[str, Any], kind: str) -> dict[str, Any]:
+    [node] = [node for node in workflow.values() if node["class_type"] == kind]
+    return node
+
+
+def test_it_loads_and_declares_its_nodes(server):
+    nodes = load_pack().NODE_CLASS_MAPPINGS
+    described = server.request("/object_info")
+    assert "IMPORT FAILED" not in server.log.read_text()
+    for name, node in nodes.items():
+        assert described[name]["input"] == json.loads(json.dumps(node.INPUT_TYPES()))
+        assert described[name]["output"] == list(node.RETURN_TYPES)
+        assert described[name]["output_tooltips"] == list(node.OUTPUT_TOOLTIPS)
+        assert described[name]["category"] == "AIGIQA"
+
+
+def test_comfyuis_own_nodes_are_as_the_workflows_were_checked_against(server):
+    described = server.request("/object_info")
+    for name, (inputs, outputs) in CORE.items():
+        assert set(inputs) == set(described[name]["input"]["required"]), name
+        assert list(outputs) == described[name]["output"], name
+        for argument, expected in inputs.items():
+            kind = described[name]["input"]["required"][argument][0]
+            assert not isinstance(expected, str) or kind == expected, (name, argument)
+
+
+def test_the_best_of_several_images_is_saved(server, pictures):
+    workflow = read_workflow(PACK / "workflows" / "rank_images.json")
+    entry = server.run(workflow)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    [file] = server.saved(entry)
+    totals = Scorer(create_reward("compact")).score(list(pictures.values()), PROMPT).total
+    best = list(pictures)[int(totals.argmax())]
+    assert best == "second.png"
+    with Image.open(file) as saved:
+        assert np.array_equal(np.asarray(saved.convert("RGB")), pictures[best])
+    [text] = [output["text"][0] for output in entry["outputs"].values() if "text" in output]
+    assert [row["total"] for row in json.loads(text)] == pytest.approx(totals.tolist(), abs=1e-4)
+    shown = [image for output in entry["outputs"].values() for image in output.get("images", [])]
+    assert len(shown) == 1 + len(pictures)  # the saved one, and a heat map of each
+
+
+def test_where_no_image_passes_the_user_reads_the_best_score_and_nothing_is_saved(server, pictures):
+    workflow = read_workflow(PACK / "workflows" / "rank_images.json")
+    only_node(workflow, "AIGIQAFilter")["inputs"]["threshold"] = 5.0
+    only_node(workflow, "AIGIQAScore")["inputs"]["heat_map"] = "off"
+    entry = server.run(workflow)
+    assert entry["status"]["status_str"] == "error"
+    assert "no image passes: the best quality is 0." in error_of(entry)
+    assert not server.saved(entry)
+
+
+def test_a_stopped_branch_leaves_the_rest_of_the_workflow_alone(server, pictures):
+    workflow = read_workflow(PACK / "workflows" / "rank_images.json")
+    only_node(workflow, "AIGIQAFilter")["inputs"] |= {"threshold": 5.0, "if_none": "stop"}
+    only_node(workflow, "AIGIQAScore")["inputs"]["heat_map"] = "off"
+    entry = server.run(workflow)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert not server.saved(entry)
+    assert any("text" in output for output in entry["outputs"].values())
+
+
+def test_the_other_workflow_lacks_nothing_but_a_checkpoint(server):
+    answer = server.request("/prompt", {"prompt": read_workflow(PACK / "workflows" / "best_of_batch.json")})
+    [fault] = [error for node in answer["node_errors"].values() for error in node["errors"]]
+    assert (fault["type"], fault["extra_info"]["input_name"]) == ("value_not_in_list", "ckpt_name")
+
+
+def test_installed_by_pip_it_needs_one_file_in_custom_nodes(tmp_path):
+    pytest.importorskip("hatchling", reason="hatchling, which builds the pack, is not installed")
+    build = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
+    built = subprocess.run([sys.executable, "-c", build], capture_output=True, text=True, check=True, cwd=PACK)
+    with zipfile.ZipFile(tmp_path / built.stdout.split()[-1]) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    [lines] = [
+        block.split("```")[0]
+        for block in (PACK / "README.md").read_text().split("```python\n")
+        if "from aigiqa_reward_nodes import" in block
+    ]
+    (tmp_path / "base" / "custom_nodes").mkdir(parents=True)
+    (tmp_path / "base" / "custom_nodes" / "aigiqa.py").write_text(lines.strip())
+    with comfyui(tmp_path / "base", [tmp_path / "installed", ROOT]) as server:
+        described = server.request("/object_info")
+    assert set(load_pack().NODE_CLASS_MAPPINGS) <= described.keys()
