@@ -69,6 +69,12 @@ PUBLIC_ONLY = ("integrations", "examples")
 PUBLIC_WITHOUT_LIST = (f"{PACKAGE}.images",)
 """Modules that users are sent to by errors (images.from_vae, images.from_bhwc) and whose names without _ are public."""
 
+DOCUMENTED = (
+    PACKAGE,
+    *(f"{PACKAGE}.{room}" for room in ("images", "sampling", "finetuning", "report", "assistants")),
+)
+"""What integrations may import from: each is shown to users in README.md."""
+
 ASSET_RECIPES = ("examples/train_compact", "examples/train_generator", "examples/train_systems")
 """Folders that make the embedded checkpoints again from the package's inner parts; not scripts for users to copy."""
 
@@ -183,10 +189,21 @@ def public_name_violations(root: Path) -> list[str]:
             place = path.relative_to(root).as_posix()
             if place.startswith(tuple(f"{recipe}/" for recipe in ASSET_RECIPES)):
                 continue
-            for item in imports_of(path, module_name(path, root)):
-                if within(item.target, PACKAGE) and not _is_public(root, item.target):
+            for item in [*imports_of(path, module_name(path, root)), *_reached(path)]:
+                if not within(item.target, PACKAGE):
+                    continue
+                home = item.target if item.target in DOCUMENTED else item.target.rpartition(".")[0]
+                if not _is_public(root, item.target) or (folder == "integrations" and home not in DOCUMENTED):
                     found.append(f"{place}:{item.line}: {item.target} is not public")
     return found
+
+
+def _reached(path: Path) -> Iterator[Import]:
+    """What is reached through the package's own name: after `import aigiqa_reward`, aigiqa_reward.zoo.SPECS."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == PACKAGE
+        if named and not node.attr.startswith("__"):
+            yield Import(f"{PACKAGE}.{node.attr}", node.lineno, "")
 
 
 def _is_public(root: Path, target: str) -> bool:
@@ -203,7 +220,7 @@ def length_violations(
 ) -> list[str]:
     """Files and functions that are too long to be read at once."""
     found = []
-    for path in sorted((root / PACKAGE).rglob("*.py")):
+    for path in sorted([*(root / PACKAGE).rglob("*.py"), *(root / "integrations").rglob("*.py")]):
         text, place = path.read_text(), path.relative_to(root).as_posix()
         if (lines := len(text.splitlines())) > file_lines:
             found.append(f"{place}: {lines} lines, more than {file_lines}")
@@ -227,6 +244,14 @@ def test_imports_point_down_only():
 
 def test_integrations_and_examples_use_public_names_only():
     assert public_name_violations(ROOT) == []
+    for folder in PUBLIC_ONLY:  # so that nothing is found because there is nothing
+        paths = sorted((ROOT / folder).rglob("*.py"))
+        assert any(within(item.target, PACKAGE) for path in paths for item in imports_of(path, module_name(path, ROOT)))
+
+
+def test_what_integrations_may_import_from_is_shown_to_users():
+    shown = (ROOT / "README.md").read_text()
+    assert [module for module in DOCUMENTED if module not in shown] == []
 
 
 def test_files_and_functions_are_short():
@@ -262,9 +287,14 @@ GOOD_TREE = {
     "aigiqa_reward/scorer.py": "from aigiqa_reward import images as pixels\n",
     "aigiqa_reward/selection.py": "import math\n",
     "aigiqa_reward/sampling/__init__.py": '__all__ = ["BestOfN"]\n',
+    "aigiqa_reward/evaluation/__init__.py": '__all__ = ["srcc"]\n',
     "aigiqa_reward/sampling/best_of_n.py": "import diffusers\nfrom aigiqa_reward.scorer import Scorer\n",
     "aigiqa_reward/cli.py": "from aigiqa_reward import Reward\nfrom aigiqa_reward.sampling import BestOfN\n",
-    "integrations/trl/reward.py": "from aigiqa_reward import Reward\nfrom aigiqa_reward.images import to_pil\n",
+    "integrations/trl/reward.py": (
+        "import aigiqa_reward\nfrom aigiqa_reward import Reward\nfrom aigiqa_reward.images import to_pil\n"
+        "from aigiqa_reward.sampling import BestOfN\nfrom .prompts import x\n"
+        "print(aigiqa_reward.__version__, aigiqa_reward.Scorer)\n"
+    ),
     "examples/score.py": "import aigiqa_reward\nfrom aigiqa_reward.sampling import BestOfN\n",
     "examples/train_compact/train.py": "from aigiqa_reward.encoders.clip import Clip\n",
 }
@@ -359,6 +389,10 @@ def test_a_broken_rule_of_layers_is_found(tree, name):
     [
         ("integrations/comfyui/nodes.py", "from aigiqa_reward.models.base import Model"),
         ("integrations/comfyui/nodes.py", "from aigiqa_reward.images import _crops"),
+        ("integrations/comfyui/nodes.py", "from aigiqa_reward.selection import rank"),
+        ("integrations/comfyui/nodes.py", "from aigiqa_reward.evaluation import srcc"),
+        ("integrations/comfyui/nodes.py", "from aigiqa_reward import report"),
+        ("integrations/comfyui/nodes.py", "import aigiqa_reward\nprint(aigiqa_reward.zoo.SPECS)"),
         ("integrations/trl/reward.py", "from aigiqa_reward.sampling.best_of_n import BestOfN"),
         ("examples/score.py", "from aigiqa_reward import load_everything"),
         ("examples/score.py", "import aigiqa_reward.zoo"),
@@ -382,11 +416,13 @@ def test_what_is_too_long_is_found(tree):
             f"{PACKAGE}/zoo.py": f"class A:\n    async def f(self):\n{body.replace('    ', '        ')}",
             f"{PACKAGE}/scorer.py": f"def g():\n{body[:-9]}x = 1\n" + "x = 1\n" * 200,
             "examples/score.py": "x = 1\n" * 81,
+            "integrations/comfyui/nodes.py": "x = 1\n" * 301,
         },
     )
     assert length_violations(tree) == [
         "aigiqa_reward/types.py: 301 lines, more than 300",
         "aigiqa_reward/zoo.py:2: f has 61 lines, more than 60",
+        "integrations/comfyui/nodes.py: 301 lines, more than 300",
         "examples/score.py: 81 lines, more than 80",
     ]
 
