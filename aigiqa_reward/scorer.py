@@ -149,10 +149,21 @@ class Scorer:
             yield ScoredImage(index=index, output=results.get(index), error=errors.get(index))
 
     def _score_batch(self, batch: Tensor, prompts: Any) -> RewardOutput:
-        device = device_of(self.reward)
-        with torch.inference_mode():
-            result = self.reward(batch if device is None else batch.to(device), prompts)
-        return as_reward_output(result, len(batch)).to("cpu")
+        return score_batch(self.reward, batch, prompts, device_of(self.reward)).to("cpu")
+
+
+def score_batch(reward: RewardFunction, images: Tensor, prompts: Any, device: torch.device | None) -> RewardOutput:
+    """Score images (B, 3, H, W) without gradients.
+
+    Args:
+        reward: a Reward or any RewardFunction.
+        images: in [0, 1].
+        prompts: B strings, or their features, or None.
+        device: where to bring the images first, as `device_of(reward)` says.
+    """
+    with torch.inference_mode():
+        result = reward(images if device is None else images.to(device), prompts)
+    return as_reward_output(result, len(images))
 
 
 def device_of(reward: Any) -> torch.device | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Picture, PromptedReward, Tally, conclude, judge
 from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text
 from aigiqa_reward.sampling.chunks import in_chunks
+from aigiqa_reward.sampling.pipeline_call import check_pipe_kwargs, generators_of, images_of, takes
 from aigiqa_reward.sampling.prompt_memo import PromptMemo
 from aigiqa_reward.sampling.reranking import rerank
 from aigiqa_reward.selection import Halving, ZeroOrder, integer
@@ -98,7 +98,7 @@ class BestOfN:
             check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
         self.reward_prompt = reward_prompt
         self.progress = progress
-        self._batched, self._named = _takes(pipe, "num_images_per_prompt"), _takes(pipe, "prompt")
+        self._batched, self._named = takes(pipe, "num_images_per_prompt"), takes(pipe, "prompt")
 
     def __call__(self, prompt: Any, seed: Any = 0, **pipe_kwargs: Any) -> BestOfNOutput:
         """Sample, score and rank the candidates for one prompt.
@@ -151,7 +151,7 @@ class BestOfN:
                 f"{self.n} candidates have a seed that torch.Generator takes, got {first}; pass a smaller number"
             )
         check_prompt(prompt)
-        _check_pipe_kwargs(pipe_kwargs)
+        check_pipe_kwargs(pipe_kwargs, "BestOfN", _OWNED)
         text = self.reward_prompt
         if text is None:
             remedy = "pass BestOfN(..., reward_prompt=) to give the reward a text of its own"
@@ -200,16 +200,13 @@ class BestOfN:
 
     def _sample(self, call: _Call, seeds: Sequence[int]) -> tuple[Tensor, list[Any]]:
         """Images (B, 3, H, W) of the seeds, and whether the pipeline's safety checker flagged them."""
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        generator = generators if len(seeds) > 1 else generators[0]
-        arguments = dict(call.pipe_kwargs, output_type="pt", generator=generator)
+        arguments = dict(call.pipe_kwargs, output_type="pt", generator=generators_of(seeds))
         if self._batched:
             arguments["num_images_per_prompt"] = len(seeds)
         with torch.no_grad(), call.memo.installed():
             # By name: the first argument of FLUX.2 is an image.
             result = self.pipe(prompt=call.prompt, **arguments) if self._named else self.pipe(call.prompt, **arguments)
-        flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(seeds)
-        return _images_of(result, len(seeds)), flagged
+        return images_of(result, len(seeds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,38 +232,3 @@ def _plan(argument: str, given: Any, named: dict[Any, Any], kind: type) -> Any:
 
 def _picture(images: Tensor, row: int) -> Picture:
     return Picture(image=pixels.to_pil(images[row : row + 1].cpu())[0])
-
-
-def _takes(pipe: Any, argument: str) -> bool:
-    try:
-        return argument in inspect.signature(pipe).parameters
-    except ValueError:  # a callable without a signature
-        return False
-
-
-def _images_of(result: Any, count: int) -> Tensor:
-    images = getattr(result, "images", None)
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            "pipe: expected an output whose .images is a tensor, as output_type='pt' asks for, got "
-            f"{type(result).__name__} with {type(images).__name__}; "
-            "pass a diffusers pipeline that makes images"
-        )
-    pixels.check(images, validate=False, argument="the pipeline's images")
-    if images.shape[0] != count:
-        raise ValueError(
-            f"pipe: expected {count} images for {count} generators, got {images.shape[0]}; "
-            "pass a pipeline that makes one image for each"
-        )
-    return images
-
-
-def _check_pipe_kwargs(pipe_kwargs: dict[str, Any]) -> None:
-    for name, value in pipe_kwargs.items():
-        if name in _OWNED:
-            raise ValueError(f"{name}: BestOfN sets this argument of the pipeline itself; {_OWNED[name]}")
-        if name.endswith("prompt_embeds") and isinstance(value, Tensor) and value.shape[0] != 1:
-            raise ValueError(
-                f"{name}: expected embeddings of one prompt, (1, ...), got shape {tuple(value.shape)}; "
-                "pass one prompt per call: loop"
-            )

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aigiqa_reward.scorer import device_of
+from aigiqa_reward.scorer import device_of, score_batch
 from aigiqa_reward.selection import Ranked, TopK, spread
-from aigiqa_reward.types import RewardOutput, as_reward_output
+from aigiqa_reward.types import RewardOutput
 
 NON_FINITE = "NaN or infinite pixels"
 FLAGGED = "flagged by the pipeline's safety checker"
@@ -109,9 +109,7 @@ class PromptedReward:
         """Score images (B, 3, H, W) in [0, 1], without gradients."""
         count = images.shape[0]
         prompts = [self._text] * count if self._features is None else self._features.expand(count)
-        with torch.inference_mode():
-            result = self._reward(images if self._device is None else images.to(self._device), prompts)
-        return as_reward_output(result, count)
+        return score_batch(self._reward, images, prompts, self._device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,12 +229,17 @@ def scores_of(output: RewardOutput | None, reasons: Sequence[str | None]) -> lis
     return [empty if r is None else _Scores(**{a: values[r] for a, values in present.items()}) for r in filled]
 
 
+def reasons_to_drop(images: Tensor, flagged: Sequence[Any]) -> list[str | None]:
+    """Why images (B, 3, H, W) cannot be scored, or None."""
+    finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
+    return [FLAGGED if flag else None if fine else NON_FINITE for flag, fine in zip(flagged, finite, strict=True)]
+
+
 def judge(
     images: Tensor, flagged: Sequence[Any], reward: PromptedReward
 ) -> tuple[list[str | None], RewardOutput | None]:
     """Why images (B, 3, H, W) are dropped, or None; and the scores of the others, in their order."""
-    finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
-    reasons = [FLAGGED if flag else None if fine else NON_FINITE for flag, fine in zip(flagged, finite, strict=True)]
+    reasons = reasons_to_drop(images, flagged)
     kept = [row for row, reason in enumerate(reasons) if reason is None]
     return reasons, reward(images if len(kept) == len(images) else images[kept]) if kept else None
 
