@@ -12,6 +12,7 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import (
     FullPrecision,
 )
+from aigiqa_reward.reward_fn import RewardFn
 from aigiqa_reward.types import RewardFunction, RewardOutput, as_reward_output
 
 
@@ -87,6 +88,10 @@ class CompositeReward(nn.Module):
             correspondence=self._mean(with_prompts) if with_prompts else None,
             details={name: output.total for name, output in outputs.items()},
         )
+
+    def as_reward_fn(self) -> RewardFn:
+        """This reward as `f(images, prompts, metadata) -> (rewards, info)`, as trainers by policy gradient call one."""
+        return RewardFn(self)
 
     def _scaled(self, name: str, total: Tensor) -> Tensor:
         reference = self.reference[name]

@@ -19,6 +19,7 @@ from aigiqa_reward.models.base import (
     check_prompts,
     warn_ignored_context,
 )
+from aigiqa_reward.reward_fn import RewardFn
 from aigiqa_reward.types import Context, PromptFeatures, RewardOutput
 
 
@@ -155,6 +156,10 @@ class Reward(nn.Module, ModelHubMixin):
             self.quality_weight + self.correspondence_weight
         )
         return RewardOutput(total=total, quality=quality, correspondence=correspondence, details=details)
+
+    def as_reward_fn(self) -> RewardFn:
+        """This reward as `f(images, prompts, metadata) -> (rewards, info)`, as trainers by policy gradient call one."""
+        return RewardFn(self)
 
     def _working(self, images: Tensor) -> Tensor:
         """The images in the dtype the heads compute in: float32, or float64 for a reward cast to it."""

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("encoders", "assistants", "datasets", "evaluation"),
     ("models",),
     ("training",),  # uses models, datasets and evaluation, and knows no reward
+    ("reward_fn",),
     ("reward", "composite"),
     ("zoo",),
     ("scorer", "selection", "embedded", "benchmark"),
@@ -46,7 +47,19 @@ EXCEPTIONS = {
 NOT_BELOW = {("models", "encoders")}
 """Rooms that must not be imported although they lie below: a model is given its encoder."""
 
-_PURE = ("types", "images", "weights", "encoders", "models", "datasets", "evaluation", "training", "reward", "scorer")
+_PURE = (
+    "types",
+    "images",
+    "weights",
+    "encoders",
+    "models",
+    "datasets",
+    "evaluation",
+    "training",
+    "reward_fn",
+    "reward",
+    "scorer",
+)
 
 FORBIDDEN_LIBRARIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("open_clip", ("models",)),

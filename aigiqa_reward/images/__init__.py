@@ -6,7 +6,7 @@ rounds or leaves the device, except `load` (files and PIL in) and `to_pil` (PIL 
 
 from aigiqa_reward.images.checks import HIGHEST, LOWEST, MIN_SIDE, ImageError, check
 from aigiqa_reward.images.layouts import from_bhwc, from_vae, to_bhwc, to_pil, to_vae
-from aigiqa_reward.images.loading import MAX_PIXELS, ImageSource, load
+from aigiqa_reward.images.loading import MAX_PIXELS, ImageSource, load, load_batch
 from aigiqa_reward.images.sizes import (
     enlarge_to,
     even_crops,
@@ -35,6 +35,7 @@ __all__ = [
     "from_vae",
     "letterbox",
     "load",
+    "load_batch",
     "normalise",
     "random_crops",
     "reduce_to",

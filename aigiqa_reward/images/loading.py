@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -53,6 +53,45 @@ def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
         name = f"{os.fspath(source)}: " if isinstance(source, str | os.PathLike) else ""
         raise ImageError(f"{name}{error}") from error
     return image
+
+
+def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width"]:
+    """Images of one size as a batch (B, 3, H, W), RGB, [0, 1].
+
+    Args:
+        sources: a floating-point tensor (B, 3, H, W), which is returned as it is, with its graph and on its device; or
+            an integer tensor (B, 3, H, W), an array (B, H, W, 3), or a list of what `load` takes, which come out in
+            float32 on the CPU.
+
+    Raises:
+        ImageError: an image that `load` refuses, named by its place; images of several sizes.
+        TypeError: an image of another type, or not a collection.
+        ValueError: no image, or a floating-point tensor of another shape.
+    """
+    if isinstance(sources, Tensor) and sources.is_floating_point():
+        return check(sources, validate=False)
+    if not isinstance(sources, list | tuple | np.ndarray | Tensor):
+        raise TypeError(
+            f"images: expected a tensor (B, 3, H, W), an array (B, H, W, 3) or a list of images, got "
+            f"{type(sources).__name__}"
+        )
+    if isinstance(sources, np.ndarray | Tensor) and sources.ndim != 4:
+        raise ValueError(
+            f"images: expected a batch of 4 dimensions, got shape {tuple(sources.shape)}; put single images in a list"
+        )
+    if len(sources) == 0:
+        raise ValueError("images: expected at least one image, got none")
+    loaded = []
+    for place, source in enumerate(sources):
+        try:
+            loaded.append(load(source))
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ImageError
+            raise kind(f"images[{place}]: {error}") from error
+    if len({image.shape for image in loaded}) > 1:
+        sizes = ", ".join(sorted({f"{image.shape[2]} x {image.shape[1]}" for image in loaded}))
+        raise ImageError(f"images: expected all of one size, got {sizes} px; Scorer takes mixed sizes")
+    return torch.stack(loaded)
 
 
 def _from_file(path: str | os.PathLike[str]) -> Tensor:
