@@ -5,6 +5,7 @@ from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger
 from aigiqa_reward.sampling.guidance import RewardGuidance
 from aigiqa_reward.sampling.many_prompts import BestOfEachError, best_of_each
 from aigiqa_reward.sampling.noise_optimization import NoiseOptimizer
+from aigiqa_reward.sampling.prompt_scorer import PromptScore, PromptScorer
 from aigiqa_reward.sampling.steering import ParticleSteering
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "EarlyExit",
     "NoiseOptimizer",
     "ParticleSteering",
+    "PromptScore",
+    "PromptScorer",
     "RewardGuidance",
     "RewardLogger",
     "best_of_each",

@@ -1,0 +1,236 @@
+"""Judges prompts by the images that a pipeline makes of them: what an optimiser of prompts needs to know."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from aigiqa_reward.sampling.best_of_n import BestOfN
+from aigiqa_reward.sampling.candidates import FLAGGED, NO_SCORE, reasons_to_drop, scores_of
+from aigiqa_reward.sampling.checks import check_reward, check_text
+from aigiqa_reward.sampling.chunks import in_chunks
+from aigiqa_reward.sampling.pipeline_call import check_pipe_kwargs, generators_of, images_of, takes
+from aigiqa_reward.scorer import device_of, score_batch
+from aigiqa_reward.selection import integer
+
+_OWNED = {
+    "prompt": "pass the prompts to score()",
+    "generator": "each image has its own, made from its seed: pass seed= to score()",
+    "latents": "each image draws its own from its seed: pass seed= to score()",
+    "num_images_per_prompt": "set images_per_prompt= of PromptScorer",
+    "output_type": "images go to the reward as tensors",
+    "return_dict": "leave it out",
+}
+"""Arguments of a pipeline that PromptScorer sets itself, and what to do instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptScore:
+    """What a reward says of the images that a prompt makes. Higher is better.
+
+    Attributes:
+        total: the number to maximise; NaN if no image could be judged.
+        quality: perceptual quality; NaN likewise.
+        correspondence: to the text that the prompt is judged by; None if the reward gives none or no image was judged.
+        dropped: why no image could be judged; None if one could.
+        cached: whether nothing was sampled for it: known from before, or asked for twice.
+    """
+
+    total: float
+    quality: float
+    correspondence: float | None = None
+    dropped: str | None = None
+    cached: bool = False
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the pipeline's safety checker blanked what could have been judged."""
+        return self.dropped == FLAGGED
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One image to make and judge; the key of the cache."""
+
+    prompt: str
+    judged_by: str
+    seed: int
+
+
+class PromptScorer:
+    """Scores prompts by the images that a pipeline makes of them.
+
+    Image i of a prompt has the seed `s = seed + i` and is that of `pipe(prompt,
+    generator=torch.Generator("cpu").manual_seed(s), **pipe_kwargs)`: bit for bit with batch_size=1 in float32 on the
+    CPU, within 2/255 otherwise. All prompts of a call share their seeds, so that a difference between two is not one of
+    their noise. A score is remembered by prompt, judging text and seed: asking again samples nothing.
+
+    Args:
+        pipe: a diffusers pipeline that makes images from a list of prompts; with batch_size=1 from one. Or a BestOfN,
+            whose own reward judges; a prompt then counts as much as its best candidate, and the seeds of image i are
+            those of its n candidates, from `seed + i * n` on.
+        reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; None with a BestOfN.
+        images_per_prompt: images whose scores are averaged, at least 1; more tell prompts from luck better.
+        batch_size: images sampled at once, of different prompts too; a BestOfN has its own.
+        cache_size: images whose scores are remembered, the last used; 0 remembers none.
+        **pipe_kwargs: for the pipeline (steps, guidance, size, negative prompt, ...), the same for all prompts.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: an argument out of range, or one of the pipeline's that is set here.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        reward: Any = None,
+        *,
+        images_per_prompt: Any = 1,
+        batch_size: Any = 4,
+        cache_size: Any = 10_000,
+        **pipe_kwargs: Any,
+    ) -> None:
+        self._search = pipe if isinstance(pipe, BestOfN) else None
+        if self._search is not None and reward is not None:
+            raise ValueError("reward: a BestOfN judges by its own reward; leave this one out")
+        if not callable(pipe):
+            raise TypeError(f"pipe: expected a diffusers pipeline or a BestOfN, got {type(pipe).__name__}")
+        self.pipe: Any = pipe if self._search is None else self._search.pipe
+        self.reward = check_reward(reward) if self._search is None else self._search.reward
+        self.images_per_prompt = integer("images_per_prompt", images_per_prompt, least=1)
+        self.batch_size = integer("batch_size", batch_size, least=1)
+        self.cache_size = integer("cache_size", cache_size, least=0)
+        check_pipe_kwargs(pipe_kwargs, "PromptScorer", _OWNED)
+        self.pipe_kwargs = pipe_kwargs
+        self._named = takes(self.pipe, "prompt")
+        self._known: dict[_Image, PromptScore] = {}
+
+    @property
+    def seeds_per_prompt(self) -> int:
+        """Neighbouring seeds that a prompt uses, from `seed` on: those of its images, or of all their candidates."""
+        return self.images_per_prompt * (1 if self._search is None else self._search.n)
+
+    def score(
+        self, prompts: Sequence[str], judged_by: Sequence[str] | None = None, *, seed: Any = 0
+    ) -> list[PromptScore]:
+        """Make the images of all prompts that are not known yet, and judge them.
+
+        Args:
+            prompts: N texts that the pipeline draws, not blank.
+            judged_by: N texts that the reward holds the images against; by default the prompts themselves.
+            seed: of every prompt's first image.
+
+        Returns:
+            N scores in the prompts' order, each the mean over its images that could be judged.
+
+        Raises:
+            TypeError: not a list of texts.
+            ValueError: a blank text, or `judged_by` of another length.
+            torch.OutOfMemoryError: if not even one image fits into memory.
+        """
+        prompts = _texts(prompts, "prompts")
+        judged_by = prompts if judged_by is None else _texts(judged_by, "judged_by")
+        if len(judged_by) != len(prompts):
+            raise ValueError(f"judged_by: expected one text a prompt, got {len(judged_by)} for {len(prompts)} prompts")
+        first = integer("seed", seed, least=0)
+        step = self.seeds_per_prompt // self.images_per_prompt
+        seeds = range(first, first + self.seeds_per_prompt, step)
+        rows = [[_Image(p, text, s) for s in seeds] for p, text in zip(prompts, judged_by, strict=True)]
+        images = list(dict.fromkeys(image for row in rows for image in row))
+        found = {image: self._known[image] for image in images if image in self._known}
+        new = dict(self._judge([image for image in images if image not in found]))
+        found |= new
+        self._remember(found)
+        unseen, scores = set(new), []
+        for row in rows:
+            scores.append(replace(_mean([found[image] for image in row]), cached=unseen.isdisjoint(row)))
+            unseen.difference_update(row)
+        return scores
+
+    def clear(self) -> None:
+        """Forget all scores: for after the pipeline or the reward was changed."""
+        self._known.clear()
+
+    def _remember(self, scores: dict[_Image, PromptScore]) -> None:
+        for image in scores:
+            self._known.pop(image, None)  # so that the one used last is dropped last
+        self._known |= scores
+        while len(self._known) > self.cache_size:
+            del self._known[next(iter(self._known))]
+
+    def _judge(self, images: Sequence[_Image]) -> Iterator[tuple[_Image, PromptScore]]:
+        if self._search is not None:
+            yield from ((image, self._best(self._search, image)) for image in images)
+            return
+        together = "mask_image" not in self.pipe_kwargs  # see BestOfN
+        size = self.batch_size if together else 1
+        for chunk, scores in in_chunks(images, size, self._sample_and_score, self.pipe):
+            yield from zip(chunk, scores, strict=True)
+
+    def _sample_and_score(self, chunk: Sequence[_Image]) -> list[PromptScore]:
+        prompts: Any = [image.prompt for image in chunk] if len(chunk) > 1 else chunk[0].prompt
+        arguments = dict(self.pipe_kwargs, output_type="pt", generator=generators_of([image.seed for image in chunk]))
+        if len(chunk) > 1:  # pipelines differ in whether one negative prompt serves several prompts
+            repeated = {n: v for n, v in arguments.items() if n.startswith("negative_prompt") and isinstance(v, str)}
+            arguments |= {name: [text] * len(chunk) for name, text in repeated.items()}
+        with torch.no_grad():
+            result = self.pipe(prompt=prompts, **arguments) if self._named else self.pipe(prompts, **arguments)
+        pictures, flagged = images_of(result, len(chunk))
+        reasons = reasons_to_drop(pictures, flagged)
+        kept = [row for row, reason in enumerate(reasons) if reason is None]
+        output = None
+        if kept:
+            texts = [chunk[row].judged_by for row in kept]
+            output = score_batch(self.reward, pictures[kept], texts, device_of(self.reward))
+        return [
+            _score_of(scores.total, scores.quality, scores.correspondence, reason)
+            for scores, reason in zip(scores_of(output, reasons), reasons, strict=True)
+        ]
+
+    def _best(self, search: BestOfN, image: _Image) -> PromptScore:
+        search = copy.copy(search)  # the user's own keeps its reward_prompt
+        search.reward_prompt = image.judged_by
+        output = None
+        try:
+            for latest in search.stream(image.prompt, image.seed, **self.pipe_kwargs):
+                output = latest
+        except RuntimeError:
+            if output is None or len(output.dropped) < search.n:  # another one than "none could be ranked"
+                raise
+        assert output is not None, "n is at least 1"
+        if not output.images:
+            return _score_of(math.nan, math.nan, None, next(iter(output.dropped.values())))
+        correspondence = output.correspondence[0] if output.correspondence else None
+        return _score_of(output.scores[0], output.quality[0], correspondence, None)
+
+
+def _score_of(total: float, quality: float, correspondence: float | None, reason: str | None) -> PromptScore:
+    if reason is None and math.isnan(total):
+        reason = NO_SCORE
+    if reason is not None:
+        return PromptScore(total=math.nan, quality=math.nan, dropped=reason)
+    return PromptScore(total=total, quality=quality, correspondence=correspondence)
+
+
+def _mean(scores: Sequence[PromptScore]) -> PromptScore:
+    judged = [score for score in scores if score.dropped is None]
+    if not judged:
+        return scores[0]
+    aspects = [score.correspondence for score in judged if score.correspondence is not None]
+    return PromptScore(
+        total=fmean(score.total for score in judged),
+        quality=fmean(score.quality for score in judged),
+        correspondence=fmean(aspects) if aspects else None,
+    )
+
+
+def _texts(given: Any, argument: str) -> list[str]:
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"{argument}: expected a list of texts, got {type(given).__name__}; put a single one in a list")
+    return [check_text(text, f"{argument}[{place}]", "leave blank ones out") for place, text in enumerate(given)]
