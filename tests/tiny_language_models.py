@@ -6,6 +6,7 @@ pipelines use them. Weights are drawn wide enough that different prompts are enc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -116,7 +117,19 @@ def mistral_3(processor: PixtralProcessor, *, layers: int) -> Mistral3ForConditi
     return Mistral3ForConditionalGeneration(config).eval()
 
 
-def qwen_3(tokenizer: Qwen2Tokenizer, *, layers: int) -> Qwen3ForCausalLM:
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token a word, for a language model that is to write some; pads on the left. Its chat says words only."""
+    known = ["<pad>", "<eos>", "<unk>", *dict.fromkeys(words)]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return tokenizer
+
+
+def qwen_3(tokenizer: PreTrainedTokenizerBase, *, layers: int) -> Qwen3ForCausalLM:
     """Qwen3 with its head, as FLUX.2 klein uses it; Z-Image takes the `model` within."""
     return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **_sizes(tokenizer, layers=layers))).eval()
 

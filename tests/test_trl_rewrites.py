@@ -1,0 +1,267 @@
+"""Rewrites of prompts under trl's GRPOTrainer, with the embedded generator and a tiny language model of words."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from aigiqa_reward_trl import RewriteReward
+from prompt_rewrites import APPLE, CROWN, PENGUIN, SETTINGS, Seen, Spoilt
+from tiny_language_models import qwen_3, word_tokenizer
+
+from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
+from aigiqa_reward.embedded.world import COLOUR_NAMES
+from aigiqa_reward.sampling import PromptScorer
+
+ORIGINALS = ["a red apple", "a penguin", "a crown", "a ghost"]
+WORDS = ["rewrite:", *" ".join(ORIGINALS).split(), "on", "background", *COLOUR_NAMES]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_embedded_pipeline()
+
+
+def said(text: str | None) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def test_a_rewrite_is_judged_by_its_image_against_the_original(pipe: Any) -> None:
+    reward = Seen()
+    score = RewriteReward(PromptScorer(pipe, reward, **SETTINGS))
+    prompts, completions = ["rewrite it"] * 2, [f" {APPLE}\n", PENGUIN]
+    got = score(prompts=prompts, completions=completions, completion_ids=[[1], [2]], original=["ab", "cde"], x=[1, 2])
+    assert reward.texts == ["ab", "cde"]
+    expected = PromptScorer(pipe, Seen(), **SETTINGS).score([APPLE, PENGUIN], ["ab", "cde"])
+    assert got == pytest.approx([one.total for one in expected], abs=1e-6)
+    assert all(isinstance(one, float) for one in got)
+    RewriteReward(score.scorer, judged_by="rewrite")(prompts, completions, original=["ab", "cde"])
+    assert reward.texts[2:] == [APPLE, PENGUIN]
+
+
+def test_conversations_say_the_same_as_texts(pipe: Any) -> None:
+    score = RewriteReward(PromptScorer(pipe, Seen(), **SETTINGS))
+    expected = score([""] * 3, [APPLE, APPLE, ""], original=["ab"] * 3)
+    blocks = [{"role": "assistant", "content": [{"type": "text", "text": "a red "}, {"type": "text", "text": "apple"}]}]
+    thinking = [{"role": "assistant", "content": "hm"}, {"role": "tool", "content": "4"}, *said(APPLE)]
+    assert score([[]] * 3, [blocks, thinking, said(None)], original=["ab"] * 3) == expected
+    with pytest.raises(TypeError, match="expected texts or conversations, got int"):
+        score([""], [3], original=["ab"])
+
+
+def test_what_was_written_is_read_as_the_user_says(pipe: Any) -> None:
+    score = RewriteReward(
+        PromptScorer(pipe, Seen(), **SETTINGS),
+        compose=lambda original, completion: f"{original} {completion.rpartition('</think>')[2]}",
+        original_column="image_prompt",
+    )
+    extra: dict[str, list[Any]] = {}
+    score([""] * 2, ["so </think>on white", ""], image_prompt=["a crown"] * 2, log_extra=extra.__setitem__)
+    assert extra["rewrite"] == [CROWN, "a crown"]
+    with pytest.raises(ValueError, match=r"no column 'image_prompt', it gives \['original'\]"):
+        score([""], ["x"], original=["a crown"])
+    with pytest.raises(TypeError, match=r"image_prompt\[0\]: expected a text, got list"):
+        score([""], ["x"], image_prompt=[said("a crown")])
+
+
+def test_rewrites_at_fault_get_the_floor_and_images_that_failed_get_none(pipe: Any) -> None:
+    scorer = PromptScorer(Spoilt(pipe, nan=PENGUIN, flagged=CROWN), Seen(), **SETTINGS)
+    metrics: dict[str, float] = {}
+    rewrites = [APPLE, " ", PENGUIN, CROWN]
+    rewards = RewriteReward(scorer, floor=-1.0)(
+        rewrites, rewrites, original=["abc"] * 4, log_metric=metrics.__setitem__
+    )
+    [good] = PromptScorer(pipe, Seen(), **SETTINGS).score([APPLE], ["abc"])
+    assert rewards == [pytest.approx(good.total, abs=1e-6), -1.0, None, -1.0]
+    assert metrics == pytest.approx(
+        {
+            "rewrite/quality": good.quality,
+            "rewrite/correspondence": 3.0,
+            "rewrite/blank": 1 / 4,
+            "rewrite/dropped": 2 / 3,
+            "rewrite/cached": 0.0,
+        },
+        abs=1e-6,
+    )
+    assert RewriteReward(scorer, floor=None)(rewrites, rewrites, original=["abc"] * 4)[1:] == [None] * 3
+    nothing: dict[str, float] = {}
+    assert RewriteReward(scorer)([""], [""], original=["abc"], log_metric=nothing.__setitem__) == [0.0]
+    assert nothing.keys() == metrics.keys(), "every process logs the same names, or trl's gathering would mix them up"
+    assert math.isnan(nothing["rewrite/quality"])
+
+
+def test_noise_is_shared_and_stays_or_is_fresh_every_step(pipe: Any) -> None:
+    reward = Seen()
+    search = PromptScorer(BestOfN(pipe, reward, n=2), **SETTINGS)
+    fixed, fresh = RewriteReward(search, seed=5), RewriteReward(search, seed=5, fresh_noise=True)
+
+    def judged(score: RewriteReward, step: int) -> float | None:
+        [one, other] = score(
+            [""] * 2, [APPLE] * 2, original=["ab"] * 2, trainer_state=SimpleNamespace(global_step=step)
+        )
+        assert one == other
+        return one
+
+    first, count = judged(fixed, 0), len(reward.texts)
+    assert (judged(fixed, 1), judged(fresh, 0), len(reward.texts)) == (first, first, count)
+    [expected] = search.score([APPLE], ["ab"], seed=5 + 3 * 2)
+    assert judged(fresh, 3) == expected.total != first
+
+
+def test_arguments_are_checked(pipe: Any) -> None:
+    scorer = PromptScorer(pipe, Seen())
+    with pytest.raises(TypeError, match=r"expected a PromptScorer\(pipe, reward, ...\), got Seen"):
+        RewriteReward(Seen())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="judged_by: expected 'original' or 'rewrite', got 'image'"):
+        RewriteReward(scorer, judged_by="image")
+    with pytest.raises(TypeError, match="compose: expected f"):
+        RewriteReward(scorer, compose="{original}")  # pyright: ignore[reportArgumentType]
+
+
+# --------------------------------------------------------------------------------------------- under the trainer
+
+
+class Witness:
+    """A second reward function, of no weight in the advantages, that notes what the trainer gives to one."""
+
+    def __init__(self) -> None:
+        self.__name__ = "witness"
+        self.steps: list[dict[str, list[Any]]] = []
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], original: list[str], note: list[int], **_: Any
+    ) -> Any:
+        self.steps.append({"prompts": prompts, "completions": completions, "original": original, "note": note})
+        return [0.0] * len(prompts)
+
+
+def train(reward: RewriteReward, folder: Path, *, conversational: bool = False, steps: int = 2) -> Any:
+    """A trainer after some steps of four completions each, and its witness."""
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl", reason="needs aigiqa-reward[trl]")
+    tokenizer = word_tokenizer(WORDS)
+    rows = defaultdict(list)
+    for note, original in enumerate(ORIGINALS):
+        question = f"rewrite: {original}"
+        rows["prompt"].append([{"role": "user", "content": question}] if conversational else question)
+        rows["original"].append(original)
+        rows["note"].append(note)
+    config = trl.GRPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        max_steps=steps,
+        per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", "1")),
+        num_generations=2,
+        max_completion_length=4,
+        learning_rate=0.01,
+        seed=0,
+    )
+    witness = Witness()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = qwen_3(tokenizer, layers=1)
+        trainer = trl.GRPOTrainer(
+            model=model,
+            reward_funcs=[reward, witness],
+            args=config,
+            train_dataset=datasets.Dataset.from_dict(dict(rows)),
+            processing_class=tokenizer,
+        )
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        trainer.train()
+    moved = {name: float((weight.detach() - before[name]).abs().max()) for name, weight in model.named_parameters()}
+    return SimpleNamespace(log=trainer.state.log_history, steps=witness.steps, moved=moved)
+
+
+@pytest.mark.parametrize("conversational", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["text", "chat"])
+def test_rewards_reach_the_trainer_and_move_the_language_model(pipe: Any, tmp_path: Path, conversational: bool) -> None:
+    judge = create_reward("compact")
+    reward = RewriteReward(PromptScorer(pipe, judge, **SETTINGS))
+    run = train(reward, tmp_path, conversational=conversational)
+    logged = [line for line in run.log if "rewards/image_reward/mean" in line]
+    assert len(logged) == len(run.steps) == 2
+    for line, step in zip(logged, run.steps, strict=True):
+        questions = [prompt[0]["content"] if conversational else prompt for prompt in step["prompts"]]
+        assert questions == [f"rewrite: {original}" for original in step["original"]]
+        assert [ORIGINALS[note] for note in step["note"]] == step["original"]
+        texts = [one[0]["content"] if conversational else one for one in step["completions"]]
+        assert line["rewrite/blank"] == pytest.approx(sum(not text.strip() for text in texts) / 4)
+        expected = [
+            by_hand(pipe, judge, text, original) if text.strip() else 0.0
+            for text, original in zip(texts, step["original"], strict=True)
+        ]
+        assert line["rewards/image_reward/mean"] == pytest.approx(sum(expected) / 4, abs=5e-3)
+        known = reward.scorer.score(
+            [text.strip() for text in texts if text.strip()],
+            [original for text, original in zip(texts, step["original"], strict=True) if text.strip()],
+        )
+        assert all(score.cached for score in known)
+    assert max(run.moved.values()) > 1e-3
+
+
+def by_hand(pipe: Any, judge: Any, rewrite: str, original: str) -> float:
+    generator = torch.Generator("cpu").manual_seed(0)
+    image = pipe(rewrite.strip(), generator=generator, output_type="pt", **SETTINGS).images
+    return float(judge(image, [original]).total)
+
+
+SCRIPT = """
+import json, os, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import test_trl_rewrites as t
+scorer = t.PromptScorer(t.load_embedded_pipeline(), t.Seen(), **t.SETTINGS)
+run = t.train(t.RewriteReward(scorer), Path(sys.argv[1]))
+rank = os.environ["RANK"]
+Path(sys.argv[1], "rank" + rank + ".json").write_text(json.dumps([run.log, run.steps]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_processes_judge_their_own_completions(pipe: Any, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="needs aigiqa-reward[trl]")
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(paths=sys.path))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(script),
+            str(tmp_path),
+        ],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    (log, first), (_, second) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    logged = [line for line in log if "rewards/image_reward/mean" in line]
+    assert len(logged) == 2
+    for line, *shares in zip(logged, first, second, strict=True):
+        assert [len(share["completions"]) for share in shares] == [2, 2]
+        completions = [text for share in shares for text in share["completions"]]
+        originals = [text for share in shares for text in share["original"]]
+        score = RewriteReward(PromptScorer(pipe, Seen(), **SETTINGS))
+        expected = score(completions, completions, original=originals)
+        assert all(one is not None for one in expected)
+        assert line["rewards/image_reward/mean"] == pytest.approx(sum(one or 0.0 for one in expected) / 4, abs=5e-3)
