@@ -29,6 +29,18 @@ class CompositeReward(nn.Module):
         weights: one number above 0 a member; None weighs all alike.
         combine: "zscore" or "rank".
         reference: (R,) totals of each member on one sample of at least 2 images; `with_reference` measures them.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import CompositeReward, create_reward
+        >>> def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        ...     return images.mean(dim=(1, 2, 3))
+        >>> members = {"compact": create_reward("compact"), "bright": brightness}
+        >>> images, prompts = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)), ["a fox"] * 3
+        >>> reward = CompositeReward.with_reference(members, images, prompts, weights={"compact": 3, "bright": 1})
+        >>> out = reward(images, prompts)
+        >>> out.total.shape, sorted(out.details), bool(out.total.mean().abs() < 1e-4)  # the sample itself has mean 0
+        (torch.Size([3]), ['bright', 'compact'], True)
     """
 
     def __init__(

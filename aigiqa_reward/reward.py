@@ -50,6 +50,23 @@ class Reward(nn.Module, ModelHubMixin):
         spec: its entry in the zoo.
         quality_weight: share of quality in `total`, when there are prompts.
         correspondence_weight: share of correspondence in `total`.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import Reward, create_reward
+        >>> reward: Reward = create_reward("compact")
+        >>> images = torch.rand(2, 3, 64, 64, requires_grad=True)
+        >>> out = reward(images, ["a fox", "a cat"])
+        >>> out.total.sum().backward()
+        >>> images.grad.shape
+        torch.Size([2, 3, 64, 64])
+        >>> features = reward.encode_prompts(["a fox"])  # once, for many batches
+        >>> reward(images, features.expand(2)).correspondence.shape
+        torch.Size([2])
+        >>> assisted = create_reward("cpa_iqa")
+        >>> context = assisted.prepare(images, ["a fox", "a cat"])  # what its assistants say, held fixed in gradients
+        >>> assisted(images, ["a fox", "a cat"], context=context).quality.shape
+        torch.Size([2])
     """
 
     def __init__(

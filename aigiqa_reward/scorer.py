@@ -24,6 +24,17 @@ class ScoredImage:
         index: its place in the inputs.
         output: its scores, a batch of one on the CPU; None if it could not be read.
         error: why not; None if it could.
+
+    Example:
+        >>> from PIL import Image
+        >>> from aigiqa_reward import Scorer, create_reward
+        >>> from aigiqa_reward.scorer import ScoredImage
+        >>> inputs = [Image.new("RGB", (64, 64), "red"), "missing.png"]
+        >>> results: list[ScoredImage] = list(Scorer(create_reward("compact")).stream(inputs))
+        >>> for result in results:
+        ...     print(result.index, result.output is not None, result.error)
+        0 True None
+        1 False missing.png: no such file
     """
 
     index: int
@@ -37,6 +48,17 @@ class ScoringError(ValueError):
     Attributes:
         errors: reason by index of the input.
         output: scores of all inputs, NaN where there is an error; None if there is no score at all.
+
+    Example:
+        >>> from PIL import Image
+        >>> from aigiqa_reward import Scorer, create_reward
+        >>> from aigiqa_reward.scorer import ScoringError
+        >>> inputs = [Image.new("RGB", (64, 64), "red"), "missing.png"]
+        >>> try:
+        ...     Scorer(create_reward("compact")).score(inputs)
+        ... except ScoringError as error:
+        ...     print(error.errors, error.output.total.isnan())
+        {1: 'missing.png: no such file'} tensor([False,  True])
     """
 
     def __init__(self, errors: dict[int, str], output: RewardOutput | None) -> None:
@@ -53,6 +75,16 @@ class Scorer:
     Args:
         reward: a Reward, or any function (images, prompts) -> scores.
         batch_size: images held and scored at a time.
+
+    Example:
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> from aigiqa_reward import Scorer, create_reward
+        >>> Image.new("RGB", (64, 48), "red").save("red.png")
+        >>> inputs = ["red.png", Image.new("RGB", (80, 64), "blue"), np.zeros((64, 64, 3), dtype=np.uint8)]
+        >>> scores = Scorer(create_reward("compact"), batch_size=2).score(inputs, "a red square")
+        >>> scores.total.shape, scores.correspondence.shape
+        (torch.Size([3]), torch.Size([3]))
     """
 
     def __init__(self, reward: RewardFunction, batch_size: int = 32) -> None:

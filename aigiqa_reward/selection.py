@@ -17,6 +17,11 @@ def rank(scores: Iterable[SupportsFloat]) -> list[int]:
 
     Args:
         scores: (N,) numbers: a list, an array or a tensor.
+
+    Example:
+        >>> from aigiqa_reward.selection import rank
+        >>> rank([0.2, float("nan"), 0.7, 0.7])
+        [2, 3, 0, 1]
     """
     values = [float(score) for score in scores]
     return sorted(range(len(values)), key=lambda index: _key(values[index], index))
@@ -133,6 +138,14 @@ class Halving:
     Attributes:
         at: shares of the steps, in (0, 1) and growing, after which previews are scored.
         keep: share of the candidates that goes on each time, in (0, 1).
+
+    Example:
+        >>> from aigiqa_reward.selection import Halving
+        >>> plan = Halving(at=(0.25, 0.5), keep=0.5)  # BestOfN(..., pruning=plan)
+        >>> [(pruning.step, pruning.survivors) for pruning in plan.rounds(n=16, steps=20)]
+        [(5, 8), (10, 4)]
+        >>> plan.calls(n=16, steps=20)  # of 320 without pruning
+        160
     """
 
     at: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -186,6 +199,11 @@ class ZeroOrder:
     Attributes:
         neighbours: candidates a round, at least 1.
         radius: in (0, 1]; 1 is random search.
+
+    Example:
+        >>> from aigiqa_reward.selection import ZeroOrder
+        >>> ZeroOrder(neighbours=4, radius=0.5).radius  # BestOfN(..., search=ZeroOrder(...))
+        0.5
     """
 
     neighbours: int = 4

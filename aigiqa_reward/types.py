@@ -29,6 +29,15 @@ class PromptFeatures:
         index: (B,) integer; row i of a batch uses `texts[index[i]]`.
         tensors: named features of the distinct prompts, each of shape (P, ...). Their names belong to the model.
         model: name of the model that made them; another model refuses them.
+
+    Example:
+        >>> from aigiqa_reward import create_reward
+        >>> from aigiqa_reward.types import PromptFeatures
+        >>> features: PromptFeatures = create_reward("compact").encode_prompts(["a fox", "a cat", "a fox"])
+        >>> len(features), features.texts, features.prompts
+        (3, ('a fox', 'a cat'), ['a fox', 'a cat', 'a fox'])
+        >>> len(features[:1].expand(8))
+        8
     """
 
     texts: tuple[str, ...]
@@ -81,6 +90,17 @@ class RewardOutput:
         quality: (B,) perceptual quality. On a calibrated reward 1 is the benchmark's best human score; never clamped.
         correspondence: (B,) correspondence to the prompt on the same scale, or None without prompts.
         details: named tensors of the model (gates, scores of crops, maps, ...), first dimension B.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import RewardOutput, create_reward
+        >>> out: RewardOutput = create_reward("compact")(torch.rand(2, 3, 64, 64), ["a fox", "a cat"])
+        >>> out.total.shape, out.quality.shape, out.correspondence.shape
+        (torch.Size([2]), torch.Size([2]), torch.Size([2]))
+        >>> bool(torch.allclose(out.total, (out.quality + out.correspondence) / 2))
+        True
+        >>> len(out[:1]), len(RewardOutput.cat([out, out]))
+        (1, 4)
     """
 
     total: Tensor
@@ -139,7 +159,17 @@ class RewardOutput:
 
 @runtime_checkable
 class RewardFunction(Protocol):
-    """Anything called with images (B, 3, H, W) in [0, 1] and B prompts that returns (B,) scores, higher is better."""
+    """Anything called with images (B, 3, H, W) in [0, 1] and B prompts that returns (B,) scores, higher is better.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import RewardFunction, Scorer
+        >>> def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        ...     return images.mean(dim=(1, 2, 3))
+        >>> reward: RewardFunction = brightness
+        >>> Scorer(reward).score([torch.zeros(3, 64, 64), torch.ones(3, 64, 64)], "a white square").total
+        tensor([0., 1.])
+    """
 
     def __call__(self, images: Tensor, prompts: list[str], /) -> Tensor | RewardOutput:
         """Score a batch."""

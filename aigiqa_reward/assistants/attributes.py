@@ -40,6 +40,11 @@ class AttributesConfig(AssistantConfig):
     Attributes:
         limit: attributes a prompt at most.
         max_new_tokens: length at which an answer is cut. Chosen here: 8 phrases of 8 English words, with room.
+
+    Example:
+        >>> from aigiqa_reward.assistants import AttributesConfig
+        >>> AttributesConfig(path_or_id="Qwen/Qwen2.5-0.5B-Instruct", device="cpu", limit=4).limit
+        4
     """
 
     limit: int = LIMIT
@@ -60,6 +65,12 @@ class LLMAttributes(PretrainedAssistant[AttributesConfig]):
     Args:
         config: which model.
         cache: where answers are kept; None asks the model every time.
+
+    Example:
+        >>> from aigiqa_reward.assistants import AttributesConfig, LLMAttributes
+        >>> reader = LLMAttributes(AttributesConfig(path_or_id="Qwen/Qwen2.5-0.5B-Instruct"))  # loads nothing yet
+        >>> reader.decompose([])
+        []
     """
 
     kind = "attributes"

@@ -56,6 +56,13 @@ class AssistantCache:
 
     Raises:
         ValueError: if `max_bytes` is not positive.
+
+    Example:
+        >>> from aigiqa_reward.assistants import AssistantCache, AttributesConfig, LLMAttributes
+        >>> cache = AssistantCache("answers/", max_bytes=10**9)
+        >>> reader = LLMAttributes(AttributesConfig(path_or_id="Qwen/Qwen2.5-0.5B-Instruct"), cache=cache)
+        >>> cache.folder.exists()  # made with the first answer
+        False
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int = MAX_BYTES) -> None:

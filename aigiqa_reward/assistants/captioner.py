@@ -27,6 +27,11 @@ class CaptionerConfig(AssistantConfig):
     Attributes:
         question: what it is asked about each image.
         max_new_tokens: length at which an answer is cut. Chosen here: twice what 50 English words take.
+
+    Example:
+        >>> from aigiqa_reward.assistants import CaptionerConfig
+        >>> CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf", device="cuda:0", batch_size=4).max_new_tokens
+        128
     """
 
     question: str = DESCRIBE
@@ -47,6 +52,12 @@ class LMMCaptioner(PretrainedAssistant[CaptionerConfig]):
     Args:
         config: which model.
         cache: where descriptions are kept; None asks the model every time.
+
+    Example:
+        >>> from aigiqa_reward.assistants import Assistants, CaptionerConfig, LMMCaptioner
+        >>> captioner = LMMCaptioner(CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))  # loads nothing yet
+        >>> Assistants(captioner=captioner).captioner is captioner
+        True
     """
 
     kind = "captioner"

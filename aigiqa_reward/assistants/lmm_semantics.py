@@ -26,7 +26,14 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticsConfig(AssistantConfig):
-    """Which image-text-to-text model reads the images; MA-AGIQA's own is mPLUG-Owl2, 4096 wide."""
+    """Which image-text-to-text model reads the images; MA-AGIQA's own is mPLUG-Owl2, 4096 wide.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.assistants import SemanticsConfig
+        >>> SemanticsConfig(path_or_id="llava-hf/llava-1.5-7b-hf", dtype=torch.bfloat16).dtype
+        torch.bfloat16
+    """
 
 
 class LMMSemantics(PretrainedAssistant[SemanticsConfig]):
@@ -38,6 +45,12 @@ class LMMSemantics(PretrainedAssistant[SemanticsConfig]):
     Args:
         config: which model.
         cache: where features are kept; None asks the model every time.
+
+    Example:
+        >>> from aigiqa_reward.assistants import Assistants, LMMSemantics, SemanticsConfig
+        >>> reader = LMMSemantics(SemanticsConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))  # loads nothing yet
+        >>> Assistants(semantics=reader).semantics is reader
+        True
     """
 
     kind = "lmm_semantics"

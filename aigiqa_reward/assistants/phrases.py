@@ -105,6 +105,11 @@ def noun_phrases(text: str, limit: int = LIMIT) -> list[str]:
 
     Raises:
         ValueError: `limit` is below 1.
+
+    Example:
+        >>> from aigiqa_reward.assistants import noun_phrases
+        >>> noun_phrases("a photo of a red fox sitting in the snow, oil painting")
+        ['red fox', 'snow', 'oil painting']
     """
     check_at_least("limit", limit, 1)
     found: dict[str, str] = {}

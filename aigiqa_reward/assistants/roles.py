@@ -9,7 +9,18 @@ from torch import Tensor
 
 
 class Captioner(Protocol):
-    """Says in words what images show."""
+    """Says in words what images show.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.assistants import Captioner
+        >>> class Fixed:
+        ...     def describe(self, images: torch.Tensor) -> list[str]:
+        ...         return ["a photo"] * len(images)
+        >>> captioner: Captioner = Fixed()
+        >>> captioner.describe(torch.rand(2, 3, 64, 64))
+        ['a photo', 'a photo']
+    """
 
     def describe(self, images: Tensor, /) -> list[str]:
         """One text an image of (B, 3, H, W) in [0, 1]."""
@@ -17,7 +28,19 @@ class Captioner(Protocol):
 
 
 class SemanticsReader(Protocol):
-    """Reads images' meaning and coherence as features of a language model."""
+    """Reads images' meaning and coherence as features of a language model.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.assistants import SemanticsReader
+        >>> class Means:
+        ...     width = 3
+        ...     def read(self, images: torch.Tensor) -> torch.Tensor:
+        ...         return images.mean(dim=(2, 3)).unsqueeze(1).expand(-1, 2, -1)
+        >>> reader: SemanticsReader = Means()
+        >>> reader.read(torch.rand(4, 3, 64, 64)).shape
+        torch.Size([4, 2, 3])
+    """
 
     @property
     def width(self) -> int:
@@ -30,7 +53,18 @@ class SemanticsReader(Protocol):
 
 
 class Segmenter(Protocol):
-    """Finds the regions of images."""
+    """Finds the regions of images.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.assistants import Segmenter, grid_regions
+        >>> class Grid:
+        ...     def segment(self, images: torch.Tensor) -> torch.Tensor:
+        ...         return grid_regions().expand(len(images), -1, -1, -1)
+        >>> segmenter: Segmenter = Grid()
+        >>> segmenter.segment(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 16, 64, 64])
+    """
 
     def segment(self, images: Tensor, /) -> Tensor:
         """(B, R, 64, 64) soft masks in [0, 1] of images (B, 3, H, W) in [0, 1]; unused places are zero."""
@@ -38,7 +72,17 @@ class Segmenter(Protocol):
 
 
 class AttributeReader(Protocol):
-    """Takes prompts apart into visual attributes."""
+    """Takes prompts apart into visual attributes.
+
+    Example:
+        >>> from aigiqa_reward.assistants import AttributeReader
+        >>> class Commas:
+        ...     def decompose(self, texts: list[str]) -> list[list[str]]:
+        ...         return [text.split(", ") for text in texts]
+        >>> reader: AttributeReader = Commas()
+        >>> reader.decompose(["a red fox, snow"])
+        [['a red fox', 'snow']]
+    """
 
     def decompose(self, texts: list[str], /) -> list[list[str]]:
         """At least one short phrase a text, in its order."""
@@ -60,6 +104,16 @@ class Assistants:
 
     Raises:
         TypeError: an assistant without the method of its role, or a class instead of an assistant.
+
+    Example:
+        >>> from aigiqa_reward.assistants import Assistants, CaptionerConfig, LMMCaptioner
+        >>> captioner = LMMCaptioner(CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))
+        >>> Assistants(captioner=captioner).segmenter is None  # the offline substitute stands in
+        True
+        >>> Assistants(captioner=LMMCaptioner)
+        Traceback (most recent call last):
+            ...
+        TypeError: captioner: expected an assistant with a method describe(), or None, got the ...
     """
 
     captioner: Captioner | None = None

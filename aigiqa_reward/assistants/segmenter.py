@@ -42,6 +42,11 @@ class SegmenterConfig(AssistantConfig):
         points_per_side: rows and columns of the grid of points, each of which asks for the object under it. Chosen
             here: 64 points suffice for 16 regions; SAM's automatic mask generator uses 32 a side to find everything.
         max_overlap: largest intersection over union of two kept masks; SAM's automatic mask generator uses 0.7.
+
+    Example:
+        >>> from aigiqa_reward.assistants import SegmenterConfig
+        >>> SegmenterConfig(path_or_id="facebook/sam-vit-base", points_per_side=16).max_regions
+        16
     """
 
     batch_size: int = 1
@@ -68,6 +73,12 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
     Args:
         config: which model.
         cache: where masks are kept; None asks the model every time.
+
+    Example:
+        >>> from aigiqa_reward.assistants import Assistants, SAMSegmenter, SegmenterConfig
+        >>> segmenter = SAMSegmenter(SegmenterConfig(path_or_id="facebook/sam-vit-base"))  # loads nothing yet
+        >>> Assistants(segmenter=segmenter).segmenter is segmenter
+        True
     """
 
     kind = "segmenter"
@@ -206,6 +217,12 @@ def grid_regions(rows: int = 4, columns: int = 4, size: int = MASK_SIZE) -> Floa
 
     Raises:
         ValueError: fewer than one row or column, or more of them than the masks have cells.
+
+    Example:
+        >>> from aigiqa_reward.assistants import grid_regions
+        >>> masks = grid_regions(rows=2, columns=2)
+        >>> masks.shape, bool((masks.sum(dim=0) == 1).all())
+        (torch.Size([4, 64, 64]), True)
     """
     for name, value in (("rows", rows), ("columns", columns)):
         check_at_least(name, value, 1)

@@ -57,6 +57,13 @@ class ProtocolSettings:
         mode: "group" keeps a prompt's images together; "random_image" and "csv" for comparison with others' figures.
         file: of mode "csv".
         same_generator: prefix of the generators among whose variants the gain within one is measured.
+
+    Example:
+        >>> from aigiqa_reward.benchmark import ABLATIONS, ProtocolSettings
+        >>> ProtocolSettings(seeds=2, ablation_seeds=0).describe()
+        'groups (prompts) 80/20, 10 % of the training groups to choose the epoch; 2 seeds, ablations 0'
+        >>> sorted(ABLATIONS)  # the systems whose modules a protocol switches off in turn
+        ['cpa_iqa', 'ma_agiqa', 'mst_clipiqa', 'sc_agiqa', 'tsp_mgs']
     """
 
     seeds: int = 10

@@ -52,6 +52,14 @@ class TrainingPlan:
         seed: of initial weights and of the training.
         cache: folder of stored features.
         max_bytes: largest store of features.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from aigiqa_reward.benchmark import TrainingPlan
+        >>> from aigiqa_reward.training.recipes import Recipe
+        >>> plan = TrainingPlan(name="mst_clipiqa", recipe=Recipe(epochs=3), cache=Path("features"))
+        >>> plan.chosen_recipe.epochs
+        3
     """
 
     name: str
@@ -123,7 +131,18 @@ class Trained:
 
 
 def whole_split(data: ScoredImages | PreferencePairs, *, seed: int = 0) -> Split:
-    """Everything to train on, less a tenth of the groups to choose the epoch by; nothing is held out to report on."""
+    """Everything to train on, less a tenth of the groups to choose the epoch by; nothing is held out to report on.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from aigiqa_reward.benchmark import whole_split
+        >>> from aigiqa_reward.datasets import PreferencePairs
+        >>> better, worse = ([Path(f"{name}{row}.png") for row in range(20)] for name in "ab")
+        >>> prompts = tuple(f"prompt {row}" for row in range(20))
+        >>> split = whole_split(PreferencePairs(prompts=prompts, better=tuple(better), worse=tuple(worse)))
+        >>> len(split.train), len(split.validation), len(split.test)
+        (18, 2, 0)
+    """
     held = group_split(data.groups, VALIDATION_FRACTION, seed)
     empty = np.zeros(0, dtype=np.int64)
     return Split(train=np.flatnonzero(~held), validation=np.flatnonzero(held), test=empty)

@@ -58,21 +58,25 @@ def read_agiqa1k(folder: str | os.PathLike[str]) -> ScoredImages:
         ImportError: the extra `data` is not installed.
         ValueError: a file, column or image is missing, a name is repeated, a name or prompt has another form, or a
             score is not a number.
+
+    Example:
+        >>> import pandas
+        >>> from pathlib import Path
+        >>> from aigiqa_reward.datasets import read_agiqa1k
+        >>> Path("agiqa1k/file").mkdir(parents=True)
+        >>> Path("agiqa1k/file/deepai_0_0_0_0.jpg").touch()
+        >>> row = {"Image": "deepai_0_0_0_0.jpg", "Prompt": "cat, using phone, city, anime style", "MOS": 2.5}
+        >>> pandas.DataFrame([row]).to_excel("agiqa1k/AIGC_MOS_Zscore.xlsx")
+        >>> read_agiqa1k("agiqa1k").groups
+        ('cat, using phone',)
     """
     root = Path(folder)
-    remedy = ""
-    if (root / _OTHER_SCORES).is_file():
-        remedy = (
-            f"; {_OTHER_SCORES} holds other scores of these images, not the published opinion scores, and is not "
-            f"read: take {_TABLE} from github.com/lcysyzxdxc/AGIQA-1k-Database"
-        )
-    table = find_table(root, _TABLE, f"AGIQA-1K's {_TABLE} and images", remedy)
+    table = find_table(root, _TABLE, f"AGIQA-1K's {_TABLE} and images", _remedy(root))
     rows = read_xlsx(table, ("Image", "Prompt", "MOS"))
     if sum(row["Image"] == _PUBLISHED_TWICE for row in rows) == 2:
         rows = [row for row in rows if row["Image"] != _PUBLISHED_TWICE]
     generators = generators_of(rows, "Image", _NAME, "{deepai or dreamStudio}_{object}_{object}_{place}_{style}.jpg")
     refuse_repeats(rows, "Image")
-    groups = tuple(_object_pair(row) for row in rows)
     paths = tuple(image_folder(root, "file", "images") / row["Image"] for row in rows)
     refuse_absent(paths, table.name)
     return ScoredImages(
@@ -84,7 +88,17 @@ def read_agiqa1k(folder: str | os.PathLike[str]) -> ScoredImages:
         quality_std=unpublished(len(rows)),
         correspondence=unpublished(len(rows)),
         correspondence_std=unpublished(len(rows)),
-        groups=groups,
+        groups=tuple(_object_pair(row) for row in rows),
+    )
+
+
+def _remedy(root: Path) -> str:
+    """What to say where the table is missing and other scores lie in its place."""
+    if not (root / _OTHER_SCORES).is_file():
+        return ""
+    return (
+        f"; {_OTHER_SCORES} holds other scores of these images, not the published opinion scores, and is not "
+        f"read: take {_TABLE} from github.com/lcysyzxdc/AGIQA-1k-Database"
     )
 
 

@@ -33,6 +33,19 @@ def read_agiqa3k(folder: str | os.PathLike[str]) -> ScoredImages:
     Raises:
         ValueError: a file, column or image is missing, a name is repeated or of another form, or a score is
             not a number.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from aigiqa_reward.datasets import read_agiqa3k
+        >>> Path("agiqa3k/images").mkdir(parents=True)
+        >>> Image.new("RGB", (64, 64)).save("agiqa3k/images/sd1.5_normal_000.jpg")
+        >>> with open("agiqa3k/data.csv", "w") as file:
+        ...     print("name,prompt,adj1,adj2,style,mos_quality,std_quality,mos_align,std_align", file=file)
+        ...     print("sd1.5_normal_000.jpg,a red fox,,,,3.1,0.2,4.0,0.3", file=file)
+        >>> images = read_agiqa3k("agiqa3k")
+        >>> images.generators, images.quality, images.correspondence
+        (('sd1.5_normal',), array([3.1]), array([4.]))
     """
     root = Path(folder)
     rows = read_csv(find_table(root, "data.csv", "AGIQA-3K's data.csv and images/"), _COLUMNS)

@@ -48,6 +48,23 @@ def read_aigciqa2023(
     Raises:
         ImportError: the extra `data` is not installed.
         ValueError: no such perspective; a file or image is missing, or an array or the prompts have another shape.
+
+    Example:
+        >>> import pandas
+        >>> from pathlib import Path
+        >>> from scipy.io import savemat
+        >>> from aigiqa_reward.datasets import read_aigciqa2023
+        >>> Path("aigciqa2023/DATA/MOS").mkdir(parents=True)
+        >>> Path("aigciqa2023/Image/allimg").mkdir(parents=True)
+        >>> for number in range(2400):
+        ...     Path(f"aigciqa2023/Image/allimg/{number}.png").touch()
+        >>> for number in (1, 2, 3):
+        ...     savemat(f"aigciqa2023/DATA/MOS/mosz{number}.mat", {"MOSz": [[50.0]] * 2400})
+        >>> prompts = pandas.DataFrame([[i, "", f"prompt {i}"] for i in range(100)])
+        >>> prompts.to_excel("aigciqa2023/AIGCIQA2023_Prompts.xlsx", header=False, index=False)
+        >>> images = read_aigciqa2023("aigciqa2023")
+        >>> len(images), images.generators[400], images.prompts[404]
+        (2400, 'DALLE', 'prompt 1')
     """
     if perspective not in ("quality", "authenticity"):
         raise ValueError(f"perspective: expected 'quality' or 'authenticity', got {perspective!r}")

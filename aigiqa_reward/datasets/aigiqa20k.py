@@ -47,6 +47,19 @@ def read_aigiqa20k(folder: str | os.PathLike[str]) -> ScoredImages:
     Raises:
         ValueError: a file, column or image is missing, a name is repeated or of another form, or a score is
             not a number.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from aigiqa_reward.datasets import read_aigiqa20k
+        >>> Path("aigiqa20k/train").mkdir(parents=True)
+        >>> Image.new("RGB", (64, 64)).save("aigiqa20k/train/DALLE2_0000.png")
+        >>> with open("aigiqa20k/info_train.csv", "w") as file:
+        ...     print("name,prompt,mos", file=file)
+        ...     print("DALLE2_0000.png,a red fox,3.1", file=file)
+        >>> images = read_aigiqa20k("aigiqa20k")
+        >>> images.generators, images.quality, images.has_correspondence
+        (('DALLE2',), array([3.1]), False)
     """
     root = Path(folder)
     table = find_table(root, "info_train.csv", "AIGIQA-20K's info_train.csv and train/")

@@ -28,6 +28,23 @@ class ScoredImages:
 
     Raises:
         ValueError: unequal lengths.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from aigiqa_reward.datasets import ScoredImages
+        >>> images = ScoredImages(
+        ...     names=("a", "b"),
+        ...     paths=(Path("a.png"), Path("b.png")),
+        ...     prompts=("a red fox", "a red fox"),
+        ...     generators=("sdxl", "flux"),
+        ...     quality=np.array([3.1, 4.2]),
+        ...     quality_std=np.full(2, np.nan),
+        ...     correspondence=np.full(2, np.nan),
+        ...     correspondence_std=np.full(2, np.nan),
+        ... )
+        >>> images.has_quality, images.has_correspondence, images.subset([1]).names
+        (True, False, ('b',))
     """
 
     names: tuple[str, ...]
@@ -95,6 +112,13 @@ class PreferencePairs:
 
     Raises:
         ValueError: unequal lengths, or an image preferred to itself.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from aigiqa_reward.datasets import PreferencePairs
+        >>> pairs = PreferencePairs(prompts=("a red fox",), better=(Path("a.png"),), worse=(Path("b.png"),))
+        >>> pairs.groups, len(pairs.subset([0]).prompts)
+        (('a red fox',), 1)
     """
 
     prompts: tuple[str, ...]

@@ -37,6 +37,18 @@ def read_imagereward(path: str | os.PathLike[str], *, images: str | os.PathLike[
     Raises:
         ValueError: a file, field or image is missing, an id or image is repeated, a rank is not a number, ranks and
             images differ in number, or no two images differ in rank.
+
+    Example:
+        >>> import json
+        >>> from pathlib import Path
+        >>> from aigiqa_reward.datasets import read_imagereward
+        >>> Path("imagereward/images").mkdir(parents=True)
+        >>> for name in ("a.png", "b.png", "c.png"):
+        ...     Path("imagereward/images", name).touch()
+        >>> entry = {"id": "0", "prompt": "a red fox", "generations": ["a.png", "b.png", "c.png"], "ranking": [2, 1, 3]}
+        >>> _ = Path("imagereward/train.json").write_text(json.dumps([entry]))
+        >>> [path.name for path in read_imagereward("imagereward").better]
+        ['b.png', 'a.png', 'b.png']
     """
     file = Path(path)
     if file.is_dir():

@@ -60,6 +60,20 @@ def read_pickapic(path: str | os.PathLike[str], *, images_to: str | os.PathLike[
         ImportError: the extra `data` is not installed.
         ValueError: no such file; a file of another form; a column or image is missing, a ranking_id is repeated, or
             labels are not a choice; files of several parts; or no row states a choice.
+
+    Example:
+        >>> import io
+        >>> import pandas
+        >>> from PIL import Image
+        >>> from aigiqa_reward.datasets import read_pickapic
+        >>> file = io.BytesIO()
+        >>> Image.new("RGB", (64, 64)).save(file, format="JPEG")
+        >>> row = {"caption": "a red fox", "jpg_0": file.getvalue(), "jpg_1": file.getvalue()}
+        >>> choice = {"label_0": 1.0, "label_1": 0.0, "ranking_id": 7}
+        >>> pandas.DataFrame([row | choice]).to_parquet("train.parquet")
+        >>> pairs = read_pickapic("train.parquet")
+        >>> pairs.better[0].name, pairs.worse[0].name
+        ('7_0.jpg', '7_1.jpg')
     """
     source = Path(path)
     files = _parquet_files(source)

@@ -24,6 +24,12 @@ class Source:
     Attributes:
         reader: takes the path.
         path: what the path is, in words.
+
+    Example:
+        >>> from aigiqa_reward.datasets import SOURCES, Source
+        >>> source: Source = SOURCES["agiqa3k"]
+        >>> source.path
+        'the folder that holds data.csv and images/'
     """
 
     reader: Callable[[Path], ScoredImages | PreferencePairs]
@@ -54,6 +60,20 @@ def read_data(source: str) -> ScoredImages | PreferencePairs:
     Raises:
         ImportError: the reader needs the extra `data`.
         ValueError: the form is another, there is no such name, or what the reader of that name raises.
+
+    Example:
+        >>> from PIL import Image
+        >>> from aigiqa_reward.datasets import read_data
+        >>> Image.new("RGB", (64, 64), "red").save("a.png")
+        >>> with open("scores.csv", "w") as file:
+        ...     print("path,prompt,quality", file=file)
+        ...     print("a.png,a red square,3.5", file=file)
+        >>> read_data("csv:scores.csv").quality
+        array([3.5])
+        >>> read_data("agiqa-3k:data")
+        Traceback (most recent call last):
+            ...
+        ValueError: source: no data is called 'agiqa-3k'; did you mean 'agiqa3k'? Write one of ...
     """
     name, _, path = source.partition(":")
     if name not in SOURCES:

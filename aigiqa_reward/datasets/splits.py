@@ -35,6 +35,13 @@ class Split:
 
     Raises:
         ValueError: a part is not of row numbers, or a row is in two of them or twice in one.
+
+    Example:
+        >>> import numpy as np
+        >>> from aigiqa_reward.datasets import Split
+        >>> split = Split(train=np.array([0, 1, 2]), validation=np.array([3]), test=np.array([4, 5]))
+        >>> split.test
+        array([4, 5])
     """
 
     train: np.ndarray
@@ -82,6 +89,18 @@ def split_rows(
     Raises:
         ValueError: no such mode, a file without mode `csv` or the other way round, fewer than three groups, or a
             file that lacks an image or a part, or has another form.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from aigiqa_reward.datasets import PreferencePairs, split_rows
+        >>> better, worse = ([Path(f"{name}{row}.png") for row in range(20)] for name in "ab")
+        >>> prompts = [f"prompt {row // 2}" for row in range(20)]
+        >>> pairs = PreferencePairs(prompts=tuple(prompts), better=tuple(better), worse=tuple(worse))
+        >>> split = split_rows(pairs, seed=0)
+        >>> len(split.train), len(split.validation), len(split.test)
+        (14, 2, 4)
+        >>> {prompts[row] for row in split.test} & {prompts[row] for row in split.train}
+        set()
     """
     if mode not in _MODES:
         raise ValueError(f"mode: expected one of {', '.join(_MODES)}, got {mode!r}")
@@ -117,6 +136,12 @@ def group_folds(groups: Sequence[str] | Sequence[int] | np.ndarray, folds: int, 
 
     Raises:
         ValueError: no rows, or `folds` out of range.
+
+    Example:
+        >>> from aigiqa_reward.datasets import group_folds
+        >>> folds = group_folds(["a", "a", "b", "b", "c", "c"], folds=3, seed=0)
+        >>> [len(set(folds[rows])) for rows in ([0, 1], [2, 3], [4, 5])], len(set(folds))
+        ([1, 1, 1], 3)
     """
     codes, sizes = _groups(groups)
     if not 2 <= folds <= len(sizes):
@@ -144,6 +169,12 @@ def group_split(groups: Sequence[str] | Sequence[int] | np.ndarray, fraction: fl
 
     Raises:
         ValueError: `fraction` out of range, or fewer than two groups.
+
+    Example:
+        >>> from aigiqa_reward.datasets import group_split
+        >>> held_out = group_split(["a", "a", "b", "b", "c", "c", "d", "d"], 0.25, seed=0)
+        >>> int(held_out.sum()), bool(held_out[0] == held_out[1])
+        (2, True)
     """
     codes, sizes = _groups(groups)
     if not 0 < fraction < 1:

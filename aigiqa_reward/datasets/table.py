@@ -29,6 +29,17 @@ def read_table(file: str | os.PathLike[str]) -> ScoredImages:
     Raises:
         ValueError: the file, a column or an image is missing, a path is repeated, a text is blank, or a score is not
             a number.
+
+    Example:
+        >>> from PIL import Image
+        >>> from aigiqa_reward.datasets import read_table
+        >>> Image.new("RGB", (64, 64), "red").save("a.png")
+        >>> with open("scores.csv", "w") as file:
+        ...     print("path,prompt,quality", file=file)
+        ...     print("a.png,a red square,3.5", file=file)
+        >>> images = read_table("scores.csv")
+        >>> images.quality, images.has_correspondence
+        (array([3.5]), False)
     """
     table = Path(file)
     if not table.is_file():

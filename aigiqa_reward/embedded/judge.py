@@ -167,6 +167,13 @@ def load_judge(*, device: str | torch.device = "cpu") -> Judge:
 
     Raises:
         WeightsError: its file is missing or damaged.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.embedded.judge import load_judge
+        >>> judge = load_judge()
+        >>> judge.accepts(torch.zeros(1, 3, 64, 64), ["a red apple on a blue background"])
+        tensor([False])
     """
     path = ASSETS / "judge" / "model.safetensors"
     judge = Judge()

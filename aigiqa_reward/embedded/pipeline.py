@@ -44,6 +44,15 @@ def load_embedded_pipeline(
     Raises:
         WeightsError: a file of its weights is missing or damaged.
         TypeError: `dtype` is not a floating-point type.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import load_embedded_pipeline
+        >>> pipe = load_embedded_pipeline()
+        >>> generator = torch.Generator("cpu").manual_seed(0)
+        >>> image = pipe("a red apple on a blue background", num_inference_steps=4, generator=generator).images[0]
+        >>> image.size
+        (64, 64)
     """
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 

@@ -30,6 +30,11 @@ class OpenCLIPConfig:
         architecture: a name from `open_clip.list_models()`, or `local-dir:PATH` of a folder with open_clip_config.json.
         pretrained: a published tag ("openai", "laion2b_s34b_b79k", ...), fetched from the Hub, or the path of a
             .safetensors file; None for a local-dir, which brings its own.
+
+    Example:
+        >>> from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
+        >>> OpenCLIPConfig(architecture="ViT-L-14", pretrained="laion2b_s32b_b82k").architecture
+        'ViT-L-14'
     """
 
     architecture: str

@@ -37,6 +37,12 @@ class TimmConfig:
         smooth: half width of the rounding put in place of the corners of ReLU6; 0 keeps the corners.
         image_size: side in px to build a model of fixed size for, such as a ViT; None takes the size in its name.
         weights: path of a .safetensors file in timm's layout, with or without its classifier, instead of `pretrained`.
+
+    Example:
+        >>> from aigiqa_reward.encoders.timm import TimmConfig
+        >>> half = (0.5, 0.5, 0.5)
+        >>> TimmConfig(architecture="vit_base_patch16_224", mean=half, std=half, pretrained=True).smooth
+        0.0
     """
 
     architecture: str

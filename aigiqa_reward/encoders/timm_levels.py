@@ -20,6 +20,12 @@ class TimmLevelsConfig:
     Attributes:
         tower: which model; one of a fixed size, such as a ViT.
         blocks: numbers of the blocks, in the model's order.
+
+    Example:
+        >>> from aigiqa_reward.encoders.timm import TimmConfig
+        >>> from aigiqa_reward.encoders.timm_levels import TimmLevelsConfig
+        >>> TimmLevelsConfig(tower=TimmConfig(architecture="vit_base_patch8_224"), blocks=(6, 7, 8, 9)).blocks
+        (6, 7, 8, 9)
     """
 
     tower: TimmConfig

@@ -2,6 +2,36 @@
 
 Two rules hold everywhere. Malformed input (NaN, unequal lengths, no rows) raises a ValueError; a measure that
 is undefined on well-formed input (the correlation of a constant, a gain with nothing to choose) is nan.
+
+Example:
+    >>> import numpy as np
+    >>> from aigiqa_reward.evaluation import EvaluationReport, Predictions, evaluate
+    >>> human = np.linspace(1, 5, 8)
+    >>> table = Predictions(
+    ...     names=tuple("abcdefgh"),
+    ...     prompts=tuple("ppqqrrss"),
+    ...     generators=("sd", "xl") * 4,
+    ...     folds=np.array([0, 0, 0, 0, 1, 1, 1, 1]),
+    ...     target_quality=human,
+    ...     target_correspondence=human,
+    ...     predicted_quality=human,
+    ...     predicted_correspondence=human,
+    ... )
+    >>> found: EvaluationReport = evaluate(table, repeats=10, same_generator="sd")
+    >>> round(found.row("quality").srcc.estimate, 3)
+    1.0
+    >>> from aigiqa_reward.evaluation import OverSeeds, PairedDifference, ProtocolReport, SummaryRow, score_split
+    >>> told = {"task": "quality", "target": human, "prompts": table.prompts, "generators": ["sd1.5"] * 8}
+    >>> model = score_split(0, "model", predicted=human, **told)
+    >>> ridge = score_split(0, "ridge", predicted=-human, **told)
+    >>> report = ProtocolReport(title="mine", protocol="1 seed").with_scores([model, ridge])
+    >>> row: SummaryRow = report.summary()[0]
+    >>> srcc: OverSeeds = row.srcc
+    >>> row.predictor, round(srcc.mean, 3), srcc.count
+    ('model', 1.0, 1)
+    >>> difference: PairedDifference = report.difference("quality", "model", "ridge")
+    >>> round(difference.mean, 3), difference.wins
+    (2.0, 1)
 """
 
 from aigiqa_reward.evaluation.bootstrap import Interval, bootstrap_interval, bootstrap_intervals

@@ -34,6 +34,12 @@ def selection_gain(predicted: Numbers, target: Numbers, groups: Labels) -> float
 
     Raises:
         ValueError: NaN or infinite values, unequal lengths, or no rows.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import selection_gain
+        >>> human, prompts = [1.0, 2.0, 3.0, 4.0], ["a", "a", "b", "b"]
+        >>> selection_gain([0, 1, 0, 1], human, prompts), selection_gain([0, 1, 1, 0], human, prompts)
+        (1.0, 0.0)
     """
     x, y = pair(predicted, target)
     codes, count = group_codes(groups, len(x), "groups")
@@ -59,6 +65,11 @@ def within(generators: Sequence[str] | np.ndarray, prefix: str) -> np.ndarray:
 
     Raises:
         ValueError: no name starts with `prefix`.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import within
+        >>> within(["sd1.5_normal", "sd1.5_lowstep", "DALLE2_normal"], "sd1.5")
+        array([ True,  True, False])
     """
     mask = np.array([name.startswith(prefix) for name in generators], dtype=bool)
     if not mask.any():
@@ -78,6 +89,12 @@ def prompt_auc(right: Numbers, wrong: np.ndarray) -> float:
 
     Raises:
         ValueError: wrong shapes, no rows, or NaN or infinite values.
+
+    Example:
+        >>> import numpy as np
+        >>> from aigiqa_reward.evaluation import prompt_auc
+        >>> prompt_auc([0.9, 0.4], np.array([[0.1, 0.2], [0.3, 0.5]]))
+        0.75
     """
     x, others = numbers(right, "right"), np.asarray(wrong, dtype=np.float64)
     if others.ndim != 2 or others.shape[0] != len(x) or others.shape[1] == 0:
@@ -103,6 +120,11 @@ def group_mean_predictor(train_target: Numbers, train_groups: Labels, groups: La
 
     Raises:
         ValueError: NaN or infinite values, unequal lengths, or a group that training does not have.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import group_mean_predictor
+        >>> group_mean_predictor([1.0, 3.0, 4.0], ["sd", "sd", "dalle"], ["dalle", "sd"])
+        array([4., 2.])
     """
     y = numbers(train_target, "train_target")
     codes, count = group_codes(train_groups, len(y), "train_groups")
@@ -124,6 +146,11 @@ def centred(values: Numbers, *groupings: Labels) -> np.ndarray:
     Raises:
         ValueError: NaN or infinite values, unequal lengths, or no grouping.
         NotConverged: a ValueError, where the groupings hardly overlap.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import centred
+        >>> centred([1.0, 2.0, 11.0, 14.0], ["a", "a", "b", "b"], ["x", "y", "x", "y"])
+        array([ 0.5, -0.5, -0.5,  0.5])
     """
     x = numbers(values, "values")
     if not groupings:
@@ -150,5 +177,13 @@ def centred_srcc(predicted: Numbers, target: Numbers, *groupings: Labels) -> flo
     """SRCC of predictions and targets after the additive effects of `groupings` are removed from both.
 
     Nan for a predictor that those effects explain entirely. Raises as `centred` does.
+
+    Example:
+        >>> import numpy as np
+        >>> from aigiqa_reward.evaluation import centred_srcc
+        >>> generators, prompts = np.repeat(["sd", "dalle", "xl"], 4), np.tile(["a", "b", "c", "d"], 3)
+        >>> human = np.random.default_rng(0).normal(size=12)
+        >>> round(centred_srcc(human + 10 * (generators == "xl"), human, generators, prompts), 3)
+        1.0
     """
     return srcc(centred(predicted, *groupings), centred(target, *groupings))

@@ -28,6 +28,12 @@ class Correlations:
             reporting only. The curve may fall, so a reversed predictor is positive here; `srcc` has the sign.
         krcc: Kendall's tau-b.
         rmse: root mean squared error after the logistic, in the target's units.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import Correlations, correlations
+        >>> agreement: Correlations = correlations([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5])
+        >>> round(agreement.srcc, 3), round(agreement.krcc, 3)
+        (0.943, 0.867)
     """
 
     srcc: float
@@ -44,6 +50,12 @@ def correlations(predicted: Numbers, target: Numbers) -> Correlations:
 
     Raises:
         ValueError: NaN or infinite values, unequal lengths, or fewer than 5 rows.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import correlations
+        >>> agreement = correlations([0.1, 0.3, 0.2, 0.7, 0.9], [1.0, 2.0, 3.0, 4.0, 5.0])
+        >>> round(agreement.srcc, 3), round(agreement.plcc, 3)
+        (0.9, 0.921)
     """
     x, y = pair(predicted, target, at_least=MIN_ROWS)
     fitted = fit_logistic4(x, y)(x)
@@ -58,7 +70,13 @@ def correlations(predicted: Numbers, target: Numbers) -> Correlations:
 
 
 def srcc(predicted: Numbers, target: Numbers) -> float:
-    """Spearman's rank correlation of predictions (N,) with human scores (N,); nan if either is constant."""
+    """Spearman's rank correlation of predictions (N,) with human scores (N,); nan if either is constant.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import srcc
+        >>> round(srcc([1, 2, 3, 4], [10, 20, 40, 30]), 3), srcc([1, 1, 1, 1], [10, 20, 40, 30])
+        (0.8, nan)
+    """
     x, y = pair(predicted, target)
     if is_constant(x) or is_constant(y):
         return float("nan")
@@ -71,6 +89,11 @@ class Logistic4:
 
     Source: the monotonic fit of the Video Quality Experts Group (final report, phase II, 2003), usual in
     image quality assessment.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import Logistic4
+        >>> Logistic4(b1=5, b2=1, b3=0.5, b4=0.1)([-9, 0.5, 9]).round(3)
+        array([1., 3., 5.])
     """
 
     b1: float
@@ -92,6 +115,14 @@ def fit_logistic4(predicted: Numbers, target: Numbers) -> Logistic4:
 
     Raises:
         ValueError: NaN or infinite values, unequal lengths, or fewer than 5 rows.
+
+    Example:
+        >>> import numpy as np
+        >>> from aigiqa_reward.evaluation import Logistic4, fit_logistic4
+        >>> predicted = np.linspace(0, 1, 20)
+        >>> human = Logistic4(b1=5, b2=1, b3=0.5, b4=0.1)(predicted)
+        >>> bool(np.allclose(fit_logistic4(predicted, human)(predicted), human, atol=0.01))
+        True
     """
     x, y = pair(predicted, target, at_least=MIN_ROWS)
     if is_constant(x):

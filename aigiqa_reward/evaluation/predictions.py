@@ -41,6 +41,23 @@ class Predictions:
 
     Raises:
         ValueError: unequal lengths, wrong shapes, or NaN or infinite values.
+
+    Example:
+        >>> import numpy as np
+        >>> from aigiqa_reward.evaluation import Predictions
+        >>> human = np.linspace(1, 5, 6)
+        >>> table = Predictions(
+        ...     names=tuple("abcdef"),
+        ...     prompts=tuple("ppqqrr"),
+        ...     generators=("sd", "xl") * 3,
+        ...     folds=np.array([0, 0, 0, 1, 1, 1]),
+        ...     target_quality=human,
+        ...     target_correspondence=human,
+        ...     predicted_quality=human / 5,
+        ...     predicted_correspondence=human / 5,
+        ... )
+        >>> Predictions.load(table.save("predictions.npz")).names
+        ('a', 'b', 'c', 'd', 'e', 'f')
     """
 
     names: tuple[str, ...]

@@ -40,6 +40,12 @@ class OverSeeds:
         std: standard deviation (ddof 1); nan for a single seed.
         median: the median.
         count: number of seeds in which the measure is not nan.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import OverSeeds
+        >>> srcc = OverSeeds(mean=0.81, std=0.01, median=0.808, count=10)
+        >>> f"{srcc.mean:.3f} ± {srcc.std:.3f} over {srcc.count} seeds"
+        '0.810 ± 0.010 over 10 seeds'
     """
 
     mean: float
@@ -112,6 +118,16 @@ class ProtocolReport:
 
     Raises:
         ValueError: a title that is not one line of text, or the same seed, predictor and task twice.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import ProtocolReport, score_split
+        >>> human, prompts, generators = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("ppqqrr"), ["sd1.5"] * 6
+        >>> scores = score_split(
+        ...     0, "model", task="quality", predicted=human, target=human, prompts=prompts, generators=generators
+        ... )
+        >>> report = ProtocolReport(title="mine", protocol="1 seed").with_scores([scores])
+        >>> ProtocolReport.load(report.save("report.json")).done(0, "model", "quality")
+        True
     """
 
     title: str

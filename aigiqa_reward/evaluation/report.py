@@ -34,6 +34,12 @@ class ReportRow:
             for the generator's mean score: with that effect removed, only differences between the folds it
             was computed in are left, and their correlation with the target is an artefact (below zero).
         srcc_by_fold: SRCC of each fold alone, in the order of the fold numbers.
+
+    Example:
+        >>> from dataclasses import fields
+        >>> from aigiqa_reward.evaluation import ReportRow
+        >>> [field.name for field in fields(ReportRow)][:4]  # what EvaluationReport.rows holds
+        ['task', 'predictor', 'correlations', 'srcc']
     """
 
     task: str

@@ -41,6 +41,15 @@ def ridge_predict(
 
     Raises:
         ValueError: wrong shapes, NaN or infinite values, a single group, or a penalty that is not positive.
+
+    Example:
+        >>> import numpy as np
+        >>> from aigiqa_reward.evaluation import ridge_predict
+        >>> features = np.random.default_rng(0).normal(size=(60, 5))
+        >>> human = features @ [1.0, 0.5, 0.0, 0.0, -1.0]
+        >>> predicted = ridge_predict(features[:40], human[:40], features[40:], groups_train=np.arange(40) // 4)
+        >>> predicted.shape, bool(np.corrcoef(predicted, human[40:])[0, 1] > 0.99)
+        ((20,), True)
     """
     y = numbers(target_train, "target_train")
     x, t = _matrix(features_train, "features_train"), _matrix(features_test, "features_test")

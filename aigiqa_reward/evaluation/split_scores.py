@@ -60,6 +60,15 @@ class SplitScores:
     Raises:
         ValueError: a predictor that is not one line of text, an unknown task, a seed or number of images that is no
             integer, no images, or an infinite measure.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import SplitScores, score_split
+        >>> human, prompts, generators = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("ppqqrr"), ["sd1.5"] * 6
+        >>> scores: SplitScores = score_split(
+        ...     0, "model", task="quality", predicted=human, target=human, prompts=prompts, generators=generators
+        ... )
+        >>> scores.key, round(scores.srcc, 3), scores.gain, scores.images
+        ((0, 'model', 'quality'), 1.0, 1.0, 6)
     """
 
     seed: int
@@ -135,6 +144,13 @@ def score_split(
 
     Raises:
         ValueError: NaN or infinite values, unequal lengths, no rows, or an unknown task.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import score_split
+        >>> human, prompts, generators = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("ppqqrr"), ["sd1.5"] * 6
+        >>> told = {"target": human, "prompts": prompts, "generators": generators}
+        >>> score_split(0, "best", task="quality", predicted=[0, 1, 0, 1, 0, 1], **told).gain
+        1.0
     """
     x, y = pair(predicted, target)
     prompt_codes, _ = group_codes(prompts, len(x), "prompts")

@@ -1,12 +1,28 @@
 """Reward fine-tuning of diffusers pipelines with LoRA: one loop, and a small file of maths for each algorithm.
 
-from aigiqa_reward import create_reward
-from aigiqa_reward.finetuning import Draft, FinetuneSettings, finetune
-
-settings = FinetuneSettings(max_train_steps=200, sampling={"num_inference_steps": 30, "guidance_scale": 5.0})
-finetune(pipe, create_reward("compact"), prompts, Draft(truncation_steps=1), "my-lora/", settings,
-validation_prompts=others)
-fresh_pipe.load_lora_weights("my-lora/")
+Example:
+    >>> from aigiqa_reward import create_reward, load_embedded_pipeline
+    >>> from aigiqa_reward.finetuning import ALGORITHMS, Draft, FinetuneResult, FinetuneSettings, finetune
+    >>> sorted(ALGORITHMS)
+    ['ddpo', 'dpo', 'draft', 'grpo', 'refl']
+    >>> pipe, reward = load_embedded_pipeline(), create_reward("compact")
+    >>> prompts = ["a red apple on a blue background", "a cat on a green background"]
+    >>> sampling = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    >>> settings = FinetuneSettings(max_train_steps=2, train_batch_size=2, sampling=sampling)
+    >>> result: FinetuneResult = finetune(pipe, reward, prompts, Draft(), "draft/", settings, progress=False)
+    >>> result.steps, result.stopped, len(result.history)
+    (2, None, 2)
+    >>> fresh = load_embedded_pipeline()
+    >>> fresh.load_lora_weights(result.folder)
+    >>> fresh(prompts[0], **sampling).images[0].size
+    (64, 64)
+    >>> from aigiqa_reward.finetuning import DPO, build_preference_pairs, read_preference_pairs
+    >>> pipe = load_embedded_pipeline()
+    >>> pairs = build_preference_pairs(pipe, reward, prompts, "pairs/", n=2, progress=False, **sampling)
+    >>> pairs.prompts == read_preference_pairs("pairs/").prompts
+    True
+    >>> finetune(pipe, reward, [], DPO(pairs=pairs), "dpo/", settings, progress=False).steps
+    2
 """
 
 from aigiqa_reward.finetuning.algorithm import Algorithm

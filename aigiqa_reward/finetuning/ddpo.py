@@ -22,6 +22,11 @@ class DDPO(PolicyGradient):
 
     Attributes:
         eta: noise of the sampler in (0, 1]; 1 as in the paper's code.
+
+    Example:
+        >>> from aigiqa_reward.finetuning import DDPO
+        >>> DDPO(eta=1.0, images_per_prompt=4).rows_per_prompt
+        4
     """
 
     name: ClassVar[str] = "ddpo"

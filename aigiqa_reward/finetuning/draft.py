@@ -38,6 +38,15 @@ class Draft(Algorithm):
         truncation_steps: K from 1, "all" for every step, or "random" for AlignProp's draw. More than there are steps
             is all of them.
         low_variance: n of DRaFT-LV; 0 is DRaFT-K. Needs K = 1.
+
+    Example:
+        >>> from aigiqa_reward.finetuning import Draft
+        >>> Draft(truncation_steps=2), Draft(low_variance=4).truncation_steps
+        (Draft(truncation_steps=2, low_variance=0), 1)
+        >>> Draft(truncation_steps=2, low_variance=4)
+        Traceback (most recent call last):
+            ...
+        ValueError: low_variance: DRaFT-LV noises finished latents to the last step, so it needs ...
     """
 
     name: ClassVar[str] = "draft"

@@ -30,6 +30,11 @@ class FlowGRPO(PolicyGradient):
             where there are few.
         noise_level: a of sigma_t = a sqrt(t / (1 - t)), in (0, sqrt(2)], where sqrt(2) is "ancestral" with eta=1. The
             default is the paper's.
+
+    Example:
+        >>> from aigiqa_reward.finetuning import FlowGRPO
+        >>> FlowGRPO(images_per_prompt=8, noise_level=0.7).sampler
+        'sde'
     """
 
     name: ClassVar[str] = "grpo"

@@ -24,7 +24,21 @@ MOST_SKIPPED = 20
 
 
 class FinetuningError(RuntimeError):
-    """A training that cannot go on. What it had is on disk."""
+    """A training that cannot go on. What it had is on disk.
+
+    Example:
+        >>> from aigiqa_reward import load_embedded_pipeline
+        >>> from aigiqa_reward.finetuning import Draft, FinetuneSettings, FinetuningError, finetune
+        >>> def broken(images, prompts):
+        ...     return images.mean(dim=(1, 2, 3)) * float("nan")
+        >>> pipe, prompts = load_embedded_pipeline(), ["a red apple on a blue background"]
+        >>> settings = FinetuneSettings(max_train_steps=1, train_batch_size=1, sampling={"num_inference_steps": 1})
+        >>> try:
+        ...     finetune(pipe, broken, prompts, Draft(), "broken/", settings, holdout=None, progress=False)
+        ... except FinetuningError as error:
+        ...     print("nan" in str(error).lower())
+        True
+    """
 
 
 def accelerator_of(

@@ -24,6 +24,11 @@ class ReFL(Algorithm):
     Attributes:
         earliest: share of the steps in [0, 1) before which no gradient is taken: there a prediction shows too little
             of the image. The default is the paper's, whose steps are 30 to 39 of 40.
+
+    Example:
+        >>> from aigiqa_reward.finetuning import ReFL
+        >>> ReFL(earliest=0.5).name
+        'refl'
     """
 
     name: ClassVar[str] = "refl"

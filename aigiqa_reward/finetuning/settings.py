@@ -48,6 +48,15 @@ class FinetuneSettings:
         sampling: arguments of the pipeline's call with which training and validation sample: num_inference_steps,
             guidance_scale, height, width, ...
         seed: of every random choice.
+
+    Example:
+        >>> from aigiqa_reward.finetuning import FinetuneSettings
+        >>> FinetuneSettings(max_train_steps=200, sampling={"num_inference_steps": 30}).learning_rate is None
+        True
+        >>> FinetuneSettings(rank=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: rank: expected an integer of at least 1, got 0; pass rank=1 or more
     """
 
     rank: int = 8

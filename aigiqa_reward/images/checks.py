@@ -13,7 +13,16 @@ LOWEST, HIGHEST = -0.5, 1.5
 
 
 class ImageError(ValueError):
-    """An image that cannot be read or used; the message says which, why, and what to do."""
+    """An image that cannot be read or used; the message says which, why, and what to do.
+
+    Example:
+        >>> from aigiqa_reward import images
+        >>> try:
+        ...     images.load("missing.png")
+        ... except images.ImageError as error:
+        ...     print("left out:", error)
+        left out: missing.png: no such file
+    """
 
 
 def check(images: Tensor, *, validate: bool = True, argument: str = "images") -> Tensor:
@@ -27,6 +36,18 @@ def check(images: Tensor, *, validate: bool = True, argument: str = "images") ->
     Raises:
         TypeError: not a tensor, or not a floating-point one.
         ValueError: wrong rank, channels, size, range, or NaN/inf values.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.check(torch.rand(2, 3, 64, 48)).shape
+        torch.Size([2, 3, 64, 48])
+        >>> images.check(torch.rand(2, 64, 48, 3))
+        Traceback (most recent call last):
+            ...
+        ValueError: images: expected 3 channels (B, 3, H, W), got shape (2, 64, 48, 3); ...
+        >>> images.LOWEST, images.HIGHEST, images.MIN_SIDE  # values, and sides in px, that it accepts
+        (-0.5, 1.5, 16)
     """
     if not isinstance(images, Tensor):
         raise TypeError(

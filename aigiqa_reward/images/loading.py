@@ -37,6 +37,17 @@ def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
     Raises:
         ImageError: unreadable, truncated, empty, too large, smaller than 16 px, or out of range.
         TypeError: `source` is of another type.
+
+    Example:
+        >>> from PIL import Image
+        >>> from aigiqa_reward import images
+        >>> Image.new("RGB", (48, 32), "red").save("red.png")
+        >>> source: images.ImageSource = "red.png"
+        >>> red = images.load(source)
+        >>> red.shape, red[:, 0, 0]
+        (torch.Size([3, 32, 48]), tensor([1., 0., 0.]))
+        >>> red.numel() // 3 <= images.MAX_PIXELS  # larger files are refused before they are decoded
+        True
     """
     if isinstance(source, Tensor | np.ndarray):
         image = _from_array(source)

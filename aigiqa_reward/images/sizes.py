@@ -23,6 +23,12 @@ def resize(images: Images, size: tuple[int, int]) -> Resized:
     It equals Pillow's on float images; on 8-bit ones Pillow also rounds and clips between its two passes, which
     moves single pixels beside saturated edges by more than 1/255. Half precision is interpolated, and returned, as
     float32.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.resize(torch.rand(1, 3, 64, 48), (32, 24)).shape
+        torch.Size([1, 3, 32, 24])
     """
     if images.dtype in (torch.float16, torch.bfloat16):
         images = images.float()
@@ -32,19 +38,42 @@ def resize(images: Images, size: tuple[int, int]) -> Resized:
 
 
 def resize_to_area(images: Images, area: int, *, least: int) -> Resized:
-    """Scale to about `area` pixels, keeping the aspect ratio; no side falls below `least` px."""
+    """Scale to about `area` pixels, keeping the aspect ratio; no side falls below `least` px.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.resize_to_area(torch.rand(1, 3, 128, 64), 45 * 45, least=16).shape
+        torch.Size([1, 3, 64, 32])
+        >>> images.resize_to_area(torch.rand(1, 3, 512, 32), 32 * 32, least=16).shape
+        torch.Size([1, 3, 128, 16])
+    """
     height, width = images.shape[2:]
     scale = math.sqrt(area / (height * width))
     return resize(images, (max(least, round(height * scale)), max(least, round(width * scale))))
 
 
 def enlarge_to(images: Images, short_side: int) -> Resized:
-    """Bring the short side up to `short_side` px, keeping the aspect ratio; larger images pass unchanged."""
+    """Bring the short side up to `short_side` px, keeping the aspect ratio; larger images pass unchanged.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.enlarge_to(torch.rand(1, 3, 64, 48), 96).shape
+        torch.Size([1, 3, 128, 96])
+    """
     return images if min(images.shape[2:]) >= short_side else _with_short_side(images, short_side)
 
 
 def reduce_to(images: Images, short_side: int) -> Resized:
-    """Bring the short side down to `short_side` px, keeping the aspect ratio; smaller images pass unchanged."""
+    """Bring the short side down to `short_side` px, keeping the aspect ratio; smaller images pass unchanged.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.reduce_to(torch.rand(1, 3, 64, 48), 24).shape
+        torch.Size([1, 3, 32, 24])
+    """
     return images if min(images.shape[2:]) <= short_side else _with_short_side(images, short_side)
 
 
@@ -55,7 +84,15 @@ def _with_short_side(images: Images, short_side: int) -> Resized:
 
 
 def letterbox(images: Images, side: int, *, fill: Float[Tensor, " 3"]) -> Float[Tensor, "batch 3 side side"]:
-    """The whole image inside a `side` x `side` square: aspect kept, centred, the rest filled with the colour `fill`."""
+    """The whole image inside a `side` x `side` square: aspect kept, centred, the rest filled with the colour `fill`.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> boxed = images.letterbox(torch.ones(1, 3, 64, 32), 64, fill=torch.zeros(3))
+        >>> boxed.shape, boxed[0, 0, 0, [0, 15, 16, 47, 48, 63]]
+        (torch.Size([1, 3, 64, 64]), tensor([0., 0., 1., 1., 0., 0.]))
+    """
     height, width = images.shape[2:]
     scale = side / max(height, width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
@@ -91,7 +128,14 @@ def unletterbox(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def normalise(images: Images, mean: Sequence[float], std: Sequence[float]) -> Images:
-    """Subtract the channel means and divide by the channel deviations of a tower's pretraining."""
+    """Subtract the channel means and divide by the channel deviations of a tower's pretraining.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.normalise(torch.full((1, 3, 16, 16), 0.75), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))[0, :, 0, 0]
+        tensor([1., 1., 1.])
+    """
     return (images - images.new_tensor(mean).view(1, 3, 1, 1)) / images.new_tensor(std).view(1, 3, 1, 1)
 
 
@@ -101,6 +145,12 @@ def even_crops(images: Images, side: int, count: int) -> Float[Tensor, "batch co
     The crops lie on a grid whose rows and columns follow the aspect ratio; if the grid has more places than
     `count`, evenly spaced ones of them in reading order are taken. An image with a side below `side` is cropped to
     squares of its short side, which are then enlarged.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.even_crops(torch.rand(2, 3, 128, 96), 64, 4).shape
+        torch.Size([2, 4, 3, 64, 64])
     """
     height, width = images.shape[2:]
     return _crops(images, side, even_offsets(height, width, min(side, height, width), count))
@@ -109,7 +159,15 @@ def even_crops(images: Images, side: int, count: int) -> Float[Tensor, "batch co
 def random_crops(
     images: Images, side: int, count: int, *, generator: torch.Generator
 ) -> Float[Tensor, "batch count 3 side side"]:
-    """`count` square crops of `side` px at native resolution, at places drawn from `generator`, one set for all."""
+    """`count` square crops of `side` px at native resolution, at places drawn from `generator`, one set for all.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> images.random_crops(torch.rand(2, 3, 128, 96), 64, 4, generator=generator).shape
+        torch.Size([2, 4, 3, 64, 64])
+    """
     height, width = images.shape[2:]
     native = min(side, height, width)
     tops = torch.randint(height - native + 1, (count,), generator=generator).tolist()
@@ -118,7 +176,13 @@ def random_crops(
 
 
 def even_offsets(height: int, width: int, side: int, count: int) -> list[tuple[int, int]]:
-    """Top left corners (top, left) of `count` evenly spaced squares of `side` px in a height x width image."""
+    """Top left corners (top, left) of `count` evenly spaced squares of `side` px in a height x width image.
+
+    Example:
+        >>> from aigiqa_reward import images
+        >>> images.even_offsets(128, 96, side=64, count=4)
+        [(0, 0), (0, 32), (64, 0), (64, 32)]
+    """
     rows = min(count, max(1, round(math.sqrt(count * height / width))))
     columns = math.ceil(count / rows)
     tops = [round(step * (height - side)) for step in _evenly(rows)]

@@ -19,6 +19,14 @@ class Preferences(Mapping[str, tuple[float, ...]]):
 
     Raises:
         ValueError: no scenario, another number of weights than components, or weights that are not finite.
+
+    Example:
+        >>> from aigiqa_reward import create_reward
+        >>> from aigiqa_reward.models.scenarios import Preferences
+        >>> sharp = {"global": 0, "local": 0, "implicit": 0, "distortion": 1, "low_level": 1}
+        >>> preferences = Preferences({"poster": sharp})
+        >>> create_reward("cpa_iqa", preferences=preferences, scenario="poster").name
+        'cpa_iqa'
     """
 
     def __init__(self, rows: Mapping[str, Mapping[str, float] | tuple[float, ...] | list[float]]) -> None:

@@ -64,6 +64,16 @@ def write_page(
 
     Raises:
         ValueError: a map that is not (H, W).
+
+    Example:
+        >>> from PIL import Image
+        >>> from aigiqa_reward import create_reward, rerank
+        >>> from aigiqa_reward.report import write_page
+        >>> pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+        >>> result = rerank(pictures, "a <red> square", create_reward("compact"))
+        >>> page = write_page([("a <red> square", result)], "index.html").read_text()
+        >>> "a &lt;red&gt; square" in page, "<script" in page
+        (True, False)
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -61,6 +61,14 @@ def scatter_plot(
 
     Raises:
         ValueError: NaN or infinite values, unequal lengths, fewer than 5 rows, or a path that does not end in .png.
+
+    Example:
+        >>> import numpy as np
+        >>> from aigiqa_reward.report import scatter_plot
+        >>> human = np.linspace(1, 5, 20)
+        >>> labels = {"title": "held-out prompts", "x_label": "predicted quality", "y_label": "human score"}
+        >>> scatter_plot(human / 5, human, "scatter.png", **labels).stat().st_size > 10_000
+        True
     """
     agreement, curve = correlations(predicted, target), fit_logistic4(predicted, target)
     x, y = np.asarray(predicted, dtype=np.float64), np.asarray(target, dtype=np.float64)
@@ -97,6 +105,16 @@ def protocol_plot(report: ProtocolReport, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: an empty report, or a path that does not end in .png.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import ProtocolReport, score_split
+        >>> from aigiqa_reward.report import protocol_plot
+        >>> human, prompts, generators = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("ppqqrr"), ["sd1.5"] * 6
+        >>> told = {"task": "quality", "target": human, "prompts": prompts, "generators": generators}
+        >>> scores = [score_split(seed, "model", predicted=human, **told) for seed in (0, 1)]
+        >>> report = ProtocolReport(title="mine", protocol="2 seeds").with_scores(scores)
+        >>> protocol_plot(report, "protocol.png").name
+        'protocol.png'
     """
     rows = report.summary()
     if not rows:

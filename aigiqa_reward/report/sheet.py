@@ -65,6 +65,15 @@ def contact_sheet(output: BestOfNOutput, prompt: str, *, kept_only: bool = False
 
     Raises:
         ValueError: no candidates, or none to draw.
+
+    Example:
+        >>> from PIL import Image
+        >>> from aigiqa_reward import create_reward, rerank
+        >>> from aigiqa_reward.report import WINNER, contact_sheet
+        >>> pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+        >>> sheet = contact_sheet(rerank(pictures, "a red square", create_reward("compact")), "a red square")
+        >>> sheet.mode, WINNER in {colour for _, colour in sheet.getcolors(maxcolors=10**6)}  # the winner's frame
+        ('RGB', True)
     """
     if not output.all_seeds:
         raise ValueError("output: expected at least one candidate, got none; pass what BestOfN or rerank returned")

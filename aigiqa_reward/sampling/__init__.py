@@ -1,4 +1,21 @@
-"""Everything that touches a diffusers pipeline; diffusers is imported by whoever makes the pipeline."""
+"""Everything that touches a diffusers pipeline; diffusers is imported by whoever makes the pipeline.
+
+Example:
+    >>> from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
+    >>> from aigiqa_reward.sampling import BestOfEachError, best_of_each
+    >>> search = BestOfN(load_embedded_pipeline(), create_reward("compact"), n=2, progress=False)
+    >>> folder = best_of_each(search, ["a red apple", "a cat"], "out/", num_inference_steps=2, progress=False)
+    >>> [(result.prompt, len(result.output.all_scores)) for result in folder]
+    [('a red apple', 2), ('a cat', 2)]
+    >>> def broken(images, prompts):
+    ...     raise RuntimeError("no such reward")
+    >>> search = BestOfN(load_embedded_pipeline(), broken, n=1, progress=False)
+    >>> try:
+    ...     best_of_each(search, ["a red apple"], "broken/", num_inference_steps=2, progress=False)
+    ... except BestOfEachError as error:
+    ...     print("failed:", list(error.failures))
+    failed: [0]
+"""
 
 from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput, rerank
 from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger

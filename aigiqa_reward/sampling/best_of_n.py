@@ -62,6 +62,14 @@ class BestOfN:
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: an argument out of range.
+
+    Example:
+        >>> from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
+        >>> pipe, reward = load_embedded_pipeline(), create_reward("compact")
+        >>> best = BestOfN(pipe, reward, n=4, batch_size=2, top_k=2, progress=False)
+        >>> result = best("a red apple on a blue background", seed=7, num_inference_steps=2)
+        >>> len(result.images), result.scores == sorted(result.scores, reverse=True), result.all_seeds
+        (2, True, [7, 8, 9, 10])
     """
 
     def __init__(

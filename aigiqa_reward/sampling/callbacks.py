@@ -35,6 +35,15 @@ class RewardLogger(Watch):
 
     Attributes:
         history: entries since the `with` block was entered; a call of the pipeline begins again at step 0.
+
+    Example:
+        >>> from aigiqa_reward import create_reward, load_embedded_pipeline
+        >>> from aigiqa_reward.sampling import RewardLogger
+        >>> pipe, prompt = load_embedded_pipeline(), "a red apple on a blue background"
+        >>> with RewardLogger(pipe, create_reward("compact"), prompt, every=2) as logger:
+        ...     image = pipe(prompt, num_inference_steps=4, callback_on_step_end=logger).images[0]
+        >>> [entry.step for entry in logger.history]
+        [0, 2, 3]
     """
 
     def __init__(self, pipe: Any, reward: Any, prompt: str | Sequence[str], every: Any = 1) -> None:
@@ -73,6 +82,15 @@ class EarlyExit(Watch):
 
     Raises:
         ValueError: neither `above` nor `patience`, or an argument out of range.
+
+    Example:
+        >>> from aigiqa_reward import create_reward, load_embedded_pipeline
+        >>> from aigiqa_reward.sampling import EarlyExit
+        >>> pipe, prompt = load_embedded_pipeline(), "a red apple on a blue background"
+        >>> with EarlyExit(pipe, create_reward("compact"), prompt, above=-10.0, first=0.5) as early:  # anything will do
+        ...     image = pipe(prompt, num_inference_steps=4, callback_on_step_end=early).images[0]
+        >>> early.exited_at
+        1
     """
 
     def __init__(

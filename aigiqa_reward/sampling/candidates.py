@@ -71,6 +71,16 @@ class BestOfNOutput:
             counted apart. None where the pipeline ran its own loop.
         noises: initial latents (1, ...) of the best, on the CPU, where a search changed them, in the form in which the
             pipeline takes them: `pipe(prompt, latents=..., **pipe_kwargs)` makes the image again, its seed does not.
+
+    Example:
+        >>> from PIL import Image
+        >>> from aigiqa_reward import BestOfNOutput, rerank
+        >>> def redness(images, prompts):
+        ...     return images[:, 0].mean(dim=(1, 2))
+        >>> pictures = [Image.new("RGB", (64, 64), colour) for colour in ("black", "red", "maroon")]
+        >>> result: BestOfNOutput = rerank(pictures, "a red square", redness, top_k=2)
+        >>> result.seeds, [round(score, 2) for score in result.scores], result.all_seeds, result.dropped
+        ([1, 2], [1.0, 0.5], [0, 1, 2], {})
     """
 
     images: list[Image.Image]

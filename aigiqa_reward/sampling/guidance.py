@@ -76,6 +76,15 @@ class RewardGuidance(Watch):
     Raises:
         TypeError, ValueError: as of `RewardLogger`; an argument out of range, or one of the pipeline that guidance
             cannot serve; at a step, a reward without gradients, or gradients that are not finite.
+
+    Example:
+        >>> from aigiqa_reward import create_reward, load_embedded_pipeline
+        >>> from aigiqa_reward.sampling import RewardGuidance
+        >>> pipe, prompt = load_embedded_pipeline(), "a red apple on a blue background"
+        >>> with RewardGuidance(pipe, create_reward("compact"), prompt, scale=20.0) as guidance:
+        ...     image = pipe(prompt, num_inference_steps=3, callback_on_step_end=guidance).images[0]
+        >>> [entry.step for entry in guidance.history]
+        [0, 1, 2]
     """
 
     def __init__(

@@ -82,6 +82,14 @@ class NoiseOptimizer:
     Raises:
         TypeError: an argument of a wrong type, or a pipeline without an adapter.
         ValueError: an argument out of range.
+
+    Example:
+        >>> from aigiqa_reward import create_reward, load_embedded_pipeline
+        >>> from aigiqa_reward.sampling import NoiseOptimizer
+        >>> optimise = NoiseOptimizer(load_embedded_pipeline(), create_reward("compact"), iterations=2, progress=False)
+        >>> result = optimise("a red apple on a blue background", seed=0, num_inference_steps=1)
+        >>> len(result.history), result.scores[0] == max(result.history), result.noise.shape
+        (3, True, torch.Size([1, 4, 16, 16]))
     """
 
     def __init__(

@@ -40,6 +40,14 @@ def rerank(images: Any, prompt: Any, reward: Any, top_k: Any = None) -> BestOfNO
         TypeError: an argument of a wrong type.
         ValueError: no images, a blank prompt, none where the reward needs one, or `top_k` out of range.
         RuntimeError: if no image could be ranked.
+
+    Example:
+        >>> from PIL import Image
+        >>> from aigiqa_reward import create_reward, rerank
+        >>> pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+        >>> result = rerank(pictures, "a red square", create_reward("compact"), top_k=1)
+        >>> len(result.images), result.seeds[0] in range(3), len(result.all_scores)
+        (1, True, 3)
     """
     sources = _check_sources(images)
     text = check_prompt(prompt)

@@ -97,6 +97,14 @@ class ParticleSteering:
     Raises:
         TypeError: an argument of a wrong type, or a pipeline without an adapter.
         ValueError: an argument out of range, or a scheduler that does not lend itself.
+
+    Example:
+        >>> from aigiqa_reward import create_reward, load_embedded_pipeline
+        >>> from aigiqa_reward.sampling import ParticleSteering
+        >>> steering = ParticleSteering(load_embedded_pipeline(), create_reward("compact"), particles=2, progress=False)
+        >>> result = steering("a red apple on a blue background", seed=0, num_inference_steps=3)
+        >>> len(result.images), len(result.all_scores)
+        (1, 2)
     """
 
     def __init__(

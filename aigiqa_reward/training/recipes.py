@@ -43,6 +43,11 @@ class Recipe:
         clip_norm: of the gradient.
         ema: decay a step of the moving average of the weights, which is what is validated and kept; 0 keeps the weights
             themselves. Ours.
+
+    Example:
+        >>> from aigiqa_reward.training.recipes import Recipe
+        >>> Recipe(loss="mse", learning_rate=1e-4, epochs=20, patience=3).schedule
+        'cosine'
     """
 
     loss: str = "mse"

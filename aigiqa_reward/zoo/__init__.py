@@ -73,6 +73,11 @@ def create_reward(
 
     Raises:
         ValueError: unknown name or preset, arguments that do not go together, weights that are missing or altered.
+
+    Example:
+        >>> from aigiqa_reward import create_reward
+        >>> create_reward("compact", quality_weight=0.7, correspondence_weight=0.3).quality_weight
+        0.7
     """
     spec = get_spec(name)
     _check_types(dtype, revision, weights, zero_shot, assistants)
@@ -89,6 +94,10 @@ def create_reward(
             reward = Reward(_build(name, preset, encoder, zero_shot, assistants, settings), spec, **given)
         if name in SYSTEMS and not getattr(reward.model, "zero_shot", False):
             load_calibration(reward)
+    return _placed(reward, device, dtype)
+
+
+def _placed(reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None) -> Reward:
     try:
         return reward.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError) as error:

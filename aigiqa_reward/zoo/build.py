@@ -165,6 +165,13 @@ def build_model(
     Raises:
         ValueError: unknown name, preset, role or setting; an assistant that the system cannot use; towers that cannot
             be loaded.
+
+    Example:
+        >>> from aigiqa_reward.zoo import SYSTEMS, build_model
+        >>> list(SYSTEMS)
+        ['mst_clipiqa', 'tsp_mgs', 'sc_agiqa', 'ma_agiqa', 'cpa_iqa']
+        >>> build_model("mst_clipiqa", settings={"width": 128}).config.width
+        128
     """
     system = _system(name)
     if preset not in (None, "paper"):

@@ -22,7 +22,16 @@ _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float
 
 
 def save_reward(reward: Reward, folder: Path) -> None:
-    """Write config.json and model.safetensors, from which `load_reward` makes the same reward again, to the bit."""
+    """Write config.json and model.safetensors, from which `load_reward` makes the same reward again, to the bit.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from aigiqa_reward import create_reward
+        >>> from aigiqa_reward.zoo import save_reward
+        >>> save_reward(create_reward("mst_clipiqa"), Path("mine"))
+        >>> sorted(file.name for file in Path("mine").iterdir())
+        ['config.json', 'model.safetensors']
+    """
     config = {
         "name": reward.name,
         "library_version": __version__,
@@ -60,6 +69,13 @@ def load_reward(
 
     Raises:
         WeightsError: the folder or id holds no whole reward, or one of another name than `expected`.
+
+    Example:
+        >>> from aigiqa_reward import create_reward
+        >>> from aigiqa_reward.zoo import load_reward
+        >>> create_reward("mst_clipiqa").save_pretrained("mine")
+        >>> load_reward("mine", quality_weight=0.8).quality_weight
+        0.8
     """
     folder = _folder(source, revision, hub or {})
     try:
@@ -75,10 +91,8 @@ def load_reward(
     if expected is not None and name != expected:
         raise WeightsError(f"weights: {source} holds a {name!r} reward, expected {expected!r}")
     spec = get_spec(name)
-    if quality_weight is not None:
-        shares["quality_weight"] = quality_weight
-    if correspondence_weight is not None:
-        shares["correspondence_weight"] = correspondence_weight
+    given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
+    shares |= {argument: value for argument, value in given.items() if value is not None}
     try:
         with torch.random.fork_rng(devices=[]):
             if settings:

@@ -113,7 +113,13 @@ SPECS: dict[str, ModelSpec] = {
 
 
 def list_rewards() -> list[ModelSpec]:
-    """Every reward of the zoo, with its paper, licence, scale, sizes and gradient path."""
+    """Every reward of the zoo, with its paper, licence, scale, sizes and gradient path.
+
+    Example:
+        >>> from aigiqa_reward import list_rewards
+        >>> [spec.name for spec in list_rewards()]
+        ['compact', 'mst_clipiqa', 'tsp_mgs', 'sc_agiqa', 'ma_agiqa', 'cpa_iqa']
+    """
     return list(SPECS.values())
 
 
@@ -122,6 +128,11 @@ def get_spec(name: str) -> ModelSpec:
 
     Raises:
         ValueError: no such reward; names the ones that exist and the one probably meant.
+
+    Example:
+        >>> from aigiqa_reward.zoo import SPECS, get_spec
+        >>> get_spec("tsp_mgs").title, get_spec("tsp_mgs") is SPECS["tsp_mgs"]
+        ('TSP-MGS', True)
     """
     if isinstance(name, str) and name in SPECS:
         return SPECS[name]
