@@ -52,6 +52,25 @@ def read_weights(path: str | os.PathLike[str], *, expected_sha256: str | None = 
             f"weights: expected a .safetensors file, got {file.name!r}; pickled checkpoints are never opened: "
             "convert it with safetensors.torch.save_file"
         )
+    data = read_checked(file, expected_sha256=expected_sha256)
+    try:
+        stored = load(data)
+    except SafetensorError as error:
+        raise WeightsError(f"weights: {file} is not a whole safetensors file ({error})") from error
+    return {name: _restored(name, stored, file) for name in stored if not name.endswith(_SCALE)}
+
+
+def read_checked(path: str | os.PathLike[str], *, expected_sha256: str | None) -> bytes:
+    """The bytes of a file that must be the one it was when its hash was noted.
+
+    Args:
+        path: the file.
+        expected_sha256: hexadecimal; None takes the file as it is.
+
+    Raises:
+        WeightsError: missing, or altered.
+    """
+    file = Path(path)
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -61,11 +80,7 @@ def read_weights(path: str | os.PathLike[str], *, expected_sha256: str | None = 
             f"weights: {file} was altered or damaged: expected sha256 {expected_sha256[:12]}..., got {found[:12]}...; "
             "reinstall the package (pip install --force-reinstall aigiqa-reward)"
         )
-    try:
-        stored = load(data)
-    except SafetensorError as error:
-        raise WeightsError(f"weights: {file} is not a whole safetensors file ({error})") from error
-    return {name: _restored(name, stored, file) for name in stored if not name.endswith(_SCALE)}
+    return data
 
 
 def _restored(name: str, stored: Mapping[str, Tensor], file: Path) -> Tensor:

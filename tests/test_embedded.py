@@ -228,13 +228,14 @@ def test_pipelines_in_half_precision_and_errors():
         load_embedded_pipeline(dtype=torch.int8)
 
 
-def test_damaged_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"])
+def test_damaged_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     copy = tmp_path / "generator"
     shutil.copytree(GENERATOR, copy)
-    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    file = copy / name
+    file.write_bytes(file.read_bytes()[:-1] + b" ")
     monkeypatch.setattr("aigiqa_reward.embedded.pipeline.GENERATOR", copy)
-    with pytest.raises(WeightsError, match=r"vae.*damaged"):
+    with pytest.raises(WeightsError, match=rf"{file.name}.*damaged"):
         load_embedded_pipeline()
 
 

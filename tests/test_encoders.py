@@ -8,9 +8,11 @@ import pytest
 import torch
 from clip_models import write_tiny_clip
 
+from aigiqa_reward.encoders import compact
 from aigiqa_reward.encoders.compact import LITE0, load_image_tower, load_text_tower
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.encoders.timm import SmoothReLU6, TimmConfig, TimmEncoder
+from aigiqa_reward.weights import WeightsError
 from aigiqa_reward.zoo import get_spec
 
 SHA256 = get_spec("compact").sha256
@@ -49,6 +51,16 @@ def test_text_tower_does_not_see_padding_or_batch_mates() -> None:
     assert torch.allclose(together.pooled[:1], alone.pooled, atol=1e-5)
     assert together.mask.sum(dim=1).tolist()[0] == alone.mask.sum() == 2
     assert torch.allclose(together.tokens[0][together.mask[0]], alone.tokens[0][alone.mask[0]], atol=1e-5)
+
+
+def test_an_altered_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (compact.TOWERS / "tokenizer.json").read_text(encoding="utf-8")
+    assert '"red":2417' in text.replace(" ", "")
+    (tmp_path / "tokenizer.json").write_text(text.replace("2417", "2418"), encoding="utf-8")
+    tower = load_text_tower(sha256=SHA256["towers/text.safetensors"])
+    monkeypatch.setattr(compact, "TOWERS", tmp_path)
+    with pytest.raises(WeightsError, match=r"tokenizer\.json was altered"):
+        tower.encode(["a red fox"])
 
 
 def test_image_tower_recognises_what_is_shown() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aigiqa_reward.weights import ASSETS, read_weights
+from aigiqa_reward.weights import ASSETS, read_checked
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
@@ -18,6 +18,7 @@ GENERATOR = ASSETS / "generator"
 
 _SHA256 = {
     "text_encoder/model.safetensors": "3be0be65984640d1651f38a13af281d51ebf1b05511dc164b1f1fd12a4e6ee88",
+    "tokenizer/tokenizer.json": "046d51ea116a3c89c156edc517a6b5fb115b9c3ddb77fed355eba21bee4fb1ad",
     "unet/diffusion_pytorch_model.safetensors": "420354088b72c0f172a3946e2dc765883ccf37d8d01c579a3ebc47d9cefa6133",
     "vae/diffusion_pytorch_model.safetensors": "4313784ba0d1ddd6cd62308b8eb93fd79d66df63518a73a7fa2d81c61fd33ace",
 }
@@ -42,7 +43,7 @@ def load_embedded_pipeline(
         A new pipeline, with its progress bar off.
 
     Raises:
-        WeightsError: a file of its weights is missing or damaged.
+        WeightsError: a file of its weights, or its tokenizer, is missing or damaged.
         TypeError: `dtype` is not a floating-point type.
 
     Example:
@@ -59,7 +60,7 @@ def load_embedded_pipeline(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point type such as torch.float32, got {dtype!r}")
     for name, expected in _SHA256.items():  # diffusers would only log what is missing
-        read_weights(GENERATOR / name, expected_sha256=expected)
+        read_checked(GENERATOR / name, expected_sha256=expected)
     with quiet_libraries():  # diffusers warns of an AutoencoderTiny as a pipeline's `vae`, which works
         pipe = StableDiffusionPipeline.from_pretrained(GENERATOR, use_safetensors=True).to(device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from aigiqa_reward.encoders.text import warn_dropped, warn_if_not_latin
 from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
 from aigiqa_reward.types import Images
-from aigiqa_reward.weights import ASSETS, load_strictly, read_weights
+from aigiqa_reward.weights import ASSETS, load_strictly, read_checked, read_weights
 
 _Tower = TypeVar("_Tower", bound=nn.Module)
 
 TOWERS = ASSETS / "towers"
 """Folder of the towers' weights, tokenizer and model card."""
+
+_TOKENIZER_SHA256 = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+"""Of tokenizer.json: other numbers for the same words would give other scores without an error."""
 
 _MEAN, _STD = 127 / 255, 128 / 255
 LITE0 = TimmConfig(
@@ -121,7 +124,7 @@ class CompactTextTower(nn.Module):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The uncased WordPiece tokenizer of BERT, read from the package."""
-        tokenizer = Tokenizer.from_file(str(TOWERS / "tokenizer.json"))
+        tokenizer = Tokenizer.from_buffer(read_checked(TOWERS / "tokenizer.json", expected_sha256=_TOKENIZER_SHA256))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
