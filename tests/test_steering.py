@@ -218,6 +218,8 @@ def test_bad_arguments_are_told(sd):
         make(sd)(PROMPT, eta=0.5)
     with pytest.raises(ValueError, match=r"latents: .* does not serve"):
         make(sd)(PROMPT, latents=torch.zeros(1, 4, 16, 16))
+    with pytest.raises(ValueError, match=r"seed: expected an integer in .* got 18446744073709551615; pass a smaller"):
+        make(sd)(PROMPT, seed=2**64 - 1)
 
 
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Picture, PromptedReward, Tally, conclude, judge
-from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text
+from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text, first_seed
 from aigiqa_reward.sampling.chunks import in_chunks
 from aigiqa_reward.sampling.pipeline_call import check_pipe_kwargs, generators_of, images_of, takes
 from aigiqa_reward.sampling.prompt_memo import PromptMemo
@@ -152,12 +152,7 @@ class BestOfN:
     def _start(
         self, prompt: Any, seed: Any, pipe_kwargs: dict[str, Any], *, stacklevel: int
     ) -> Generator[BestOfNOutput, None, None]:
-        first = integer("seed", seed)
-        if not -(2**63) <= first <= 2**64 - self.n:  # what torch.Generator.manual_seed takes
-            raise ValueError(
-                f"seed: expected an integer in [-2**63, 2**64 - n] = [{-(2**63)}, {2**64 - self.n}], so that all n="
-                f"{self.n} candidates have a seed that torch.Generator takes, got {first}; pass a smaller number"
-            )
+        first = first_seed(seed, self.n, f"all n={self.n} candidates")
         check_prompt(prompt)
         check_pipe_kwargs(pipe_kwargs, "BestOfN", _OWNED)
         text = self.reward_prompt

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+from aigiqa_reward.selection import integer
+
 
 def number(argument: str, value: Any, expected: str, accepts: Callable[[float], bool]) -> float:
     """Return `value` as a float.
@@ -25,6 +27,28 @@ def number(argument: str, value: Any, expected: str, accepts: Callable[[float], 
     if not accepts(float(value)):
         raise ValueError(f"{argument}: expected a number {expected}, got {value!r}")
     return float(value)
+
+
+def first_seed(seed: Any, count: int, of: str) -> int:
+    """Return the first of `count` seeds in a row, all of which torch.Generator takes.
+
+    Args:
+        seed: any integer.
+        count: how many there are.
+        of: what they are for, to be named in errors.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if one of them is out of range.
+    """
+    first = integer("seed", seed)
+    lowest, highest = -(2**63), 2**64 - count  # torch.Generator.manual_seed takes [-2**63, 2**64)
+    if not lowest <= first <= highest:
+        raise ValueError(
+            f"seed: expected an integer in [-2**63, 2**64 - {count}] = [{lowest}, {highest}], so that {of} have a seed "
+            f"that torch.Generator takes, got {first}; pass a smaller number"
+        )
+    return first
 
 
 def check_reward(reward: Any) -> Any:

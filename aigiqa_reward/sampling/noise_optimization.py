@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.sampling.candidates import FLAGGED, BestOfNOutput, Picture, Tally, conclude
-from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text, number
+from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text, first_seed, number
 from aigiqa_reward.sampling.families import family_of
 from aigiqa_reward.sampling.noise_ascent import Ascent, Optimizer, norm_log_likelihood, without_weight_gradients
 from aigiqa_reward.sampling.rollout import Rollout, State
@@ -144,7 +144,7 @@ class NoiseOptimizer:
             ValueError: an argument that cannot be served, more steps than `longest`, a reward without gradients.
             RuntimeError: if there is no image: not finite from the start, or all flagged by the safety checker.
         """
-        seed = integer("seed", seed)
+        seed = first_seed(seed, 1, "the noise")
         text = check_text(check_prompt(prompt), "prompt", "pass what the image shall show")
         if torch.is_inference_mode_enabled():
             raise ValueError("NoiseOptimizer: torch.inference_mode() forbids gradients; call it outside of that block")

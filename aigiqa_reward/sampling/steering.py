@@ -26,7 +26,7 @@ from aigiqa_reward.sampling.candidates import (
     judge,
     scores_of,
 )
-from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text, number
+from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text, first_seed, number
 from aigiqa_reward.sampling.chunks import in_chunks
 from aigiqa_reward.sampling.families import family_of
 from aigiqa_reward.sampling.particles import (
@@ -163,7 +163,7 @@ class ParticleSteering:
             ValueError: an argument that cannot be served.
             RuntimeError: if no particle is left.
         """
-        seed = integer("seed", seed)
+        seed = first_seed(seed, self.particles + 1, "all particles, and their resampling,")
         text = check_text(check_prompt(prompt), "prompt", "pass what the image shall show")
         check_scheduler(self.pipe.scheduler, need="ParticleSteering", served=ANCESTRAL)
         if "eta" in pipe_kwargs:
