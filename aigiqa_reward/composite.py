@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.models.base import (
-    FullPrecision,
-)
+from aigiqa_reward.models.base import FullPrecision, check_prompts, distinct_prompts
 from aigiqa_reward.reward_fn import RewardFn
-from aigiqa_reward.types import RewardFunction, RewardOutput, as_reward_output
+from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output
 
 
 class CompositeReward(nn.Module):
@@ -88,10 +87,29 @@ class CompositeReward(nn.Module):
             reference = {name: _call(name, member, images, prompts).total for name, member in members.items()}
         return cls(members, weights=weights, combine=combine, reference=reference)
 
-    def forward(self, images: Tensor, prompts: Sequence[str] | None = None, *, validate: bool = True) -> RewardOutput:
-        """Score a batch (B, 3, H, W) as `Reward` does, prompts as strings; `details` holds each member's own total."""
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
+        """Encode prompts once for all members that can; the others are given the strings.
+
+        Args:
+            prompts: one string an image, B in all.
+
+        Returns:
+            Features of B rows, to be passed instead of the strings; `features.expand(B)` serves one prompt to a batch.
+        """
+        check_prompts(prompts)
+        texts, index = distinct_prompts(prompts)
+        encoders = {name: getattr(member, "encode_prompts", None) for name, member in self.members.items()}
+        encoded = {name: encode(list(texts)) for name, encode in encoders.items() if callable(encode)}
+        known = {name: features for name, features in encoded.items() if isinstance(features, PromptFeatures)}
+        return _MembersFeatures(texts=texts, index=index, tensors={}, model=self._model, members=known)
+
+    def forward(
+        self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None = None, *, validate: bool = True
+    ) -> RewardOutput:
+        """Score a batch (B, 3, H, W) as `Reward` does; `details` holds each member's own total."""
         pixels.check(images, validate=validate)
-        outputs = {name: _call(name, member, images, prompts) for name, member in self.members.items()}
+        given = self._prompts_of_members(prompts, len(images))
+        outputs = {name: _call(name, member, images, given[name]) for name, member in self.members.items()}
         total = self._mean({n: self._scaled(n, o.total) for n, o in outputs.items()})
         with_prompts = {n: o.correspondence for n, o in outputs.items() if o.correspondence is not None}
         return RewardOutput(
@@ -105,6 +123,26 @@ class CompositeReward(nn.Module):
         """This reward as `f(images, prompts, metadata) -> (rewards, info)`, as trainers by policy gradient call one."""
         return RewardFn(self)
 
+    @property
+    def _model(self) -> str:
+        return f"composite of {', '.join(self.members)}"
+
+    def _prompts_of_members(self, prompts: Sequence[str] | PromptFeatures | None, count: int) -> dict[str, Any]:
+        """What each member is called with: its own features where it made some, else the strings."""
+        if not isinstance(prompts, PromptFeatures):
+            return dict.fromkeys(self.members, prompts)
+        if not isinstance(prompts, _MembersFeatures) or prompts.model != self._model:
+            raise ValueError(
+                f"prompts: these features were encoded by {prompts.model!r}, this reward is the {self._model}; "
+                "encode them with this reward's encode_prompts"
+            )
+        if len(prompts) != count:
+            raise ValueError(
+                f"prompts: expected one per image, got {len(prompts)} prompts for {count} images; "
+                "encode_prompts([prompt]).expand(B) serves one prompt to a batch"
+            )
+        return dict.fromkeys(self.members, prompts.prompts) | prompts.of_members()
+
     def _scaled(self, name: str, total: Tensor) -> Tensor:
         reference = self.reference[name]
         assert isinstance(reference, _Reference)
@@ -116,6 +154,22 @@ class CompositeReward(nn.Module):
         device = next(iter(values.values())).device
         parts = [_at_least_float32(value).to(device) * (self.weights[n] / share) for n, value in values.items()]
         return torch.stack(parts).sum(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MembersFeatures(PromptFeatures):
+    """Prompts as several rewards see them; each member's features are of the distinct prompts in their order."""
+
+    members: Mapping[str, PromptFeatures]
+
+    def of_members(self) -> dict[str, PromptFeatures]:
+        """Each member's features of the rows."""
+        return {name: features[self.index.to(features.index.device)] for name, features in self.members.items()}
+
+    def to(self, device: torch.device | str) -> PromptFeatures:
+        """The same features on another device."""
+        members = {name: features.to(device) for name, features in self.members.items()}
+        return replace(self, index=self.index.to(device), members=members)
 
 
 class _Reference(FullPrecision):

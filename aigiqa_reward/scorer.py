@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,7 @@ class Scorer:
             return reward.encode_prompts(prompts)
         place = {text: i for i, text in enumerate(previous.texts)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=previous.index.device)
-        return PromptFeatures(texts=previous.texts, index=index, tensors=previous.tensors, model=previous.model)
+        return replace(previous, index=index)
 
     def _window(
         self, window: range, loaded: dict[int, Tensor], errors: dict[int, str], prompts: Any

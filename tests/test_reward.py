@@ -9,9 +9,10 @@ import torch
 from scipy.stats import zscore
 from torch import Tensor, nn
 
-from aigiqa_reward import CompositeReward, RewardOutput
-from aigiqa_reward.models.base import FullPrecision
+from aigiqa_reward import CompositeReward, RewardOutput, Scorer, rerank
+from aigiqa_reward.models.base import FullPrecision, distinct_prompts
 from aigiqa_reward.reward import Calibration, check_aspect_weights
+from aigiqa_reward.types import PromptFeatures
 
 
 def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
@@ -278,6 +279,67 @@ def test_composites_nest(sample, images):
     expected = inner(images, PROMPTS)
     torch.testing.assert_close(outer(images, PROMPTS).total, expected.total - 1)
     torch.testing.assert_close(outer(images, PROMPTS).correspondence, expected.correspondence)
+
+
+class Reader:
+    """Scores by the length of its prompts, which it encodes, and counts how often."""
+
+    def __init__(self) -> None:
+        self.read: list[list[str]] = []
+
+    def encode_prompts(self, prompts: list[str]) -> PromptFeatures:
+        self.read.append(list(prompts))
+        texts, index = distinct_prompts(prompts)
+        lengths = torch.tensor([float(len(text)) for text in texts])
+        return PromptFeatures(texts=texts, index=index, tensors={"length": lengths}, model="reader")
+
+    def __call__(self, images: Tensor, prompts: list[str] | PromptFeatures) -> Tensor:
+        features = prompts if isinstance(prompts, PromptFeatures) else self.encode_prompts(prompts)
+        return features.rows("length") + images.mean(dim=(1, 2, 3))
+
+
+def spelling(images: Tensor, prompts: list[str]) -> Tensor:
+    assert all(isinstance(prompt, str) for prompt in prompts)
+    return torch.tensor([float(ord(prompt[2])) for prompt in prompts]) + images.mean(dim=(1, 2, 3))
+
+
+def test_prompts_are_encoded_once_for_all_members_and_the_rest_sees_strings(images):
+    reader, reference = Reader(), {"reader": torch.rand(9), "spelling": torch.rand(9)}
+    inner = CompositeReward({"reader": reader, "spelling": spelling}, reference=reference)
+    outer = CompositeReward(
+        {"inner": inner, "brightness": brightness}, reference={"inner": torch.rand(9), "brightness": torch.rand(9)}
+    )
+    for composite in (inner, outer):
+        expected = composite(images, PROMPTS).total
+        reader.read.clear()
+        features = composite.encode_prompts(PROMPTS)
+        torch.testing.assert_close(composite(images, features).total, expected, rtol=0, atol=0)
+        torch.testing.assert_close(composite(images[3:], features[3:]).total, expected[3:])
+        alone = composite.encode_prompts(PROMPTS[1:2])
+        torch.testing.assert_close(composite(images, alone.expand(5)).total[1], expected[1])
+        assert reader.read == [["a cat", "a dog", "a bird", "a fish"], ["a dog"]]
+
+
+def test_best_of_n_and_scorer_have_a_composite_read_its_prompt_once(images):
+    reader = Reader()
+    composite = CompositeReward({"reader": reader}, reference={"reader": torch.rand(9)})
+    ranked = rerank(images, "a cat", composite)
+    assert ranked.seeds == brightness(images, []).argsort(descending=True).tolist()
+    Scorer(composite, batch_size=2).score(images, "a cat")
+    assert reader.read == [["a cat"], ["a cat"]]
+
+
+def test_features_of_another_reward_or_another_number_are_refused(images):
+    reader = Reader()
+    composite = CompositeReward({"reader": reader}, reference={"reader": torch.rand(9)})
+    other = CompositeReward({"other": reader}, reference={"other": torch.rand(9)})
+    for features in (reader.encode_prompts(PROMPTS), other.encode_prompts(PROMPTS)):
+        with pytest.raises(ValueError, match="encode them with this reward's encode_prompts"):
+            composite(images, features)
+    with pytest.raises(ValueError, match="got 1 prompts for 5 images"):
+        composite(images, composite.encode_prompts(PROMPTS[:1]))
+    with pytest.raises(TypeError, match="got one string"):
+        composite.encode_prompts("a cat")
 
 
 # --------------------------------------------------------------------------------------------- refusals
