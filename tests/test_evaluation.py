@@ -217,6 +217,22 @@ def test_centred_srcc_sees_only_what_the_effects_do_not_explain() -> None:
         centred(signal, first[:5])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_centred_srcc_does_not_break_ties_by_rounding(seed: int) -> None:
+    """Oracle: a balanced design in whole numbers, 35 times the residuals, of which many are equal."""
+    rows, columns = np.repeat(np.arange(5), 7), np.tile(np.arange(7), 5)
+    predicted, target = np.random.default_rng(seed).integers(0, 4, size=(2, 5, 7))
+
+    def exact(whole: np.ndarray) -> np.ndarray:
+        return 35 * whole - 5 * whole.sum(axis=1, keepdims=True) - 7 * whole.sum(axis=0) + whole.sum()
+
+    assert len(np.unique(exact(target))) < 35
+    expected = stats.spearmanr(exact(predicted).ravel(), exact(target).ravel()).statistic
+    assert centred_srcc(predicted.ravel() / 10, target.ravel() / 10, rows, columns) == pytest.approx(
+        expected, abs=1e-12
+    )
+
+
 # --------------------------------------------------------------------------------------------- bootstrap
 
 

@@ -186,4 +186,14 @@ def centred_srcc(predicted: Numbers, target: Numbers, *groupings: Labels) -> flo
         >>> round(centred_srcc(human + 10 * (generators == "xl"), human, generators, prompts), 3)
         1.0
     """
-    return srcc(centred(predicted, *groupings), centred(target, *groupings))
+    return srcc(_levels(predicted, groupings), _levels(target, groupings))
+
+
+def _levels(values: Numbers, groupings: tuple[Labels, ...]) -> np.ndarray:
+    """Which of the distinct centred values each row has, from the smallest; rounding does not tell values apart."""
+    residual, x = centred(values, *groupings), numbers(values, "values")
+    order = residual.argsort(kind="stable")
+    apart = np.diff(residual[order], prepend=residual[order[:1]]) > ROUNDING * np.abs(x - x.mean()).max()
+    levels = np.empty(len(x))
+    levels[order] = np.cumsum(apart)
+    return levels
