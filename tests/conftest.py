@@ -65,6 +65,29 @@ def agiqa3k() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Name of a tiny open_clip model of random weights."""
+    from clip_models import write_tiny_clip  # not before jaxtyping's hook is in place
+
+    return f"local-dir:{write_tiny_clip(tmp_path_factory.mktemp('clip'), seed=0)}"
+
+
+@pytest.fixture(scope="session")
+def tiny(clip: str) -> list[str]:
+    """Options of the command line that name a small reward on it."""
+    return ["--reward", "tsp_mgs", "--encoder", clip, "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(clip: str) -> Any:
+    """That reward."""
+    from aigiqa_reward import create_reward
+    from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
+
+    return create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the file that takes longest, so that no process is left alone with it at the end."""
     items.sort(key=lambda item: item.path.name != "test_model_contract.py")

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_models import write_tiny_clip
 from commands import ENVIRONMENT, command, interrupt, lines, only_error, run
 from PIL import Image
 
@@ -48,22 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def paths(folder: Path) -> list[str]:
     return [str(path) for path in sorted(folder.iterdir())]
-
-
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"local-dir:{write_tiny_clip(tmp_path_factory.mktemp('clip'), seed=0)}"
-
-
-@pytest.fixture(scope="session")
-def tiny(clip: str) -> list[str]:
-    """Options that name a small reward."""
-    return ["--reward", "tsp_mgs", "--encoder", clip, "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def tiny_reward(clip: str) -> Reward:
-    return create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip))
 
 
 def assert_scores(rows: list[dict[str, Any]], reward: Reward, paths: list[str], prompts: Any) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_models import write_tiny_clip
 from commands import command, interrupt, lines, only_error, run
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -21,30 +20,13 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
+from aigiqa_reward import BestOfN, load_embedded_pipeline
 from aigiqa_reward.embedded.pipeline import GENERATOR
-from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 
 PROMPT = "a red apple on a blue background"
 HOSTILE = "<img src=x onerror=alert(1)>\"'& ../../x"
 FEW = ["--steps", "2", "--guidance-scale", "1", "--n", "3", "--batch-size", "3"]
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.0}
-
-
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"local-dir:{write_tiny_clip(tmp_path_factory.mktemp('clip'), seed=0)}"
-
-
-@pytest.fixture(scope="session")
-def tiny(clip: str) -> list[str]:
-    """Options that name a small reward."""
-    return ["--reward", "tsp_mgs", "--encoder", clip, "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def tiny_reward(clip: str) -> Any:
-    return create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip))
 
 
 @pytest.fixture(scope="session")
