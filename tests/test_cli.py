@@ -439,6 +439,22 @@ def test_rank_copies_the_best(paths: list[str], tiny: list[str], tmp_path: Path)
     assert (out / names[0]).read_bytes() == best[0].read_bytes()
 
 
+def test_rank_replaces_an_earlier_ranking_whole(paths: list[str], tiny: list[str], tmp_path: Path) -> None:
+    arguments = ["rank", *tiny, "--format", "jsonl", "--copy-to", tmp_path]
+    assert run(*arguments, *paths).exit_code == 0
+    others = {"007_mine.png": b"mine", "notes.txt": b"notes"}
+    for name, data in others.items():
+        (tmp_path / name).write_bytes(data)
+    result = run(*arguments, "--top-k", "1", "--overwrite", *paths)
+    assert result.exit_code == 0, result.output
+    [best] = [Path(row["path"]).name for row in lines(result.stdout)]
+    assert {file.name for file in tmp_path.iterdir()} == {f"001_{best}", "ranking.jsonl", *others}
+    assert all((tmp_path / name).read_bytes() == data for name, data in others.items())
+    (tmp_path / "ranking.jsonl").write_text('{"path": "../notes.txt", "error": null}\nnot JSON')
+    assert run(*arguments, "--top-k", "1", "--overwrite", *paths).exit_code == 0
+    assert (tmp_path / "notes.txt").exists()
+
+
 def test_rank_never_overwrites_an_image_it_ranks(tiny: list[str], tmp_path: Path) -> None:
     images = [write_image(tmp_path / f"{seed}.png", seed) for seed in range(3)]
     rows = lines(run("rank", *images, *tiny, "--format", "jsonl").stdout)

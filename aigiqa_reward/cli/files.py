@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import tempfile
@@ -107,6 +108,9 @@ def check_writable(folder: Path, *, option: str) -> None:
 def copy_ranked(rows: Sequence[Row], folder: Path, *, originals: Sequence[str], overwrite: bool) -> None:
     """Copy the images of a ranking into a folder as 001_NAME, 002_NAME, ..., and write its ranking.jsonl.
 
+    Copies that an earlier ranking.jsonl in the folder lists are removed with `overwrite`, so that the folder holds one
+    ranking; all other files stay.
+
     Args:
         rows: the ranking; rows with an error are not copied.
         folder: created if it does not exist.
@@ -118,7 +122,7 @@ def copy_ranked(rows: Sequence[Row], folder: Path, *, originals: Sequence[str], 
             written.
     """
     sources = [Path(str(row.key)) for row in rows if row.error is None]
-    copies = [folder / f"{place:03d}_{source.name}" for place, source in enumerate(sources, start=1)]
+    copies = [folder / name for name in _names(sources)]
     kept = {os.path.realpath(path) for path in originals}
     for copy in copies:
         if os.path.realpath(copy) in kept:
@@ -131,7 +135,32 @@ def copy_ranked(rows: Sequence[Row], folder: Path, *, originals: Sequence[str], 
         except OSError as error:
             raise CommandError(f"cannot copy {source}: {error.strerror}", status=1) from error
         write(copy, data)
+    for earlier in sorted(_copies_of(folder) - {copy.name for copy in copies}):
+        if os.path.realpath(folder / earlier) not in kept:
+            _remove(folder / earlier)
     write(folder / "ranking.jsonl", render(rows, Format.JSONL).encode())
+
+
+def _names(sources: Sequence[Path]) -> list[str]:
+    """What the copies of a ranking's images are called, best first."""
+    return [f"{place:03d}_{source.name}" for place, source in enumerate(sources, start=1)]
+
+
+def _copies_of(folder: Path) -> set[str]:
+    """Names of the copies that the ranking.jsonl of a folder lists; none where it is not one of ours."""
+    try:
+        lines = (folder / "ranking.jsonl").read_text(encoding="utf-8").splitlines()
+        ranked = [Path(row["path"]) for row in map(json.loads, lines) if row["error"] is None]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return set(_names(ranked))
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise CommandError(f"--copy-to: cannot remove {file} of the earlier ranking: {error.strerror}") from error
 
 
 def candidate_rows(output: BestOfNOutput, prompt: str) -> list[Row]:
