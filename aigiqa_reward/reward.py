@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
@@ -21,6 +21,35 @@ from aigiqa_reward.models.base import (
 )
 from aigiqa_reward.reward_fn import RewardFn
 from aigiqa_reward.types import Context, PromptFeatures, RewardOutput
+
+_CARD = """---
+library_name: aigiqa-reward
+tags: [image-quality-assessment, reward-model, text-to-image]
+---
+
+# {spec.title}
+
+A reward for AI-generated images, saved by the Python package aigiqa-reward.
+
+| | |
+| --- | --- |
+| model | {spec.paper} |
+| scale | {spec.scale} |
+| sees | {spec.input_size} |
+| gradients | {spec.gradient_path} |
+| licence of the code, and of the weights that it came with | {spec.licence} |
+
+```python
+from aigiqa_reward import create_reward
+
+reward = create_reward("{spec.name}", weights="...")  # this folder, or its id on the Hub
+scores = reward(images, prompts)  # images (B, 3, H, W) in [0, 1], B prompts
+```
+
+If it was trained further: say here on whose scores, of which images and prompts, and
+under which licence you pass it on.
+"""
+"""Without the numbers of any training: those are known to whoever trained it."""
 
 
 class Calibration(FullPrecision):
@@ -207,6 +236,11 @@ class Reward(nn.Module, ModelHubMixin):
         from aigiqa_reward.zoo import save_reward
 
         save_reward(self, save_directory)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """What `save_pretrained` writes as README.md where there is none: what this is and how it is loaded."""
+        del args, kwargs  # of the Hub's template, which knows nothing of rewards
+        return ModelCard(_CARD.format(spec=self.spec))
 
     @classmethod
     def _from_pretrained(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from clip_models import write_tiny_clip
+from huggingface_hub import ModelCard
 
 from aigiqa_reward import Reward, create_reward, list_rewards
 from aigiqa_reward.assistants import Assistants
@@ -165,6 +167,21 @@ def test_saved_rewards_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"device: cannot use 'cudaa' here.*'cpu'"):
         create_reward("compact", device="cudaa")
+
+
+def test_a_saved_reward_has_a_card_of_its_own(tmp_path: Path) -> None:
+    reward = create_reward("mst_clipiqa")
+    reward.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.to_dict()["library_name"] == "aigiqa-reward"
+    assert all(text in card.text for text in (reward.spec.title, reward.spec.paper, reward.spec.scale))
+    assert "PushToHub" not in card.text
+    [call] = re.findall(r"create_reward\(.*\)", card.text)
+    loaded = eval(call.replace('"..."', repr(str(tmp_path))), {"create_reward": create_reward})
+    assert loaded.name == "mst_clipiqa"
+    (tmp_path / "README.md").write_text("mine")
+    reward.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_from_pretrained_refuses_arguments_it_does_not_know(tmp_path: Path) -> None:
