@@ -101,6 +101,7 @@ def write_weights(
     *,
     dtype: torch.dtype | None = None,
     to_int8: Callable[[str, Tensor], bool] = lambda name, tensor: False,
+    lossless: bool = False,
 ) -> None:
     """Write tensors to a safetensors file in one atomic step.
 
@@ -109,6 +110,8 @@ def write_weights(
         tensors: by name.
         dtype: store floating tensors as this type; None keeps each one's own.
         to_int8: which tensors to store as int8 with one scale for each first index.
+        lossless: store float32 tensors as float16 or int8 too where `read_weights` then gives them back equal: what
+            was read from such a file and not trained since is then as small again as it was.
     """
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -118,9 +121,32 @@ def write_weights(
             rows = scale.view(-1, *[1] * (tensor.ndim - 1))
             stored[name] = (tensor.float() / rows).round().to(torch.int8)
             stored[name + _SCALE] = scale
+        elif lossless and tensor.dtype == torch.float32:
+            stored |= {name + suffix: part for suffix, part in _smallest(tensor).items()}
         else:
             stored[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     write_atomically(path, save(stored))
+
+
+def _smallest(tensor: Tensor) -> dict[str, Tensor]:
+    """The shortest form of a float32 tensor from which `_restored` makes it again, by the suffix of the name."""
+    half = tensor.half()
+    if torch.equal(half.float(), tensor):
+        return {"": half}
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        return {"": tensor}
+    rows = tensor.flatten(1)
+    greatest = rows.abs().amax(dim=1)
+    found, integers = torch.zeros_like(greatest), torch.zeros_like(rows)
+    scale = torch.nextafter(greatest / 127, torch.zeros_like(greatest))  # the division rounds: try its neighbours too
+    for _ in range(3):
+        trial = (rows / scale[:, None].clamp_min(1e-30)).round()
+        fits = (trial * scale[:, None] == rows).all(dim=1) & (trial.abs() <= 127).all(dim=1)
+        found, integers = torch.where(fits, scale, found), torch.where(fits[:, None], trial, integers)
+        scale = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    if not torch.equal(integers * found[:, None], rows):
+        return {"": tensor}
+    return {"": integers.view_as(tensor).to(torch.int8), _SCALE: found}
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:

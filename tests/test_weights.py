@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aigiqa_reward import weights
@@ -110,6 +111,34 @@ def test_the_hash_is_the_files(path, tensors):
     expected = hashlib.sha256(path.read_bytes()).hexdigest()
     assert sha256(path) == expected
     assert read_weights(path, expected_sha256=expected).keys() == tensors.keys()
+
+
+def test_what_lossless_storage_gives_back_is_equal_and_small(path):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    write_weights(path, {"tower": random(300, 8, 5)}, to_int8=lambda name, tensor: True)
+    tensors = {
+        "tower": read_weights(path)["tower"],
+        "half": random(40, 40).half().float(),
+        "trained": random(40, 40),
+        "bias": random(40),
+        "zeros": torch.zeros(3, 4),
+        "mixed": torch.cat([read_weights(path)["tower"][:2].flatten(1), torch.zeros(1, 40), random(1, 40)]),
+        "none": torch.zeros(0, 4),
+        "double": random(4, 4).double(),
+        "count": torch.tensor(3),
+    }
+    write_weights(path, tensors, lossless=True)
+    again = read_weights(path)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    assert {name: tensor.dtype for name, tensor in again.items()} == {n: t.dtype for n, t in tensors.items()}
+    stored = {name: tensor.dtype for name, tensor in load_file(path).items()}
+    expected = {"tower": torch.int8, "half": torch.float16, "trained": torch.float32, "mixed": torch.float32}
+    assert {name: stored[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("place", [0, 60, -1])

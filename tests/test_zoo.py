@@ -169,6 +169,16 @@ def test_a_device_that_is_not_there_is_an_error_with_a_remedy() -> None:
         create_reward("compact", device="cudaa")
 
 
+def test_a_saved_reward_is_as_small_as_the_embedded_one(tmp_path: Path) -> None:
+    reward = create_reward("mst_clipiqa")
+    reward.save_pretrained(tmp_path)
+    embedded = sum((ASSETS / file).stat().st_size for file in reward.spec.sha256)
+    assert (tmp_path / "model.safetensors").stat().st_size < 1.1 * embedded
+    saved, expected = Reward.from_pretrained(tmp_path).state_dict(), reward.state_dict()
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_saved_reward_has_a_card_of_its_own(tmp_path: Path) -> None:
     reward = create_reward("mst_clipiqa")
     reward.save_pretrained(tmp_path)

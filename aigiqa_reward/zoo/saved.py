@@ -40,7 +40,7 @@ def save_reward(reward: Reward, folder: Path) -> None:
         "correspondence_weight": reward.correspondence_weight,
         "model": reward.model.describe(),
     }
-    write_weights(folder / "model.safetensors", reward.state_dict())
+    write_weights(folder / "model.safetensors", reward.state_dict(), lossless=True)
     write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
 
 
