@@ -141,6 +141,35 @@ def test_losses_of_order_alone_end_on_the_human_scale(images: ScoredImages, plan
         assert (np.diff(calibrated[np.argsort(raw)]) >= 0).all()
 
 
+def test_preferences_keep_the_scale_of_the_reward_they_refine(
+    images: ScoredImages, plan: Planned, tmp_path: Path
+) -> None:
+    reward = Reward(plan().build(), get_spec("mst_clipiqa"))
+    reward.calibration.quality.copy_(torch.tensor([0.2, 0.5]))
+    reward.calibration.correspondence.copy_(torch.tensor([0.1, 0.3]))
+    reward.save_pretrained(tmp_path / "former")
+    pairs = PreferencePairs(prompts=images.prompts[:30], better=images.paths[:30], worse=images.paths[30:60])
+    further = TrainingPlan(
+        name="mst_clipiqa", init=tmp_path / "former", recipe=replace(QUICK, epochs=1), cache=plan().cache
+    )
+    trained = train(further, pairs, split_rows(pairs, seed=0), tmp_path / "new", progress=False)
+    for again in (trained.reward, Reward.from_pretrained(tmp_path / "new")):
+        assert torch.equal(again.calibration.quality, reward.calibration.quality)
+        assert torch.equal(again.calibration.correspondence, reward.calibration.correspondence)
+    assert TrainingPlan(name="cpa_iqa").calibration()["quality"].tolist() == [1, 0]
+    embedded = TrainingPlan(name="cpa_iqa", init="embedded").calibration()
+    assert torch.equal(embedded["quality"], create_reward("cpa_iqa").calibration.quality)
+
+
+def test_too_few_images_to_choose_the_epoch_by_are_told_before_features_are_computed(
+    images: ScoredImages, plan: Planned, tmp_path: Path
+) -> None:
+    few = images.subset(np.arange(18))
+    with pytest.raises(ValueError, match=r"validation: expected at least 5 scored images.*got 0"):
+        train(plan(cache=tmp_path / "store"), few, replace(split_rows(few, seed=0), validation=np.arange(0)), None)
+    assert not (tmp_path / "store").exists()
+
+
 def test_calibration_never_turns_the_order_round(images: ScoredImages, plan: Planned) -> None:
     trained = train(plan(), images, split_rows(images, seed=0), None, progress=False)
     assert isinstance(trained.task, ScoreTask)

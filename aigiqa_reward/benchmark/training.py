@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aigiqa_reward.datasets import PreferencePairs, ScoredImages, Split, group_split
 from aigiqa_reward.datasets.splits import VALIDATION_FRACTION
 from aigiqa_reward.models.base import TrainedModel
-from aigiqa_reward.reward import Reward
+from aigiqa_reward.reward import Calibration, Reward
 from aigiqa_reward.training.fit import FitResult, fit
 from aigiqa_reward.training.live import LiveImages
 from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
@@ -22,7 +23,7 @@ from aigiqa_reward.training.scoring import predict
 from aigiqa_reward.training.store import MAX_BYTES, FeatureStore, store_features
 from aigiqa_reward.training.tasks import PairTask, ScoreTask, Task
 from aigiqa_reward.weights import write_atomically
-from aigiqa_reward.zoo import get_spec
+from aigiqa_reward.zoo import create_reward, get_spec
 from aigiqa_reward.zoo.build import SYSTEMS, build_model
 from aigiqa_reward.zoo.embedded import load_embedded
 from aigiqa_reward.zoo.saved import load_reward
@@ -112,6 +113,15 @@ class TrainingPlan:
         assert isinstance(model, TrainedModel), "every system has a head"
         return model
 
+    def calibration(self) -> dict[str, Tensor]:
+        """The map onto the human scale that a training without scores goes on with; without `init`, the identity."""
+        if self.init is None:
+            return Calibration().state_dict()
+        if self.init == "embedded":
+            return create_reward(self.name).calibration.state_dict()
+        saved = load_reward(self.init, expected=self.name, assistants=self.assistants, settings=self.settings)
+        return saved.calibration.state_dict()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
@@ -174,6 +184,7 @@ def train_reward(
     if accelerator is not None:
         model.to(accelerator.device)
     task: Task = ScoreTask.of(data, split.train) if isinstance(data, ScoredImages) else PairTask(data)
+    task.check_validation(split.validation)  # before the features are computed; fit asks those readable
     source: FeatureStore | LiveImages
     if recipe.train_towers:
         source = LiveImages(task.paths, task.prompts, progress=progress)
@@ -192,7 +203,9 @@ def train_reward(
         progress=progress,
     )
     reward = Reward(model, get_spec(plan.name))
-    if isinstance(task, ScoreTask) and recipe.loss in ("pairwise", "none"):
+    if isinstance(task, PairTask):
+        reward.calibration.load_state_dict(plan.calibration())
+    elif isinstance(task, ScoreTask) and recipe.loss in ("pairwise", "none"):
         calibrate(reward, task, source, task.usable(split.train, source.readable))
     if folder is not None and (accelerator is None or accelerator.is_main_process):
         reward.save_pretrained(folder)
