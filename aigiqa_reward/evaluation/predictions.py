@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from dataclasses import dataclass, fields
@@ -96,19 +97,17 @@ class Predictions:
         Raises:
             ValueError: `path` does not end in .npz.
         """
+        from aigiqa_reward.weights import write_atomically  # here, because it loads torch and the measures do not
+
         target = Path(path)
         if target.suffix != ".npz":
             raise ValueError(f"path: expected a name that ends in .npz, got {str(target)!r}")
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         arrays = {name: np.asarray(value) for name, value in values.items() if value is not None}
         arrays["format"] = np.asarray(FORMAT)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-            os.replace(part, target)  # noqa: PTH105 - the same call, and its name says that it is atomic
-        finally:
-            part.unlink(missing_ok=True)
+        data = io.BytesIO()
+        np.savez_compressed(data, **arrays)  # pyright: ignore[reportArgumentType]
+        write_atomically(target, data.getvalue())
         return target
 
     @classmethod
