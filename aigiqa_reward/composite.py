@@ -77,12 +77,16 @@ class CompositeReward(nn.Module):
         cls,
         members: Mapping[str, RewardFunction],
         images: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None,
         *,
         weights: Mapping[str, float] | None = None,
         combine: str = "zscore",
     ) -> CompositeReward:
-        """Measure the reference on a sample: images (R, 3, H, W) and R prompts such as the reward will meet."""
+        """Measure the reference on a sample: images (R, 3, H, W) and R prompts such as the reward will meet.
+
+        A member's total without prompts is its quality alone, on a scale of its own: pass None here for a reward that
+        will be called without prompts, and make another for calls with them.
+        """
         with torch.no_grad():
             reference = {name: _call(name, member, images, prompts).total for name, member in members.items()}
         return cls(members, weights=weights, combine=combine, reference=reference)

@@ -272,6 +272,17 @@ def test_images_are_checked_and_validation_can_be_skipped(sample, images):
         composite(torch.rand(2, 4, 16, 16), validate=False)
 
 
+def test_a_reference_without_prompts_serves_calls_without_them(sample):
+    def two_scales(images: Tensor, prompts: list[str] | None) -> Tensor:
+        return images.mean(dim=(1, 2, 3)) * (1 if prompts is None else 5) + (0 if prompts is None else 3)
+
+    composite = CompositeReward.with_reference({"a": two_scales, "b": contrast}, sample, None)
+    totals = composite(sample, None).total
+    members = [two_scales(sample, None), contrast(sample, None)]
+    expected = sum(zscore(member.double().numpy(), ddof=1) for member in members) / 2
+    assert totals.double().numpy() == pytest.approx(expected, abs=1e-4)
+
+
 def test_composites_nest(sample, images):
     inner = compose(sample, "rank")
     reference = {"inner": torch.tensor([0.0, 1.0, 2.0])}
