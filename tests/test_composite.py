@@ -1,0 +1,404 @@
+"""Several rewards as one: scales from a reference sample, weights, gradients, prompts encoded once, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import zscore
+from torch import Tensor, nn
+
+from aigiqa_reward import CompositeReward, RewardOutput, Scorer, rerank
+from aigiqa_reward.models.base import distinct_prompts
+from aigiqa_reward.types import PromptFeatures
+
+
+def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+def contrast(images: Tensor, prompts: list[str] | None) -> Tensor:
+    """On a scale of its own, far from that of brightness."""
+    return 100 * images.var(dim=(1, 2, 3)) - 7
+
+
+class Conv(nn.Module):
+    """A small trained judge: smooth, non-linear, with parameters and a buffer."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3, generator=generator))
+        self.register_buffer("offset", torch.randn(4, generator=generator))
+
+    def forward(self, images: Tensor, prompts: list[str] | None) -> RewardOutput:
+        maps = torch.tanh(nn.functional.conv2d(images, self.weight, self.offset, stride=2))
+        first, second, third, fourth = maps.mean(dim=(2, 3)).unbind(dim=1)
+        correspondence = None if prompts is None else third + fourth
+        return RewardOutput(total=first + 2 * second, quality=second, correspondence=correspondence)
+
+
+MEMBERS: dict[str, Callable[..., Any]] = {"brightness": brightness, "contrast": contrast, "conv": Conv()}
+WEIGHTS = {"brightness": 1.0, "contrast": 3.0, "conv": 0.5}
+PROMPTS = ["a cat", "a dog", "a cat", "a bird", "a fish"]
+
+
+def some_images(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.rand(count, 1, 1, 1, generator=generator)
+    return (level + (0.2 + level) * (torch.rand(count, 3, 18, 20, generator=generator) - 0.5)).clamp(0, 1).to(dtype)
+
+
+@pytest.fixture
+def sample() -> Tensor:
+    """(40, 3, 18, 20): what the references are measured on."""
+    return some_images(40, seed=1)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return some_images(5, seed=2)
+
+
+def totals(member: Callable[..., Any], images: Tensor) -> np.ndarray:
+    with torch.no_grad():
+        result = member(images, ["a cat"] * len(images))
+    return (result.total if isinstance(result, RewardOutput) else result).double().numpy()
+
+
+def shares_below(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Rank of each score among the reference: 0 at its least, 1 at its greatest, linear between neighbours."""
+    return np.interp(scores, np.sort(reference), np.linspace(0, 1, len(reference)))
+
+
+def compose(sample: Tensor, combine: str, members: dict[str, Callable[..., Any]] = MEMBERS) -> CompositeReward:
+    prompts = ["a cat"] * len(sample)
+    weights = {name: WEIGHTS[name] for name in members}
+    return CompositeReward.with_reference(members, sample, prompts, weights=weights, combine=combine)
+
+
+# --------------------------------------------------------------------------------------------- values
+
+
+def test_zscores_are_averaged_with_weights(sample, images):
+    expected = 0.0
+    for name, member in MEMBERS.items():
+        reference = totals(member, sample)
+        both = np.concatenate([reference, totals(member, images)])
+        scaled = (both - reference.mean()) / reference.std(ddof=1)
+        np.testing.assert_allclose(scaled[:40], zscore(reference, ddof=1))
+        expected = expected + WEIGHTS[name] / sum(WEIGHTS.values()) * scaled[40:]
+    output = compose(sample, "zscore")(images, PROMPTS)
+    np.testing.assert_allclose(output.total.detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_are_averaged_with_weights(sample, images):
+    images = torch.cat([images, sample[:3]])  # also scores that are in the reference
+    expected = sum(
+        WEIGHTS[name] / sum(WEIGHTS.values()) * shares_below(totals(member, sample), totals(member, images))
+        for name, member in MEMBERS.items()
+    )
+    output = compose(sample, "rank")(images, PROMPTS + ["a cat"] * 3)
+    np.testing.assert_allclose(output.total.detach().numpy(), expected, atol=1e-4)
+
+
+def rank_of(scores: list[float], reference: list[float]) -> list[float]:
+    composite = CompositeReward(
+        {"given": lambda images, prompts: torch.tensor(scores)},
+        combine="rank",
+        reference={"given": torch.tensor(reference)},
+    )
+    return composite(torch.rand(len(scores), 3, 16, 16)).total.tolist()
+
+
+def test_ranks_end_at_0_and_1():
+    assert rank_of([-9, 1, 2, 5, 9], [5, 2, 1]) == [0, 0, 0.5, 1, 1]
+    assert rank_of([1.5, 3.5], [5, 2, 1]) == pytest.approx([0.25, 0.75])
+
+
+def test_ranks_of_ties_take_the_upper_end_and_stay_monotone():
+    reference = [0, 0, 1, 1, 1, 2, 3, 3]
+    assert rank_of([0, 1, 2, 3], reference) == pytest.approx([1 / 7, 4 / 7, 5 / 7, 1])
+    scores = np.linspace(-0.5, 3.5, 81)
+    ranks = np.array(rank_of(scores.tolist(), reference))
+    assert (np.diff(ranks) >= 0).all()
+    assert ranks[0] == 0
+    assert ranks[-1] == 1
+
+
+def test_scores_that_are_not_numbers_are_not_hidden_by_a_rank():
+    assert np.isnan(rank_of([float("nan"), 1.0], [0, 1, 1])).tolist() == [True, False]
+
+
+def test_no_weights_weigh_all_alike(sample, images):
+    members = {"brightness": brightness, "contrast": contrast}
+    both = CompositeReward.with_reference(members, sample, ["a cat"] * 40)(images, PROMPTS).total
+    alone = [
+        CompositeReward.with_reference({name: member}, sample, ["a cat"] * 40)(images, PROMPTS).total
+        for name, member in members.items()
+    ]
+    torch.testing.assert_close(both, (alone[0] + alone[1]) / 2)
+
+
+def test_weights_count_by_their_proportions(sample, images):
+    composite = compose(sample, "zscore")
+    reference = {name: module.totals for name, module in composite.reference.items()}
+    larger = CompositeReward(MEMBERS, weights={n: 10 * w for n, w in WEIGHTS.items()}, reference=reference)
+    torch.testing.assert_close(larger(images, PROMPTS).total, composite(images, PROMPTS).total)
+
+
+def test_quality_and_correspondence_are_the_members_own(sample, images):
+    output = compose(sample, "zscore")(images, PROMPTS)
+    conv = MEMBERS["conv"](images, PROMPTS)
+    quality = (brightness(images, None) + 3 * contrast(images, None) + 0.5 * conv.quality) / 4.5
+    torch.testing.assert_close(output.quality, quality)
+    torch.testing.assert_close(output.correspondence, conv.correspondence)  # the only member that has one
+    assert output.details.keys() == MEMBERS.keys()
+    torch.testing.assert_close(output.details["contrast"], contrast(images, None))
+    assert compose(sample, "zscore")(images).correspondence is None
+
+
+@pytest.mark.parametrize("combine", ["zscore", "rank"])
+def test_each_row_is_scored_alone(sample, images, combine):
+    composite = compose(sample, combine)
+    whole = composite(images, PROMPTS)
+    for row in range(5):
+        alone = composite(images[row : row + 1], PROMPTS[row : row + 1])
+        torch.testing.assert_close(alone.total, whole.total[row : row + 1], atol=1e-5, rtol=1e-5)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    permuted = composite(images[order], [PROMPTS[row] for row in order])
+    torch.testing.assert_close(permuted.total, whole.total[order], atol=1e-5, rtol=1e-5)
+    other = images.clone()
+    other[1:] = 0.5
+    torch.testing.assert_close(composite(other, PROMPTS).total[0], whole.total[0], atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- gradients and numbers
+
+
+@pytest.mark.parametrize("combine", ["zscore", "rank"])
+def test_gradients_equal_finite_differences(sample, combine):
+    members = {name: Conv().double() if name == "conv" else member for name, member in MEMBERS.items()}
+    composite = compose(sample.double(), combine, members).double()
+    pixels = some_images(2, seed=5, dtype=torch.float64).requires_grad_()
+    [analytic] = torch.autograd.grad(composite(pixels, PROMPTS[:2]).total.sum(), pixels)
+    assert analytic.abs().amax(dim=(1, 2, 3)).min() > 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        direction = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+        step = 1e-6
+        with torch.no_grad():
+            ahead = composite(pixels + step * direction, PROMPTS[:2]).total.sum()
+            behind = composite(pixels - step * direction, PROMPTS[:2]).total.sum()
+        numeric = float(ahead - behind) / (2 * step)
+        assert float((analytic * direction).sum()) == pytest.approx(numeric, rel=1e-4, abs=1e-6)
+
+
+def test_gradients_of_ranks_are_finite_at_the_ends_and_at_ties():
+    scores = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0], requires_grad=True)
+    composite = CompositeReward(
+        {"given": lambda images, prompts: scores * 1},
+        combine="rank",
+        reference={"given": torch.tensor([0.0, 0.0, 1.0, 2.0, 2.0])},
+    )
+    composite(torch.rand(5, 3, 16, 16)).total.sum().backward()
+    assert bool(torch.isfinite(scores.grad).all())
+    assert scores.grad.abs().max() <= 0.25  # one of four equal steps over a gap of 1
+    assert scores.grad[0] == scores.grad[3] == scores.grad[4] == 0
+
+
+@pytest.mark.parametrize("combine", ["zscore", "rank"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_coarse_totals_are_scaled_in_float32(combine, dtype):
+    values = torch.tensor([1, 2, 6]).to(dtype)
+    reference = torch.tensor([0.0, 3.1, 7.3])
+    results = [
+        CompositeReward(
+            {"given": lambda images, prompts, given=given: given}, combine=combine, reference={"given": reference}
+        )(torch.rand(3, 3, 16, 16))
+        for given in (values, values.float())
+    ]
+    assert results[0].total.dtype == torch.float32
+    assert results[0].quality.dtype == torch.float32
+    assert torch.equal(results[0].total, results[1].total)
+
+
+def test_members_of_different_precision_add_up(images):
+    members = {"float32": brightness, "float64": lambda images, prompts: images.double().mean(dim=(1, 2, 3))}
+    reference = dict.fromkeys(members, torch.tensor([0.1, 0.4, 0.9]))
+    for combine in ("zscore", "rank"):
+        total = CompositeReward(members, combine=combine, reference=reference)(images).total
+        alone = CompositeReward({"s": brightness}, combine=combine, reference={"s": reference["float32"]})(images).total
+        torch.testing.assert_close(total, alone.double(), atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------- as a module
+
+
+def test_modules_among_the_members_move_and_are_saved_with_it(sample):
+    composite = compose(sample, "zscore", {"brightness": brightness, "conv": Conv()})
+    names = {name for name, _ in composite.named_parameters()}
+    assert names == {"member_modules.conv.weight"}
+    assert composite.to("meta").members["conv"].weight.device.type == "meta"
+    assert composite.reference["brightness"].totals.device.type == "meta"
+
+
+def test_a_state_dict_restores_the_reference_and_the_members(sample, images):
+    source = compose(sample, "zscore")
+    members = {"brightness": brightness, "contrast": contrast, "conv": Conv(seed=9)}
+    target = CompositeReward(members, weights=WEIGHTS, reference={name: torch.linspace(0, 1, 40) for name in members})
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(images, PROMPTS).total, source(images, PROMPTS).total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_reference_stays_float32_when_the_members_are_cast(sample, dtype):
+    composite = compose(sample, "zscore", {"conv": Conv()}).to(dtype)
+    assert composite.members["conv"].weight.dtype == dtype
+    for module in composite.reference.values():
+        assert module.totals.dtype == torch.float32
+    fitting = compose(sample, "zscore", {"conv": Conv()})
+    assert torch.equal(composite.reference["conv"].totals, fitting.reference["conv"].totals)
+
+
+def test_images_are_checked_and_validation_can_be_skipped(sample, images):
+    composite = compose(sample, "zscore", {"brightness": brightness})
+    with pytest.raises(ValueError, match=r"images\.from_vae"):
+        composite(images * 2 - 1)
+    assert composite(images * 2 - 1, validate=False).total.shape == (5,)
+    with pytest.raises(ValueError, match="3 channels"):
+        composite(torch.rand(2, 4, 16, 16), validate=False)
+
+
+def test_a_reference_without_prompts_serves_calls_without_them(sample):
+    def two_scales(images: Tensor, prompts: list[str] | None) -> Tensor:
+        return images.mean(dim=(1, 2, 3)) * (1 if prompts is None else 5) + (0 if prompts is None else 3)
+
+    composite = CompositeReward.with_reference({"a": two_scales, "b": contrast}, sample, None)
+    totals = composite(sample, None).total
+    members = [two_scales(sample, None), contrast(sample, None)]
+    expected = sum(zscore(member.double().numpy(), ddof=1) for member in members) / 2
+    assert totals.double().numpy() == pytest.approx(expected, abs=1e-4)
+
+
+def test_composites_nest(sample, images):
+    inner = compose(sample, "rank")
+    reference = {"inner": torch.tensor([0.0, 1.0, 2.0])}
+    outer = CompositeReward({"inner": inner}, reference=reference)
+    expected = inner(images, PROMPTS)
+    torch.testing.assert_close(outer(images, PROMPTS).total, expected.total - 1)
+    torch.testing.assert_close(outer(images, PROMPTS).correspondence, expected.correspondence)
+
+
+class Reader:
+    """Scores by the length of its prompts, which it encodes, and counts how often."""
+
+    def __init__(self) -> None:
+        self.read: list[list[str]] = []
+
+    def encode_prompts(self, prompts: list[str]) -> PromptFeatures:
+        self.read.append(list(prompts))
+        texts, index = distinct_prompts(prompts)
+        lengths = torch.tensor([float(len(text)) for text in texts])
+        return PromptFeatures(texts=texts, index=index, tensors={"length": lengths}, model="reader")
+
+    def __call__(self, images: Tensor, prompts: list[str] | PromptFeatures) -> Tensor:
+        features = prompts if isinstance(prompts, PromptFeatures) else self.encode_prompts(prompts)
+        return features.rows("length") + images.mean(dim=(1, 2, 3))
+
+
+def spelling(images: Tensor, prompts: list[str]) -> Tensor:
+    assert all(isinstance(prompt, str) for prompt in prompts)
+    return torch.tensor([float(ord(prompt[2])) for prompt in prompts]) + images.mean(dim=(1, 2, 3))
+
+
+def test_prompts_are_encoded_once_for_all_members_and_the_rest_sees_strings(images):
+    reader, reference = Reader(), {"reader": torch.rand(9), "spelling": torch.rand(9)}
+    inner = CompositeReward({"reader": reader, "spelling": spelling}, reference=reference)
+    outer = CompositeReward(
+        {"inner": inner, "brightness": brightness}, reference={"inner": torch.rand(9), "brightness": torch.rand(9)}
+    )
+    for composite in (inner, outer):
+        expected = composite(images, PROMPTS).total
+        reader.read.clear()
+        features = composite.encode_prompts(PROMPTS)
+        torch.testing.assert_close(composite(images, features).total, expected, rtol=0, atol=0)
+        torch.testing.assert_close(composite(images[3:], features[3:]).total, expected[3:])
+        alone = composite.encode_prompts(PROMPTS[1:2])
+        torch.testing.assert_close(composite(images, alone.expand(5)).total[1], expected[1])
+        assert reader.read == [["a cat", "a dog", "a bird", "a fish"], ["a dog"]]
+
+
+def test_best_of_n_and_scorer_have_a_composite_read_its_prompt_once(images):
+    reader = Reader()
+    composite = CompositeReward({"reader": reader}, reference={"reader": torch.rand(9)})
+    ranked = rerank(images, "a cat", composite)
+    assert ranked.seeds == brightness(images, []).argsort(descending=True).tolist()
+    Scorer(composite, batch_size=2).score(images, "a cat")
+    assert reader.read == [["a cat"], ["a cat"]]
+
+
+def test_features_of_another_reward_or_another_number_are_refused(images):
+    reader = Reader()
+    composite = CompositeReward({"reader": reader}, reference={"reader": torch.rand(9)})
+    other = CompositeReward({"other": reader}, reference={"other": torch.rand(9)})
+    for features in (reader.encode_prompts(PROMPTS), other.encode_prompts(PROMPTS)):
+        with pytest.raises(ValueError, match="encode them with this reward's encode_prompts"):
+            composite(images, features)
+    with pytest.raises(ValueError, match="got 1 prompts for 5 images"):
+        composite(images, composite.encode_prompts(PROMPTS[:1]))
+    with pytest.raises(TypeError, match="got one string"):
+        composite.encode_prompts("a cat")
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+GOOD = {"a": torch.rand(9), "b": torch.rand(9)}
+TWO = {"a": brightness, "b": contrast}
+
+REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no members": ({"members": {}, "reference": {}}, ValueError, "members: expected at least one reward"),
+    "a list": ({"members": [brightness], "reference": {}}, TypeError, "members: expected a mapping from names"),
+    "no function": ({"members": {"a": 3}, "reference": {"a": GOOD["a"]}}, TypeError, "members: expected a mapping"),
+    "combine": ({"combine": "mean"}, ValueError, "combine: expected 'zscore' or 'rank', got 'mean'"),
+    "reference missing": (
+        {"reference": {"a": GOOD["a"]}},
+        ValueError,
+        r"reference: .*each of \['a', 'b'\], got \['a'\]",
+    ),
+    "reference of others": (
+        {"reference": {**GOOD, "c": GOOD["a"]}},
+        ValueError,
+        "reference: expected an entry for each",
+    ),
+    "reference too small": ({"reference": {**GOOD, "b": torch.rand(1)}}, ValueError, r"reference\['b'\].*at least 2"),
+    "reference constant": ({"reference": {**GOOD, "b": torch.ones(9)}}, ValueError, r"reference\['b'\].*not all equal"),
+    "reference NaN": ({"reference": {**GOOD, "b": torch.tensor([1, float("nan")])}}, ValueError, r"\['b'\].*finite"),
+    "reference list": ({"reference": {**GOOD, "b": [1.0, 2.0]}}, TypeError, r"\['b'\]: expected a tensor.*got list"),
+    "weight missing": ({"weights": {"a": 1}}, ValueError, r"weights: expected an entry for each.*got \['a'\]"),
+    "zero weight": ({"weights": {"a": 1, "b": 0}}, ValueError, "weights: expected finite numbers above 0.*'b': 0"),
+    "negative weight": ({"weights": {"a": 1, "b": -1}}, ValueError, "weights: expected finite numbers above 0"),
+    "infinite weight": ({"weights": {"a": 1, "b": float("inf")}}, ValueError, "weights: expected finite numbers"),
+    "NaN weight": ({"weights": {"a": 1, "b": float("nan")}}, ValueError, "weights: expected finite numbers"),
+    "weight in words": ({"weights": {"a": 1, "b": "2"}}, ValueError, "weights: expected finite numbers"),
+    "dotted name": ({"members": {"v1.5": brightness}, "reference": {"v1.5": GOOD["a"]}}, ValueError, "another name"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_arguments_that_do_not_fit_are_refused(name):
+    arguments, error, message = REFUSALS[name]
+    with pytest.raises(error, match=message):
+        CompositeReward(**{"members": TWO, "reference": GOOD} | arguments)
+
+
+def test_a_member_that_does_not_give_one_score_an_image_is_named(images):
+    composite = CompositeReward(
+        {"good": brightness, "bad": lambda images, prompts: images.mean()},
+        reference={"good": GOOD["a"], "bad": GOOD["b"]},
+    )
+    with pytest.raises(ValueError, match=r"member 'bad' returned .*expected \(5,\)"):
+        composite(images)
