@@ -20,6 +20,15 @@ class RewardFn:
 
     Args:
         reward: a Reward, a CompositeReward, or any RewardFunction.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import create_reward
+        >>> reward_fn = create_reward("compact").as_reward_fn()
+        >>> images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        >>> rewards, info = reward_fn(images, ("a red fox", "a cat"), metadata=None)
+        >>> rewards.shape, info["quality"].shape
+        (torch.Size([2]), (2,))
     """
 
     def __init__(self, reward: RewardFunction) -> None:

@@ -78,6 +78,13 @@ def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Te
         ImageError: an image that `load` refuses, named by its place; images of several sizes.
         TypeError: an image of another type, or not a collection.
         ValueError: no image, or a floating-point tensor of another shape.
+
+    Example:
+        >>> import numpy as np
+        >>> from aigiqa_reward.images import load_batch
+        >>> batch = load_batch(np.full((2, 32, 48, 3), 255, dtype=np.uint8))
+        >>> batch.shape, float(batch.max())
+        (torch.Size([2, 3, 32, 48]), 1.0)
     """
     if isinstance(sources, Tensor) and sources.is_floating_point():
         return check(sources, validate=False)

@@ -117,6 +117,13 @@ def unletterbox(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
     Raises:
         ValueError: maps that are not square.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.images import letterbox, unletterbox
+        >>> image = torch.rand(1, 3, 40, 80)
+        >>> unletterbox(letterbox(image, 80, fill=torch.zeros(3)), (40, 80)).shape
+        torch.Size([1, 3, 40, 80])
     """
     if maps.ndim != 4 or maps.shape[2] != maps.shape[3]:
         raise ValueError(f"maps: expected (B, C, s, s) of a square, got shape {tuple(maps.shape)}")

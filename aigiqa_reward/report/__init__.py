@@ -1,6 +1,17 @@
 """Pictures of results. Here pixels are shown, not scored: what is drawn goes to eyes, and never into a reward.
 
 Plots load matplotlib when they are first used, and pages for heat maps alone; contact sheets do without it.
+
+Example:
+    >>> import torch
+    >>> from aigiqa_reward import create_reward
+    >>> from aigiqa_reward.report import HeatMaps, draw_heat_maps, heat_maps
+    >>> images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    >>> heat = heat_maps(create_reward("compact"), images)
+    >>> isinstance(heat, HeatMaps), heat.kind, heat.maps.shape
+    (True, 'gradient', torch.Size([1, 64, 96]))
+    >>> draw_heat_maps(images, heat).shape
+    torch.Size([1, 3, 64, 96])
 """
 
 from __future__ import annotations

@@ -40,6 +40,11 @@ class PromptScore:
         correspondence: to the text that the prompt is judged by; None if the reward gives none or no image was judged.
         dropped: why no image could be judged; None if one could.
         cached: whether nothing was sampled for it: known from before, or asked for twice.
+
+    Example:
+        >>> from aigiqa_reward.sampling import PromptScore
+        >>> PromptScore(total=0.6, quality=0.5, correspondence=0.7).flagged
+        False
     """
 
     total: float
@@ -84,6 +89,16 @@ class PromptScorer:
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: an argument out of range, or one of the pipeline's that is set here.
+
+    Example:
+        >>> from aigiqa_reward import create_reward, load_embedded_pipeline
+        >>> from aigiqa_reward.sampling import PromptScore, PromptScorer
+        >>> scorer = PromptScorer(load_embedded_pipeline(), create_reward("compact"), num_inference_steps=2)
+        >>> one, other = scorer.score(["a red apple", "a cat"], seed=3)
+        >>> isinstance(one, PromptScore), one.dropped, one.cached
+        (True, None, False)
+        >>> scorer.score(["a cat"], seed=3)[0].cached
+        True
     """
 
     def __init__(
