@@ -1,4 +1,4 @@
-"""Print the table of the README from held-out predictions: every image judged by a model that never saw its prompt.
+"""Print the tables of docs/figures/compact.md from predictions for images whose prompts the judging model never saw.
 
     python examples/train_compact/evaluate.py [--predictions FILE] [--json FILE]
 

@@ -1,8 +1,8 @@
-"""Print the README's tables of the five systems from the reports of `aigiqa-reward evaluate`.
+"""Print the tables of the five systems in docs/figures/systems.md from the reports of `aigiqa-reward evaluate`.
 
     python examples/train_systems/table.py [FOLDER]
 
-FOLDER holds NAME/report.json of each system; by default the reports beside this script, which the README shows.
+FOLDER holds NAME/report.json of each system; by default the reports beside this script, which that page shows.
 """
 
 from __future__ import annotations
