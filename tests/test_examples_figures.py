@@ -1,0 +1,115 @@
+"""The scripts that print figures: what the documentation shows is what they print, and their commands run.
+
+Not run here: those that train what is embedded, for hours or on data that does not travel with the package (align,
+train, evaluate_limits and towers of train_compact, train_systems/train.py, autoencoder and denoiser of train_generator,
+sprites.py). They are only asked what they do.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from commands import run
+from documentation import ROOT
+
+EXAMPLES = ROOT / "examples"
+EMBEDDED = EXAMPLES / "finetune_embedded"
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a script with arguments in this process; what it printed."""
+
+    def run_script(name: str, *arguments: str) -> str:
+        script = EXAMPLES / name
+        monkeypatch.syspath_prepend(script.parent)
+        before = set(sys.modules)
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        finally:
+            for module in set(sys.modules) - before:  # scripts of different folders have modules of the same name
+                if Path(getattr(sys.modules[module], "__file__", None) or "").is_relative_to(EXAMPLES):
+                    del sys.modules[module]
+        return capsys.readouterr().out
+
+    return run_script
+
+
+def missing(printed: str, page: str) -> list[str]:
+    """Printed lines that a page of the documentation lacks, their rank as headings apart."""
+    shown = {line.lstrip("# ") for line in (ROOT / "docs" / page).read_text().splitlines()}
+    return [line for line in printed.splitlines() if line.lstrip("# ") not in shown]
+
+
+def test_the_tables_of_the_five_systems_are_those_of_their_reports(printed) -> None:
+    out = printed("train_systems/table.py")
+    assert out.count("\n|") > 50
+    assert missing(out, "figures/systems.md") == []
+    assert missing(out.replace("0.787", "0.788", 1), "figures/systems.md") != []
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_compact_reward_are_those_of_its_predictions(printed) -> None:
+    out = printed("train_compact/evaluate.py")
+    assert out.count("\n|") > 10
+    assert missing(out, "figures/compact.md") == []
+
+
+@pytest.mark.slow
+def test_the_reward_can_be_checked_on_the_world(printed) -> None:
+    out = printed("train_compact/evaluate_world.py", "--pictures", "8")
+    assert "held-out" in out
+
+
+@pytest.mark.slow
+def test_the_generator_can_be_checked(printed) -> None:
+    out = printed("train_generator/evaluate.py", "--samples", "8")
+    assert "%" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["draft", "refl", "ddpo", "dpo"])
+def test_the_recipes_on_the_embedded_pipeline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, but for one step of two rows."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "watched.txt").write_text("a crab on a green background\n")
+    few = ["--train_batch_size", "2", "--max_train_steps", "1", "--validation_seeds", "1"]
+    few += ["--validation_prompts", tmp_path / "watched.txt", "--output_dir", tmp_path / name]
+    if name == "ddpo":
+        few += ["--images_per_prompt", "2"]
+    if name == "dpo":
+        (tmp_path / "prompts.txt").write_text("a penguin on a red background\na crab on a blue background\n")
+        pairs = ["--config", EMBEDDED / "pairs.yaml", "--prompts", tmp_path / "prompts.txt", "--n", "4"]
+        made = run("pairs", *pairs, "--output_dir", tmp_path / "pairs")
+        assert made.exit_code == 0, made.output
+        few += ["--pairs", tmp_path / "pairs"]
+    result = run("finetune", name, "--config", EMBEDDED / f"{name}.yaml", *few)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+    assert {0, 1} <= {line["step"] for line in lines}
+    assert (tmp_path / name / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train_compact/align.py",
+        "train_compact/train.py",
+        "train_compact/evaluate_limits.py",
+        "train_generator/autoencoder.py",
+        "train_generator/denoiser.py",
+        "train_generator/judge.py",
+        "train_systems/train.py",
+    ],
+)
+def test_a_training_of_what_is_embedded_says_what_it_needs(name: str, printed, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        printed(name, "--help")
+    assert ended.value.code == 0
+    assert "--" in capsys.readouterr().out
