@@ -15,8 +15,8 @@ from aigiqa_reward import _EXPORTS
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in documentation.pages()}
 
 RUN = [name for name, page in PAGES.items() if any(block.language == "python" for block in blocks(page.read_text()))]
-SLOW = ("README.md", "docs/how-to/fine-tune-sdxl.md", "docs/how-to/own-reward.md", "docs/figures/best-of-n.md")
-"""Pages whose blocks sample or train for more than a few seconds."""
+FAST = ("docs/quickstart.md",)
+"""Pages that the fast suite runs too; the others sample or train for longer."""
 
 OF_OTHERS = {"--nproc_per_node", "--strict"}
 """Options of torchrun and mkdocs that the prose names."""
@@ -40,7 +40,7 @@ def test_commands_and_their_options_exist(name: str, known) -> None:
     assert [option for option in lone_options(text) if option not in every] == []
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in RUN])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in RUN])
 def test_python_blocks_run_in_their_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder that holds the examples, as the reader's checkout does; marked blocks say why they are left out."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
