@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import math
 import re
@@ -361,17 +362,24 @@ def test_prompts_are_needed(room: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="reads TensorBoard's files")
 def test_tensorboard_is_told_what_the_history_holds(room: Path, options: list[str], tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     more = ["--validation_prompts", room / "validation.txt", "--validation_seeds", "1", "--report_to", "tensorboard"]
     result = run("finetune", "draft", *options, *more, "--output_dir", tmp_path)
     assert result.exit_code == 0, result.output
     found: dict[str, dict[int, float]] = {}
+    pictures: dict[int, np.ndarray] = {}
     for file in (tmp_path / "logs").rglob("events.out.tfevents.*"):
         events = EventAccumulator(str(file))
         events.Reload()
         for tag in events.Tags()["scalars"]:
             found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+        for tag in events.Tags()["images"]:
+            assert tag == "validation/images"
+            for event in events.Images(tag):
+                pictures[event.step] = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
     history = lines((tmp_path / "history.jsonl").read_text())
     for name in ("reward", "loss", "kl", "learning_rate", "grad_norm"):
         assert found[name] == pytest.approx({line["step"]: line[name] for line in history if name in line}, rel=1e-5)
@@ -379,6 +387,11 @@ def test_tensorboard_is_told_what_the_history_holds(room: Path, options: list[st
     for name in ("reward", "holdout"):
         expected = {step: numbers[name] for step, numbers in seen.items()}
         assert found[f"validation/{name}"] == pytest.approx(expected, rel=1e-5)
+    assert sorted(pictures) == [0, 2]
+    for step, picture in pictures.items():
+        tiles = np.asarray(Image.open(tmp_path / "validation" / "tiles" / f"step-{step:06d}.png"))
+        assert np.array_equal(picture, tiles)
+        assert picture.std() > 0
 
 
 def test_a_tracker_that_is_not_installed(options: list[str], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from aigiqa_reward.finetuning.optimisation import FinetuningError, Optimisation
 from aigiqa_reward.finetuning.schedule import Schedule
 from aigiqa_reward.finetuning.settings import FinetuneSettings
 from aigiqa_reward.finetuning.tools import Tools
+from aigiqa_reward.finetuning.trackers import show_picture
 from aigiqa_reward.finetuning.validation import Validation
 from aigiqa_reward.sampling.run_settings import differences
 
@@ -205,6 +206,7 @@ class Loop:
                 self.kept = self.lora.state()
                 self._write()
         self.history.validation(self.step, result.summary())
+        show_picture(self.accelerator, "validation/images", result.mosaic, self.step)
         self.stopped = self.monitor.stop
 
     def _write(self) -> None:

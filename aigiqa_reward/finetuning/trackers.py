@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SHOWING: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}, "swanlab": {}}
+"""Trackers that take a list of pictures for one step, and what they need to be told."""
+
 
 def check_tracker(report_to: str | None) -> None:
     """Refuse a tracker that is unknown or not installed.
@@ -20,3 +30,10 @@ def check_tracker(report_to: str | None) -> None:
         ours = {"tensorboard": '"aigiqa-reward[finetune]"'}
         package = ours.get(report_to, report_to.replace("_", "-"))  # as PyPI has them: comet-ml, others are one word
         raise ImportError(f"report_to: {report_to} is not installed: pip install {package}")
+
+
+def show_picture(accelerator: Accelerator, name: str, picture: np.ndarray, step: int) -> None:
+    """Send a picture (H, W, 3) uint8 to the trackers of a training that show pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name in SHOWING:
+            tracker.log_images({name: picture[None]}, step=step, **SHOWING[tracker.name])

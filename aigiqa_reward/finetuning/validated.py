@@ -83,6 +83,13 @@ class ValidationResult:
         """(P, S) totals of the held-out reward."""
         return self.numbers["holdout"]
 
+    @property
+    def mosaic(self) -> np.ndarray:
+        """(p h, s w, 3) uint8: the tiles as one picture, a row a prompt."""
+        rows, columns, height, width, _ = self.tiles.shape
+        mosaic = self.tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+        return np.ascontiguousarray(mosaic)
+
     def summary(self) -> dict[str, float]:
         """Means over the finite images (of `diversity` over prompts), as JSON holds them.
 
@@ -102,9 +109,8 @@ class ValidationResult:
             folder: of a training's validations.
         """
         rows, columns, height, width, _ = self.tiles.shape
-        mosaic = self.tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
         picture = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(mosaic)).save(picture, "PNG")
+        Image.fromarray(self.mosaic).save(picture, "PNG")
         write_atomically(tiles_file(folder, self.step), picture.getvalue())
         told: dict[str, Any] = {
             "step": self.step,
