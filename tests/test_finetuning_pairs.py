@@ -47,7 +47,7 @@ def built(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pr
 
 def build(pipe: Any, folder: Path, prompts: list[str] = PROMPTS, reward: Any = None, **more: Any) -> PreferencePairs:
     reward = reward or Brightness()
-    return build_preference_pairs(pipe, reward, prompts, folder, progress=False, **{"n": 4, **SETTINGS, **more})
+    return build_preference_pairs(pipe, reward, prompts, folder, **{"n": 4, "progress": False, **SETTINGS, **more})
 
 
 def brightness(image: Image.Image | Path) -> float:
@@ -55,11 +55,9 @@ def brightness(image: Image.Image | Path) -> float:
     return float(np.asarray(opened, dtype=np.float64).mean() / 255)
 
 
-def sampled(pipe: Any, prompt: str, seeds: range) -> list[Image.Image]:
-    return [
-        pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="pil", **SETTINGS).images[0]
-        for seed in seeds
-    ]
+def sampled(pipe: Any, prompt: str, seeds: range, **more: Any) -> list[Image.Image]:
+    call = {**SETTINGS, "output_type": "pil", **more}
+    return [pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0] for seed in seeds]
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -77,6 +75,28 @@ def test_the_brightest_and_the_darkest_of_the_pipelines_images_are_paired(pipe, 
         assert brightness(better) == pytest.approx(max(found), abs=2 / 255)
         assert brightness(worse) == pytest.approx(min(found), abs=2 / 255)
         assert better != worse
+
+
+def test_with_several_scales_an_image_is_paired_with_itself(pipe, tmp_path):
+    scales, more = (1.0, 4.0), {"n": 3, "seed": 7, "guidance_scales": (1.0, 4.0)}
+    pairs = build(pipe, tmp_path, PROMPTS[:1], pairs_per_prompt=2, **more)
+    assert pairs.prompts == (PROMPTS[0],) * 2
+    found = [[brightness(i) for i in sampled(pipe, PROMPTS[0], range(7, 10), guidance_scale=s)] for s in scales]
+    widest = sorted(zip(*found, strict=True), key=lambda row: min(row) - max(row))[:2]
+    for better, worse, row in zip(pairs.better, pairs.worse, widest, strict=True):
+        assert brightness(better) == pytest.approx(max(row), abs=2 / 255)
+        assert brightness(worse) == pytest.approx(min(row), abs=2 / 255)
+        assert better.name == worse.name, "one seed"
+        assert better.parent != worse.parent
+    again = read_preference_pairs(tmp_path)
+    assert (again.prompts, again.better, again.worse) == (pairs.prompts, pairs.better, pairs.worse)
+    swapped = PreferencePairs(prompts=pairs.prompts, better=pairs.worse, worse=pairs.better)
+    assert fingerprint(swapped) != fingerprint(pairs) == fingerprint(again)
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    told: list[tuple[int, int]] = []
+    assert len(build(pipe, tmp_path, PROMPTS[:2], progress=lambda *done: told.append(done), **more)) == 2
+    assert told[-1] == (6, 6), "a second prompt, three images at two scales"
+    assert kept.items() <= {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}.items()
 
 
 def test_the_table_tells_rewards_and_is_read_again(built):

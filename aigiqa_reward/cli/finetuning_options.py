@@ -32,6 +32,13 @@ class LossName(StrEnum):
     IPO = "ipo"
 
 
+class TimestepsName(StrEnum):
+    """Of DPO."""
+
+    UNIFORM = "uniform"
+    SAMPLER = "sampler"
+
+
 _PIPELINE, _DATA, _REWARD, _ALGORITHM = "Pipeline", "Prompts and output", "Rewards", "The algorithm's own"
 _TRAINING, _LORA, _WATCH, _SAMPLING = "Training", "LoRA", "Validation and checkpoints", "Sampling"
 _PAIRS = "Pairs"
@@ -135,16 +142,44 @@ EarliestOption = Annotated[
     _option("earliest", _ALGORITHM, "refl: share of the steps before which no gradient is taken.", metavar="X"),
 ]
 PairsOption = Annotated[
-    Path | None, _option("pairs", _ALGORITHM, "dpo: what 'pairs' made, or Pick-a-Pic's parquet.", metavar="PATH")
+    Path | None,
+    _option(
+        "pairs",
+        _ALGORITHM,
+        "dpo: what 'pairs' made, or Pick-a-Pic's parquet; without, they are made first.",
+        metavar="PATH",
+    ),
 ]
 BetaOption = Annotated[float | None, _option("beta", _ALGORITHM, "dpo: pull towards the reference.", metavar="X")]
 LossOption = Annotated[LossName | None, _option("loss", _ALGORITHM, "dpo: its loss.")]
+TimestepsOption = Annotated[
+    TimestepsName | None,
+    _option("timesteps", _ALGORITHM, "dpo: noise levels of the model's training, or of the sampler's steps alone."),
+]
 RefreshOption = Annotated[
     int | None,
-    _option("refresh_every", _ALGORITHM, "dpo: steps after which pairs are made anew; 0 never.", min=0, metavar="N"),
+    _option("refresh_every", _ALGORITHM, "dpo: steps after which pairs are made anew.", min=0, metavar="N"),
 ]
 CandidatesOption = Annotated[
-    int | None, _option("candidates", _ALGORITHM, "dpo: images a row in a refresh.", min=2, metavar="N")
+    int | None,
+    _option("candidates", _ALGORITHM, "dpo: images a prompt that pairs are made of.", min=2, metavar="N"),
+]
+PairsOfPromptOption = Annotated[
+    int | None,
+    _option("pairs_per_prompt", _ALGORITHM, "dpo: pairs of them, where they are made first.", min=1, metavar="K"),
+]
+ScalesOfPairsOption = Annotated[
+    list[float] | None,
+    _option(
+        "guidance_scales",
+        _ALGORITHM,
+        "dpo: at each of which every candidate is sampled, to be paired with itself; repeat it.",
+        metavar="G",
+    ),
+]
+LeastMarginOption = Annotated[
+    float | None,
+    _option("margin", _ALGORITHM, "dpo: least difference of their rewards.", min=0.0, metavar="X"),
 ]
 GroupOption = Annotated[
     int | None,
@@ -233,6 +268,15 @@ PairsPerPromptOption = Annotated[
         "Best with worst, second best with second worst, and so on.",
         min=1,
         metavar="K",
+    ),
+]
+ScalesOption = Annotated[
+    list[float] | None,
+    _option(
+        "guidance_scales",
+        _PAIRS,
+        "At each of which every image is sampled, to be paired with itself; repeat it.",
+        metavar="G",
     ),
 ]
 ImagesOption = Annotated[int, _option("n", _PAIRS, "Images a prompt.", min=2, metavar="N")]

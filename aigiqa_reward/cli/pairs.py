@@ -33,6 +33,7 @@ def pairs(
     n: own.ImagesOption = 4,
     margin: own.MarginOption = 0.0,
     pairs_per_prompt: own.PairsPerPromptOption = 1,
+    guidance_scales: own.ScalesOption = None,
     seed: own.FirstSeedOption = 0,
     batch_size: own.AtOnceOption = 4,
     num_inference_steps: own.StepsOfSamplingOption = None,
@@ -71,8 +72,9 @@ def _build(pipe: Any, judge: Any, prompts: list[str], given: Mapping[str, Any], 
 
     chosen = {"model": given["pretrained_model_name_or_path"], "dtype": str(pipe.dtype)}
     chosen["reward_weights"] = given["reward_weights"]
-    folder, every = given["output_dir"], given["n"] * len(prompts)
-    arguments = {**{name: given[name] for name in _OF_PAIRS}, "settings": chosen, **sampling}
+    scales = tuple(given["guidance_scales"] or ())
+    folder, every = given["output_dir"], given["n"] * len(prompts) * max(1, len(scales))
+    arguments = {**{name: given[name] for name in _OF_PAIRS}, "guidance_scales": scales, "settings": chosen, **sampling}
     try:
         with progress("pairs", every) as show, option_errors(given):
             return build_preference_pairs(

@@ -3,7 +3,8 @@
 Both are `datasets.PreferencePairs`, prompts and the files of a better and a worse image each, so that training cannot
 tell them apart. A folder of ours holds
 
-    settings.json, prompts/, images/, results.jsonl   best of N for each prompt, as `sampling.best_of_each` writes it
+    settings.json, prompts/, images/, results.jsonl   best of N for each prompt, as `sampling.best_of_each` writes it;
+                                                      where candidates differ in guidance, a folder each, guidance-3/
     pairs.parquet                                     one pair a row: `COLUMNS`
 """
 
@@ -46,6 +47,7 @@ def build_preference_pairs(
     n: int = 4,
     margin: float = 0.0,
     pairs_per_prompt: int = 1,
+    guidance_scales: Sequence[float] = (),
     seed: int = 0,
     batch_size: int = 4,
     accelerator: Any = None,
@@ -54,6 +56,10 @@ def build_preference_pairs(
     **pipe_kwargs: Any,
 ) -> PreferencePairs:
     """Sample N images a prompt and pair the best with the worst, where their rewards differ by more than `margin`.
+
+    With `guidance_scales`, each of the N is sampled at all of these from the same noise, and the best of a noise is
+    paired with its worst: such images differ in what guidance does and in little else, so that DPO learns it from few
+    of them. (Those that people compared for Pick-a-Pic differ in guidance too: Kirstain et al. 2023, section 2.)
 
     Images and scores are those of `best_of_each` with all N kept: the same call again skips finished prompts, more may
     be added at the end, several processes share the work. Another margin or number of pairs samples nothing: the table
@@ -66,7 +72,9 @@ def build_preference_pairs(
         folder: created where it does not exist.
         n: candidates for each prompt, at least 2.
         margin: difference of rewards that a pair must exceed, at least 0, in the reward's units; ties never pair.
-        pairs_per_prompt: best with worst, second best with second worst, and so on; at most n / 2.
+        pairs_per_prompt: best with worst, second best with second worst, and so on; at most n / 2. With
+            `guidance_scales` the noises whose images differ most; at most n.
+        guidance_scales: at least two scales that the pipeline samples at; none is the pipeline's call as it is.
         batch_size: candidates sampled at once.
         seed: of the first candidate of every prompt.
         accelerator: this and the rest are as `best_of_each` takes them.
@@ -86,17 +94,47 @@ def build_preference_pairs(
     extra_data("pyarrow.parquet", f"writing {FILE}")
     n = integer("n", n, least=2)
     count = integer("pairs_per_prompt", pairs_per_prompt, least=1)
-    if count > n // 2:
-        raise ValueError(f"pairs_per_prompt: expected at most n / 2 = {n // 2}, got {count}; raise n")
+    scales = checked_scales(guidance_scales)
+    most, share = (n, "n") if scales else (n // 2, "n / 2")
+    if count > most:
+        raise ValueError(f"pairs_per_prompt: expected at most {share} = {most}, got {count}; raise n")
     margin = number("margin", margin, "of at least 0, a difference of rewards", lambda value: 0 <= value < math.inf)
     search = BestOfN(pipe, reward, n=n, top_k=n, batch_size=batch_size, progress=False)
-    more = {"seed": seed, "accelerator": accelerator, "settings": settings, "progress": progress}
-    try:
-        results = best_of_each(search, prompts, folder, **more, **pipe_kwargs)
-    except BestOfEachError as error:
-        _write(error.results, list(_paired(error.results, count, margin)))
-        raise
-    return _written(results, count, margin)
+    more = {"seed": seed, "accelerator": accelerator, "settings": settings}
+    folder, failed, results = Path(folder), None, []
+    for place, scale in enumerate(scales or (None,)):
+        own = {} if scale is None else {"guidance_scale": scale}
+        show = _part_of(progress, place, len(scales))
+        try:
+            into = folder if scale is None else folder / f"guidance-{scale:g}"
+            results.append(best_of_each(search, prompts, into, progress=show, **more, **{**pipe_kwargs, **own}))
+        except BestOfEachError as error:
+            results.append(error.results)
+            failed = failed or error
+    paired = _contrasted(results, count, margin) if scales else _paired(results[0], count, margin)
+    rows = list(paired)
+    _write(folder, rows)  # by every process: the same bytes, whole or not at all
+    if failed is not None:
+        raise failed
+    if not rows:
+        found = max(_greatest(results))
+        raise ValueError(
+            f"margin: no prompt has two images whose rewards differ by more than {margin}; the greatest difference in "
+            f"{folder} is {found:.4g}: lower margin, or raise n"
+        )
+    return _as_pairs(rows, folder)
+
+
+def checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
+    """Several guidance scales, or none.
+
+    Raises:
+        ValueError: one alone, one twice, or one that is no finite number.
+    """
+    found = tuple(number("guidance_scales", scale, "in each place", math.isfinite) for scale in scales)
+    if len(found) == 1 or len(set(found)) < len(found):
+        raise ValueError(f"guidance_scales: expected none, or at least two different scales, got {list(scales)}")
+    return found
 
 
 def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
@@ -149,24 +187,15 @@ def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
 
 
 def fingerprint(pairs: PreferencePairs) -> str:
-    """What tells these pairs from others, to note with a training: prompts and names of files, without folders."""
+    """What tells these pairs from others, to note with a training: prompts and names of files, not where they lie."""
+    above = Path(os.path.commonpath([image.parent for image in (*pairs.better, *pairs.worse)]))
     rows = zip(pairs.prompts, pairs.better, pairs.worse, strict=True)
-    text = "\n".join("\t".join((prompt, better.name, worse.name)) for prompt, better, worse in rows)
+    named = ((prompt, *(image.relative_to(above).as_posix() for image in images)) for prompt, *images in rows)
+    text = "\n".join("\t".join(row) for row in named)
     return f"{len(pairs)} pairs {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 # --------------------------------------------------------------------------------------------- parts
-
-
-def _written(results: ResultsFolder, count: int, margin: float) -> PreferencePairs:
-    rows = list(_paired(results, count, margin))
-    _write(results, rows)  # by every process: the same bytes, whole or not at all
-    if not rows:
-        raise ValueError(
-            f"margin: no prompt has two images whose rewards differ by more than {margin}; the greatest difference in "
-            f"{results.path} is {_greatest(results):.4g}: lower margin, or raise n"
-        )
-    return _as_pairs(rows, results.path)
 
 
 def _paired(results: ResultsFolder, count: int, margin: float) -> Iterator[dict[str, Any]]:
@@ -175,14 +204,40 @@ def _paired(results: ResultsFolder, count: int, margin: float) -> Iterator[dict[
         ranked = _ranked(results, index)
         for better, worse in list(zip(ranked, reversed(ranked), strict=True))[: min(count, len(ranked) // 2)]:
             if better["total"] - worse["total"] > margin:
-                yield {
-                    "prompt": prompt,
-                    "winner": better["image"],
-                    "loser": worse["image"],
-                    "winner_reward": better["total"],
-                    "loser_reward": worse["total"],
-                    "prompt_index": index,
-                }
+                yield _row(prompt, index, better, worse)
+
+
+def _contrasted(results: Sequence[ResultsFolder], count: int, margin: float) -> Iterator[dict[str, Any]]:
+    """Rows of the table: of a prompt's noises with the greatest differences, the best with the worst image."""
+    for index, prompt in enumerate(results[0].prompts):
+        pairs = list(_of_one_noise(results, index))
+        pairs.sort(key=lambda pair: pair[1]["total"] - pair[0]["total"])  # stable: the earlier seed first
+        for better, worse in pairs[:count]:
+            if better["total"] - worse["total"] > margin:
+                yield _row(prompt, index, better, worse)
+
+
+def _of_one_noise(results: Sequence[ResultsFolder], index: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Best and worst image of each seed, where there are two; their files named from the folder above."""
+    seeds: dict[int, list[dict[str, Any]]] = {}
+    for folder in results:
+        for row in _ranked(folder, index):
+            seeds.setdefault(row["seed"], []).append({**row, "image": f"{folder.path.name}/{row['image']}"})
+    for _, rows in sorted(seeds.items()):
+        if len(rows) > 1:
+            ranked = sorted(rows, key=lambda row: -row["total"])
+            yield ranked[0], ranked[-1]
+
+
+def _row(prompt: str, index: int, better: Mapping[str, Any], worse: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "winner": better["image"],
+        "loser": worse["image"],
+        "winner_reward": better["total"],
+        "loser_reward": worse["total"],
+        "prompt_index": index,
+    }
 
 
 def _ranked(results: ResultsFolder, index: int) -> list[dict[str, Any]]:
@@ -193,20 +248,31 @@ def _ranked(results: ResultsFolder, index: int) -> list[dict[str, Any]]:
     return sorted((r for r in rows if r["rank"] is not None and r["total"] is not None), key=lambda row: row["rank"])
 
 
-def _greatest(results: ResultsFolder) -> float:
-    """Of the differences between a prompt's candidates."""
-    found = (_ranked(results, index) for index in range(len(results)))
-    return max((ranked[0]["total"] - ranked[-1]["total"] for ranked in found if ranked), default=0.0)
+def _greatest(results: Sequence[ResultsFolder]) -> Iterator[float]:
+    """The greatest difference between candidates of each prompt that can be paired."""
+    for index in range(len(results[0])):
+        if len(results) > 1:
+            yield max((a["total"] - b["total"] for a, b in _of_one_noise(results, index)), default=0.0)
+        else:
+            ranked = _ranked(results[0], index)
+            yield ranked[0]["total"] - ranked[-1]["total"] if ranked else 0.0
 
 
-def _write(results: ResultsFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+def _part_of(progress: Any, place: int, parts: int) -> Any:
+    """A caller's bar over several runs: of run `place` what is done of all of them."""
+    if not callable(progress) or parts < 2:
+        return progress
+    return lambda done, total: progress(place * total + done, parts * total)
+
+
+def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     pyarrow = extra_data("pyarrow", f"writing {FILE}")
     parquet = extra_data("pyarrow.parquet", f"writing {FILE}")
     types = {"reward": pyarrow.float64(), "index": pyarrow.int64()}
     schema = pyarrow.schema([(name, types.get(name.rpartition("_")[2], pyarrow.string())) for name in COLUMNS])
     data = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), data)
-    write_atomically(results.path / FILE, data.getvalue())
+    write_atomically(folder / FILE, data.getvalue())
 
 
 def _as_pairs(rows: Sequence[Mapping[str, Any]], folder: Path) -> PreferencePairs:
