@@ -34,10 +34,11 @@ from finetune_commands import (
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
 from aigiqa_reward.cli.finetune import OF_ALGORITHM, OF_LOOP, finetune
-from aigiqa_reward.cli.finetuning_options import LossName
+from aigiqa_reward.cli.finetuning_options import LossName, TimestepsName
 from aigiqa_reward.finetuning import ALGORITHMS, Draft, FinetuneSettings
 from aigiqa_reward.finetuning import finetune as finetune_in_python
-from aigiqa_reward.finetuning.dpo import Loss
+from aigiqa_reward.finetuning.dpo import Loss, Timesteps
+from aigiqa_reward.finetuning.pairs import read_preference_pairs
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +278,24 @@ def test_resume_of_nothing_begins(options: list[str], trained: Path, tmp_path: P
     assert re.search(r"error: --resume_from_checkpoint: there is no checkpoint 'nine'; .* holds checkpoint-2", error)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_processes_make_pairs_and_train_as_one(room: Path, tmp_path: Path) -> None:
+    options = [*from_prompts(room), *TRAINING, "--candidates", "2", "--seed", "3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    two = ["aigiqa_reward", "finetune", "dpo", *options, "--train_batch_size", "1", "--output_dir", tmp_path / "two"]
+    done = subprocess.run(
+        [*torchrun, *map(str, two)], capture_output=True, text=True, timeout=600, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == f"{tmp_path / 'two'}\n"
+    assert run("finetune", "dpo", *options, "--output_dir", tmp_path / "one").exit_code == 0
+    one, other = (read_preference_pairs(tmp_path / name / "pairs") for name in ("one", "two"))
+    assert [file.name for file in one.better] == [file.name for file in other.better]
+    for name, tensor in weights_of(tmp_path / "one").items():
+        torch.testing.assert_close(weights_of(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_an_interrupted_process_leaves_a_checkpoint(options: list[str], tmp_path: Path) -> None:
     more = ["--checkpointing_steps", "0", "--output_dir", tmp_path]
@@ -304,7 +323,7 @@ def test_an_interrupted_process_leaves_a_checkpoint(options: list[str], tmp_path
         ("draft", ["--clip_range", "0.1"], "--clip_range: an option of ddpo and grpo, not of draft; leave it out"),
         ("refl", ["--truncation_steps", "1"], "--truncation_steps: an option of draft, not of refl"),
         ("grpo", ["--pairs", "x"], "--pairs: an option of dpo, not of grpo"),
-        ("dpo", [], "--pairs: dpo learns from pairs of images: .*'aigiqa-reward pairs'.* or --refresh_every N"),
+        ("dpo", ["--candidates", "2", "--pairs_per_prompt", "2"], "--pairs_per_prompt: expected at most .* = 1, got 2"),
         ("dpo", ["--pairs", "x"], "--prompts: expected a file of prompts or --pairs, .* got both"),
         ("draft", ["--prompts", "none.txt"], "--prompts: cannot read none.txt: No such file"),
         ("draft", ["--prompts", "blank.txt"], "--prompts: blank.txt holds no prompt"),
@@ -453,6 +472,7 @@ def test_options_of_algorithms_are_their_settings() -> None:
     for name, algorithm in ALGORITHMS.items():
         assert {*OF_ALGORITHM[name]} <= {field.name for field in fields(algorithm)}
     assert {loss.value for loss in LossName} == {*get_args(Loss)}
+    assert {timesteps.value for timesteps in TimestepsName} == {*get_args(Timesteps)}
 
 
 def test_no_clipping_can_be_said(options: list[str], tmp_path: Path) -> None:

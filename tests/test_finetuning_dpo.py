@@ -181,6 +181,26 @@ def insides_of(dpo: DPO, tools: Tools, kind: str, batch: Batch, pairs: Preferenc
     return torch.stack(insides)
 
 
+@pytest.mark.parametrize("kind", ["sd v", "flux"])
+def test_levels_of_the_sampler_are_all_that_is_trained_on(kind, pairs):
+    """The times that the denoiser is told are those at which the pipeline's own sampling tells it."""
+    tools, told = tools_of(kind), []
+    denoiser, name = tools.rollout.family.denoiser, "timestep"
+
+    def listen(module: Any, given: Any, named: Any) -> None:
+        told.extend((named[name] if name in named else given[1]).flatten().tolist())
+
+    with denoiser.register_forward_pre_hook(listen, with_kwargs=True), torch.no_grad():
+        tools.rollout.run(tools.start(batch_of(1)))
+        visited, told[:] = set(told), []
+        for step in range(12):
+            outcome(DPO(pairs=pairs, timesteps="sampler"), tools, batch_of(step=step))
+        assert set(told) == visited
+        told.clear()
+        outcome(DPO(pairs=pairs), tools, batch_of())
+        assert set(told) - visited
+
+
 @pytest.mark.parametrize("kind", ["sd", "sd v", "sdxl", "sd3", "flux"])
 def test_the_loss_is_the_papers(kind, pairs):
     tools, batch = tools_of(kind, away=0.3), batch_of()
@@ -359,7 +379,13 @@ def test_given_pairs_come_first_and_fresh_ones_after(pairs):
 def test_settings_out_of_range_are_refused(pairs):
     none = PreferencePairs(prompts=(), better=(), worse=())
     for match, settings in {
-        r"pairs: DPO learns from pairs of images: pass .* or refresh_every=": {},
+        r"timesteps: expected one of uniform, sampler, got 'late'": {"timesteps": "late"},
+        r"pairs_per_prompt: expected at most candidates / 2 = 2, got 3; raise candidates": {"pairs_per_prompt": 3},
+        r"pairs_per_prompt: expected at most candidates = 4, got 5": {"pairs_per_prompt": 5, "guidance_scales": (1, 2)},
+        r"guidance_scales: expected none, or at least two different scales, got \[3\]": {"guidance_scales": (3,)},
+        r"guidance_scales: .* two different scales, got \[3, 3\]": {"guidance_scales": (3, 3)},
+        r"pairs_per_prompt: of pairs that are made before": {"pairs": pairs, "pairs_per_prompt": 2},
+        r"guidance_scales: of pairs that are made before": {"refresh_every": 2, "guidance_scales": (1, 2)},
         r"pairs: expected at least one, got none": {"pairs": none},
         r"beta: expected a number above 0; .* got 0": {"pairs": pairs, "beta": 0},
         r"loss: expected one of sigmoid, hinge, ipo, got 'kto'": {"pairs": pairs, "loss": "kto"},

@@ -14,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
 )
 from pipelines import FAMILIES, FEW_STEPS
 from pipelines_current import CALL, CURRENT_FAMILIES
@@ -130,6 +131,44 @@ def test_times_mean_what_they_mean_to_the_sampler(kind):
         share = sigma if noising.kind == "flow_prediction" else sigma / (alpha**2 + sigma**2).sqrt()
         assert abs(float(noising.sigmas[level]) - float(share)) < 3e-3
     assert len(state.scheduler.timesteps) == 5
+
+
+def set_up(scheduler: Any) -> Any:
+    scheduler.set_timesteps(6)
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        set_up(DDIMScheduler(**BETAS, prediction_type="v_prediction", timestep_spacing="trailing")),
+        set_up(EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True)),  # between the training's levels
+        set_up(DPMSolverMultistepScheduler(**BETAS)),
+        set_up(FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_samplers_noise_is_what_its_denoiser_sees(scheduler):
+    noising, (clean, noise) = Noising.of_sampler(scheduler), drawn(1)
+    assert torch.equal(noising.times, scheduler.timesteps)
+    for step, time in enumerate(scheduler.timesteps):
+        scheduler._step_index = scheduler._begin_index = None
+        add = scheduler.scale_noise if hasattr(scheduler, "scale_noise") else None
+        latents = add(clean, time[None], noise) if add else scheduler.add_noise(clean, noise, time[None])
+        scheduler._step_index = None
+        seen = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
+        level = torch.tensor([step])
+        torch.testing.assert_close(noising.noised(clean, noise, level), seen, atol=1e-5, rtol=1e-4)
+        target = noising.target(clean, noise, level)
+        torch.testing.assert_close(predict_clean(scheduler, step, latents, target), clean, atol=3e-4, rtol=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.bincount(noising.draw([generator] * 6000), minlength=6)
+    assert scipy.stats.chisquare(counts.numpy()).pvalue > 0.01
+
+
+def test_a_sampler_that_asks_between_its_levels_is_refused():
+    with pytest.raises(ValueError, match=r"HeunDiscreteScheduler asks .*; take timesteps='uniform', or a sched"):
+        Noising.of_sampler(set_up(HeunDiscreteScheduler(**BETAS)))
 
 
 # --------------------------------------------------------------------------------------------- draws

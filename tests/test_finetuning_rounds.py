@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aigiqa_reward.finetuning import DDPO, DPO, Algorithm, Draft, FinetuneResult, FinetuneSettings, finetune
 from aigiqa_reward.finetuning.lora import FILE
+from aigiqa_reward.finetuning.pairs import read_preference_pairs
 
 ROUNDS: dict[str, Algorithm] = {
     "ddpo": DDPO(images_per_prompt=2, updates_per_round=3, clip_range=0.1),
@@ -51,6 +52,29 @@ def test_a_training_goes_on_in_the_middle_of_a_round(name: str, tmp_path: Path) 
     whole, again = (load_file(tmp_path / run / FILE) for run in "ab")
     assert not [key for key in whole if not torch.equal(whole[key], again[key])]
     assert [key for key in whole if not torch.equal(whole[key], half[key])]
+
+
+def test_without_pairs_they_are_made_first(tmp_path: Path) -> None:
+    """The training is that on the pairs of `build_preference_pairs`, also where it goes on."""
+    own = DPO(candidates=2, pairs_per_prompt=2, guidance_scales=(1.0, 4.0), timesteps="sampler")
+
+    def images(run: str) -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / run / "pairs").rglob("*.png")}
+
+    plain(tmp_path / "a", own, max_train_steps=2, train_batch_size=2)
+    given = DPO(pairs=read_preference_pairs(tmp_path / "a" / "pairs"), timesteps="sampler", candidates=2)
+    plain(tmp_path / "b", given, max_train_steps=2, train_batch_size=2)
+    plain(tmp_path / "c", own, max_train_steps=1, train_batch_size=2)
+    made = images("c")
+    assert len(made) == len(images("a")) == 2 * 2 * len(PROMPTS)
+    assert not images("b")
+    plain(tmp_path / "c", own, resume="latest", max_train_steps=2, train_batch_size=2)
+    assert images("c") == made
+    first, second, third = (load_file(tmp_path / run / FILE) for run in "abc")
+    for other in (second, third):
+        assert not [key for key in first if not torch.equal(first[key], other[key])]
+    with pytest.raises(ValueError, match=r"seed: \d+ there, \d+ now"):
+        plain(tmp_path / "c", own, resume="latest", max_train_steps=3, seed=1)
 
 
 def test_a_round_is_not_gone_on_with_in_other_parts(tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 OF_ALGORITHM = {
     "draft": ("truncation_steps", "low_variance"),
     "refl": ("earliest",),
-    "dpo": ("pairs", "beta", "loss", "refresh_every", "candidates"),
+    "dpo": (
+        *("pairs", "beta", "loss", "timesteps", "refresh_every"),
+        *("candidates", "pairs_per_prompt", "guidance_scales", "margin"),
+    ),
     "ddpo": ("images_per_prompt", "updates_per_round", "clip_range", "timestep_fraction"),
     "grpo": ("images_per_prompt", "updates_per_round", "clip_range", "timestep_fraction"),
 }
@@ -59,8 +62,12 @@ def finetune(
     pairs: own.PairsOption = None,
     beta: own.BetaOption = None,
     loss: own.LossOption = None,
+    timesteps: own.TimestepsOption = None,
     refresh_every: own.RefreshOption = None,
     candidates: own.CandidatesOption = None,
+    pairs_per_prompt: own.PairsOfPromptOption = None,
+    guidance_scales: own.ScalesOfPairsOption = None,
+    margin: own.LeastMarginOption = None,
     images_per_prompt: own.GroupOption = None,
     updates_per_round: own.UpdatesOption = None,
     clip_range: own.ClipOption = None,
@@ -141,18 +148,21 @@ def _run(given: Mapping[str, Any], inputs: tuple[Any, ...], arguments: Mapping[s
     """The training; what ends it early is told in words of the command line."""
     from aigiqa_reward import finetuning
     from aigiqa_reward.finetuning.checkpoints import checkpoints_in
+    from aigiqa_reward.sampling.many_prompts import BestOfEachError
 
     folder = given["output_dir"]
     try:
         with option_errors(given):
             return finetuning.finetune(*inputs, **arguments)
-    except finetuning.FinetuningError as error:
+    except (finetuning.FinetuningError, BestOfEachError) as error:
         raise CommandError(str(error), status=1) from error
     except KeyboardInterrupt as error:
         if first_process():
             there = checkpoints_in(folder)
+            pairs = folder / "pairs"
+            begun = f"; the same command goes on with {pairs}" if pairs.is_dir() else ""
             rest = f"; --resume_from_checkpoint latest goes on from {there[-1]}" if there else " before any checkpoint"
-            say("error", f"interrupted{rest}")
+            say("error", f"interrupted{rest}{'' if there else begun}")
         raise typer.Exit(130) from error
 
 
@@ -171,11 +181,6 @@ def _own_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         got = "none" if given["prompts"] is None else "both"
         more = " or --pairs, which bring their own" if name == "dpo" else ""
         raise CommandError(f"--prompts: expected a file of prompts{more}, got {got}")
-    if name == "dpo" and given["pairs"] is None and not given["refresh_every"]:
-        raise CommandError(
-            "--pairs: dpo learns from pairs of images: pass a folder that 'aigiqa-reward pairs' made, or "
-            "--refresh_every N to make them on the way"
-        )
     if given["holdout_reward"] != "auto" and given["validation_prompts"] is None:
         raise CommandError("--holdout_reward: judges images of --validation_prompts, which is missing")
     return {option: given[option] for option in OF_ALGORITHM[name] if given[option] is not None}
@@ -189,8 +194,10 @@ def _algorithm(name: str, settings: Mapping[str, Any]) -> Algorithm:
         chosen["truncation_steps"] = int(chosen["truncation_steps"])
     if "pairs" in chosen:
         chosen["pairs"] = finetuning.read_preference_pairs(chosen["pairs"])
-    if "loss" in chosen:
-        chosen["loss"] = chosen["loss"].value
+    if "guidance_scales" in chosen:
+        chosen["guidance_scales"] = tuple(chosen["guidance_scales"])
+    for named in {"loss", "timesteps"} & chosen.keys():
+        chosen[named] = chosen[named].value
     return finetuning.ALGORITHMS[name](**chosen)
 
 

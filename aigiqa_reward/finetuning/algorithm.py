@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from aigiqa_reward.finetuning.randomness import generator_of, numbers_of
 
 if TYPE_CHECKING:
+    from aigiqa_reward.finetuning.settings import FinetuneSettings
     from aigiqa_reward.finetuning.tools import Tools
 
 Memory = Mapping[str, Tensor]
@@ -115,6 +117,23 @@ class Algorithm(ABC):
         if self.reward_gradient:
             tools.require_gradient()
         del tools
+
+    def ready(
+        self, tools: Tools, prompts: Sequence[str], folder: Path, settings: FinetuneSettings, *, progress: bool
+    ) -> Algorithm:
+        """What trains: this, or the same with the examples that it made first.
+
+        Runs once before everything else, while the adapter changes nothing yet.
+
+        Args:
+            tools: the pipeline's parts, the reward, the processes.
+            prompts: to train on.
+            folder: of the training; what is made there is found again by a training that goes on.
+            settings: of the training.
+            progress: show a bar.
+        """
+        del tools, prompts, folder, settings, progress
+        return self
 
     def prepare(self, tools: Tools, batches: Sequence[Batch]) -> Memory:
         """What all parts of a round's batch need before the first loss; runs without gradients.

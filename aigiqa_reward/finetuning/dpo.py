@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -24,36 +25,46 @@ from torch.utils.checkpoint import checkpoint
 
 from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning.algorithm import Algorithm, Batch, Memory, Outcome
+from aigiqa_reward.finetuning.identity import reward_identity
 from aigiqa_reward.finetuning.noising import Noising
 from aigiqa_reward.finetuning.pair_latents import PairLatents
-from aigiqa_reward.finetuning.pairs import fingerprint
-from aigiqa_reward.finetuning.randomness import generator_of
+from aigiqa_reward.finetuning.pairs import build_preference_pairs, checked_scales, fingerprint
+from aigiqa_reward.finetuning.randomness import generator_of, seed_of
+from aigiqa_reward.finetuning.settings import FinetuneSettings
 from aigiqa_reward.finetuning.tools import Tools
 from aigiqa_reward.sampling.checks import number
 from aigiqa_reward.sampling.families import Conditioning
+from aigiqa_reward.sampling.rollout import State
 from aigiqa_reward.selection import integer
 
 Loss = Literal["sigmoid", "hinge", "ipo"]
+Timesteps = Literal["uniform", "sampler"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPO(Algorithm):
-    """Diffusion-DPO on given pairs, on pairs that it makes of its own images as it goes, or first one, then the other.
+    """Diffusion-DPO on given pairs, on pairs that it makes of the pipeline's images first, or of its own as it goes.
 
     Guidance is off in the loss, as in training. The loop's `kl_coeff` adds to what beta does already.
 
     Attributes:
         pairs: images on disk that the reward or people have compared, of `build_preference_pairs`,
             `read_preference_pairs` or `datasets.read_pickapic`. Their prompts take the place of the training's. None
-            needs `refresh_every`.
+            makes them by `build_preference_pairs` into `output_dir`/pairs before the first step, or with
+            `refresh_every` on the way.
         beta: strength of the pull towards the reference. The paper has 2000 for SD 1.5, 5000 for SDXL (section 5.1).
         loss: "sigmoid" as above; "hinge", max(0, 1 - inside) (Zhao et al. 2023, SLiC); "ipo", (inside / beta - 1 /
             (2 beta))^2 (Azar et al. 2024, equation 17), which pulls `inside` to 1/2 and no further.
+        timesteps: noise levels that are drawn: "uniform", those of the model's training, as in the paper; "sampler",
+            those of the steps that the training's `sampling` takes, all that images made in as many steps depend on.
         refresh_every: steps of the optimiser after which a round's images are sampled anew, with the adapter as it then
             is; 0 is never. A round trains on the same rows in all its steps. With `pairs`, the first steps train on
             those instead, other rows in each.
-        candidates: images that a refresh samples for each row, of which the best and the worst are the pair.
-        margin: least difference of their rewards; a row below it counts for nothing.
+        candidates: images that pairs are made of: for each prompt before the first step (`n` there), for each row of a
+            refresh, of which the best and the worst are the pair.
+        pairs_per_prompt: of pairs that are made first.
+        guidance_scales: of pairs that are made first: candidates are sampled at each, and paired with themselves.
+        margin: least difference of a pair's rewards; a row below it counts for nothing.
     """
 
     name: ClassVar[str] = "dpo"
@@ -61,8 +72,11 @@ class DPO(Algorithm):
     pairs: PreferencePairs | None = field(default=None, repr=False)
     beta: float = 2000.0
     loss: Loss = "sigmoid"
+    timesteps: Timesteps = "uniform"
     refresh_every: int = 0
     candidates: int = 4
+    pairs_per_prompt: int = 1
+    guidance_scales: tuple[float, ...] = ()
     margin: float = 0.0
     latents: PairLatents | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -71,13 +85,24 @@ class DPO(Algorithm):
         number("margin", self.margin, "of at least 0, a difference of rewards", lambda value: 0 <= value < math.inf)
         if self.loss not in get_args(Loss):
             raise ValueError(f"loss: expected one of {', '.join(get_args(Loss))}, got {self.loss!r}")
+        if self.timesteps not in get_args(Timesteps):
+            raise ValueError(f"timesteps: expected one of {', '.join(get_args(Timesteps))}, got {self.timesteps!r}")
         integer("refresh_every", self.refresh_every, least=0)
         integer("candidates", self.candidates, least=2)
-        if self.pairs is None and not self.refresh_every:
+        object.__setattr__(self, "guidance_scales", checked_scales(self.guidance_scales))
+        most, share = (self.candidates, "") if self.guidance_scales else (self.candidates // 2, " / 2")
+        if integer("pairs_per_prompt", self.pairs_per_prompt, least=1) > most:
             raise ValueError(
-                "pairs: DPO learns from pairs of images: pass those of build_preference_pairs or "
-                "read_preference_pairs, or refresh_every= to make them on the way"
+                f"pairs_per_prompt: expected at most candidates{share} = {most}, got {self.pairs_per_prompt}; raise "
+                "candidates"
             )
+        made_first = self.pairs is None and not self.refresh_every
+        for name, default in (("pairs_per_prompt", 1), ("guidance_scales", ())):
+            if not made_first and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: of pairs that are made before the training, which given pairs and refresh_every are "
+                    "instead of; leave it out"
+                )
         if self.pairs is not None and not len(self.pairs):
             raise ValueError("pairs: expected at least one, got none")
         if self.pairs is not None:
@@ -105,8 +130,37 @@ class DPO(Algorithm):
         return super().settings() | {"dpo.pairs": pairs}
 
     def check(self, tools: Tools) -> None:
-        """Refuse a scheduler that does not tell what its model was trained on."""
-        Noising.of(tools.rollout.pipe.scheduler)
+        """Refuse a scheduler that does not tell what its model was trained on, or what its sampler asks of it."""
+        self.noising(first_state(tools, "a photo"))
+
+    def ready(
+        self, tools: Tools, prompts: Sequence[str], folder: Path, settings: FinetuneSettings, *, progress: bool
+    ) -> DPO:
+        """With pairs of the pipeline's own images, made into `folder`/pairs, where it is to learn from nothing else."""
+        if self.pairs is not None or self.refresh_every:
+            return self
+        pairs = build_preference_pairs(
+            tools.rollout.pipe,
+            tools.reward,
+            prompts,
+            folder / "pairs",
+            n=self.candidates,
+            margin=self.margin,
+            pairs_per_prompt=self.pairs_per_prompt,
+            guidance_scales=self.guidance_scales,
+            seed=seed_of(settings.seed, "pairs") >> 32,  # other images than validation's, whose seeds count from 0
+            batch_size=settings.train_batch_size,
+            accelerator=tools.accelerator,
+            settings={"dtype": str(tools.lora.denoiser.dtype), "reward": reward_identity(tools.reward)},
+            progress=progress,
+            **settings.sampling,
+        )
+        # Where they came from is said by the pairs from here on, and checked by their folder.
+        return replace(self, pairs=pairs, pairs_per_prompt=1, guidance_scales=())
+
+    def noising(self, state: State) -> Noising:
+        """The process whose levels are drawn."""
+        return Noising.of(state.scheduler) if self.timesteps == "uniform" else Noising.of_sampler(state.scheduler)
 
     # ----------------------------------------------------------------------------------------- pairs
 
@@ -164,11 +218,12 @@ class DPO(Algorithm):
         the way, the mean `reward` of the candidates.
         """
         winners, losers = self.clean(tools, batch, part, memory)
-        noising = Noising.of(tools.rollout.pipe.scheduler)
+        state = first_state(tools, batch.prompts[0])
+        noising = self.noising(state)
         levels, noise = self.drawn(noising, batch, winners)
         levels, noise, clean = (torch.cat(both) for both in ((levels, levels), (noise, noise), (winners, losers)))
         noised, target = noising.noised(clean, noise, levels), noising.target(clean, noise, levels)
-        predict = denoiser(tools, batch, noised, noising.times[levels])
+        predict = denoiser(tools, batch, noised, noising.times[levels], state)
         output = predict(tools.checkpointed)
         with tools.reference():  # second: autocast keeps the weights that it cast, and those with a graph serve both
             own = predict(False)
@@ -198,7 +253,12 @@ class DPO(Algorithm):
         return (inside / self.beta - 1 / (2 * self.beta)).square()
 
 
-def denoiser(tools: Tools, batch: Batch, noised: Tensor, times: Tensor) -> Callable[[bool], Tensor]:
+def first_state(tools: Tools, prompt: str) -> State:
+    """One candidate before its first step: what a sampler of these arguments starts with, and its levels."""
+    return tools.rollout.start(tools.encode([prompt]), [torch.Generator("cpu").manual_seed(0)])
+
+
+def denoiser(tools: Tools, batch: Batch, noised: Tensor, times: Tensor, state: State) -> Callable[[bool], Tensor]:
     """The denoiser on 2B noised rows, winners before losers, told of the prompts and of no negative prompts.
 
     Args:
@@ -206,6 +266,7 @@ def denoiser(tools: Tools, batch: Batch, noised: Tensor, times: Tensor) -> Calla
         batch: of B rows.
         noised: latents (2B, ...).
         times: (2B,) as `Family.predict` takes them.
+        state: tells the type that the denoiser takes, and where the latents' tokens lie.
 
     Returns:
         A function that calls it: outputs (2B, ...) in at least float32. It is told whether to keep no activations for
@@ -213,10 +274,8 @@ def denoiser(tools: Tools, batch: Batch, noised: Tensor, times: Tensor) -> Calla
     """
     family = tools.rollout.family
     conditioning = Conditioning(positive=tools.encode(batch.prompts).positive)
-    # What the pipeline would draw tells the type that its denoiser takes, and where the latents' tokens lie.
-    start = family.start([torch.Generator("cpu").manual_seed(0)], conditioning[[0]])
     twice = conditioning[[*range(len(batch))] * 2]
-    arguments = (noised.to(start.latents.dtype), times.to(noised.device), twice, start.shared)
+    arguments = (noised.to(state.latents.dtype), times.to(noised.device), twice, state.shared)
 
     def predict(checkpointed: bool) -> Tensor:
         if checkpointed:

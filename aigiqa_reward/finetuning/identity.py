@@ -51,12 +51,17 @@ def describe(
         "pipeline": pipeline_name(pipe),
         "dtype": str(tools.lora.denoiser.dtype),
         "scheduler": f"{type(pipe.scheduler).__name__} {_digest(dict(pipe.scheduler.config))}",
-        "reward": f"{reward_name(tools.reward)} {_weights_digest(tools.reward)}".strip(),
+        "reward": reward_identity(tools.reward),
         "algorithm": algorithm.name,
         "batch": schedule.size,
         **{name: _short(value) for name, value in values.items()},
     }
     return json.loads(json.dumps(found))
+
+
+def reward_identity(reward: Any) -> str:
+    """A reward's name, and of a module what tells its weights from others."""
+    return f"{reward_name(reward)} {_weights_digest(reward)}".strip()
 
 
 def _short(value: Any) -> Any:

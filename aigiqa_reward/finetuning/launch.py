@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from aigiqa_reward.finetuning.algorithm import Algorithm
+from aigiqa_reward.finetuning.checkpoints import find_checkpoint
 from aigiqa_reward.finetuning.holdout import default_holdout
 from aigiqa_reward.finetuning.loop import FinetuneResult, Loop
 from aigiqa_reward.finetuning.lora import LoRA
@@ -69,18 +71,29 @@ def finetune(
     check_tracker(report_to)
     folder.mkdir(parents=True, exist_ok=True)
     tools = _tools(pipe, _frozen(check_reward(reward)), settings, folder, report_to)
-    try:
+    with _taken_off(tools.lora):
         algorithm.check(tools)
         validation = _validation(tools, validation_prompts, holdout, folder, settings)
+        find_checkpoint(folder, resume_from_checkpoint)  # refused before hours of sampling
+        algorithm = algorithm.ready(tools, texts, folder, settings, progress=progress)
+        texts = texts if algorithm.examples is None else list(algorithm.examples)
         named = holdout if isinstance(holdout, str) else reward_name(holdout)
         watched = {"holdout_reward": named, "validation_prompts": list(validation_prompts)}
         loop = Loop(tools, texts, algorithm, folder, settings, validation, watched, progress=progress)
         loop.resume(resume_from_checkpoint, report_to)
+    with _taken_off(tools.lora, but=(FinetuningError, KeyboardInterrupt)):  # which leave the weights that were kept
         return loop.run()
-    except (FinetuningError, KeyboardInterrupt):
-        raise  # the pipeline holds the weights that were kept
+
+
+@contextmanager
+def _taken_off(lora: LoRA, *, but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Whatever is raised, take the adapter off first, so that the pipeline can be passed again."""
+    try:
+        yield
+    except but:
+        raise
     except BaseException:
-        tools.lora.remove()  # so that the pipeline can be passed again
+        lora.remove()
         raise
 
 
