@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -247,6 +249,30 @@ def test_what_is_not_finite_stops_it(tmp_path: Path, breaking: Any, what: str) -
     fresh = pipelines.stable_diffusion()
     fresh.load_lora_weights(tmp_path)
     assert torch.equal(image(fresh), image(pipe))
+
+
+def train_onto_a_full_disk(folder: Path) -> None:
+    """Exits with 3 if the training ended as it should, once the second checkpoint did not fit."""
+    train(folder, max_train_steps=1, checkpointing_steps=1)
+    size = max(file.stat().st_size for file in (folder / "checkpoint-1").iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    told = r"^step 2: .* takes no more \(File too large\); checkpoint-1 is whole: make room, .*='latest'$"
+    with pytest.raises(FinetuningError, match=told):
+        train(folder, max_train_steps=2, checkpointing_steps=1, resume_from_checkpoint="latest")
+    sys.exit(3)
+
+
+def test_a_full_disk_ends_a_training_and_leaves_its_last_checkpoint(tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: writes fail half way in the same manner."""
+    process = multiprocessing.get_context("fork").Process(target=train_onto_a_full_disk, args=(tmp_path / "a",))
+    process.start()
+    process.join()
+    assert process.exitcode == 3
+    assert [path.name for path in tmp_path.glob("a/*checkpoint-*")] == ["checkpoint-1"]
+    assert not list(tmp_path.glob("a/**/.*"))
+    train(tmp_path / "a", max_train_steps=2, resume_from_checkpoint="latest")
+    train(tmp_path / "b", max_train_steps=2)
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
 def test_prompts_that_are_none_are_told(tmp_path: Path) -> None:

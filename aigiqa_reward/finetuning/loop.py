@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward.finetuning.algorithm import Algorithm, Batch
-from aigiqa_reward.finetuning.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from aigiqa_reward.finetuning.checkpoints import (
+    Checkpoint,
+    checkpoints_in,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from aigiqa_reward.finetuning.curves import draw_course
 from aigiqa_reward.finetuning.history import History
 from aigiqa_reward.finetuning.identity import describe
@@ -24,6 +31,9 @@ from aigiqa_reward.finetuning.tools import Tools
 from aigiqa_reward.finetuning.trackers import show_picture
 from aigiqa_reward.finetuning.validation import Validation
 from aigiqa_reward.sampling.run_settings import differences
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk, a quota or a limit that takes no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +139,26 @@ class Loop:
         """Train to the end, or until something ends it.
 
         Raises:
-            FinetuningError: a loss or a gradient is NaN; the weights before that step are kept.
+            FinetuningError: a loss or a gradient is NaN, and the weights before that step are kept; or the disk is
+                full, and the last checkpoint is.
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
         """
+        try:
+            return self._run()
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            self.history.close()
+            if self.kept:
+                self.lora.load(self.kept)
+            there = checkpoints_in(self.folder)
+            rest = "there is no checkpoint yet"
+            if there:
+                rest = f"{there[-1].name} is whole: make room, and go on with resume_from_checkpoint='latest'"
+            text = f"step {self.step}: {self.folder} takes no more ({error.strerror}); {rest}"
+            raise FinetuningError(text) from error
+
+    def _run(self) -> FinetuneResult:
         settings = self.settings
         with Interruption() as interruption:
             if self.step == 0:
