@@ -87,22 +87,38 @@ def load_checkpoint(
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimizer remembers of its parameters, as named tensors."""
-    return {
-        f"{_OPTIMIZER}{number}.{name}": value if isinstance(value, Tensor) else torch.tensor(float(value))
-        for number, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
+    """What an optimizer remembers of its parameters, as named tensors; plain numbers as int64 or float64 ones.
+
+    Optimizers of 8 bits keep a mapping of tensors within, of which some are shared by all parameters.
+    """
+    moments: dict[str, Tensor] = {}
+    for number, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            within = value if isinstance(value, Mapping) else {"": value}
+            for inner, held in within.items():
+                path = f"{_OPTIMIZER}{number}.{name}{'.' if inner else ''}{inner}"
+                moments[path] = (held.clone() if inner else held) if isinstance(held, Tensor) else _as_tensor(held)
+    return moments
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
     """Give an optimizer of the same parameters what `moments_of` told; its settings stay its own."""
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in moments.items():
-        number, _, key = name.removeprefix(_OPTIMIZER).partition(".")
-        entries.setdefault(int(number), {})[key] = tensor
+    entries: dict[int, dict[str, Any]] = {}
+    for path, tensor in moments.items():
+        number, name, *inner = path.removeprefix(_OPTIMIZER).split(".", 2)
+        a_number = tensor.ndim == 0 and tensor.dtype in (torch.int64, torch.float64)
+        held = tensor.item() if a_number else tensor
+        entry = entries.setdefault(int(number), {})
+        if inner:
+            entry.setdefault(name, {})[inner[0]] = held
+        else:
+            entry[name] = held
     known = optimizer.state_dict()
     optimizer.load_state_dict({"state": entries, "param_groups": known["param_groups"]})
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
 def trained_state(module: nn.Module, *, towers: bool) -> dict[str, Tensor]:
