@@ -155,21 +155,26 @@ class Family(ABC):
 
     @contextmanager
     def _without_overflow(self, given: Tensor) -> Iterator[None]:
-        """With the VAE in float32, if it is one that float16 is too narrow for."""
-        vae = self.pipe.vae
-        if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False):
+        """With the VAE in float32, if it is one that float16 is too narrow for, whoever would narrow it."""
+        vae, kind = self.pipe.vae, given.device.type
+        if not getattr(vae.config, "force_upcast", False):
             yield
             return
-        if torch.is_grad_enabled() and given.requires_grad:
-            raise ValueError(
-                "the pipeline's VAE overflows in float16 (its configuration says force_upcast), and cannot change its "
-                "type below a gradient; load it in bfloat16, or call pipe.vae.to(torch.float32)"
-            )
-        vae.to(torch.float32)
-        try:
-            yield
-        finally:
-            vae.to(torch.float16)
+        narrowed = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        with torch.autocast(kind, enabled=False) if narrowed else nullcontext():
+            if vae.dtype != torch.float16:
+                yield
+                return
+            if torch.is_grad_enabled() and given.requires_grad:
+                raise ValueError(
+                    "the pipeline's VAE overflows in float16 (its configuration says force_upcast), and cannot change "
+                    "its type below a gradient; load it in bfloat16, or call pipe.vae.to(torch.float32)"
+                )
+            vae.to(torch.float32)
+            try:
+                yield
+            finally:
+                vae.to(torch.float16)
 
     def _encoded(self, frames: Tensor) -> Tensor:
         """What the VAE's encoder says of images (B, 3, H, W) in [-1, 1]."""
