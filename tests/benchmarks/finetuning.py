@@ -1,17 +1,19 @@
 """What fine-tuning by the compact reward gains on the embedded generator: the reward, a held-out one, and the judge.
 
-    python tests/benchmarks/finetuning.py draft refl dpo ddpo --seeds 3 --plot finetuning.png
+    python tests/benchmarks/finetuning.py draft refl dpo ddpo --seeds 3 --plot finetuning.png --pictures pictures.png
 
 Each algorithm trains a LoRA a seed by its one command, `aigiqa-reward finetune NAME --config
-examples/finetune_embedded/NAME.yaml`, DPO on pairs that `aigiqa-reward pairs` made before. The kept weights are then
-held against the generator without them on 40 prompts of pairs that neither generator nor training ever saw, 8 images
-each from the same noise; the checkpoints on the way give the curves. What is finished lies in --runs and stays.
+examples/finetune_embedded/NAME.yaml`. The kept weights are then held against the generator without them on 40 prompts
+of pairs that neither generator nor training ever saw, 8 images each from the same noise; the checkpoints on the way
+give the curves, on every fourth of these prompts and 4 images. What is finished lies in --runs and is not done again;
+a training that was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -36,6 +38,9 @@ CALL: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 1.0}
 IMAGES, BEST_OF = 8, 4
 """Images of a held-out prompt, and the best of N that a gain is measured by."""
 
+PART, CURVE_IMAGES = 4, 4
+"""For the curves every PART-th prompt is looked at, and so many images of it."""
+
 FIRST_SEED = 1000
 """Of the images; trainings and validations draw others."""
 
@@ -55,75 +60,74 @@ class Tools:
     judge: Any
 
     @torch.no_grad()
-    def images(self, prompt: str, count: int = IMAGES) -> torch.Tensor:
+    def images(self, prompt: str, count: int) -> torch.Tensor:
         """(count, 3, H, W) of a prompt."""
         rollout = Rollout(self.pipe, **CALL)
         generators = [torch.Generator().manual_seed(FIRST_SEED + place) for place in range(count)]
         return rollout.show(rollout.run(rollout.start(rollout.encode([prompt] * count), generators)).latents)
 
     @torch.no_grad()
-    def values(self, prompt: str) -> torch.Tensor:
-        """(IMAGES, 4): reward, held-out reward, the judge's score in nats, and whether it accepts the picture."""
-        images, prompts = self.images(prompt), [prompt] * IMAGES
+    def values(self, prompt: str, count: int) -> torch.Tensor:
+        """(count, 4): reward, held-out reward, the judge's score in nats, and whether it accepts the picture."""
+        images, prompts = self.images(prompt, count), [prompt] * count
         judged = self.judge(images, prompts).total, self.judge.accepts(images, prompts).float()
         scores = self.reward(images, prompts).total, self.holdout(images, prompts).total
         return torch.stack([*scores, *judged], dim=1)
 
 
-def measured(tools: Tools, folder: Path | None, prompts: list[str], file: Path) -> np.ndarray:
-    """(prompts, IMAGES, 4) with the adapter of a folder, or without any; kept in a file."""
+def measured(tools: Tools, folder: Path | None, prompts: list[str], file: Path, count: int = IMAGES) -> np.ndarray:
+    """(prompts, count, 4) with the adapter of a folder, or without any; kept in a file."""
     if not file.exists():
         if folder is not None:
             tools.pipe.load_lora_weights(folder)
         try:
-            values = [tools.values(prompt) for prompt in tqdm(prompts, desc=file.stem, leave=False)]
+            values = [tools.values(prompt, count) for prompt in tqdm(prompts, desc=file.stem, leave=False)]
         finally:
             tools.pipe.unload_lora_weights()
         write_weights(file, {"values": torch.stack(values)})
     return read_weights(file)["values"].numpy()
 
 
-def command(*words: str) -> None:
-    """One command of the package, with its output."""
-    subprocess.run([sys.executable, "-m", "aigiqa_reward", *words], check=True)
-
-
-def train(name: str, seed: int, runs: Path) -> Path:
-    """The folder of a finished training."""
+def train(name: str, seed: int, runs: Path, threads: int) -> Path:
+    """The folder of a finished training; its `seconds.txt` has the wall time of all its runs."""
     folder = runs / f"{name}-{seed}"
-    if (folder / "seconds.txt").exists():
+    done, so_far = folder / "seconds.txt", folder / "seconds-so-far.txt"
+    if done.exists():
         return folder
-    started = time.perf_counter()
+    before = float(so_far.read_text()) if so_far.exists() else 0.0
     words = ["finetune", name, "--config", str(RECIPES / f"{name}.yaml"), "--output_dir", str(folder)]
-    if name == "dpo":
-        pairs = runs / f"pairs-{seed}"
-        recipe = [
-            "--config",
-            str(RECIPES / "pairs.yaml"),
-            "--output_dir",
-            str(pairs),
-            "--seed",
-            str(10_000 * (seed + 1)),
-        ]
-        command("pairs", *recipe)
-        words += ["--pairs", str(pairs)]
-    command(*words, "--seed", str(seed), "--resume_from_checkpoint", "latest")
-    write_atomically(folder / "seconds.txt", f"{time.perf_counter() - started:.0f}\n".encode())
+    words += ["--seed", str(seed), "--resume_from_checkpoint", "latest"]
+    started = time.perf_counter()
+    try:
+        # The command's own output; as many threads as here.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run([sys.executable, "-m", "aigiqa_reward", *words], check=True, env=environment)
+    finally:
+        took = f"{before + time.perf_counter() - started:.0f}\n".encode()
+        if folder.is_dir():
+            write_atomically(so_far, took)
+    write_atomically(done, took)
     return folder
 
 
 # --------------------------------------------------------------------------------------------- figures
 
 
-def interval(values: np.ndarray, reference: float = 1.0) -> tuple[float, float, float]:
-    """Mean of values (seeds, prompts, IMAGES) and its 95 % bootstrap interval over prompts and training seeds."""
+def interval(values: np.ndarray, reference: np.ndarray | None = None) -> tuple[float, float, float]:
+    """Mean of values (seeds, prompts, IMAGES) and its 95 % bootstrap interval over prompts and training seeds.
+
+    Args:
+        values: changes.
+        reference: (prompts,) of which the mean, over the same prompts, is what the change is measured by.
+    """
     rng = np.random.default_rng(0)
-    table = values.mean(axis=2) / reference
+    table = values.mean(axis=2)
     seeds, prompts = table.shape
+    whole = np.ones(prompts) if reference is None else reference
     picked = rng.integers(seeds, size=(DRAWS, seeds)), rng.integers(prompts, size=(DRAWS, prompts))
-    draws = np.array([table[np.ix_(s, p)].mean() for s, p in zip(*picked, strict=True)])
+    draws = np.array([table[np.ix_(s, p)].mean() / whole[p].mean() for s, p in zip(*picked, strict=True)])
     low, high = np.quantile(draws, (0.025, 0.975))
-    return float(table.mean()), float(low), float(high)
+    return float(table.mean() / whole.mean()), float(low), float(high)
 
 
 def shown(values: tuple[float, float, float]) -> str:
@@ -132,17 +136,17 @@ def shown(values: tuple[float, float, float]) -> str:
     return f"{point:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def best_of(base: np.ndarray) -> float:
-    """What the best of BEST_OF by reward gains over one image, on the same prompts and seeds."""
+def best_of(base: np.ndarray) -> np.ndarray:
+    """(prompts,) what the best of BEST_OF by reward gains over one image, from the same seeds."""
     groups = base[..., 0].reshape(len(base), -1, BEST_OF)
-    return float((groups.max(axis=2) - groups.mean(axis=2)).mean())
+    return (groups.max(axis=2) - groups.mean(axis=2)).mean(axis=1)
 
 
 def report(base: np.ndarray, tuned: dict[str, np.ndarray], seconds: dict[str, float]) -> str:
-    """The table in Markdown."""
+    """The table in Markdown, and whether the bars are met."""
     gain = best_of(base)
     means = ", ".join(f"{name} {base[..., place].mean():.3f}" for place, name in enumerate(COLUMNS))
-    lines = [f"Without fine-tuning: {means}; best of {BEST_OF} gains {gain:.3f} of reward.", ""]
+    lines = [f"Without fine-tuning: {means}; best of {BEST_OF} gains {gain.mean():.3f} of reward.", ""]
     lines += [f"| | reward | as a part of best of {BEST_OF} | held-out reward | judge (nats) | right | minutes |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for name, values in tuned.items():
@@ -152,10 +156,12 @@ def report(base: np.ndarray, tuned: dict[str, np.ndarray], seconds: dict[str, fl
         lines.append(f"| {name} | {' | '.join(cells)} | {seconds[name] / 60:.1f} |")
     lines.append("")
     for name, values in tuned.items():
-        share, lowest = interval((values - base)[..., 0], gain)[0], interval((values - base)[..., 3])[1]
+        share, least, _ = interval((values - base)[..., 0], gain)
+        lowest = interval((values - base)[..., 3])[1]
         held = "holds" if lowest > -MARGIN else "is not shown to hold"
         lines.append(
-            f"{name}: {share:.0%} of best of {BEST_OF}'s gain; the share of right pictures {held} by {MARGIN}."
+            f"{name}, {len(values)} trainings: {share:.0%} of best of {BEST_OF}'s gain, at least {least:.0%}; the "
+            f"share of right pictures {held} by {MARGIN}."
         )
     return "\n".join(lines)
 
@@ -163,20 +169,22 @@ def report(base: np.ndarray, tuned: dict[str, np.ndarray], seconds: dict[str, fl
 def curve(
     tools: Tools, folder: Path, prompts: list[str], base: np.ndarray, runs: Path
 ) -> list[tuple[float, np.ndarray]]:
-    """Wall time in seconds and mean change (4,) of reward, held-out reward and judge at each checkpoint."""
+    """Wall time in seconds and mean change (4,) of all columns at each checkpoint, on a part of the images."""
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     times = {line["step"]: line["seconds"] for line in lines}
-    points = [(0.0, np.zeros(len(COLUMNS)))]
+    before = max(0.0, float((folder / "seconds.txt").read_text()) - max(times.values()))  # loading, and making pairs
+    start = base[::PART, :CURVE_IMAGES]
+    points = [(before, np.zeros(len(COLUMNS)))]
     for path in checkpoints_in(folder):
         step = int(path.name.rpartition("-")[2])
-        file = runs / "figures" / f"{folder.name}-{step}.safetensors"
-        values = measured(tools, path, prompts[::2], file)
-        points.append((times[step], (values - base[::2]).mean(axis=(0, 1))))
+        file = runs / "figures" / f"curve-{folder.name}-{step}.safetensors"
+        values = measured(tools, path, prompts[::PART], file, CURVE_IMAGES)
+        points.append((before + times[step], (values - start).mean(axis=(0, 1))))
     return points
 
 
-def plot(curves: dict[str, list[tuple[float, np.ndarray]]], gain: float, path: Path) -> None:
-    """Changes of reward, held-out reward and judge against wall time, one panel each."""
+def plot(curves: dict[str, list[list[tuple[float, np.ndarray]]]], gain: float, path: Path) -> None:
+    """Changes of reward, held-out reward and judge against wall time, one panel each; a line a training."""
     from io import BytesIO
 
     from matplotlib.figure import Figure
@@ -184,10 +192,11 @@ def plot(curves: dict[str, list[tuple[float, np.ndarray]]], gain: float, path: P
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     titles = ("reward (trained on)", "held-out reward", "judge: share of right pictures")
     for axis, place, title in zip(figure.subplots(1, 3), (0, 1, 3), titles, strict=True):
-        for name, points in curves.items():
-            axis.plot(
-                [t / 60 for t, _ in points], [change[place] for _, change in points], "o-", label=name, markersize=4
-            )
+        for number, (name, trainings) in enumerate(curves.items()):
+            for seed, points in enumerate(trainings):
+                minutes, changes = [t / 60 for t, _ in points], [change[place] for _, change in points]
+                label = name if seed == 0 else None
+                axis.plot(minutes, changes, "o-", color=f"C{number}", label=label, markersize=3, alpha=0.8)
         if place == 0:
             axis.axhline(gain, linestyle="--", color="grey", label=f"best of {BEST_OF}")
         axis.set(xlabel="minutes of training", ylabel="change", title=title)
@@ -224,9 +233,11 @@ def main() -> None:
     parser.add_argument("algorithms", nargs="+", choices=("draft", "refl", "dpo", "ddpo"))
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each")
     parser.add_argument("--runs", type=Path, default=Path("runs/finetuning"), help="folder for what is finished")
-    parser.add_argument("--plot", type=Path, help="PNG of the curves of seed 0")
+    parser.add_argument("--plot", type=Path, help="PNG of the curves of all trainings")
     parser.add_argument("--pictures", type=Path, help="PNG of images before and after, seed 0")
+    parser.add_argument("--threads", type=int, default=1, help="of each training and of measuring")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     prompts = (RECIPES / "held-out.txt").read_text().splitlines()
     reward = create_reward("compact")
     tools = Tools(pipe=load_embedded_pipeline(), reward=reward, holdout=default_holdout(reward), judge=load_judge())
@@ -234,15 +245,14 @@ def main() -> None:
     base = measured(tools, None, prompts, figures / "base.safetensors")
     tuned, seconds, curves, first = {}, {}, {}, {}
     for name in arguments.algorithms:
-        folders = [train(name, seed, arguments.runs) for seed in range(arguments.seeds)]
+        folders = [train(name, seed, arguments.runs, arguments.threads) for seed in range(arguments.seeds)]
         tuned[name] = np.stack([measured(tools, f, prompts, figures / f"{f.name}.safetensors") for f in folders])
         seconds[name] = float(np.median([float((f / "seconds.txt").read_text()) for f in folders]))
         first[name] = folders[0]
+        print(report(base, tuned, seconds), flush=True)
         if arguments.plot:
-            curves[name] = curve(tools, folders[0], prompts, base, arguments.runs)
-    print(report(base, tuned, seconds))
-    if arguments.plot:
-        plot(curves, best_of(base), arguments.plot)
+            curves[name] = [curve(tools, folder, prompts, base, arguments.runs) for folder in folders]
+            plot(curves, float(best_of(base).mean()), arguments.plot)
     if arguments.pictures:
         pictures(tools, first, prompts, arguments.pictures)
 
