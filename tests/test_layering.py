@@ -16,7 +16,7 @@ PACKAGE = "aigiqa_reward"
 FACADE = "__init__"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types",),
+    ("types", "reading"),
     ("images", "weights"),
     ("encoders", "assistants", "datasets", "evaluation"),
     ("models",),

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from aigiqa_reward.reading import parse_json
+
 Content: TypeAlias = Tensor | str
 """What an assistant is asked about: one image (3, H, W), or one text."""
 
@@ -78,7 +80,7 @@ def _unpack_tensor(key: str, data: bytes) -> Tensor:
     except SafetensorError as error:
         raise DamagedEntry(f"not a whole safetensors file ({error})") from error
     length = int.from_bytes(data[:8], "little")  # of the JSON header, which `load` found valid
-    told = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    told = parse_json(data[8 : 8 + length]).get("__metadata__", {})
     if tensors.keys() != {"value"}:
         raise DamagedEntry(f"expected one tensor 'value', got {sorted(tensors)}")
     _compare(told, key, _hash_of_tensor(tensors["value"]))
@@ -92,7 +94,7 @@ def _pack_text(key: str, value: str) -> bytes:
 
 def _unpack_text(key: str, data: bytes) -> str:
     try:
-        entry = json.loads(data)
+        entry = parse_json(data)
     except ValueError as error:  # also for bytes that are not UTF-8
         raise DamagedEntry(f"not whole JSON ({error})") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("value"), str):

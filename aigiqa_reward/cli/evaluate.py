@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from aigiqa_reward.cli.plans import (
     report_unreadable,
 )
 from aigiqa_reward.cli.runs import usage_errors
+from aigiqa_reward.reading import parse_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -140,7 +140,7 @@ def _measure(
     with np.load(folder / "seed0.npz", allow_pickle=False) as archive:
         first = {name: archive[name] for name in archive.files}
     write_report(found, table, first.pop("rows"), first, folder, benchmark_of(data), part="test part of seed 0")
-    unreadable = [(entry["path"], entry["reason"]) for entry in json.loads((folder / "unreadable.json").read_bytes())]
+    unreadable = [(entry["path"], entry["reason"]) for entry in parse_json((folder / "unreadable.json").read_bytes())]
     report_unreadable(unreadable, folder / "unreadable.json")
     if unreadable:
         raise typer.Exit(1)

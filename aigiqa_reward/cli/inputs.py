@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from aigiqa_reward.reading import parse_json
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga"}
@@ -181,7 +182,7 @@ def _jsonl_rows(file: Path, text: str) -> Iterable[tuple[str, str]]:
         if not line.strip():
             continue
         try:
-            row: Any = json.loads(line)
+            row: Any = parse_json(line)
         except ValueError as error:
             raise CommandError(f"--prompts-file: {file}, line {number}: not JSON ({error})") from error
         key = row.get("path", row.get("name")) if isinstance(row, dict) else None

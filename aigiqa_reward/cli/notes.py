@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aigiqa_reward.cli.files import write
 from aigiqa_reward.cli.inputs import CommandError
+from aigiqa_reward.reading import parse_json
 
 if TYPE_CHECKING:
     from aigiqa_reward.benchmark import TrainingPlan
@@ -83,7 +84,7 @@ def check_arguments(folder: Path, started: Path, arguments: Mapping[str, Any], o
     """
     note = folder / ARGUMENTS
     try:
-        earlier = json.loads(note.read_bytes()) if note.exists() else None
+        earlier = parse_json(note.read_bytes()) if note.exists() else None
     except (OSError, ValueError) as error:
         raise CommandError(f"{option}: cannot read {note} ({error}); choose another folder") from error
     if earlier is None and (started.exists() or (folder / "model.safetensors").exists()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.output import say
 from aigiqa_reward.cli.runs import usable_device, usage_errors
+from aigiqa_reward.reading import parse_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,7 +98,7 @@ def parse_settings(given: Sequence[str]) -> dict[str, Any]:
         if key in settings:
             raise CommandError(f"--set: got {key} twice")
         try:
-            settings[key] = json.loads(value)
+            settings[key] = parse_json(value)
         except ValueError:
             settings[key] = value
     return settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from aigiqa_reward.cli.inputs import CommandError, read_text
 from aigiqa_reward.cli.output import say
 from aigiqa_reward.cli.runs import first_process
+from aigiqa_reward.reading import parse_json
 
 
 def gather_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
@@ -52,7 +52,7 @@ def _from_json(file: Path, option: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row: Any = json.loads(line)
+            row: Any = parse_json(line)
         except ValueError as error:
             raise CommandError(f"{option}: {file}, line {number}: not JSON ({error})") from error
         text = row.get("prompt") if isinstance(row, dict) else None

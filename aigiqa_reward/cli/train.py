@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from aigiqa_reward.cli.plans import (
     report_unreadable,
 )
 from aigiqa_reward.cli.runs import usage_errors
+from aigiqa_reward.reading import parse_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -125,7 +125,7 @@ def _train(
 def _epochs_done(folder: Path) -> int:
     """How many epochs the checkpoint of a folder has behind it."""
     try:
-        return json.loads((folder / _CHECKPOINT / "state.json").read_bytes())["epoch"]
+        return parse_json((folder / _CHECKPOINT / "state.json").read_bytes())["epoch"]
     except (OSError, ValueError, KeyError):
         return 0
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.text import warn_dropped, warn_if_not_latin
+from aigiqa_reward.reading import parse_json
 from aigiqa_reward.types import Images
 
 _SCHEMAS = ("local-dir:", "hf-hub:")
@@ -228,7 +229,7 @@ def _architecture(config: OpenCLIPConfig) -> dict[str, Any]:
     if not schema:
         return dict(open_clip.get_model_config(place) or {})
     path = Path(place) / _CONFIG_FILE if schema == "local-dir" else Path(hf_hub_download(place, _CONFIG_FILE))
-    return json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+    return parse_json(path.read_text(encoding="utf-8"))["model_cfg"]
 
 
 def _explain(config: OpenCLIPConfig, error: Exception) -> str:

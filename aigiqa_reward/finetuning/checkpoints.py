@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward.finetuning.lora import FILE, LoRA
+from aigiqa_reward.reading import parse_json
 from aigiqa_reward.training.checkpoints import moments_of, restore_moments
 from aigiqa_reward.weights import WeightsError, read_weights, write_atomically, write_weights
 
@@ -114,7 +115,7 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> Checkpoint:
         WeightsError: it is not whole.
     """
     try:
-        numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        numbers = parse_json((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"checkpoint: {path} is not whole ({error}); remove it to go on from another") from error
     restore_moments(optimizer, read_weights(path / "optimizer.safetensors"))

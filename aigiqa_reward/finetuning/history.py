@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from aigiqa_reward.reading import parse_json
 from aigiqa_reward.weights import write_atomically
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class History:
     def resume(self, step: int) -> None:
         """Take up the lines up to `step` of an earlier run; what lies beyond is made again."""
         if self.file.is_file():
-            lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines() if _whole(line)]
+            lines = [parse_json(line) for line in self.file.read_text(encoding="utf-8").splitlines() if _whole(line)]
             self.lines = [line for line in lines if line["step"] <= step] if step else []
         self._before = max((line["seconds"] for line in self.lines), default=0.0)
         self._since = time.perf_counter()
@@ -124,6 +125,6 @@ def _line(line: Mapping[str, Any]) -> str:
 def _whole(line: str) -> bool:
     """Whether a line was written to its end."""
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse_json(line), dict)
     except ValueError:
         return False

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from aigiqa_reward.datasets import PreferencePairs, read_pickapic
 from aigiqa_reward.datasets._rows import extra_data
+from aigiqa_reward.reading import parse_json
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.checks import number
 from aigiqa_reward.sampling.many_prompts import BestOfEachError, ResultsFolder, best_of_each
@@ -244,7 +244,7 @@ def _ranked(results: ResultsFolder, index: int) -> list[dict[str, Any]]:
     """A finished prompt's candidates, best first, as its record has them: the images themselves are not opened."""
     if not results.finished(index):
         return []
-    rows = json.loads(results.record_file(index).read_bytes())["candidates"]
+    rows = parse_json(results.record_file(index).read_bytes())["candidates"]
     return sorted((r for r in rows if r["rank"] is not None and r["total"] is not None), key=lambda row: row["rank"])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from aigiqa_reward.reading import parse_json
 from aigiqa_reward.weights import write_atomically
 
 SHOWN_PROMPTS, SHOWN_SEEDS = 8, 4
@@ -132,7 +133,7 @@ class ValidationResult:
             ValueError: it is not there, or damaged.
         """
         try:
-            told = json.loads(numbers_file(folder, step).read_bytes())
+            told = parse_json(numbers_file(folder, step).read_bytes())
             rows, columns, height, width = told["tiles"]
             with Image.open(tiles_file(folder, step)) as picture:
                 mosaic = np.asarray(picture.convert("RGB"))

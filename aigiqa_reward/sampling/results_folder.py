@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load, save
 
+from aigiqa_reward.reading import parse_json
 from aigiqa_reward.sampling.candidates import BestOfNOutput, Preview
 from aigiqa_reward.sampling.run_settings import differences
 from aigiqa_reward.weights import write_atomically
@@ -207,7 +208,7 @@ class ResultsFolder:
 
     def _record(self, index: int) -> dict[str, Any] | None:
         try:
-            record = json.loads(self.record_file(index).read_bytes())
+            record = parse_json(self.record_file(index).read_bytes())
         except (OSError, ValueError):
             return None
         known = isinstance(record, dict) and {"prompt", "finished", "error", "candidates", "previews"} <= record.keys()
@@ -264,7 +265,7 @@ class ResultsFolder:
 def _note(folder: Path) -> dict[str, Any] | None:
     """The settings that a folder was written with, if it is one of ours."""
     try:
-        note = json.loads((folder / _SETTINGS).read_bytes())
+        note = parse_json((folder / _SETTINGS).read_bytes())
     except (OSError, ValueError):
         return None
     return note if isinstance(note, dict) and note.get("format") == _FORMAT else None

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import TrainedModel, distinct_prompts
+from aigiqa_reward.reading import parse_json
 from aigiqa_reward.training.arrays import ArrayWriter
 from aigiqa_reward.types import PromptFeatures
 from aigiqa_reward.weights import write_atomically
@@ -167,7 +168,7 @@ def _alone(home: Path, show: bool) -> Iterator[None]:
 def _left_by(home: Path, count: int) -> dict[str, Any]:
     """How far the last call came: images done, unreadable ones, names of arrays; nothing if anything is not whole."""
     try:
-        state = json.loads((home / "progress.json").read_bytes())
+        state = parse_json((home / "progress.json").read_bytes())
         done, names = int(state["done"]), [str(name) for name in state["arrays"]]
         unreadable = [[int(row), str(reason)] for row, reason in state["unreadable"]]
         if not names or {len(np.load(home / f"{name}.npy", mmap_mode="r")) for name in names} != {count}:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aigiqa_reward import __version__
+from aigiqa_reward.reading import parse_json
 from aigiqa_reward.reward import Reward
 from aigiqa_reward.weights import WeightsError, load_strictly, read_weights, write_atomically, write_weights
 from aigiqa_reward.zoo.build import empty_model
@@ -79,7 +80,7 @@ def load_reward(
     """
     folder = _folder(source, revision, hub or {})
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         name, description = config["name"], config["model"]
         shares = {key: float(config[key]) for key in ("quality_weight", "correspondence_weight")}
         dtype = _DTYPES[config["dtype"]]
