@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import warnings
@@ -620,13 +621,55 @@ def test_of_an_animation_the_first_frame_is_taken_with_a_warning(tmp_path, suffi
     path = tmp_path / f"moving.{suffix}"
     options = {"lossless": True} if suffix == "webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, **options)
-    with pytest.warns(UserWarning, match=rf"moving\.{suffix}: animated.*first of 3 frames"):
+    with pytest.warns(UserWarning, match=rf"moving\.{suffix}: animated.*first of its frames"):
         loaded = pixels.load(path)
     assert loaded[:, 5, 5].tolist() == [1, 0, 0]
     with Image.open(path) as opened:
         opened.seek(2)
-        with pytest.warns(UserWarning, match="first of 3 frames"):
+        with pytest.warns(UserWarning, match="first of its frames"):
             assert torch.equal(pixels.load(opened), loaded)
+
+
+def pages(count: int) -> bytes:
+    """A TIFF of one grey page of 20 x 20 px, and a chain of `count` pages behind it that hold nothing."""
+    first = 8 + 2 + 12 * 8 + 4  # where its pixels are
+    tags = [(256, 20), (257, 20), (258, 8), (259, 1), (262, 1), (273, first), (278, 20), (279, 400)]
+    listed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    chain, at = b"", first + 400
+    for page in range(count):
+        at += 6
+        chain += struct.pack("<HI", 0, at if page < count - 1 else 0)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + listed + struct.pack("<I", first + 400)
+    return head + b"\x80" * 400 + chain
+
+
+def test_pages_behind_the_first_are_not_looked_at(tmp_path):
+    (tmp_path / "pages.tif").write_bytes(pages(3))
+    with pytest.warns(UserWarning, match=r"pages\.tif: animated"):
+        loaded = pixels.load(tmp_path / "pages.tif")
+    assert loaded.shape == (3, 20, 20)
+    assert loaded.unique().tolist() == pytest.approx([128 / 255])
+
+
+def test_paths_may_be_bytes_under_the_protocol(tmp_path):
+    Image.fromarray(mosaic()).save(tmp_path / "named.png")
+    with os.scandir(os.fsencode(tmp_path)) as entries:
+        assert torch.equal(pixels.load(next(entries)), pixels.load(tmp_path / "named.png"))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (torch.empty(3, 20, 20, device="meta"), "a dense tensor with values, got a meta one"),
+        (torch.ones(3, 20, 20).to_sparse(), "got a sparse_coo one"),
+        (torch.nested.nested_tensor([torch.ones(20, 20)] * 3), "got a nested one"),
+        (torch.ones(1).expand(3, 10**6, 10**6), "more than 100,000,000 pixels"),
+        (np.broadcast_to(np.float32(1), (10**6, 10**6, 3)), "more than 100,000,000 pixels"),
+    ],
+)
+def test_tensors_without_values_of_their_own_are_refused(source, reason):
+    with pytest.raises(ImageError, match=reason):
+        pixels.load(source)
 
 
 def test_still_images_do_not_warn(tmp_path):

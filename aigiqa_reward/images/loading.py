@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,8 @@ def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
             animation the first frame is taken with a warning.
 
     Raises:
-        ImageError: unreadable, truncated, empty, too large, smaller than 16 px, or out of range.
+        ImageError: unreadable, truncated, empty, too large, smaller than 16 px, or out of range; a tensor that is
+            sparse, nested or without values.
         TypeError: `source` is of another type.
 
     Example:
@@ -61,7 +63,7 @@ def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
     try:
         check(image[None], argument="image")
     except (TypeError, ValueError) as error:
-        name = f"{os.fspath(source)}: " if isinstance(source, str | os.PathLike) else ""
+        name = f"{os.fsdecode(source)}: " if isinstance(source, str | os.PathLike) else ""
         raise ImageError(f"{name}{error}") from error
     return image
 
@@ -115,7 +117,7 @@ def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Te
 def _from_file(path: str | os.PathLike[str]) -> Tensor:
     from PIL import Image as PILImage
 
-    text = os.fspath(path)
+    text = os.fsdecode(path)
     if text.startswith(("http://", "https://")):
         raise ImageError(f"{text}: addresses are not fetched; download the image and pass its path")
     file = Path(text)
@@ -144,7 +146,7 @@ def _reading(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: {_too_large()} ({error})") from error
     except PILImage.UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image file that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except Exception as error:  # Pillow lets through what its decoders raise: KeyError, TypeError, struct.error, ...
         raise ImageError(f"{name}: cannot be read, it may be damaged or truncated ({error})") from error
 
 
@@ -159,8 +161,8 @@ def _from_pil(image: Any, *, name: str = "image") -> Tensor:
     width, height = image.size
     if width * height > MAX_PIXELS:  # before any pixel is decoded
         raise ImageError(f"{name}: {width} x {height} px is {_too_large()}")
-    if getattr(image, "n_frames", 1) > 1:
-        warnings.warn(f"{name}: animated image; the first of {image.n_frames} frames is scored", stacklevel=4)
+    if getattr(image, "is_animated", False):  # n_frames would look at every frame of a file, of which there may be many
+        warnings.warn(f"{name}: animated image; the first of its frames is scored", stacklevel=4)
         image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit greyscale: keep its precision
@@ -175,11 +177,17 @@ def _from_pil(image: Any, *, name: str = "image") -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
+_MOST_CHANNELS = 4
 _INTEGER_RANGE = {torch.uint8: 255.0, torch.uint16: 65535.0}
 
 
 def _from_array(source: np.ndarray | Tensor) -> Tensor:
     channels_first = isinstance(source, Tensor)
+    if isinstance(source, Tensor) and (source.is_nested or source.layout != torch.strided or source.is_meta):
+        kind = "nested" if source.is_nested else "meta" if source.is_meta else str(source.layout).removeprefix("torch.")
+        raise ImageError(f"array: expected a dense tensor with values, got a {kind} one")
+    if math.prod(source.shape) > _MOST_CHANNELS * MAX_PIXELS:  # a view may be larger than the memory behind it
+        raise ImageError(f"array: shape {tuple(source.shape)} holds {_too_large()}")
     if isinstance(source, np.ndarray):
         try:
             # a copy in this machine's byte order, because PIL's arrays are read-only and torch shares memory
@@ -203,7 +211,7 @@ def _channels_first(image: Tensor, *, prefer_first: bool) -> Tensor:
         return image[None]
     if image.ndim == 3:
         for axis in (0, 2) if prefer_first else (2, 0):
-            if image.shape[axis] in (1, 3, 4):
+            if image.shape[axis] in (1, 3, _MOST_CHANNELS):
                 return image.movedim(axis, 0)
     raise ImageError(
         f"array: expected (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, got shape {tuple(image.shape)}"
