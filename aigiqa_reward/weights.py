@@ -17,10 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from aigiqa_reward.reading import read_regular
+
 ASSETS = Path(__file__).parent / "assets"
 """Folder of the embedded checkpoints."""
 
 _SCALE = ".row_scale"
+
+MAX_BYTES = 16_000_000_000
+"""Largest file that is read: chosen here, above any tower in use; so that a file of any size cannot fill the memory."""
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_STORED = frozenset((*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool))
+"""Types of numbers that a model here has."""
 
 
 class WeightsError(ValueError):
@@ -33,18 +42,22 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_weights(path: str | os.PathLike[str], *, expected_sha256: str | None = None) -> dict[str, Tensor]:
+def read_weights(
+    path: str | os.PathLike[str], *, expected_sha256: str | None = None, most_bytes: int = MAX_BYTES
+) -> dict[str, Tensor]:
     """Read a safetensors file, undoing the storage types of `write_weights`.
 
     Args:
         path: the file.
         expected_sha256: refuse the file if its hash is another.
+        most_bytes: refuse a larger file before it is read.
 
     Returns:
         Tensors by name; floating ones as float32 (float64 if stored so).
 
     Raises:
-        WeightsError: missing, not safetensors, altered, or with NaN/inf values.
+        WeightsError: missing, not a regular file, too large, not safetensors, altered, with types of numbers that no
+            model here has, with scales that fit nothing, or with NaN/inf values.
     """
     file = Path(path)
     if file.suffix != ".safetensors":
@@ -52,27 +65,32 @@ def read_weights(path: str | os.PathLike[str], *, expected_sha256: str | None = 
             f"weights: expected a .safetensors file, got {file.name!r}; pickled checkpoints are never opened: "
             "convert it with safetensors.torch.save_file"
         )
-    data = read_checked(file, expected_sha256=expected_sha256)
+    data = read_checked(file, expected_sha256=expected_sha256, most_bytes=most_bytes)
     try:
         stored = load(data)
-    except SafetensorError as error:
+    except KeyError as error:  # safetensors knows more types than torch has
+        raise WeightsError(f"weights: {file} holds numbers of the type {error}, which no model here has") from error
+    except (SafetensorError, RuntimeError) as error:  # torch refuses sizes whose product overflows
         raise WeightsError(f"weights: {file} is not a whole safetensors file ({error})") from error
-    return {name: _restored(name, stored, file) for name in stored if not name.endswith(_SCALE)}
+    return {name: _restored(name, stored, file) for name in stored if not _is_scale(name, stored)}
 
 
-def read_checked(path: str | os.PathLike[str], *, expected_sha256: str | None) -> bytes:
+def read_checked(
+    path: str | os.PathLike[str], *, expected_sha256: str | None, most_bytes: int = MAX_BYTES
+) -> bytes:
     """The bytes of a file that must be the one it was when its hash was noted.
 
     Args:
         path: the file.
         expected_sha256: hexadecimal; None takes the file as it is.
+        most_bytes: refuse a larger file before it is read.
 
     Raises:
-        WeightsError: missing, or altered.
+        WeightsError: missing, not a regular file, too large, or altered.
     """
     file = Path(path)
     try:
-        data = file.read_bytes()
+        data = read_regular(file, most=most_bytes)
     except OSError as error:
         raise WeightsError(f"weights: cannot read {file}: {error.strerror}") from error
     if expected_sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != expected_sha256:
@@ -83,10 +101,21 @@ def read_checked(path: str | os.PathLike[str], *, expected_sha256: str | None) -
     return data
 
 
+def _is_scale(name: str, stored: Mapping[str, Tensor]) -> bool:
+    return name.endswith(_SCALE) and name.removesuffix(_SCALE) in stored
+
+
 def _restored(name: str, stored: Mapping[str, Tensor], file: Path) -> Tensor:
     tensor = stored[name]
+    if tensor.dtype not in _STORED:
+        raise WeightsError(f"weights: {file} holds {tensor.dtype} numbers in {name!r}, which no model here has")
     if name + _SCALE in stored:
         scale = stored[name + _SCALE]
+        if tensor.ndim < 1 or scale.shape != tensor.shape[:1] or not scale.is_floating_point():
+            raise WeightsError(
+                f"weights: {file} holds scales of shape {tuple(scale.shape)} for {name!r} of shape "
+                f"{tuple(tensor.shape)}; expected one for each first index"
+            )
         tensor = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
     elif tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -288,3 +291,74 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(name):
 
 def test_embedded_assets_lie_in_the_package():
     assert Path(weights.__file__).parent / "assets" == weights.ASSETS
+
+
+# --------------------------------------------------------------------------------------------- hostile files
+
+
+def made_up(path: Path, header: object, data: bytes = b"") -> Path:
+    """A safetensors file with this header, whatever follows."""
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "F8_E8M0", "F8_E4M3", "F8_E5M2", "C64", "U16"])
+def test_types_of_numbers_that_no_model_has_are_refused(path, kind):
+    bits = {"F4": 4, "F6_E2M3": 6, "C64": 64, "U16": 16}.get(kind, 8)
+    size = 4 * bits // 8
+    made_up(path, {"a": {"dtype": kind, "shape": [4], "data_offsets": [0, size]}}, b"\1" * size)
+    with pytest.raises(WeightsError, match=r"model\.safetensors holds .*which no model here has"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("scale", [torch.ones(3), torch.ones(4, 1), torch.ones(()), torch.ones(4, dtype=torch.int32)])
+def test_scales_that_fit_nothing_are_refused(path, scale):
+    write_weights(path, {"a": torch.ones(4, 2), "a.row_scale": scale})
+    with pytest.raises(WeightsError, match=r"scales of shape .* for 'a'"):
+        read_weights(path)
+
+
+def test_scales_of_nothing_are_not_lost(path):
+    write_weights(path, {"a": torch.ones(2), "b.row_scale": torch.ones(2)})
+    assert read_weights(path).keys() == {"a", "b.row_scale"}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [10**9, 10**3], "data_offsets": [0, 4 * 10**12]}},
+        {"a": {"dtype": "F32", "shape": [2**63, 2**63], "data_offsets": [0, 4]}},
+    ],
+)
+def test_headers_that_claim_huge_tensors_are_refused(path, header):
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        read_weights(made_up(path, header, b"\0" * 4))
+
+
+def test_a_header_of_ten_gigabytes_is_refused(path):
+    path.write_bytes(struct.pack("<Q", 10 * 2**30) + b"{}")
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        read_weights(path)
+
+
+def test_a_file_larger_than_the_memory_is_refused_unread(path):
+    with path.open("wb") as file:
+        file.truncate(200 * 2**30)  # holes, which take no room on the disk
+    with pytest.raises(WeightsError, match="214,748,364,800 bytes, expected at most 16,000,000,000"):
+        read_weights(path)
+
+
+def test_pipes_are_refused_and_links_followed(path, tmp_path):
+    write_weights(tmp_path / "real.safetensors", {"a": torch.ones(2)})
+    path.symlink_to(tmp_path / "real.safetensors")  # as the Hub's cache has them
+    assert read_weights(path).keys() == {"a"}
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(WeightsError, match="symbolic links"):
+        read_weights(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(WeightsError, match="not a regular file"):
+        read_weights(path)
