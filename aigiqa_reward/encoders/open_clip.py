@@ -119,7 +119,16 @@ class OpenCLIPEncoder(nn.Module):
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> OpenCLIPEncoder:
-        """Build the architecture that `describe` described, with weights still to be loaded."""
+        """Build the architecture that `describe` described, with weights still to be loaded.
+
+        Raises:
+            ValueError: it names models of other libraries, which they would look for on the Hub.
+        """
+        text = description["model_cfg"].get("text_cfg", {})
+        named = [name for name, value in text.items() if name.startswith("hf_") and value]
+        timm_model = str(description["model_cfg"].get("vision_cfg", {}).get("timm_model_name") or "")
+        if named or ":" in timm_model or "/" in timm_model:
+            raise ValueError(f"model_cfg: names {', '.join(named) or timm_model}, which would be fetched; none may be")
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / _CONFIG_FILE).write_text(json.dumps(description), encoding="utf-8")
             encoder = cls(OpenCLIPConfig(architecture=f"local-dir:{folder}"), load_weights=False)

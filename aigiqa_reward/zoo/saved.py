@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aigiqa_reward import __version__
-from aigiqa_reward.reading import parse_json
-from aigiqa_reward.reward import Reward
+from aigiqa_reward.models.base import QualityModel
+from aigiqa_reward.reading import parse_json, read_regular
+from aigiqa_reward.reward import Reward, check_aspect_weights
 from aigiqa_reward.weights import WeightsError, load_strictly, read_weights, write_atomically, write_weights
+from aigiqa_reward.zoo.bounds import TooLarge, bounded
 from aigiqa_reward.zoo.build import empty_model
 from aigiqa_reward.zoo.specs import get_spec
 
 if TYPE_CHECKING:
     from aigiqa_reward.assistants import Assistants
+
+_CONFIG_BYTES, _HEADER_BYTES = 20_000_000, 10_000_000
+"""Most that config.json, which may hold a tokenizer, and the header of model.safetensors take: chosen here."""
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
@@ -80,30 +85,50 @@ def load_reward(
     """
     folder = _folder(source, revision, hub or {})
     try:
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json(read_regular(folder / "config.json", most=_CONFIG_BYTES).decode("utf-8"))
         name, description = config["name"], config["model"]
         shares = {key: float(config[key]) for key in ("quality_weight", "correspondence_weight")}
         dtype = _DTYPES[config["dtype"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        spec = get_spec(name)
+        check_aspect_weights(**shares)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise WeightsError(
             f"weights: {folder}/config.json does not describe a reward ({type(error).__name__}: {error}); "
             "expected a folder written by reward.save_pretrained"
         ) from error
     if expected is not None and name != expected:
         raise WeightsError(f"weights: {source} holds a {name!r} reward, expected {expected!r}")
-    spec = get_spec(name)
     given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
     shares |= {argument: value for argument, value in given.items() if value is not None}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            if settings:
-                description = {**description, "config": {**description["config"], **settings}}
-            model = empty_model(name, description, assistants)
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"weights: {folder}/config.json does not fit {name!r}: {error}") from error
+    model = _described(folder, name, description, settings, assistants)
     reward = Reward(model, spec, **shares).to(dtype)
-    load_strictly(reward, read_weights(folder / "model.safetensors"), source=str(folder))
+    most = sum(8 * tensor.numel() for tensor in reward.state_dict().values()) + _HEADER_BYTES
+    tensors = read_weights(folder / "model.safetensors", most_bytes=most)
+    load_strictly(reward, tensors, source=str(folder))
     return reward
+
+
+def _described(
+    folder: Path, name: str, description: Any, settings: Mapping[str, Any] | None, assistants: Assistants | None
+) -> QualityModel:
+    """The model that config.json describes, without weights; no larger than those in the folder can fill."""
+    file = folder / "model.safetensors"
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise WeightsError(f"weights: cannot read {file}: {error.strerror}") from error
+    try:
+        if settings:
+            description = {**description, "config": {**description["config"], **settings}}
+        with torch.random.fork_rng(devices=[]), bounded(2 * size):  # a byte a number at least, and a copy of it
+            return empty_model(name, description, assistants)
+    except TooLarge as error:
+        raise WeightsError(
+            f"weights: {folder}/config.json describes a {name!r} larger than the {size:,} bytes of model.safetensors "
+            "can fill; it was altered, or belongs to other weights"
+        ) from error
+    except Exception as error:  # a description of somebody else may break any library that builds from it
+        raise WeightsError(f"weights: {folder}/config.json does not fit {name!r}: {error}") from error
 
 
 def _folder(source: str | Path, revision: str | None, hub: Mapping[str, Any]) -> Path:

@@ -1,0 +1,197 @@
+"""Saved rewards that somebody made up: refused with a clear error, nothing run, no more memory taken than they hold."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clip_models import write_tiny_clip
+from hostile import MEMORY, SECONDS, peak
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aigiqa_reward import Reward, create_reward
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
+from aigiqa_reward.weights import WeightsError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward on a tiny CLIP, as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("saved")
+    clip = write_tiny_clip(folder / "clip", seed=0)
+    create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=f"local-dir:{clip}")).save_pretrained(
+        folder / "reward"
+    )
+    return folder / "reward"
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "reward")
+
+
+def refused(folder: Path) -> str:
+    """The error of a folder that must not be loaded, with the folder's name in it."""
+    spent, held = resource.getrusage(resource.RUSAGE_SELF).ru_utime, peak()
+    with pytest.raises(WeightsError) as caught:
+        create_reward("tsp_mgs", weights=folder)
+    assert str(folder) in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - spent < SECONDS
+    assert peak() - held < MEMORY / 4
+    return str(caught.value)
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.mark, "run")
+
+
+def test_the_whole_one_is_loaded(copy: Path) -> None:
+    assert isinstance(create_reward("tsp_mgs", weights=copy), Reward)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.pt", "model.ckpt"])
+def test_pickles_are_never_opened(copy: Path, tmp_path: Path, name: str) -> None:
+    mark = tmp_path / "mark"
+    (copy / "model.safetensors").unlink()
+    buffer = io.BytesIO()
+    torch.save({"weight": Payload(mark)}, buffer)
+    for data in (pickle.dumps(Payload(mark)), buffer.getvalue()):
+        (copy / name).write_bytes(data)
+        refused(copy)
+        assert not mark.exists()
+    pickle.loads(pickle.dumps(Payload(mark)))
+    assert mark.exists(), "the payload works, so that the test could fail"
+
+
+def test_a_pickle_given_as_weights_is_refused(tmp_path: Path) -> None:
+    file, mark = tmp_path / "reward.bin", tmp_path / "mark"
+    file.write_bytes(pickle.dumps(Payload(mark)))
+    with pytest.raises(WeightsError, match=r"reward\.bin"):
+        create_reward("tsp_mgs", weights=file)
+    assert not mark.exists()
+
+
+def first(tensors: dict[str, Tensor]) -> str:
+    return max(tensors, key=lambda name: (tensors[name].is_floating_point(), tensors[name].numel()))
+
+
+def replaced(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: {**tensors, first(tensors): change(tensors[first(tensors)])}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (replaced(lambda t: t.flatten()), "has shape"),
+        (replaced(lambda t: t.int()), "is torch.int32, expected torch.float32"),
+        (replaced(lambda t: t.bool()), "is torch.bool"),
+        (replaced(lambda t: t.to(torch.complex64)), "torch.complex64 numbers"),
+        (replaced(lambda t: t.to(torch.float8_e5m2)), "torch.float8_e5m2 numbers"),
+        (replaced(lambda t: torch.full_like(t, torch.nan)), "NaN or infinite"),
+        (replaced(lambda t: torch.full_like(t, torch.inf)), "NaN or infinite"),
+        (lambda tensors: {n: t for n, t in tensors.items() if n != first(tensors)}, "1 missing"),
+        (lambda tensors: {**tensors, "../../escaped": torch.ones(2)}, "1 unknown"),
+        (lambda tensors: {**tensors, f"{first(tensors)}.row_scale": torch.ones(3)}, "scales of shape"),
+        (lambda tensors: {}, "missing"),
+        (lambda tensors: {**tensors, "large": torch.zeros(40_000_000)}, "bytes, expected at most"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(copy: Path, change: Any, reason: str) -> None:
+    tensors = change(load_file(copy / "model.safetensors"))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, copy / "model.safetensors")
+    assert reason in refused(copy)
+    assert {entry.name for entry in copy.parent.iterdir()} == {"reward"}
+
+
+def test_a_zip_bomb_is_no_weights(copy: Path) -> None:
+    with zipfile.ZipFile(copy / "model.safetensors", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data", b"\0" * 50_000_000)
+    assert "not a whole safetensors file" in refused(copy)
+
+
+def configured(folder: Path, place: tuple[str, ...], value: Any) -> None:
+    """Put a value into config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    node = config
+    for name in place[:-1]:
+        node = node[name]
+    node[place[-1]] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+CFG = ("model", "towers", "clip", "model_cfg")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ((*CFG, "embed_dim"), 10**7),
+        ((*CFG, "vision_cfg", "width"), 10**5),
+        ((*CFG, "vision_cfg", "image_size"), 10**6),
+        ((*CFG, "vision_cfg", "layers"), 10**8),
+        ((*CFG, "text_cfg", "vocab_size"), 10**10),
+        ((*CFG, "text_cfg", "context_length"), 10**6),
+        (("model", "config", "adapter_rank"), 10**9),
+    ],
+)
+def test_a_description_larger_than_its_weights_is_refused_before_memory_is_taken(
+    copy: Path, place: tuple[str, ...], value: int
+) -> None:
+    configured(copy, place, value)
+    assert "config.json" in refused(copy)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ((*CFG, "text_cfg", "hf_model_name"), "../../escaped"),
+        ((*CFG, "vision_cfg", "timm_model_name"), "hf-hub:some/one"),
+        ((*CFG, "vision_cfg", "timm_model_name"), "../../escaped"),
+        (("name",), "../../escaped"),
+        (("name",), ["tsp_mgs"]),
+        (("dtype",), "__class__"),
+        (("quality_weight",), float("nan")),
+        (("quality_weight",), -1),
+        (("correspondence_weight",), 10**400),
+        (("model",), None),
+        (("model", "towers"), [1]),
+        ((*CFG, "embed_dim"), "wide"),
+        ((*CFG, "vision_cfg", "layers"), -1),
+        ((*CFG, "vision_cfg", "patch_size"), 0),
+    ],
+)
+def test_a_description_of_something_else_is_refused(
+    copy: Path, place: tuple[str, ...], value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    configured(copy, place, value)
+    refused(copy)
+
+
+def test_pipes_and_loops_in_the_folder_are_refused(copy: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (copy / name).rename(copy / "kept")
+        os.mkfifo(copy / name)
+        assert "not a regular file" in refused(copy)
+        (copy / name).unlink()
+        (copy / name).symlink_to(name)
+        refused(copy)
+        (copy / name).unlink()
+        (copy / "kept").rename(copy / name)
