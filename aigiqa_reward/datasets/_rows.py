@@ -6,12 +6,16 @@ import csv
 import importlib
 import math
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_SHEET_BYTES, _SHEET_ROWS, _SHEET_COLUMNS = 100_000_000, 100_000, 256
+"""Most that an .xlsx file unpacks to, and its sheet holds: chosen here; the benchmarks' tables have 1,080 rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +64,9 @@ class Row:
 
 
 def number_or_nan(text: str) -> float:
-    """The number that a cell holds, or NaN."""
+    """The number that a cell holds, or NaN; underscores, which Python allows within one, are none."""
     try:
-        return float(text)
+        return math.nan if "_" in text else float(text)
     except ValueError:
         return math.nan
 
@@ -134,12 +138,32 @@ def read_sheet(table: Path) -> list[list[str]]:
         ValueError: the file is no such sheet.
     """
     pandas = extra_data("pandas", f"reading {table.name}")
-    extra_data("openpyxl", f"reading {table.name}")
+    openpyxl = extra_data("openpyxl", f"reading {table.name}")
     try:
+        _refuse_bombs(table, openpyxl)
         sheet = pandas.read_excel(table, header=None, dtype=object, keep_default_na=False, engine="openpyxl")
     except Exception as error:  # openpyxl lets through what zipfile and its XML parser raise
         raise ValueError(f"{table}: expected an .xlsx sheet, got {type(error).__name__}: {error}") from error
     return [[str(cell) for cell in cells] for cells in sheet.itertuples(index=False)]
+
+
+def _refuse_bombs(table: Path, openpyxl: Any) -> None:
+    """Look at a sheet's size before it is read as a whole, since one cell far out makes a table of all before it.
+
+    Raises:
+        ValueError: it unpacks to more bytes, or has more rows or columns, than any benchmark's table.
+    """
+    with zipfile.ZipFile(table) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())  # no more of a part is ever read than it says
+    if unpacked > _SHEET_BYTES:
+        raise ValueError(f"a file that unpacks to {unpacked:,} bytes; expected at most {_SHEET_BYTES:,}")
+    book = openpyxl.load_workbook(table, read_only=True, data_only=True)
+    try:
+        for number, row in enumerate(book.worksheets[0].iter_rows(values_only=True), start=1):
+            if number > _SHEET_ROWS or len(row) > _SHEET_COLUMNS:
+                raise ValueError(f"a sheet of more than {_SHEET_ROWS:,} rows or {_SHEET_COLUMNS} columns")
+    finally:
+        book.close()
 
 
 def extra_data(module: str, purpose: str) -> Any:
@@ -198,12 +222,19 @@ def refuse_absent(
     Raises:
         ValueError: some are not; says how many and names the first.
     """
-    absent = [path for path in paths if not path.is_file()]
+    absent = [path for path in paths if not _is_file(path)]
     if absent:
         raise ValueError(
             f"{argument}: {len(absent)} of the {len(paths)} images that {listed_by} lists are absent, the first "
             f"{str(absent[0])!r}; {remedy}"
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def numbers(rows: Sequence[Row], column: str) -> np.ndarray:
@@ -221,6 +252,8 @@ def unpublished(count: int) -> np.ndarray:
 
 
 def _require_columns(table: Path, columns: Sequence[str], header: Sequence[str], expected: str) -> None:
+    if twice := sorted({column for column in columns if list(header).count(column) > 1}):
+        raise ValueError(f"{table}: expected each column once, got {', '.join(twice)} several times; remove the others")
     missing = [column for column in columns if column not in header]
     if missing:
         raise ValueError(

@@ -82,5 +82,8 @@ def read_aigiqa20k(folder: str | os.PathLike[str]) -> ScoredImages:
 
 def _has_header(table: Path) -> bool:
     with table.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        first = next(csv.reader(file), [])
+        try:
+            first = next(csv.reader(file), [])
+        except csv.Error:
+            return True  # `read_csv` says what is wrong
     return len(first) != len(_COLUMNS) or math.isnan(number_or_nan(first[-1]))

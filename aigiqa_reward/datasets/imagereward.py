@@ -17,6 +17,8 @@ from aigiqa_reward.datasets.base import PreferencePairs
 from aigiqa_reward.reading import parse_json
 
 _FIELDS = ("id", "prompt", "generations", "ranking")
+_MOST_IMAGES = 100
+"""Of one entry: chosen here; the published ones have 4 to 9."""
 
 
 def read_imagereward(path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None) -> PreferencePairs:
@@ -116,6 +118,8 @@ def _check_entry(entry: dict[str, Any], where: str) -> tuple[str, list[str], lis
         raise ValueError(
             f"{where}: expected one rank an image, got {len(ranking)} for {len(generations)}; remove the entry"
         )
+    if len(generations) > _MOST_IMAGES:  # they are compared two by two
+        raise ValueError(f"{where}: expected at most {_MOST_IMAGES} images, got {len(generations)}; remove the entry")
     repeated = [name for name in generations if generations.count(name) > 1]
     if repeated:
         raise ValueError(f"{where}: {repeated[0]!r} is listed twice; keep one of the two")

@@ -23,6 +23,9 @@ _LABELS = ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
 _ROWS_AT_ONCE = 32
 """Rows of images held in memory: chosen here; about 10 MB, as version 1 has 204 GB in 616,259 rows of two images."""
 
+_ROWS_OF_TEXT = 4096
+"""Rows of prompts and labels held in memory: chosen here, since a small file may say one long text in all its rows."""
+
 _SHARD = re.compile(r"(?P<part>.+)-\d{5}-of-\d{5}.*\.parquet")
 
 
@@ -115,7 +118,7 @@ def _open(file: Path) -> Any:
     types = extra_data("pyarrow.types", f"reading {file.name}")
     try:
         opened = parquet.ParquetFile(file)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # pyarrow has many kinds for what is damaged
         raise ValueError(f"{file}: expected a parquet file, got {error}; download it again") from error
     schema = opened.schema_arrow
     missing = [column for column in (*_LIGHT, *_IMAGES) if column not in schema.names]
@@ -125,6 +128,9 @@ def _open(file: Path) -> Any:
             f"{file}: no column {', '.join(missing)}; expected the published columns "
             f"{', '.join((*_LIGHT, *_IMAGES))}, got {', '.join(schema.names)}"
         )
+    if len(set(schema.names)) < len(schema.names):
+        opened.close()
+        raise ValueError(f"{file}: expected each column once, got {', '.join(schema.names)}")
     for column in _IMAGES:
         kind = schema.field(column).type
         if not (types.is_binary(kind) or types.is_large_binary(kind)):
@@ -137,7 +143,7 @@ def _read_choices(parquet: Any, file: Path, places: dict[int, str]) -> Iterator[
     """The rows that state a choice; `places` gathers where each ranking_id was met."""
     judged = [_JUDGED] if _JUDGED in parquet.schema_arrow.names else []
     number = -1
-    for batch in parquet.iter_batches(columns=[*_LIGHT, *judged]):
+    for batch in _batches(parquet, file, _ROWS_OF_TEXT, columns=[*_LIGHT, *judged]):
         for row in batch.to_pylist():
             number += 1
             where = f"{file}, row {number} (the first is 0)"
@@ -163,6 +169,18 @@ def _read_choices(parquet: Any, file: Path, places: dict[int, str]) -> Iterator[
                 yield _Choice(row=number, caption=caption, ranking=ranking, chosen=labels.index(1.0))
 
 
+def _batches(parquet: Any, file: Path, rows: int, **chosen: Any) -> Iterator[Any]:
+    batches = parquet.iter_batches(rows, **chosen)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # pyarrow has many kinds for pages that are damaged
+            raise ValueError(f"{file}: expected a whole parquet file, got {error}; download it again") from error
+        if batch is None:
+            return
+        yield batch
+
+
 def _write_images(parquet: Any, file: Path, choices: list[_Choice], folder: Path) -> None:
     """Write the images that are not there yet, holding the bytes of a few rows at a time."""
     absent = {
@@ -175,7 +193,7 @@ def _write_images(parquet: Any, file: Path, choices: list[_Choice], folder: Path
         end = start + parquet.metadata.row_group(group).num_rows
         if any(row in absent for row in range(start, end)):
             number = start
-            for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=list(_IMAGES)):
+            for batch in _batches(parquet, file, _ROWS_AT_ONCE, row_groups=[group], columns=list(_IMAGES)):
                 for place in range(batch.num_rows):
                     choice = absent.get(number + place)
                     if choice is not None:
