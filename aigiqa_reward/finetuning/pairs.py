@@ -160,7 +160,7 @@ def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
     parquet = extra_data("pyarrow.parquet", f"reading {file.name}")
     try:
         names = parquet.read_schema(file).names
-    except (ValueError, OSError) as error:
+    except Exception as error:  # pyarrow has many kinds for what is damaged
         raise ValueError(f"pairs: {file} is not a parquet file ({error}); make it anew") from error
     if missing := [name for name in _NEEDED if name not in names]:
         if all(name in names for name in _OF_PICKAPIC):
@@ -169,7 +169,10 @@ def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
             f"pairs: {file} has no column {', '.join(missing)}; expected {', '.join(_NEEDED)}, or Pick-a-Pic's "
             f"{', '.join(_OF_PICKAPIC)}; got {', '.join(names)}"
         )
-    rows = parquet.read_table(file, columns=list(_NEEDED)).to_pylist()
+    try:
+        rows = parquet.read_table(file, columns=list(_NEEDED)).to_pylist()
+    except Exception as error:  # pyarrow has many kinds for pages that are damaged
+        raise ValueError(f"pairs: {file} is damaged ({error}); make it anew") from error
     if not rows:
         raise ValueError(f"pairs: {file} holds no pair: lower the margin that it was made with, or raise n")
     for place, row in enumerate(rows):
@@ -204,7 +207,7 @@ def _paired(results: ResultsFolder, count: int, margin: float) -> Iterator[dict[
         ranked = _ranked(results, index)
         for better, worse in list(zip(ranked, reversed(ranked), strict=True))[: min(count, len(ranked) // 2)]:
             if better["total"] - worse["total"] > margin:
-                yield _row(prompt, index, better, worse)
+                yield _row(prompt, index, better, worse, results.path)
 
 
 def _contrasted(results: Sequence[ResultsFolder], count: int, margin: float) -> Iterator[dict[str, Any]]:
@@ -214,26 +217,29 @@ def _contrasted(results: Sequence[ResultsFolder], count: int, margin: float) -> 
         pairs.sort(key=lambda pair: pair[1]["total"] - pair[0]["total"])  # stable: the earlier seed first
         for better, worse in pairs[:count]:
             if better["total"] - worse["total"] > margin:
-                yield _row(prompt, index, better, worse)
+                yield _row(prompt, index, better, worse, results[0].path.parent)
 
 
 def _of_one_noise(results: Sequence[ResultsFolder], index: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Best and worst image of each seed, where there are two; their files named from the folder above."""
+    """Best and worst image of each seed, where there are two."""
     seeds: dict[int, list[dict[str, Any]]] = {}
     for folder in results:
         for row in _ranked(folder, index):
-            seeds.setdefault(row["seed"], []).append({**row, "image": f"{folder.path.name}/{row['image']}"})
+            seeds.setdefault(row["seed"], []).append(row)
     for _, rows in sorted(seeds.items()):
         if len(rows) > 1:
             ranked = sorted(rows, key=lambda row: -row["total"])
             yield ranked[0], ranked[-1]
 
 
-def _row(prompt: str, index: int, better: Mapping[str, Any], worse: Mapping[str, Any]) -> dict[str, Any]:
+def _row(
+    prompt: str, index: int, better: Mapping[str, Any], worse: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """A row of the table, with images named from its folder."""
     return {
         "prompt": prompt,
-        "winner": better["image"],
-        "loser": worse["image"],
+        "winner": better["image"].relative_to(folder).as_posix(),
+        "loser": worse["image"].relative_to(folder).as_posix(),
         "winner_reward": better["total"],
         "loser_reward": worse["total"],
         "prompt_index": index,
@@ -245,7 +251,9 @@ def _ranked(results: ResultsFolder, index: int) -> list[dict[str, Any]]:
     if not results.finished(index):
         return []
     rows = parse_json(results.record_file(index).read_bytes())["candidates"]
-    return sorted((r for r in rows if r["rank"] is not None and r["total"] is not None), key=lambda row: row["rank"])
+    known = [row for row in rows if row["rank"] is not None and row["total"] is not None]
+    named = [{**row, "image": results.image_file(index, row["seed"])} for row in known]
+    return sorted(named, key=lambda row: row["rank"])
 
 
 def _greatest(results: Sequence[ResultsFolder]) -> Iterator[float]:

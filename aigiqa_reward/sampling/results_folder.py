@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from aigiqa_reward.reading import parse_json
-from aigiqa_reward.sampling.candidates import BestOfNOutput, Preview
+from aigiqa_reward.sampling._records import finite, is_record, preview_of
+from aigiqa_reward.sampling.candidates import BestOfNOutput
 from aigiqa_reward.sampling.run_settings import differences
 from aigiqa_reward.weights import write_atomically
 
@@ -155,7 +157,7 @@ class ResultsFolder:
             "candidates": [] if output is None else list(self._candidates(index, output)),
             "previews": {} if output is None else {s: [asdict(p) for p in ps] for s, ps in output.previews.items()},
         }
-        write_atomically(self.record_file(index), json.dumps(_finite(record), allow_nan=False).encode())
+        write_atomically(self.record_file(index), json.dumps(finite(record), allow_nan=False).encode())
         for stale in set((self.path / _IMAGES).glob(f"{index:05d}_seed*.png")) - set(images.values()):
             stale.unlink()
 
@@ -166,7 +168,13 @@ class ResultsFolder:
             return None
         try:
             output = self._output(index, record) if record["candidates"] else None
-        except OSError:  # a winner's image was removed or damaged
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            SafetensorError,
+            KeyError,
+        ):  # an image or a noise is not there, or damaged
             return None
         return PromptResult(
             index=index,
@@ -211,8 +219,7 @@ class ResultsFolder:
             record = parse_json(self.record_file(index).read_bytes())
         except (OSError, ValueError):
             return None
-        known = isinstance(record, dict) and {"prompt", "finished", "error", "candidates", "previews"} <= record.keys()
-        return record if known and record["prompt"] == self.prompts[index] else None
+        return record if is_record(record) and record["prompt"] == self.prompts[index] else None
 
     def _candidates(self, index: int, output: BestOfNOutput) -> Iterator[dict[str, Any]]:
         places = {seed: rank for rank, seed in enumerate(output.seeds, start=1)}
@@ -256,7 +263,7 @@ class ResultsFolder:
             all_quality=column("quality", rows),
             all_correspondence=column("correspondence", rows) if known else None,
             dropped={row["seed"]: row["error"] for row in rows if row["error"] is not None},
-            previews={int(s): tuple(Preview(**preview) for preview in ps) for s, ps in record["previews"].items()},
+            previews={int(s): tuple(map(preview_of, steps)) for s, steps in record["previews"].items()},
             denoiser_calls=record["denoiser_calls"],
             noises=None if by_seed is None else [by_seed[str(row["seed"])] for row in winners],
         )
@@ -268,7 +275,12 @@ def _note(folder: Path) -> dict[str, Any] | None:
         note = parse_json((folder / _SETTINGS).read_bytes())
     except (OSError, ValueError):
         return None
-    return note if isinstance(note, dict) and note.get("format") == _FORMAT else None
+    if not isinstance(note, dict) or note.get("format") != _FORMAT:
+        return None
+    prompts = note.get("prompts")
+    if not isinstance(note.get("settings"), dict) or not isinstance(prompts, list):
+        return None
+    return note if all(isinstance(prompt, str) for prompt in prompts) else None
 
 
 def _rows(index: int, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -278,15 +290,6 @@ def _rows(index: int, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         place = {"prompt_index": index, "rank": None, "image": None, "pruned": False}
         rows.append({"seed": None, "prompt": record["prompt"], **scores, "error": record["error"], **place})
     return rows
-
-
-def _finite(value: Any) -> Any:
-    """With None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _opened(file: Path) -> Image.Image:
