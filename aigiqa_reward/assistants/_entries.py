@@ -77,10 +77,10 @@ def _pack_tensor(key: str, value: Tensor) -> bytes:
 def _unpack_tensor(key: str, data: bytes) -> Tensor:
     try:
         tensors = load(data)
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, KeyError) as error:  # sizes that overflow, types that torch does not have
         raise DamagedEntry(f"not a whole safetensors file ({error})") from error
     length = int.from_bytes(data[:8], "little")  # of the JSON header, which `load` found valid
-    told = parse_json(data[8 : 8 + length]).get("__metadata__", {})
+    told = parse_json(data[8 : 8 + length]).get("__metadata__") or {}
     if tensors.keys() != {"value"}:
         raise DamagedEntry(f"expected one tensor 'value', got {sorted(tensors)}")
     _compare(told, key, _hash_of_tensor(tensors["value"]))

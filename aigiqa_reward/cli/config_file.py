@@ -53,6 +53,8 @@ def _entries(file: Path) -> list[tuple[str, Any]]:
 
     try:
         root = yaml.compose(read_text(file, "--config"), Loader=yaml.BaseLoader)
+    except RecursionError as error:
+        raise CommandError(f"--config: {file} is nested too deep; expected lines 'option: value'") from error
     except yaml.YAMLError as error:
         raise CommandError(f"--config: {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):

@@ -87,6 +87,8 @@ def check_arguments(folder: Path, started: Path, arguments: Mapping[str, Any], o
         earlier = parse_json(note.read_bytes()) if note.exists() else None
     except (OSError, ValueError) as error:
         raise CommandError(f"{option}: cannot read {note} ({error}); choose another folder") from error
+    if earlier is not None and not isinstance(earlier, dict):
+        raise CommandError(f"{option}: {note} holds no arguments; choose another folder")
     if earlier is None and (started.exists() or (folder / "model.safetensors").exists()):
         raise CommandError(f"{option}: {folder} holds something that this command did not write; choose another folder")
     if earlier is None or not started.exists():

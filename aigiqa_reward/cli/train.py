@@ -126,7 +126,7 @@ def _epochs_done(folder: Path) -> int:
     """How many epochs the checkpoint of a folder has behind it."""
     try:
         return parse_json((folder / _CHECKPOINT / "state.json").read_bytes())["epoch"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 

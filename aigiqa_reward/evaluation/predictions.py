@@ -13,6 +13,9 @@ import numpy as np
 FORMAT = 1
 """Version of the file; raised when a field changes its meaning."""
 
+MAX_BYTES = 1_000_000_000
+"""Most that a file unpacks to: chosen here; a million images with ten wrong prompts each take less."""
+
 _OPTIONAL = (
     "wrong_prompt_correspondence",
     "image_only_correspondence",
@@ -121,14 +124,15 @@ class Predictions:
         if not source.is_file():
             raise ValueError(f"path: no file at {str(source)!r}; make it with Predictions.save")
         try:
+            _refuse_bomb(source)
             with np.load(source, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        except Exception as error:  # numpy lets through what zipfile, zlib and its own header parser raise
             raise ValueError(
                 f"path: {str(source)!r} is not a file of Predictions.save, or is damaged ({error})"
             ) from error
         version = arrays.pop("format", None)
-        if version is None or int(version) != FORMAT:
+        if version is None or version.shape != () or version.dtype.kind not in "iu" or int(version) != FORMAT:
             raise ValueError(f"path: expected format {FORMAT} in {str(source)!r}, got {version}; save it again")
         known = {field.name for field in fields(cls)}
         missing, unknown = sorted(known - set(_OPTIONAL) - set(arrays)), sorted(set(arrays) - known)
@@ -136,8 +140,29 @@ class Predictions:
             raise ValueError(
                 f"path: {str(source)!r} lacks the fields {missing} and has the unknown fields {unknown}; save it again"
             )
-        texts = {name: tuple(arrays.pop(name).tolist()) for name in ("names", "prompts", "generators")}
-        return cls(**texts, **arrays)
+        try:
+            texts = {name: _texts(name, arrays.pop(name)) for name in ("names", "prompts", "generators")}
+            return cls(**texts, **arrays)
+        except ValueError as error:
+            raise ValueError(f"{error}; in {str(source)!r}") from error
+
+
+def _refuse_bomb(source: Path) -> None:
+    """Refuse an archive that says it unpacks to more than any predictions take; no more of a part is read than it says.
+
+    Raises:
+        ValueError: it does.
+    """
+    with zipfile.ZipFile(source) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+    if unpacked > MAX_BYTES:
+        raise ValueError(f"it unpacks to {unpacked:,} bytes, expected at most {MAX_BYTES:,}")
+
+
+def _texts(name: str, array: np.ndarray) -> tuple[str, ...]:
+    if array.ndim != 1 or array.dtype.kind != "U":
+        raise ValueError(f"{name}: expected a list of texts, got {array.dtype} of shape {array.shape}")
+    return tuple(array.tolist())
 
 
 def _check_array(name: str, array: np.ndarray, count: int) -> None:

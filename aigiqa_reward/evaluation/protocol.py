@@ -247,7 +247,7 @@ class ProtocolReport:
             raise ValueError(f"path: expected format {FORMAT} in {str(source)!r}, got {version}; save it again")
         try:
             return cls(scores=tuple(_restored(entry) for entry in values.pop("scores")), **values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"path: {str(source)!r} does not hold a protocol report ({error})") from error
 
     def _by_seed(self, task: str, predictor: str) -> dict[int, SplitScores]:

@@ -118,6 +118,10 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> Checkpoint:
         numbers = parse_json((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"checkpoint: {path} is not whole ({error}); remove it to go on from another") from error
-    restore_moments(optimizer, read_weights(path / "optimizer.safetensors"))
+    if not isinstance(numbers, dict) or not isinstance(numbers.get("step"), int):
+        raise WeightsError(
+            f"checkpoint: {path} is not whole (state.json tells no step); remove it to go on from another"
+        )
+    restore_moments(optimizer, read_weights(path / "optimizer.safetensors"), source=str(path))
     parts = {name: read_weights(path / file) for name, file in _PARTS.items()}
     return Checkpoint(step=numbers.pop("step"), lora=read_weights(path / FILE), numbers=numbers, **parts)

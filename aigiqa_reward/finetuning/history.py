@@ -65,7 +65,8 @@ class History:
     def resume(self, step: int) -> None:
         """Take up the lines up to `step` of an earlier run; what lies beyond is made again."""
         if self.file.is_file():
-            lines = [parse_json(line) for line in self.file.read_text(encoding="utf-8").splitlines() if _whole(line)]
+            told = self.file.read_text(encoding="utf-8", errors="replace").split("\n")
+            lines = [line for line in map(_read, told) if line is not None]
             self.lines = [line for line in lines if line["step"] <= step] if step else []
         self._before = max((line["seconds"] for line in self.lines), default=0.0)
         self._since = time.perf_counter()
@@ -122,9 +123,11 @@ def _line(line: Mapping[str, Any]) -> str:
     return json.dumps(whole) + "\n"
 
 
-def _whole(line: str) -> bool:
-    """Whether a line was written to its end."""
+def _read(line: str) -> dict[str, Any] | None:
+    """A line that was written to its end; None for what is none."""
     try:
-        return isinstance(parse_json(line), dict)
+        told = parse_json(line)
     except ValueError:
-        return False
+        return None
+    counted = isinstance(told, dict) and all(isinstance(told.get(name), int | float) for name in ("step", "seconds"))
+    return told if counted else None

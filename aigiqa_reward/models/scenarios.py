@@ -67,7 +67,10 @@ class Preferences(Mapping[str, tuple[float, ...]]):
             raise ValueError(
                 f"preferences: expected an object of scenarios in {os.fspath(path)!r}, got {type(rows).__name__}"
             )
-        return cls(rows)
+        try:
+            return cls(rows)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{error}; in {os.fspath(path)!r}") from error
 
     def row(self, scenario: str) -> int:
         """The row of a scenario.

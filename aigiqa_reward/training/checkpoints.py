@@ -77,12 +77,14 @@ def load_checkpoint(
         state = parse_json((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"checkpoint: {folder} is not whole ({error}); remove it to start again") from error
+    if not isinstance(state, dict):
+        raise WeightsError(f"checkpoint: {folder} is not whole (state.json holds no object); remove it to start again")
     if other := [name for name, value in settings.items() if state.get(name) != value]:
         raise ValueError(
             f"folder: the checkpoint {folder} was written with another {' and '.join(other)}; take another folder, or "
             "remove the checkpoint"
         )
-    restore_moments(optimizer, read_weights(folder / "optimizer.safetensors"))
+    restore_moments(optimizer, read_weights(folder / "optimizer.safetensors"), source=str(folder))
     weights, average, best = (read_weights(folder / f"{part}.safetensors") for part in ("model", "average", "best"))
     return weights, average, best, state
 
@@ -102,16 +104,28 @@ def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return moments
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
-    """Give an optimizer of the same parameters what `moments_of` told; its settings stay its own."""
+def restore_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor], *, source: str) -> None:
+    """Give an optimizer of the same parameters what `moments_of` told; its settings stay its own.
+
+    Raises:
+        WeightsError: they are of other parameters; names `source`.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Any]] = {}
     for path, tensor in moments.items():
-        number, name, *inner = path.removeprefix(_OPTIMIZER).split(".", 2)
+        number, _, rest = path.removeprefix(_OPTIMIZER).partition(".")
+        name, _, inner = rest.partition(".")
+        fits = number.isdecimal() and int(number) < len(parameters) and name
+        if not fits or (not inner and tensor.shape not in ((), parameters[int(number)].shape)):
+            raise WeightsError(
+                f"checkpoint: {source} holds the optimizer's {path!r} of shape {tuple(tensor.shape)}, which fits no "
+                "parameter; remove it to start again"
+            )
         a_number = tensor.ndim == 0 and tensor.dtype in (torch.int64, torch.float64)
         held = tensor.item() if a_number else tensor
         entry = entries.setdefault(int(number), {})
         if inner:
-            entry.setdefault(name, {})[inner[0]] = held
+            entry.setdefault(name, {})[inner] = held
         else:
             entry[name] = held
     known = optimizer.state_dict()

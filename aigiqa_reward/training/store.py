@@ -170,12 +170,14 @@ def _left_by(home: Path, count: int) -> dict[str, Any]:
     try:
         state = parse_json((home / "progress.json").read_bytes())
         done, names = int(state["done"]), [str(name) for name in state["arrays"]]
+        if any(Path(name).name != name for name in names):
+            raise ValueError("not names of arrays in this folder")
         unreadable = [[int(row), str(reason)] for row, reason in state["unreadable"]]
         if not names or {len(np.load(home / f"{name}.npy", mmap_mode="r")) for name in names} != {count}:
             raise ValueError("not the arrays of these images")
         if not 0 < done <= count or any(not 0 <= row < done for row, _ in unreadable):
             raise ValueError("not the progress of these images")
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError, OverflowError):
         for file in home.glob("*.npy"):
             file.unlink()
         return {"done": 0, "unreadable": [], "arrays": []}
