@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -152,3 +154,86 @@ def test_half_a_layer_is_an_error(written: Files, tmp_path: Path) -> None:
     assert len(strays) == 1
     with pytest.raises(CommandError, match=r"one half only of 1 layers.*1\.attn\.to_q\.lora_A"):
         add_lora(FAMILIES["sd3"](), str(file), 1.0)
+
+
+# --------------------------------------------------------------------------------------------- hostile files
+
+
+def with_metadata(file: Path, to: Path, metadata: str) -> Path:
+    save_file(load_file(file), to, metadata={"format": "pt", "lora_adapter_metadata": metadata})
+    return to
+
+
+def test_all_settings_that_peft_writes_are_read(written: Files, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian").to_dict()
+    settings = {f"unet.{n}": sorted(v) if isinstance(v, set) else v for n, v in config.items()}
+    file = with_metadata(written("sdxl"), tmp_path / "x.safetensors", json.dumps(settings, default=str))
+    pipe = FAMILIES["sdxl"]()
+    add_lora(pipe, str(file), 1.0)
+    assert layers_of(pipe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"target_modules": "(a*)*b|(.*)*z$"}, "metadata set target_modules"),
+        ({"target_modules": ["(a*)*b"]}, "no name of a layer"),
+        ({"rank_pattern": {"(a*)*b": 2}}, "no name of a layer"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "metadata set 'megatron"),
+        ({"r": "x"}, "metadata set r to 'x', expected int"),
+        ({"lora_alpha": float("nan")}, "metadata set lora_alpha to nan"),
+        ({"evil": 1}, "metadata set 'evil'"),
+    ],
+)
+def test_settings_that_do_more_than_describe_are_refused(
+    written: Files, tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    known = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"]}
+    text = json.dumps({f"unet.{name}": value for name, value in (known | settings).items()})
+    file = with_metadata(written("sdxl"), tmp_path / "x.safetensors", text)
+    with pytest.raises(CommandError, match=rf"x\.safetensors: .*{reason}"):
+        add_lora(FAMILIES["sdxl"](), str(file), 1.0)
+
+
+@pytest.mark.parametrize("metadata", ["{", "[" * 100_000, "[1]"])
+def test_metadata_that_are_no_settings_are_refused(written: Files, tmp_path: Path, metadata: str) -> None:
+    file = with_metadata(written("sdxl"), tmp_path / "x.safetensors", metadata)
+    with pytest.raises(CommandError, match=r"x\.safetensors"):
+        add_lora(FAMILIES["sdxl"](), str(file), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: torch.full_like(t, torch.nan), "NaN or infinite"),
+        (lambda t: torch.full_like(t, torch.inf), "NaN or infinite"),
+        (lambda t: t.to(torch.complex64), "torch.complex64 numbers"),
+        (lambda t: t.to(torch.float8_e5m2), "torch.float8_e5m2 numbers"),
+        (lambda t: t.int(), "torch.int32 numbers"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(written: Files, tmp_path: Path, change: Any, reason: str) -> None:
+    tensors = load_file(written("sdxl"))
+    name = next(iter(tensors))
+    save_file({**tensors, name: change(tensors[name])}, tmp_path / "x.safetensors")
+    with pytest.raises(CommandError, match=rf"x\.safetensors: .*{reason}"):
+        add_lora(FAMILIES["sdxl"](), str(tmp_path / "x.safetensors"), 1.0)
+
+
+def test_a_pickle_under_the_right_name_is_never_opened(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(pickle.dumps(Payload(mark)))
+    with pytest.raises(CommandError, match=r"x\.safetensors is not a whole \.safetensors file"):
+        add_lora(FAMILIES["sdxl"](), str(file), 1.0)
+    assert not mark.exists()
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.mark, "run")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aigiqa_reward.cli.inputs import CommandError
+from aigiqa_reward.cli.lora_files import check_lora
 from aigiqa_reward.cli.output import say
 from aigiqa_reward.cli.sampling_options import PipelineDType
 
@@ -139,7 +140,7 @@ def add_lora(pipe: Any, lora: str | None, scale: float) -> None:
             pipe.load_lora_weights(**source, adapter_name=_ADAPTER, use_safetensors=True)
     except SafetensorError as error:
         raise CommandError(f"--lora: {lora} is not a whole .safetensors file ({error})") from error
-    except (RuntimeError, KeyError, AttributeError) as error:
+    except (RuntimeError, KeyError, AttributeError) as error:  # RecursionError of deep metadata among them
         detail = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error)[:300])
         raise CommandError(f"--lora: {lora} was made for another model than {name}: {detail}") from error
     except (OSError, ValueError, TypeError) as error:
@@ -195,12 +196,18 @@ def _silence() -> Iterator[None]:
 
 @contextmanager
 def _noted(pipe: Any, read: dict[str, Any]) -> Iterator[None]:
-    """Add to `read` what `pipe` reads of a LoRA within, under diffusers' names, whatever names the file has."""
+    """Add to `read` what `pipe` reads of a LoRA within, under diffusers' names, whatever names the file has.
+
+    It is checked before anything is done with it.
+    """
     original = pipe.lora_state_dict
 
     def noting(*arguments: Any, **options: Any) -> Any:
         found = original(*arguments, **options)
-        read.update(found[0] if isinstance(found, tuple) else found)
+        parts = found if isinstance(found, tuple) else (found,)
+        asked = options.get("return_lora_metadata") and isinstance(found, tuple)
+        check_lora(parts[0], parts[-1] if asked else None)
+        read.update(parts[0])
         return found
 
     pipe.lora_state_dict = noting
