@@ -8,6 +8,7 @@ import re
 import tracemalloc
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,47 @@ def test_nobody_ranked_and_nothing_at_all(tmp_path: Path) -> None:
     assert page.all("img") == []
     _, empty = written(tmp_path, [])
     assert empty.all("article") == []
+
+
+EVERYWHERE = (
+    HOSTILE,
+    "--><script>alert(1)</script><!--",
+    "]]><svg onload=alert(1)>",
+    '" onmouseover="alert(1)',
+    "' autofocus onfocus='alert(1)",
+    "line\u2028separator\u2029</h2><iframe src=//x>\0\ud800\r",
+    "&lt;script&gt;&#60;img src=x&#62;",
+    "../../<b>name</b>.png",
+    "\u202e<marquee>",
+)
+
+
+@pytest.mark.parametrize("text", EVERYWHERE)
+def test_no_element_or_attribute_comes_from_anyones_text(tmp_path: Path, text: str) -> None:
+    """The same page with harmless text has the same elements with the same attributes, values of alt apart."""
+
+    def page(word: str) -> tuple[Page, str]:
+        result = output([noise(seed) for seed in range(3)], dropped={0: word}, first_seed=0)
+        named: Any = {1: word, 2: 2, 0: 0}  # a seed that is a text, which a caller's own search might have
+        previews = {word: (Preview(step=1, steps=4, total=0.5, quality=0.5),), 2: ()}
+        result = replace(
+            result,
+            seeds=[named[seed] for seed in result.seeds],
+            all_seeds=[named[seed] for seed in result.all_seeds],
+            previews=previews,
+        )
+        maps = [[{word: np.zeros((4, 4))}]]
+        file = write_page([(word, result)], tmp_path / "p.html", title=word, notes=[word], maps=maps)
+        content = file.read_text(encoding="utf-8")
+        return Page(content), content
+
+    hostile, content = page(text)
+    harmless, _ = page("a harmless word")
+
+    def shape(found: Page) -> list[tuple[str, dict[str, str | None]]]:
+        return [(tag, {n: v for n, v in attributes.items() if n != "alt"}) for tag, attributes in found.elements]
+
+    assert shape(hostile) == shape(harmless)
+    assert [set(attributes) for _, attributes in hostile.elements] == [set(a) for _, a in harmless.elements]
+    assert not set(content) & set("\u2028\u2029\0\r\u202e")
+    assert "script" not in {tag for tag, _ in hostile.elements}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from aigiqa_reward.images.lettering import number
+from aigiqa_reward.report._text import escaped
 from aigiqa_reward.sampling.candidates import BestOfNOutput
 
 _WIDTH, _HEIGHT = 640, 240
@@ -38,7 +39,7 @@ def curves(output: BestOfNOutput) -> str:
         points = " ".join(f"{x(step):.1f},{y(total):.1f}" for step, total in ways[seed])
         dots = "".join(f'<circle cx="{x(step):.1f}" cy="{y(total):.1f}" r="2.2"/>' for step, total in ways[seed])
         mark = " best" if seed in output.seeds else ""
-        label = f"<title>seed {seed}</title>"
+        label = f"<title>seed {escaped(str(seed))}</title>"
         lines.append(f'<g class="curve{mark}">{label}<polyline points="{points}"/>{dots}</g>\n')
     base = _HEIGHT - _BOTTOM
     ticks = "".join(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 import os
@@ -19,7 +18,7 @@ from PIL import Image, features
 from aigiqa_reward.images.lettering import number
 from aigiqa_reward.report._curves import curves
 from aigiqa_reward.report._style import STYLE
-from aigiqa_reward.report._text import state_of
+from aigiqa_reward.report._text import escaped, state_of
 from aigiqa_reward.sampling.candidates import BestOfNOutput
 
 _SIDE = 768
@@ -92,14 +91,14 @@ def write_page(
 
 def _head(title: str, notes: Sequence[str]) -> str:
     """Everything before the first prompt."""
-    lines = "".join(f'<p class="note">{_text(note)}</p>\n' for note in notes)
+    lines = "".join(f'<p class="note">{escaped(note)}</p>\n' for note in notes)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_text(_POLICY)}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escaped(_POLICY)}">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_text(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
-        f'<header><h1 dir="auto">{_text(title)}</h1>\n{lines}</header>\n<main>\n'
+        f"<title>{escaped(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
+        f'<header><h1 dir="auto">{escaped(title)}</h1>\n{lines}</header>\n<main>\n'
     )
 
 
@@ -109,14 +108,6 @@ def _paired(
     every = iter(maps)
     for place, (prompt, output) in enumerate(outputs):
         yield place, prompt, output, next(every, ())
-
-
-def _text(text: str) -> str:
-    """Text for between tags and for within quotes: no mark-up, no control characters, no halves of characters."""
-    kept = "".join(
-        c if c.isprintable() or c == "\n" else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-    return html.escape(kept, quote=True)
 
 
 # --------------------------------------------------------------------------------------------- a prompt
@@ -137,8 +128,8 @@ def _card(place: int, prompt: str, output: BestOfNOutput, maps: WinnerMaps) -> s
     legend = f'<p class="note">{_LEGEND}</p>\n' if any(maps[: len(output.seeds)]) else ""
     nothing = "" if output.seeds else '<p class="note">No candidate could be ranked.</p>\n'
     return (
-        f'<article aria-labelledby="prompt-{place}">\n<h2 id="prompt-{place}" dir="auto">{_text(prompt)}</h2>\n'
-        f'<p class="note">{_text(_summary(output))}</p>\n{nothing}<div class="winners">\n{figures}</div>\n'
+        f'<article aria-labelledby="prompt-{place}">\n<h2 id="prompt-{place}" dir="auto">{escaped(prompt)}</h2>\n'
+        f'<p class="note">{escaped(_summary(output))}</p>\n{nothing}<div class="winners">\n{figures}</div>\n'
         f"{legend}{graph}<details><summary>All {len(output.all_seeds)} candidates</summary>\n{_table(output)}"
         "</details>\n</article>\n"
     )
@@ -168,8 +159,8 @@ def _figure(rank: int, prompt: str, output: BestOfNOutput, maps: Mapping[str, An
     return (
         f'<figure class="winner{" best" if rank == 0 else ""}">\n'
         f'<img{small} src="{_image(image)}" width="{image.width}" height="{image.height}" '
-        f'alt="{_text(f"Winner {rank + 1}, seed {seed}: {prompt}")}">\n'
-        f"<figcaption><b>{rank + 1}</b> seed {seed}\n<dl>{rows}</dl></figcaption>\n"
+        f'alt="{escaped(f"Winner {rank + 1}, seed {seed}: {prompt}")}">\n'
+        f"<figcaption><b>{rank + 1}</b> seed {escaped(str(seed))}\n<dl>{rows}</dl></figcaption>\n"
         + (f'<div class="maps">{heat}</div>\n' if heat else "")
         + "</figure>\n"
     )
@@ -188,7 +179,8 @@ def _table(output: BestOfNOutput) -> str:
             output.dropped.get(seed) or state_of(output, seed) or (f"winner {places[seed]}" if seed in places else "")
         )
         mark = ' class="best"' if seed in places else ""
-        cells = f"<td>{seed}</td><td>{number(total)}</td><td>{number(quality)}</td>{third}<td>{_text(state)}</td>"
+        first = f"<td>{escaped(str(seed))}</td><td>{number(total)}</td><td>{number(quality)}</td>"
+        cells = f"{first}{third}<td>{escaped(state)}</td>"
         rows.append(f"<tr{mark}>{cells}</tr>\n")
     head = f"<tr><th>seed</th><th>total</th><th>quality</th>{aspect}<th>outcome</th></tr>"
     return f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{"".join(rows)}</tbody></table></div>\n'
@@ -221,7 +213,7 @@ def _heat_map(name: str, values: Any) -> str:
     colours = matplotlib.colormaps["magma"](scaled, bytes=True)[..., :3]
     data = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(colours)).save(data, format="PNG")
-    label = _text(name.replace("_", " "))
+    label = escaped(name.replace("_", " "))
     extent = f"{number(low)} to {number(high)}" if math.isfinite(low) else ""
     return (
         f'<figure><img src="{_uri("png", data)}" width="{array.shape[1]}" height="{array.shape[0]}" alt="Map: {label}">'
