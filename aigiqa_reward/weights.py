@@ -75,9 +75,7 @@ def read_weights(
     return {name: _restored(name, stored, file) for name in stored if not _is_scale(name, stored)}
 
 
-def read_checked(
-    path: str | os.PathLike[str], *, expected_sha256: str | None, most_bytes: int = MAX_BYTES
-) -> bytes:
+def read_checked(path: str | os.PathLike[str], *, expected_sha256: str | None, most_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of a file that must be the one it was when its hash was noted.
 
     Args:
