@@ -232,9 +232,7 @@ def _of_one_noise(results: Sequence[ResultsFolder], index: int) -> Iterator[tupl
             yield ranked[0], ranked[-1]
 
 
-def _row(
-    prompt: str, index: int, better: Mapping[str, Any], worse: Mapping[str, Any], folder: Path
-) -> dict[str, Any]:
+def _row(prompt: str, index: int, better: Mapping[str, Any], worse: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A row of the table, with images named from its folder."""
     return {
         "prompt": prompt,
