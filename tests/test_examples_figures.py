@@ -8,6 +8,7 @@ sprites.py). They are only asked what they do.
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -69,7 +70,8 @@ def test_the_reward_can_be_checked_on_the_world(printed) -> None:
 @pytest.mark.slow
 def test_the_generator_can_be_checked(printed) -> None:
     out = printed("train_generator/evaluate.py", "--samples", "8")
-    assert "%" in out
+    found = re.search(r"noun ([\d.]+), colour ([\d.]+)", out)
+    assert found and min(map(float, found.groups())) >= 0.75, out
 
 
 @pytest.mark.slow
