@@ -23,6 +23,7 @@ LEFT_OUT = ("__main__",)
 
 PLACES = {
     "types": 0.0,
+    "reading": 1.3,
     "images": -0.2,
     "weights": 2.2,
     "encoders": -3.2,
@@ -37,7 +38,7 @@ PLACES = {
     "zoo": -0.7,
     "scorer": -1.3,
     "selection": -3.2,
-    "embedded": 1.55,
+    "embedded": 1.7,
     "benchmark": 3.2,
     "sampling": -2.2,
     "finetuning": 2.0,
