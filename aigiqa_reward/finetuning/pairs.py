@@ -55,15 +55,7 @@ def build_preference_pairs(
     progress: Any = True,
     **pipe_kwargs: Any,
 ) -> PreferencePairs:
-    """Sample N images a prompt and pair the best with the worst, where their rewards differ by more than `margin`.
-
-    With `guidance_scales`, each of the N is sampled at all of these from the same noise, and the best of a noise is
-    paired with its worst: such images differ in what guidance does and in little else, so that DPO learns it from few
-    of them. (Those that people compared for Pick-a-Pic differ in guidance too: Kirstain et al. 2023, section 2.)
-
-    Images and scores are those of `best_of_each` with all N kept: the same call again skips finished prompts, more may
-    be added at the end, several processes share the work. Another margin or number of pairs samples nothing: the table
-    is put together anew. Candidates that the reward or the safety checker refused are in no pair.
+    """Pair the best with the worst of N images a prompt, sampled by `best_of_each`: called again it goes on.
 
     Args:
         pipe: a text-to-image pipeline of diffusers.
@@ -72,57 +64,64 @@ def build_preference_pairs(
         folder: created where it does not exist.
         n: candidates for each prompt, at least 2.
         margin: difference of rewards that a pair must exceed, at least 0, in the reward's units; ties never pair.
-        pairs_per_prompt: best with worst, second best with second worst, and so on; at most n / 2. With
-            `guidance_scales` the noises whose images differ most; at most n.
-        guidance_scales: at least two scales that the pipeline samples at; none is the pipeline's call as it is.
-        batch_size: candidates sampled at once.
+        pairs_per_prompt: best with worst, second best with second worst, and so on; at most n / 2 (with
+            `guidance_scales`: of how many noises; at most n).
+        guidance_scales: at least two, at which each noise is sampled, and its best image paired with its worst: they
+            differ in what guidance does, as Pick-a-Pic's do (Kirstain et al. 2023, section 2).
         seed: of the first candidate of every prompt.
-        accelerator: this and the rest are as `best_of_each` takes them.
-        settings: what else decides the images (a LoRA, say), as JSON.
-        progress: whether to show a bar, or whom to tell.
+        batch_size: candidates sampled at once.
+        accelerator: as for `best_of_each`.
+        settings: likewise; what else decides the images (a LoRA, say), as JSON.
+        progress: likewise.
         **pipe_kwargs: for the pipeline (steps, guidance, size, ...).
 
-    Returns:
-        The pairs, in the prompts' order.
-
     Raises:
-        ImportError: the extra `data` is not installed; before anything is sampled.
-        TypeError, ValueError: an argument that cannot be used; a folder of other settings, with the list of
-            differences; no pair above the margin.
+        ImportError: the extra `data` is not installed.
+        TypeError, ValueError: an unusable argument, a folder of other settings, or no pair above the margin.
         BestOfEachError: some prompts failed; the pairs of the others are written.
     """
     extra_data("pyarrow.parquet", f"writing {FILE}")
-    n = integer("n", n, least=2)
-    count = integer("pairs_per_prompt", pairs_per_prompt, least=1)
     scales = checked_scales(guidance_scales)
-    most, share = (n, "n") if scales else (n // 2, "n / 2")
-    if count > most:
-        raise ValueError(f"pairs_per_prompt: expected at most {share} = {most}, got {count}; raise n")
+    n, count = _checked_counts(n, pairs_per_prompt, scales)
     margin = number("margin", margin, "of at least 0, a difference of rewards", lambda value: 0 <= value < math.inf)
     search = BestOfN(pipe, reward, n=n, top_k=n, batch_size=batch_size, progress=False)
-    more = {"seed": seed, "accelerator": accelerator, "settings": settings}
-    folder, failed, results = Path(folder), None, []
-    for place, scale in enumerate(scales or (None,)):
-        own = {} if scale is None else {"guidance_scale": scale}
-        show = _part_of(progress, place, len(scales))
-        try:
-            into = folder if scale is None else folder / f"guidance-{scale:g}"
-            results.append(best_of_each(search, prompts, into, progress=show, **more, **{**pipe_kwargs, **own}))
-        except BestOfEachError as error:
-            results.append(error.results)
-            failed = failed or error
-    paired = _contrasted(results, count, margin) if scales else _paired(results[0], count, margin)
-    rows = list(paired)
-    _write(folder, rows)  # by every process: the same bytes, whole or not at all
+    pipe_kwargs |= {"seed": seed, "accelerator": accelerator, "settings": settings}
+    results, failed = _sampled(search, prompts, Path(folder), scales, progress, pipe_kwargs)
+    rows = list(_contrasted(results, count, margin) if scales else _paired(results[0], count, margin))
+    _write(Path(folder), rows)  # by every process: the same bytes, whole or not at all
     if failed is not None:
         raise failed
     if not rows:
-        found = max(_greatest(results))
         raise ValueError(
             f"margin: no prompt has two images whose rewards differ by more than {margin}; the greatest difference in "
-            f"{folder} is {found:.4g}: lower margin, or raise n"
+            f"{folder} is {max(_greatest(results)):.4g}: lower margin, or raise n"
         )
-    return _as_pairs(rows, folder)
+    return _as_pairs(rows, Path(folder))
+
+
+def _checked_counts(n: int, pairs_per_prompt: int, scales: Sequence[float]) -> tuple[int, int]:
+    n, count = integer("n", n, least=2), integer("pairs_per_prompt", pairs_per_prompt, least=1)
+    most, share = (n, "n") if scales else (n // 2, "n / 2")
+    if count > most:
+        raise ValueError(f"pairs_per_prompt: expected at most {share} = {most}, got {count}; raise n")
+    return n, count
+
+
+def _sampled(
+    search: BestOfN, prompts: Sequence[str], folder: Path, scales: Sequence[float], progress: Any, more: dict[str, Any]
+) -> tuple[list[ResultsFolder], BestOfEachError | None]:
+    """All candidates at each scale, in a folder of its own, or in `folder` where there is none; the first failure."""
+    failed, results = None, []
+    for place, scale in enumerate(scales or (None,)):
+        own = {} if scale is None else {"guidance_scale": scale}
+        into = folder if scale is None else folder / f"guidance-{scale:g}"
+        show = _part_of(progress, place, len(scales))
+        try:
+            results.append(best_of_each(search, prompts, into, progress=show, **{**more, **own}))
+        except BestOfEachError as error:
+            results.append(error.results)
+            failed = failed or error
+    return results, failed
 
 
 def checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
