@@ -86,10 +86,7 @@ def test_the_recipes_on_the_embedded_pipeline(name: str, tmp_path: Path, monkeyp
         few += ["--images_per_prompt", "2"]
     if name == "dpo":
         (tmp_path / "prompts.txt").write_text("a penguin on a red background\na crab on a blue background\n")
-        pairs = ["--config", EMBEDDED / "pairs.yaml", "--prompts", tmp_path / "prompts.txt", "--n", "4"]
-        made = run("pairs", *pairs, "--output_dir", tmp_path / "pairs")
-        assert made.exit_code == 0, made.output
-        few += ["--pairs", tmp_path / "pairs"]
+        few += ["--prompts", tmp_path / "prompts.txt", "--candidates", "4"]
     result = run("finetune", name, "--config", EMBEDDED / f"{name}.yaml", *few)
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
@@ -103,6 +100,7 @@ def test_the_recipes_on_the_embedded_pipeline(name: str, tmp_path: Path, monkeyp
     [
         "train_compact/align.py",
         "train_compact/train.py",
+        "train_compact/guard.py",
         "train_compact/evaluate_limits.py",
         "train_generator/autoencoder.py",
         "train_generator/denoiser.py",
