@@ -219,6 +219,34 @@ def by_hand(pipe: Any, judge: Any, rewrite: str, original: str) -> float:
     return float(judge(image, [original]).total)
 
 
+def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Of the four corners, where the background is: red less green and blue."""
+    corners = images[..., [0, 1, -2, -1]][:, :, [0, 1, -2, -1]].mean(dim=(2, 3))
+    return corners[:, 0] - corners[:, 1:].mean(dim=1)
+
+
+@pytest.mark.slow
+def test_it_learns_to_ask_for_what_the_reward_likes_of_things_it_never_saw_too(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a language model earns is exact: the mean over all its words, each by its probability."""
+    pytest.importorskip("trl", reason="needs aigiqa-reward[trl]")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    from prompt_rewriting import best_and_none, earned, train, writer
+
+    trained, others = ["a penguin", "a crown", "a ghost"], ["a banana", "a turtle"]
+    tokenizer = word_tokenizer(["penguin", "crown", "ghost", "banana", "turtle", *COLOUR_NAMES])
+    scorer = PromptScorer(pipe, redness, batch_size=16, num_inference_steps=3, guidance_scale=1.0)
+    model = writer(tokenizer, 0)
+    before = [earned(model, tokenizer, scorer, things, 0) for things in (trained, others)]
+    train(model, tokenizer, scorer, trained, 40, 0)
+    after = [earned(model, tokenizer, scorer, things, 0) for things in (trained, others)]
+    best = [best_and_none(scorer, tokenizer, things, 0)[1] for things in (trained, others)]
+    print("before", before, "after", after, "best", best)
+    for first, last, most in zip(before, after, best, strict=True):
+        assert last > (first + most) / 2
+
+
 SCRIPT = """
 import json, os, sys
 sys.path[:0] = {paths!r}
