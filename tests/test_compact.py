@@ -202,6 +202,62 @@ def test_held_out_intervals_hold_what_they_say() -> None:
     assert 0.77 < float((standard < norm.ppf(0.9)).mean()) < 0.83
 
 
+# --------------------------------------------------------------------------------------------- its own gradient
+
+
+def ascended(reward: Reward, image: torch.Tensor, steps: int) -> torch.Tensor:
+    """`image` after steps of a root mean square of 1/255 up the gradient of quality."""
+    for _ in range(steps):
+        leaf = image.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(reward(leaf).quality.sum(), leaf)
+        image = (image + gradient / gradient.square().mean().sqrt() / 255).clamp(0, 1)
+    return image
+
+
+def test_trust_falls_beyond_its_limit_only(reward: Reward) -> None:
+    """Along one guarded direction, from statistics whose place along all of them is known."""
+    likeness = reward.model.head.likeness
+    limit, softness = likeness.guard_limits.tolist()
+    inverse = torch.linalg.pinv(likeness.guard.double())
+    places = torch.zeros(4, len(likeness.guard), dtype=torch.float64)
+    places[:, 3] = torch.tensor([0.0, 0.99, 1 + softness / limit, 1 + 3 * softness / limit]) * limit
+    places *= len(likeness.guard) ** 0.5  # the root mean square over all directions
+    standard = (places - likeness.guard_bias.double()) @ inverse.T
+    statistics = standard.float() * likeness.deviation + likeness.mean
+    torch.testing.assert_close(likeness.trust(statistics), torch.tensor([1.0, 1.0, 0.5, 0.1]), atol=5e-3, rtol=0)
+
+
+def test_images_and_pictures_are_trusted_and_scores_are_multiplied(reward: Reward, unseen: np.ndarray) -> None:
+    files = sorted(EXAMPLES.glob("*.jpg"))
+    with torch.no_grad():
+        trust = torch.cat([reward(pixels.load(file)[None]).details["trust"] for file in files])
+        pictures = reward(compose(unseen[:16], np.random.default_rng(5))).details["trust"]
+        whole = pixels.load(files[0])[None]
+        before = reward(whole, ["sushi"])
+        half = create_reward("compact")
+        pushed = half.model.head.likeness.pushed(half.model.statistics(half.model.look(whole)))
+        half.model.head.likeness.guard_limits.copy_(torch.tensor([float(pushed) / 2, float(pushed) / 2]))
+        after = half(whole, ["sushi"])
+    assert float((trust == 1).float().mean()) >= 0.9
+    assert (pictures == 1).all()
+    assert float(after.details["trust"]) == pytest.approx(0.5, abs=1e-3)
+    torch.testing.assert_close(after.quality, before.quality * after.details["trust"])
+    torch.testing.assert_close(after.correspondence, before.correspondence * after.details["trust"])
+
+
+def test_the_guard_holds_an_ascent_back(reward: Reward) -> None:
+    """Against the same reward without its guard, on an image of the size of one crop."""
+    image = pixels.resize(pixels.load(EXAMPLES / "sushi_sd15_normal.jpg")[None], (224, 224))
+    open_reward = create_reward("compact")
+    open_reward.model.head.likeness.guard_limits[0] = 1e6
+    free, held = ascended(open_reward, image, 8), ascended(reward, image, 8)
+    with torch.no_grad():
+        start = float(reward(image).quality)
+        free, held = float(open_reward(free).quality) - start, float(reward(held).quality) - start
+    assert free > 0.3
+    assert held < 0.75 * free
+
+
 # --------------------------------------------------------------------------------------------- one's own scores
 
 

@@ -14,6 +14,13 @@ image's colours, adds to it; all are less their means over the training images:
 
 V is such a map for pictures of the embedded world, which g, a fourth row of A, tells from others: about 1, or else 0.
 
+Frozen towers can be deceived: along the gradient of a score, steps of a 255th lift it to any height without a visible
+change. Such steps move x far in directions in which images hardly differ. With H those directions, whitened,
+
+    quality = t raw,    e = max(0, (rms(H x + h) - l) / m),    t = 1 / (1 + e^2),
+
+and correspondence alike; 99 % of images that people scored have t = 1 exactly.
+
 A further training scales quality and c_raw and adds a linear function of u to them; the embedded weights do not.
 
 The design is ours. After MST-CLIPIQA it sees an image coarsely and finely; a Gaussian process (its mean is kernel ridge
@@ -95,6 +102,7 @@ class CompactConfig:
         centres: training images that a new one is held against.
         place_rank: of the map W.
         world_rank: of the map V.
+        guards: directions H.
     """
 
     area: int = 256
@@ -105,6 +113,7 @@ class CompactConfig:
     centres: int = 4102
     place_rank: int = 128
     world_rank: int = 72
+    guards: int = 32
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -117,7 +126,7 @@ class CompactHead(FullPrecision):
 
     def __init__(self, config: CompactConfig, columns: int, described: int, semantic: int) -> None:
         super().__init__()
-        self.likeness = Likeness(columns, config.directions, config.centres)
+        self.likeness = Likeness(columns, config.directions, config.centres, config.guards)
         self.scale = nn.Parameter(torch.ones(ASPECTS))
         self.learned = nn.Linear(config.directions, ASPECTS)
         nn.init.zeros_(self.learned.weight)
@@ -235,21 +244,23 @@ class Compact(TrainedModel):
         return torch.cat([*last, seen["colours"]], dim=1)
 
     def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Quality and its uncertainty, correspondence, and how unlike the training images this one is."""
+        """Quality and its uncertainty, correspondence, how unlike the training images this one is, and the trust t."""
         del context
         head = self.head
         statistics = self.statistics(seen)
         directions = head.likeness.project(statistics)
         raw = head.likeness(directions)
+        trust = head.likeness.trust(statistics)
         scores = head.scale * raw[:, :ASPECTS] + head.learned(directions)
         details = {
             "uncertainty": head.scale[0].abs() * torch.exp(raw[:, ASPECTS] / 2),
             "out_of_distribution": head.likeness.strangeness(statistics),
+            "trust": trust,
         }
         correspondence = None
         if prompts is not None:
             text = prompts.rows("pooled").to(directions.dtype)
             match = head.match(self.described(seen), seen["semantic"], text, raw[:, ASPECTS + 1])
-            correspondence = scores[:, 1] + head.match_weight * match
+            correspondence = trust * (scores[:, 1] + head.match_weight * match)
             details["semantic_match"] = match
-        return ModelOutput(quality=scores[:, 0], correspondence=correspondence, details=details)
+        return ModelOutput(quality=trust * scores[:, 0], correspondence=correspondence, details=details)

@@ -21,9 +21,10 @@ class Likeness(FullPrecision):
         columns: of x.
         directions: of u.
         centres: how many.
+        guards: directions in which images hardly differ, but move far when pixels are pushed to raise a score.
     """
 
-    def __init__(self, columns: int, directions: int, centres: int) -> None:
+    def __init__(self, columns: int, directions: int, centres: int, guards: int) -> None:
         super().__init__()
         for name, shape in (
             ("mean", (columns,)),
@@ -31,10 +32,13 @@ class Likeness(FullPrecision):
             ("centres", (centres, directions)),
             ("weights", (OUTPUTS, centres)),
             ("bias", (OUTPUTS,)),
+            ("guard", (guards, columns)),
+            ("guard_bias", (guards,)),
         ):
             self.register_buffer(name, torch.zeros(shape))
         self.register_buffer("deviation", torch.ones(columns))
         self.register_buffer("thresholds", torch.ones(2))
+        self.register_buffer("guard_limits", torch.ones(2))
         self.mean: Tensor
         self.deviation: Tensor
         self.basis: Tensor
@@ -42,6 +46,9 @@ class Likeness(FullPrecision):
         self.weights: Tensor
         self.bias: Tensor
         self.thresholds: Tensor
+        self.guard: Tensor
+        self.guard_bias: Tensor
+        self.guard_limits: Tensor
 
     def project(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch directions"]:
         """U of x."""
@@ -67,3 +74,16 @@ class Likeness(FullPrecision):
     def strangeness(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
         """The larger of both distances over its threshold: above 1, x is unlike the images that people scored."""
         return (self.distances(statistics) / self.thresholds).amax(dim=1)
+
+    def pushed(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
+        """Root mean square of x along the guarded directions, in which images that nobody pushed have deviation 1."""
+        standard = (statistics - self.mean) / self.deviation
+        return ((standard @ self.guard.T + self.guard_bias).square().mean(dim=1) + 1e-12).sqrt()
+
+    def trust(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
+        """1 up to the first limit of `pushed`, one half a second limit beyond it.
+
+        It falls like 1 / (1 + e^2) with the excess e, so that far away there is still a gradient that leads back.
+        """
+        excess = ((self.pushed(statistics) - self.guard_limits[0]) / self.guard_limits[1]).clamp_min(0)
+        return 1 / (1 + excess.square())

@@ -25,10 +25,10 @@ SPECS: dict[str, ModelSpec] = {
         gradient_path="pixels through both image towers, the statistics and the heads; prompts fixed",
         needs_prompt=False,
         weights="embedded",
-        megabytes=39.7,
+        megabytes=40.0,
         sha256={
             "towers/image.safetensors": "fbf5ed7dabfe5b52242e45255c11d8fb4ecff851e79b193668c122a319029d80",
-            "compact/model.safetensors": "1734c14e00eca1fbc1871010e83d76ecd2529ba7ee401d5f40133c70eb722244",
+            "compact/model.safetensors": "f89fe8de6b4e72d3ed2eb1ac8cfa458251a27ec1990c04c6013067af28caf5a0",
             "towers/text.safetensors": "5c8ccd909081d4b56784254744148ef34833a92748690d06f78814d1ee5fe46b",
         },
     ),

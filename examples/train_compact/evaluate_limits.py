@@ -1,6 +1,6 @@
 """Check the compact reward where nobody scored: spoilt images, images climbed by gradient, images unlike its own.
 
-    python examples/train_compact/evaluate_limits.py --data DIR --runs runs/compact [--images 200] [--out sheet.png]
+    python examples/train_compact/evaluate_limits.py --data DIR --runs runs/compact [--unguarded] [--out sheet.png]
 
 DIR is AGIQA-3K, --runs the folder of train.py, whose five heads judge the images of prompts that they never saw.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from degradations import DEGRADATIONS, degrade
-from features import with_corners
+from features import looking, with_corners
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -47,7 +47,7 @@ class Views:
     @torch.inference_mode()
     def held_out(self, images: Tensor, rows: np.ndarray) -> Tensor:
         """Quality (B,) by the heads that never saw the prompts of these rows."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # as the training looked, a third of the time
+        with looking():  # as the training looked
             seen = {name: tensor.float() for name, tensor in self.looking.look(images).items()}
         every = torch.stack([model.judge(seen, None, None).quality for model in self.heads])
         return every[torch.from_numpy(self.folds[rows]), torch.arange(len(rows))]
@@ -83,20 +83,24 @@ def climb(reward: Reward, image: Tensor) -> Tensor:
     return image
 
 
-def ascend(views: Views, images: ScoredImages, out: Path, count: int = 6) -> None:
+def ascend(views: Views, images: ScoredImages, out: Path, count: int) -> None:
     """Climb on a few images; print what the reward, held-out heads and another system say; write a sheet."""
     rows = np.linspace(100, len(images) - 100, count).astype(int)
-    other, tiles = create_reward("mst_clipiqa"), []
+    other, tiles, changes = create_reward("mst_clipiqa"), [], []
     for row in tqdm(rows, desc="climb", unit="image"):
         before = pixels.load(images.paths[row])[None]
         after = climb(views.reward, before)
         pair, twice = torch.cat([before, after]), np.array([row, row])
         with torch.inference_mode():
-            own, foreign = views.reward(pair, None).quality, other(pair, [images.prompts[row]] * 2).quality
+            output, foreign = views.reward(pair, None), other(pair, [images.prompts[row]] * 2).quality
         held = views.held_out(pair, twice)
-        figures = (f"{name} {a:.3f} -> {b:.3f}" for name, (a, b) in (("reward", own), ("fold", held), ("mst", foreign)))
+        views_of = {"reward": output.quality, "trust": output.details["trust"], "fold": held, "mst": foreign}
+        figures = (f"{name} {a:.3f} -> {b:.3f}" for name, (a, b) in views_of.items())
         print(f"{images.names[row]}: {', '.join(figures)}")
+        changes.append({name: float(b - a) for name, (a, b) in views_of.items()})
         tiles.append(torch.cat([before, after, (0.5 + 4 * (after - before)).clamp(0, 1)], dim=3))
+    means = (f"{name} {np.mean([change[name] for change in changes]):+.3f}" for name in changes[0])
+    print(f"mean change over {count} images: {', '.join(means)}")
     width = min(tile.shape[3] for tile in tiles)
     sheet = pixels.to_pil(torch.cat([tile[..., :width] for tile in tiles], dim=2))[0]
     sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(out)
@@ -126,13 +130,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of AGIQA-3K with data.csv and images/")
     parser.add_argument("--runs", type=Path, required=True, help="folder of train.py")
     parser.add_argument("--images", type=int, default=200, help="to spoil")
+    parser.add_argument("--climbs", type=int, default=6, help="images to climb on")
+    parser.add_argument("--unguarded", action="store_true", help="climb without the guard, and do nothing else")
     parser.add_argument("--out", type=Path, default=Path("climbed.png"), help="the sheet of images before and after")
     arguments = parser.parse_args()
     images = read_agiqa3k(arguments.data)
     views = Views(arguments.runs, images)
+    if arguments.unguarded:
+        views.reward.model.head.likeness.guard_limits[0] = torch.inf
+        return ascend(views, images, arguments.out, arguments.climbs)
     unlike(views, images)
-    ascend(views, images, arguments.out)
-    monotone(views, images, arguments.images)
+    ascend(views, images, arguments.out, arguments.climbs)
+    return monotone(views, images, arguments.images)
 
 
 if __name__ == "__main__":

