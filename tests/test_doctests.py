@@ -107,6 +107,9 @@ def without_example(module: ModuleType, names: tuple[str, ...] | list[str]) -> l
 
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 
+LONG = ("benchmark", "finetuning", "sampling", "scorer.py", "encoders")
+"""Packages and files whose examples sample, train or embed for seconds: they run in the slow suite."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _rewards_are_loaded_once() -> Iterator[None]:
@@ -128,7 +131,13 @@ def _rewards_are_loaded_once() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def marked(path: Path) -> Any:
+    """A file's case, slow where its examples are long."""
+    place = path.relative_to(ROOT)
+    return pytest.param(path, marks=[pytest.mark.slow] * (place.parts[0] in LONG), id=place.as_posix())
+
+
+@pytest.mark.parametrize("path", [marked(path) for path in FILES])
 def test_examples_give_what_they_say(path, tmp_path, monkeypatch):
     place = path.relative_to(ROOT).as_posix()
     if place in NEEDS:

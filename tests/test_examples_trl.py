@@ -23,6 +23,7 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
 
 
+@pytest.mark.slow
 def test_it_trains_saves_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import optimise_prompts_grpo as example
     from safetensors.torch import load_file
