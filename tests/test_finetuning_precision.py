@@ -101,6 +101,7 @@ def backward(optimisation: Optimisation, factor: float = 1.0) -> None:
 
 def test_gradients_are_clipped_in_their_own_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = optimisation_of(Accelerator(cpu=True), max_grad_norm=0.5)
+    plain.accelerator.native_amp = False  # accelerators share their state, also with those of tests before
     half = optimisation_of(scaling(monkeypatch), max_grad_norm=0.5, mixed_precision="fp16")
     for _ in range(3):
         backward(plain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,15 @@ def find_checkpoint(folder: Path, wanted: str | Path | None) -> Path | None:
     raise ValueError(f"resume_from_checkpoint: there is no checkpoint {str(wanted)!r}; {folder} holds {names}")
 
 
-def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> Checkpoint:
+def load_checkpoint(
+    path: Path, optimizer: torch.optim.Optimizer, check: Callable[[Mapping[str, Any]], None] = lambda numbers: None
+) -> Checkpoint:
     """Read a checkpoint; the moments go into the optimiser.
+
+    Args:
+        path: its folder.
+        optimizer: of the same weights.
+        check: is told the numbers before anything is restored, and raises where they are of another training.
 
     Raises:
         WeightsError: it is not whole.
@@ -122,6 +129,7 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> Checkpoint:
         raise WeightsError(
             f"checkpoint: {path} is not whole (state.json tells no step); remove it to go on from another"
         )
+    check(numbers)
     restore_moments(optimizer, read_weights(path / "optimizer.safetensors"), source=str(path))
     parts = {name: read_weights(path / file) for name, file in _PARTS.items()}
     return Checkpoint(step=numbers.pop("step"), lora=read_weights(path / FILE), numbers=numbers, **parts)

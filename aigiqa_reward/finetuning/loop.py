@@ -106,6 +106,13 @@ class Loop:
 
     # ----------------------------------------------------------------------------------------- going on
 
+    def _same(self, name: str, numbers: Mapping[str, Any]) -> None:
+        if changed := list(differences(numbers["settings"], self.known_settings, [], [])):
+            raise ValueError(
+                f"resume_from_checkpoint: {name} was written with other settings ({'; '.join(changed)}); use "
+                "those, or train into another folder"
+            )
+
     def resume(self, wanted: str | Path | None, report_to: str | None = None) -> None:
         """Go on from a checkpoint, if one is wanted, and tell the settings to a tracker, if one is.
 
@@ -115,12 +122,7 @@ class Loop:
         with self.accelerator.main_process_first():
             path = find_checkpoint(self.folder, wanted)
         if path is not None:
-            found = load_checkpoint(path, self.optimisation.inner)
-            if changed := list(differences(found.numbers["settings"], self.known_settings, [], [])):
-                raise ValueError(
-                    f"resume_from_checkpoint: {path.name} was written with other settings ({'; '.join(changed)}); use "
-                    "those, or train into another folder"
-                )
+            found = load_checkpoint(path, self.optimisation.inner, lambda numbers: self._same(path.name, numbers))
             self.lora.load(found.lora, source=str(path))
             self.optimisation.restore(found.numbers, found.average)
             self.monitor.load(found.numbers["monitor"])
