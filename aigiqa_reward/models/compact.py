@@ -14,12 +14,13 @@ image's colours, adds to it; all are less their means over the training images:
 
 V is such a map for pictures of the embedded world, which g, a fourth row of A, tells from others: about 1, or else 0.
 
-Frozen towers can be deceived: along the gradient of a score, steps of a 255th lift it to any height without a visible
+Frozen towers can be deceived: twenty steps of a 255th along the gradient of a score lift it beyond 1 without a visible
 change. Such steps move x far in directions in which images hardly differ. With H those directions, whitened,
 
     quality = t raw,    e = max(0, (rms(H x + h) - l) / m),    t = 1 / (1 + e^2),
 
-and correspondence alike; 99 % of images that people scored have t = 1 exactly.
+and correspondence alike; 99.8 % of scored images on unseen prompts have t = 1 exactly. It holds climbing back, it does
+not end it.
 
 A further training scales quality and c_raw and adds a linear function of u to them; the embedded weights do not.
 

@@ -76,7 +76,7 @@ class Likeness(FullPrecision):
         return (self.distances(statistics) / self.thresholds).amax(dim=1)
 
     def pushed(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
-        """Root mean square of x along the guarded directions, in which images that nobody pushed have deviation 1."""
+        """Root mean square of x along the guarded directions, in deviations of the images that they were fitted to."""
         standard = (statistics - self.mean) / self.deviation
         return ((standard @ self.guard.T + self.guard_bias).square().mean(dim=1) + 1e-12).sqrt()
 

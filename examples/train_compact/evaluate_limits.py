@@ -138,10 +138,11 @@ def main() -> None:
     views = Views(arguments.runs, images)
     if arguments.unguarded:
         views.reward.model.head.likeness.guard_limits[0] = torch.inf
-        return ascend(views, images, arguments.out, arguments.climbs)
-    unlike(views, images)
+    else:
+        unlike(views, images)
     ascend(views, images, arguments.out, arguments.climbs)
-    return monotone(views, images, arguments.images)
+    if not arguments.unguarded:
+        monotone(views, images, arguments.images)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 after train.py, with the same folders. A climb moves the towers' statistics in directions in which images hardly differ;
 those are found in closed form, as the generalised eigenvectors of both covariances. In each round somebody who
-knows the guard climbs around it, and what that moved joins the rest. The limit is where 99 % of the images that people
-scored lie, on prompts that a fold's guard never saw; guarded.npz has the held-out scores with it. An hour on one core.
+knows the guard climbs around it, and what that moved joins the rest. The limit is where `guard_known` of the images
+that people scored lie, on prompts that a fold's guard never saw; guarded.npz has the held-out scores. Half an hour on
+a core.
 """
 
 from __future__ import annotations
