@@ -296,6 +296,7 @@ def test_two_processes_make_pairs_and_train_as_one(room: Path, tmp_path: Path) -
         torch.testing.assert_close(weights_of(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_an_interrupted_process_leaves_a_checkpoint(options: list[str], tmp_path: Path) -> None:
     more = ["--checkpointing_steps", "0", "--output_dir", tmp_path]

@@ -278,6 +278,7 @@ def test_an_interruption_before_anything_was_made_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # in the fast suite the process that is interrupted is `best-of-n`'s
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_an_interrupted_process_keeps_what_it_has(tmp_path: Path) -> None:
     status, stdout, stderr = interrupt(command("demo", "--prompt", PROMPT, "--n", "1000", "--out", tmp_path))

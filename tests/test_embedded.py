@@ -145,10 +145,11 @@ def test_the_judge_measures_degradation(judge: Judge, pictures: torch.Tensor, co
     """Its level of the right kind rises with the true one, on average over pictures."""
     generator = torch.Generator().manual_seed(column)
     measured = []
+    some = pictures[::8]
     for level in (0.0, 0.3, 0.6, 0.9):
-        levels = torch.zeros(len(pictures), len(DEGRADATIONS))
+        levels = torch.zeros(len(some), len(DEGRADATIONS))
         levels[:, column] = level
-        measured.append(float(judge.examine(degrade(pictures, levels, generator)).degradation[:, column].mean()))
+        measured.append(float(judge.examine(degrade(some, levels, generator)).degradation[:, column].mean()))
     assert measured == sorted(measured)
     assert measured[0] < 0.1
     assert measured[3] > measured[0] + 0.3
@@ -240,15 +241,15 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_samples_show_what_the_prompt_says(pipe: StableDiffusionPipeline, judge: Judge):
-    """One sample of each of 32 trained pairs; the full figure is examples/train_generator/evaluate.py's."""
-    chosen = np.random.default_rng(2).permutation(all_pairs(held_out=False))[:32]
+    """One sample of each of 12 trained pairs; the full figure is examples/train_generator/evaluate.py's."""
+    chosen = np.random.default_rng(2).permutation(all_pairs(held_out=False))[:12]
     prompts = [caption(*pair) for pair in chosen.tolist()]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(len(prompts))]
     images = pipe(prompts, generator=generators, num_inference_steps=20, guidance_scale=3.0, output_type="pt").images
-    assert images.shape == (32, 3, SIDE, SIDE)
+    assert images.shape == (12, 3, SIDE, SIDE)
     noun, colour = judge.recognises(images, prompts)
-    assert int(noun.sum()) >= 26
-    assert int(colour.sum()) >= 28
+    assert int(noun.sum()) >= 10
+    assert int(colour.sum()) >= 10
 
 
 def test_every_word_of_the_world_is_a_token_of_its_own(pipe: StableDiffusionPipeline):

@@ -276,7 +276,16 @@ def test_checkpointing_changes_nothing(pairs):
 # --------------------------------------------------------------------------------------------- where it leads
 
 
-@pytest.mark.parametrize(("kind", "loss"), [("sd", "sigmoid"), ("sd", "hinge"), ("sd", "ipo"), ("sd3", "sigmoid")])
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("sd", "sigmoid"),
+        *(
+            pytest.param(*others, marks=pytest.mark.slow)
+            for others in (("sd", "hinge"), ("sd", "ipo"), ("sd3", "sigmoid"))
+        ),
+    ],
+)
 def test_steps_raise_the_implicit_accuracy(kind, loss, pairs):
     """Seen on noise that no step was taken on: 60 draws, of which at random 40 or more would be right once in 150."""
     tools, dpo = tools_of(kind), DPO(pairs=pairs, beta=BETA, loss=loss)

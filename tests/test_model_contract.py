@@ -63,20 +63,19 @@ def scenes(count: int, height: int, width: int, *, seed: int = 0) -> torch.Tenso
 
 def test_pixel_gradient_equals_central_differences(make: Maker) -> None:
     reward = make(dtype=torch.float64)
-    images = scenes(2, 96, 80).double().requires_grad_()
-    context = reward.prepare(images.detach(), PROMPTS[:2])
+    images = scenes(1, 96, 80).double().requires_grad_()
+    context = reward.prepare(images.detach(), PROMPTS[:1])
 
     def total(batch: torch.Tensor) -> torch.Tensor:
-        return reward(batch, PROMPTS[:2], context=context).total.sum()
+        return reward(batch, PROMPTS[:1], context=context).total.sum()
 
     (gradient,) = torch.autograd.grad(total(images), images)
     assert torch.isfinite(gradient).all()
-    assert (gradient.flatten(1).norm(dim=1) > 0).all(), "an image without any gradient cannot be improved"
-    generator = torch.Generator().manual_seed(1)
-    directions = [torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+    assert gradient.norm() > 0, "an image without any gradient cannot be improved"
+    other = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     step = 1e-5
     with torch.no_grad():
-        for direction in [gradient, *directions]:
+        for direction in (gradient, other):
             direction = direction / direction.norm()
             numeric = (total(images + step * direction) - total(images - step * direction)) / (2 * step)
             analytic = (gradient * direction).sum()
@@ -178,15 +177,15 @@ def test_every_size_and_aspect_ratio_scores(reward: Reward, size: tuple[int, int
 
 
 def test_precision_of_inputs_and_reward(make: Maker) -> None:
-    images = scenes(2, 64, 64)
+    images = scenes(1, 64, 64)
     single, double = make(), make(dtype=torch.float64)
     with torch.no_grad():
-        full = single(images, PROMPTS[:2])
+        full = single(images, PROMPTS[:1])
         assert full.total.dtype == torch.float32
         for half in (torch.float16, torch.bfloat16):
-            output = single(images.to(half), PROMPTS[:2])
+            output = single(images.to(half), PROMPTS[:1])
             assert {output.total.dtype, output.quality.dtype, output.correspondence.dtype} == {torch.float32}
-        exact = double(images.double(), PROMPTS[:2])
+        exact = double(images.double(), PROMPTS[:1])
     assert {exact.total.dtype, exact.quality.dtype, exact.correspondence.dtype} == {torch.float64}
     assert all(detail.dtype == torch.float64 for detail in exact.details.values() if detail.is_floating_point())
     assert torch.allclose(exact.total.float(), full.total, atol=1e-4)
@@ -250,17 +249,17 @@ def test_prompts_in_other_scripts_are_scored_with_a_warning(reward: Reward) -> N
 # --------------------------------------------------------------------------------------------- saving
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_saved_and_loaded_rewards_are_equal_to_the_bit(make: Maker, tmp_path: Path, dtype: torch.dtype) -> None:
     reward = make(quality_weight=2.0, dtype=dtype)
     reward.save_pretrained(tmp_path)
     again, direct = make(weights=tmp_path), Reward.from_pretrained(tmp_path)
-    images = scenes(2, 64, 96)
+    images = scenes(1, 64, 96)
     with torch.no_grad():
-        expected = reward(images, PROMPTS[:2])
+        expected = reward(images, PROMPTS[:1])
         for loaded in (again, direct):
             assert loaded.quality_weight == 2.0
-            output = loaded(images, PROMPTS[:2])
+            output = loaded(images, PROMPTS[:1])
             assert torch.equal(output.total, expected.total)
             assert torch.equal(output.correspondence, expected.correspondence)
     assert {file.suffix for file in tmp_path.iterdir()} <= {".json", ".safetensors", ".md"}
