@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from aigiqa_reward import images as pixels
 from aigiqa_reward.images import ImageSource
 from aigiqa_reward.models.base import check_prompts
-from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output
+from aigiqa_reward.types import (
+    PromptError,
+    PromptFeatures,
+    RewardFunction,
+    RewardOutput,
+    as_reward_output,
+    unreadable_prompts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +29,7 @@ class ScoredImage:
 
     Attributes:
         index: its place in the inputs.
-        output: its scores, a batch of one on the CPU; None if it could not be read.
+        output: its scores, a batch of one on the CPU; None if it, or its own prompt, could not be read.
         error: why not; None if it could.
 
     Example:
@@ -43,7 +50,7 @@ class ScoredImage:
 
 
 class ScoringError(ValueError):
-    """Some inputs could not be read. Nothing that was scored is lost.
+    """Some inputs, or their prompts, could not be read. Nothing that was scored is lost.
 
     Attributes:
         errors: reason by index of the input.
@@ -108,13 +115,15 @@ class Scorer:
             inputs: PIL images, paths, arrays or tensors, of any sizes mixed; or one batch: a tensor (B, 3, H, W) or an
                 array or tensor (B, H, W, 3).
             prompts: one string an input, one string for all, or None.
-            on_error: "raise" a ScoringError at the end, or give "nan" for inputs that cannot be read.
+            on_error: "raise" a ScoringError at the end, or give "nan" for inputs that cannot be read, and for those
+                whose own prompt the reward cannot read.
 
         Returns:
             Scores on the CPU, row i for inputs[i].
 
         Raises:
-            ScoringError: an input could not be read; it carries every other score.
+            ScoringError: an input could not be read, or its own prompt; it carries every other score.
+            PromptError: one string for all that the reward cannot read.
             TypeError, ValueError: the arguments do not fit together.
         """
         if on_error not in ("raise", "nan"):
@@ -139,23 +148,46 @@ class Scorer:
     ) -> Iterator[ScoredImage]:
         """Score inputs one batch after another, yielding each result in the inputs' order as soon as it is known.
 
-        The arguments are checked before this returns; unreadable inputs are results with an `error`.
+        The arguments are checked before this returns; unreadable inputs, and inputs whose own prompt the reward cannot
+        read, are results with an `error`.
         """
         sources = _sources(inputs)
         texts = _texts(prompts, len(sources))
-        return self._stream(sources, texts)
+        shared = self._encode([prompts], None) if isinstance(prompts, str) and self._encodes else None
+        return self._stream(sources, texts, shared)
 
-    def _stream(self, sources: Sequence[ImageSource], texts: list[str] | None) -> Iterator[ScoredImage]:
-        features: PromptFeatures | None = None
+    @property
+    def _encodes(self) -> bool:
+        return hasattr(self.reward, "encode_prompts")
+
+    def _stream(
+        self, sources: Sequence[ImageSource], texts: list[str] | None, features: PromptFeatures | None
+    ) -> Iterator[ScoredImage]:
         for start in range(0, len(sources), self.batch_size):
             window = range(start, min(start + self.batch_size, len(sources)))
             loaded, errors = _load(sources, window)
             prompts: Any = None
             if texts is not None:
                 prompts = [texts[index] for index in window]
-                if hasattr(self.reward, "encode_prompts"):
-                    features = prompts = self._encode(prompts, features)
+                if self._encodes:
+                    features, unread = self._encode_readable(prompts, features)
+                    errors = {index: unread[texts[index]] for index in window if texts[index] in unread} | errors
+                    loaded = {index: image for index, image in loaded.items() if index not in errors}
+                    prompts = features
             yield from self._window(window, loaded, errors, prompts)
+
+    def _encode_readable(
+        self, prompts: list[str], previous: PromptFeatures | None
+    ) -> tuple[PromptFeatures | None, dict[str, str]]:
+        """Features of these prompts, and why some cannot be read: their rows hold those of another one."""
+        try:
+            return self._encode(prompts, previous), {}
+        except PromptError:
+            unread = unreadable_prompts(self.reward, prompts)
+            read = [prompt for prompt in prompts if prompt not in unread]
+            if not read:
+                return None, unread
+            return self._encode([read[0] if prompt in unread else prompt for prompt in prompts], previous), unread
 
     def _encode(self, prompts: list[str], previous: PromptFeatures | None) -> PromptFeatures:
         """Features of these prompts, taken from the window before where it had them all."""

@@ -20,6 +20,32 @@ Context: TypeAlias = Mapping[str, Tensor]
 """What assistants said about a batch (captions' features, masks, ...), held fixed in gradients. Row i is image i."""
 
 
+class PromptError(ValueError):
+    r"""A prompt in which a text tower finds no word, such as one of zero-width spaces alone.
+
+    Args:
+        prompt: the text.
+        argument: the name to use in the message.
+
+    Example:
+        >>> from aigiqa_reward import create_reward
+        >>> from aigiqa_reward.types import PromptError
+        >>> try:
+        ...     create_reward("compact").encode_prompts(["a fox", "\u200b"])
+        ... except PromptError as error:
+        ...     print("left out:", repr(error.prompt))
+        left out: '\u200b'
+    """
+
+    def __init__(self, prompt: str, argument: str = "prompts") -> None:
+        super().__init__(prompt, argument)
+        self.prompt = prompt
+        self.argument = argument
+
+    def __str__(self) -> str:
+        return f"{self.argument}: {self.prompt!r} holds no readable word; pass one with words, or None to score without"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptFeatures:
     """Prompts as one model sees them: each distinct prompt encoded once, and which row uses which.
@@ -202,3 +228,30 @@ def as_reward_output(result: Tensor | RewardOutput, batch: int, *, source: str =
                 f"images; expected ({batch},): one score an image, in the images' order"
             )
     return result
+
+
+def unreadable_prompts(reward: Any, prompts: Sequence[str]) -> dict[str, str]:
+    r"""Why a reward cannot read some prompts, by prompt.
+
+    Args:
+        reward: a Reward or any RewardFunction; of one without `encode_prompts` nothing is known beforehand.
+        prompts: texts, not blank.
+
+    Example:
+        >>> from aigiqa_reward import create_reward
+        >>> from aigiqa_reward.types import unreadable_prompts
+        >>> list(unreadable_prompts(create_reward("compact"), ["a fox", "\u200b", "a cat"]))
+        ['\u200b']
+    """
+    found: dict[str, str] = {}
+    left = list(dict.fromkeys(prompts)) if hasattr(reward, "encode_prompts") else []
+    while left:
+        try:
+            reward.encode_prompts(left)
+            break
+        except PromptError as error:
+            if error.prompt not in left:
+                raise
+            left.remove(error.prompt)
+            found[error.prompt] = str(error)
+    return found

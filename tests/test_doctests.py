@@ -46,7 +46,7 @@ NOT_PACKAGED = {
     "aigiqa_reward.scorer": ("ScoredImage", "ScoringError"),
     "aigiqa_reward.selection": ("Halving", "ZeroOrder", "rank"),
     "aigiqa_reward.training.recipes": ("Recipe",),
-    "aigiqa_reward.types": ("PromptFeatures",),
+    "aigiqa_reward.types": ("PromptError", "PromptFeatures", "unreadable_prompts"),
 }
 """Names that users take from single modules."""
 

@@ -14,7 +14,7 @@ from aigiqa_reward import CompositeReward, Reward, RewardOutput, Scorer
 from aigiqa_reward.images import load
 from aigiqa_reward.models.base import ModelOutput, ModelSpec, QualityModel
 from aigiqa_reward.scorer import ScoringError, device_of
-from aigiqa_reward.types import PromptFeatures
+from aigiqa_reward.types import PromptError, PromptFeatures
 
 
 def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
@@ -59,6 +59,9 @@ class WordModel(QualityModel):
         self.encoded: list[tuple[str, ...]] = []
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        for text in texts:
+            if not any(letter.isalnum() for letter in text):
+                raise PromptError(text)
         self.encoded.append(tuple(texts))
         return {"count": torch.tensor([float(len(text.split())) for text in texts])}
 
@@ -326,6 +329,22 @@ def test_nothing_readable_at_all(tmp_path):
     output = Scorer(brightness).score(absent, on_error="nan")
     assert output.total.isnan().tolist() == [True, True]
     assert output.quality.isnan().all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_an_input_whose_prompt_cannot_be_read_is_reported_and_the_others_scored(arrays, means, batch_size):
+    scorer = Scorer(word_reward(), batch_size=batch_size)
+    prompts = ["a cat", "\ufffd", "a red fox", "\u200b"]
+    output = scorer.score(arrays[:4], prompts, on_error="nan")
+    assert output.correspondence is not None
+    assert output.correspondence.nan_to_num(-1).tolist() == [2, -1, 3, -1]
+    np.testing.assert_allclose(output.quality, [means[0], np.nan, means[2], np.nan], atol=1e-5)
+    errors = [result.error for result in scorer.stream([*arrays[:3], "absent.png"], prompts)]
+    assert errors[0] is errors[2] is None
+    assert "'\ufffd' holds no readable word" in str(errors[1])
+    assert "no such file" in str(errors[3]), "of two faults the image's is told"
+    with pytest.raises(PromptError, match=r"prompts: .*no readable word"):
+        scorer.stream(arrays, "\u200b")  # at once: the argument is at fault, not an input
 
 
 def test_files_that_turn_out_damaged_while_decoding_lose_no_scores(arrays, means, tmp_path):

@@ -99,6 +99,22 @@ def test_rewrites_at_fault_get_the_floor_and_images_that_failed_get_none(pipe: A
     assert math.isnan(nothing["rewrite/quality"])
 
 
+def test_a_rewrite_that_the_reward_cannot_read_gets_the_floor_where_it_judges(pipe: Any) -> None:
+    scorer = PromptScorer(pipe, create_reward("compact"), **SETTINGS)
+    rewrites, originals = ["\ufffd", APPLE, "\u200b"], ["an apple"] * 3
+    metrics: dict[str, float] = {}
+    got = RewriteReward(scorer, judged_by="rewrite", floor=-1.0)(
+        rewrites, rewrites, original=originals, log_metric=metrics.__setitem__
+    )
+    [readable] = scorer.score([APPLE])
+    assert got == [-1.0, pytest.approx(readable.total, abs=1e-6), -1.0]
+    assert metrics["rewrite/blank"] == pytest.approx(2 / 3)
+    assert RewriteReward(scorer, judged_by="rewrite")(["\ufffd"], ["\ufffd"], original=["an apple"]) == [0.0]
+    assert all(isinstance(one, float) for one in RewriteReward(scorer)(rewrites, rewrites, original=originals))
+    with pytest.raises(ValueError, match="no readable word"):
+        RewriteReward(scorer)([APPLE], [APPLE], original=["\ufffd"])  # the dataset is at fault, not the rewrite
+
+
 def test_noise_is_shared_and_stays_or_is_fresh_every_step(pipe: Any) -> None:
     reward = Seen()
     search = PromptScorer(BestOfN(pipe, reward, n=2), **SETTINGS)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.text import warn_dropped, warn_if_not_latin
-from aigiqa_reward.types import Images
+from aigiqa_reward.types import Images, PromptError
 
 _CONFIG_FILE, _TOKENIZER_FILE = "config.json", "tokenizer.json"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
@@ -158,7 +158,8 @@ class BLIPEncoder(nn.Module):
 
         Raises:
             TypeError: one string instead of several.
-            ValueError: no texts, or one without a readable word.
+            ValueError: no texts.
+            PromptError: one without a readable word.
         """
         if isinstance(texts, str):
             raise TypeError(f"texts: expected a list of strings, got one string; pass [{texts[:40]!r}]")
@@ -176,7 +177,7 @@ class BLIPEncoder(nn.Module):
         warn_if_not_latin(text, tower="BLIP")
         encoding = self.tokenizer.encode(text)
         if len(encoding.ids) <= 2:
-            raise ValueError(f"texts: {text!r} holds no readable word; pass a text with words")
+            raise PromptError(text, "texts")
         if len(encoding.ids) <= self.window:
             return encoding.ids
         cut = encoding.offsets[self.window - 1][0]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward.encoders.text import warn_dropped, warn_if_not_latin
 from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
-from aigiqa_reward.types import Images
+from aigiqa_reward.types import Images, PromptError
 from aigiqa_reward.weights import ASSETS, load_strictly, read_checked, read_weights
 
 _Tower = TypeVar("_Tower", bound=nn.Module)
@@ -142,7 +142,7 @@ class CompactTextTower(nn.Module):
         warn_if_not_latin(text, tower="the compact text tower")
         encoding = self.tokenizer.encode(text)
         if len(encoding.ids) <= 2:
-            raise ValueError(f"prompts: {text!r} holds no readable word; pass a prompt with words, or None")
+            raise PromptError(text)
         if len(encoding.ids) <= self.window:
             return encoding.ids
         cut = encoding.offsets[self.window - 1][0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.text import warn_dropped, warn_if_not_latin
 from aigiqa_reward.reading import parse_json
-from aigiqa_reward.types import Images
+from aigiqa_reward.types import Images, PromptError
 
 _SCHEMAS = ("local-dir:", "hf-hub:")
 _CONFIG_FILE = "open_clip_config.json"
@@ -219,7 +219,7 @@ class OpenCLIPEncoder(nn.Module):
         words = text.split()
         ends = list(accumulate(len(self.tokenizer.encode(word)) for word in words))
         if not ends or ends[-1] == 0:
-            raise ValueError(f"prompts: {text!r} holds no readable word; pass a prompt with words, or None")
+            raise PromptError(text)
         room = self.window - 2  # for the start and end tokens
         if ends[-1] > room:
             kept = sum(end <= room for end in ends)

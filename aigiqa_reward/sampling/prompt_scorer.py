@@ -18,6 +18,7 @@ from aigiqa_reward.sampling.chunks import in_chunks
 from aigiqa_reward.sampling.pipeline_call import check_pipe_kwargs, generators_of, images_of, takes
 from aigiqa_reward.scorer import device_of, score_batch
 from aigiqa_reward.selection import integer
+from aigiqa_reward.types import unreadable_prompts
 
 _OWNED = {
     "prompt": "pass the prompts to score()",
@@ -147,6 +148,7 @@ class PromptScorer:
         Raises:
             TypeError: not a list of texts.
             ValueError: a blank text, or `judged_by` of another length.
+            PromptError: a text to judge by that the reward cannot read.
             torch.OutOfMemoryError: if not even one image fits into memory.
         """
         prompts = _texts(prompts, "prompts")
@@ -167,6 +169,10 @@ class PromptScorer:
             scores.append(replace(_mean([found[image] for image in row]), cached=unseen.isdisjoint(row)))
             unseen.difference_update(row)
         return scores
+
+    def unreadable(self, judged_by: Sequence[str]) -> dict[str, str]:
+        """Why the reward cannot read some texts, by text: `score` would raise a PromptError of them."""
+        return unreadable_prompts(self.reward, judged_by)
 
     def clear(self) -> None:
         """Forget all scores: for after the pipeline or the reward was changed."""

@@ -30,7 +30,8 @@ class RewriteReward:
     scores, and judges its own completions; trl puts them together.
 
     Rewards are totals of the reward, or
-      - `floor` for a rewrite that is blank, or whose images the pipeline's safety checker blanked: it is at fault;
+      - `floor` for a rewrite that is blank, or that is to judge and holds no word that the reward can read, or whose
+        images the pipeline's safety checker blanked: it is at fault;
       - None, which trl leaves out of the group, where no image could be judged for another reason (NaN pixels).
 
     Args:
@@ -98,12 +99,12 @@ class RewriteReward:
             trainer_state: its `global_step` chooses the noise with `fresh_noise`.
             log_extra: takes the columns original, rewrite, quality, correspondence for trl's table of completions.
             log_metric: takes the means of quality and correspondence over the judged, and the shares of rewrites that
-                were blank, dropped or flagged, and cached, all as rewrite/NAME.
+                were blank or unreadable, dropped or flagged, and cached, all as rewrite/NAME.
             **columns: the dataset's other columns, (N,) each; `original_column` is used.
 
         Raises:
             TypeError: an original or a completion that is no text.
-            ValueError: no column of this name, or blank originals.
+            ValueError: no column of this name, or originals that are blank or hold no word that the reward can read.
         """
         del prompts, completion_ids
         originals = self._originals(columns, len(completions))
@@ -135,8 +136,11 @@ class RewriteReward:
         return list(originals)
 
     def _scores(self, originals: list[str], rewrites: list[str], trainer_state: Any) -> list[PromptScore | None]:
-        """None for a blank rewrite."""
+        """None for a rewrite that is blank, or cannot be read where it judges."""
         written = [row for row, rewrite in enumerate(rewrites) if rewrite]
+        if self.judged_by == "rewrite":
+            unread = self.scorer.unreadable([rewrites[row] for row in written])
+            written = [row for row in written if rewrites[row] not in unread]
         if not written:
             return [None] * len(rewrites)
         step = getattr(trainer_state, "global_step", 0) if self.fresh_noise else 0
