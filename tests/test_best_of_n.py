@@ -17,6 +17,7 @@ from pipelines import FAMILIES, FEW_STEPS
 from torch import Tensor, nn
 
 from aigiqa_reward import BestOfN, BestOfNOutput, rerank
+from aigiqa_reward.sampling import NothingRankedError
 from aigiqa_reward.sampling.prompt_memo import PromptMemo, is_one_prompt
 from aigiqa_reward.types import PromptFeatures, RewardOutput
 
@@ -644,8 +645,9 @@ def test_fewer_than_top_k_left_are_returned():
 def test_nothing_left_is_an_error():
     pipe = pipelines.stable_diffusion()
     pipe.vae.decoder.register_forward_hook(lambda module, args, output: output * math.nan)
-    with pytest.raises(RuntimeError, match=r"none of the 3 candidates could be ranked.*NaN"):
+    with pytest.raises(NothingRankedError, match=r"none of the 3 candidates could be ranked.*NaN") as caught:
         make(pipe, n=3)(PROMPT, **FEW_STEPS)
+    assert caught.value.output.dropped.keys() == set(caught.value.output.all_seeds) and not caught.value.output.images
     assert "encode_prompt" not in vars(pipe)
 
 

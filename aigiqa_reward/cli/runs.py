@@ -182,6 +182,8 @@ def sample(
     search: BestOfN, prompt: str, seed: int, settings: dict[str, Any]
 ) -> tuple[BestOfNOutput | None, CommandError | KeyboardInterrupt | None]:
     """The last output that was reached, and what ended the sampling early, if anything did."""
+    from aigiqa_reward.sampling import NothingRankedError
+
     output = None
     try:
         with progress("best of n", search.n) as show, usage_errors():
@@ -189,8 +191,6 @@ def sample(
                 show(len(output.all_seeds))
     except (CommandError, KeyboardInterrupt) as error:
         return output, error
-    except RuntimeError as error:
-        if output is None or output.images:
-            raise
-        return output, CommandError(str(error), status=1)  # not one candidate could be ranked
+    except NothingRankedError as error:
+        return error.output, CommandError(str(error), status=1)
     return output, None

@@ -15,10 +15,17 @@ Example:
     ... except BestOfEachError as error:
     ...     print("failed:", list(error.failures))
     failed: [0]
+    >>> from aigiqa_reward.sampling import NothingRankedError, rerank
+    >>> try:
+    ...     rerank(["missing.png"], "a cat", broken)
+    ... except NothingRankedError as error:
+    ...     print(error.output.dropped)
+    {0: 'missing.png: no such file'}
 """
 
 from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput, rerank
 from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger
+from aigiqa_reward.sampling.candidates import NothingRankedError
 from aigiqa_reward.sampling.guidance import RewardGuidance
 from aigiqa_reward.sampling.many_prompts import BestOfEachError, best_of_each
 from aigiqa_reward.sampling.noise_optimization import NoiseOptimizer
@@ -31,6 +38,7 @@ __all__ = [
     "BestOfNOutput",
     "EarlyExit",
     "NoiseOptimizer",
+    "NothingRankedError",
     "ParticleSteering",
     "PromptScore",
     "PromptScorer",

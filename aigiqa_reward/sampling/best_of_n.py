@@ -124,7 +124,7 @@ class BestOfN:
         Raises:
             TypeError: a list of prompts, or another argument of a wrong type.
             ValueError: an argument that cannot be used; before anything is sampled.
-            RuntimeError: if no candidate is left.
+            NothingRankedError: if no candidate is left.
             torch.OutOfMemoryError: if not even one candidate fits into memory.
         """
         from tqdm.auto import tqdm
@@ -143,7 +143,7 @@ class BestOfN:
 
         Show it as progress, leave the loop when it is good enough, or keep it when the user interrupts.
         Between two outputs the pipeline is as it was. Until a first candidate is ranked, `.images` is empty.
-        The warning and the RuntimeError of a call come after the last output.
+        The warning and the NothingRankedError of a call come after the last output.
 
         Args and errors are those of a call; wrong arguments raise here already, not at the first output.
         """

@@ -98,6 +98,18 @@ class BestOfNOutput:
     noises: list[Tensor] | None = None
 
 
+class NothingRankedError(RuntimeError):
+    """Every candidate was dropped.
+
+    Attributes:
+        output: without images; `.dropped` says why, by seed.
+    """
+
+    def __init__(self, message: str, output: BestOfNOutput) -> None:
+        super().__init__(message)
+        self.output = output
+
+
 class PromptedReward:
     """A reward bound to one prompt, which is encoded once.
 
@@ -264,7 +276,7 @@ def conclude(output: BestOfNOutput, top_k: int, *, name: str, stacklevel: int) -
         stacklevel: as for `warnings.warn`, counted from this function.
 
     Raises:
-        RuntimeError: if no candidate is left.
+        NothingRankedError: if no candidate is left.
     """
     if not output.dropped:
         return
@@ -276,7 +288,7 @@ def conclude(output: BestOfNOutput, top_k: int, *, name: str, stacklevel: int) -
         why += ". A half-precision VAE overflows easily: decode in float32 or bfloat16"
     count, left = len(output.all_seeds), len(output.images)
     if left == 0:
-        raise RuntimeError(f"none of the {count} candidates could be ranked ({why})")
+        raise NothingRankedError(f"none of the {count} candidates could be ranked ({why})", output)
     fewer = f", so only {left} of top_k={top_k} are returned" if left < top_k else ""
     message = f"{len(output.dropped)} of {count} candidates were dropped{fewer} ({why})"
     warnings.warn(message, stacklevel=stacklevel)

@@ -142,7 +142,7 @@ class NoiseOptimizer:
         Raises:
             TypeError: a list of prompts, or another argument of a wrong type.
             ValueError: an argument that cannot be served, more steps than `longest`, a reward without gradients.
-            RuntimeError: if there is no image: not finite from the start, or all flagged by the safety checker.
+            NothingRankedError: if there is no image: not finite from the start, or all flagged by the safety checker.
         """
         seed = first_seed(seed, 1, "the noise")
         text = check_text(check_prompt(prompt), "prompt", "pass what the image shall show")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from aigiqa_reward.sampling.best_of_n import BestOfN
-from aigiqa_reward.sampling.candidates import FLAGGED, NO_SCORE, reasons_to_drop, scores_of
+from aigiqa_reward.sampling.candidates import FLAGGED, NO_SCORE, NothingRankedError, reasons_to_drop, scores_of
 from aigiqa_reward.sampling.checks import check_reward, check_text
 from aigiqa_reward.sampling.chunks import in_chunks
 from aigiqa_reward.sampling.pipeline_call import check_pipe_kwargs, generators_of, images_of, takes
@@ -221,9 +221,8 @@ class PromptScorer:
         try:
             for latest in search.stream(image.prompt, image.seed, **self.pipe_kwargs):
                 output = latest
-        except RuntimeError:
-            if output is None or len(output.dropped) < search.n:  # another one than "none could be ranked"
-                raise
+        except NothingRankedError as error:
+            output = error.output
         assert output is not None, "n is at least 1"
         if not output.images:
             return _score_of(math.nan, math.nan, None, next(iter(output.dropped.values())))

@@ -39,7 +39,7 @@ def rerank(images: Any, prompt: Any, reward: Any, top_k: Any = None) -> BestOfNO
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: no images, a blank prompt, none where the reward needs one, or `top_k` out of range.
-        RuntimeError: if no image could be ranked.
+        NothingRankedError: if no image could be ranked.
 
     Example:
         >>> from PIL import Image

@@ -161,7 +161,7 @@ class ParticleSteering:
         Raises:
             TypeError: a list of prompts, or another argument of a wrong type.
             ValueError: an argument that cannot be served.
-            RuntimeError: if no particle is left.
+            NothingRankedError: if no particle is left.
         """
         seed = first_seed(seed, self.particles + 1, "all particles, and their resampling,")
         text = check_text(check_prompt(prompt), "prompt", "pass what the image shall show")
