@@ -297,8 +297,40 @@ def test_a_broken_image_is_never_chosen_and_the_console_names_it(caplog):
         assert indices == [2, 1]
         assert torch.equal(ranked, images[[2, 1]])
         assert "1 of 3 candidates were dropped" in caplog.text and "image 0" in caplog.text
-    with pytest.raises(RuntimeError, match=r"none of the 1 candidates could be ranked.*NaN or infinite"):
-        select([images[:1]])
+        assert "--fp32-vae" in caplog.text
+
+
+def test_a_batch_without_a_sound_image_leaves_the_others_theirs(caplog):
+    nothing, sound = torch.full((2, 16, 20, 3), torch.nan), grey(0.2, 0.6)
+    [winner], _, _, indices = select([nothing, sound], prompt=("a", "b"))
+    assert indices == [1]
+    assert torch.equal(winner, sound[1:])
+    assert "none of the 2 candidates could be ranked" in caplog.text
+    [kept], *_ = keep([nothing, sound], 0.5, prompt=["a", "b"])
+    assert torch.equal(kept, sound[1:])
+    with pytest.raises(ValueError, match=r"images: none of the 2 .*NaN or infinite.*; none of the 2 "):
+        select([nothing, nothing], prompt=("a", "b"))
+
+
+@pytest.mark.parametrize("aspect", ["total", "correspondence"])
+def test_without_a_sound_image_the_filter_stops_or_says_why(aspect):
+    nothing = torch.full((1, 16, 20, 3), torch.nan)
+    assert keep([nothing], 0.5, aspect=aspect, if_none="stop") == (None,) * 4
+    for otherwise in ("error", "best"):
+        with pytest.raises(ValueError, match=r"images: none of the 1 candidates could be ranked.*--fp32-vae"):
+            keep([nothing], 0.5, aspect=aspect, if_none=otherwise)
+
+
+@pytest.mark.parametrize("value", [255, -1, -2])
+def test_values_out_of_range_are_told_in_words_of_comfyui(value, caplog):
+    images = grey(0.1, 0.9)
+    images[1, 2, 2] = value
+    with pytest.raises(ValueError, match=r"image 1: .*got \[.*an IMAGE holds values in \[0, 1\]") as caught:
+        node("AIGIQAScore").score(brightness, images)
+    assert select([images], top_k=0)[3] == [0]
+    assert "an IMAGE holds values in [0, 1]" in caplog.text
+    for told in (str(caught.value), caplog.text):
+        assert not any(word in told for word in ("validate", "from_vae", "255)", "mean and a deviation"))
 
 
 def test_one_value_where_one_is_needed():
@@ -435,6 +467,16 @@ def test_a_sheet_shows_the_best_in_a_frame():
     assert framed.any()
     inside = sheet[0][framed.any(dim=1)][:, framed.any(dim=0)]
     assert (inside - 0.9).abs().lt(0.01).all(dim=-1).float().mean() > 0.3  # the bright one is what it frames
+
+
+def test_a_sheet_shows_a_tile_for_each_image_that_has_no_score():
+    draw = node("AIGIQAContactSheet").draw
+    broken = torch.full((2, 16, 20, 3), torch.nan)
+    [one], [two], [beyond] = (
+        draw([brightness], [images], ["a lamp"])[0] for images in (broken[:1], broken, grey(9.0, 9.0))
+    )
+    assert two.shape[2] > one.shape[2]
+    assert two.shape == beyond.shape and not torch.equal(two, beyond), "what differs is the reason"
 
 
 def test_a_sheet_for_each_prompt_and_none_without_images():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +23,37 @@ PROMPT = (
         "quality alone counts.",
     },
 )
+
+
+_REMEDIES = {
+    "divide 8-bit values by 255 (validate=False skips this check)": "an IMAGE holds values in [0, 1]: scale or clamp "
+    "them in the node that gives this image",
+    "a decoder's [-1, 1] output converts with aigiqa_reward.images.from_vae (validate=False skips this check)": "an "
+    "IMAGE holds values in [0, 1]: decode with VAE Decode, or scale them in the node that gives this image",
+    "pass the pixels from before any normalisation by a mean and a deviation (validate=False skips this check)": "an "
+    "IMAGE holds values in [0, 1]: connect it from before the node that normalises it",
+    "decode in float32 or bfloat16": "start ComfyUI with --fp32-vae or --bf16-vae",
+}
+"""What the package tells a programmer to do, and what a user of ComfyUI can."""
+
+
+def in_comfyui(message: str) -> str:
+    """A message of the package, with remedies that ComfyUI has."""
+    for remedy, here in _REMEDIES.items():
+        message = message.replace(remedy, here)
+    return message
+
+
+@contextmanager
+def logged_warnings() -> Iterator[None]:
+    """What is warned of within goes to ComfyUI's console, once a run, where Python would show it once a session."""
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for message in dict.fromkeys(str(warning.message) for warning in noted):
+                logging.warning("AIGIQA: %s", in_comfyui(message))
 
 
 def image_rows(images: Sequence[Any]) -> list[Tensor]:

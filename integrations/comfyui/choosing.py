@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +13,9 @@ from torch import Tensor
 from aigiqa_reward import BestOfNOutput, rerank
 from aigiqa_reward.images import load, to_bhwc
 from aigiqa_reward.report import contact_sheet
+from aigiqa_reward.sampling import NothingRankedError
 
-from .arguments import PROMPT, REWARD, grouped, image_batches, only
+from .arguments import PROMPT, REWARD, grouped, image_batches, in_comfyui, logged_warnings, only
 from .latents import Latent, latent_batches, latent_rows
 from .memory import blocked, ready
 
@@ -55,7 +55,7 @@ class SelectBest:
     CATEGORY = "AIGIQA"
     DESCRIPTION = (
         "Ranks images by a reward and passes on the best of them, best first, with their latents. Images with NaN "
-        "pixels are left out, with a warning in the console."
+        "pixels are left out, with a warning in the console; where no other image is left, that is an error."
     )
     RETURN_TYPES = ("IMAGE", "LATENT", "FLOAT", "INT")
     RETURN_NAMES = ("images", "latent", "scores", "indices")
@@ -90,17 +90,20 @@ class SelectBest:
 
         Raises:
             TypeError, ValueError: inputs that do not fit, such as latents and images of different numbers.
-            RuntimeError: no image could be ranked.
+                Or no image could be ranked.
         """
         count = only("top_k", top_k)
         if count < 0:
             raise ValueError(f"top_k: expected a number of at least 0, got {count}; 0 ranks all")
-        chosen = _Chosen()
+        chosen, faults = _Chosen(), []
         with ready(only("reward", reward)) as judge:
             for rows, text, latents in _contests(images, prompt, latent):
-                output = _ranked(rows, text, judge, min(count, len(rows)) or len(rows))
+                output, fault = _ranked(rows, text, judge, min(count, len(rows)) or len(rows))
+                faults += fault
                 for index, score in zip(output.seeds, output.scores, strict=True):
                     _keep(chosen, rows, latents, index, score)
+        if not chosen.images:
+            raise ValueError(f"images: {'; '.join(faults)}")
         return chosen.outputs(latent_given=latent is not None)
 
 
@@ -142,7 +145,8 @@ class Filter:
                     {
                         "default": "error",
                         "tooltip": "Where no image passes. error: the run fails and says by how much. stop: what "
-                        "follows does not run, the rest does. best: the best image passes.",
+                        "follows does not run, the rest does. best: the best image passes; where none can be scored "
+                        "the run fails.",
                     },
                 ),
             },
@@ -162,31 +166,34 @@ class Filter:
         """Keep what scores enough; every input is a list, as INPUT_IS_LIST has it.
 
         Raises:
-            TypeError, ValueError: inputs that do not fit; with if_none "error" also that no image passes.
-            RuntimeError: no image could be ranked.
+            TypeError, ValueError: inputs that do not fit; with if_none "error" also that no image passes,
+                with "best" that none could be scored.
         """
         least, by, otherwise = only("threshold", threshold), only("aspect", aspect), only("if_none", if_none)
         for name, value, known in (("aspect", by, ASPECTS), ("if_none", otherwise, NONE_PASSES)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        chosen, best, runner_up = _Chosen(), -math.inf, ()
+        chosen, faults, best = _Chosen(), [], None
         with ready(only("reward", reward)) as judge:
             for rows, text, latents in _contests(images, prompt, latent):
-                scores = _aspect(_ranked(rows, text, judge, 1), by)
-                for index, score in enumerate(scores):
+                output, fault = _ranked(rows, text, judge, 1)
+                faults += fault
+                for index, score in enumerate(_aspect(output, by) if output.seeds else []):
                     if score >= least:  # never true of NaN, which dropped images have
                         _keep(chosen, rows, latents, index, score)
-                    if score > best:
-                        best, runner_up = score, (rows, latents, index)
+                    if not math.isnan(score) and (best is None or score > best[-1]):
+                        best = rows, latents, index, score
         if not chosen.images:
-            if otherwise == "error":
-                raise ValueError(
-                    f"threshold: no image passes: the best {by} is {best:.3f}, below {least:.3f}; lower the threshold, "
-                    "make more images, or choose another if_none"
-                )
             if otherwise == "stop":
                 return tuple(blocked(None) for _ in self.RETURN_TYPES)
-            _keep(chosen, *runner_up, best)
+            if best is None:
+                raise ValueError(f"images: {'; '.join(faults) or f'the reward gave NaN as {by} of each'}")
+            if otherwise == "error":
+                raise ValueError(
+                    f"threshold: no image passes: the best {by} is {best[-1]:.3f}, below {least:.3f}; lower the "
+                    "threshold, make more images, or choose another if_none"
+                )
+            _keep(chosen, *best)
         return chosen.outputs(latent_given=latent is not None)
 
 
@@ -215,11 +222,10 @@ class ContactSheet:
 
         Raises:
             TypeError, ValueError: inputs that do not fit.
-            RuntimeError: no image could be ranked.
         """
         with ready(only("reward", reward)) as judge:
             sheets = [
-                contact_sheet(_ranked(rows, text, judge, len(rows)), text or "")
+                contact_sheet(_ranked(rows, text, judge, len(rows))[0], text or "")
                 for rows, text in grouped(images, prompt)
             ]
         return ([to_bhwc(load(sheet)[None]) for sheet in sheets],)
@@ -243,14 +249,17 @@ def _contests(images: Sequence[Any], prompts: Sequence[Any], latents: Sequence[A
     return [(rows, text, [next(rest) for _ in rows]) for rows, text in groups]
 
 
-def _ranked(rows: list[Tensor], text: str | None, reward: Any, top_k: int) -> BestOfNOutput:
-    """The ranking; what it warns of goes to ComfyUI's console each time."""
-    with warnings.catch_warnings(record=True) as noted:
-        warnings.simplefilter("always")
-        output = rerank(rows, text, reward, top_k=top_k)
-    for warning in noted:
-        logging.warning("AIGIQA: %s", warning.message)
-    return output
+def _ranked(rows: list[Tensor], text: str | None, reward: Any, top_k: int) -> tuple[BestOfNOutput, list[str]]:
+    """The ranking, and why there is none where no image could be scored; the console tells it each time."""
+    faults = []
+    with logged_warnings():
+        try:
+            output = rerank(rows, text, reward, top_k=top_k)
+        except NothingRankedError as error:
+            output, faults = error.output, [in_comfyui(str(error))]
+            logging.warning("AIGIQA: %s", faults[0])
+    dropped = {index: in_comfyui(reason) for index, reason in output.dropped.items()}
+    return replace(output, dropped=dropped), faults
 
 
 def _aspect(output: BestOfNOutput, aspect: str) -> list[float]:

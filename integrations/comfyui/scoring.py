@@ -13,7 +13,7 @@ from aigiqa_reward import RewardOutput, Scorer
 from aigiqa_reward.images import load, to_bhwc
 from aigiqa_reward.report import draw_heat_maps, heat_maps
 
-from .arguments import PROMPT, REWARD, image_rows, prompt_or_none
+from .arguments import PROMPT, REWARD, image_rows, in_comfyui, logged_warnings, prompt_or_none
 from .memory import blocked, ready
 
 HEAT_MAPS = ("auto", "distortion", "gradient", "off")
@@ -71,7 +71,7 @@ class Score:
         rows, text = image_rows([images]), prompt_or_none(prompt)
         drawn = blocked("heat_map is off: choose auto, distortion or gradient in Score Images (AIGIQA)")
         kind = None
-        with ready(reward) as judge:
+        with ready(reward) as judge, logged_warnings():
             output = _scored(judge, rows, text)
             if heat_map != "off":
                 pixels = torch.stack([load(row) for row in rows])  # as they were scored: alpha on white
@@ -84,7 +84,7 @@ def _scored(reward: Any, rows: list[Tensor], text: str | None) -> RewardOutput:
     outputs, failed = [], []
     for result in Scorer(reward, batch_size=8).stream(rows, text):
         if result.output is None:
-            failed.append(f"image {result.index}: {result.error}")
+            failed.append(f"image {result.index}: {in_comfyui(result.error or '')}")
         elif math.isnan(float(result.output.total)):
             failed.append(f"image {result.index}: the reward gave NaN")
         else:
