@@ -368,12 +368,26 @@ def test_fewer_masks_than_latents_are_repeated_as_samplers_do(masks, rows):
     assert latent["batch_index"] == [1, 2]  # the noise that each had in its batch
 
 
-def test_a_selected_latent_draws_the_noise_of_its_row():
-    """A sampler draws row i of a seed's noise for batch_index i."""
-    noise = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    _, [latent], _, indices = select([IMAGES], top_k=0, latent=[{"samples": noise}])
-    assert torch.equal(latent["samples"], noise[latent["batch_index"]])
-    assert indices == latent["batch_index"]
+@pytest.mark.parametrize(
+    ("shape", "same"),
+    [
+        ((4, 64, 66), True),  # 512 x 528 px
+        ((4, 65, 64), True),
+        ((4, 65, 65), False),  # 520 x 520 px
+        ((4, 65, 66), False),
+        ((16, 65, 65), True),
+    ],
+)
+def test_a_selected_latent_draws_the_noise_of_its_row_where_that_is_a_multiple_of_16_numbers(shape, same):
+    """As a sampler does: a seed's noise at once without batch_index, row by row with it."""
+    at_once = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    one_by_one = torch.Generator().manual_seed(0)
+    rows = torch.cat([torch.randn(1, *shape, generator=one_by_one) for _ in range(3)])
+    _, [latent], _, indices = select([IMAGES], top_k=0, latent=[{"samples": at_once}])
+    assert latent["batch_index"] == indices == [1, 2, 0]
+    assert torch.equal(rows[latent["batch_index"]], latent["samples"]) is same
+    _, [again], _, _ = select([IMAGES], top_k=0, latent=[{"samples": rows, "batch_index": [0, 1, 2]}])
+    assert torch.equal(rows[again["batch_index"]], again["samples"]), "drawn row by row before, at any size"
 
 
 def test_latents_of_several_sizes_come_as_a_list():
@@ -394,6 +408,13 @@ def test_latents_of_several_sizes_come_as_a_list():
         (SAMPLES, TypeError, "expected a LATENT.*got Tensor"),
         ({"noise_mask": MASKS}, TypeError, "expected a LATENT.*got dict"),
         ({"samples": [SAMPLES]}, TypeError, "got samples of list"),
+        (
+            {"samples": SAMPLES, "batch_index": [0, 1]},
+            ValueError,
+            "a batch_index with .* of its 3 rows, got 2",
+        ),
+        ({"samples": torch.zeros(1, 16, 3, 2, 2)}, ValueError, "got 1; a video's LATENT is one row for all its frames"),
+        ({"samples": torch.zeros(0, 4, 2, 2)}, ValueError, "a row for each of the 3 images, got 0"),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(latent, error, message):

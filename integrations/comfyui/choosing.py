@@ -29,7 +29,8 @@ NONE_PASSES = ("error", "stop", "best")
 
 _OUTPUTS = (
     "The chosen images, as they came in; a list of single images where their sizes differ.",
-    "The chosen rows of latent; ready to sample on, with the noise that they had.",
+    "The chosen rows of latent, to sample on. With the batch's seed they draw the noise that they had, if the images' "
+    "sides are multiples of 16 px; with latents of 16 or more channels (SD 3, FLUX) at any size.",
     "Total of each chosen image, higher is better.",
     "Place of each chosen image among those that competed, from 0.",
 )
@@ -241,10 +242,10 @@ def _contests(images: Sequence[Any], prompts: Sequence[Any], latents: Sequence[A
         return [(rows, text, []) for rows, text in groups]
     every, count = latent_rows(latents), sum(len(rows) for rows, _ in groups)
     if len(every) != count:
-        raise ValueError(
-            f"latent: expected a row for each of the {count} images, got {len(every)}; connect the LATENT that these "
-            "images were decoded from, or none"
-        )
+        remedy = "connect the LATENT that these images were decoded from, or none"
+        if any(row["samples"].ndim == 5 and row["samples"].shape[2] > 1 for row in every):
+            remedy = "a video's LATENT is one row for all its frames, which cannot be chosen apart: connect none"
+        raise ValueError(f"latent: expected a row for each of the {count} images, got {len(every)}; {remedy}")
     rest = iter(every)
     return [(rows, text, [next(rest) for _ in rows]) for rows, text in groups]
 

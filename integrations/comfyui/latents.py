@@ -15,11 +15,13 @@ def latent_rows(latents: Sequence[Any]) -> list[Latent]:
     """Each row of LATENTs as a LATENT of its own, one after the other.
 
     `noise_mask` is cut likewise, repeated as samplers do where it has fewer rows. `batch_index`, by which samplers draw
-    the noise of a row, is its place in its batch unless given: sampling a selected row anew with the seed of its batch
-    draws the noise that it had. All else is passed on.
+    the noise of a row, is its place in its batch unless given. By it ComfyUI draws a seed's noise row by row. Without
+    it the batch's noise was drawn at once, which is the same where a row has a multiple of 16 numbers: torch fills
+    normal numbers 16 at a time. All else is passed on.
 
     Raises:
         TypeError: not LATENTs.
+        ValueError: a `batch_index` of another length than the batch.
     """
     rows: list[Latent] = []
     for latent in latents:
@@ -27,11 +29,16 @@ def latent_rows(latents: Sequence[Any]) -> list[Latent]:
         if not isinstance(samples, Tensor):
             got = type(latent).__name__ if samples is None else f"samples of {type(samples).__name__}"
             raise TypeError(f"latent: expected a LATENT with a tensor of samples, got {got}; connect a LATENT")
+        places = latent.get("batch_index")
+        if places is None:
+            places = range(len(samples))
+        if len(places) != len(samples):
+            raise ValueError(
+                f"latent: expected a batch_index with a place for each of its {len(samples)} rows, got {len(places)}; "
+                "the node that gave this LATENT changed its rows alone: connect the one before it, or none"
+            )
         for place in range(len(samples)):
-            row = latent | {
-                "samples": samples[place : place + 1],
-                "batch_index": [latent["batch_index"][place] if "batch_index" in latent else place],
-            }
+            row = latent | {"samples": samples[place : place + 1], "batch_index": [places[place]]}
             if isinstance(mask := latent.get("noise_mask"), Tensor):
                 part = place % len(mask)
                 row["noise_mask"] = mask[part : part + 1]
