@@ -517,6 +517,8 @@ def test_a_sheet_for_each_prompt_and_none_without_images():
         ({"device": "tpu"}, "device: expected one of auto, cpu"),
         ({"dtype": "int8"}, "dtype: expected one of float32"),
         ({"weights": "/no/such/folder"}, "weights"),
+        ({"weights": '"/no/such/folder"'}, "weights: expected a folder.*got '/no/such/folder'"),
+        ({"weights": "~/no-such-folder"}, "weights: expected a folder.*got '~/no-such-folder'"),
     ],
 )
 def test_a_loader_that_cannot_load_says_why(arguments, message):
@@ -530,13 +532,16 @@ def test_a_device_that_is_not_there_is_refused():
         node("AIGIQARewardLoader").load("compact", device="cuda")
 
 
-def test_weights_that_were_written_again_are_loaded_again(tmp_path):
+def test_weights_that_were_written_again_are_loaded_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
     changed = NODES["AIGIQARewardLoader"].IS_CHANGED
     inputs = {"name": "compact", "device": "auto", "dtype": "float32", "keep_loaded": True}
     assert changed(**inputs) == changed(**inputs, weights=None) == changed(**inputs, weights="someone/on-the-hub") == ""
     (tmp_path / "model.safetensors").write_bytes(b"1")
     before = changed(**inputs, weights=str(tmp_path))
-    assert before == changed(**inputs, weights=f" {tmp_path} ") != ""
+    for written in (f" {tmp_path} ", f'"{tmp_path}"', f"'{tmp_path}'", "~"):
+        assert before == changed(**inputs, weights=written) != "", written
     (tmp_path / "config.json").write_bytes(b"{}")
     assert changed(**inputs, weights=str(tmp_path)) != before
 

@@ -145,7 +145,9 @@ def test_an_altered_embedded_file_is_refused(file: str, tmp_path: Path) -> None:
         build_compact(tmp_path / "assets")
 
 
-def test_saved_rewards_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+def test_saved_rewards_that_are_not_whole_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"reward\.save_pretrained or a Hub id"):
         create_reward("compact", weights=tmp_path / "nowhere" / "at" / "all")
     with pytest.raises(WeightsError, match=r"config\.json"):
@@ -154,7 +156,7 @@ def test_saved_rewards_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=f"local-dir:{clip}")).save_pretrained(saved)
     with pytest.raises(WeightsError, match="'tsp_mgs' reward, expected 'compact'"):
-        create_reward("compact", weights=saved)
+        create_reward("compact", weights="~/saved")
     with pytest.raises(ValueError, match="no revisions"):
         create_reward("tsp_mgs", weights=saved, revision="main")
     config = json.loads((saved / "config.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,7 @@ def _described(
 
 
 def _folder(source: str | Path, revision: str | None, hub: Mapping[str, Any]) -> Path:
-    folder = Path(source)
+    folder = Path(os.path.expanduser(source))  # noqa: PTH111  (Path's own raises of a ~name that nobody has)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision: {source} is a local folder, which has no revisions; pass None")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class RewardLoader:
     @classmethod
     def IS_CHANGED(cls, weights: str = "", **_inputs: Any) -> str:
         """A folder of weights that was written again is loaded again; all else depends on the inputs alone."""
-        folder = Path(weights.strip()) if weights and weights.strip() else None
+        given = _given(weights)
+        folder = Path(os.path.expanduser(given)) if given else None  # noqa: PTH111  (as create_reward does)
         if folder is None or not folder.is_dir():
             return ""
         return ",".join(f"{file.name}:{file.stat().st_mtime_ns}" for file in sorted(folder.iterdir()))
@@ -105,8 +107,16 @@ class RewardLoader:
             reward = create_reward(
                 name,
                 dtype=getattr(torch, dtype),
-                weights=weights.strip() or None,
+                weights=_given(weights),
                 quality_weight=quality_weight,
                 correspondence_weight=correspondence_weight,
             )
         return (LoadedReward(reward, place, keep_loaded=keep_loaded),)
+
+
+def _given(weights: str | None) -> str | None:
+    """What was typed or pasted, without the quotes in which Windows copies a path; None if nothing was."""
+    text = (weights or "").strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip()
+    return text or None
