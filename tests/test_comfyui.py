@@ -107,7 +107,8 @@ specification.loader.exec_module(importlib.util.module_from_spec(specification))
 """
     result = run(code, tmp_path)
     assert result.returncode == 1
-    assert "python -m pip install aigiqa-reward" in result.stderr.splitlines()[-1]
+    told, install = result.stderr.splitlines()[-1], "python -m pip install ./aigiqa-reward"
+    assert install in told and install in (PACK / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,8 @@ try:
 except ImportError as error:
     raise ImportError(
         "The AIGIQA Reward nodes need the package aigiqa-reward in the Python that runs ComfyUI: "
-        "install it there with `python -m pip install aigiqa-reward`, or from a checkout as its README says"
+        "install it there from a checkout of its repository with `python -m pip install ./aigiqa-reward`, as this "
+        "pack's README.md says; it is not on PyPI yet"
     ) from error
 
 from .choosing import ContactSheet, Filter, SelectBest
