@@ -205,6 +205,40 @@ def test_distortion_maps_of_a_reward_that_has_them(pictures):
     assert heat.std() > 0.01
 
 
+def without_graph(images: Tensor, prompts: list[str]) -> Tensor:
+    return brightness(images.detach(), prompts)
+
+
+def by_numpy(images: Tensor, prompts: list[str]) -> Tensor:
+    return torch.from_numpy(images.numpy().mean(axis=(1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("reward", "reason"),
+    [(without_graph, "no gradient passes"), (by_numpy, "numpy"), (lambda i, p: i[:, 0, 0, 0] * 0, "0")],
+)
+def test_a_reward_without_gradients_is_scored_without_a_heat_map(reward, reason):
+    images = grey(0.5, 0.7)
+    totals, report, heat = node("AIGIQAScore").score(reward, images, PROMPT)
+    assert totals == pytest.approx(reward(images.permute(0, 3, 1, 2), []).tolist(), abs=1e-6)
+    assert heat is None
+    for row in json.loads(report):
+        assert row["heat_map"] is None and reason in row["heat_map_error"]
+    with pytest.raises((ValueError, RuntimeError), match=reason):
+        node("AIGIQAScore").score(reward, images, PROMPT, "gradient")
+
+
+def test_what_a_prompt_is_warned_of_is_logged_in_each_run(loaded, pictures, caplog):
+    for run_node in (
+        lambda: node("AIGIQAScore").score(loaded, pictures[:1], "красное яблоко"),
+        lambda: select([pictures[:1]], prompt=("красное яблоко",), reward=loaded),
+    ):
+        for _ in range(2):
+            caplog.clear()
+            run_node()
+            assert caplog.text.count("not in Latin script") == 1
+
+
 def test_distortion_maps_of_a_reward_without_are_an_error():
     with pytest.raises(ValueError, match=r"gives no distortion maps.*cpa_iqa"):
         node("AIGIQAScore").score(brightness, grey(0.5), PROMPT, "distortion")

@@ -32,7 +32,8 @@ class Score:
     OUTPUT_IS_LIST = (True, False, False)
     OUTPUT_TOOLTIPS = (
         "Total of each image, in the images' order, higher is better.",
-        "A JSON list, an object an image: total, quality, correspondence and details. Preview Any shows it.",
+        "A JSON list, an object an image: total, quality, correspondence, details, and which heat map was drawn, "
+        "or why none. Preview Any shows it.",
         "The images in grey under a heat map, from dark (0) to bright (1); what it shows is chosen by heat_map.",
     )
     FUNCTION = "score"
@@ -53,7 +54,8 @@ class Score:
                         "default": "auto",
                         "tooltip": "distortion: where the model finds distortions (cpa_iqa alone). gradient: where the "
                         "score reacts most to the pixels, relative within each image; costs twice the scoring. auto: "
-                        "distortion where there is one, else gradient. off: none, fastest.",
+                        "distortion where there is one, else gradient, none where the reward has neither. off: none, "
+                        "fastest.",
                     },
                 ),
             },
@@ -63,21 +65,30 @@ class Score:
         """Score a batch.
 
         Raises:
-            TypeError, ValueError: inputs that cannot be scored, named with the reason; distortion maps that the reward
-                does not give.
+            TypeError, ValueError: inputs that cannot be scored, named with the reason; a heat map that was asked for by
+                name and that the reward does not give.
         """
         if heat_map not in HEAT_MAPS:
             raise ValueError(f"heat_map: expected one of {', '.join(HEAT_MAPS)}, got {heat_map!r}")
         rows, text = image_rows([images]), prompt_or_none(prompt)
         drawn = blocked("heat_map is off: choose auto, distortion or gradient in Score Images (AIGIQA)")
-        kind = None
+        kind = fault = None
         with ready(reward) as judge, logged_warnings():
             output = _scored(judge, rows, text)
             if heat_map != "off":
                 pixels = torch.stack([load(row) for row in rows])  # as they were scored: alpha on white
-                heat = heat_maps(judge, pixels, text, kind=heat_map)
-                drawn, kind = to_bhwc(draw_heat_maps(pixels, heat)), heat.kind
-        return output.total.tolist(), json.dumps(_report(output, text, kind), ensure_ascii=False, indent=1), drawn
+                try:
+                    heat = heat_maps(judge, pixels, text, kind=heat_map)
+                    drawn, kind = to_bhwc(draw_heat_maps(pixels, heat)), heat.kind
+                except torch.OutOfMemoryError:
+                    raise
+                except (ValueError, RuntimeError) as error:  # these images were scored: what fails is the gradient
+                    if heat_map != "auto":
+                        raise
+                    fault = str(error)
+                    drawn = blocked(f"no heat map of this reward: {fault}")
+        report = _report(output, text, heat_map=kind, heat_map_error=fault)
+        return output.total.tolist(), json.dumps(report, ensure_ascii=False, indent=1), drawn
 
 
 def _scored(reward: Any, rows: list[Tensor], text: str | None) -> RewardOutput:
@@ -94,7 +105,7 @@ def _scored(reward: Any, rows: list[Tensor], text: str | None) -> RewardOutput:
     return RewardOutput.cat(outputs)
 
 
-def _report(output: RewardOutput, text: str | None, kind: str | None) -> list[dict[str, Any]]:
+def _report(output: RewardOutput, text: str | None, **of_all: str | None) -> list[dict[str, Any]]:
     """An object an image; of the details those that are one number an image."""
     single = {name: values for name, values in output.details.items() if values.ndim == 1}
     matches = output.correspondence
@@ -106,7 +117,7 @@ def _report(output: RewardOutput, text: str | None, kind: str | None) -> list[di
             "quality": float(output.quality[index]),
             "correspondence": None if matches is None else float(matches[index]),
             "details": {name: values[index].item() for name, values in single.items()},
-            "heat_map": kind,
+            **of_all,
         }
         for index in range(len(output))
     ]
