@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
+import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import typer
 from typer.main import get_command
+
+from aigiqa_reward.cli import finetune
+from aigiqa_reward.finetuning import FinetuneSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,15 +83,43 @@ def broken_links(page: Path) -> list[str]:
     return found
 
 
+def undefined_names(text: str) -> list[str]:
+    """Names in a page's blocks of Python that no block before, nor the same one, makes; run or not."""
+    known, found = set(dir(builtins)), []
+    for block in (block for block in blocks(text) if block.language == "python"):
+        nodes = list(ast.walk(ast.parse(block.code)))
+        for node in nodes:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                known |= {(name.asname or name.name).partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                known.add(node.name)
+            elif isinstance(node, ast.arg):
+                known.add(node.arg)
+            elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+                known.add(node.id)
+        names = [node for node in nodes if isinstance(node, ast.Name) and node.id not in known]
+        found += [f"{node.id}, line {block.line + node.lineno - 1}" for node in names]
+    return found
+
+
 # --------------------------------------------------------------------------------------------- commands
 
 
 def commands(text: str) -> Iterator[list[str]]:
     """The words of each simple command in a page's blocks for a shell and in its code spans."""
-    lines = [block.code.replace("\\\n", " ") for block in blocks(text) if block.language == "bash"]
+    yield from block_commands(text)
     spans = [" ".join(span.split()) for span in SPAN.findall(prose(text))]
-    lines += [span for span in spans if re.match(r"(aigiqa-reward|torchrun|accelerate launch|python) ", span)]
-    for line in (part for several in lines for part in several.splitlines()):
+    yield from _split(span for span in spans if re.match(r"(aigiqa-reward|torchrun|accelerate launch|python) ", span))
+
+
+def block_commands(text: str) -> Iterator[list[str]]:
+    """Those in the blocks alone, which are whole: a reader copies them."""
+    code = [block.code.replace("\\\n", " ") for block in blocks(text) if block.language == "bash"]
+    yield from _split(line for several in code for line in several.splitlines())
+
+
+def _split(lines: Iterable[str]) -> Iterator[list[str]]:
+    for line in lines:
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
         lexer.whitespace_split, words = True, []
         for word in lexer:
@@ -117,9 +153,8 @@ def options_of(command: Any) -> set[str]:
 
 def wrong_command(words: list[str], known: Mapping[str, Any], root: Path = ROOT) -> str | None:
     """What is wrong with a command of ours, or of a script of this repository; None for others and right ones."""
-    if "aigiqa-reward" in words or "aigiqa_reward" in words:
-        start = words.index("aigiqa-reward" if "aigiqa-reward" in words else "aigiqa_reward") + 1
-        return _wrong_call(words[start:], known)
+    if ours := call_of_ours(words):
+        return _wrong_call(ours, known)
     if words[0] in ("python", "torchrun") and (script := next((w for w in words if w.endswith(".py")), None)):
         if not (root / script).is_file():
             return f"{script}: no such script"
@@ -127,6 +162,54 @@ def wrong_command(words: list[str], known: Mapping[str, Any], root: Path = ROOT)
         given = [word.partition("=")[0] for word in words[words.index(script) :] if word.startswith("--")]
         return next((f"{script} has no {option}" for option in given if f'"{option}"' not in source), None)
     return None
+
+
+def call_of_ours(words: list[str]) -> list[str]:
+    """What follows the name of our command; nothing in a command of others."""
+    name = next((word for word in words if word in ("aigiqa-reward", "aigiqa_reward")), None)
+    return [] if name is None else words[words.index(name) + 1 :]
+
+
+def refusal(call: list[str], known: Mapping[str, Any]) -> str | None:
+    """What the command line says against a call before it looks at files or loads a model; None where it takes it.
+
+    Args:
+        call: a command of ours and its words; files of options are named from the root of the checkout.
+        known: of `app_commands`.
+    """
+    if not call or call[0] not in known:
+        return None
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        known[call[0]].make_context(call[0], call[1:])
+        if call[0] == "finetune":
+            _check_finetuning(call[1:])
+    except Exception as error:  # typer's own, a CommandError, or what a setting's class says
+        return f"{type(error).__name__}: {error}"
+    finally:
+        os.chdir(before)
+    return None
+
+
+def folder_of(call: list[str]) -> str | None:
+    """Where a call of ours writes its results, which another one may find there."""
+    options = [place for place, word in enumerate(call) if word in ("--out", "--output_dir", "--report")]
+    return call[options[0] + 1] if options else None
+
+
+def _check_finetuning(words: list[str]) -> None:
+    """What `finetune` checks of its options before it loads a pipeline; pairs, which are files, are left out."""
+    app = typer.Typer()
+
+    @app.command()
+    @wraps(finetune.finetune)
+    def check(**given: Any) -> None:
+        own = finetune._own_settings(given)
+        finetune._algorithm(given["algorithm"].value, {name: own[name] for name in own.keys() - {"pairs"}})
+        FinetuneSettings(**finetune._loop_settings(given))
+
+    get_command(app).main(words, standalone_mode=False)
 
 
 def _with_what_it_imports(script: Path) -> str:

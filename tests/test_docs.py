@@ -7,7 +7,21 @@ from pathlib import Path
 
 import documentation
 import pytest
-from documentation import ROOT, app_commands, blocks, broken_links, commands, lone_options, options_of, wrong_command
+from documentation import (
+    ROOT,
+    app_commands,
+    block_commands,
+    blocks,
+    broken_links,
+    call_of_ours,
+    commands,
+    folder_of,
+    lone_options,
+    options_of,
+    refusal,
+    undefined_names,
+    wrong_command,
+)
 from test_layering import FACADE, HEIGHT
 
 from aigiqa_reward import _EXPORTS
@@ -38,6 +52,21 @@ def test_commands_and_their_options_exist(name: str, known) -> None:
     assert [wrong for words in commands(text) if (wrong := wrong_command(words, known))] == []
     every = OF_OTHERS.union(*map(options_of, known.values()))
     assert [option for option in lone_options(text) if option not in every] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_printed_commands_are_taken(name: str, known) -> None:
+    """As far as that can be told before files are read and models loaded; and each has a folder of its own."""
+    calls = [call for words in block_commands(PAGES[name].read_text()) if (call := call_of_ours(words))]
+    assert [wrong for call in calls if (wrong := refusal(call, known))] == []
+    folders = [folder for call in calls if (folder := folder_of(call))]
+    assert sorted(folders) == sorted(set(folders))
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_python_blocks_use_what_their_page_makes(name: str) -> None:
+    """Those that are not run too."""
+    assert undefined_names(PAGES[name].read_text()) == []
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in RUN])
@@ -135,6 +164,31 @@ def test_a_broken_link_is_found(tmp_path: Path, link: str, message: str) -> None
 def test_a_command_that_does_not_exist_is_found(line: str, message: str, known) -> None:
     [found] = [wrong for words in commands(f"```bash\n{line}\n```\n") if (wrong := wrong_command(words, known))]
     assert message in found
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("rank A/ --top-k many", "integer"),
+        ("score", "Missing"),
+        ("finetune draft --config examples/finetune_sdxl.yaml --prompts p.txt", "--holdout_reward: judges images of"),
+        ("finetune draft --pretrained_model_name_or_path SD --prompts p.txt --beta 3", "--beta: an option of dpo"),
+        ("finetune grpo --pretrained_model_name_or_path SD --prompts p.txt --clip_range 3", "clip_range"),
+    ],
+)
+def test_a_command_that_is_refused_is_found(line: str, message: str, known) -> None:
+    [call] = map(call_of_ours, block_commands(f"```bash\naccelerate launch -m aigiqa_reward {line}\n```\n"))
+    assert message in (refusal(call, known) or "")
+
+
+def test_the_folder_of_a_command_is_found() -> None:
+    assert folder_of(["train", "compact", "--out", "mine/", "--data", "csv:x.csv"]) == "mine/"
+    assert folder_of(["score", "A/", "--prompt", "a fox"]) is None
+
+
+def test_a_name_that_no_block_makes_is_found() -> None:
+    text = "```python\nimport a.b as c, d.e\nx = [y for y in d]\nprint(c, w)\n```\n```python\nx, z\n```\n"
+    assert undefined_names(text) == ["w, line 4", "z, line 7"]
 
 
 def test_commands_and_options_in_prose_are_read() -> None:
