@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aigiqa_reward.assistants._entries import Content, DamagedEntry, Form, Value, key_of
+from aigiqa_reward.reading import read_regular
 from aigiqa_reward.weights import write_atomically
 
 MAX_BYTES = 20_000_000_000
@@ -120,7 +121,7 @@ class AssistantCache:
         """Put an entry among the known ones; False if there is none."""
         path = self._path(key, form.suffix)
         try:
-            known[key] = form.unpack(key, path.read_bytes())
+            known[key] = form.unpack(key, read_regular(path, most=MAX_BYTES))
         except (FileNotFoundError, NotADirectoryError):
             return False
         except DamagedEntry as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from aigiqa_reward.cli import training_options as options
-from aigiqa_reward.cli.evaluation_files import benchmark_of, title_of, write_report
+from aigiqa_reward.cli.evaluation_files import benchmark_of, read_predicted, read_unreadable, title_of, write_report
 from aigiqa_reward.cli.files import check_writable
 from aigiqa_reward.cli.given_weights import evaluate_weights
 from aigiqa_reward.cli.inputs import CommandError
@@ -25,7 +25,6 @@ from aigiqa_reward.cli.plans import (
     report_unreadable,
 )
 from aigiqa_reward.cli.runs import usage_errors
-from aigiqa_reward.reading import parse_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -128,8 +127,6 @@ def _measure(
     data: str,
 ) -> None:
     """Run the protocol, and write and print what it found."""
-    import numpy as np
-
     state = folder / "report.json"
     arguments |= {"--seeds": protocol.seeds, "--ablation-seeds": protocol.ablation_seeds}
     check_writable(folder, option="--report")
@@ -137,10 +134,9 @@ def _measure(
     towers = ", ".join(arguments["--tower"]) or ("published towers" if plan.preset else "compact towers")
     with noted(folder, state, arguments):
         found = _run(plan, table, protocol, folder, accelerator, title_of(plan.name, data, towers))
-    with np.load(folder / "seed0.npz", allow_pickle=False) as archive:
-        first = {name: archive[name] for name in archive.files}
-    write_report(found, table, first.pop("rows"), first, folder, benchmark_of(data), part="test part of seed 0")
-    unreadable = [(entry["path"], entry["reason"]) for entry in parse_json((folder / "unreadable.json").read_bytes())]
+    rows, predicted = read_predicted(folder / "seed0.npz", len(table))
+    write_report(found, table, rows, predicted, folder, benchmark_of(data), part="test part of seed 0")
+    unreadable = read_unreadable(folder / "unreadable.json")
     report_unreadable(unreadable, folder / "unreadable.json")
     if unreadable:
         raise typer.Exit(1)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aigiqa_reward.cli.files import write
+from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.output import emit, encoded, printable, say
+from aigiqa_reward.reading import MAX_BYTES, read_arrays, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +27,8 @@ _BENCHMARKS = {
 }
 """Names of --data, and how the benchmarks are called in tables."""
 
+_ASPECTS = ("quality", "correspondence")
+
 
 def benchmark_of(data: str) -> str | None:
     """The benchmark that NAME:PATH names; None for a table of one's own."""
@@ -37,6 +41,48 @@ def title_of(model: str, data: str, kind: str) -> str:
 
     name, _, path = data.partition(":")
     return printable(f"{get_spec(model).title} on {_BENCHMARKS.get(name) or Path(path).name} ({kind})")
+
+
+def read_predicted(file: Path, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What the protocol noted of a split: (M,) rows of the table, and (M,) scores by aspect.
+
+    Args:
+        file: of the protocol's folder.
+        count: images of the table.
+
+    Raises:
+        CommandError: it is not there, or was altered.
+    """
+    try:
+        arrays = read_arrays(file, most=MAX_BYTES)
+        rows = arrays["rows"]
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or not ((rows >= 0) & (rows < count)).all():
+            raise ValueError("its rows are none of the table")
+        predicted = {aspect: arrays[aspect] for aspect in _ASPECTS if aspect in arrays}
+        if any(scores.shape != rows.shape or scores.dtype.kind != "f" for scores in predicted.values()):
+            raise ValueError("its scores are not one an image")
+    except (OSError, ValueError, KeyError) as error:
+        raise _altered(file, error) from error
+    return rows, predicted
+
+
+def read_unreadable(file: Path) -> list[tuple[str, str]]:
+    """Paths and reasons of the images that the protocol left out.
+
+    Raises:
+        CommandError: it is not there, or was altered.
+    """
+    try:
+        return [(str(entry["path"]), str(entry["reason"])) for entry in read_json(file)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _altered(file, error) from error
+
+
+def _altered(file: Path, error: Exception) -> CommandError:
+    return CommandError(
+        f"--report: cannot read {file} ({error}); it was not written by this command, or was altered: remove "
+        "report.json beside it to measure anew, or choose another folder"
+    )
 
 
 def write_report(
@@ -101,7 +147,7 @@ def _scatter(
     from aigiqa_reward.report import scatter_plot
 
     generators = np.array(table.generators)[rows]
-    for aspect in ("quality", "correspondence"):
+    for aspect in _ASPECTS:
         human = getattr(table, aspect)[rows]
         if aspect not in predicted:
             continue

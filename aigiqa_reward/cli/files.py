@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import tempfile
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.output import Format, Row, render, scored
+from aigiqa_reward.reading import MAX_BYTES, parse_json, read_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -147,13 +147,13 @@ def _names(sources: Sequence[Path]) -> list[str]:
 
 
 def _copies_of(folder: Path) -> set[str]:
-    """Names of the copies that the ranking.jsonl of a folder lists; none where it is not one of ours."""
+    """Names of the copies in a folder that its ranking.jsonl lists; none where it is not one of ours."""
     try:
-        lines = (folder / "ranking.jsonl").read_text(encoding="utf-8").splitlines()
-        ranked = [Path(row["path"]) for row in map(json.loads, lines) if row["error"] is None]
+        lines = read_regular(folder / "ranking.jsonl", most=MAX_BYTES).decode("utf-8").splitlines()
+        ranked = [Path(row["path"]) for row in map(parse_json, lines) if row["error"] is None]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-    return set(_names(ranked))
+    return set(_names(ranked)) & {entry.name for entry in folder.iterdir()}
 
 
 def _remove(file: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import MAX_BYTES, parse_json
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga"}
@@ -170,7 +170,11 @@ def read_text(file: Path, option: str) -> str:
         CommandError: it cannot be read, or is no UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8-sig")
+        with file.open("rb") as opened:  # of a pipe, as <(...) is one, no size is known before
+            data = opened.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise CommandError(f"{option}: {file} holds more than {MAX_BYTES:,} bytes; give it in parts")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise CommandError(f"{option}: cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aigiqa_reward.cli.files import write
 from aigiqa_reward.cli.inputs import CommandError
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import read_json
 
 if TYPE_CHECKING:
     from aigiqa_reward.benchmark import TrainingPlan
@@ -84,7 +84,7 @@ def check_arguments(folder: Path, started: Path, arguments: Mapping[str, Any], o
     """
     note = folder / ARGUMENTS
     try:
-        earlier = parse_json(note.read_bytes()) if note.exists() else None
+        earlier = read_json(note) if note.exists() else None
     except (OSError, ValueError) as error:
         raise CommandError(f"{option}: cannot read {note} ({error}); choose another folder") from error
     if earlier is not None and not isinstance(earlier, dict):

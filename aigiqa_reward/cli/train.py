@@ -24,7 +24,7 @@ from aigiqa_reward.cli.plans import (
     report_unreadable,
 )
 from aigiqa_reward.cli.runs import usage_errors
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import read_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -125,7 +125,7 @@ def _train(
 def _epochs_done(folder: Path) -> int:
     """How many epochs the checkpoint of a folder has behind it."""
     try:
-        return parse_json((folder / _CHECKPOINT / "state.json").read_bytes())["epoch"]
+        return read_json(folder / _CHECKPOINT / "state.json")["epoch"]
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from aigiqa_reward.datasets._rows import image_folder, refuse_absent
 from aigiqa_reward.datasets.base import PreferencePairs
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import read_json
 
 _FIELDS = ("id", "prompt", "generations", "ranking")
 _MOST_IMAGES = 100
@@ -86,7 +86,7 @@ def read_imagereward(path: str | os.PathLike[str], *, images: str | os.PathLike[
 def _read_entries(file: Path) -> list[tuple[str, list[str], list[float]]]:
     """Prompt, images and ranks of every entry, checked."""
     try:
-        entries = parse_json(file.read_text(encoding="utf-8"))
+        entries = read_json(file)
     except ValueError as error:
         raise ValueError(f"{file}: expected JSON in UTF-8, got {error}; take the published file") from error
     if not isinstance(entries, list) or not entries:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.text import warn_dropped, warn_if_not_latin
+from aigiqa_reward.reading import MAX_BYTES, read_regular
 from aigiqa_reward.types import Images, PromptError
 
 _CONFIG_FILE, _TOKENIZER_FILE = "config.json", "tokenizer.json"
@@ -226,13 +227,11 @@ def _architecture(config: BLIPConfig) -> Any:
 def _tokenizer(config: BLIPConfig) -> Tokenizer:
     from huggingface_hub import hf_hub_download
 
-    folder = Path(config.path_or_id)
+    folder, name = Path(config.path_or_id), _TOKENIZER_FILE
     try:
-        if folder.is_dir():
-            file = folder / _TOKENIZER_FILE
-        else:
-            file = Path(hf_hub_download(config.path_or_id, _TOKENIZER_FILE, revision=config.revision))
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        file = folder / name if folder.is_dir() else hf_hub_download(config.path_or_id, name, revision=config.revision)
+        tokenizer = Tokenizer.from_str(read_regular(file, most=MAX_BYTES).decode("utf-8"))
+        tokenizer.encode("\N{SNOWMAN}")  # fails where its token for unknown words is none of its vocabulary
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(_failed(config, error)) from error
     tokenizer.no_truncation()

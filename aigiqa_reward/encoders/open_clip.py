@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.text import warn_dropped, warn_if_not_latin
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import read_json
 from aigiqa_reward.types import Images, PromptError
 
 _SCHEMAS = ("local-dir:", "hf-hub:")
@@ -78,6 +78,7 @@ class OpenCLIPEncoder(nn.Module):
 
         self.config = config
         schema = config.architecture.startswith(_SCHEMAS)
+        architecture = _architecture(config)
         try:
             model: Any = open_clip.create_model(
                 config.architecture,
@@ -89,7 +90,7 @@ class OpenCLIPEncoder(nn.Module):
             raise ValueError(_explain(config, error)) from error
         self.clip = model
         self.description: dict[str, Any] = {
-            "model_cfg": _architecture(config),
+            "model_cfg": architecture,
             "preprocess_cfg": {"mean": list(model.visual.image_mean), "std": list(model.visual.image_std)},
         }
         if not hasattr(self._text, "ln_final") or not hasattr(self._text, "text_projection"):
@@ -237,8 +238,18 @@ def _architecture(config: OpenCLIPConfig) -> dict[str, Any]:
     schema, _, place = config.architecture.rpartition(":")
     if not schema:
         return dict(open_clip.get_model_config(place) or {})
-    path = Path(place) / _CONFIG_FILE if schema == "local-dir" else Path(hf_hub_download(place, _CONFIG_FILE))
-    return parse_json(path.read_text(encoding="utf-8"))["model_cfg"]
+    try:
+        found = read_json(
+            Path(place) / _CONFIG_FILE if schema == "local-dir" else hf_hub_download(place, _CONFIG_FILE)
+        )["model_cfg"]
+        if not isinstance(found, dict):
+            raise TypeError("model_cfg is no object")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"architecture: {_CONFIG_FILE} of {place!r} describes no model ({type(error).__name__}: {error}); expected "
+            "a folder or Hub id that open_clip's push_to_hf_hub wrote"
+        ) from error
+    return found
 
 
 def _explain(config: OpenCLIPConfig, error: Exception) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from aigiqa_reward.reading import read_arrays
 
 FORMAT = 1
 """Version of the file; raised when a field changes its meaning."""
@@ -124,10 +126,8 @@ class Predictions:
         if not source.is_file():
             raise ValueError(f"path: no file at {str(source)!r}; make it with Predictions.save")
         try:
-            _refuse_bomb(source)
-            with np.load(source, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:  # numpy lets through what zipfile, zlib and its own header parser raise
+            arrays: dict[str, Any] = read_arrays(source, most=MAX_BYTES)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"path: {str(source)!r} is not a file of Predictions.save, or is damaged ({error})"
             ) from error
@@ -145,18 +145,6 @@ class Predictions:
             return cls(**texts, **arrays)
         except ValueError as error:
             raise ValueError(f"{error}; in {str(source)!r}") from error
-
-
-def _refuse_bomb(source: Path) -> None:
-    """Refuse an archive that says it unpacks to more than any predictions take; no more of a part is read than it says.
-
-    Raises:
-        ValueError: it does.
-    """
-    with zipfile.ZipFile(source) as archive:
-        unpacked = sum(part.file_size for part in archive.infolist())
-    if unpacked > MAX_BYTES:
-        raise ValueError(f"it unpacks to {unpacked:,} bytes, expected at most {MAX_BYTES:,}")
 
 
 def _texts(name: str, array: np.ndarray) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from aigiqa_reward.evaluation._text import markdown_table, number
 from aigiqa_reward.evaluation.split_scores import MEASURES, TASKS, SplitScores, check_line
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import read_json
 
 FORMAT = 1
 """Version of the file; raised when a field changes its meaning."""
@@ -239,9 +239,9 @@ class ProtocolReport:
         if not source.is_file():
             raise ValueError(f"path: no file at {str(source)!r}; make it with ProtocolReport.save")
         try:
-            values = parse_json(source.read_bytes())
+            values = read_json(source)
             version = values.pop("format")
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"path: {str(source)!r} is not a file of ProtocolReport.save ({error})") from error
         if version != FORMAT:
             raise ValueError(f"path: expected format {FORMAT} in {str(source)!r}, got {version}; save it again")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward.finetuning.lora import FILE, LoRA
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import read_json
 from aigiqa_reward.training.checkpoints import moments_of, restore_moments
 from aigiqa_reward.weights import WeightsError, read_weights, write_atomically, write_weights
 
@@ -122,7 +122,7 @@ def load_checkpoint(
         WeightsError: it is not whole.
     """
     try:
-        numbers = parse_json((path / "state.json").read_text(encoding="utf-8"))
+        numbers = read_json(path / "state.json")
     except (OSError, ValueError) as error:
         raise WeightsError(f"checkpoint: {path} is not whole ({error}); remove it to go on from another") from error
     if not isinstance(numbers, dict) or not isinstance(numbers.get("step"), int):

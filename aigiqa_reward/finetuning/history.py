@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import MAX_BYTES, parse_json, read_regular
 from aigiqa_reward.weights import write_atomically
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class History:
     def resume(self, step: int) -> None:
         """Take up the lines up to `step` of an earlier run; what lies beyond is made again."""
         if self.file.is_file():
-            told = self.file.read_text(encoding="utf-8", errors="replace").split("\n")
+            told = read_regular(self.file, most=MAX_BYTES).decode("utf-8", "replace").split("\n")
             lines = [line for line in map(_read, told) if line is not None]
             self.lines = [line for line in lines if line["step"] <= step] if step else []
         self._before = max((line["seconds"] for line in self.lines), default=0.0)
@@ -129,5 +129,7 @@ def _read(line: str) -> dict[str, Any] | None:
         told = parse_json(line)
     except ValueError:
         return None
-    counted = isinstance(told, dict) and all(isinstance(told.get(name), int | float) for name in ("step", "seconds"))
-    return told if counted else None
+    if not isinstance(told, dict):
+        return None
+    counts = [told.get(name) for name in ("step", "seconds")]
+    return told if all(isinstance(count, int | float) and 0 <= count < 2**63 for count in counts) else None

@@ -20,7 +20,7 @@ from typing import Any
 
 from aigiqa_reward.datasets import PreferencePairs, read_pickapic
 from aigiqa_reward.datasets._rows import extra_data
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import read_json
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.checks import number
 from aigiqa_reward.sampling.many_prompts import BestOfEachError, ResultsFolder, best_of_each
@@ -247,7 +247,7 @@ def _ranked(results: ResultsFolder, index: int) -> list[dict[str, Any]]:
     """A finished prompt's candidates, best first, as its record has them: the images themselves are not opened."""
     if not results.finished(index):
         return []
-    rows = parse_json(results.record_file(index).read_bytes())["candidates"]
+    rows = read_json(results.record_file(index))["candidates"]
     known = [row for row in rows if row["rank"] is not None and row["total"] is not None]
     named = [{**row, "image": results.image_file(index, row["seed"])} for row in known]
     return sorted(named, key=lambda row: row["rank"])

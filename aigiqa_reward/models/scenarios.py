@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import read_json
 
 COMPONENTS = ("global", "local", "implicit", "distortion", "low_level")
 """Columns of the matrix: three tiers of alignment, absence of distortions, low-level fidelity."""
@@ -60,7 +59,7 @@ class Preferences(Mapping[str, tuple[float, ...]]):
             ValueError: no such file, not JSON, or not a matrix.
         """
         try:
-            rows = parse_json(Path(path).read_text(encoding="utf-8"))
+            rows = read_json(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"preferences: cannot read {os.fspath(path)!r} as JSON ({error})") from error
         if not isinstance(rows, dict):

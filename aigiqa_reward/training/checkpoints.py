@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aigiqa_reward.models.base import TrainedModel
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import read_json
 from aigiqa_reward.training.tasks import ScoreTask, Task
 from aigiqa_reward.weights import WeightsError, read_weights, write_atomically, write_weights
 
@@ -74,7 +74,7 @@ def load_checkpoint(
         ValueError: it was written with other settings than these.
     """
     try:
-        state = parse_json((folder / "state.json").read_text(encoding="utf-8"))
+        state = read_json(folder / "state.json")
     except (OSError, ValueError) as error:
         raise WeightsError(f"checkpoint: {folder} is not whole ({error}); remove it to start again") from error
     if not isinstance(state, dict):

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import TrainedModel, distinct_prompts
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.reading import read_json
 from aigiqa_reward.training.arrays import ArrayWriter
 from aigiqa_reward.types import PromptFeatures
 from aigiqa_reward.weights import write_atomically
@@ -145,7 +146,7 @@ def store_features(
             raise ValueError(
                 f"paths: none of the {len(paths)} images can be read; the first: {unreadable[0][1].reason}"
             )
-        arrays = {name: np.load(home / f"{name}.npy", mmap_mode="r") for name in state["arrays"]}
+        arrays = {name: open_memmap(home / f"{name}.npy", "r") for name in state["arrays"]}
     return FeatureStore(arrays, unreadable)
 
 
@@ -168,16 +169,16 @@ def _alone(home: Path, show: bool) -> Iterator[None]:
 def _left_by(home: Path, count: int) -> dict[str, Any]:
     """How far the last call came: images done, unreadable ones, names of arrays; nothing if anything is not whole."""
     try:
-        state = parse_json((home / "progress.json").read_bytes())
+        state = read_json(home / "progress.json")
         done, names = int(state["done"]), [str(name) for name in state["arrays"]]
         if any(Path(name).name != name for name in names):
             raise ValueError("not names of arrays in this folder")
         unreadable = [[int(row), str(reason)] for row, reason in state["unreadable"]]
-        if not names or {len(np.load(home / f"{name}.npy", mmap_mode="r")) for name in names} != {count}:
+        if not names or {len(open_memmap(home / f"{name}.npy", "r")) for name in names} != {count}:
             raise ValueError("not the arrays of these images")
         if not 0 < done <= count or any(not 0 <= row < done for row, _ in unreadable):
             raise ValueError("not the progress of these images")
-    except (OSError, ValueError, EOFError, KeyError, TypeError, OverflowError):
+    except Exception:  # numpy lets through what Python's tokenizer says of a damaged header
         for file in home.glob("*.npy"):
             file.unlink()
         return {"done": 0, "unreadable": [], "arrays": []}

@@ -12,7 +12,7 @@ import torch
 
 from aigiqa_reward import __version__
 from aigiqa_reward.models.base import QualityModel
-from aigiqa_reward.reading import parse_json, read_regular
+from aigiqa_reward.reading import read_json
 from aigiqa_reward.reward import Reward, check_aspect_weights
 from aigiqa_reward.weights import WeightsError, load_strictly, read_weights, write_atomically, write_weights
 from aigiqa_reward.zoo.bounds import TooLarge, bounded
@@ -86,7 +86,7 @@ def load_reward(
     """
     folder = _folder(source, revision, hub or {})
     try:
-        config = parse_json(read_regular(folder / "config.json", most=_CONFIG_BYTES).decode("utf-8"))
+        config = read_json(folder / "config.json", most=_CONFIG_BYTES)
         name, description = config["name"], config["model"]
         shares = {key: float(config[key]) for key in ("quality_weight", "correspondence_weight")}
         dtype = _DTYPES[config["dtype"]]
