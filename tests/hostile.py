@@ -11,7 +11,9 @@ import json
 import os
 import resource
 import shutil
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,18 @@ NAMES = (
     "{0.__class__}",
     "%s%n",
 )
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A tiny, well-formed PNG whose header states a size that its data do not have."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(100))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+
 
 Damage = Callable[[bytes], bytes]
 

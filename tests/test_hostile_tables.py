@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import openpyxl
 import pytest
-from hostile import MEMORY, SECONDS, peak
+from hostile import MEMORY, SECONDS, peak, png_that_claims
+from PIL import Image
 from scipy.io import savemat
 
 from aigiqa_reward.cli.config_file import _entries
@@ -183,11 +184,17 @@ def results(folder: Path, record: Any) -> ResultsFolder:
     [
         {**RECORD, "candidates": [{**ROW, "seed": "../../../escaped"}]},
         {**RECORD, "candidates": [{**ROW, "seed": "<script>alert(1)</script>"}]},
+        {**RECORD, "candidates": [{**ROW, "seed": 10**300}]},
+        {**RECORD, "candidates": [{**ROW, "seed": True}]},
         {**RECORD, "candidates": [{**ROW, "total": "high"}]},
+        {**RECORD, "candidates": [{**ROW, "total": float("nan")}]},
+        {**RECORD, "candidates": [{**ROW, "quality": 10**400}]},
+        {**RECORD, "candidates": [{**ROW, "more": [float("inf")]}]},
         {**RECORD, "candidates": [{"seed": 1}]},
         {**RECORD, "candidates": "many"},
         {**RECORD, "candidates": [None]},
         {**RECORD, "previews": {"x": []}},
+        {**RECORD, "previews": {"9" * 5000: []}},
         {**RECORD, "previews": {"3": [{"step": 1}]}},
         {**RECORD, "error": ["e"]},
         [RECORD],
@@ -198,8 +205,25 @@ def test_a_record_that_we_did_not_write_counts_as_none(tmp_path: Path, record: A
     assert found.read(0) is None
     assert not found.finished(0)
     assert found.failures() == {}
-    found.write_results()
+    found.prepare({}, overwrite=False)
     assert (tmp_path / "results.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("file", ["images/00000_seed3.png", "noises/00000.safetensors"])
+@pytest.mark.parametrize("data", [png_that_claims(60_000, 60_000), png_that_claims(12_000, 12_000), b"{}", None])
+def test_winners_that_cannot_be_read_count_as_none(tmp_path: Path, file: str, data: bytes | None) -> None:
+    found = results(tmp_path, RECORD)
+    for folder in ("images", "noises"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (16, 16)).save(found.image_file(0, 3))
+    assert [result.index for result in found] == [0]
+    (tmp_path / file).unlink(missing_ok=True)
+    if data is None:
+        (tmp_path / file).symlink_to("/dev/zero")
+    else:
+        (tmp_path / file).write_bytes(data)
+    assert found.read(0) is None
+    assert list(found) == []
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import os
 import re
 import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import png_that_claims
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -428,17 +428,6 @@ def test_check_synchronises_once_and_not_without_validation():
 # --------------------------------------------------------------------------------------------- load: files that are not
 
 
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png_that_claims(width: int, height: int) -> bytes:
-    """A tiny, well-formed PNG whose header states a size that its data do not have."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(bytes(100))
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
-
-
 @contextmanager
 def at_most_more_memory(byte_count: int) -> Iterator[None]:
     """Let the process take `byte_count` more address space, where the system can hold it to that."""
@@ -487,9 +476,26 @@ def test_addresses_are_not_fetched(address):
         pixels.load(address)
 
 
-def test_a_prompt_passed_as_a_path_is_an_image_error():
-    with pytest.raises(ImageError, match="a cat"):
-        pixels.load("a cat " * 2000)
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("", "image: expected a path, got an empty text"),
+        ("nul\0.png", "no such file"),
+        ("half \ud800.png", "no such file"),
+        ("~", "~: no such file"),
+        ("a" * 5000, "aaa: cannot be read"),
+        ("a cat " * 2000, "a cat"),
+        (".", "is a folder"),
+        ("/dev/zero", "is a pipe or a device"),
+        ("pipe.png", r"pipe\.png: is a pipe or a device"),
+    ],
+)
+def test_paths_of_no_image_are_image_errors(tmp_path, monkeypatch, path, reason):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.png")
+    for source in (path, Path(path)) if path else (path,):
+        with pytest.raises(ImageError, match=reason):
+            pixels.load(source)
 
 
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (12_000, 12_000), (100_001, 1000)])

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.images.loading import open_rgb
+from aigiqa_reward.reading import read_json
 from aigiqa_reward.weights import write_atomically
 
 SHOWN_PROMPTS, SHOWN_SEEDS = 8, 4
@@ -133,10 +134,9 @@ class ValidationResult:
             ValueError: it is not there, or damaged.
         """
         try:
-            told = parse_json(numbers_file(folder, step).read_bytes())
+            told = read_json(numbers_file(folder, step))
             rows, columns, height, width = told["tiles"]
-            with Image.open(tiles_file(folder, step)) as picture:
-                mosaic = np.asarray(picture.convert("RGB"))
+            mosaic = np.asarray(open_rgb(tiles_file(folder, step)))
             return ValidationResult(
                 step=told["step"],
                 prompts=tuple(told["prompts"]),
@@ -146,7 +146,7 @@ class ValidationResult:
                 tiles=mosaic.reshape(rows, height, columns, width, 3).transpose(0, 2, 1, 3, 4),
                 seconds=told["seconds"],
             )
-        except Exception as error:  # Pillow lets through what its decoders raise
+        except Exception as error:  # what is told may be of any kind
             raise ValueError(
                 f"folder: cannot read the validation of step {step} in {folder} ({error}); it was not "
                 "written by this version, or was altered"

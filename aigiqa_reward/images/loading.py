@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ImageSource: TypeAlias = "Image | str | os.PathLike[str] | np.ndarray | Tensor"
+"""What `load` reads: a PIL image, a path, an array or a tensor."""
 
 MAX_PIXELS = 100_000_000
 """Largest file decoded: chosen here, above any generator's output and 1.2 GB as float32; guards against bombs."""
@@ -114,10 +115,29 @@ def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Te
     return torch.stack(loaded)
 
 
+def open_rgb(path: str | os.PathLike[str]) -> Image:
+    """The image of a file as Pillow has it, in RGB: what this library wrote comes back byte for byte.
+
+    Raises:
+        ImageError: as of `load`, for files.
+    """
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
 def _from_file(path: str | os.PathLike[str]) -> Tensor:
+    with _opened(path) as image:
+        return _from_pil(image, name=os.fsdecode(path))
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image]:
+    """A file's image, of which no pixel is decoded yet; whatever is raised within is an ImageError that names it."""
     from PIL import Image as PILImage
 
     text = os.fsdecode(path)
+    if not text:
+        raise ImageError("image: expected a path, got an empty text")
     if text.startswith(("http://", "https://")):
         raise ImageError(f"{text}: addresses are not fetched; download the image and pass its path")
     file = Path(text)
@@ -126,11 +146,14 @@ def _from_file(path: str | os.PathLike[str]) -> Tensor:
             raise ImageError(f"{text}: no such file")
         if file.is_dir():
             raise ImageError(f"{text}: is a folder; pass the images in it")
+        if not file.is_file():
+            raise ImageError(f"{text}: is a pipe or a device; pass a file")
         if file.stat().st_size == 0:
             raise ImageError(f"{text}: the file is empty")
         warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # our own, lower limit follows
         with PILImage.open(file) as image:
-            return _from_pil(image, name=text)
+            _check_size(image, text)
+            yield image
 
 
 @contextmanager
@@ -154,13 +177,17 @@ def _too_large() -> str:
     return f"more than {MAX_PIXELS:,} pixels; scale it down first"
 
 
+def _check_size(image: Image, name: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{name}: {width} x {height} px is {_too_large()}")
+
+
 def _from_pil(image: Any, *, name: str = "image") -> Tensor:
     from PIL import Image as PILImage
     from PIL import ImageOps
 
-    width, height = image.size
-    if width * height > MAX_PIXELS:  # before any pixel is decoded
-        raise ImageError(f"{name}: {width} x {height} px is {_too_large()}")
+    _check_size(image, name)  # before any pixel is decoded
     if getattr(image, "is_animated", False):  # n_frames would look at every frame of a file, of which there may be many
         warnings.warn(f"{name}: animated image; the first of its frames is scored", stacklevel=4)
         image.seek(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from typing import Any
 
 from aigiqa_reward.sampling.candidates import Preview
@@ -11,6 +13,8 @@ _Kinds = type | tuple[type, ...]
 
 _NUMBER: _Kinds = (int, float, type(None))
 _TEXT: _Kinds = (str, type(None))
+
+_SEED = re.compile(r"-?[0-9]{1,20}")
 
 _RECORD: dict[str, _Kinds] = {
     "prompt": str,
@@ -39,20 +43,31 @@ _PREVIEW: dict[str, _Kinds] = {
 
 
 def is_record(value: Any) -> bool:
-    """Whether a JSON value has all parts of a record, each of its kind; seeds, which name files, are integers."""
+    """Whether a JSON value has all parts of a record, each of its kind, and can be written as JSON again.
+
+    Seeds, which name files, are integers of 64 bits, as torch has them; NaN and infinite numbers are not JSON.
+    """
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return False
     if not _has(value, _RECORD) or not all(_has(row, _CANDIDATE) for row in value["candidates"]):
         return False
     previews = value["previews"]
     return all(
-        seed.removeprefix("-").isdecimal() and isinstance(steps, list) and all(_has(step, _PREVIEW) for step in steps)
+        _SEED.fullmatch(seed) and isinstance(steps, list) and all(_has(step, _PREVIEW) for step in steps)
         for seed, steps in previews.items()
     )
 
 
 def _has(value: Any, kinds: dict[str, _Kinds]) -> bool:
-    return isinstance(value, dict) and all(
-        name in value and isinstance(value[name], kind) for name, kind in kinds.items()
-    )
+    return isinstance(value, dict) and all(name in value and _fits(value[name], kind) for name, kind in kinds.items())
+
+
+def _fits(value: Any, kinds: _Kinds) -> bool:
+    """Whether it is of one of these types, a truth value being no number, and as a number has at most 64 bits."""
+    known = type(value) in (kinds if isinstance(kinds, tuple) else (kinds,))
+    return known and (not isinstance(value, int) or -(2**63) <= value < 2**64)
 
 
 def preview_of(told: dict[str, Any]) -> Preview:

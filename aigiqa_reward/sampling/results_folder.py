@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.images.loading import open_rgb
+from aigiqa_reward.reading import read_json, read_regular
 from aigiqa_reward.sampling._records import finite, is_record, preview_of
 from aigiqa_reward.sampling.candidates import BestOfNOutput
 from aigiqa_reward.sampling.run_settings import differences
@@ -32,6 +32,9 @@ from aigiqa_reward.weights import write_atomically
 
 _FORMAT = "aigiqa-reward best of n for many prompts, version 1"
 _SETTINGS, _RESULTS, _PROMPTS, _IMAGES, _NOISES = "settings.json", "results.jsonl", "prompts", "images", "noises"
+_NOISE_BYTES = 1_000_000_000
+"""Of a prompt's winners together: chosen here, above four hundred latents of 1024 px of any family."""
+
 _OURS = re.compile(r"\d{5,}(\.json|_seed-?\d+\.png|\.safetensors)")
 
 
@@ -168,13 +171,7 @@ class ResultsFolder:
             return None
         try:
             output = self._output(index, record) if record["candidates"] else None
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            SafetensorError,
-            KeyError,
-        ):  # an image or a noise is not there, or damaged
+        except (OSError, ValueError, SafetensorError, KeyError, RuntimeError):  # an image or a noise is damaged
             return None
         return PromptResult(
             index=index,
@@ -216,7 +213,7 @@ class ResultsFolder:
 
     def _record(self, index: int) -> dict[str, Any] | None:
         try:
-            record = parse_json(self.record_file(index).read_bytes())
+            record = read_json(self.record_file(index))
         except (OSError, ValueError):
             return None
         return record if is_record(record) and record["prompt"] == self.prompts[index] else None
@@ -247,13 +244,13 @@ class ResultsFolder:
         winners = sorted((row for row in rows if row["rank"] is not None), key=lambda row: row["rank"])
         known = any(row["correspondence"] is not None for row in rows)
         noises = self._noises(index)
-        by_seed = load(noises.read_bytes()) if noises.is_file() else None
+        by_seed = load(read_regular(noises, most=_NOISE_BYTES)) if noises.exists() else None
 
         def column(name: str, rows: Sequence[dict[str, Any]]) -> list[float]:
             return [math.nan if row[name] is None else row[name] for row in rows]
 
         return BestOfNOutput(
-            images=[_opened(self.image_file(index, row["seed"])) for row in winners],
+            images=[open_rgb(self.image_file(index, row["seed"])) for row in winners],
             scores=column("total", winners),
             seeds=[row["seed"] for row in winners],
             quality=column("quality", winners),
@@ -272,7 +269,7 @@ class ResultsFolder:
 def _note(folder: Path) -> dict[str, Any] | None:
     """The settings that a folder was written with, if it is one of ours."""
     try:
-        note = parse_json((folder / _SETTINGS).read_bytes())
+        note = read_json(folder / _SETTINGS)
     except (OSError, ValueError):
         return None
     if not isinstance(note, dict) or note.get("format") != _FORMAT:
@@ -290,8 +287,3 @@ def _rows(index: int, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         place = {"prompt_index": index, "rank": None, "image": None, "pruned": False}
         rows.append({"seed": None, "prompt": record["prompt"], **scores, "error": record["error"], **place})
     return rows
-
-
-def _opened(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")
