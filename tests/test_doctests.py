@@ -15,6 +15,7 @@ import inspect
 import io
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,6 +106,19 @@ def without_example(module: ModuleType, names: tuple[str, ...] | list[str]) -> l
     return missing
 
 
+def described(text: str) -> set[str]:
+    """Names that a module's source assigns with a docstring behind, which the reference shows them by."""
+    body = ast.parse(text).body
+    return {
+        target.id
+        for node, behind in pairwise(body)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(behind, ast.Expr)
+        if isinstance(behind.value, ast.Constant) and isinstance(behind.value.value, str)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+
+
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 
 LONG = ("benchmark", "finetuning", "sampling", "scorer.py", "encoders")
@@ -156,6 +170,15 @@ def test_every_public_name_has_an_example(module):
     assert without_example(package, package.__all__) == []
 
 
+@pytest.mark.parametrize("module", PUBLIC[1:])
+def test_every_public_table_and_number_is_described(module):
+    package = importlib.import_module(module)
+    values = {name: getattr(package, name) for name in package.__all__}
+    plain = {name for name, value in values.items() if not (inspect.isclass(value) or inspect.isroutine(value))}
+    files = (ROOT / module.rpartition(".")[2]).glob("*.py")
+    assert plain - set().union(*(described(file.read_text(encoding="utf-8")) for file in files)) == set()
+
+
 @pytest.mark.parametrize("module", NOT_PACKAGED)
 def test_every_name_from_a_single_module_has_an_example(module):
     assert without_example(importlib.import_module(module), NOT_PACKAGED[module]) == []
@@ -187,6 +210,8 @@ def test_a_name_without_an_example_and_a_wrong_example_are_found(tmp_path):
     names = ["TABLE", "UNUSED", "listed", "shown", "silent", "Quiet"]
     assert without_example(module, names) == ["house.UNUSED", "house.silent", "house.Quiet"]
 
+    text = 'A = 1\n"""One."""\nB, C = 2, 3\n"""Both."""\nD: int = 4\n"""Four."""\nE = 5\nF = ""\n'
+    assert described(text) == {"A", "D"}
     tests = {test.name: test for test in examples_of(source.read_text(), "house")}
     assert sorted(tests) == ["house:module", "house:shown"]
     for test in tests.values():

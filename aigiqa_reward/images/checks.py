@@ -8,8 +8,11 @@ from torch import Tensor
 MIN_SIDE = 16
 """Smallest accepted side in pixels: chosen here because below it every tower would judge interpolation, not content."""
 
-LOWEST, HIGHEST = -0.5, 1.5
-"""Accepted values: [0, 1] with room for a decoder's small overshoot, which passes unclamped."""
+LOWEST = -0.5
+"""Least accepted value: [0, 1] with room for a decoder's small overshoot, which passes unclamped."""
+
+HIGHEST = 1.5
+"""Greatest accepted value."""
 
 
 class ImageError(ValueError):

@@ -110,6 +110,7 @@ SPECS: dict[str, ModelSpec] = {
         | {"cpa_iqa/model.safetensors": "aa85a91071d581f4c354e94da27cabf1d93f42a150f3d08c72a5e745d37cdc9b"},
     ),
 }
+"""What there is to know of each reward before choosing it, by name."""
 
 
 def list_rewards() -> list[ModelSpec]:
