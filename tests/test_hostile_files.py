@@ -13,6 +13,7 @@ import pandas
 import pytest
 import torch
 import typer
+from clip_models import CONFIG
 from hostile import Target, attack, hold, lay
 from PIL import Image
 from safetensors.torch import save
@@ -23,6 +24,8 @@ from aigiqa_reward import images
 from aigiqa_reward.assistants._entries import TENSOR, TEXT, key_of
 from aigiqa_reward.assistants.cache import AssistantCache
 from aigiqa_reward.cli.config_file import config_option
+from aigiqa_reward.cli.evaluation_files import read_predicted, read_unreadable
+from aigiqa_reward.cli.files import copy_ranked
 from aigiqa_reward.cli.inputs import CommandError, attach_prompts
 from aigiqa_reward.cli.notes import check_arguments
 from aigiqa_reward.cli.prompts import read_prompts
@@ -36,12 +39,18 @@ from aigiqa_reward.datasets import (
     read_table,
     split_rows,
 )
+from aigiqa_reward.encoders.blip import BLIPConfig, _tokenizer
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, _architecture
 from aigiqa_reward.evaluation import Predictions, ProtocolReport, score_split
+from aigiqa_reward.finetuning import checkpoints as finetuning
 from aigiqa_reward.finetuning.history import History
+from aigiqa_reward.finetuning.lora import FILE
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
 from aigiqa_reward.finetuning.validated import PER_IMAGE, ValidationResult
 from aigiqa_reward.models.scenarios import UNIFORM, Preferences
 from aigiqa_reward.sampling.results_folder import ResultsFolder
+from aigiqa_reward.training import checkpoints as training
+from aigiqa_reward.training.store import _left_by
 from aigiqa_reward.weights import read_weights
 
 CASES = 2000
@@ -225,7 +234,63 @@ def cached(form: Any, answer: Any) -> Target:
 def read_history(folder: Path) -> None:
     from accelerate import Accelerator
 
-    History(folder, Accelerator(cpu=True), steps=4, images=1, progress=False).resume(2)
+    history = History(folder, Accelerator(cpu=True), steps=4, images=1, progress=False)
+    history.resume(2)
+    assert 0 <= history.seconds < 2**64
+
+
+def read_ranking(folder: Path) -> None:
+    """What an earlier ranking copied goes, and nothing else."""
+    copy_ranked([], folder, originals=[], overwrite=True)
+    assert (folder / "other.png").exists()
+    assert (folder / "ranking.jsonl").read_text() == ""
+
+
+def stepped() -> torch.optim.Optimizer:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    weight.sum().backward()
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.step()
+    return optimizer
+
+
+def checkpoint(*parts: str) -> dict[str, bytes]:
+    state = {"step": 3, "epoch": 1, "settings": {"seed": 0}, "history": [0.5]}
+    weights = save({"weight": torch.ones(2, 3), "half": torch.ones(3, dtype=torch.float16)})
+    moments = save(training.moments_of(stepped()))
+    return {"state.json": json.dumps(state).encode(), "optimizer.safetensors": moments} | dict.fromkeys(parts, weights)
+
+
+def read_checkpoint(load: Callable[[Path, torch.optim.Optimizer], Any]) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        optimizer = stepped()
+        load(folder, optimizer)
+        optimizer.step()
+
+    return read
+
+
+def split_scores() -> bytes:
+    data, numbers = io.BytesIO(), np.linspace(0, 1, 6)
+    np.savez_compressed(data, quality=numbers, correspondence=numbers, rows=np.arange(6))
+    return data.getvalue()
+
+
+def array() -> bytes:
+    data = io.BytesIO()
+    np.save(data, np.zeros((3, 4), dtype=np.float16))
+    return data.getvalue()
+
+
+def tokenizer() -> bytes:
+    """A BERT tokenizer of few words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    words = {word: number for number, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "a", "fox", "##es", "é"])}
+    made: Any = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    return made.to_str().encode()
 
 
 def validation(folder: Path) -> dict[str, bytes]:
@@ -320,6 +385,7 @@ def targets(folder: Path) -> dict[str, Target]:
                 "settings.json": json.dumps(RUN).encode(),
                 "prompts/00000.json": json.dumps(RECORD).encode(),
                 **{f"images/00000_seed{seed}.png": PNG for seed in range(2)},
+                "noises/00000.safetensors": save({str(seed): torch.ones(4, 8, 8) for seed in range(2)}),
             },
             read=read_results,
             named="folder",
@@ -340,7 +406,56 @@ def targets(folder: Path) -> dict[str, Target]:
             read=lambda home: read_weights(home / "w.safetensors"),
         ),
     }
+    checkpoints = {
+        "epoch": Target(
+            files=checkpoint("model.safetensors", "average.safetensors", "best.safetensors"),
+            read=read_checkpoint(lambda home, optimizer: training.load_checkpoint(home, optimizer, {"step": 3})),
+            named="folder",
+        ),
+        "checkpoint": Target(
+            files=checkpoint(FILE, *finetuning._PARTS.values()),
+            read=read_checkpoint(finetuning.load_checkpoint),
+            named="folder",
+        ),
+        "store": Target(
+            files={
+                "progress.json": b'{"done": 3, "unreadable": [[1, "damaged"]], "arrays": ["image"]}',
+                "image.npy": array(),
+            },
+            read=lambda home: _left_by(home, 3),
+            errors=(),
+        ),
+    }
+    towers = {
+        "tokenizer": Target(
+            files={"tokenizer.json": tokenizer()},
+            read=lambda home: _tokenizer(BLIPConfig(path_or_id=str(home))).encode("a fox"),
+            named="folder",
+        ),
+        "architecture": Target(
+            files={"open_clip_config.json": json.dumps(CONFIG).encode()},
+            read=lambda home: _architecture(OpenCLIPConfig(architecture=f"local-dir:{home}")),
+        ),
+    }
     commands = {
+        "ranking": Target(
+            files={
+                "ranking.jsonl": b'{"path": "a.png", "error": null}\n{"path": "b.png", "error": "damaged"}\n',
+                "001_a.png": PNG,
+                "other.png": PNG,
+            },
+            kept=frozenset(["001_a.png", "other.png"]),
+            read=read_ranking,
+            errors=(),
+        ),
+        "predicted": Target(
+            files={"seed0.npz": split_scores()}, read=lambda home: read_predicted(home / "seed0.npz", 6), errors=usage
+        ),
+        "unreadable": Target(
+            files={"unreadable.json": b'[{"path": "a.png", "reason": "damaged"}]'},
+            read=lambda home: read_unreadable(home / "unreadable.json"),
+            errors=usage,
+        ),
         "options": Target(files={"options.yaml": b"rate: 0.5\nprompt:\n- a\n- 'b'\n"}, read=read_options, errors=usage),
         "prompts": Target(
             files={"prompts.txt": "a fox\n\nün chien\n".encode()},
@@ -372,7 +487,7 @@ def targets(folder: Path) -> dict[str, Target]:
             named="folder",
         ),
     }
-    return image | tables | written | commands
+    return image | tables | written | checkpoints | towers | commands
 
 
 def aigciqa2023(images: Path) -> Callable[[Path], Any]:
@@ -392,7 +507,8 @@ TARGETS = tuple(
     [f"image {name}" for name in image_files()]
     + ["table", "agiqa3k", "split", "aigiqa20k", "agiqa1k", "aigciqa2023", "imagereward", "pickapic", "pairs"]
     + ["predictions", "report", "preferences", "results", "cached tensor", "cached text", "history", "validation"]
-    + ["weights", "options", "prompts", "prompts.jsonl", "prompts by path", "prompts by name", "arguments"]
+    + ["weights", "epoch", "checkpoint", "store", "tokenizer", "architecture", "ranking", "predicted", "unreadable"]
+    + ["options", "prompts", "prompts.jsonl", "prompts by path", "prompts by name", "arguments"]
 )
 
 
