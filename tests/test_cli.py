@@ -509,7 +509,7 @@ def test_a_reader_that_leaves_is_no_error(tiny: list[str], paths: list[str]) -> 
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("to_file", [False, True])
+@pytest.mark.parametrize("to_file", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_interrupted_scoring_keeps_what_it_has(
     paths: list[str], tiny: list[str], tiny_reward: Reward, tmp_path: Path, to_file: bool
 ) -> None:

@@ -130,6 +130,7 @@ def test_prompts_that_fail_give_status_1(options: list[str], tmp_path: Path) -> 
     assert "3 of 3 prompts failed: prompt 0 ('a red apple'): TypeError" in error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_an_interrupted_process_keeps_what_it_has(options: list[str], tmp_path: Path) -> None:
     arguments = command("pairs", *options, "--n", "900", "--batch_size", "1", "--output_dir", tmp_path)

@@ -172,6 +172,7 @@ def test_a_table_of_ones_own(data: Path, cache: Path, tmp_path: Path) -> None:
     assert len(lines(best.stdout)) == len(some)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_end(data: Path, tiny: list[str], tmp_path: Path) -> None:
     options = ["train", *tiny, "--data", f"agiqa3k:{data}", "--epochs", "12", "--batch-size", "6"]
     whole = run(*options, "--out", tmp_path / "whole")

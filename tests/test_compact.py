@@ -262,6 +262,7 @@ def test_the_guard_holds_an_ascent_back(reward: Reward) -> None:
 # --------------------------------------------------------------------------------------------- one's own scores
 
 
+@pytest.mark.slow
 def test_it_can_be_refitted_to_own_scores(tmp_path: Path) -> None:
     """Scores known by construction, of tiny images that nobody has seen."""
     images = write_scored_images(tmp_path / "data", prompts=10, images=6)

@@ -120,7 +120,7 @@ def test_every_served_scheduler_is_here():
 # --------------------------------------------------------------------------------------------- the pipeline's samples
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_a_rollout_ends_where_the_pipeline_ends(case, prediction):

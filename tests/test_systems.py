@@ -213,6 +213,7 @@ def test_float64_throughout(exact: TrainedModel, request: pytest.FixtureRequest)
     assert len({t.dtype for t in exact.state_dict().values() if t.is_floating_point()}) == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_heads_of_half_precision_towers_stay_at_float32(model: TrainedModel) -> None:
     half, images = build(model.name, torch.bfloat16), scenes(3, 64, 80)

@@ -273,6 +273,7 @@ def joint_split(images: ScoredImages) -> Split:
     return replace(split, train=split.train[:48])
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_joint_batch(images: ScoredImages, clip: Path, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]

@@ -176,6 +176,7 @@ def start(images: ScoredImages, clip: Path, folder: Path, mine: Path, other: Pat
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_computation_goes_on_where_it_was(
     images: ScoredImages, clip: Path, features: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
