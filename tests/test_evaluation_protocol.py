@@ -317,6 +317,8 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
             ProtocolReport.load(path)
     with pytest.raises(ValueError, match="title: expected one line"):
         ProtocolReport(title="", protocol="")
+    with pytest.raises(ValueError, match="protocol: expected a text, got None"):
+        ProtocolReport(title="t", protocol=None)  # pyright: ignore[reportArgumentType]
 
 
 def test_csv_is_tidy_and_exact() -> None:

@@ -118,7 +118,8 @@ class ProtocolReport:
         scores: one entry a seed, predictor and task.
 
     Raises:
-        ValueError: a title that is not one line of text, or the same seed, predictor and task twice.
+        ValueError: a title that is not one line of text, a protocol that is no text, or the same seed, predictor and
+            task twice.
 
     Example:
         >>> from aigiqa_reward.evaluation import ProtocolReport, score_split
@@ -137,6 +138,8 @@ class ProtocolReport:
 
     def __post_init__(self) -> None:
         check_line("title", self.title)
+        if not isinstance(self.protocol, str):
+            raise ValueError(f"protocol: expected a text, got {self.protocol!r}")
         object.__setattr__(self, "scores", tuple(self.scores))
         seen = set()
         for entry in self.scores:
