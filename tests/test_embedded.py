@@ -241,15 +241,15 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_samples_show_what_the_prompt_says(pipe: StableDiffusionPipeline, judge: Judge):
-    """One sample of each of 12 trained pairs; the full figure is examples/train_generator/evaluate.py's."""
-    chosen = np.random.default_rng(2).permutation(all_pairs(held_out=False))[:12]
+    """One sample of each of 8 trained pairs; the full figure is examples/train_generator/evaluate.py's."""
+    chosen = np.random.default_rng(2).permutation(all_pairs(held_out=False))[:8]
     prompts = [caption(*pair) for pair in chosen.tolist()]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(len(prompts))]
     images = pipe(prompts, generator=generators, num_inference_steps=20, guidance_scale=3.0, output_type="pt").images
-    assert images.shape == (12, 3, SIDE, SIDE)
+    assert images.shape == (8, 3, SIDE, SIDE)
     noun, colour = judge.recognises(images, prompts)
-    assert int(noun.sum()) >= 10
-    assert int(colour.sum()) >= 10
+    assert int(noun.sum()) >= 7
+    assert int(colour.sum()) >= 7
 
 
 def test_every_word_of_the_world_is_a_token_of_its_own(pipe: StableDiffusionPipeline):

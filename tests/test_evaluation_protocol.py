@@ -125,7 +125,7 @@ def test_what_a_split_cannot_tell_is_nan() -> None:
 def test_centring_is_refused_where_nothing_would_be_left_or_nothing_removed() -> None:
     rng = np.random.default_rng(0)
     decided = set()
-    for rows in rng.integers(5, 14, size=60):
+    for rows in rng.integers(5, 14, size=24):
         prompts, generators = ([str(i) for i in rng.integers(0, count, size=rows)] for count in (4, 3))
         x, y = rng.normal(size=rows), rng.normal(size=rows)
         found = score_split(

@@ -30,7 +30,17 @@ ZERO_SHOT = "tsp_mgs, zero-shot"
 """Beside the embedded rewards: the one that scores on any CLIP without training, here a tiny one."""
 
 
-@pytest.fixture(scope="module", params=[*(spec.name for spec in list_rewards()), ZERO_SHOT])
+SLOW = ("sc_agiqa", "ma_agiqa")
+"""Left to the slow suite: tests/test_systems.py asks the same of their models, on fewer crops."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(pytest.param(s.name, marks=[pytest.mark.slow] * (s.name in SLOW)) for s in list_rewards()),
+        ZERO_SHOT,
+    ],
+)
 def make(request: pytest.FixtureRequest, tiny_clip: Path) -> Maker:
     """Builds the reward of this name, as a user would, with any further arguments of create_reward."""
     if request.param != ZERO_SHOT:
