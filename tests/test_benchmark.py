@@ -239,6 +239,7 @@ class Interruption(KeyboardInterrupt):
     """Ctrl-C, between two trainings."""
 
 
+@pytest.mark.slow
 def test_a_protocol_that_is_interrupted_trains_nothing_twice(
     images: ScoredImages, plan: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def test_sdxl_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (state["batch"], state["draft.truncation_steps"], state["holdout_reward"]) == (2, 1, "mst_clipiqa")
 
 
+@pytest.mark.slow
 def test_sd15_dpo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import finetune_sd15_dpo
 
@@ -80,6 +81,7 @@ def test_flux_grpo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_it_loads(pipelines.flux, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_sdxl_settings_for_the_command_line(tmp_path: Path) -> None:
     pipelines.stable_diffusion_xl().save_pretrained(tmp_path / "sdxl")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))

@@ -69,7 +69,8 @@ def test_probabilities_and_divergences_are_the_published_ones(family):
         torch.testing.assert_close(outcome.measures["kl"].double(), far, atol=1e-8, rtol=2e-3)
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd3", marks=pytest.mark.slow), "flux"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", PIPES)
 def test_updates_raise_a_reward_without_gradients(family):
     """On noise that training has not seen, by the pipeline's own sampler, which takes no noise; paired."""
     tools = tools_for(family, moved=0.0, num_inference_steps=3)

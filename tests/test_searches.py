@@ -171,6 +171,7 @@ def test_radius_one_is_random_search(sd):
 # --------------------------------------------------------------------------------------------- diverse
 
 
+@pytest.mark.slow
 def test_diverse_winners_are_among_the_best_and_farther_apart():
     pipe = load_embedded_pipeline()
     call = {"num_inference_steps": 3, "guidance_scale": 2.0}

@@ -191,6 +191,7 @@ def test_a_killed_computation_goes_on_where_it_was(
     assert_holds(found, features)
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_computes_and_both_have_it_all(
     images: ScoredImages, clip: Path, features: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
