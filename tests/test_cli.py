@@ -500,6 +500,7 @@ def test_a_process_separates_its_streams(paths: list[str], tiny: list[str], tiny
     assert_scores(lines(done.stdout)[:-1], tiny_reward, paths, PROMPT)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(tiny: list[str], paths: list[str]) -> None:
     arguments = command("score", *paths, *tiny, "--format", "jsonl")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:

@@ -85,10 +85,10 @@ def assert_it_changes_images(model: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("algorithm", "model", "more"),
     [
-        ("draft", "sd", ["--truncation_steps", "all"]),
-        ("draft", "sd", ["--truncation_steps", "random"]),
+        pytest.param("draft", "sd", ["--truncation_steps", "all"], marks=pytest.mark.slow),
+        pytest.param("draft", "sd", ["--truncation_steps", "random"], marks=pytest.mark.slow),
         ("draft", "sd", ["--truncation_steps", "7", "--reward_ceiling", "none"]),  # more than there are steps
-        ("draft", "sd", ["--low_variance", "2", "--gradient_checkpointing"]),
+        pytest.param("draft", "sd", ["--low_variance", "2", "--gradient_checkpointing"], marks=pytest.mark.slow),
         ("refl", "sd", ["--earliest", "0.5", "--reward_ceiling", "0.9", "--ema_decay", "0.5"]),
         ("dpo", "sd", ["--refresh_every", "1", "--candidates", "2", "--loss", "hinge"]),
         ("ddpo", "sd", ["--images_per_prompt", "2"]),

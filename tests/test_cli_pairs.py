@@ -87,6 +87,7 @@ def test_it_goes_on_and_refuses_other_settings(options: list[str], room: Path, t
     assert {int(re.search(r"seed(\d+)", name)[1]) for name in stamps(tmp_path)} == {5, 6, 7}
 
 
+@pytest.mark.slow
 def test_dpo_on_what_it_made(room: Path, made: Path, tmp_path: Path) -> None:
     model = ["--pretrained_model_name_or_path", str(room / "sd"), *judged_by(room), *SAMPLING]
     more = ["--pairs", made, "--beta", "100", "--loss", "ipo", "--output_dir", tmp_path / "lora"]

@@ -134,7 +134,14 @@ def test_the_right_caption_of_eight_is_preferred(reward: Reward, unseen: np.ndar
     assert float((torch.stack(scores).argmax(dim=0) == 0).float().mean()) >= 0.9
 
 
-@pytest.mark.parametrize("column", range(3), ids=["blur", "noise", "warp"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        pytest.param(0, id="blur"),
+        pytest.param(1, id="noise", marks=pytest.mark.slow),
+        pytest.param(2, id="warp", marks=pytest.mark.slow),
+    ],
+)
 def test_quality_falls_as_degradation_grows(reward: Reward, unseen: np.ndarray, column: int) -> None:
     pictures = compose(unseen[::8], np.random.default_rng(78))
     qualities = []
@@ -229,10 +236,10 @@ def test_trust_falls_beyond_its_limit_only(reward: Reward) -> None:
 
 
 def test_images_and_pictures_are_trusted_and_scores_are_multiplied(reward: Reward, unseen: np.ndarray) -> None:
-    files = sorted(EXAMPLES.glob("*.jpg"))
+    files = sorted(EXAMPLES.glob("*.jpg"))[::2]
     with torch.no_grad():
         trust = torch.cat([reward(pixels.load(file)[None]).details["trust"] for file in files])
-        pictures = reward(compose(unseen[:16], np.random.default_rng(5))).details["trust"]
+        pictures = reward(compose(unseen[:8], np.random.default_rng(5))).details["trust"]
         whole = pixels.load(files[0])[None]
         before = reward(whole, ["sushi"])
         half = create_reward("compact")
@@ -246,6 +253,7 @@ def test_images_and_pictures_are_trusted_and_scores_are_multiplied(reward: Rewar
     torch.testing.assert_close(after.correspondence, before.correspondence * after.details["trust"])
 
 
+@pytest.mark.slow
 def test_the_guard_holds_an_ascent_back(reward: Reward) -> None:
     """Against the same reward without its guard, on an image of the size of one crop."""
     image = pixels.resize(pixels.load(EXAMPLES / "sushi_sd15_normal.jpg")[None], (224, 224))

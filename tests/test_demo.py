@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -129,13 +130,13 @@ def test_the_line_of_python_makes_the_best_again(shown: tuple[Result, Path]) -> 
     assert np.abs(array(variables["image"]).astype(int) - array(out / "best.png")).max() <= 2
 
 
-def test_a_second_demo_replaces_the_first_and_nothing_else(tmp_path: Path) -> None:
-    assert run("demo", "--prompt", PROMPT, "--n", "2", "--out", tmp_path).exit_code == 0
+def test_a_second_demo_replaces_the_first_and_nothing_else(shown: tuple[Result, Path], tmp_path: Path) -> None:
+    shutil.copytree(shown[1], tmp_path, dirs_exist_ok=True)
     first = rows_of(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     again = run("demo", "--prompt", PROMPT, "--n", "1", "--seed", "9", "--out", tmp_path)
     assert again.exit_code == 0, again.output
-    assert [row["seed"] for row in first] == [0, 1]
+    assert [row["seed"] for row in first] == [5, 6, 7]
     assert [row["seed"] for row in rows_of(tmp_path)] == [9]
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert names(tmp_path) == FILES | {"notes.txt"}
@@ -152,8 +153,10 @@ def test_candidates_that_were_dropped_are_listed(each_step: Callable[..., None],
     assert_holds(tmp_path, rows[:1])
 
 
-def test_no_winner_is_left_over_where_all_were_dropped(each_step: Callable[..., None], tmp_path: Path) -> None:
-    assert run("demo", "--n", "1", "--out", tmp_path).exit_code == 0
+def test_no_winner_is_left_over_where_all_were_dropped(
+    shown: tuple[Result, Path], each_step: Callable[..., None], tmp_path: Path
+) -> None:
+    shutil.copytree(shown[1], tmp_path, dirs_exist_ok=True)
     each_step(lambda number, latents: latents.fill_(float("nan")))
     result = run("demo", "--n", "2", "--out", tmp_path)
     assert result.exit_code == 1
@@ -258,6 +261,7 @@ def interrupt_at(wanted: int) -> Callable[[int, torch.Tensor], None]:
     return action
 
 
+@pytest.mark.slow
 def test_what_was_made_before_an_interruption_is_kept(each_step: Callable[..., None], tmp_path: Path) -> None:
     each_step(interrupt_at(STEPS + 3))
     result = run("demo", "--prompt", PROMPT, "--n", "9", "--out", tmp_path)

@@ -39,6 +39,7 @@ def assert_it_loads(build: Callable[[], Any], folder: Path) -> None:
     assert not torch.equal(drawn(pipe), before)
 
 
+@pytest.mark.slow
 def test_sdxl_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import finetune_sdxl_draft
 

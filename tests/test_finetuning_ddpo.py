@@ -107,8 +107,11 @@ def exact() -> Any:
 
 @pytest.mark.parametrize(
     "parts",
-    [[[row] for row in range(8)], [[0, 2, 4, 6], [1, 3, 5, 7]], [[7, 0, 3], [1, 2, 4, 5, 6]]],
-    ids=["eight", "interleaved", "unequal"],
+    [
+        pytest.param([[row] for row in range(8)], id="eight", marks=pytest.mark.slow),
+        pytest.param([[0, 2, 4, 6], [1, 3, 5, 7]], id="interleaved", marks=pytest.mark.slow),
+        pytest.param([[7, 0, 3], [1, 2, 4, 5, 6]], id="unequal"),
+    ],
 )
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(exact, parts):
     algorithm = DDPO(images_per_prompt=4, timestep_fraction=0.6)
@@ -329,6 +332,7 @@ def test_settings_tell_the_loop_of_groups_and_rounds():
 # --------------------------------------------------------------------------------------------- it climbs
 
 
+@pytest.mark.slow
 def test_a_few_updates_raise_a_reward_without_gradients():
     """The embedded generator becomes redder on seeds and noise that training has not seen, every one."""
     tools = tools_of(load_embedded_pipeline(), moved=0.0, num_inference_steps=3, guidance_scale=1.0)

@@ -170,12 +170,12 @@ def peak(steps: int, *, checkpointed: bool) -> int:
     return counter.most
 
 
-@pytest.mark.parametrize("steps", [(2, 6), pytest.param((10, 25, 50), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [(1, 3), pytest.param((10, 25, 50), marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_steps(steps: tuple[int, ...]) -> None:
     """But for what the sampler keeps of each step: a few latents of 4 x 16 x 16 numbers."""
     latents = 4 * 4 * 16 * 16
     first, *others = (peak(count, checkpointed=True) for count in steps)
     for count, found in zip(steps[1:], others, strict=True):
         assert found - 12 * latents * (count - steps[0]) < 1.1 * first
-    if steps[0] == 2:
-        assert peak(6, checkpointed=False) > 2 * peak(2, checkpointed=False), "and this can fail"
+    if steps[0] == 1:
+        assert peak(3, checkpointed=False) > 2 * peak(1, checkpointed=False), "and this can fail"

@@ -201,6 +201,7 @@ for name in ("one", "again"):  # a script may train twice
 JOINT: dict[str, Any] = {"max_train_steps": 2, "algorithm": Draft(truncation_steps="random"), "sampling": CALL}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     script = tmp_path / "train.py"

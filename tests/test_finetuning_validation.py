@@ -161,6 +161,7 @@ def test_the_holdout_shares_no_head_and_no_text() -> None:
     assert not torch.equal(one.correspondence, other.correspondence)
 
 
+@pytest.mark.slow
 def test_the_holdout_is_found_within_what_is_trained() -> None:
     compact, mst = create_reward("compact"), create_reward("mst_clipiqa")
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -30,7 +30,7 @@ ZERO_SHOT = "tsp_mgs, zero-shot"
 """Beside the embedded rewards: the one that scores on any CLIP without training, here a tiny one."""
 
 
-SLOW = ("sc_agiqa", "ma_agiqa")
+SLOW = ("sc_agiqa", "tsp_mgs", "cpa_iqa", "ma_agiqa")
 """Left to the slow suite: tests/test_systems.py asks the same of their models, on fewer crops."""
 
 

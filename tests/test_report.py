@@ -103,7 +103,9 @@ def below(box: Box | None, image: Box) -> bool:
 # --------------------------------------------------------------------------------------------- images
 
 
-@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (5, 3), (7, 4), (16, 4), (64, 8)])
+@pytest.mark.parametrize(
+    ("count", "columns"), [(1, 1), (2, 2), (3, 3), (5, 3), (7, 4), (16, 4), pytest.param(64, 8, marks=pytest.mark.slow)]
+)
 def test_every_image_is_enlarged_and_stands_in_candidate_order(count: int, columns: int) -> None:
     images = [noise(seed) for seed in range(count)]
     sheet = pixels(output(images))

@@ -70,6 +70,9 @@ CASES = {**DISCRETE, **FLOW}
 DRAWING = {"ddim eta", "ddpm", "ddpm own timesteps", "lcm", "tcd", "dpm++ sde", "sa", "flow sa", "euler ancestral"}
 DRAWING |= {"kdpm2 ancestral", "flow euler stochastic"}
 """Those that draw noise on the way."""
+SETTINGS = {"ddpm own timesteps", "dpm karras", "unipc eps", "euler leading", "euler karras", "heun leading"}
+SETTINGS |= {"flow euler shifted", "flow euler dynamic", "flow euler own sigmas"}
+"""Other noise levels under a history that another case has."""
 
 
 @functools.cache
@@ -255,7 +258,7 @@ def test_other_kinds_of_predictions_are_told():
 # --------------------------------------------------------------------------------------------- histories
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SETTINGS)) for c in CASES])
 @torch.no_grad()
 def test_candidates_keep_their_histories(case):
     """Picked, parted and joined in the middle of a run, they end where they would have ended."""

@@ -145,7 +145,7 @@ def test_the_same_call_gives_the_same_bits_and_chunks_change_nothing(sd):
     assert [preview.step for preview in one.previews[3]] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "flux"))])
 def test_a_high_temperature_steers_nothing_and_a_low_one_raises_the_reward(family):
     pipe = FAMILIES[family]()
     arguments = {"every": 2, "first": 0.4}

@@ -97,7 +97,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Recipe, str, int]] = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "towers")) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case != "average")) for case in CASES])
 def test_an_interrupted_training_ends_as_one_that_was_not(
     case: str, images: ScoredImages, clip: Path, tmp_path: Path
 ) -> None:

@@ -86,7 +86,7 @@ def hooked(module: Any, function: Callable[..., Any]) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("ema", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_it_learns_to_rank_images_and_to_read_prompts(bench: Bench, ema: float) -> None:
     model, rows = tiny_model("mst_clipiqa", bench.clip), bench.split.test
     swapped = [other_colour(prompt) for prompt in bench.images.prompts]
