@@ -20,7 +20,7 @@ from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning.pair_latents import PairLatents, fitted
 from aigiqa_reward.finetuning.pairs import build_preference_pairs, fingerprint, read_preference_pairs
 from aigiqa_reward.images import load
-from aigiqa_reward.sampling import BestOfEachError
+from aigiqa_reward.sampling import BestOfEachError, RewardGuidance
 from aigiqa_reward.sampling.rollout import Rollout
 
 PROMPTS = ["a red apple on a blue background", "a penguin on a red background", "a 'rocket' on <green>"]
@@ -97,6 +97,50 @@ def test_with_several_scales_an_image_is_paired_with_itself(pipe, tmp_path):
     assert len(build(pipe, tmp_path, PROMPTS[:2], progress=lambda *done: told.append(done), **more)) == 2
     assert told[-1] == (6, 6), "a second prompt, three images at two scales"
     assert kept.items() <= {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}.items()
+
+
+def test_with_reward_guidance_an_image_is_paired_with_its_own_climb(pipe, tmp_path):
+    more: dict[str, Any] = {"n": 2, "seed": 7, "reward_guidance": 400.0, "pairs_per_prompt": 2, "batch_size": 1}
+    pairs = build(pipe, tmp_path, PROMPTS[:1], settings={"of": "a test"}, **more)
+    assert len(pairs) == 2
+    for better, worse in zip(pairs.better, pairs.worse, strict=True):
+        seed = int(better.stem.rpartition("seed")[2])
+        with RewardGuidance(pipe, Brightness(), PROMPTS[0], scale=400.0) as guidance:
+            (climbed,) = sampled(pipe, PROMPTS[0], range(seed, seed + 1), callback_on_step_end=guidance)
+        (plain,) = sampled(pipe, PROMPTS[0], range(seed, seed + 1))
+        assert better.name == worse.name, "one seed"
+        assert brightness(better) == pytest.approx(brightness(climbed), abs=1 / 255)
+        assert brightness(worse) == pytest.approx(brightness(plain), abs=1 / 255)
+        assert brightness(better) > brightness(worse) + 0.01
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    assert build(pipe, tmp_path, PROMPTS[:1], settings={"of": "a test"}, **more).better == pairs.better
+    assert kept == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    stronger = build(pipe, tmp_path, PROMPTS[:1], settings={"of": "a test"}, **{**more, "reward_guidance": 500.0})
+    assert stronger.worse == pairs.worse, "those without guidance serve again"
+    assert not {*stronger.better} & {*pairs.better}
+
+
+def test_what_cannot_be_guided_by_the_reward_is_refused_before_sampling(pipe, tmp_path):
+    def numbers(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        return images.detach().mean(dim=(1, 2, 3))
+
+    for match, more in {
+        r"reward_guidance: climbs the reward by its gradient .*numbers gives none; .* guidance_scales": {
+            "reward": numbers,
+            "reward_guidance": 1.0,
+        },
+        r"guidance_scales, reward_guidance: .* pass one": {"guidance_scales": (1, 2), "reward_guidance": 1.0},
+        r"reward_guidance: expected a number of at least 0, .* got -1": {"reward_guidance": -1.0},
+        r"callback_on_step_end: reward_guidance is one itself": {
+            "reward_guidance": 1.0,
+            "callback_on_step_end": lambda *_: {},
+        },
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            build(pipe, tmp_path, **more)
+    with pytest.raises(TypeError, match="RewardGuidance"):
+        build(lambda prompt, **_: None, tmp_path, reward_guidance=1.0)
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_the_table_tells_rewards_and_is_read_again(built):

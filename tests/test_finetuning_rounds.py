@@ -40,7 +40,7 @@ def plain(folder: Path, algorithm: Algorithm, *, resume: str | None = None, **ch
     return train(folder, algorithm, resume_from_checkpoint=resume, validation_prompts=None, holdout=None, **changes)
 
 
-@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "ddpo")) for n in ROUNDS])
 def test_a_training_goes_on_in_the_middle_of_a_round(name: str, tmp_path: Path) -> None:
     split = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
     plain(tmp_path / "a", ROUNDS[name], max_train_steps=5, **split)
@@ -54,9 +54,14 @@ def test_a_training_goes_on_in_the_middle_of_a_round(name: str, tmp_path: Path) 
     assert [key for key in whole if not torch.equal(whole[key], half[key])]
 
 
-def test_without_pairs_they_are_made_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "contrast",
+    [{"reward_guidance": 20.0}, pytest.param({"guidance_scales": (1.0, 4.0)}, marks=pytest.mark.slow)],
+    ids=["reward", "scales"],
+)
+def test_without_pairs_they_are_made_first(tmp_path: Path, contrast: dict[str, Any]) -> None:
     """The training is that on the pairs of `build_preference_pairs`, also where it goes on."""
-    own = DPO(candidates=2, pairs_per_prompt=2, guidance_scales=(1.0, 4.0), timesteps="sampler")
+    own = DPO(candidates=2, pairs_per_prompt=2, timesteps="sampler", **contrast)
 
     def images(run: str) -> dict[Path, int]:
         return {file: file.stat().st_mtime_ns for file in (tmp_path / run / "pairs").rglob("*.png")}

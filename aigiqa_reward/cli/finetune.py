@@ -29,7 +29,7 @@ OF_ALGORITHM = {
     "refl": ("earliest",),
     "dpo": (
         *("pairs", "beta", "loss", "timesteps", "refresh_every"),
-        *("candidates", "pairs_per_prompt", "guidance_scales", "margin"),
+        *("candidates", "pairs_per_prompt", "guidance_scales", "reward_guidance", "margin"),
     ),
     "ddpo": ("images_per_prompt", "updates_per_round", "clip_range", "timestep_fraction"),
     "grpo": ("images_per_prompt", "updates_per_round", "clip_range", "timestep_fraction"),
@@ -67,6 +67,7 @@ def finetune(
     candidates: own.CandidatesOption = None,
     pairs_per_prompt: own.PairsOfPromptOption = None,
     guidance_scales: own.ScalesOfPairsOption = None,
+    reward_guidance: own.ClimbOfPairsOption = None,
     margin: own.LeastMarginOption = None,
     images_per_prompt: own.GroupOption = None,
     updates_per_round: own.UpdatesOption = None,

@@ -177,6 +177,16 @@ ScalesOfPairsOption = Annotated[
         metavar="G",
     ),
 ]
+ClimbOfPairsOption = Annotated[
+    float | None,
+    _option(
+        "reward_guidance",
+        _ALGORITHM,
+        "dpo: scale at which every candidate climbs the reward once more, to be paired with itself.",
+        min=0.0,
+        metavar="X",
+    ),
+]
 LeastMarginOption = Annotated[
     float | None,
     _option("margin", _ALGORITHM, "dpo: least difference of their rewards.", min=0.0, metavar="X"),
@@ -277,6 +287,16 @@ ScalesOption = Annotated[
         _PAIRS,
         "At each of which every image is sampled, to be paired with itself; repeat it.",
         metavar="G",
+    ),
+]
+ClimbOption = Annotated[
+    float,
+    _option(
+        "reward_guidance",
+        _PAIRS,
+        "Scale at which every image climbs the reward once more, to be paired with itself.",
+        min=0.0,
+        metavar="X",
     ),
 ]
 ImagesOption = Annotated[int, _option("n", _PAIRS, "Images a prompt.", min=2, metavar="N")]

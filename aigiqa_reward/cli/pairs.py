@@ -19,7 +19,7 @@ from aigiqa_reward.cli.prompts import read_prompts
 from aigiqa_reward.cli.runs import first_process, process_device
 from aigiqa_reward.cli.sampling_options import AnewOption, PipelineDType, PipelineDTypeOption, SetOption
 
-_OF_PAIRS = ("n", "margin", "pairs_per_prompt", "seed", "batch_size", "overwrite")
+_OF_PAIRS = ("n", "margin", "pairs_per_prompt", "reward_guidance", "seed", "batch_size", "overwrite")
 _TAKEN = ("prompts", "folder", "out", "accelerator", "settings", "progress", *_OF_PAIRS)
 
 
@@ -34,6 +34,7 @@ def pairs(
     margin: own.MarginOption = 0.0,
     pairs_per_prompt: own.PairsPerPromptOption = 1,
     guidance_scales: own.ScalesOption = None,
+    reward_guidance: own.ClimbOption = 0.0,
     seed: own.FirstSeedOption = 0,
     batch_size: own.AtOnceOption = 4,
     num_inference_steps: own.StepsOfSamplingOption = None,
@@ -73,7 +74,8 @@ def _build(pipe: Any, judge: Any, prompts: list[str], given: Mapping[str, Any], 
     chosen = {"model": given["pretrained_model_name_or_path"], "dtype": str(pipe.dtype)}
     chosen["reward_weights"] = given["reward_weights"]
     scales = tuple(given["guidance_scales"] or ())
-    folder, every = given["output_dir"], given["n"] * len(prompts) * max(1, len(scales))
+    kinds = 2 if given["reward_guidance"] else max(1, len(scales))
+    folder, every = given["output_dir"], given["n"] * len(prompts) * kinds
     arguments = {**{name: given[name] for name in _OF_PAIRS}, "guidance_scales": scales, "settings": chosen, **sampling}
     try:
         with progress("pairs", every) as show, option_errors(given):

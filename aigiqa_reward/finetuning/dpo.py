@@ -27,8 +27,9 @@ from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning.algorithm import Algorithm, Batch, Memory, Outcome
 from aigiqa_reward.finetuning.identity import reward_identity
 from aigiqa_reward.finetuning.noising import Noising
+from aigiqa_reward.finetuning.pair_candidates import Contrast
 from aigiqa_reward.finetuning.pair_latents import PairLatents
-from aigiqa_reward.finetuning.pairs import build_preference_pairs, checked_scales, fingerprint
+from aigiqa_reward.finetuning.pairs import build_preference_pairs, fingerprint
 from aigiqa_reward.finetuning.randomness import generator_of, seed_of
 from aigiqa_reward.finetuning.settings import FinetuneSettings
 from aigiqa_reward.finetuning.tools import Tools
@@ -64,6 +65,7 @@ class DPO(Algorithm):
             refresh, of which the best and the worst are the pair.
         pairs_per_prompt: of pairs that are made first.
         guidance_scales: of pairs that are made first: candidates are sampled at each, and paired with themselves.
+        reward_guidance: likewise: each is sampled with `sampling.RewardGuidance` of this scale too; 0 is without.
         margin: least difference of a pair's rewards; a row below it counts for nothing.
     """
 
@@ -77,6 +79,7 @@ class DPO(Algorithm):
     candidates: int = 4
     pairs_per_prompt: int = 1
     guidance_scales: tuple[float, ...] = ()
+    reward_guidance: float = 0.0
     margin: float = 0.0
     latents: PairLatents | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -89,15 +92,11 @@ class DPO(Algorithm):
             raise ValueError(f"timesteps: expected one of {', '.join(get_args(Timesteps))}, got {self.timesteps!r}")
         integer("refresh_every", self.refresh_every, least=0)
         integer("candidates", self.candidates, least=2)
-        object.__setattr__(self, "guidance_scales", checked_scales(self.guidance_scales))
-        most, share = (self.candidates, "") if self.guidance_scales else (self.candidates // 2, " / 2")
-        if integer("pairs_per_prompt", self.pairs_per_prompt, least=1) > most:
-            raise ValueError(
-                f"pairs_per_prompt: expected at most candidates{share} = {most}, got {self.pairs_per_prompt}; raise "
-                "candidates"
-            )
+        contrast = Contrast(guidance_scales=self.guidance_scales, reward_guidance=self.reward_guidance)
+        object.__setattr__(self, "guidance_scales", contrast.guidance_scales)
+        contrast.check_count(self.pairs_per_prompt, self.candidates, "candidates")
         made_first = self.pairs is None and not self.refresh_every
-        for name, default in (("pairs_per_prompt", 1), ("guidance_scales", ())):
+        for name, default in (("pairs_per_prompt", 1), ("guidance_scales", ()), ("reward_guidance", 0)):
             if not made_first and getattr(self, name) != default:
                 raise ValueError(
                     f"{name}: of pairs that are made before the training, which given pairs and refresh_every are "
@@ -148,6 +147,7 @@ class DPO(Algorithm):
             margin=self.margin,
             pairs_per_prompt=self.pairs_per_prompt,
             guidance_scales=self.guidance_scales,
+            reward_guidance=self.reward_guidance,
             seed=seed_of(settings.seed, "pairs") >> 32,  # other images than validation's, whose seeds count from 0
             batch_size=settings.train_batch_size,
             accelerator=tools.accelerator,
@@ -156,7 +156,7 @@ class DPO(Algorithm):
             **settings.sampling,
         )
         # Where they came from is said by the pairs from here on, and checked by their folder.
-        return replace(self, pairs=pairs, pairs_per_prompt=1, guidance_scales=())
+        return replace(self, pairs=pairs, pairs_per_prompt=1, guidance_scales=(), reward_guidance=0.0)
 
     def noising(self, state: State) -> Noising:
         """The process whose levels are drawn."""

@@ -4,7 +4,7 @@ Both are `datasets.PreferencePairs`, prompts and the files of a better and a wor
 tell them apart. A folder of ours holds
 
     settings.json, prompts/, images/, results.jsonl   best of N for each prompt, as `sampling.best_of_each` writes it;
-                                                      where candidates differ in guidance, a folder each, guidance-3/
+                                                      where candidates differ in guidance, a folder of each kind
     pairs.parquet                                     one pair a row: `COLUMNS`
 """
 
@@ -20,10 +20,11 @@ from typing import Any
 
 from aigiqa_reward.datasets import PreferencePairs, read_pickapic
 from aigiqa_reward.datasets._rows import extra_data
+from aigiqa_reward.finetuning.pair_candidates import Contrast, sampled
 from aigiqa_reward.reading import read_json
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.checks import number
-from aigiqa_reward.sampling.many_prompts import BestOfEachError, ResultsFolder, best_of_each
+from aigiqa_reward.sampling.many_prompts import ResultsFolder
 from aigiqa_reward.selection import integer
 from aigiqa_reward.weights import write_atomically
 
@@ -48,6 +49,7 @@ def build_preference_pairs(
     margin: float = 0.0,
     pairs_per_prompt: int = 1,
     guidance_scales: Sequence[float] = (),
+    reward_guidance: float = 0.0,
     seed: int = 0,
     batch_size: int = 4,
     accelerator: Any = None,
@@ -64,10 +66,12 @@ def build_preference_pairs(
         folder: created where it does not exist.
         n: candidates for each prompt, at least 2.
         margin: difference of rewards that a pair must exceed, at least 0, in the reward's units; ties never pair.
-        pairs_per_prompt: best with worst, second best with second worst, and so on; at most n / 2 (with
-            `guidance_scales`: of how many noises; at most n).
+        pairs_per_prompt: best with worst, second best with second worst, and so on; at most n / 2. With
+            `guidance_scales` or `reward_guidance`: of how many noises; at most n.
         guidance_scales: at least two, at which each noise is sampled, and its best image paired with its worst: they
             differ in what guidance does, as Pick-a-Pic's do (Kirstain et al. 2023, section 2).
+        reward_guidance: above 0, each noise is sampled once more with `sampling.RewardGuidance` of this scale, and
+            paired with itself: they differ in what the reward likes, far more than noises do. Needs its gradient.
         seed: of the first candidate of every prompt.
         batch_size: candidates sampled at once.
         accelerator: as for `best_of_each`.
@@ -81,13 +85,14 @@ def build_preference_pairs(
         BestOfEachError: some prompts failed; the pairs of the others are written.
     """
     extra_data("pyarrow.parquet", f"writing {FILE}")
-    scales = checked_scales(guidance_scales)
-    n, count = _checked_counts(n, pairs_per_prompt, scales)
+    contrast = Contrast(guidance_scales=guidance_scales, reward_guidance=reward_guidance)
+    n = integer("n", n, least=2)
+    count = contrast.check_count(pairs_per_prompt, n, "n")
     margin = number("margin", margin, "of at least 0, a difference of rewards", lambda value: 0 <= value < math.inf)
     search = BestOfN(pipe, reward, n=n, top_k=n, batch_size=batch_size, progress=False)
     pipe_kwargs |= {"seed": seed, "accelerator": accelerator, "settings": settings}
-    results, failed = _sampled(search, prompts, Path(folder), scales, progress, pipe_kwargs)
-    rows = list(_contrasted(results, count, margin) if scales else _paired(results[0], count, margin))
+    results, failed = sampled(search, prompts, Path(folder), contrast, progress, pipe_kwargs)
+    rows = list(_contrasted(results, count, margin) if contrast else _paired(results[0], count, margin))
     _write(Path(folder), rows)  # by every process: the same bytes, whole or not at all
     if failed is not None:
         raise failed
@@ -97,43 +102,6 @@ def build_preference_pairs(
             f"{folder} is {max(_greatest(results)):.4g}: lower margin, or raise n"
         )
     return _as_pairs(rows, Path(folder))
-
-
-def _checked_counts(n: int, pairs_per_prompt: int, scales: Sequence[float]) -> tuple[int, int]:
-    n, count = integer("n", n, least=2), integer("pairs_per_prompt", pairs_per_prompt, least=1)
-    most, share = (n, "n") if scales else (n // 2, "n / 2")
-    if count > most:
-        raise ValueError(f"pairs_per_prompt: expected at most {share} = {most}, got {count}; raise n")
-    return n, count
-
-
-def _sampled(
-    search: BestOfN, prompts: Sequence[str], folder: Path, scales: Sequence[float], progress: Any, more: dict[str, Any]
-) -> tuple[list[ResultsFolder], BestOfEachError | None]:
-    """All candidates at each scale, in a folder of its own, or in `folder` where there is none; the first failure."""
-    failed, results = None, []
-    for place, scale in enumerate(scales or (None,)):
-        own = {} if scale is None else {"guidance_scale": scale}
-        into = folder if scale is None else folder / f"guidance-{scale:g}"
-        show = _part_of(progress, place, len(scales))
-        try:
-            results.append(best_of_each(search, prompts, into, progress=show, **{**more, **own}))
-        except BestOfEachError as error:
-            results.append(error.results)
-            failed = failed or error
-    return results, failed
-
-
-def checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
-    """Several guidance scales, or none.
-
-    Raises:
-        ValueError: one alone, one twice, or one that is no finite number.
-    """
-    found = tuple(number("guidance_scales", scale, "in each place", math.isfinite) for scale in scales)
-    if len(found) == 1 or len(set(found)) < len(found):
-        raise ValueError(f"guidance_scales: expected none, or at least two different scales, got {list(scales)}")
-    return found
 
 
 def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
@@ -261,13 +229,6 @@ def _greatest(results: Sequence[ResultsFolder]) -> Iterator[float]:
         else:
             ranked = _ranked(results[0], index)
             yield ranked[0]["total"] - ranked[-1]["total"] if ranked else 0.0
-
-
-def _part_of(progress: Any, place: int, parts: int) -> Any:
-    """A caller's bar over several runs: of run `place` what is done of all of them."""
-    if not callable(progress) or parts < 2:
-        return progress
-    return lambda done, total: progress(place * total + done, parts * total)
 
 
 def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
