@@ -1,6 +1,6 @@
 """What searching costs and gains on the embedded generator: the reward, and the judge who knows what is right.
 
-    python tests/benchmarks/search.py --prompts 40 --plot search.png
+    python tests/benchmarks/search.py --prompts 40 --split hard --plot search.png
 
 For prompts of two splits (trained pairs, held-out pairs), 4 blocks of 64 candidates each are sampled by our own loop,
 and the reward scores every image, and of the first 16 of a block every preview at the steps at which `Halving` looks.
