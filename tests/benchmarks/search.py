@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from aigiqa_reward.embedded.world import caption
 from aigiqa_reward.images import load
 from aigiqa_reward.sampling import ParticleSteering, RewardGuidance
 from aigiqa_reward.sampling.rollout import Rollout
-from aigiqa_reward.selection import Halving
+from aigiqa_reward.selection import Halving, ZeroOrder
 from aigiqa_reward.weights import ASSETS, read_weights, sha256, write_atomically, write_weights
 
 BLOCKS, CANDIDATES, PREVIEWED, BATCH = 4, 64, 16, 16
@@ -124,8 +125,10 @@ def sample_prompt(tools: Tools, prompt: str) -> dict[str, Tensor]:
 
 def version() -> str:
     """A short hash of what the figures depend on: the settings, and the weights of generator, reward and judge."""
-    files = sorted(f for part in ("generator", "compact", "judge") for f in (ASSETS / part).rglob("*.safetensors"))
-    settings = json.dumps([CALL, str(Halving()), BLOCKS, CANDIDATES, PREVIEWED])
+    parts = ("generator", "towers", "compact", "judge")
+    files = sorted(f for part in parts for f in (ASSETS / part).rglob("*.safetensors"))
+    defaults = [str(inspect.signature(kind)) for kind in (Halving, ZeroOrder, ParticleSteering, RewardGuidance)]
+    settings = json.dumps([CALL, defaults, BLOCKS, CANDIDATES, PREVIEWED])
     return hashlib.sha256((settings + "".join(map(sha256, files))).encode()).hexdigest()[:8]
 
 
@@ -168,7 +171,7 @@ def methods(table: dict[str, np.ndarray], calls: dict[str, int]) -> dict[str, tu
     """Of each method its calls, and what it wins over one sample, (prompts, 3)."""
     finals, one = table["finals"], table["finals"].mean(axis=(1, 2))
     found = {f"best of {n}": (n * STEPS, best_of(finals, n) - one) for n in SIZES}
-    for n in [size for size in SIZES if 1 < size <= PREVIEWED]:
+    for n in [size for size in SIZES if 2 < size <= PREVIEWED]:  # of two, none is pruned
         gain = best_of(finals[:, :, :PREVIEWED], n, table["previews"]) - one
         found[f"pruned best of {n}"] = (Halving().calls(n, STEPS), gain)
     return found | {name: (cost, table[name].mean(axis=1) - one) for name, cost in calls.items()}
