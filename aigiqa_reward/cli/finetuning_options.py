@@ -170,22 +170,11 @@ PairsOfPromptOption = Annotated[
 ]
 ScalesOfPairsOption = Annotated[
     list[float] | None,
-    _option(
-        "guidance_scales",
-        _ALGORITHM,
-        "dpo: at each of which every candidate is sampled, to be paired with itself; repeat it.",
-        metavar="G",
-    ),
+    _option("guidance_scales", _ALGORITHM, "dpo: at each of which every candidate is sampled; repeat it.", metavar="G"),
 ]
 ClimbOfPairsOption = Annotated[
     float | None,
-    _option(
-        "reward_guidance",
-        _ALGORITHM,
-        "dpo: scale at which every candidate climbs the reward once more, to be paired with itself.",
-        min=0.0,
-        metavar="X",
-    ),
+    _option("reward_guidance", _ALGORITHM, "dpo: pair images with their climbs, of this scale.", min=0.0, metavar="X"),
 ]
 LeastMarginOption = Annotated[
     float | None,
@@ -282,21 +271,12 @@ PairsPerPromptOption = Annotated[
 ]
 ScalesOption = Annotated[
     list[float] | None,
-    _option(
-        "guidance_scales",
-        _PAIRS,
-        "At each of which every image is sampled, to be paired with itself; repeat it.",
-        metavar="G",
-    ),
+    _option("guidance_scales", _PAIRS, "Pair images with themselves at these scales; repeat it.", metavar="G"),
 ]
 ClimbOption = Annotated[
     float,
     _option(
-        "reward_guidance",
-        _PAIRS,
-        "Scale at which every image climbs the reward once more, to be paired with itself.",
-        min=0.0,
-        metavar="X",
+        "reward_guidance", _PAIRS, "Pair images with their climbs by the reward, of this scale.", min=0.0, metavar="X"
     ),
 ]
 ImagesOption = Annotated[int, _option("n", _PAIRS, "Images a prompt.", min=2, metavar="N")]

@@ -86,8 +86,7 @@ def build_preference_pairs(
     """
     extra_data("pyarrow.parquet", f"writing {FILE}")
     contrast = Contrast(guidance_scales=guidance_scales, reward_guidance=reward_guidance)
-    n = integer("n", n, least=2)
-    count = contrast.check_count(pairs_per_prompt, n, "n")
+    count = contrast.check_count(pairs_per_prompt, integer("n", n, least=2), "n")
     margin = number("margin", margin, "of at least 0, a difference of rewards", lambda value: 0 <= value < math.inf)
     search = BestOfN(pipe, reward, n=n, top_k=n, batch_size=batch_size, progress=False)
     pipe_kwargs |= {"seed": seed, "accelerator": accelerator, "settings": settings}
@@ -97,10 +96,7 @@ def build_preference_pairs(
     if failed is not None:
         raise failed
     if not rows:
-        raise ValueError(
-            f"margin: no prompt has two images whose rewards differ by more than {margin}; the greatest difference in "
-            f"{folder} is {max(_greatest(results)):.4g}: lower margin, or raise n"
-        )
+        raise _too_alike(results, Path(folder), margin)
     return _as_pairs(rows, Path(folder))
 
 
@@ -219,6 +215,13 @@ def _ranked(results: ResultsFolder, index: int) -> list[dict[str, Any]]:
     known = [row for row in rows if row["rank"] is not None and row["total"] is not None]
     named = [{**row, "image": results.image_file(index, row["seed"])} for row in known]
     return sorted(named, key=lambda row: row["rank"])
+
+
+def _too_alike(results: Sequence[ResultsFolder], folder: Path, margin: float) -> ValueError:
+    return ValueError(
+        f"margin: no prompt has two images whose rewards differ by more than {margin}; the greatest difference in "
+        f"{folder} is {max(_greatest(results)):.4g}: lower margin, or raise n"
+    )
 
 
 def _greatest(results: Sequence[ResultsFolder]) -> Iterator[float]:
