@@ -111,6 +111,11 @@ def test_a_lora_is_loaded_and_scaled(lora: Path, tiny: list[str], tiny_reward: A
         pipe.set_adapters(["mine"], adapter_weights=[scale])
         expected = BestOfN(pipe, tiny_reward, n=3, batch_size=3, progress=False)(PROMPT, **SETTINGS)
         assert [row["total"] for row in rows_of(out)] == pytest.approx(expected.all_scores, abs=1e-6)
+    moved = shutil.copy(lora, tmp_path)
+    arguments = ["best-of-n", "--model", str(GENERATOR), "--prompt", PROMPT, *FEW, *tiny, "--out", tmp_path / "moved"]
+    assert run(*arguments, "--lora", moved).exit_code == run(*arguments, "--lora", moved).exit_code == 0
+    save_file({name: 2 * tensor for name, tensor in load_file(lora).items()}, moved)
+    assert re.search("lora_weights: .* there, .* now", only_error(run(*arguments, "--lora", moved)))
 
 
 # --------------------------------------------------------------------------------------------- going on

@@ -14,6 +14,7 @@ import pytest
 import torch
 from breaking import Breaking
 from commands import ENVIRONMENT, lines
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
@@ -209,6 +210,42 @@ def test_other_settings_are_refused_with_the_differences(pipe: Any, tmp_path: Pa
     assert {row["seed"] for row in lines((tmp_path / "results.jsonl").read_text())} == {0, 1, 2, 3}
     assert len(list((tmp_path / "images").iterdir())) == 2
     assert (tmp_path / "images" / "mine.png").read_text() == "mine"
+
+
+def test_another_scheduler_dtype_or_reward_is_refused_and_earlier_folders_are_read(tmp_path: Path) -> None:
+    pipe, reward = load_embedded_pipeline(), create_reward("compact")
+
+    def again(changed: Any = reward) -> None:
+        fill(searching(pipe, changed, n=1, top_k=1), tmp_path, PROMPTS[:1])
+
+    again()
+    scheduler = pipe.scheduler
+    for other in (
+        DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading"),
+        EulerDiscreteScheduler.from_config(scheduler.config),
+    ):
+        pipe.scheduler = other
+        with pytest.raises(ValueError, match=f"scheduler: '{type(scheduler).__name__} .* now") as caught:
+            again()
+        assert "reward" not in str(caught.value)
+    pipe.scheduler = type(scheduler).from_config(scheduler.config)
+    pipe.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"dtype: 'torch.float32' there, 'torch.bfloat16' now"):
+        again()
+    pipe.to(torch.float32)
+    nudged = create_reward("compact")
+    next(nudged.model.parameters()).view(-1)[0].mul_(1 + 1e-6)
+    for changed in (nudged, create_reward("compact", quality_weight=0.4)):
+        with pytest.raises(ValueError, match=r"reward_weights: .* now"):
+            again(changed)
+    again(create_reward("compact"))
+    note = json.loads((tmp_path / "settings.json").read_text())
+    for name in ("scheduler", "dtype", "reward_weights"):
+        del note["settings"][name]
+    (tmp_path / "settings.json").write_text(json.dumps(note))
+    pipe.scheduler = other
+    again()  # of an earlier version: it is taken to be of what is used now, which is noted
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["scheduler"].startswith("EulerDiscrete")
 
 
 @pytest.mark.parametrize("name", ["results.jsonl", "settings.json", "images"])

@@ -17,7 +17,7 @@ from aigiqa_reward.cli.files import check_writable, png, write
 from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.options import DType
 from aigiqa_reward.cli.output import Format, Row, emit, progress, render, say
-from aigiqa_reward.cli.pipelines import EMBEDDED, add_lora, check_model, load_pipeline
+from aigiqa_reward.cli.pipelines import EMBEDDED, add_lora, check_model, load_pipeline, lora_digest
 from aigiqa_reward.cli.plans import file_errors, parse_settings
 from aigiqa_reward.cli.prompts import gather_prompts
 from aigiqa_reward.cli.runs import first_process, load_reward, process_device, usage_errors
@@ -85,7 +85,8 @@ def best_of_n(
     plans = {"pruning": None if pruning is own.Pruning.NONE else pruning.value, "search": search.value}
     with usage_errors():
         best = BestOfN(pipe, judge, n, batch_size, top_k, reward_prompt=reward_prompt, diverse=diverse, **plans)
-    chosen = {"model": model, "dtype": str(pipe.dtype), "lora": lora, "lora_scale": lora_scale if lora else None}
+    chosen = {"model": model, "lora": lora, "lora_weights": lora_digest(lora)}
+    chosen["lora_scale"] = lora_scale if lora else None
     chosen["reward_options"] = [None if option is None else str(option) for option in (*towers, *shares)]
     _run(best, texts, out, {"seed": seed, "overwrite": overwrite, "settings": chosen, **arguments})
 

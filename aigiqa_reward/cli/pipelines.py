@@ -160,6 +160,18 @@ def add_lora(pipe: Any, lora: str | None, scale: float) -> None:
     pipe.set_adapters([_ADAPTER], adapter_weights=[scale])
 
 
+def lora_digest(lora: str | None) -> str | None:
+    """Tells what is in a LoRA's file or folder from others below the same path; None of one on the Hub."""
+    place = Path(lora).expanduser() if lora else None
+    if place is None or not place.exists():
+        return None
+    found = hashlib.sha256()
+    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+        with file.open("rb") as opened:
+            found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()[:16]
+
+
 def _check_lora(pipe: Any, lora: str, place: Path) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise CommandError(f"--lora: {type(pipe).__name__} takes no LoRA")

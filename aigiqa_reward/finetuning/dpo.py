@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning.algorithm import Algorithm, Batch, Memory, Outcome
-from aigiqa_reward.finetuning.identity import reward_identity
 from aigiqa_reward.finetuning.noising import Noising
 from aigiqa_reward.finetuning.pair_candidates import Contrast
 from aigiqa_reward.finetuning.pair_latents import PairLatents
@@ -151,7 +150,7 @@ class DPO(Algorithm):
             seed=seed_of(settings.seed, "pairs") >> 32,  # other images than validation's, whose seeds count from 0
             batch_size=settings.train_batch_size,
             accelerator=tools.accelerator,
-            settings={"dtype": str(tools.lora.denoiser.dtype), "reward": reward_identity(tools.reward)},
+            settings={"dtype": str(tools.lora.denoiser.dtype)},
             progress=progress,
             **settings.sampling,
         )

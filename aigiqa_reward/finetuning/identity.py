@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
 from aigiqa_reward.finetuning.algorithm import Algorithm
 from aigiqa_reward.finetuning.schedule import Schedule
 from aigiqa_reward.finetuning.settings import FinetuneSettings
 from aigiqa_reward.finetuning.tools import Tools
-from aigiqa_reward.sampling.run_settings import described, pipeline_name, reward_name
+from aigiqa_reward.sampling.run_settings import (
+    described,
+    digest,
+    pipeline_name,
+    reward_name,
+    scheduler_name,
+    weights_digest,
+)
 
 MAY_CHANGE = (
     "max_train_steps",
@@ -50,8 +54,8 @@ def describe(
     found = {
         "pipeline": pipeline_name(pipe),
         "dtype": str(tools.lora.denoiser.dtype),
-        "scheduler": f"{type(pipe.scheduler).__name__} {_digest(dict(pipe.scheduler.config))}",
-        "reward": reward_identity(tools.reward),
+        "scheduler": scheduler_name(pipe),
+        "reward": f"{reward_name(tools.reward)} {weights_digest(tools.reward) or ''}".strip(),
         "algorithm": algorithm.name,
         "batch": schedule.size,
         **{name: _short(value) for name, value in values.items()},
@@ -59,24 +63,8 @@ def describe(
     return json.loads(json.dumps(found))
 
 
-def reward_identity(reward: Any) -> str:
-    """A reward's name, and of a module what tells its weights from others."""
-    return f"{reward_name(reward)} {_weights_digest(reward)}".strip()
-
-
 def _short(value: Any) -> Any:
     """A setting as JSON; of texts how many and their digest."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return f"{len(value)} texts {_digest(value)}"
+        return f"{len(value)} texts {digest(value)}"
     return described(value)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
-
-
-def _weights_digest(reward: Any) -> str:
-    """Tells a reward's weights from others of the same name, by their sums; nothing for a function."""
-    if not isinstance(reward, nn.Module):
-        return ""
-    return _digest({name: (tuple(t.shape), float(t.double().sum())) for name, t in reward.state_dict().items()})

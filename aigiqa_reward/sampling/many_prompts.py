@@ -74,12 +74,12 @@ def best_of_each(
     Args:
         search: its `batch_size` and `progress` may differ between runs into one folder, nothing else.
         prompts: texts, not blank.
-        out: the folder, created where it does not exist.
+        out: the folder, which need not exist.
         seed: of the first candidate of every prompt.
         accelerator: accelerate's Accelerator or PartialState; by default one is made where there are several
             processes. The pipeline and the reward are used where they are: put them on the process's device.
         overwrite: start anew in a folder of an earlier run, whose results are removed.
-        settings: what else decides the outcome (a model's name, a LoRA), as JSON; kept with the folder's settings.
+        settings: what else decides the outcome, as JSON, such as what `sampling.run_settings.describe` cannot see.
         progress: show a bar in the main process; or a function that is told there how many of how many are done.
         **pipe_kwargs: for the pipeline, as for `search`.
 

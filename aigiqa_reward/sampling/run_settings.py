@@ -7,20 +7,37 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.selection import integer
 
 _LISTED = 5  # prompts that differ
 
+_NOTED_LATER = ("scheduler", "dtype", "reward_weights", "lora_weights")
+"""Not in the folders of earlier versions, which are taken to have been made with what is used now."""
+
+_SHARES = ("quality_weight", "correspondence_weight", "weights", "combine")
+"""What a Reward and a CompositeReward make their totals by, beside their tensors."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def describe(search: BestOfN, seed: Any, settings: Mapping[str, Any], pipe_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the outcome of a run, as JSON."""
+    """What decides the outcome of a run, as JSON.
+
+    Not seen are the code of a reward that is a function, what a reward asks beside its weights (assistants, a service),
+    and weights of the pipeline that were changed in place or below the same path.
+    """
+    dtype = getattr(search.pipe, "dtype", None)
     return {
         "pipeline": pipeline_name(search.pipe),
+        "scheduler": scheduler_name(search.pipe),
+        "dtype": None if dtype is None else str(dtype),
         "reward": reward_name(search.reward),
+        "reward_weights": weights_digest(search.reward),
         "n": search.n,
         "top_k": search.top_k,
         "pruning": None if search.pruning is None else repr(search.pruning),
@@ -42,6 +59,39 @@ def pipeline_name(pipe: Any) -> str:
 def reward_name(reward: Any) -> str:
     """A reward's name, or the function's or class's."""
     return str(getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__))
+
+
+def scheduler_name(pipe: Any) -> str | None:
+    """The class of a pipeline's scheduler, and a digest of its configuration; None without a scheduler."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        return None
+    config = dict(getattr(scheduler, "config", {}))
+    public = {name: value for name, value in config.items() if not name.startswith("_")}  # not diffusers' version
+    return f"{type(scheduler).__name__} {digest(public)}"
+
+
+def weights_digest(reward: Any) -> str | None:
+    """Tells a module's weights, and the shares that its total is made of, from others'; None of a function.
+
+    Tensors count by shape and by the sum of their bits as integers, which is the same in any order: on any device and
+    with any number of threads.
+    """
+    if not isinstance(reward, nn.Module):
+        return None
+    tensors = {name: t for name, t in reward.state_dict().items() if isinstance(t, Tensor)}
+    shares = [[described(getattr(module, name, None)) for name in _SHARES] for module in reward.modules()]
+    return digest([{name: (list(t.shape), _sum_of_bits(t)) for name, t in tensors.items()}, shares])
+
+
+def digest(value: Any) -> str:
+    """Tells what can be written as JSON from others."""
+    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return int(plain.detach().view(_BITS[plain.element_size()]).sum(dtype=torch.int64))
 
 
 def described(value: Any) -> Any:
@@ -66,6 +116,8 @@ def differences(
     """Where another run differs, one phrase each; more prompts at the end are no difference."""
     now = json.loads(json.dumps(settings))
     for name in sorted(before.keys() | now.keys()):
+        if name in _NOTED_LATER and name not in before:
+            continue
         if before.get(name) != now.get(name):
             yield f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
     if len(prompts) < len(earlier):
