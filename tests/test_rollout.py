@@ -267,6 +267,17 @@ def test_other_schedulers_are_told_which_are_served(sd):
     assert all(name in str(caught.value) for name in SERVED)
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux_2", "qwen_image", "z_image", "sana"])
+def test_flow_models_are_not_sampled_by_schedulers_that_misread_them(kind):
+    pipe = {**FAMILIES, **CURRENT_FAMILIES}[kind]()
+    for other in (diffusers.DDIMScheduler(), diffusers.UniPCMultistepScheduler()):
+        pipe.scheduler = other
+        with pytest.raises(ValueError, match=r"for a model of flow matching; it serves FlowMatchEuler.*use_flow_sigma"):
+            Rollout(pipe, **FEW_STEPS)
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    Rollout(pipe, **FEW_STEPS)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("ip_adapter_image", "image.png"), ("prompt_embeds", torch.zeros(1, 77, 32)), ("guidance_scal", 2.0)],

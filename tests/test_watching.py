@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 from diffusers.callbacks import MultiPipelineCallbacks
 from pipelines import FAMILIES
 from torch import Tensor
@@ -152,6 +158,23 @@ def test_errors_say_what_to_do():
     ):
         pass
     heun.scheduler = EulerDiscreteScheduler.from_config(heun.scheduler.config)
+    flow = FAMILIES["sd3"]()
+    flow.scheduler, given = DDIMScheduler.from_config(flow.scheduler.config), flow.scheduler
+    for other in (flow.scheduler, FlowMatchHeunDiscreteScheduler.from_config(given.config)):
+        flow.scheduler = other
+        with (
+            pytest.raises(ValueError, match="RewardLogger cannot serve") as caught,
+            RewardLogger(flow, redness, PROMPT),
+        ):
+            pass
+        assert "DDIMScheduler," not in str(caught.value)
+        advice = str(caught.value).partition("Set ")[2]
+        exec(advice, {"pipe": flow, "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler})
+        assert flow.scheduler.config.shift == given.config.shift
+        with RewardLogger(flow, redness, PROMPT) as logger:
+            followed = sample(flow, callback_on_step_end=logger)
+        flow.scheduler = given
+        assert torch.equal(followed, sample(flow))
     with pytest.raises(TypeError, match="RewardLogger"):
         RewardLogger(object(), redness, PROMPT)
     for prompt, error in ((" ", ValueError), ([], ValueError), (None, ValueError), (3, TypeError)):

@@ -130,7 +130,7 @@ class Rollout:
 
     def __init__(self, pipe: Any, *, need: str = "this", **pipe_kwargs: Any) -> None:
         self.family: Family = family_of(pipe, pipe_kwargs, need=need)
-        check_scheduler(pipe.scheduler, need=need)
+        check_scheduler(pipe.scheduler, need=need, flow=self.family.flow)
         self.pipe = pipe
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:

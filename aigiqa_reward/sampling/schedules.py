@@ -35,6 +35,8 @@ EXPLODING = (
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 """Noise levels by step; latents are (1 - sigma) x0 + sigma eps, the model predicts eps - x0."""
 
+_AS_FLOW = "use_flow_sigmas=True, prediction_type='flow_prediction'"
+
 SERVED = (*BY_TIMESTEP, *BY_SIGMA, *EXPLODING, *FLOW)
 
 SEVERAL_CALLS_A_STEP = (
@@ -47,28 +49,35 @@ SEVERAL_CALLS_A_STEP = (
 """Of a higher order by further calls of the denoiser, whose points in between are no samples of the process."""
 
 
-def check_scheduler(scheduler: Any, *, need: str, served: Sequence[str] = SERVED) -> None:
-    """Refuse a scheduler whose state our loop cannot carry.
+def check_scheduler(scheduler: Any, *, need: str, served: Sequence[str] = SERVED, flow: bool = False) -> None:
+    """Refuse a scheduler whose state our loop cannot carry, or that is not for the model.
 
     Args:
         scheduler: of a pipeline.
         need: what asks, for the error.
         served: names of the classes that it can use.
+        flow: whether the model was trained by flow matching, whose output other schedulers misread.
 
     Raises:
         ValueError: another class, or one that stands for another (subclasses may hold more state).
     """
     name = type(scheduler).__name__
-    if name not in served:
-        raise ValueError(
-            f"scheduler: {need} cannot serve {name}; it serves {', '.join(served)}: "
-            f"pipe.scheduler = {served[0]}.from_config(pipe.scheduler.config)"
-        )
+    if name in served and (not flow or is_flow(scheduler)):
+        return
+    serves, first = ", ".join(served), served[0]
+    if flow or name.startswith("FlowMatch") or is_flow(scheduler):
+        own, others = ([each for each in served if each in kind] for kind in (FLOW, BY_SIGMA))
+        serves, first = f"{', '.join(own)}; and with {_AS_FLOW}: {', '.join(others)}", own[0]
+    raise ValueError(
+        f"scheduler: {need} cannot serve {name}{' for a model of flow matching' if flow else ''}; it serves {serves}. "
+        f"Set pipe.scheduler = {first}.from_config(pipe.scheduler.config)"
+    )
 
 
 def is_flow(scheduler: Any) -> bool:
     """Whether latents are (1 - sigma) x0 + sigma eps."""
-    return type(scheduler).__name__ in FLOW or bool(scheduler.config.get("use_flow_sigmas"))
+    config = getattr(scheduler, "config", {})
+    return type(scheduler).__name__ in FLOW or bool(config.get("use_flow_sigmas"))
 
 
 def noise_level(scheduler: Any, step: int) -> tuple[Tensor, Tensor]:

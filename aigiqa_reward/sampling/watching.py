@@ -178,7 +178,7 @@ class Watch(ABC):
                 f"pipe: {self._name} is called after each step, and {type(pipe).__name__} has no callback_on_step_end; "
                 "use BestOfN or ParticleSteering, which run its parts themselves"
             )
-        check_scheduler(pipe.scheduler, need=self._name, served=_SERVED)
+        check_scheduler(pipe.scheduler, need=self._name, served=_SERVED, flow=self._adapter.flow)
         self._called, self._steps, self._calls = None, 0, 0
         self._taps = [_tap(pipe.scheduler, "step"), _tap(pipe, "prepare_latents")]
         for tap, listener in zip(self._taps, (self._on_step, self._on_prepare), strict=True):

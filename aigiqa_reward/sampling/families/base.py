@@ -26,6 +26,7 @@ class Family(ABC):
         pipelines: names of the classes of diffusers that it serves.
         denoiser_name: the pipeline's attribute that holds the denoiser.
         scales_noise: whether the pipeline multiplies initial latents by its scheduler's `init_noise_sigma`.
+        flow: whether the denoiser was trained by flow matching: it predicts noise minus image.
         one_pass: whether the prompt's and the negative prompt's predictions are made in one call of twice the rows.
         pipe: the pipeline.
         options: the arguments of its call.
@@ -34,6 +35,7 @@ class Family(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     denoiser_name: ClassVar[str] = "transformer"
     scales_noise: ClassVar[bool] = False
+    flow: ClassVar[bool] = False
     one_pass: ClassVar[bool] = True
 
     def __init__(self, pipe: Any, options: SamplingOptions) -> None:

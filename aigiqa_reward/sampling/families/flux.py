@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ class Flux(TrueGuidance):
     """FLUX.1 dev and schnell."""
 
     pipelines = ("FluxPipeline",)
+    flow: ClassVar[bool] = True
 
     def rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
         embeddings, pooled, places = self.encoded(texts, prompt_2=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ class Flux2(TwoPass):
     """FLUX.2 dev, whose guidance is embedded; text to image, without condition images."""
 
     pipelines = ("Flux2Pipeline",)
+    flow: ClassVar[bool] = True
 
     @property
     def guided(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ class QwenImage(TrueGuidance):
     """Qwen-Image, text to image."""
 
     pipelines = ("QwenImagePipeline",)
+    flow: ClassVar[bool] = True
 
     def rows(self, texts: Sequence[str]) -> dict[str, Tensor | None]:
         embeddings, mask = self.encoded(texts)

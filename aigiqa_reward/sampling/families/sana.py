@@ -75,6 +75,7 @@ class Sana(_Binned):
     """Sana: flow matching by DPM-Solver++, latents of a deep compression autoencoder in float32."""
 
     pipelines = ("SanaPipeline",)
+    flow: ClassVar[bool] = True
     bins: ClassVar[Mapping[int, str]] = {
         128: "ASPECT_RATIO_4096_BIN",
         64: "ASPECT_RATIO_2048_BIN",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class StableDiffusion3(Family):
     """Stable Diffusion 3 and 3.5; without guidance on skipped layers, which its pipeline has as an option."""
 
     pipelines = ("StableDiffusion3Pipeline",)
+    flow: ClassVar[bool] = True
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         texts, negatives, pooled, negative_pooled = self.encoded(

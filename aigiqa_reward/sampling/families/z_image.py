@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class ZImage(Family):
     """Z-Image and Z-Image-Turbo. Guidance is positive + w (positive - negative), on for any w above 0."""
 
     pipelines = ("ZImagePipeline",)
+    flow: ClassVar[bool] = True
 
     @property
     def guided(self) -> bool:
