@@ -221,6 +221,21 @@ def test_a_reward_without_gradients_is_refused(reward, through):
     assert is_left_alone(pipe)
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_vae_that_overflows_in_half_precision_is_refused_on_entering_and_the_remedy_works(name):
+    pipe = FAMILIES[name]().to(torch.float16)
+    for through in (False, True):
+        with pytest.raises(ValueError, match=r"load the whole pipeline in bfloat16 or float32") as caught:
+            guidance_of(pipe, through).__enter__()
+        assert "vae.to(" not in str(caught.value)
+        assert is_left_alone(pipe)
+    for dtype in (torch.bfloat16, torch.float32):
+        pipe.to(dtype)
+        with guidance_of(pipe, False) as guidance:
+            assert sample(pipe, name, callback_on_step_end=guidance).isfinite().all()
+        assert max(entry.shift_norm[0] for entry in guidance.history) > 0
+
+
 def test_errors_say_what_to_do():
     pipe = pipeline("sd")
     for arguments in ({"scale": math.nan}, {"start": 0.5, "stop": 0.5}, {"clip": 0.0}, {"every": 0}, {"stop": 2.0}):

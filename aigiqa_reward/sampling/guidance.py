@@ -54,8 +54,8 @@ class RewardGuidance(Watch):
     latents. Gradients of a reward in [0, 1] are mostly well below 1 in norm (0.03 to 0.1 of the compact reward at the
     embedded pipeline's latents, whose norm is about 30), so that `scale` is large; `history` says how far steps went.
 
-    Neither the scheduler's state nor any parameter's `.grad` changes. In float16 gradients may vanish or overflow:
-    load the pipeline in bfloat16 or float32.
+    Neither the scheduler's state nor any parameter's `.grad` changes. In float16 gradients may vanish or overflow: load
+    the whole pipeline in bfloat16 or float32. (The VAEs of Stable Diffusion 1.x and SDXL are refused in float16.)
 
     Args:
         pipe: a text-to-image pipeline of Stable Diffusion 1 to 3.5, SDXL, FLUX, Qwen-Image, Z-Image or Sana.
@@ -75,7 +75,8 @@ class RewardGuidance(Watch):
 
     Raises:
         TypeError, ValueError: as of `RewardLogger`; an argument out of range, or one of the pipeline that guidance
-            cannot serve; at a step, a reward without gradients, or gradients that are not finite.
+            cannot serve; on entering, a VAE that overflows in float16; at a step, a reward without gradients, or
+            gradients that are not finite.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -117,6 +118,7 @@ class RewardGuidance(Watch):
         self._conditioning: Conditioning | None = None
 
     def __enter__(self) -> RewardGuidance:
+        _check_vae(self.pipe.vae)
         if self.through_denoiser:
             self._rollout = Rollout(self.pipe, need="RewardGuidance", **self._pipe_kwargs)
             self._conditioning = self._rollout.encode(self.reward.texts)
@@ -201,6 +203,16 @@ class RewardGuidance(Watch):
     def _judge(self, images: Tensor) -> RewardOutput:
         # Early x0 may decode to far outside of [0, 1], which a Reward refuses; out there a pixel shows no difference.
         return self.reward(images.clamp(LOWEST, HIGHEST), self.reward.places(len(images)))
+
+
+def _check_vae(vae: Any) -> None:
+    """Refuse one that the pipeline lifts out of float16 to decode, which cannot be done below a gradient."""
+    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+        raise ValueError(
+            "pipe: RewardGuidance takes gradients through the VAE, which overflows in float16 (its configuration says "
+            "force_upcast); load the whole pipeline in bfloat16 or float32 (with the VAE alone in another type its own "
+            "call fails)"
+        )
 
 
 def _gradient(output: RewardOutput, latents: Tensor) -> Tensor:
