@@ -184,7 +184,8 @@ def test_an_interrupted_process_keeps_what_it_has(tiny: list[str], tmp_path: Pat
     assert 0 < len(rows) < 5000
     best = max(rows, key=lambda row: row["total"])["seed"]
     assert [file.name for file in (tmp_path / "images").iterdir()] == [f"00000_seed{best}.png"]
-    assert (tmp_path / "index.html").exists()
+    assert not any(row["finished"] for row in rows)
+    assert f"interrupted: {len(rows)} of 5000 candidates" in (tmp_path / "index.html").read_text()
 
 
 # --------------------------------------------------------------------------------------------- refusals

@@ -24,6 +24,7 @@ from aigiqa_reward.sampling.many_prompts import ResultsFolder
 PROMPTS = ["a red apple on a blue background", "a penguin on a red background", "../../a 'rocket' on <green>"]
 SETTINGS: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0}
 KEYS = ["seed", "prompt", "total", "quality", "correspondence", "error", "prompt_index", "rank", "image", "pruned"]
+KEYS += ["finished"]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,8 @@ def test_what_was_sampled_of_the_prompt_at_work_is_kept_but_done_again(pipe: Any
 
     with pytest.raises(KeyboardInterrupt):
         fill(searching(pipe, Once(), batch_size=1), tmp_path, PROMPTS[:1])
-    assert [row["seed"] for row in lines((tmp_path / "results.jsonl").read_text())] == [0, 1]
+    rows = lines((tmp_path / "results.jsonl").read_text())
+    assert [(row["seed"], row["finished"]) for row in rows] == [(0, False), (1, False)]
     assert not ResultsFolder.open(tmp_path).finished(0)
     again = Once.__mro__[1]()
     again.name = "redness"
@@ -161,6 +163,7 @@ def test_a_prompt_that_fails_is_named_and_the_others_go_on(pipe: Any, tmp_path: 
     assert [row["prompt_index"] for row in rows] == [0, 0, 0, 1, 2, 2, 2]
     assert rows[3]["error"] == "RuntimeError: broken"
     assert rows[3]["seed"] is None
+    assert [row["finished"] for row in rows] == [True] * 3 + [False] + [True] * 3
     healed = Redness()
     fill(searching(pipe, healed), tmp_path, prompts)
     assert set(healed.prompts) == {PROMPTS[0]}

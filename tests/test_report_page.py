@@ -280,7 +280,7 @@ def test_no_element_or_attribute_comes_from_anyones_text(tmp_path: Path, text: s
             previews=previews,
         )
         maps = [[{word: np.zeros((4, 4))}]]
-        file = write_page([(word, result)], tmp_path / "p.html", title=word, notes=[word], maps=maps)
+        file = write_page([(word, result)], tmp_path / "p.html", title=word, notes=[word], maps=maps, remarks=[word])
         content = file.read_text(encoding="utf-8")
         return Page(content), content
 

@@ -171,7 +171,9 @@ def _draw(search: BestOfN, results: ResultsFolder) -> None:
     _draw_sheets(results)
     rows: list[Row] = []
     notes = [f"{len(results)} prompts, {search.n} candidates each" if len(results) > 1 else f"{search.n} candidates"]
-    write_page(_noting(results, rows), results.path / PAGE, notes=notes, maps=_maps(search.reward, results))
+    remarks: list[str] = []
+    shown = _noting(results, search.n, rows, remarks)
+    write_page(shown, results.path / PAGE, notes=notes, maps=_maps(search.reward, results), remarks=remarks)
     if rows:
         emit(render(rows[:_ROWS], Format.TABLE, terminal=sys.stdout.isatty()))
     rest = f" ({len(rows) - _ROWS} more winners there)" if len(rows) > _ROWS else ""
@@ -205,8 +207,8 @@ def _newer(sheet: Path, record: Path) -> bool:
         return False
 
 
-def _noting(results: ResultsFolder, rows: list[Row]) -> Iterator[tuple[str, BestOfNOutput]]:
-    """Prompts and their outputs, one held at a time; the winners' rows are added on the way."""
+def _noting(results: ResultsFolder, n: int, rows: list[Row], remarks: list[str]) -> Iterator[tuple[str, BestOfNOutput]]:
+    """Prompts and their outputs, one held at a time; winners' rows and a remark of each are added on the way."""
     for result in results:
         output = result.output
         if output is None:
@@ -221,6 +223,9 @@ def _noting(results: ResultsFolder, rows: list[Row]) -> Iterator[tuple[str, Best
             )
             for place, seed in enumerate(output.seeds)
         ]
+        reached = f"{len(output.all_seeds)} of {n} candidates"
+        ended = f"interrupted: {reached}" if result.error is None else f"failed after {reached}: {result.error}"
+        remarks.append("" if result.finished else ended)
         yield result.prompt, output
 
 

@@ -7,7 +7,7 @@ import io
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def write_page(
     title: str = "Best of N",
     notes: Sequence[str] = (),
     maps: Iterable[WinnerMaps] = (),
+    remarks: Iterable[str] = (),
 ) -> Path:
     """Write prompts, their winners and the scores of all candidates as one HTML file that needs nothing beside it.
 
@@ -57,6 +58,7 @@ def write_page(
         notes: lines below the heading, such as the settings.
         maps: of each prompt, heat maps of its winners, such as the distortion maps of a reward; in [0, 1], or else
             brought there by their own range. May end early.
+        remarks: of each prompt, a line below it, such as that it was interrupted; blank for none. May end early.
 
     Returns:
         The path.
@@ -80,8 +82,9 @@ def write_page(
         written = Path(folder) / target.name
         with written.open("w", encoding="utf-8", newline="\n") as file:
             file.write(_head(title, notes))
-            for place, prompt, output, winners in _paired(outputs, maps):
-                file.write(_card(place, prompt, output, winners))
+            of_prompts, of_winners = iter(remarks), iter(maps)
+            for place, (prompt, output) in enumerate(outputs):
+                file.write(_card(place, prompt, output, next(of_winners, ()), next(of_prompts, "")))
             file.write("</main>\n</body>\n</html>\n")
             file.flush()
             os.fsync(file.fileno())
@@ -102,18 +105,10 @@ def _head(title: str, notes: Sequence[str]) -> str:
     )
 
 
-def _paired(
-    outputs: Iterable[tuple[str, BestOfNOutput]], maps: Iterable[WinnerMaps]
-) -> Iterator[tuple[int, str, BestOfNOutput, WinnerMaps]]:
-    every = iter(maps)
-    for place, (prompt, output) in enumerate(outputs):
-        yield place, prompt, output, next(every, ())
-
-
 # --------------------------------------------------------------------------------------------- a prompt
 
 
-def _card(place: int, prompt: str, output: BestOfNOutput, maps: WinnerMaps) -> str:
+def _card(place: int, prompt: str, output: BestOfNOutput, maps: WinnerMaps, remark: str) -> str:
     figures = "".join(
         _figure(rank, prompt, output, winner or {})
         for rank, winner in zip_longest(range(len(output.seeds)), maps[: len(output.seeds)])
@@ -126,10 +121,11 @@ def _card(place: int, prompt: str, output: BestOfNOutput, maps: WinnerMaps) -> s
         else ""
     )
     legend = f'<p class="note">{_LEGEND}</p>\n' if any(maps[: len(output.seeds)]) else ""
+    remarked = f'<p class="note"><strong>{escaped(remark)}</strong></p>\n' if remark else ""
     nothing = "" if output.seeds else '<p class="note">No candidate could be ranked.</p>\n'
     return (
         f'<article aria-labelledby="prompt-{place}">\n<h2 id="prompt-{place}" dir="auto">{escaped(prompt)}</h2>\n'
-        f'<p class="note">{escaped(_summary(output))}</p>\n{nothing}<div class="winners">\n{figures}</div>\n'
+        f'<p class="note">{escaped(_summary(output))}</p>\n{remarked}{nothing}<div class="winners">\n{figures}</div>\n'
         f"{legend}{graph}<details><summary>All {len(output.all_seeds)} candidates</summary>\n{_table(output)}"
         "</details>\n</article>\n"
     )

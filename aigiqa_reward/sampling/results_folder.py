@@ -4,7 +4,8 @@
     prompts/00000.json     all of a prompt's candidates, written when the prompt is finished
     images/00000_seed7.png its winners
     noises/00000.safetensors  the winners' initial latents, where their seeds alone do not make them again
-    results.jsonl          the candidates of all prompts, one a line, put together from the above
+    results.jsonl          the candidates of all prompts, one a line, put together from the above; `finished` is false
+                           where a prompt's were not all sampled, so that its ranks are those among the ones reached
 
 Names come from numbers, never from a prompt's text.
 """
@@ -286,4 +287,4 @@ def _rows(index: int, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         scores = dict.fromkeys(("total", "quality", "correspondence"))
         place = {"prompt_index": index, "rank": None, "image": None, "pruned": False}
         rows.append({"seed": None, "prompt": record["prompt"], **scores, "error": record["error"], **place})
-    return rows
+    return [{**row, "finished": record["finished"]} for row in rows]
