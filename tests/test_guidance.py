@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from diffusers.callbacks import MultiPipelineCallbacks
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from pipelines import FAMILIES
 from torch import Tensor, nn
 from watched import PROMPT, STEPS, Recorder, is_left_alone, pipeline, redness, sample
@@ -251,6 +251,16 @@ def test_errors_say_what_to_do():
         RewardGuidance(flux, redness, PROMPT, through_denoiser=True, height=64, width=16) as guidance,
     ):
         sample(flux, "flux", callback_on_step_end=guidance)
+    for told, called in (({}, {"guidance_scale": 1.0}), ({"guidance_scale": 3.0}, {})):
+        with (
+            pytest.raises(ValueError, match="guidance_scale: the pipeline samples with"),
+            guidance_of(pipe, True, call=told) as guidance,
+        ):
+            sample(pipe, callback_on_step_end=guidance, **called)
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    with guidance_of(pipe, True) as guidance:
+        sample(pipe, callback_on_step_end=MultiPipelineCallbacks([cutoff, guidance]))
+    assert len(guidance.history) == STEPS - 1
     nowhere = lambda images, _: (images * math.inf).mean(dim=(1, 2, 3))  # noqa: E731
     with pytest.raises(ValueError, match="NaN or infinite"), guidance_of(pipe, False, nowhere) as guidance:
         sample(pipe, callback_on_step_end=guidance)

@@ -128,6 +128,8 @@ class RewardGuidance(Watch):
 
     def after_step(self, seen: SeenStep) -> Tensor | None:
         """The latents, moved, if it is the step's turn."""
+        if seen.index == 0:  # later another callback may have cut guidance off
+            self._check_scale()
         if not self._is_due(seen):
             return None
         if torch.is_inference_mode_enabled():
@@ -152,6 +154,15 @@ class RewardGuidance(Watch):
         scores = seen.score(output, gradient_norm=norms.tolist(), shift_norm=shifts.tolist())
         self.history.append(GuidedStep(**scores))
         return (seen.latents + shift).to(seen.latents.dtype)
+
+    def _check_scale(self) -> None:
+        sampled = getattr(self.pipe, "guidance_scale", None)
+        told = sampled if self._rollout is None else self._rollout.family.options.guidance_scale
+        if told != sampled:
+            raise ValueError(
+                f"guidance_scale: the pipeline samples with {sampled}, and RewardGuidance was told {told} (or left at "
+                "the default); give both the same arguments"
+            )
 
     def _is_due(self, seen: SeenStep) -> bool:
         last = seen.index + 1 == seen.count
