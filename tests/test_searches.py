@@ -122,22 +122,36 @@ def test_candidates_with_bad_previews_are_dropped_and_the_others_go_on(sd):
     assert len(found.dropped) == 3
 
 
-def test_a_chunk_out_of_memory_is_halved_with_the_same_result():
+@pytest.mark.parametrize("part", ["denoiser", "decoder", "reward"])
+def test_a_chunk_out_of_memory_is_halved_and_seeds_hold(part):
+    """With a sampler that has drawn noise before the memory runs out: in every round, the last one too."""
     pipe = pipelines.stable_diffusion()
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     call = {**CALL, "guidance_scale": 1.0}
-    expected = make(pipe, pruning=HALVE, batch_size=2)(PROMPT, **call)
-    steps = []
+    steps: list[int] = []
+    refused: list[int] = []
 
     def refuse(_: Any, args: tuple[Tensor, ...]) -> None:
         steps.append(len(args[0]))
-        if len(args[0]) > 2 and len(steps) % 2 == 0:  # in the middle of a chunk, noise already drawn
+        if len(args[0]) > 1 and (part != "denoiser" or len(steps) % 2 == 0):  # in the middle of a chunk
+            refused.append(len(args[0]))
             raise torch.OutOfMemoryError("too much")
 
-    pipe.unet.register_forward_pre_hook(refuse)
-    found = make(pipe, pruning=HALVE, batch_size=8)(PROMPT, **call)
-    assert found.seeds == expected.seeds
-    assert found.scores == pytest.approx(expected.scores, abs=1e-3)
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        if part == "reward":
+            refuse(None, (images,))
+        return corner(images, prompts)
+
+    module = {"denoiser": pipe.unet, "decoder": pipe.vae.decoder}.get(part)
+    hook = module.register_forward_pre_hook(refuse) if module else None
+    found = make(pipe, n=6, top_k=2, reward=reward, pruning=HALVE, batch_size=3)(PROMPT, **call)
+    if hook:
+        hook.remove()
+    assert len(refused) >= 2
+    assert found.denoiser_calls == HALVE.calls(6, 6, least=2)
+    for seed, image in zip(found.seeds, found.images, strict=True):
+        made = pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **call).images[0]
+        assert np.abs(pixels_of(image) - pixels_of(made)).max() <= 2
 
 
 # --------------------------------------------------------------------------------------------- zero order

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -48,16 +47,20 @@ class Search:
         return self.rollout.start(self._conditioning[[0] * len(seeds)], generators, noise)
 
     def gather(self, seeds: Sequence[int]) -> State:
-        """Candidates where they were left, or at their beginning."""
+        """Candidates where they were left, or at their beginning.
+
+        Their generators are copies, so that a chunk that runs out of memory, wherever it does, draws the same again.
+        """
         if not all(seed in self._held for seed in seeds):
             return self.start(seeds)
         state = State.cat([self._held[seed] for seed in seeds])
-        return replace(state, conditioning=self._conditioning[[0] * len(seeds)])
+        generators = tuple(_copy(generator) for generator in state.generators)
+        return replace(state, conditioning=self._conditioning[[0] * len(seeds)], generators=generators)
 
     def leave(self, seeds: Sequence[int], state: State) -> None:
         """Leave candidates where they are now. What they share is held once."""
-        for row, seed in enumerate(seeds):
-            self._held[seed] = replace(state[[row]], conditioning=self._conditioning)
+        left = {seed: replace(state[[row]], conditioning=self._conditioning) for row, seed in enumerate(seeds)}
+        self._held.update(left)
 
     def forget(self, seed: int) -> None:
         """Let go of a candidate."""
@@ -66,7 +69,7 @@ class Search:
     def go(self, state: State, until: int) -> tuple[State, Tensor]:
         """Take candidates to a step; also the clean latents that the last prediction stood for, at no further call."""
         clean = state.latents
-        with torch.no_grad(), _restored_on_error(state.generators):
+        with torch.no_grad():
             while state.step < until:
                 prediction = self.rollout.predict(state)
                 state, clean = self.rollout.advance(state, prediction.output), prediction.clean
@@ -81,28 +84,18 @@ class Search:
         """Take candidates to their end, score them and add them to the tally, with their noise where it is given."""
         images = self.rollout.show(self.go(state, state.steps)[0].latents)
         reasons, output = judge(images, self.rollout.family.flagged(images), self.reward)
+        passed = None if noise is None else self.rollout.family.as_passed(noise, state.scheduler).cpu()
 
         def picture(row: int) -> Picture:
             image = pixels.to_pil(images[row : row + 1].cpu())[0]
-            if noise is None:
-                return Picture(image=image)
-            passed = self.rollout.family.as_passed(noise[row : row + 1], state.scheduler)
-            return Picture(image=image, noise=passed.cpu())
+            return Picture(image=image, noise=None if passed is None else passed[row : row + 1].clone())
 
         self.tally.add(seeds, reasons, output, picture)
         self.count(len(seeds) * (state.steps - state.step))
 
 
-@contextmanager
-def _restored_on_error(generators: Sequence[torch.Generator]) -> Iterator[None]:
-    """Put generators back where they were if the work with them has to be done again."""
-    before = [generator.get_state() for generator in generators]
-    try:
-        yield
-    except BaseException:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
-        raise
+def _copy(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator(generator.device).set_state(generator.get_state())
 
 
 def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Generator[None, None, None]:
@@ -122,11 +115,11 @@ def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Ge
     def look(chunk: Sequence[int], until: int) -> None:
         before = search.gather(chunk)
         state, clean = search.go(before, until)
-        images = search.rollout.show(clean)
-        reasons, output = judge(images, [False] * len(chunk), search.reward)
-        search.leave(chunk, state)
+        reasons, output = judge(search.rollout.show(clean), [False] * len(chunk), search.reward)
+        found = scores_of(output, reasons)
+        search.leave(chunk, state)  # only now: what fails until here is done again from where it began
         search.count(len(chunk) * (until - before.step))
-        for seed, reason, scores in zip(chunk, reasons, scores_of(output, reasons), strict=True):
+        for seed, reason, scores in zip(chunk, reasons, found, strict=True):
             totals[seed] = scores.total
             if math.isnan(scores.total):
                 search.tally.leave(seed, reason or NO_SCORE)
