@@ -122,6 +122,37 @@ def test_candidates_with_bad_previews_are_dropped_and_the_others_go_on(sd):
     assert len(found.dropped) == 3
 
 
+def test_pruned_candidates_take_the_place_of_those_that_are_flagged_at_the_end(monkeypatch):
+    pipe = pipelines.stable_diffusion(safety_checker=True)
+    call = {**CALL, "num_inference_steps": 3, "guidance_scale": 1.0}
+    first = make(pipe, pruning=HALVE)(PROMPT, **call)
+    flagged = [seed for seed, score in zip(first.all_seeds, first.all_scores, strict=True) if not math.isnan(score)]
+    unflagged = [seed for seed in first.all_seeds if seed not in flagged]
+    plain = make(pipe, top_k=8, batch_size=8)(PROMPT, **call)
+    images = dict(zip(plain.seeds, plain.images, strict=True))
+
+    def check(decoded: Tensor, *_: Any) -> tuple[Tensor, list[bool]]:
+        shown = (decoded / 2 + 0.5).clamp(0, 1).mul(255).permute(0, 2, 3, 1).numpy()
+        return decoded, [any(np.abs(one - images[seed]).max() < 3 for seed in flagged) for one in shown]
+
+    monkeypatch.setattr(pipe, "run_safety_checker", check)
+    with pytest.warns(UserWarning, match=rf"{len(flagged)} of 8 candidates were dropped \("):
+        one = make(pipe, pruning=HALVE)(PROMPT, **call)
+    last = max(len(one.previews[seed]) for seed in unflagged)  # those that left last come first
+    left = [seed for seed in unflagged if len(one.previews[seed]) == last]
+    assert one.seeds == [max(left, key=lambda seed: one.previews[seed][-1].total)]
+    assert one.denoiser_calls == HALVE.calls(8, 3) + 3 - one.previews[one.seeds[0]][-1].step
+    with pytest.warns(UserWarning, match="candidates were dropped"):
+        many = make(pipe, top_k=5, pruning=HALVE)(PROMPT, **call)
+    with pytest.warns(UserWarning, match="candidates were dropped"):
+        best = make(pipe, top_k=5)(PROMPT, **call)
+    assert len(many.seeds) == 5
+    assert set(many.dropped) <= set(best.dropped) == set(flagged)
+    for found in (one, many):
+        for seed, image in zip(found.seeds, found.images, strict=True):
+            assert np.abs(pixels_of(image) - images[seed]).max() <= 2
+
+
 @pytest.mark.parametrize("part", ["denoiser", "decoder", "reward"])
 def test_a_chunk_out_of_memory_is_halved_and_seeds_hold(part):
     """With a sampler that has drawn noise before the memory runs out: in every round, the last one too."""

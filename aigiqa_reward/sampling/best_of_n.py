@@ -43,7 +43,9 @@ class BestOfN:
     With `pruning`, or `search="zero_order"`, the steps are taken by our own loop over the pipeline's parts, which knows
     the architectures that `sampling.families` lists. A pruned search takes all candidates some of the way, scores the
     clean images as seen from there, and goes on with the best; those that reach the end are the images of their seeds,
-    as without pruning. Zero-order search changes noises: `.noises` then holds the winners' own.
+    as without pruning. If fewer than `top_k` of them can be ranked (the safety checker sees final images only), the
+    best of the pruned go on in their place, at further denoiser calls. Zero-order search changes noises: `.noises` then
+    holds the winners' own.
 
     Args:
         pipe: a pipeline of diffusers that makes images from a prompt, of images too (image to image, ControlNet,

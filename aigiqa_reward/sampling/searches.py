@@ -62,10 +62,6 @@ class Search:
         left = {seed: replace(state[[row]], conditioning=self._conditioning) for row, seed in enumerate(seeds)}
         self._held.update(left)
 
-    def forget(self, seed: int) -> None:
-        """Let go of a candidate."""
-        del self._held[seed]
-
     def go(self, state: State, until: int) -> tuple[State, Tensor]:
         """Take candidates to a step; also the clean latents that the last prediction stood for, at no further call."""
         clean = state.latents
@@ -101,13 +97,14 @@ def _copy(generator: torch.Generator) -> torch.Generator:
 def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Generator[None, None, None]:
     """Take all candidates some of the way, keep those whose previews the reward likes best, and so on to the end.
 
-    Yields after each chunk.
+    The safety checker sees final images only, and a last decoding may overflow. Where fewer than `least` are ranked at
+    the end, those that were pruned last go on in their place, best previews first. Yields after each chunk.
 
     Args:
         search: over a fresh tally.
         seeds: (N,) of the candidates.
         plan: when to prune and by how much.
-        least: candidates to be left at the end.
+        least: candidates to be ranked at the end.
     """
     pipe, alive = search.rollout.pipe, list(seeds)
     steps = search.start(alive[:1]).steps
@@ -116,29 +113,36 @@ def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Ge
         before = search.gather(chunk)
         state, clean = search.go(before, until)
         reasons, output = judge(search.rollout.show(clean), [False] * len(chunk), search.reward)
-        found = scores_of(output, reasons)
+        judged = scores_of(output, reasons)
         search.leave(chunk, state)  # only now: what fails until here is done again from where it began
         search.count(len(chunk) * (until - before.step))
-        for seed, reason, scores in zip(chunk, reasons, found, strict=True):
+        for seed, reason, scores in zip(chunk, reasons, judged, strict=True):
             totals[seed] = scores.total
             if math.isnan(scores.total):
                 search.tally.leave(seed, reason or NO_SCORE)
             else:
                 search.tally.preview(seed, Preview(step=until, steps=steps, **asdict(scores)))
 
+    waiting: list[list[int]] = []
     for pruning in plan.rounds(len(alive), steps, least):
         totals: dict[int, float] = {}
         for _ in in_chunks(alive, search.batch_size, lambda chunk, at=pruning.step: look(chunk, at), pipe):
             yield
         ranked = [seed for seed in alive if not math.isnan(totals[seed])]
-        best = {ranked[place] for place in rank(totals[seed] for seed in ranked)[: pruning.survivors]}
-        for seed in ranked:
-            if seed not in best:
-                search.tally.leave(seed)
-                search.forget(seed)
-        alive = [seed for seed in ranked if seed in best]
-    for _ in in_chunks(alive, search.batch_size, lambda chunk: search.finish(chunk, search.gather(chunk)), pipe):
-        yield
+        order = [ranked[place] for place in rank(totals[seed] for seed in ranked)]
+        alive, pruned = sorted(order[: pruning.survivors], key=alive.index), order[pruning.survivors :]
+        for seed in pruned:
+            search.tally.leave(seed)
+        waiting += [pruned] if pruned else []
+    found = 0
+    while True:
+        for _ in in_chunks(alive, search.batch_size, lambda chunk: search.finish(chunk, search.gather(chunk)), pipe):
+            yield
+        found += sum(not math.isnan(search.tally.total(seed)) for seed in alive)
+        if found >= least or not waiting:
+            return
+        alive, rest = waiting[-1][: least - found], waiting.pop()[least - found :]
+        waiting += [rest] if rest else []
 
 
 def climb(search: Search, seeds: Sequence[int], plan: ZeroOrder) -> Generator[None, None, None]:
