@@ -36,15 +36,17 @@ class BestOfN:
     Candidate i has the seed `s = seed + i` and a generator of its own, so that `pipe(prompt,
     generator=torch.Generator("cpu").manual_seed(s), **pipe_kwargs)` makes its image again: bit for bit with
     batch_size=1 in float32 on the CPU, within 2/255 otherwise. The prompt is encoded once by the pipeline and
-    once by the reward. Images stay on the pipeline's device until they are scored; only the winners are kept,
-    so memory does not grow with `n`, and the ranking does not depend on `batch_size`. A chunk that runs out
-    of memory is halved and sampled again, with the same result. The pipeline is left as it was.
+    once by the reward. Images stay on the pipeline's device until they are scored; only the winners are kept, so
+    memory does not grow with `n` (but for latents when pruning: below), and the ranking does not depend on
+    `batch_size`. A chunk that runs out of memory is halved and sampled again, with the same result. The pipeline is
+    left as it was.
 
     With `pruning`, or `search="zero_order"`, the steps are taken by our own loop over the pipeline's parts, which knows
     the architectures that `sampling.families` lists. A pruned search takes all candidates some of the way, scores the
     clean images as seen from there, and goes on with the best; those that reach the end are the images of their seeds,
     as without pruning. If fewer than `top_k` of them can be ranked (the safety checker sees final images only), the
-    best of the pruned go on in their place, at further denoiser calls. Zero-order search changes noises: `.noises` then
+    best of the pruned go on in their place, at further denoiser calls; until then each candidate's latents, and what a
+    multistep sampler remembers of earlier ones, stay on the device. Zero-order search changes noises: `.noises` then
     holds the winners' own.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -62,6 +62,11 @@ class Search:
         left = {seed: replace(state[[row]], conditioning=self._conditioning) for row, seed in enumerate(seeds)}
         self._held.update(left)
 
+    def forget(self, seeds: Iterable[int]) -> None:
+        """Let go of candidates."""
+        for seed in seeds:
+            self._held.pop(seed, None)
+
     def go(self, state: State, until: int) -> tuple[State, Tensor]:
         """Take candidates to a step; also the clean latents that the last prediction stood for, at no further call."""
         clean = state.latents
@@ -88,6 +93,7 @@ class Search:
 
         self.tally.add(seeds, reasons, output, picture)
         self.count(len(seeds) * (state.steps - state.step))
+        self.forget(seeds)
 
 
 def _copy(generator: torch.Generator) -> torch.Generator:
@@ -120,6 +126,7 @@ def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Ge
             totals[seed] = scores.total
             if math.isnan(scores.total):
                 search.tally.leave(seed, reason or NO_SCORE)
+                search.forget([seed])
             else:
                 search.tally.preview(seed, Preview(step=until, steps=steps, **asdict(scores)))
 
