@@ -675,15 +675,17 @@ def test_images_that_the_safety_checker_flags_are_dropped():
     assert out.seeds == [seed for seed in clean.seeds if seed != worst]
 
 
-def test_a_reward_that_gives_nan_is_told(sd):
+@pytest.mark.parametrize(("total", "name"), [(math.nan, "NaN"), (math.inf, "inf"), (-math.inf, "-inf")])
+def test_a_reward_that_gives_no_finite_number_is_told(sd, total, name):
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         scores = corner(images, prompts)
-        scores[0] = math.nan
+        scores[0] = total
         return scores
 
-    with pytest.warns(UserWarning, match="seed 0, 2: the reward gave NaN"):
+    with pytest.warns(UserWarning, match=f"seed 0, 2: the reward gave {name}\\)"):
         out = make(sd, n=4, top_k=2, batch_size=2, reward=reward)(PROMPT, **FEW_STEPS)
     assert sorted(out.seeds) == [1, 3]
+    assert [math.isnan(score) for score in out.all_scores] == [True, False, True, False]
 
 
 def test_good_runs_do_not_warn(sd):

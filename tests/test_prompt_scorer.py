@@ -109,12 +109,13 @@ def test_an_error_of_the_pipeline_is_not_taken_for_a_dropped_image(pipe: Any) ->
             scorer.score([APPLE])
 
 
-def test_a_reward_that_gives_nan_is_told(pipe: Any) -> None:
+def test_a_reward_that_gives_no_finite_number_is_told(pipe: Any) -> None:
     def undecided(images: Tensor, prompts: list[str]) -> Tensor:
-        return torch.tensor([torch.nan if prompt == "?" else 1.0 for prompt in prompts])
+        return torch.tensor([{"?": torch.nan, "!": torch.inf}.get(prompt, 1.0) for prompt in prompts])
 
-    known, unknown = PromptScorer(pipe, undecided, **SETTINGS).score([APPLE, APPLE], ["a", "?"])
+    known, unknown, great = PromptScorer(pipe, undecided, **SETTINGS).score([APPLE] * 3, ["a", "?", "!"])
     assert (known.total, known.correspondence, unknown.dropped) == (1.0, None, "the reward gave NaN")
+    assert great.dropped == "the reward gave inf"
 
 
 @pytest.mark.parametrize(

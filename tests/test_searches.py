@@ -116,7 +116,7 @@ def test_calls_are_what_the_plan_says_and_what_the_denoiser_saw():
 def test_candidates_with_bad_previews_are_dropped_and_the_others_go_on(sd):
     def blind(images: Tensor, prompts: list[str]) -> Tensor:
         scores = corner(images, prompts)
-        return torch.where(scores == scores.max(), torch.nan, scores)  # one of each chunk of 4, 4, and then 3
+        return torch.where(scores == scores.max(), torch.inf, scores)  # one of each chunk of 4, 4, and then 3
 
     def held() -> int:
         """Latents of single candidates that are anywhere."""
@@ -127,7 +127,7 @@ def test_candidates_with_bad_previews_are_dropped_and_the_others_go_on(sd):
     stream = make(sd, reward=blind, pruning=Halving(at=(0.5,), keep=0.5), batch_size=4).stream(PROMPT, **CALL)
     outputs = [next(stream) for _ in range(3)]
     assert held() == before + 2  # of the two that were pruned, which may have to go on
-    with pytest.warns(UserWarning, match=r"3 of 8 candidates were dropped \(seed \d+, \d+, \d+: the reward gave NaN\)"):
+    with pytest.warns(UserWarning, match=r"3 of 8 candidates were dropped \(seed \d+, \d+, \d+: the reward gave inf\)"):
         outputs += stream
     assert len(outputs) == 3
     assert len(outputs[-1].dropped) == 3

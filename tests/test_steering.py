@@ -196,6 +196,19 @@ def test_what_is_not_finite_gets_no_weight():
     assert out.dropped == {}
     with pytest.raises(RuntimeError, match="none of the 4 candidates could be ranked"):
         make(pipe, lambda images, prompts: images[:, 0, 0, 0] * math.nan)(PROMPT, **STEPS)
+    calls.clear()
+
+    def overflow_at_the_end(images: Tensor, prompts: list[str]) -> Tensor:
+        scores = corner(images, prompts)
+        return torch.where(scores == scores.max(), torch.inf, scores)
+
+    with pytest.warns(UserWarning, match=r"seed \d: the reward gave inf\)"):
+        out = make(pipe, overflow_at_the_end, resample_below=0.0, first=1.0)(
+            PROMPT, **{**STEPS, "num_inference_steps": 2}
+        )
+    assert [weight == 0 for weight in out.weights] == [seed in out.dropped for seed in range(4)]
+    assert sum(out.weights) == pytest.approx(1)
+    assert math.isfinite(out.scores[0])
 
 
 def test_bad_arguments_are_told(sd):

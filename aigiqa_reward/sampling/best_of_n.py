@@ -123,7 +123,7 @@ class BestOfN:
 
         Warns:
             UserWarning: once, if candidates were dropped: NaN or infinite pixels, flagged by the safety
-                checker, or given NaN by the reward. With fewer than `top_k` left, the fewer are returned.
+                checker, or given NaN or infinity by the reward. With fewer than `top_k` left, the fewer are returned.
 
         Raises:
             TypeError: a list of prompts, or another argument of a wrong type.

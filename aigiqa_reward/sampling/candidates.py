@@ -13,14 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aigiqa_reward.sampling.drops import NON_FINITE, reasons_to_drop, why_dropped
 from aigiqa_reward.scorer import device_of, score_batch
 from aigiqa_reward.selection import Ranked, TopK, spread
 from aigiqa_reward.types import RewardOutput
-
-NON_FINITE = "NaN or infinite pixels"
-FLAGGED = "flagged by the pipeline's safety checker"
-NO_SCORE = "the reward gave NaN"
-
 
 POOL = 4
 """Of how many times top_k candidates the diverse ones are taken: chosen here, as wide as scores hardly fall."""
@@ -174,10 +170,12 @@ class Tally:
             picture: gives the picture of row i; called for those only that are among the best so far.
         """
         for row, (seed, reason, scores) in enumerate(zip(seeds, reasons, scores_of(output, reasons), strict=True)):
+            why = why_dropped(scores.total, reason)
+            if why is not None:
+                self.leave(seed, why)
+                continue
             self._scores[seed] = scores
-            if math.isnan(scores.total):
-                self._dropped[seed] = reason or NO_SCORE
-            elif self._winners.accepts(scores.total, seed):
+            if self._winners.accepts(scores.total, seed):
                 self._winners.push(scores.total, seed, picture(row))
 
     def total(self, seed: int) -> float:
@@ -249,12 +247,6 @@ def scores_of(output: RewardOutput | None, reasons: Sequence[str | None]) -> lis
     empty = _Scores(correspondence=math.nan if "correspondence" in present else None)
     filled = [next(rows) if reason is None else None for reason in reasons]
     return [empty if r is None else _Scores(**{a: values[r] for a, values in present.items()}) for r in filled]
-
-
-def reasons_to_drop(images: Tensor, flagged: Sequence[Any]) -> list[str | None]:
-    """Why images (B, 3, H, W) cannot be scored, or None."""
-    finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
-    return [FLAGGED if flag else None if fine else NON_FINITE for flag, fine in zip(flagged, finite, strict=True)]
 
 
 def judge(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aigiqa_reward.images import HIGHEST, LOWEST
-from aigiqa_reward.sampling.candidates import NO_SCORE, NON_FINITE
+from aigiqa_reward.sampling.drops import NON_FINITE, why_dropped
 from aigiqa_reward.sampling.rollout import Rollout, State
 from aigiqa_reward.sampling.watching import BatchReward
 from aigiqa_reward.types import RewardOutput
@@ -111,8 +110,8 @@ class Ascent:
             return NON_FINITE
         output = self.reward.rate(image)
         total = float(output.total)
-        if not math.isfinite(total):
-            return NO_SCORE
+        if (why := why_dropped(total)) is not None:
+            return why
         self.history.append(total)
         if self.best is not None and total <= float(self.best[1].total):
             return None

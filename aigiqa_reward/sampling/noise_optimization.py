@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.sampling.candidates import FLAGGED, BestOfNOutput, Picture, Tally, conclude
+from aigiqa_reward.sampling.candidates import BestOfNOutput, Picture, Tally, conclude
 from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text, first_seed, number
+from aigiqa_reward.sampling.drops import FLAGGED
 from aigiqa_reward.sampling.families import family_of
 from aigiqa_reward.sampling.noise_ascent import Ascent, Optimizer, norm_log_likelihood, without_weight_gradients
 from aigiqa_reward.sampling.rollout import Rollout, State

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from aigiqa_reward.sampling.best_of_n import BestOfN
-from aigiqa_reward.sampling.candidates import FLAGGED, NO_SCORE, NothingRankedError, reasons_to_drop, scores_of
+from aigiqa_reward.sampling.candidates import NothingRankedError, scores_of
 from aigiqa_reward.sampling.checks import check_reward, check_text
 from aigiqa_reward.sampling.chunks import in_chunks
+from aigiqa_reward.sampling.drops import FLAGGED, reasons_to_drop, why_dropped
 from aigiqa_reward.sampling.pipeline_call import check_pipe_kwargs, generators_of, images_of, takes
 from aigiqa_reward.scorer import device_of, score_batch
 from aigiqa_reward.selection import integer
@@ -231,8 +232,7 @@ class PromptScorer:
 
 
 def _score_of(total: float, quality: float, correspondence: float | None, reason: str | None) -> PromptScore:
-    if reason is None and math.isnan(total):
-        reason = NO_SCORE
+    reason = why_dropped(total, reason)
     if reason is not None:
         return PromptScore(total=math.nan, quality=math.nan, dropped=reason)
     return PromptScore(total=total, quality=quality, correspondence=correspondence)

@@ -33,7 +33,7 @@ def rerank(images: Any, prompt: Any, reward: Any, top_k: Any = None) -> BestOfNO
         they were scored: RGB, upright, transparency on white.
 
     Warns:
-        UserWarning: once, if images were dropped: unreadable, NaN or infinite pixels, or given NaN by the
+        UserWarning: once, if images were dropped: unreadable, NaN or infinite pixels, or given NaN or infinity by the
             reward.
 
     Raises:

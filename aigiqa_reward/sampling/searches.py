@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.sampling.candidates import NO_SCORE, Picture, Preview, PromptedReward, Tally, judge, scores_of
+from aigiqa_reward.sampling.candidates import Picture, Preview, PromptedReward, Tally, judge, scores_of
 from aigiqa_reward.sampling.chunks import in_chunks
+from aigiqa_reward.sampling.drops import why_dropped
 from aigiqa_reward.sampling.rollout import Rollout, State
 from aigiqa_reward.selection import Halving, ZeroOrder, rank
 
@@ -123,11 +124,12 @@ def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Ge
         search.leave(chunk, state)  # only now: what fails until here is done again from where it began
         search.count(len(chunk) * (until - before.step))
         for seed, reason, scores in zip(chunk, reasons, judged, strict=True):
-            totals[seed] = scores.total
-            if math.isnan(scores.total):
-                search.tally.leave(seed, reason or NO_SCORE)
+            why = why_dropped(scores.total, reason)
+            if why is not None:
+                search.tally.leave(seed, why)
                 search.forget([seed])
             else:
+                totals[seed] = scores.total
                 search.tally.preview(seed, Preview(step=until, steps=steps, **asdict(scores)))
 
     waiting: list[list[int]] = []
@@ -135,7 +137,7 @@ def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Ge
         totals: dict[int, float] = {}
         for _ in in_chunks(alive, search.batch_size, lambda chunk, at=pruning.step: look(chunk, at), pipe):
             yield
-        ranked = [seed for seed in alive if not math.isnan(totals[seed])]
+        ranked = [seed for seed in alive if seed in totals]
         order = [ranked[place] for place in rank(totals[seed] for seed in ranked)]
         alive, pruned = sorted(order[: pruning.survivors], key=alive.index), order[pruning.survivors :]
         for seed in pruned:

@@ -16,7 +16,6 @@ from torch import Tensor
 from aigiqa_reward import images as pixels
 from aigiqa_reward.sampling.ancestral import ANCESTRAL, advance
 from aigiqa_reward.sampling.candidates import (
-    NO_SCORE,
     BestOfNOutput,
     Picture,
     Preview,
@@ -28,6 +27,7 @@ from aigiqa_reward.sampling.candidates import (
 )
 from aigiqa_reward.sampling.checks import check_prompt, check_reward, check_text, first_seed, number
 from aigiqa_reward.sampling.chunks import in_chunks
+from aigiqa_reward.sampling.drops import why_dropped
 from aigiqa_reward.sampling.families import family_of
 from aigiqa_reward.sampling.particles import (
     POTENTIALS,
@@ -156,7 +156,7 @@ class ParticleSteering:
 
         Warns:
             UserWarning: once, if particles were dropped to the end: NaN or infinite pixels, flagged by the safety
-                checker, or given NaN by the reward. Their weight is 0.
+                checker, or given NaN or infinity by the reward. Their weight is 0.
 
         Raises:
             TypeError: a list of prompts, or another argument of a wrong type.
@@ -232,8 +232,9 @@ class _Run:
                 continue
             reasons, output = judged
             for row, reason, scores in zip(rows, reasons, scores_of(output, reasons), strict=True):
-                if not math.isfinite(scores.total):
-                    particles.drop(row, reason or NO_SCORE)
+                why = why_dropped(scores.total, reason)
+                if why is not None:
+                    particles.drop(row, why)
                     continue
                 particles.rewards[row].append(scores.total)
                 particles.previews[row].append(Preview(step=state.step + 1, steps=steps, **asdict(scores)))
@@ -271,8 +272,8 @@ class _Run:
                 self.tally.preview(seed, preview)
             if reason is not None:
                 self.tally.leave(seed, reason)
-            elif not math.isfinite(self.tally.total(seed)):
-                particles.drop(row, NO_SCORE)
+            elif math.isnan(self.tally.total(seed)):
+                particles.drop(row, "its image could not be ranked")
         rows = particles.alive
         totals = torch.tensor([self.tally.total(seeds[row]) for row in rows], dtype=torch.float64)
         particles.weigh(last_log_potential(totals, particles.log_product[rows], self.plan.temperature), rows)
