@@ -13,6 +13,7 @@ from pipelines import FAMILIES, SIDE
 from torch import Tensor
 
 from aigiqa_reward import BestOfN, load_embedded_pipeline
+from aigiqa_reward.sampling import NoiseOptimizer, ParticleSteering
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.selection import Halving, ZeroOrder
 
@@ -194,6 +195,40 @@ def test_a_chunk_out_of_memory_is_halved_and_seeds_hold(part):
     for seed, image in zip(found.seeds, found.images, strict=True):
         made = pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **call).images[0]
         assert np.abs(pixels_of(image) - pixels_of(made)).max() <= 2
+
+
+@pytest.mark.parametrize("search", ["halving", "zero_order", "particles", "noise"])
+def test_final_images_bear_the_watermark_of_the_pipeline_and_previews_do_not(search):
+    """An object of the interface of diffusers' StableDiffusionXLWatermarker: images in [-1, 1], not clamped."""
+
+    class Watermarker:
+        rows = 0
+
+        def apply_watermark(self, images: Tensor) -> Tensor:
+            self.rows += len(images)
+            return (0.5 * images.cpu() + 0.25).clamp(-1, 1)
+
+    pipe = pipelines.stable_diffusion_xl()
+    pipe.watermark = Watermarker()
+    call = {**CALL, "num_inference_steps": 2, "guidance_scale": 1.0}
+    if search == "halving":
+        found = make(pipe, n=3, pruning=Halving(at=(0.5,), keep=0.5))(PROMPT, **call)
+    elif search == "zero_order":
+        found = make(pipe, n=3, search="zero_order")(PROMPT, **call)
+    elif search == "particles":
+        found = ParticleSteering(pipe, corner, particles=3, progress=False)(PROMPT, **call)
+    else:
+        found = NoiseOptimizer(pipe, corner, iterations=1, progress=False)(PROMPT, **call)
+    assert pipe.watermark.rows == {"halving": 2, "noise": 1}.get(search, 3)
+    if search == "particles":  # no seed makes it again
+        pipe.watermark = None
+        bare = pixels_of(ParticleSteering(pipe, corner, particles=3, progress=False)(PROMPT, **call).images[0])
+        inside = (bare > 0) & (bare < 255)  # in [0, 1] the mark is x / 2 + 3 / 8
+        assert np.abs(pixels_of(found.images[0]) - (bare / 2 + 255 * 3 / 8))[inside].max() <= 2
+        return
+    own = {} if found.noises is None else {"latents": found.noises[0]}
+    made = pipe(PROMPT, generator=torch.Generator().manual_seed(found.seeds[0]), **own, **call).images[0]
+    assert np.abs(pixels_of(found.images[0]) - pixels_of(made)).max() <= 2
 
 
 # --------------------------------------------------------------------------------------------- zero order

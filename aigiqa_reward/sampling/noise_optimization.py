@@ -204,6 +204,6 @@ def _output(ascent: Ascent, seed: int, stopped: str | None) -> NoiseOptimizerOut
         tally.leave(seed, stopped or FLAGGED)
     else:
         image, scores, noise = ascent.best
-        picture = Picture(image=pixels.to_pil(image)[0], noise=ascent.as_passed(noise))
+        picture = Picture(image=pixels.to_pil(ascent.rollout.family.marked(image))[0], noise=ascent.as_passed(noise))
         tally.add([seed], [None], scores, lambda _: picture)
     return NoiseOptimizerOutput(**vars(tally.output()), history=ascent.history)

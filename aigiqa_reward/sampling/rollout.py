@@ -200,10 +200,16 @@ class Rollout:
             state = self.advance(state, self.predict(state).output)
         return state
 
-    def show(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], as the pipeline would give them: clamped, without gradients; NaN stays."""
+    def show(self, latents: Tensor, *, final: bool = False) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], as the pipeline would give them: clamped, without gradients; NaN stays.
+
+        Args:
+            latents: (B, ...) without noise.
+            final: whether somebody is given the images: they get the pipeline's watermark, where it has one.
+        """
         with torch.no_grad():
             images = self.family.decode(latents)
+            images = self.family.marked(images) if final else images
         return torch.where(images.isfinite(), images.clamp(0, 1), images)
 
     def decode(self, latents: Tensor) -> Tensor:

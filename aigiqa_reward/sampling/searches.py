@@ -84,7 +84,7 @@ class Search:
 
     def finish(self, seeds: Sequence[int], state: State, noise: Tensor | None = None) -> None:
         """Take candidates to their end, score them and add them to the tally, with their noise where it is given."""
-        images = self.rollout.show(self.go(state, state.steps)[0].latents)
+        images = self.rollout.show(self.go(state, state.steps)[0].latents, final=True)
         reasons, output = judge(images, self.rollout.family.flagged(images), self.reward)
         passed = None if noise is None else self.rollout.family.as_passed(noise, state.scheduler).cpu()
 

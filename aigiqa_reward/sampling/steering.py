@@ -257,7 +257,7 @@ class _Run:
         state, seeds, rows = particles.state, range(self.seed, self.seed + self.plan.particles), particles.alive
 
         def work(rows: Sequence[int]) -> None:
-            images = self.rollout.show(state.latents[list(rows)])
+            images = self.rollout.show(state.latents[list(rows)], final=True)
             reasons, output = judge(images, self.rollout.family.flagged(images), self.reward)
 
             def picture(row: int) -> Picture:

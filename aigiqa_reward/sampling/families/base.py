@@ -202,6 +202,10 @@ class Family(ABC):
         wanted, used = (getattr(s, "init_noise_sigma", 1.0) for s in (scheduler, self.pipe.scheduler))
         return latents / used * wanted if self.scales_noise and wanted != used else latents
 
+    def marked(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), nominally in [0, 1], with the pipeline's watermark, where it has one; no gradients."""
+        return images
+
     def flagged(self, images: Tensor) -> list[bool]:
         """Whether the pipeline's safety checker would withhold the images; never, where there is none."""
         return [False] * len(images)

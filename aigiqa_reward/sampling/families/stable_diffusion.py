@@ -141,6 +141,12 @@ class StableDiffusionXL(_OnUNet):
         mean, std = self._statistics(encoded)
         return (encoded - mean) * self.pipe.vae.config.scaling_factor / std
 
+    def marked(self, images: Tensor) -> Tensor:
+        watermark = getattr(self.pipe, "watermark", None)  # on by default where invisible-watermark is installed
+        if watermark is None:
+            return images
+        return pixels.from_vae(watermark.apply_watermark(pixels.to_vae(images))).to(images)
+
     def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Mean and deviation of the VAE's latents, where its configuration states them."""
         config = self.pipe.vae.config
