@@ -234,7 +234,7 @@ def test_final_images_bear_the_watermark_of_the_pipeline_and_previews_do_not(sea
 # --------------------------------------------------------------------------------------------- zero order
 
 
-def test_zero_order_search_goes_on_from_the_best_noise(sd):
+def test_zero_order_search_goes_on_from_the_best_noise(sd, monkeypatch):
     plan = ZeroOrder(neighbours=3, radius=0.3)
     found = make(sd, n=9, top_k=9, search=plan, batch_size=2)(PROMPT, seed=4, **CALL)
     assert found.noises is not None
@@ -249,6 +249,16 @@ def test_zero_order_search_goes_on_from_the_best_noise(sd):
             torch.testing.assert_close(noises[seed], near)
     again = sd(PROMPT, latents=found.noises[0], generator=torch.Generator().manual_seed(0), **CALL).images[0]
     assert np.abs(pixels_of(found.images[0]) - pixels_of(again)).max() <= 2
+    monkeypatch.setattr(sd, "scheduler", EulerAncestralDiscreteScheduler.from_config(sd.scheduler.config))
+    call = {**CALL, "num_inference_steps": 3, "guidance_scale": 1.0}
+    found = make(sd, n=4, search=ZeroOrder(neighbours=2, radius=0.3))(PROMPT, seed=4, **call)
+    assert found.noises is not None
+    for drawn in (True, False):  # it draws noise on its way, from where the initial noise has left the generator
+        generator = torch.Generator().manual_seed(found.seeds[0])
+        if drawn:
+            torch.randn(found.noises[0].shape, generator=generator)
+        again = sd(PROMPT, latents=found.noises[0], generator=generator, **call).images[0]
+        assert (np.abs(pixels_of(found.images[0]) - pixels_of(again)).max() <= 2) == drawn
 
 
 def test_radius_one_is_random_search(sd):

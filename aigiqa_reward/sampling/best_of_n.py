@@ -47,7 +47,7 @@ class BestOfN:
     as without pruning. If fewer than `top_k` of them can be ranked (the safety checker sees final images only), the
     best of the pruned go on in their place, at further denoiser calls; until then each candidate's latents, and what a
     multistep sampler remembers of earlier ones, stay on the device. Zero-order search changes noises: `.noises` then
-    holds the winners' own.
+    holds the winners' own (and `BestOfNOutput` says what a sampler that draws on its way needs besides).
 
     Args:
         pipe: a pipeline of diffusers that makes images from a prompt, of images too (image to image, ControlNet,

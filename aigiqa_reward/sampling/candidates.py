@@ -67,6 +67,9 @@ class BestOfNOutput:
             counted apart. None where the pipeline ran its own loop.
         noises: initial latents (1, ...) of the best, on the CPU, where a search changed them, in the form in which the
             pipeline takes them: `pipe(prompt, latents=..., **pipe_kwargs)` makes the image again, its seed does not.
+            A sampler that draws noise on its way (ancestral, SDE, LCM) needs besides a generator of the image's seed
+            that has drawn as many normal numbers as the latents have:
+            `torch.randn(latents.shape, generator=generator)`.
 
     Example:
         >>> from PIL import Image
