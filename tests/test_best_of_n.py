@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aigiqa_reward import BestOfN, BestOfNOutput, rerank
 from aigiqa_reward.sampling import NothingRankedError
 from aigiqa_reward.sampling.prompt_memo import PromptMemo, is_one_prompt
+from aigiqa_reward.selection import Halving
 from aigiqa_reward.types import PromptFeatures, RewardOutput
 
 PROMPT = "a cat on a mat"
@@ -384,6 +385,9 @@ def test_the_outermost_seeds_are_those_that_a_generator_takes(sd, seed):
     out = make(sd, n=4, top_k=1)(PROMPT, seed=seed, **FEW_STEPS)
     assert out.all_seeds == [seed + i for i in range(4)]
     assert farthest(out.images, [again(sd, out.seeds[0])]) <= 2
+    pruned = make(sd, n=4, pruning=Halving(at=(0.5,), keep=0.5))(PROMPT, seed=seed, **FEW_STEPS)
+    assert pruned.all_seeds == out.all_seeds
+    assert farthest(pruned.images, [again(sd, pruned.seeds[0])]) <= 2
     for beyond in (-(2**63) - 1, 2**64):
         with pytest.raises(ValueError, match="Overflow"):
             torch.Generator().manual_seed(beyond)

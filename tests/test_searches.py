@@ -10,6 +10,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, EulerAncestralDiscreteScheduler
 from pipelines import FAMILIES, SIDE
+from pipelines_current import CALL as CURRENT_CALL
+from pipelines_current import CURRENT_FAMILIES, GUIDED
 from torch import Tensor
 
 from aigiqa_reward import BestOfN, load_embedded_pipeline
@@ -65,6 +67,24 @@ def test_a_survivor_is_the_unpruned_image_of_its_seed(family):
         place = plain.seeds.index(seed)
         assert score == pytest.approx(plain.scores[place], abs=1e-3)
         assert np.abs(pixels_of(image) - pixels_of(plain.images[place])).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.slow) if family in ("flux_2_klein", "sana") else family
+        for family in CURRENT_FAMILIES
+    ],
+)
+def test_winners_of_the_current_families_are_the_images_of_their_seeds(family):
+    """Plain and pruned; zero-order search's, of their noise."""
+    pipe, call = CURRENT_FAMILIES[family](), {**CURRENT_CALL[family], **GUIDED.get(family, {})}
+    for arguments in ({}, {"pruning": Halving(at=(0.5,), keep=0.5)}, {"search": "zero_order"}):
+        found = make(pipe, n=3, **arguments)(PROMPT, seed=5, **call)
+        own = {} if found.noises is None else {"latents": found.noises[0]}
+        generator = torch.Generator().manual_seed(found.seeds[0])
+        made = pipe(prompt=PROMPT, generator=generator, **own, **call).images[0]
+        assert np.abs(pixels_of(found.images[0]) - pixels_of(made)).max() <= 2
 
 
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler])
