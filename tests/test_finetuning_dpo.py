@@ -395,6 +395,7 @@ def test_settings_out_of_range_are_refused(pairs):
         r"pairs_per_prompt: of pairs that are made before": {"pairs": pairs, "pairs_per_prompt": 2},
         r"guidance_scales: of pairs that are made before": {"refresh_every": 2, "guidance_scales": (1, 2)},
         r"reward_guidance: of pairs that are made before": {"pairs": pairs, "reward_guidance": 1.0},
+        r"margin: of pairs that are made before": {"pairs": pairs, "margin": 0.5},
         r"reward_guidance: expected a number of at least 0, .* got inf": {"reward_guidance": float("inf")},
         r"pairs: expected at least one, got none": {"pairs": none},
         r"beta: expected a number above 0; .* got 0": {"pairs": pairs, "beta": 0},

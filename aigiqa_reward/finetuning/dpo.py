@@ -26,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning.algorithm import Algorithm, Batch, Memory, Outcome
 from aigiqa_reward.finetuning.noising import Noising
+from aigiqa_reward.finetuning.own_pairs import own_pairs
 from aigiqa_reward.finetuning.pair_candidates import Contrast
 from aigiqa_reward.finetuning.pair_latents import PairLatents
-from aigiqa_reward.finetuning.pairs import build_preference_pairs, fingerprint
-from aigiqa_reward.finetuning.randomness import generator_of, seed_of
+from aigiqa_reward.finetuning.pairs import fingerprint
+from aigiqa_reward.finetuning.randomness import generator_of
 from aigiqa_reward.finetuning.settings import FinetuneSettings
 from aigiqa_reward.finetuning.tools import Tools
 from aigiqa_reward.sampling.checks import number
@@ -39,6 +40,10 @@ from aigiqa_reward.selection import integer
 
 Loss = Literal["sigmoid", "hinge", "ipo"]
 Timesteps = Literal["uniform", "sampler"]
+
+_OF_OWN_PAIRS: dict[str, Any] = {"pairs_per_prompt": 1, "guidance_scales": (), "reward_guidance": 0.0}
+_OF_CANDIDATES: dict[str, Any] = {"candidates": 4, "margin": 0.0}
+"""Settings without effect on given pairs, and their defaults: the first also where pairs are made on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +99,20 @@ class DPO(Algorithm):
         contrast = Contrast(guidance_scales=self.guidance_scales, reward_guidance=self.reward_guidance)
         object.__setattr__(self, "guidance_scales", contrast.guidance_scales)
         contrast.check_count(self.pairs_per_prompt, self.candidates, "candidates")
-        made_first = self.pairs is None and not self.refresh_every
-        for name, default in (("pairs_per_prompt", 1), ("guidance_scales", ()), ("reward_guidance", 0)):
-            if not made_first and getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}: of pairs that are made before the training, which given pairs and refresh_every are "
-                    "instead of; leave it out"
-                )
+        self._refuse_what_is_unused()
         if self.pairs is not None and not len(self.pairs):
             raise ValueError("pairs: expected at least one, got none")
         if self.pairs is not None:
             object.__setattr__(self, "latents", PairLatents(self.pairs))
+
+    def _refuse_what_is_unused(self) -> None:
+        unused = {} if self.pairs is None and not self.refresh_every else dict(_OF_OWN_PAIRS)
+        if self.pairs is not None and not self.refresh_every:
+            unused |= _OF_CANDIDATES
+        for name, default in unused.items():
+            if getattr(self, name) != default:
+                text = "of pairs that are made before the training, which given pairs and refresh_every are instead of"
+                raise ValueError(f"{name}: {text}; leave it out")
 
     @property
     def steps_per_round(self) -> int:
@@ -137,25 +145,20 @@ class DPO(Algorithm):
         """With pairs of the pipeline's own images, made into `folder`/pairs, where it is to learn from nothing else."""
         if self.pairs is not None or self.refresh_every:
             return self
-        pairs = build_preference_pairs(
-            tools.rollout.pipe,
-            tools.reward,
+        pairs = own_pairs(
+            tools,
             prompts,
-            folder / "pairs",
+            folder,
+            settings,
             n=self.candidates,
             margin=self.margin,
             pairs_per_prompt=self.pairs_per_prompt,
             guidance_scales=self.guidance_scales,
             reward_guidance=self.reward_guidance,
-            seed=seed_of(settings.seed, "pairs") >> 32,  # other images than validation's, whose seeds count from 0
-            batch_size=settings.train_batch_size,
-            accelerator=tools.accelerator,
-            settings={"dtype": str(tools.lora.denoiser.dtype)},
             progress=progress,
-            **settings.sampling,
         )
-        # Where they came from is said by the pairs from here on, and checked by their folder.
-        return replace(self, pairs=pairs, pairs_per_prompt=1, guidance_scales=(), reward_guidance=0.0)
+        # From here on the pairs and their folder say where they came from.
+        return replace(self, pairs=pairs, **_OF_OWN_PAIRS, **_OF_CANDIDATES)
 
     def noising(self, state: State) -> Noising:
         """The process whose levels are drawn."""

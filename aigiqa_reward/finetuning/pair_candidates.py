@@ -79,7 +79,7 @@ class GuidedBestOfN(BestOfN):
         self.progress, self.scale = search.progress, scale
         with RewardGuidance(self.pipe, self.reward, "a photo", scale=scale):
             pass  # what is wrong with the pipeline is said here
-        grey = torch.full((1, 3, 64, 64), 0.5, device=device_of(self.reward), requires_grad=True)
+        grey = torch.full((1, 3, 64, 64), 0.5, device=device_of(self.reward) or self.pipe.device, requires_grad=True)
         if not as_reward_output(self.reward(grey, ["a photo"]), 1).total.requires_grad:
             raise ValueError(
                 f"reward_guidance: climbs the reward by its gradient in the images, and {reward_name(self.reward)} "
