@@ -59,7 +59,6 @@ def main(
         out,
         settings,
         validation_prompts=validation_prompts,
-        holdout=create_reward("mst_clipiqa", device=pipe.device),  # it watches, and is not trained on
         resume_from_checkpoint="latest",
     )
     seen = {line["step"]: line["validation"] for line in result.history if "validation" in line}

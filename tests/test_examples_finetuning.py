@@ -53,7 +53,7 @@ def test_sdxl_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("reward", "holdout"):
         assert f"{name}: {seen[0][name]:.4f} before, {seen[result.kept_step][name]:.4f} after" in told
     state = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())["settings"]
-    assert (state["batch"], state["draft.truncation_steps"], state["holdout_reward"]) == (2, 1, "mst_clipiqa")
+    assert (state["batch"], state["draft.truncation_steps"], state["holdout_reward"]) == (2, 1, "auto")
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_the_sdxl_settings_for_the_command_line(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     state = json.loads((tmp_path / "lora" / "checkpoint-1" / "state.json").read_text())["settings"]
     assert (state["rank"], state["batch"], state["mixed_precision"]) == (16, 2, "bf16")
-    assert state["holdout_reward"] == "mst_clipiqa"
+    assert state["holdout_reward"] == "auto"
     assert list((tmp_path / "lora" / "logs").rglob("events.out.tfevents.*"))
 
 

@@ -13,9 +13,11 @@ from finetuned import CALL, PROMPTS, warmth
 from safetensors.torch import load_file
 from torch import Tensor
 
+from aigiqa_reward import create_reward
 from aigiqa_reward.finetuning import DDPO, DPO, Algorithm, Draft, FinetuneResult, FinetuneSettings, finetune
 from aigiqa_reward.finetuning.lora import FILE
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
+from aigiqa_reward.sampling import BestOfEachError
 
 ROUNDS: dict[str, Algorithm] = {
     "ddpo": DDPO(images_per_prompt=2, updates_per_round=3, clip_range=0.1),
@@ -67,7 +69,7 @@ def test_without_pairs_they_are_made_first(tmp_path: Path, contrast: dict[str, A
         return {file: file.stat().st_mtime_ns for file in (tmp_path / run / "pairs").rglob("*.png")}
 
     plain(tmp_path / "a", own, max_train_steps=2, train_batch_size=2)
-    given = DPO(pairs=read_preference_pairs(tmp_path / "a" / "pairs"), timesteps="sampler", candidates=2)
+    given = DPO(pairs=read_preference_pairs(tmp_path / "a" / "pairs"), timesteps="sampler")
     plain(tmp_path / "b", given, max_train_steps=2, train_batch_size=2)
     plain(tmp_path / "c", own, max_train_steps=1, train_batch_size=2)
     made = images("c")
@@ -80,6 +82,58 @@ def test_without_pairs_they_are_made_first(tmp_path: Path, contrast: dict[str, A
         assert not [key for key in first if not torch.equal(first[key], other[key])]
     with pytest.raises(ValueError, match=r"seed: \d+ there, \d+ now"):
         plain(tmp_path / "c", own, resume="latest", max_train_steps=3, seed=1)
+    settings = FinetuneSettings(**{**QUICK, "max_train_steps": 3, "train_batch_size": 2})
+    with pytest.raises(ValueError, match=r"prompts: .* trained on, and 1 others are given; pass the same"):
+        finetune(
+            pipelines.stable_diffusion(),
+            warmth,
+            ["new"],
+            own,
+            tmp_path / "c",
+            settings,
+            resume_from_checkpoint="latest",
+        )
+    assert images("c") == made
+    plain(tmp_path / "c", own, resume="latest", max_train_steps=3, train_batch_size=2)
+
+
+def test_a_prompt_without_any_pair_is_left_out(tmp_path: Path) -> None:
+    """As one whose images the safety checker withholds, or the reward gives no number."""
+
+    def fails(which: list[str]) -> Any:
+        def judge(images: Tensor, prompts: list[str]) -> Tensor:
+            return torch.where(
+                torch.tensor([prompt in which for prompt in prompts]), torch.nan, warmth(images, prompts)
+            )
+
+        return judge
+
+    settings = FinetuneSettings(**{**QUICK, "max_train_steps": 1, "train_batch_size": 2})
+    own = DPO(candidates=2)
+    with pytest.warns(UserWarning, match=rf"1 of {len(PROMPTS)} prompts failed: .* pairs of the others"):
+        finetune(
+            pipelines.stable_diffusion(), fails(PROMPTS[:1]), PROMPTS, own, tmp_path / "a", settings, progress=False
+        )
+    assert set(read_preference_pairs(tmp_path / "a" / "pairs").prompts) == set(PROMPTS[1:])
+    with pytest.raises(BestOfEachError):
+        finetune(pipelines.stable_diffusion(), fails(PROMPTS), PROMPTS, own, tmp_path / "b", settings, progress=False)
+
+
+def test_the_trained_reward_is_not_held_out(tmp_path: Path) -> None:
+    one, same = create_reward("compact"), create_reward("compact")
+    settings = FinetuneSettings(**{**QUICK, "max_train_steps": 1})
+    for reward, holdout in ((warmth, warmth), (one, same)):
+        with pytest.raises(ValueError, match=r"holdout: expected a reward that is not trained on, got the trained one"):
+            finetune(
+                pipelines.stable_diffusion(),
+                reward,
+                PROMPTS,
+                Draft(),
+                tmp_path,
+                settings,
+                validation_prompts=PROMPTS,
+                holdout=holdout,
+            )
 
 
 def test_a_round_is_not_gone_on_with_in_other_parts(tmp_path: Path) -> None:
@@ -112,7 +166,7 @@ def test_a_hacked_reward_ends_the_training_and_the_weights_before_it_are_kept(tm
 
 
 def test_the_best_validation_by_the_held_out_reward_is_kept(tmp_path: Path) -> None:
-    result = watched(tmp_path, warmth, max_train_steps=4)
+    result = watched(tmp_path, lambda images, prompts: warmth(images, prompts) / 2, max_train_steps=4)
     assert result.stopped is None
     means = {line["step"]: line["validation"]["holdout"] for line in result.history if "validation" in line}
     assert set(means) == {0, 2, 4}

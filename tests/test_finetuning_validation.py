@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ENVIRONMENT
+from torch import Tensor
 from validated import CALL, PROMPTS, SEEDS, brightness, redness, tools_of, validate
 
 from aigiqa_reward import CompositeReward, create_reward, load_embedded_pipeline
@@ -159,6 +161,23 @@ def test_the_holdout_shares_no_head_and_no_text() -> None:
     assert one.correspondence is not None
     assert other.correspondence is not None
     assert not torch.equal(one.correspondence, other.correspondence)
+
+
+def test_the_holdout_is_not_what_a_function_refers_to() -> None:
+    compact = create_reward("compact")
+
+    def doubled(images: Tensor, prompts: Any) -> Tensor:
+        return 2 * compact(images, prompts).total
+
+    class Own:
+        def __init__(self) -> None:
+            self.parts = [compact]
+
+        def score(self, images: Tensor, prompts: Any) -> Tensor:
+            return self.parts[0](images, prompts).total
+
+    for reward in (doubled, Own().score, functools.partial(doubled)):
+        assert default_holdout(reward).name == "mst_clipiqa"
 
 
 @pytest.mark.slow

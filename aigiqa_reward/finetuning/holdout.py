@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from aigiqa_reward.zoo import create_reward
 CANDIDATES = ("compact", "mst_clipiqa", "tsp_mgs", "sc_agiqa", "cpa_iqa", "ma_agiqa")
 """Embedded systems that may be held out, the first that the trained reward does not use is. Chosen here: the two that
 agree best with people and cost least stand first, then by cost."""
+
+
+_HOLDERS = ("__self__", "__func__", "func", "args", "keywords")
+"""What a bound method and a `functools.partial` keep."""
 
 
 class QualityAlone:
@@ -63,8 +68,8 @@ def default_holdout(reward: Any, device: torch.device | None = None) -> QualityA
     preferences or on other towers, sees more.
 
     Args:
-        reward: the trained reward. Within a module (a CompositeReward, a wrapper of your own) every Reward is found;
-            within a plain function none is, and `compact` is held out.
+        reward: the trained reward. Every Reward within a module (a CompositeReward, a wrapper of your own) is found,
+            and what a function or an object of yours refers to.
         device: where to put the second system, where the trained reward does not say on which it is.
 
     Returns:
@@ -73,8 +78,7 @@ def default_holdout(reward: Any, device: torch.device | None = None) -> QualityA
     Raises:
         ValueError: the trained reward uses every embedded system.
     """
-    parts = reward.modules() if isinstance(reward, nn.Module) else ()
-    used = {part.name for part in parts if isinstance(part, Reward)}
+    used = {part.name for part in _rewards_in(reward)}
     left = [name for name in CANDIDATES if name not in used]
     if not left:
         raise ValueError(
@@ -82,3 +86,24 @@ def default_holdout(reward: Any, device: torch.device | None = None) -> QualityA
             "reward or a function f(images, prompts) of your own as holdout"
         )
     return QualityAlone(create_reward(left[0], device=device_of(reward) or device))
+
+
+def _rewards_in(found: Any, depth: int = 3) -> Iterator[Reward]:
+    """Rewards that are part of a module, or that a function or another object refers to."""
+    if isinstance(found, nn.Module):
+        yield from (part for part in found.modules() if isinstance(part, Reward))
+    elif depth and not (inspect.ismodule(found) or inspect.isclass(found)):
+        for other in _referred_to(found):
+            yield from _rewards_in(other, depth - 1)
+
+
+def _referred_to(found: Any) -> list[Any]:
+    if isinstance(found, list | tuple | set):
+        return list(found)
+    if isinstance(found, dict):
+        return list(found.values())
+    others = [*getattr(found, "__dict__", {}).values(), *(getattr(found, name, None) for name in _HOLDERS)]
+    if inspect.isfunction(found):
+        seen = inspect.getclosurevars(found)
+        others += [*seen.nonlocals.values(), *seen.globals.values()]
+    return others

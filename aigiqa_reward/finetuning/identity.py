@@ -55,12 +55,17 @@ def describe(
         "pipeline": pipeline_name(pipe),
         "dtype": str(tools.lora.denoiser.dtype),
         "scheduler": scheduler_name(pipe),
-        "reward": f"{reward_name(tools.reward)} {weights_digest(tools.reward) or ''}".strip(),
+        "reward": reward_identity(tools.reward),
         "algorithm": algorithm.name,
         "batch": schedule.size,
         **{name: _short(value) for name, value in values.items()},
     }
     return json.loads(json.dumps(found))
+
+
+def reward_identity(reward: Any) -> str:
+    """A reward's name, and of a module what tells its weights from others."""
+    return f"{reward_name(reward)} {weights_digest(reward) or ''}".strip()
 
 
 def _short(value: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 from aigiqa_reward.finetuning.algorithm import Algorithm
 from aigiqa_reward.finetuning.checkpoints import find_checkpoint
 from aigiqa_reward.finetuning.holdout import default_holdout
+from aigiqa_reward.finetuning.identity import reward_identity
 from aigiqa_reward.finetuning.loop import FinetuneResult, Loop
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.finetuning.optimisation import FinetuningError, accelerator_of
@@ -22,7 +23,7 @@ from aigiqa_reward.finetuning.validation import Validation
 from aigiqa_reward.reward import Reward
 from aigiqa_reward.sampling.checks import check_reward
 from aigiqa_reward.sampling.rollout import Rollout
-from aigiqa_reward.sampling.run_settings import reward_name
+from aigiqa_reward.sampling.run_settings import reward_name, weights_digest
 
 
 def finetune(
@@ -77,7 +78,7 @@ def finetune(
         find_checkpoint(folder, resume_from_checkpoint)  # refused before hours of sampling
         algorithm = algorithm.ready(tools, texts, folder, settings, progress=progress)
         texts = texts if algorithm.examples is None else list(algorithm.examples)
-        named = holdout if isinstance(holdout, str) else reward_name(holdout)
+        named = holdout if isinstance(holdout, str) else reward_identity(holdout)
         watched = {"holdout_reward": named, "validation_prompts": list(validation_prompts)}
         loop = Loop(tools, texts, algorithm, folder, settings, validation, watched, progress=progress)
         loop.resume(resume_from_checkpoint, report_to)
@@ -106,12 +107,22 @@ def _validation(
         tools,
         _checked("validation_prompts", prompts),
         seeds=settings.validation_seeds,
-        holdout=_frozen(
-            default_holdout(tools.reward, tools.rollout.family.device) if holdout == "auto" else check_reward(holdout)
-        ),
+        holdout=_held_out(tools, holdout),
         folder=folder / "validation",
         batch_size=settings.train_batch_size,
     )
+
+
+def _held_out(tools: Tools, holdout: Any) -> Any:
+    if holdout == "auto":
+        return _frozen(default_holdout(tools.reward, tools.rollout.family.device))
+    names = (reward_name(tools.reward), weights_digest(tools.reward))
+    if holdout is tools.reward or (None not in names and names == (reward_name(holdout), weights_digest(holdout))):
+        raise ValueError(
+            f"holdout: expected a reward that is not trained on, got the trained one, {names[0]}, which rises also "
+            "where it is deceived; leave it out for an embedded system with another head"
+        )
+    return _frozen(check_reward(holdout))
 
 
 def _tools(pipe: Any, reward: Any, settings: FinetuneSettings, folder: Path, report_to: str | None) -> Tools:
@@ -129,10 +140,11 @@ def _tools(pipe: Any, reward: Any, settings: FinetuneSettings, folder: Path, rep
         targets=settings.target_modules,
         seed=settings.seed,
     )
-    if settings.gradient_checkpointing:
+    if settings.gradient_checkpointing or getattr(lora.denoiser, "is_gradient_checkpointing", False):
+        # Blocks that are computed again must find the adapter as it was: the distance computes some without it.
         lora.denoiser.enable_gradient_checkpointing(lora.checkpoint)
-        if getattr(pipe.vae, "_supports_gradient_checkpointing", False):
-            pipe.vae.enable_gradient_checkpointing()
+    if settings.gradient_checkpointing and getattr(pipe.vae, "_supports_gradient_checkpointing", False):
+        pipe.vae.enable_gradient_checkpointing()
     ceiling = settings.reward_ceiling
     if ceiling == "auto":
         ceiling = 1.0 if isinstance(reward, Reward) else None
