@@ -38,6 +38,7 @@ from aigiqa_reward.cli.finetuning_options import LossName, TimestepsName
 from aigiqa_reward.finetuning import ALGORITHMS, Draft, FinetuneSettings
 from aigiqa_reward.finetuning import finetune as finetune_in_python
 from aigiqa_reward.finetuning.dpo import Loss, Timesteps
+from aigiqa_reward.finetuning.identity import reward_identity
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
 
 
@@ -153,7 +154,7 @@ def test_validation_tells_before_and_after(room: Path, options: list[str], tmp_p
         assert told in result.stderr
     assert "diversity" not in result.stderr, "one image a prompt has none"
     state = json.loads((tmp_path / "x" / "checkpoint-2" / "state.json").read_text())
-    assert state["settings"]["holdout_reward"] == "mst_clipiqa"
+    assert state["settings"]["holdout_reward"] == reward_identity(create_reward("mst_clipiqa"))
 
 
 def test_a_loss_that_is_no_number_ends_with_status_1(options: list[str], tmp_path: Path) -> None:

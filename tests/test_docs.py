@@ -171,7 +171,10 @@ def test_a_command_that_does_not_exist_is_found(line: str, message: str, known) 
     [
         ("rank A/ --top-k many", "integer"),
         ("score", "Missing"),
-        ("finetune draft --config examples/finetune_sdxl.yaml --prompts p.txt", "--holdout_reward: judges images of"),
+        (
+            "finetune draft --config examples/finetune_sdxl.yaml --prompts p.txt --holdout_reward compact",
+            "--holdout_reward: judges images of",
+        ),
         ("finetune draft --pretrained_model_name_or_path SD --prompts p.txt --beta 3", "--beta: an option of dpo"),
         ("finetune grpo --pretrained_model_name_or_path SD --prompts p.txt --clip_range 3", "clip_range"),
     ],
