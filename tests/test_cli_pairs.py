@@ -28,6 +28,7 @@ from finetune_commands import (
 from aigiqa_reward import create_reward
 from aigiqa_reward.cli.pairs import pairs
 from aigiqa_reward.finetuning import DPO, FinetuneSettings, build_preference_pairs, finetune, read_preference_pairs
+from aigiqa_reward.sampling.run_settings import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -173,5 +174,5 @@ def test_defaults_are_those_of_the_library() -> None:
 
 
 def test_settings_note_the_reward_on_disk(room: Path, made: Path) -> None:
-    noted = json.loads((made / "settings.json").read_text())["settings"]
-    assert str(room / "judge") in json.dumps(noted)
+    noted = json.loads((made / "settings.json").read_text())["settings"]["reward_weights"]
+    assert noted == weights_digest(create_reward("tsp_mgs", weights=room / "judge"))

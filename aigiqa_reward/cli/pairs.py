@@ -71,8 +71,7 @@ def _build(pipe: Any, judge: Any, prompts: list[str], given: Mapping[str, Any], 
     from aigiqa_reward.finetuning import build_preference_pairs
     from aigiqa_reward.sampling.many_prompts import BestOfEachError
 
-    chosen = {"model": given["pretrained_model_name_or_path"], "dtype": str(pipe.dtype)}
-    chosen["reward_weights"] = given["reward_weights"]
+    chosen = {"model": given["pretrained_model_name_or_path"]}
     scales = tuple(given["guidance_scales"] or ())
     kinds = 2 if given["reward_guidance"] else max(1, len(scales))
     folder, every = given["output_dir"], given["n"] * len(prompts) * kinds

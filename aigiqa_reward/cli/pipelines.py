@@ -165,11 +165,10 @@ def lora_digest(lora: str | None) -> str | None:
     place = Path(lora).expanduser() if lora else None
     if place is None or not place.exists():
         return None
-    found = hashlib.sha256()
-    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
-        with file.open("rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
-    return found.hexdigest()[:16]
+    from aigiqa_reward.sampling.run_settings import digest
+    from aigiqa_reward.weights import sha256
+
+    return digest([sha256(file) for file in (sorted(place.glob("*.safetensors")) if place.is_dir() else [place])])
 
 
 def _check_lora(pipe: Any, lora: str, place: Path) -> None:

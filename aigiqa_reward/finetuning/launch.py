@@ -23,7 +23,7 @@ from aigiqa_reward.finetuning.validation import Validation
 from aigiqa_reward.reward import Reward
 from aigiqa_reward.sampling.checks import check_reward
 from aigiqa_reward.sampling.rollout import Rollout
-from aigiqa_reward.sampling.run_settings import reward_name, weights_digest
+from aigiqa_reward.sampling.run_settings import reward_name
 
 
 def finetune(
@@ -116,11 +116,11 @@ def _validation(
 def _held_out(tools: Tools, holdout: Any) -> Any:
     if holdout == "auto":
         return _frozen(default_holdout(tools.reward, tools.rollout.family.device))
-    names = (reward_name(tools.reward), weights_digest(tools.reward))
-    if holdout is tools.reward or (None not in names and names == (reward_name(holdout), weights_digest(holdout))):
+    trained = reward_identity(tools.reward)
+    if holdout is tools.reward or (isinstance(holdout, nn.Module) and reward_identity(holdout) == trained):
         raise ValueError(
-            f"holdout: expected a reward that is not trained on, got the trained one, {names[0]}, which rises also "
-            "where it is deceived; leave it out for an embedded system with another head"
+            f"holdout: expected a reward that is not trained on, got the trained one, {reward_name(tools.reward)}, "
+            "which rises also where it is deceived; leave it out for an embedded system with another head"
         )
     return _frozen(check_reward(holdout))
 

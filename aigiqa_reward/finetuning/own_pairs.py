@@ -49,7 +49,6 @@ def own_pairs(
             seed=seed_of(settings.seed, "pairs") >> 32,
             batch_size=settings.train_batch_size,
             accelerator=tools.accelerator,
-            settings={"dtype": str(tools.lora.denoiser.dtype)},
             progress=progress,
             **how,
             **settings.sampling,

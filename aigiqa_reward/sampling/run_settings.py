@@ -33,6 +33,7 @@ def describe(search: BestOfN, seed: Any, settings: Mapping[str, Any], pipe_kwarg
     """
     dtype = getattr(search.pipe, "dtype", None)
     return {
+        **{name: described(value) for name, value in settings.items()},  # first: none of them hides what is seen here
         "pipeline": pipeline_name(search.pipe),
         "scheduler": scheduler_name(search.pipe),
         "dtype": None if dtype is None else str(dtype),
@@ -46,7 +47,6 @@ def describe(search: BestOfN, seed: Any, settings: Mapping[str, Any], pipe_kwarg
         "reward_prompt": search.reward_prompt,
         "seed": integer("seed", seed),
         "pipe_kwargs": {name: described(value) for name, value in pipe_kwargs.items()},
-        **{name: described(value) for name, value in settings.items()},
     }
 
 
