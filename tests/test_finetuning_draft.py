@@ -173,6 +173,8 @@ def test_the_penalty_is_nothing_at_the_start() -> None:
     (outcome,) = Draft(truncation_steps="all").losses(tools, batch_of((0, 1)), 0, {})
     assert outcome.measures["kl"].tolist() == [0, 0]
     torch.testing.assert_close(outcome.loss, -outcome.measures["reward"].mean())
+    (free,) = Draft().losses(with_options(tools, penalty=0.0), batch_of(), 0, {})
+    assert "kl" not in free.measures, "what is not computed is not told"
 
 
 @pytest.mark.parametrize("kept", [1, 2])

@@ -130,7 +130,7 @@ def outcome(tools: Tools, batch: Batch, images: Tensor, far: Tensor) -> Outcome:
     tools.require_gradient(scores.total)
     climbing = tools.capped(scores.total).to(images.device)
     loss = (tools.penalty * far - climbing).mean()
-    return Outcome(loss=loss, measures={**told(scores), "kl": far.detach()})
+    return Outcome(loss=loss, measures=told(scores) | ({"kl": far.detach()} if tools.penalty else {}))
 
 
 def told(scores: RewardOutput) -> dict[str, Tensor]:
