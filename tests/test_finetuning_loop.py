@@ -112,10 +112,18 @@ def test_accumulated_parts_are_one_batch(tmp_path: Path, algorithm: Any) -> None
 
 def test_a_denoiser_that_computes_its_blocks_again_changes_nothing(tmp_path: Path) -> None:
     """Also where the user has told it to: what is computed without the adapter is computed again without it."""
+
+    def how(pipe: Any) -> list[Any]:
+        parts = [m for part in (pipe.unet, pipe.vae) for m in part.modules() if hasattr(m, "gradient_checkpointing")]
+        return [(part.gradient_checkpointing, getattr(part, "_gradient_checkpointing_func", None)) for part in parts]
+
     pipe = pipelines.stable_diffusion()
     pipe.unet.enable_gradient_checkpointing()
+    before = how(pipe)
+    assert len({wanted for wanted, _ in before}) == 2
     same = {"algorithm": Draft(truncation_steps="all"), "kl_coeff": 50.0, "max_train_steps": 2, "sampling": CALL}
-    train(tmp_path / "a", pipe=pipe, **same)
+    train(tmp_path / "a", pipe=pipe, gradient_checkpointing=True, **same)
+    assert how(pipe) == before
     train(tmp_path / "b", **same)
     for name, tensor in weights(tmp_path / "a").items():
         torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], rtol=1e-4, atol=1e-6)

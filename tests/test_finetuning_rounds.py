@@ -10,12 +10,14 @@ import pipelines
 import pytest
 import torch
 from finetuned import CALL, PROMPTS, warmth
+from pandas import read_parquet
 from safetensors.torch import load_file
 from torch import Tensor
 
 from aigiqa_reward import create_reward
 from aigiqa_reward.finetuning import DDPO, DPO, Algorithm, Draft, FinetuneResult, FinetuneSettings, finetune
 from aigiqa_reward.finetuning.lora import FILE
+from aigiqa_reward.finetuning.pairs import FILE as PAIRS
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
 from aigiqa_reward.sampling import BestOfEachError
 
@@ -119,6 +121,15 @@ def test_a_prompt_without_any_pair_is_left_out(tmp_path: Path) -> None:
         finetune(pipelines.stable_diffusion(), fails(PROMPTS), PROMPTS, own, tmp_path / "b", settings, progress=False)
 
 
+def test_pairs_within_the_margin_are_left_out(tmp_path: Path) -> None:
+    plain(tmp_path / "a", DPO(candidates=2), max_train_steps=1)
+    table = read_parquet(tmp_path / "a" / "pairs" / PAIRS)
+    apart = sorted(table["winner_reward"] - table["loser_reward"])
+    few = DPO(candidates=2, margin=(apart[-2] + apart[-1]) / 2)
+    with pytest.warns(UserWarning, match=rf"pairs: 1 of {len(PROMPTS)} have rewards that differ by more than margin="):
+        plain(tmp_path / "b", few, max_train_steps=1)
+
+
 def test_the_trained_reward_is_not_held_out(tmp_path: Path) -> None:
     one, same = create_reward("compact"), create_reward("compact")
     settings = FinetuneSettings(**{**QUICK, "max_train_steps": 1})
@@ -177,3 +188,18 @@ def test_the_best_validation_by_the_held_out_reward_is_kept(tmp_path: Path) -> N
     top = load_file(tmp_path / FILE)
     assert kept.keys() == top.keys()
     assert not [name for name in top if not torch.equal(top[name], kept[name])]
+
+
+def test_validation_that_shows_little_is_told(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def told(*prompts: str, seeds: int) -> str:
+        recwarn.clear()
+        settings = FinetuneSettings(**{**QUICK, "max_train_steps": 1, "validation_seeds": seeds})
+        pipe = pipelines.stable_diffusion()
+        watch: dict[str, Any] = {"validation_prompts": prompts, "holdout": cold, "progress": False}
+        finetune(pipe, warmth, PROMPTS, Draft(), tmp_path / f"{len(prompts)}-{seeds}", settings, **watch)
+        return " ".join(str(warning.message) for warning in recwarn)
+
+    assert "validation_prompts: a single image shows no noise" in told("a cup on a table", seeds=1)
+    both = told("a cup on a table", PROMPTS[0], seeds=1)
+    assert f"1 of 2 are trained on as well (first: {PROMPTS[0]!r})" in both
+    assert "validation_prompts" not in told("a cup on a table", seeds=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,8 @@ def finetune(
 
     Args:
         pipe: a text-to-image pipeline of a family that `sampling.families` lists. It is frozen, and afterwards holds
-            the kept adapter, named "reward".
+            the kept adapter, named "reward". Adapters that it holds already stay, for the reference too, and are
+            not written.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`. It is frozen.
         prompts: to train on.
         algorithm: `Draft`, `ReFL`, `DPO`, `DDPO` or `FlowGRPO`.
@@ -60,6 +62,9 @@ def finetune(
         resume_from_checkpoint: "latest", or a checkpoint's name or path; None starts anew.
         report_to: a tracker of Accelerate ("tensorboard", "wandb").
         progress: show a progress bar.
+
+    Warns:
+        UserWarning: validation prompts that show little: trained on as well, or a single image.
 
     Raises:
         TypeError: an argument of a wrong type, or a pipeline without an adapter.
@@ -74,21 +79,25 @@ def finetune(
     tools = _tools(pipe, _frozen(check_reward(reward)), settings, folder, report_to)
     with _taken_off(tools.lora):
         algorithm.check(tools)
-        validation = _validation(tools, validation_prompts, holdout, folder, settings)
+        validation = _validation(tools, validation_prompts, texts, holdout, folder, settings)
         find_checkpoint(folder, resume_from_checkpoint)  # refused before hours of sampling
         algorithm = algorithm.ready(tools, texts, folder, settings, progress=progress)
         texts = texts if algorithm.examples is None else list(algorithm.examples)
-        named = holdout if isinstance(holdout, str) else reward_identity(holdout)
-        watched = {"holdout_reward": named, "validation_prompts": list(validation_prompts)}
+        watched = {"holdout_reward": _name_of(holdout), "validation_prompts": list(validation_prompts)}
         loop = Loop(tools, texts, algorithm, folder, settings, validation, watched, progress=progress)
         loop.resume(resume_from_checkpoint, report_to)
-    with _taken_off(tools.lora, but=(FinetuningError, KeyboardInterrupt)):  # which leave the weights that were kept
+    with _checkpointed(tools), _taken_off(tools.lora, but=(FinetuningError, KeyboardInterrupt)):
         return loop.run()
 
 
 @contextmanager
 def _taken_off(lora: LoRA, *, but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """Whatever is raised, take the adapter off first, so that the pipeline can be passed again."""
+    """Whatever is raised, take the adapter off first, so that the pipeline can be passed again.
+
+    Args:
+        lora: the adapter.
+        but: what leaves the pipeline with the weights that were kept.
+    """
     try:
         yield
     except but:
@@ -98,19 +107,57 @@ def _taken_off(lora: LoRA, *, but: tuple[type[BaseException], ...] = ()) -> Iter
         raise
 
 
+@contextmanager
+def _checkpointed(tools: Tools) -> Iterator[None]:
+    """Denoiser and decoder compute their blocks again for the backward pass, where that is wanted; then as before."""
+    denoiser, decoder = tools.lora.denoiser, tools.rollout.pipe.vae
+    modules = [m for part in (denoiser, decoder) for m in part.modules() if hasattr(m, "gradient_checkpointing")]
+    before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in modules]
+    if tools.checkpointed or getattr(denoiser, "is_gradient_checkpointing", False):
+        # Blocks that are computed again must find the adapter as it was: the distance computes some without it.
+        denoiser.enable_gradient_checkpointing(tools.lora.checkpoint)
+    if tools.checkpointed and getattr(decoder, "_supports_gradient_checkpointing", False):
+        decoder.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for module, (wanted, how) in zip(modules, before, strict=True):
+            module.gradient_checkpointing, module._gradient_checkpointing_func = wanted, how
+
+
 def _validation(
-    tools: Tools, prompts: Sequence[str], holdout: Any, folder: Path, settings: FinetuneSettings
+    tools: Tools, prompts: Sequence[str], trained: Sequence[str], holdout: Any, folder: Path, settings: FinetuneSettings
 ) -> Validation | None:
     if not len(prompts):
         return None
+    checked = _checked("validation_prompts", prompts)
+    if tools.accelerator.is_main_process:
+        _warn_of_weak(checked, trained, settings.validation_seeds)
     return Validation(
         tools,
-        _checked("validation_prompts", prompts),
+        checked,
         seeds=settings.validation_seeds,
         holdout=_held_out(tools, holdout),
         folder=folder / "validation",
         batch_size=settings.train_batch_size,
     )
+
+
+def _warn_of_weak(prompts: Sequence[str], trained: Sequence[str], seeds: int) -> None:
+    """Tell of validation prompts that cannot show what they are there for."""
+    known = set(trained)
+    if both := [prompt for prompt in prompts if prompt in known]:
+        warnings.warn(
+            f"validation_prompts: {len(both)} of {len(prompts)} are trained on as well (first: {both[0]!r}), so that "
+            "they do not show what the training does to other prompts; take others",
+            stacklevel=4,
+        )
+    if len(prompts) * seeds == 1:
+        warnings.warn(
+            "validation_prompts: a single image shows no noise, so that no fall of the held-out reward can end the "
+            "training; take eight prompts or more, or at least validation_seeds=2",
+            stacklevel=4,
+        )
 
 
 def _held_out(tools: Tools, holdout: Any) -> Any:
@@ -140,11 +187,6 @@ def _tools(pipe: Any, reward: Any, settings: FinetuneSettings, folder: Path, rep
         targets=settings.target_modules,
         seed=settings.seed,
     )
-    if settings.gradient_checkpointing or getattr(lora.denoiser, "is_gradient_checkpointing", False):
-        # Blocks that are computed again must find the adapter as it was: the distance computes some without it.
-        lora.denoiser.enable_gradient_checkpointing(lora.checkpoint)
-    if settings.gradient_checkpointing and getattr(pipe.vae, "_supports_gradient_checkpointing", False):
-        pipe.vae.enable_gradient_checkpointing()
     ceiling = settings.reward_ceiling
     if ceiling == "auto":
         ceiling = 1.0 if isinstance(reward, Reward) else None
@@ -170,6 +212,10 @@ def _checked(argument: str, prompts: Sequence[str]) -> list[str]:
         what = f"a blank one at place {blank[0]}" if blank else "none"
         raise ValueError(f"{argument}: expected texts, got {what}; give one prompt a line, without empty lines")
     return list(prompts)
+
+
+def _name_of(holdout: Any) -> str:
+    return holdout if isinstance(holdout, str) else reward_identity(holdout)
 
 
 def _frozen(reward: Any) -> Any:

@@ -31,7 +31,8 @@ def own_pairs(
         **how: further arguments of `build_preference_pairs`.
 
     Warns:
-        UserWarning: some prompts could not be sampled or ranked; their pairs are missing.
+        UserWarning: some prompts could not be sampled or ranked, or some pairs differ by the margin or less; they are
+            missing.
 
     Raises:
         ValueError: checkpoints of a training on pairs of other prompts, or no pair above the margin.
@@ -41,7 +42,7 @@ def own_pairs(
     if checkpoints_in(folder):
         _check_prompts(made, prompts)
     try:
-        return build_preference_pairs(
+        pairs = build_preference_pairs(
             tools.rollout.pipe,
             tools.reward,
             prompts,
@@ -60,6 +61,11 @@ def own_pairs(
             raise error from None  # there is none
         warnings.warn(f"{error}. Training takes the {len(pairs)} pairs of the others, in {made / FILE}", stacklevel=2)
         return pairs
+    wanted = len(prompts) * how["pairs_per_prompt"]
+    if len(pairs) < wanted and tools.accelerator.is_main_process:
+        text = f"pairs: {len(pairs)} of {wanted} have rewards that differ by more than margin={how['margin']:g}"
+        warnings.warn(f"{text}; training takes these, in {made / FILE}", stacklevel=2)
+    return pairs
 
 
 def _check_prompts(made: Path, prompts: Sequence[str]) -> None:

@@ -37,7 +37,8 @@ class FinetuneSettings:
         use_8bit_adam: bitsandbytes' AdamW.
         ema_decay: of a moving average of the weights, in [0, 1), which is then validated and kept; 0 takes none.
         mixed_precision: of denoiser and decoder; LoRA weights and reward stay in float32.
-        kl_coeff: weight of the distance to the pipeline without the adapter; 0 does not compute it.
+        kl_coeff: weight of the distance to the pipeline without the adapter; 0 does not compute it (DPO does, and
+            tells it).
         reward_ceiling: total beyond which an image is not pushed further; "auto" is 1, the best score people gave, for
             our calibrated rewards, and none for others.
         checkpointing_steps: steps between checkpoints; 0 writes one at the end alone.
