@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pipelines
@@ -12,11 +11,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from finetuned import CALL, batch_of, gradient, precise, tools_of, warmth
+from peak_memory import Peak
 from scipy import stats
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from aigiqa_reward.finetuning import Draft, FinetuneSettings
 from aigiqa_reward.finetuning.optimisation import accelerator_of
@@ -135,30 +132,6 @@ def test_texts_are_encoded_in_the_encoders_precision() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ memory
-
-
-class Peak(TorchDispatchMode):
-    """Most bytes that live at once of the tensors made within this context, each storage counted once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.bound = self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                known = StorageWeakRef(storage)
-                if known.cdata not in self.live:
-                    self.live[known.cdata] = (known, storage.nbytes())
-                    self.bound += storage.nbytes()
-        if self.bound > self.most:
-            self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
-            self.bound = sum(size for _, size in self.live.values())
-            self.most = max(self.most, self.bound)
-        return result
 
 
 def peak(steps: int, *, checkpointed: bool) -> int:

@@ -1,26 +1,30 @@
-"""What a DRaFT-1 step costs beside an ordinary LoRA denoising step of the same model: memory and time, by phase.
+"""What a DRaFT step costs beside an ordinary LoRA denoising step of the same model: memory and time, by phase.
 
-    python tests/benchmarks/finetuning_cost.py --repeats 3 --batch 1 [--device cuda]
+    python tests/benchmarks/finetuning_cost.py --size sd15 --batch 1 --repeats 3 [--device cuda] [--checkpointed]
+    python tests/benchmarks/finetuning_cost.py --all-steps 10 25 50
 
-On a GPU the model is of Stable Diffusion 1.5's size, in bfloat16 at 512 px, on the CPU a smaller one in float32 at
-256 px; weights are random. Memory is the GPU's peak beyond what lies there before the step; on the CPU, where nobody
-counts, the bytes that autograd keeps for the backward pass. Steps are interleaved; times are medians.
+Models are of the size of Stable Diffusion 1.5 at 512 px or of SDXL at 1024 px, or a small one for the CPU at 256 px;
+weights are random, in bfloat16 on a GPU and in float32 on the CPU. Memory is the most at once beyond what lies there
+before the step: on a GPU by torch's count, on the CPU that of all tensors, each storage once. Steps are interleaved;
+times are medians. `--all-steps` measures the memory of K = all, checkpointed, instead, for each number of steps.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from rounds import read_arguments
-from torch import Tensor
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from peak_memory import Peak
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -30,34 +34,76 @@ from aigiqa_reward.finetuning.tools import Tools
 from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import Rollout, State
 
-STEPS = 10
 PROMPT = "a red fox in the snow"
-SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, int]] = {
-    "cuda": ((320, 640, 1280, 1280), (128, 256, 512, 512), 768, 512),
-    "cpu": ((64, 128, 256, 256), (32, 64, 128, 128), 128, 256),
+OPERATIONS = 5
+"""Of the profile, the ones that take most time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A model's: arguments of the UNet, channels of the decoder, side of the images in px."""
+
+    unet: dict[str, Any]
+    decoder: tuple[int, ...]
+    side: int
+
+    @property
+    def large(self) -> bool:
+        """As SDXL, which has two text encoders."""
+        return "addition_embed_type" in self.unet
+
+
+SIZES = {
+    "small": Size(
+        unet={"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 128, "attention_head_dim": 8},
+        decoder=(32, 64, 128, 128),
+        side=256,
+    ),
+    "sd15": Size(
+        unet={"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8},
+        decoder=(128, 256, 512, 512),
+        side=512,
+    ),
+    "sdxl": Size(
+        unet={
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+        },
+        decoder=(128, 256, 512, 512),
+        side=1024,
+    ),
 }
-"""Of a device: channels of the UNet and of the decoder, width of the text, side of the images in px."""
 
 
-def pipeline(device: torch.device) -> Any:
-    """Stable Diffusion of random weights; text encoder and tokenizer are the embedded generator's and stay unused."""
-    channels, decoder, width, side = SIZES[device.type]
-    unet = UNet2DConditionModel(
-        sample_size=side // 8, cross_attention_dim=width, attention_head_dim=8, block_out_channels=channels
-    )
+def pipeline(size: Size, device: torch.device) -> Any:
+    """A pipeline of random weights; text encoder and tokenizer are the embedded generator's and stay unused."""
+    unet = UNet2DConditionModel(sample_size=size.side // 8, **size.unet)
     vae = AutoencoderKL(
-        block_out_channels=decoder,
+        block_out_channels=size.decoder,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         latent_channels=4,
         norm_num_groups=8,
+        force_upcast=False,
     )
     own = load_embedded_pipeline()
-    parts = {"text_encoder": own.text_encoder, "tokenizer": own.tokenizer, "scheduler": own.scheduler}
-    pipe = StableDiffusionPipeline(
-        vae=vae, unet=unet, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    parts: dict[str, Any] = {"vae": vae, "unet": unet, "scheduler": own.scheduler}
+    parts |= {"text_encoder": own.text_encoder, "tokenizer": own.tokenizer}
+    if size.large:
+        pipe: Any = StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     return pipe.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
@@ -78,37 +124,51 @@ class Clock:
 
 
 class Steps:
-    """The two steps, on one pipeline with one adapter."""
+    """The steps, on one pipeline with one adapter."""
 
-    def __init__(self, device: torch.device, batch: int) -> None:
-        pipe = pipeline(device)
-        self.rollout = Rollout(pipe, num_inference_steps=STEPS, guidance_scale=1.0)
-        lora = LoRA(self.rollout.family, rank=8)
-        reward, accelerator = create_reward("compact", device=device), Accelerator(cpu=device.type == "cpu")
-        self.tools = Tools(rollout=self.rollout, lora=lora, reward=reward, accelerator=accelerator)
-        width = SIZES[device.type][2]
-        self.conditioning = Conditioning(
-            positive={"encoder_hidden_states": torch.randn(batch, 77, width, device=device, dtype=pipe.unet.dtype)}
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.size, self.device, self.batch = SIZES[arguments.size], arguments.device, arguments.batch
+        self.pipe = pipeline(self.size, self.device)
+        call = {"num_inference_steps": arguments.steps, "guidance_scale": 1.0}
+        rollout = Rollout(self.pipe, **call)
+        self.lora = LoRA(rollout.family, rank=8)
+        if arguments.checkpointed:
+            self.pipe.unet.enable_gradient_checkpointing(self.lora.checkpoint)
+            self.pipe.vae.enable_gradient_checkpointing()
+        self.reward = create_reward("compact", device=self.device)
+        self.tools = self._tools(rollout, arguments.checkpointed)
+        self.conditioning = self._conditioning()
+
+    def _tools(self, rollout: Rollout, checkpointed: bool) -> Tools:
+        accelerator = Accelerator(cpu=self.device.type == "cpu")
+        return Tools(
+            rollout=rollout, lora=self.lora, reward=self.reward, accelerator=accelerator, checkpointed=checkpointed
         )
-        self.batch, self.device, self.weights = batch, device, list(lora.weights.values())
+
+    def _conditioning(self) -> Conditioning:
+        shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (77, self.size.unet["cross_attention_dim"])}
+        if self.size.large:
+            shapes |= {"text_embeds": (1280,), "time_ids": (6,)}
+        like = {"device": self.device, "dtype": self.pipe.unet.dtype}
+        return Conditioning(positive={name: torch.randn(self.batch, *shape, **like) for name, shape in shapes.items()})
 
     def start(self) -> State:
         generators = [torch.Generator().manual_seed(row) for row in range(self.batch)]
-        return self.rollout.start(self.conditioning, generators)
+        return self.tools.rollout.start(self.conditioning, generators)
 
     def ordinary(self, clock: Clock) -> None:
         """Predict noise, mean square error, backward."""
         state = self.start()
         with clock.phase("denoiser, forward"):
-            output = self.tools.predict(state).output
+            output = self.tools.predict(state, alone=True).output
         with clock.phase("backward"):
             F.mse_loss(output.float(), torch.zeros_like(output.float())).backward()
 
-    def draft(self, clock: Clock) -> None:
-        """All steps but the last without gradients, the last one with, decoder, reward, backward."""
+    def draft(self, clock: Clock, kept: int = 1) -> None:
+        """All steps but the last ones without gradients, these with, decoder, reward, backward."""
         state = self.start()
         with clock.phase("steps before"), torch.no_grad():
-            state = self.rollout.run(state, until=STEPS - 1)
+            state = self.tools.rollout.run(state, until=state.steps - kept)
         with clock.phase("denoiser, forward, and decoder"):
             images, _ = climb(self.tools, state)
         with clock.phase("reward"):
@@ -117,47 +177,58 @@ class Steps:
             (-total.mean()).backward()
 
     def decoding(self, clock: Clock) -> None:
-        """What decoder and reward alone keep: the same end, from latents without a denoiser behind them."""
+        """What decoder and reward take alone: the same end, from latents without a denoiser behind them."""
         latents = self.start().latents.clone().requires_grad_()
         with clock.phase("all"):
-            images = self.rollout.decode(latents)
+            images = self.tools.decode(latents)
             (-self.tools.score(images, [PROMPT] * self.batch).total.mean()).backward()
 
     def memory(self, step: Callable[[Clock], None]) -> float:
-        """MiB: the peak on a GPU, what autograd keeps on the CPU."""
+        """MiB at most, beyond what lay there before."""
+        self.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             step(Clock(self.device))
             return (torch.cuda.max_memory_allocated() - before) / 2**20
-        modules = (self.rollout.pipe.unet, self.rollout.pipe.vae, self.tools.reward)
-        own = {w.untyped_storage().data_ptr() for m in modules for w in (*m.parameters(), *m.buffers())}
-        kept: dict[int, Any] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage  # alive, so that no other takes its address
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with Peak() as counted:
             step(Clock(self.device))
-        return sum(storage.nbytes() for storage in kept.values()) / 2**20
+        return counted.most / 2**20
+
+    def of_all(self, steps: int) -> float:
+        """MiB of K = all, each step computed again for the backward pass."""
+        rollout = Rollout(self.pipe, num_inference_steps=steps, guidance_scale=1.0)
+        self.tools = self._tools(rollout, True)
+        return self.memory(lambda clock: self.draft(clock, steps))
+
+    def forget(self) -> None:
+        """The gradients."""
+        for weight in self.lora.weights.values():
+            weight.grad = None
+
+    def profiled(self, step: Callable[[Clock], None]) -> list[tuple[str, float]]:
+        """The operations that take most time of their own, and their share of all."""
+        cuda = self.device.type == "cuda"
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        with profile(activities=kinds) as found:
+            step(Clock(self.device))
+        name = "self_device_time_total" if cuda else "self_cpu_time_total"
+        times = {event.key: getattr(event, name) for event in found.key_averages()}
+        most = sorted(times, key=lambda key: -times[key])[:OPERATIONS]
+        return [(key, times[key] / sum(times.values())) for key in most]
 
 
-def main() -> None:
-    arguments = read_arguments(__doc__)
-    steps = Steps(arguments.device, arguments.batch)
+def compare(steps: Steps, repeats: int) -> None:
+    """DRaFT-1 with an ordinary step."""
     named: dict[str, Callable[[Clock], None]] = {"ordinary": steps.ordinary, "draft": steps.draft}
     memory = {name: steps.memory(step) for name, step in {**named, "decoding": steps.decoding}.items()}
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in named}
-    for number in tqdm(range(arguments.repeats + 1), desc="rounds"):
+    for number in tqdm(range(repeats + 1), desc="rounds"):
         for name, step in named.items():
-            clock = Clock(arguments.device)
+            clock = Clock(steps.device)
             step(clock)
-            for weight in steps.weights:
-                weight.grad = None
+            steps.forget()
             if number:
                 rounds[name].append(clock.seconds)
     middle = {
@@ -165,14 +236,44 @@ def main() -> None:
         for name, every in rounds.items()
     }
     ordinary, draft = (sum(middle[name].values()) for name in ("ordinary", "draft"))
-    count = sum(p.numel() for p in steps.rollout.pipe.unet.parameters()) / 1e6
-    print(f"UNet of {count:.0f} M parameters, batch {arguments.batch}, {STEPS} steps, {arguments.device}")
-    print(f"memory: ordinary step 1, DRaFT-1 {memory['draft'] / memory['ordinary']:.2f}", end="")
-    print(f", of which decoder and reward {memory['decoding'] / memory['ordinary']:.2f}")
-    print(f"time: ordinary step 1, DRaFT-1 {draft / ordinary:.2f}")
+    ratios = {name: value / memory["ordinary"] for name, value in memory.items()}
+    print(f"memory: ordinary step 1 ({memory['ordinary']:.0f} MiB), DRaFT-1 {ratios['draft']:.2f}, ", end="")
+    print(f"decoder and reward alone {ratios['decoding']:.2f}")
+    print(f"time: ordinary step 1 ({ordinary:.2f} s), DRaFT-1 {draft / ordinary:.2f}")
     print("| phase of a DRaFT-1 step | share of its time |\n| --- | ---: |")
     for phase, seconds in middle["draft"].items():
         print(f"| {phase} | {seconds / draft:.0%} |")
+    print("| operation of a DRaFT-1 step | share of its time |\n| --- | ---: |")
+    for operation, share in steps.profiled(steps.draft):
+        print(f"| {operation} | {share:.0%} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, help="default: small on the CPU, else sd15")
+    parser.add_argument("--steps", type=int, default=10, help="of sampling")
+    parser.add_argument("--all-steps", type=int, nargs="+", metavar="STEPS", help="measure K = all instead")
+    parser.add_argument("--checkpointed", action="store_true", help="both steps keep no activations")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    arguments = parser.parse_args()
+    arguments.size = arguments.size or ("small" if arguments.device.type == "cpu" else "sd15")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    steps = Steps(arguments)
+    count = sum(p.numel() for p in steps.pipe.unet.parameters()) / 1e6
+    print(f"{arguments.size}: UNet of {count:.0f} M parameters, batch {arguments.batch}, {arguments.device}", end="")
+    print(f", {arguments.steps} steps" if arguments.all_steps is None else "")
+    if arguments.all_steps is None:
+        compare(steps, arguments.repeats)
+        return
+    found = {count: steps.of_all(count) for count in tqdm(arguments.all_steps, desc="K = all")}
+    first = next(iter(found.values()))
+    print("| steps, K = all | memory |\n| ---: | ---: |")
+    for count, memory in found.items():
+        print(f"| {count} | {memory / first:.3f} ({memory:.0f} MiB) |")
 
 
 if __name__ == "__main__":
