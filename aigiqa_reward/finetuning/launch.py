@@ -48,8 +48,7 @@ def finetune(
 
     Args:
         pipe: a text-to-image pipeline of a family that `sampling.families` lists. It is frozen, and afterwards holds
-            the kept adapter, named "reward". Adapters that it holds already stay, for the reference too, and are
-            not written.
+            the kept adapter, "reward", beside those that it held, which the reference has too and the file has not.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`. It is frozen.
         prompts: to train on.
         algorithm: `Draft`, `ReFL`, `DPO`, `DDPO` or `FlowGRPO`.
