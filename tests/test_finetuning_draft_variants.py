@@ -25,7 +25,7 @@ from aigiqa_reward.finetuning.tools import Tools
 def test_low_variance_is_the_mean_over_fresh_noise() -> None:
     """From pure noise to the image in one step: noise for the finished latents is then as good as the first.
 
-    So DRaFT-LV with n = 4 is the mean of four independent draws of DRaFT-1: its expectation, a quarter of its variance.
+    So DRaFT-LV with n = 4 is the mean of five independent draws of DRaFT-1: its expectation, a fifth of its variance.
     """
     pipe = pipelines.stable_diffusion()
     pipe.scheduler = DDIMScheduler.from_config(
@@ -41,18 +41,21 @@ def test_low_variance_is_the_mean_over_fresh_noise() -> None:
         for seed, algorithm in enumerate((Draft(), Draft(low_variance=4)))
     )
     variance = [float(samples.var(dim=0).sum()) for samples in (one, low)]
-    assert 0.12 < variance[1] / variance[0] < 0.5
+    assert 0.1 < variance[1] / variance[0] < 0.4
     apart = float((one.mean(dim=0) - low.mean(dim=0)).square().sum())
     assert apart < 3 * sum(variance) / draws
-    without = float((one.mean(dim=0) - 4 * low.mean(dim=0)).square().sum())
+    without = float((one.mean(dim=0) - 5 * low.mean(dim=0)).square().sum())
     assert without > 3 * sum(variance) / draws, "a sum in place of the mean would be seen"
 
 
-def test_low_variance_has_a_loss_for_each_noise() -> None:
+def test_low_variance_has_a_loss_for_the_image_and_for_each_noise() -> None:
     tools, batch = tools_of(pipelines.stable_diffusion()), batch_of((0, 1))
     outcomes = list(Draft(low_variance=3).losses(tools, batch, 0, {}))
-    assert len(outcomes) == 3
+    assert len(outcomes) == 4
     rewards = torch.stack([outcome.measures["reward"] for outcome in outcomes])
+    (plain,) = Draft().losses(tools, batch, 0, {})
+    assert torch.equal(rewards[0], plain.measures["reward"])
+    assert len({float(reward) for reward in rewards[:, 0]}) == 4
     total = sum(outcome.loss.detach() for outcome in outcomes)
     torch.testing.assert_close(total, -rewards.mean())
     again = torch.stack([o.measures["reward"] for o in Draft(low_variance=3).losses(tools, batch, 0, {})])

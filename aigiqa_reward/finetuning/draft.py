@@ -6,7 +6,8 @@ et al. 2023, "Aligning Text-to-Image Diffusion Models with Reward Backpropagatio
 The gradient of the reward r(x0) passes back through the decoder and the last K of T sampling steps; the first T - K run
 without. K = T is backpropagation through all of sampling, K = 1 (DRaFT-1) costs one step's memory, AlignProp draws
 K uniformly from 1 to T anew in each step. DRaFT-LV takes K = 1 and lowers its variance: the finished latents x0 are
-noised n times to the last step's level, and the n gradients through that step are averaged.
+noised n times to the last step's level, and the gradients through that step, of x0 and of these, are averaged (the
+paper adds them up, which is a learning rate n + 1 times as high).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Draft(Algorithm):
     Attributes:
         truncation_steps: K from 1, "all" for every step, or "random" for AlignProp's draw. More than there are steps
             is all of them.
-        low_variance: n of DRaFT-LV; 0 is DRaFT-K. Needs K = 1.
+        low_variance: n of DRaFT-LV, gradients beside that of the sampled image; 0 is DRaFT-K. Needs K = 1.
 
     Example:
         >>> from aigiqa_reward.finetuning import Draft
@@ -78,19 +79,23 @@ class Draft(Algorithm):
         return min(self.truncation_steps, steps)
 
     def losses(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
-        """One loss, or n of them for DRaFT-LV."""
+        """One loss, or n + 1 of them for DRaFT-LV."""
         del part, memory
         state = tools.start(batch)
         kept = self.truncated(batch, state.steps)
         with torch.no_grad():
             state = tools.rollout.run(state, until=state.steps - kept)
-            finished = tools.rollout.run(state).latents if self.low_variance else None
-        if finished is None:
-            yield outcome(tools, batch, *climb(tools, state))
-            return
-        for latents in self.noised(state, finished, batch):
-            result = outcome(tools, batch, *climb(tools, with_latents(state, latents)))
-            yield Outcome(loss=result.loss / self.low_variance, measures=result.measures)
+        latents, far = climb(tools, state)
+        finished = latents.detach()
+        yield self.one_of_all(outcome(tools, batch, tools.decode(latents), far))
+        del latents, far  # and with them what the backward pass needed
+        for noised in self.noised(state, finished, batch):
+            latents, far = climb(tools, replace(state, latents=noised))
+            yield self.one_of_all(outcome(tools, batch, tools.decode(latents), far))
+
+    def one_of_all(self, found: Outcome) -> Outcome:
+        """One of the n + 1 terms whose mean is the loss."""
+        return replace(found, loss=found.loss / (self.low_variance + 1))
 
     def noised(self, state: State, finished: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Finished latents at the noise level of the last step, n times with fresh noise."""
@@ -101,21 +106,15 @@ class Draft(Algorithm):
             yield (alpha * finished.float() + sigma * noise.to(finished.device)).to(finished.dtype)
 
 
-def with_latents(state: State, latents: Tensor) -> State:
-    """The same step from other latents; a sampler's history stays what it was."""
-    return replace(state, latents=latents)
-
-
 def climb(tools: Tools, state: State) -> tuple[Tensor, Tensor]:
-    """Finish sampling with gradients: images (B, 3, H, W) and the mean distance (B,) to the reference on the way."""
+    """Finish sampling with gradients: latents (B, ...) and the mean distance (B,) to the reference on the way."""
     far, alone = [], state.step + 1 == state.steps
     while not state.done:
         prediction = tools.predict(state, alone=alone)
         if tools.penalty:
             far.append(tools.distance(state, prediction))
         state = tools.rollout.advance(state, prediction.output)
-    images = tools.decode(state.latents)
-    return images, torch.stack(far).mean(dim=0) if far else images.new_zeros(len(images))
+    return state.latents, torch.stack(far).mean(dim=0) if far else state.latents.new_zeros(len(state))
 
 
 def outcome(tools: Tools, batch: Batch, images: Tensor, far: Tensor) -> Outcome:

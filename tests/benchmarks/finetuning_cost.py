@@ -170,7 +170,8 @@ class Steps:
         with clock.phase("steps before"), torch.no_grad():
             state = self.tools.rollout.run(state, until=state.steps - kept)
         with clock.phase("denoiser, forward, and decoder"):
-            images, _ = climb(self.tools, state)
+            latents, _ = climb(self.tools, state)
+            images = self.tools.decode(latents)
         with clock.phase("reward"):
             total = self.tools.score(images, [PROMPT] * self.batch).total
         with clock.phase("backward"):
@@ -223,6 +224,11 @@ def compare(steps: Steps, repeats: int) -> None:
     """DRaFT-1 with an ordinary step."""
     named: dict[str, Callable[[Clock], None]] = {"ordinary": steps.ordinary, "draft": steps.draft}
     memory = {name: steps.memory(step) for name, step in {**named, "decoding": steps.decoding}.items()}
+    ratios = {name: value / memory["ordinary"] for name, value in memory.items()}
+    print(f"memory: ordinary step 1 ({memory['ordinary']:.0f} MiB), DRaFT-1 {ratios['draft']:.2f}, ", end="")
+    print(f"decoder and reward alone {ratios['decoding']:.2f}", flush=True)
+    if not repeats:
+        return
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in named}
     for number in tqdm(range(repeats + 1), desc="rounds"):
         for name, step in named.items():
@@ -236,9 +242,6 @@ def compare(steps: Steps, repeats: int) -> None:
         for name, every in rounds.items()
     }
     ordinary, draft = (sum(middle[name].values()) for name in ("ordinary", "draft"))
-    ratios = {name: value / memory["ordinary"] for name, value in memory.items()}
-    print(f"memory: ordinary step 1 ({memory['ordinary']:.0f} MiB), DRaFT-1 {ratios['draft']:.2f}, ", end="")
-    print(f"decoder and reward alone {ratios['decoding']:.2f}")
     print(f"time: ordinary step 1 ({ordinary:.2f} s), DRaFT-1 {draft / ordinary:.2f}")
     print("| phase of a DRaFT-1 step | share of its time |\n| --- | ---: |")
     for phase, seconds in middle["draft"].items():
@@ -254,7 +257,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of sampling")
     parser.add_argument("--all-steps", type=int, nargs="+", metavar="STEPS", help="measure K = all instead")
     parser.add_argument("--checkpointed", action="store_true", help="both steps keep no activations")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds; 0 measures memory alone")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

@@ -24,15 +24,19 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                known = StorageWeakRef(storage)
-                if known.cdata not in self.live:
-                    self.live[known.cdata] = (known, storage.nbytes())
-                    self.bound += storage.nbytes()
+        given = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            known = StorageWeakRef(storage)
+            if known.cdata not in self.live and known.cdata not in given:  # a view of a weight is not made here
+                self.live[known.cdata] = (known, storage.nbytes())
+                self.bound += storage.nbytes()
         if self.bound > self.most:
             self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
             self.bound = sum(size for _, size in self.live.values())
             self.most = max(self.most, self.bound)
         return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
