@@ -19,8 +19,12 @@ from aigiqa_reward.types import (
     RewardFunction,
     RewardOutput,
     as_reward_output,
+    encoded_prompts,
     unreadable_prompts,
 )
+
+_Encoded = PromptFeatures | list[str]
+"""Prompts as the reward takes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,15 +157,11 @@ class Scorer:
         """
         sources = _sources(inputs)
         texts = _texts(prompts, len(sources))
-        shared = self._encode([prompts], None) if isinstance(prompts, str) and self._encodes else None
+        shared = self._encode([prompts], None) if isinstance(prompts, str) else None
         return self._stream(sources, texts, shared)
 
-    @property
-    def _encodes(self) -> bool:
-        return hasattr(self.reward, "encode_prompts")
-
     def _stream(
-        self, sources: Sequence[ImageSource], texts: list[str] | None, features: PromptFeatures | None
+        self, sources: Sequence[ImageSource], texts: list[str] | None, features: _Encoded | None
     ) -> Iterator[ScoredImage]:
         for start in range(0, len(sources), self.batch_size):
             window = range(start, min(start + self.batch_size, len(sources)))
@@ -169,16 +169,13 @@ class Scorer:
             prompts: Any = None
             if texts is not None:
                 prompts = [texts[index] for index in window]
-                if self._encodes:
-                    features, unread = self._encode_readable(prompts, features)
-                    errors = {index: unread[texts[index]] for index in window if texts[index] in unread} | errors
-                    loaded = {index: image for index, image in loaded.items() if index not in errors}
-                    prompts = features
+                features, unread = self._encode_readable(prompts, features)
+                errors = {index: unread[texts[index]] for index in window if texts[index] in unread} | errors
+                loaded = {index: image for index, image in loaded.items() if index not in errors}
+                prompts = features
             yield from self._window(window, loaded, errors, prompts)
 
-    def _encode_readable(
-        self, prompts: list[str], previous: PromptFeatures | None
-    ) -> tuple[PromptFeatures | None, dict[str, str]]:
+    def _encode_readable(self, prompts: list[str], previous: _Encoded | None) -> tuple[_Encoded | None, dict[str, str]]:
         """Features of these prompts, and why some cannot be read: their rows hold those of another one."""
         try:
             return self._encode(prompts, previous), {}
@@ -189,11 +186,10 @@ class Scorer:
                 return None, unread
             return self._encode([read[0] if prompt in unread else prompt for prompt in prompts], previous), unread
 
-    def _encode(self, prompts: list[str], previous: PromptFeatures | None) -> PromptFeatures:
-        """Features of these prompts, taken from the window before where it had them all."""
-        if previous is None or not set(prompts) <= set(previous.texts):
-            reward: Any = self.reward
-            return reward.encode_prompts(prompts)
+    def _encode(self, prompts: list[str], previous: _Encoded | None) -> _Encoded:
+        """Features of these prompts, taken from the window before where it had them all; texts, if there are none."""
+        if not isinstance(previous, PromptFeatures) or not set(prompts) <= set(previous.texts):
+            return encoded_prompts(self.reward, prompts)
         place = {text: i for i, text in enumerate(previous.texts)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=previous.index.device)
         return replace(previous, index=index)

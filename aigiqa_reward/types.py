@@ -230,6 +230,26 @@ def as_reward_output(result: Tensor | RewardOutput, batch: int, *, source: str =
     return result
 
 
+def encoded_prompts(reward: Any, prompts: Sequence[str]) -> PromptFeatures | list[str]:
+    """Prompts as a reward is best given them: what its `encode_prompts` makes of them, or the texts themselves.
+
+    Args:
+        reward: a Reward or any RewardFunction. A method of that name which gives something else is its own affair.
+        prompts: texts, not blank.
+
+    Raises:
+        PromptError: it cannot read one of them.
+
+    Example:
+        >>> from aigiqa_reward.types import encoded_prompts
+        >>> encoded_prompts(lambda images, prompts: images.mean(dim=(1, 2, 3)), ["a fox"])
+        ['a fox']
+    """
+    encode = getattr(reward, "encode_prompts", None)
+    found = encode(list(prompts)) if callable(encode) else None
+    return found if isinstance(found, PromptFeatures) else list(prompts)
+
+
 def unreadable_prompts(reward: Any, prompts: Sequence[str]) -> dict[str, str]:
     r"""Why a reward cannot read some prompts, by prompt.
 

@@ -160,7 +160,9 @@ def test_validation_tells_before_and_after(room: Path, options: list[str], tmp_p
 def test_a_loss_that_is_no_number_ends_with_status_1(options: list[str], tmp_path: Path) -> None:
     more = ["--learning_rate", "1e9", "--max_grad_norm", "1e30", "--kl_coeff", "1e30", "--output_dir", tmp_path]
     error = refused(run("finetune", "draft", *options, *more), status=1)
-    assert re.search(r"error: step 2: the loss became NaN .* the weights before it are kept in ", error)
+    assert re.search(
+        r"error: step 2: the loss became NaN .* the last weights that gave a finite loss are kept in ", error
+    )
     assert all(weight.isfinite().all() for weight in weights_of(tmp_path).values())
 
 
@@ -336,7 +338,7 @@ def test_an_interrupted_process_leaves_a_checkpoint(options: list[str], tmp_path
         ("draft", ["--truncation_steps", "foo"], "--truncation_steps: .*'all' or 'random', got 'foo'"),
         ("draft", ["--truncation_steps", "0"], "--truncation_steps: "),
         ("draft", ["--low_variance", "2", "--truncation_steps", "3"], "--low_variance: .*needs --truncation_steps 1,"),
-        ("refl", ["--earliest", "1"], "--earliest: expected a share"),
+        ("refl", ["--earliest", "1"], "--earliest: expected a number in .*, a share"),
         ("ddpo", ["--clip_range", "2"], "--clip_range: expected a number in"),
         ("ddpo", ["--images_per_prompt", "3"], "--train_batch_size: .* a multiple of the 3 images of a prompt"),
         ("grpo", [], "--pretrained_model_name_or_path: .*StableDiffusionPipeline.*`aigiqa-reward finetune ddpo`"),
@@ -454,7 +456,7 @@ def test_defaults_are_those_of_the_library() -> None:
     theirs = FinetuneSettings()
     for name in OF_LOOP:
         assert own[name] == getattr(theirs, name), name
-    assert own["mixed_precision"].value == theirs.mixed_precision
+    assert own["mixed_precision"] is None, "so that the library's own default holds, which accelerate's launcher sets"
     assert own["reward_ceiling"] == theirs.reward_ceiling
     assert own["target_modules"] is theirs.target_modules is None
     rest = {field.name for field in fields(FinetuneSettings)} - {*OF_LOOP}

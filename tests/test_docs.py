@@ -32,8 +32,8 @@ RUN = [name for name, page in PAGES.items() if any(block.language == "python" fo
 FAST = ("docs/quickstart.md",)
 """Pages that the fast suite runs too; the others sample or train for longer."""
 
-OF_OTHERS = {"--fp32-vae", "--bf16-vae"}
-"""Options of ComfyUI that the prose names."""
+OF_OTHERS = {"--fp32-vae", "--bf16-vae", "--shutdown_timeout"}
+"""Options of ComfyUI and torchrun that the prose names."""
 
 
 @pytest.fixture(scope="module")

@@ -294,13 +294,13 @@ def test_one_step_is_refused():
 
 
 def test_what_has_no_stochastic_sampler_is_refused():
-    DDPO().check(tools_of(pipelines.stable_diffusion(), **PLAIN))
+    DDPO().check(tools_of(pipelines.stable_diffusion(), **PLAIN), ["a cat"])
     pipe = pipelines.stable_diffusion()
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="scheduler: DDPO cannot serve HeunDiscreteScheduler"):
-        DDPO().check(tools_of(pipe, **PLAIN))
+        DDPO().check(tools_of(pipe, **PLAIN), ["a cat"])
     with pytest.raises(ValueError, match=r"eta: .* got eta=0\.5 .* leave it out"):
-        DDPO().check(tools_of(pipelines.stable_diffusion(), eta=0.5, **PLAIN))
+        DDPO().check(tools_of(pipelines.stable_diffusion(), eta=0.5, **PLAIN), ["a cat"])
 
 
 @pytest.mark.parametrize(

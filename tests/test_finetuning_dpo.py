@@ -406,11 +406,15 @@ def test_settings_out_of_range_are_refused(pairs):
     }.items():
         with pytest.raises(ValueError, match=match):
             DPO(**settings)
+    with pytest.raises(TypeError, match=r"pairs: expected PreferencePairs, got 'made'; pass read_preference_pairs"):
+        DPO(pairs="made")
+    with pytest.raises(TypeError, match=r"guidance_scales: expected several numbers, as .*, got 3.0"):
+        DPO(guidance_scales=3.0)
 
 
 def test_a_scheduler_that_does_not_tell_its_training_is_refused(pairs):
     tools = tools_of("sd")
-    DPO(pairs=pairs).check(tools)
+    DPO(pairs=pairs).check(tools, PROMPTS)
     tools.rollout.pipe.scheduler.register_to_config(prediction_type="score")
     with pytest.raises(ValueError, match="prediction_type='score'"):
-        DPO(pairs=pairs).check(tools)
+        DPO(pairs=pairs).check(tools, PROMPTS)

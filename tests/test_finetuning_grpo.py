@@ -89,8 +89,8 @@ def test_updates_raise_a_reward_without_gradients(family):
 def test_models_without_a_flow_are_refused_and_told_of_ddpo():
     tools = tools_of(pipelines.stable_diffusion(), **SAMPLING)
     with pytest.raises(ValueError, match=r"got StableDiffusionPipeline with DDIMScheduler; train it with DDPO"):
-        FlowGRPO().check(tools)
-    FlowGRPO().check(tools_for("sd3"))
+        FlowGRPO().check(tools, ["a cat"])
+    FlowGRPO().check(tools_for("sd3"), ["a cat"])
 
 
 @pytest.mark.parametrize(

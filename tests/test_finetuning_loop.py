@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pipelines import FAMILIES, FEW_STEPS
 from safetensors.torch import load_file
 from torch import Tensor
 
+from aigiqa_reward import Scorer, create_reward
 from aigiqa_reward.finetuning import Draft, FinetuneResult, FinetuneSettings, FinetuningError, ReFL, finetune
 from aigiqa_reward.finetuning.lora import FILE
 
@@ -184,6 +186,19 @@ def test_a_longer_training_goes_on_with_another_split(tmp_path: Path) -> None:
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-6)
 
 
+def test_weights_without_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
+    train(tmp_path, max_train_steps=1, checkpointing_steps=1)
+    before = (tmp_path / FILE).read_bytes()
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"^output_dir: .* holds pytorch_lora_weights\.safetensors of an earlier"):
+        train(tmp_path, max_train_steps=1)
+    assert (tmp_path / FILE).read_bytes() == before
+    train(tmp_path, max_train_steps=1, seed=1, resume_from_checkpoint="latest")
+    assert (tmp_path / f"{FILE}.before").read_bytes() == before != (tmp_path / FILE).read_bytes()
+    fresh = pipelines.stable_diffusion()
+    fresh.load_lora_weights(tmp_path)
+
+
 def test_other_settings_are_refused_and_listed(tmp_path: Path) -> None:
     pipe = pipelines.stable_diffusion()
     train(tmp_path, pipe, max_train_steps=1)
@@ -261,14 +276,32 @@ def broken_from(call: int, breaking: Callable[[Tensor], Tensor]) -> Any:
     ids=["loss", "gradient"],
 )
 def test_what_is_not_finite_stops_it(tmp_path: Path, breaking: Any, what: str) -> None:
+    """The second step's weights give the NaN if it is the loss that is one; those of the step before gave none."""
     pipe = pipelines.stable_diffusion()
     with pytest.raises(FinetuningError, match=f"^step 3: the {what} became NaN.*lower learning_rate.*are kept in"):
         train(tmp_path, pipe, broken_from(4, breaking))  # a first time before the training
-    train(tmp_path / "twin", max_train_steps=2)
+    train(tmp_path / "twin", max_train_steps=1 if what == "loss" else 2)
     assert_same(weights(tmp_path), weights(tmp_path / "twin"))
     fresh = pipelines.stable_diffusion()
     fresh.load_lora_weights(tmp_path)
     assert torch.equal(image(fresh), image(pipe))
+
+
+def test_whatever_is_raised_nothing_is_lost(tmp_path: Path) -> None:
+    def fails(scores: Tensor) -> Tensor:
+        raise RuntimeError("the server is away")
+
+    pipe = pipelines.stable_diffusion()
+    with pytest.raises(RuntimeError, match="the server is away") as caught:
+        train(tmp_path / "a", pipe, broken_from(4, fails))
+    (note,) = caught.value.__notes__
+    assert note.startswith("after step 2 of the training, whose weights are kept in ")
+    assert note.endswith("resume_from_checkpoint='latest' goes on from checkpoint-2")
+    train(tmp_path / "two", max_train_steps=2)
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "two"))
+    train(tmp_path / "a", pipe, broken_from(99, fails), resume_from_checkpoint="latest")
+    train(tmp_path / "whole", reward=broken_from(99, fails))
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "whole"))
 
 
 def train_onto_a_full_disk(folder: Path) -> None:
@@ -317,6 +350,53 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
         train(tmp_path, reward=lambda images, prompts: warmth(images.detach(), prompts))
     with pytest.raises(TypeError, match="reward"):
         train(tmp_path, reward="compact")
+    pipe = pipelines.stable_diffusion()
+    pipe.unet.half()
+    with pytest.raises(ValueError, match=r"^pipe: its denoiser is in float16, .*bfloat16.*mixed_precision='fp16'"):
+        train(tmp_path, pipe)
+    with pytest.raises(ValueError, match=r"^prompts: expected texts that the reward reads: .*u200b"):
+        train(tmp_path, reward=create_reward("compact"), prompts=["a cat", "\u200b"])
+    (tmp_path / "file").touch()
+    for arguments, error, told in [
+        ({"algorithm": "draft"}, TypeError, r"^algorithm: expected Draft\(\), .* got 'draft'"),
+        ({"algorithm": Draft}, TypeError, r"^algorithm: .* got the class Draft"),
+        ({"settings": {"rank": 2}}, TypeError, "^settings: expected FinetuneSettings, got dict"),
+        ({"output_dir": tmp_path / "file"}, ValueError, "^output_dir: expected a folder, got the file"),
+    ]:
+        usual: dict[str, Any] = {"algorithm": Draft(), "output_dir": tmp_path}
+        with pytest.raises(error, match=told):
+            finetune(pipe, warmth, PROMPTS, **{**usual, **arguments})
+    with pytest.raises(TypeError, match=r"^sampling: expected arguments of the pipeline's call by name, got None"):
+        FinetuneSettings(sampling=None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"^earliest: expected a number in \[0, 1\)"):
+        ReFL(earliest="0.5")  # pyright: ignore[reportArgumentType]
+
+
+def test_what_surrounds_a_training_does_not_change_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled denoiser, whose names have a prefix, and a number of parts that `accelerate launch` was told."""
+    plain = train(tmp_path / "plain", max_train_steps=2)
+    pipe = pipelines.stable_diffusion()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    train(tmp_path / "compiled", pipe, max_train_steps=2)
+    assert_same(weights(tmp_path / "compiled"), weights(tmp_path / "plain"))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    told = train(tmp_path / "told", max_train_steps=2)
+    assert [line["grad_norm"] for line in told.history] == [line["grad_norm"] for line in plain.history]
+
+
+def test_encoded_prompts_of_another_kind_are_no_prompts(tmp_path: Path) -> None:
+    class Own(torch.nn.Module):
+        def encode_prompts(self, prompts: list[str]) -> Tensor:
+            return torch.zeros(len(prompts), 3)
+
+        def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+            return warmth(images, prompts)
+
+    assert_same(
+        weights(train(tmp_path / "a", reward=Own(), max_train_steps=1).folder),
+        weights(train(tmp_path / "b", max_train_steps=1).folder),
+    )
+    assert Scorer(Own()).score([torch.rand(3, 32, 32)], ["a cat"]).total.shape == (1,)
 
 
 def test_a_process_may_train_in_one_precision_and_then_in_another(tmp_path: Path) -> None:

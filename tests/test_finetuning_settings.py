@@ -76,5 +76,21 @@ def test_the_ends_of_the_ranges_are_served(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("share", [1, -0.1, math.nan])
 def test_refl_starts_within_the_steps(share: float) -> None:
-    with pytest.raises(ValueError, match=r"^earliest: expected a share of the steps in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"^earliest: expected a number in \[0, 1\), a share of the steps"):
         ReFL(earliest=share)
+
+
+def test_warm_up_is_not_left_unheeded() -> None:
+    with pytest.raises(ValueError, match=r"^lr_warmup_steps: lr_scheduler='constant' .* 'constant_with_warmup'"):
+        FinetuneSettings(lr_warmup_steps=5)
+    assert FinetuneSettings(lr_warmup_steps=5, lr_scheduler="constant_with_warmup").lr_warmup_steps == 5
+
+
+def test_precision_is_the_launchers_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert FinetuneSettings().mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert FinetuneSettings().mixed_precision == "bf16"
+    assert FinetuneSettings(mixed_precision="no").mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="mixed_precision: expected no, bf16 or fp16, got 'fp8'"):
+        FinetuneSettings()

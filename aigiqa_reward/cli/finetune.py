@@ -55,7 +55,7 @@ def finetune(
     reward_weights: own.WeightsOption = None,
     holdout_reward: own.HoldoutOption = "auto",
     reward_ceiling: own.CeilingOption = "auto",
-    kl_coeff: own.KLOption = 0.01,
+    kl_coeff: own.KLOption = None,
     truncation_steps: own.TruncationOption = None,
     low_variance: own.LowVarianceOption = None,
     earliest: own.EarliestOption = None,
@@ -83,7 +83,7 @@ def finetune(
     max_grad_norm: own.NormOption = 1.0,
     ema_decay: own.AverageOption = 0.0,
     use_8bit_adam: own.EightBitOption = False,
-    mixed_precision: own.PrecisionOption = own.MixedPrecision.NO,
+    mixed_precision: own.PrecisionOption = None,
     seed: own.SeedOption = 0,
     rank: own.RankOption = 8,
     lora_alpha: own.AlphaOption = None,
@@ -127,7 +127,7 @@ def _finetune(given: Mapping[str, Any]) -> None:
     from aigiqa_reward.finetuning.trackers import check_tracker
 
     with option_errors(given):  # whatever can be refused before a large pipeline is loaded
-        check_tracker(given["report_to"])
+        check_tracker(_tracker(given))
         find_checkpoint(folder, given["resume_from_checkpoint"])
         algorithm = _algorithm(given["algorithm"].value, own_settings)
         settings = finetuning.FinetuneSettings(**loop_settings)
@@ -137,7 +137,7 @@ def _finetune(given: Mapping[str, Any]) -> None:
         holdout = reward_of(given["holdout_reward"], None, place, option="holdout_reward")
     pipe = load_pipeline(model, place, given["dtype"], option="--pretrained_model_name_or_path")
     arguments = {"validation_prompts": watched, "holdout": holdout, "progress": sys.stderr.isatty()}
-    arguments |= {name: given[name] for name in ("report_to", "resume_from_checkpoint")}
+    arguments |= {"resume_from_checkpoint": given["resume_from_checkpoint"], "report_to": _tracker(given)}
     if not watched and first_process():
         say("warning", "no --validation_prompts: nothing watches for a hacked reward, and the last weights are kept")
     result = _run(given, (pipe, judge, texts, algorithm, folder, settings), arguments)
@@ -187,6 +187,11 @@ def _own_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {option: given[option] for option in OF_ALGORITHM[name] if given[option] is not None}
 
 
+def _tracker(given: Mapping[str, Any]) -> str | None:
+    """None for "none", as other trainers have it."""
+    return None if given["report_to"] == "none" else given["report_to"]
+
+
 def _algorithm(name: str, settings: Mapping[str, Any]) -> Algorithm:
     from aigiqa_reward import finetuning
 
@@ -203,10 +208,10 @@ def _algorithm(name: str, settings: Mapping[str, Any]) -> Algorithm:
 
 
 def _loop_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    targets = given["target_modules"]
+    targets, precision = given["target_modules"], given["mixed_precision"]
     return {
         **{name: given[name] for name in OF_LOOP},
-        "mixed_precision": given["mixed_precision"].value,
+        **({} if precision is None else {"mixed_precision": precision.value}),
         "target_modules": tuple(targets) if targets else None,
         "reward_ceiling": _ceiling(given["reward_ceiling"]),
         "sampling": sampling_arguments(given),
@@ -234,5 +239,8 @@ def _tell(result: FinetuneResult, folder: Path) -> None:
         for name in ("reward", "holdout", "diversity"):
             if name in first and name in kept:
                 say("note", f"validation {name}: {first[name]:.4f} before, {kept[name]:.4f} with the kept weights")
-    say("note", f"kept: the weights after step {result.kept_step}; pipe.load_lora_weights({str(folder)!r})")
+    which = f"the weights after step {result.kept_step}"
+    if validations and not result.kept_step:
+        which = "those before the first step, of which no later validation was better: a LoRA that changes nothing"
+    say("note", f"kept: {which}; pipe.load_lora_weights({str(folder)!r})")
     emit(f"{folder}\n")

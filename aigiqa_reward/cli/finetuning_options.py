@@ -121,9 +121,8 @@ CeilingOption = Annotated[
         metavar="X",
     ),
 ]
-KLOption = Annotated[
-    float, _option("kl_coeff", _REWARD, "Weight of the distance to the pipeline without the LoRA.", metavar="X")
-]
+_KL = "Weight of the distance to the pipeline without the LoRA; default 0.01, of dpo 0."
+KLOption = Annotated[float | None, _option("kl_coeff", _REWARD, _KL, metavar="X")]
 
 TruncationOption = Annotated[
     str | None,
@@ -212,8 +211,11 @@ NormOption = Annotated[float, _option("max_grad_norm", _TRAINING, "Longest gradi
 AverageOption = Annotated[
     float, _option("ema_decay", _TRAINING, "Of a moving average of the weights; 0 is none.", metavar="X")
 ]
-EightBitOption = Annotated[bool, _switch("use_8bit_adam", _TRAINING, "Needs bitsandbytes and a GPU.")]
-PrecisionOption = Annotated[MixedPrecision, _option("mixed_precision", _TRAINING, "Of denoiser and decoder.")]
+EightBitOption = Annotated[bool, _switch("use_8bit_adam", _TRAINING, "Needs bitsandbytes.")]
+PrecisionOption = Annotated[
+    MixedPrecision | None,
+    _option("mixed_precision", _TRAINING, "Of denoiser and decoder; default: accelerate's configuration, else no."),
+]
 SeedOption = Annotated[int, _option("seed", _TRAINING, "Of every random choice.", min=0, metavar="S")]
 
 RankOption = Annotated[int, _option("rank", _LORA, "Of its matrices.", min=1, metavar="R")]

@@ -193,7 +193,8 @@ def file_errors() -> Iterator[None]:
         yield
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        raise CommandError(f"{place}{error.strerror or error}", status=1) from error
+        text = "; ".join([f"{place}{error.strerror or error}", *getattr(error, "__notes__", [])])
+        raise CommandError(text, status=1) from error
 
 
 def report_unreadable(entries: Sequence[tuple[str, str]], place: Path) -> None:

@@ -39,7 +39,7 @@ def usage_errors(out_of_memory: str = "lower --batch-size") -> Iterator[None]:
         advice = " ".join(getattr(error, "__notes__", [])) or out_of_memory
         raise CommandError(f"out of memory ({str(error).splitlines()[0]}); {advice}", status=1) from error
     except (ValueError, TypeError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError("; ".join([str(error), *getattr(error, "__notes__", [])])) from error
 
 
 def load_reward(

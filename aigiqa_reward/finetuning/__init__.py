@@ -31,10 +31,10 @@ from aigiqa_reward.finetuning.dpo import DPO
 from aigiqa_reward.finetuning.draft import Draft
 from aigiqa_reward.finetuning.grpo import FlowGRPO
 from aigiqa_reward.finetuning.launch import finetune
-from aigiqa_reward.finetuning.loop import FinetuneResult
 from aigiqa_reward.finetuning.optimisation import FinetuningError
 from aigiqa_reward.finetuning.pairs import build_preference_pairs, read_preference_pairs
 from aigiqa_reward.finetuning.refl import ReFL
+from aigiqa_reward.finetuning.result import FinetuneResult
 from aigiqa_reward.finetuning.settings import FinetuneSettings
 
 ALGORITHMS: dict[str, type[Algorithm]] = {kind.name: kind for kind in (Draft, ReFL, DPO, DDPO, FlowGRPO)}

@@ -78,11 +78,13 @@ class Algorithm(ABC):
         name: as the command line calls it.
         reward_gradient: whether the reward has to give gradients in the images.
         learning_rate: default.
+        kl_coeff: likewise.
     """
 
     name: ClassVar[str]
     reward_gradient: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-4
+    kl_coeff: ClassVar[float] = 0.01
 
     @property
     def steps_per_round(self) -> int:
@@ -108,15 +110,19 @@ class Algorithm(ABC):
         named = [entry.name for entry in fields(cast(Any, self)) if entry.init]
         return {f"{self.name}.{name}": getattr(self, name) for name in named}
 
-    def check(self, tools: Tools) -> None:
+    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
         """Refuse what this algorithm cannot train.
+
+        Args:
+            tools: the pipeline's parts, the reward, the processes.
+            prompts: to train on.
 
         Raises:
             ValueError: a scheduler, a reward or settings that it cannot serve.
         """
         if self.reward_gradient:
-            tools.require_gradient()
-        del tools
+            tools.try_gradient(prompts[0])
+        del tools, prompts
 
     def ready(
         self, tools: Tools, prompts: Sequence[str], folder: Path, settings: FinetuneSettings, *, progress: bool

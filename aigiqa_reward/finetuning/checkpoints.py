@@ -83,7 +83,7 @@ def find_checkpoint(folder: Path, wanted: str | Path | None) -> Path | None:
 
     Raises:
         ValueError: there is no checkpoint of that name, or there are later ones or those of another training, which
-            going on would mix up; or none is wanted, and the folder holds some.
+            going on would mix up; or none is wanted, and the folder holds some, or weights.
     """
     there = checkpoints_in(folder)
     if wanted is None:
@@ -91,6 +91,11 @@ def find_checkpoint(folder: Path, wanted: str | Path | None) -> Path | None:
             raise ValueError(
                 f"output_dir: {folder} holds {there[-1].name} of an earlier training; go on with "
                 "resume_from_checkpoint='latest', or take another folder"
+            )
+        if (folder / FILE).exists():
+            raise ValueError(
+                f"output_dir: {folder} holds {FILE} of an earlier training, without its checkpoints; take another "
+                "folder, or remove the file"
             )
         return None
     if str(wanted) == "latest":
@@ -106,6 +111,12 @@ def find_checkpoint(folder: Path, wanted: str | Path | None) -> Path | None:
         return path
     names = ", ".join(path.name for path in there) or "none"
     raise ValueError(f"resume_from_checkpoint: there is no checkpoint {str(wanted)!r}; {folder} holds {names}")
+
+
+def set_aside(folder: Path) -> None:
+    """Keep under another name the weights of a training that has no checkpoint and is begun anew."""
+    if not checkpoints_in(folder) and (folder / FILE).exists():
+        (folder / FILE).replace(folder / f"{FILE}.before")
 
 
 def load_checkpoint(
@@ -130,6 +141,11 @@ def load_checkpoint(
             f"checkpoint: {path} is not whole (state.json tells no step); remove it to go on from another"
         )
     check(numbers)
-    restore_moments(optimizer, read_weights(path / "optimizer.safetensors"), source=str(path))
-    parts = {name: read_weights(path / file) for name, file in _PARTS.items()}
-    return Checkpoint(step=numbers.pop("step"), lora=read_weights(path / FILE), numbers=numbers, **parts)
+    try:
+        moments, lora = read_weights(path / "optimizer.safetensors"), read_weights(path / FILE)
+        parts = {name: read_weights(path / file) for name, file in _PARTS.items()}
+    except WeightsError as error:
+        why = str(error).removeprefix("weights: ")
+        raise WeightsError(f"checkpoint: {path} is not whole ({why}); remove it to go on from another") from error
+    restore_moments(optimizer, moments, source=str(path))
+    return Checkpoint(step=numbers.pop("step"), lora=lora, numbers=numbers, **parts)

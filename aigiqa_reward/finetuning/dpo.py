@@ -50,7 +50,7 @@ _OF_CANDIDATES: dict[str, Any] = {"candidates": 4, "margin": 0.0}
 class DPO(Algorithm):
     """Diffusion-DPO on given pairs, on pairs that it makes of the pipeline's images first, or of its own as it goes.
 
-    Guidance is off in the loss, as in training. The loop's `kl_coeff` adds to what beta does already.
+    Guidance is off in the loss, as in training. The loop's `kl_coeff`, 0 by default, adds to what beta does already.
 
     Attributes:
         pairs: images on disk that the reward or people have compared, of `build_preference_pairs`,
@@ -74,6 +74,7 @@ class DPO(Algorithm):
     """
 
     name: ClassVar[str] = "dpo"
+    kl_coeff: ClassVar[float] = 0.0
 
     pairs: PreferencePairs | None = field(default=None, repr=False)
     beta: float = 2000.0
@@ -100,8 +101,6 @@ class DPO(Algorithm):
         object.__setattr__(self, "guidance_scales", contrast.guidance_scales)
         contrast.check_count(self.pairs_per_prompt, self.candidates, "candidates")
         self._refuse_what_is_unused()
-        if self.pairs is not None and not len(self.pairs):
-            raise ValueError("pairs: expected at least one, got none")
         if self.pairs is not None:
             object.__setattr__(self, "latents", PairLatents(self.pairs))
 
@@ -135,9 +134,9 @@ class DPO(Algorithm):
         pairs = None if self.pairs is None else fingerprint(self.pairs)
         return super().settings() | {"dpo.pairs": pairs}
 
-    def check(self, tools: Tools) -> None:
+    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
         """Refuse a scheduler that does not tell what its model was trained on, or what its sampler asks of it."""
-        self.noising(first_state(tools, "a photo"))
+        self.noising(first_state(tools, prompts[0]))
 
     def ready(
         self, tools: Tools, prompts: Sequence[str], folder: Path, settings: FinetuneSettings, *, progress: bool

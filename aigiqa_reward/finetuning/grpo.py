@@ -6,6 +6,7 @@ Liu et al. 2025, "Flow-GRPO: Training Flow Matching Models via Online RL".
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -51,7 +52,7 @@ class FlowGRPO(PolicyGradient):
         # A little above sqrt(2), for those who round.
         number("noise_level", self.noise_level, "in (0, sqrt(2)]; try 0.7", lambda value: 0 < value < 1.4143)
 
-    def check(self, tools: Tools) -> None:
+    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
         """Refuse models that are not of flow matching, besides what every policy gradient refuses."""
         pipe = tools.rollout.pipe
         if not is_flow(pipe.scheduler):
@@ -60,7 +61,7 @@ class FlowGRPO(PolicyGradient):
                 f"{type(pipe.scheduler).__name__}; train it with DDPO (`aigiqa-reward finetune ddpo`), whose sampler "
                 "is of any noise schedule"
             )
-        super().check(tools)
+        super().check(tools, prompts)
 
     def weights(self, scheduler: Any, step: int) -> StepWeights:
         """Of the sampler that was asked for."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from aigiqa_reward.finetuning.algorithm import Algorithm
 from aigiqa_reward.finetuning.checkpoints import find_checkpoint
 from aigiqa_reward.finetuning.holdout import default_holdout
 from aigiqa_reward.finetuning.identity import reward_identity
-from aigiqa_reward.finetuning.loop import FinetuneResult, Loop
+from aigiqa_reward.finetuning.loop import Loop
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.finetuning.optimisation import FinetuningError, accelerator_of
+from aigiqa_reward.finetuning.result import FinetuneResult
 from aigiqa_reward.finetuning.settings import FinetuneSettings
 from aigiqa_reward.finetuning.tools import Tools
 from aigiqa_reward.finetuning.trackers import check_tracker
@@ -25,6 +28,10 @@ from aigiqa_reward.reward import Reward
 from aigiqa_reward.sampling.checks import check_reward
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.run_settings import reward_name
+from aigiqa_reward.types import unreadable_prompts
+
+_AT_ONCE = 256
+"""Prompts that a reward reads at once before the training."""
 
 
 def finetune(
@@ -71,15 +78,15 @@ def finetune(
         FinetuningError: a loss became NaN; what was reached is on disk.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
+    settings, folder = _settings_and_folder(algorithm, settings, output_dir)
     texts = _checked("prompts", prompts) if algorithm.examples is None else list(algorithm.examples)
-    settings, folder = settings or FinetuneSettings(), Path(output_dir)
     check_tracker(report_to)
-    folder.mkdir(parents=True, exist_ok=True)
     tools = _tools(pipe, _frozen(check_reward(reward)), settings, folder, report_to)
     with _taken_off(tools.lora):
-        algorithm.check(tools)
+        _check_readable(tools.reward, "prompts", texts if algorithm.examples is None else [])
+        algorithm.check(tools, texts)
         validation = _validation(tools, validation_prompts, texts, holdout, folder, settings)
-        find_checkpoint(folder, resume_from_checkpoint)  # refused before hours of sampling
+        _begin(folder, resume_from_checkpoint)
         algorithm = algorithm.ready(tools, texts, folder, settings, progress=progress)
         texts = texts if algorithm.examples is None else list(algorithm.examples)
         watched = {"holdout_reward": _name_of(holdout), "validation_prompts": list(validation_prompts)}
@@ -87,6 +94,38 @@ def finetune(
         loop.resume(resume_from_checkpoint, report_to)
     with _checkpointed(tools), _taken_off(tools.lora, but=(FinetuningError, KeyboardInterrupt)):
         return loop.run()
+
+
+def _settings_and_folder(algorithm: Any, settings: Any, output_dir: Any) -> tuple[FinetuneSettings, Path]:
+    if not isinstance(algorithm, Algorithm):
+        got = f"the class {algorithm.__name__}" if isinstance(algorithm, type) else repr(algorithm)
+        raise TypeError(
+            f"algorithm: expected Draft(), ReFL(), DPO(), DDPO() or FlowGRPO(), with settings of its own, got {got}"
+        )
+    settings = FinetuneSettings() if settings is None else settings
+    if not isinstance(settings, FinetuneSettings):
+        raise TypeError(
+            f"settings: expected FinetuneSettings, got {type(settings).__name__}; pass FinetuneSettings(rank=8, ...)"
+        )
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: expected a folder, got the file {folder}; pass another path")
+    if settings.kl_coeff is None:
+        settings = replace(settings, kl_coeff=algorithm.kl_coeff)
+    return settings, folder
+
+
+def _begin(folder: Path, resume_from_checkpoint: str | Path | None) -> None:
+    """Refuse a folder of something else, before hours of sampling; then make it."""
+    find_checkpoint(folder, resume_from_checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _check_readable(reward: Any, argument: str, prompts: Sequence[str]) -> None:
+    """Refuse before the first step what the reward would refuse in the midst of the training."""
+    for start in range(0, len(prompts), _AT_ONCE):
+        for why in unreadable_prompts(reward, prompts[start : start + _AT_ONCE]).values():
+            raise ValueError(f"{argument}: expected texts that the reward reads: {why.removeprefix('prompts: ')}")
 
 
 @contextmanager
@@ -130,6 +169,7 @@ def _validation(
     if not len(prompts):
         return None
     checked = _checked("validation_prompts", prompts)
+    _check_readable(tools.reward, "validation_prompts", checked)
     if tools.accelerator.is_main_process:
         _warn_of_weak(checked, trained, settings.validation_seeds)
     return Validation(
@@ -178,6 +218,7 @@ def _tools(pipe: Any, reward: Any, settings: FinetuneSettings, folder: Path, rep
             "pipe: its parts move between devices (CPU offload, device_map), which a backward pass cannot follow; load "
             "it on one device, and save memory with gradient_checkpointing and a smaller train_batch_size"
         )
+    _check_precision(pipe, rollout.family.denoiser, settings)
     accelerator = accelerator_of(settings, folder, rollout.family.device, report_to)
     lora = LoRA(
         rollout.family,
@@ -190,6 +231,7 @@ def _tools(pipe: Any, reward: Any, settings: FinetuneSettings, folder: Path, rep
     if ceiling == "auto":
         ceiling = 1.0 if isinstance(reward, Reward) else None
     assert not isinstance(ceiling, str)
+    assert settings.kl_coeff is not None
     return Tools(
         rollout=rollout,
         lora=lora,
@@ -199,6 +241,17 @@ def _tools(pipe: Any, reward: Any, settings: FinetuneSettings, folder: Path, rep
         ceiling=ceiling,
         penalty=settings.kl_coeff,
     )
+
+
+def _check_precision(pipe: Any, denoiser: nn.Module, settings: FinetuneSettings) -> None:
+    """Refuse parts in float16 whose gradients nobody scales: the small ones would be 0, without a word."""
+    for name, part in (("denoiser", denoiser), ("decoder", pipe.vae)):
+        narrow = any(weight.dtype == torch.float16 for weight in part.parameters())
+        if narrow and settings.mixed_precision != "fp16":
+            raise ValueError(
+                f"pipe: its {name} is in float16, in which small gradients vanish; load it in bfloat16 "
+                "(torch_dtype=torch.bfloat16), or pass mixed_precision='fp16', which scales them"
+            )
 
 
 def _checked(argument: str, prompts: Sequence[str]) -> list[str]:

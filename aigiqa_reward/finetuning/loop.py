@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from aigiqa_reward.finetuning.checkpoints import (
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    set_aside,
 )
 from aigiqa_reward.finetuning.curves import draw_course
 from aigiqa_reward.finetuning.history import History
@@ -25,6 +25,7 @@ from aigiqa_reward.finetuning.identity import describe
 from aigiqa_reward.finetuning.interruption import Interruption
 from aigiqa_reward.finetuning.monitor import Monitor
 from aigiqa_reward.finetuning.optimisation import FinetuningError, Optimisation
+from aigiqa_reward.finetuning.result import FinetuneResult
 from aigiqa_reward.finetuning.schedule import Schedule
 from aigiqa_reward.finetuning.settings import FinetuneSettings
 from aigiqa_reward.finetuning.tools import Tools
@@ -35,24 +36,7 @@ from aigiqa_reward.sampling.run_settings import differences
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk, a quota or a limit that takes no more."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneResult:
-    """What a fine-tuning came to. The pipeline holds the kept adapter.
-
-    Attributes:
-        folder: with `pytorch_lora_weights.safetensors`, the kept adapter.
-        steps: of the optimiser that were taken.
-        kept_step: after which the kept weights stood: the best validation's by the held-out reward, else the last.
-        stopped: why it ended before its time; None if it did not.
-        history: lines of `history.jsonl`.
-    """
-
-    folder: Path
-    steps: int
-    kept_step: int
-    stopped: str | None
-    history: Sequence[Mapping[str, Any]]
+_LESS = "lower train_batch_size and raise gradient_accumulation_steps by as much, or take gradient_checkpointing"
 
 
 class Loop:
@@ -99,6 +83,7 @@ class Loop:
         self.step = 0
         self.memory: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
+        self.good: dict[str, Tensor] = {}  # without validation: the last weights that gave a finite loss
         self.stopped: str | None = None
         self.history = History(
             folder, self.accelerator, steps=settings.max_train_steps, images=self.schedule.size, progress=progress
@@ -121,6 +106,8 @@ class Loop:
         """
         with self.accelerator.main_process_first():
             path = find_checkpoint(self.folder, wanted)
+            if path is None and self.accelerator.is_main_process:
+                set_aside(self.folder)
         if path is not None:
             found = load_checkpoint(path, self.optimisation.inner, lambda numbers: self._same(path.name, numbers))
             self.lora.load(found.lora, source=str(path))
@@ -141,24 +128,41 @@ class Loop:
         """Train to the end, or until something ends it.
 
         Raises:
-            FinetuningError: a loss or a gradient is NaN, and the weights before that step are kept; or the disk is
-                full, and the last checkpoint is.
+            FinetuningError: a loss or a gradient is NaN, and the last weights that gave a finite loss are kept, or the
+                best validation's; or the disk is full, and the last checkpoint is.
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+            Exception: whatever a reward or a pipeline raises, once a checkpoint is written, as a note to it says.
         """
         try:
             return self._run()
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            self.history.close()
-            if self.kept:
-                self.lora.load(self.kept)
-            there = checkpoints_in(self.folder)
-            rest = "there is no checkpoint yet"
-            if there:
-                rest = f"{there[-1].name} is whole: make room, and go on with resume_from_checkpoint='latest'"
-            text = f"step {self.step}: {self.folder} takes no more ({error.strerror}); {rest}"
-            raise FinetuningError(text) from error
+        except FinetuningError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise self._full(error) from error
+            if isinstance(error, torch.OutOfMemoryError):
+                error.add_note(_LESS)
+            if self.step:
+                error.add_note(self._rescued())
+            raise
+
+    def _full(self, error: OSError) -> FinetuningError:
+        self.history.close()
+        if self.kept:
+            self.lora.load(self.kept)
+        rest = "there is no checkpoint yet"
+        if there := checkpoints_in(self.folder):
+            rest = f"{there[-1].name} is whole: make room, and go on with resume_from_checkpoint='latest'"
+        return FinetuningError(f"step {self.step}: {self.folder} takes no more ({error.strerror}); {rest}")
+
+    def _rescued(self) -> str:
+        """Write down what a step that raised has left, and say where it is."""
+        self.optimisation.optimiser.zero_grad()
+        if self.accelerator.num_processes == 1:  # others would be waited for
+            self.save()
+        kept, there = self.finish().folder, checkpoints_in(self.folder)
+        more = f", and resume_from_checkpoint='latest' goes on from {there[-1].name}" if there else ""
+        return f"after step {self.step} of the training, whose weights are kept in {kept}{more}"
 
     def _run(self) -> FinetuneResult:
         settings = self.settings
@@ -169,8 +173,10 @@ class Loop:
                 try:
                     asked = self.take_step(interruption)
                 except FinetuningError as error:
-                    self.finish()
-                    text = f"step {self.step + 1}: {error}; the weights before it are kept in {self.folder}"
+                    which = "those of the best validation so far" if self.kept else "the weights before it"
+                    if self.good:
+                        self.kept, which = self.good, "the last weights that gave a finite loss"
+                    text = f"step {self.step + 1}: {error}; {which} are kept in {self.finish().folder}"
                     raise FinetuningError(text) from error
                 last = self.step == settings.max_train_steps
                 if last or self.step % settings.validation_steps == 0:
@@ -194,6 +200,9 @@ class Loop:
         for part, batch in enumerate(batches):
             finite &= self._backward(batch, part, numbers)
         asked = self.optimisation.gather(finite=finite, asked=interruption.asked)
+        if self.validation is None:
+            with self.optimisation.averaged():
+                self.good = self.lora.state()
         rate, length = self.optimisation.learning_rate, self.optimisation.step()
         self.step += 1
         self.history.step(self.step, {**self.optimisation.means(numbers), "learning_rate": rate, "grad_norm": length})

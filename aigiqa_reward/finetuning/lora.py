@@ -58,7 +58,8 @@ class LoRA:
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self.denoiser: Any = family.denoiser
+        # torch.compile(pipe.unet) puts a module around it, whose names nobody else knows.
+        self.denoiser: Any = getattr(family.denoiser, "_orig_mod", family.denoiser)
         self.prefix = family.denoiser_name
         self._pipe = family.pipe
         if ADAPTER in getattr(self.denoiser, "peft_config", {}):

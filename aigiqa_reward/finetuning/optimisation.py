@@ -47,13 +47,15 @@ def accelerator_of(
     """Device, precision and processes of a training.
 
     Raises:
-        ValueError: fp16 on a CPU, which scales no gradients.
+        ValueError: fp16 on a CPU, which scales no gradients; an optimiser that is not installed.
     """
     if settings.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision: fp16 is not for the CPU; take 'bf16' or 'no'")
+    if settings.use_8bit_adam:
+        _adamw_8bit()  # refused before anything is sampled
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import AutocastKwargs, ProjectConfiguration
+    from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
     # Accelerate refuses a second precision in one process: forget that of an earlier training, not the processes.
     if AcceleratorState._shared_state.get("_mixed_precision") not in (None, settings.mixed_precision):
@@ -61,6 +63,8 @@ def accelerator_of(
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=settings.mixed_precision,
+        # The loop adds up parts itself; a number that `accelerate launch` was given would divide its losses again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
         # A cast that was cached under no_grad, in the steps before the last K, would cut the gradient off.

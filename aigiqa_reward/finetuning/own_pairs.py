@@ -54,6 +54,10 @@ def own_pairs(
             **how,
             **settings.sampling,
         )
+    except ValueError as error:
+        if (made / FILE).exists() or any(made.glob("*.json")) or any(made.glob("*/*.json")):
+            error.add_note(f"n and top_k are DPO's candidates; to make the pairs anew, remove {made}")
+        raise
     except BestOfEachError as error:
         try:
             pairs = read_preference_pairs(made)

@@ -39,6 +39,8 @@ class Contrast:
     reward_guidance: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.guidance_scales, Sequence) or isinstance(self.guidance_scales, str):
+            raise TypeError(f"guidance_scales: expected several numbers, as (1.0, 4.0), got {self.guidance_scales!r}")
         scales = tuple(number("guidance_scales", s, "in each place", math.isfinite) for s in self.guidance_scales)
         if len(scales) == 1 or len(set(scales)) < len(scales):
             raise ValueError(

@@ -23,9 +23,17 @@ class PairLatents:
     Args:
         pairs: whose images are read.
         remembered: bytes of latents to keep in the CPU's memory; the pair unused for longest goes first.
+
+    Raises:
+        TypeError: other pairs, as the path of a folder.
+        ValueError: none.
     """
 
     def __init__(self, pairs: PreferencePairs, *, remembered: int = REMEMBERED) -> None:
+        if not isinstance(pairs, PreferencePairs):
+            raise TypeError(f"pairs: expected PreferencePairs, got {pairs!r}; pass read_preference_pairs(folder)")
+        if not len(pairs):
+            raise ValueError("pairs: expected at least one, got none")
         self.pairs = pairs
         self.remembered = remembered
         self._family: Family | None = None

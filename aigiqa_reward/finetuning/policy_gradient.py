@@ -81,8 +81,9 @@ class PolicyGradient(Algorithm):
     def weights(self, scheduler: Any, step: int) -> StepWeights:
         """What the latents after step number `step` are made of."""
 
-    def check(self, tools: Tools) -> None:
+    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
         """Refuse a scheduler without a stochastic sampler, and arguments of the pipeline that would go unheard."""
+        super().check(tools, prompts)
         check_scheduler(tools.rollout.pipe.scheduler, need=self.title, served=ANCESTRAL)
         if eta := tools.rollout.family.options.eta:
             raise ValueError(

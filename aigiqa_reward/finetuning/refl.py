@@ -1,7 +1,8 @@
 """ReFL: the reward of one late step's clean prediction.
 
 Xu et al. 2023, "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation", algorithm 1: run
-without gradients to a random late step t, predict x0 from there with gradients, and take the reward of its image.
+without gradients to a random late step t, predict x0 from there with gradients, and take the reward of its image. The
+paper's loss on the model's training images, against drifting away, has the distance to the reference in its place here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from aigiqa_reward.finetuning.algorithm import Algorithm, Batch, Memory, Outcome
 from aigiqa_reward.finetuning.draft import outcome
 from aigiqa_reward.finetuning.tools import Tools
+from aigiqa_reward.sampling.checks import number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,7 @@ class ReFL(Algorithm):
     earliest: float = 0.75
 
     def __post_init__(self) -> None:
-        if not 0 <= self.earliest < 1:
-            raise ValueError(f"earliest: expected a share of the steps in [0, 1), got {self.earliest!r}")
+        number("earliest", self.earliest, "in [0, 1), a share of the steps", lambda value: 0 <= value < 1)
 
     def chosen(self, batch: Batch, steps: int) -> int:
         """The step, from 0, whose prediction is judged; of the last, where rounding leaves none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,10 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 """Of `diffusers.optimization.get_scheduler`."""
+
+
+def _launched() -> Any:
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +41,10 @@ class FinetuneSettings:
         weight_decay: of AdamW. It pulls the adapter towards none.
         use_8bit_adam: bitsandbytes' AdamW.
         ema_decay: of a moving average of the weights, in [0, 1), which is then validated and kept; 0 takes none.
-        mixed_precision: of denoiser and decoder; LoRA weights and reward stay in float32.
-        kl_coeff: weight of the distance to the pipeline without the adapter; 0 does not compute it (DPO does, and
-            tells it).
+        mixed_precision: of denoiser and decoder, by default what `accelerate launch` was told, else "no"; LoRA weights
+            and reward stay in float32.
+        kl_coeff: weight of the distance to the pipeline without the adapter; 0 does not compute it, but in DPO. None is
+            the algorithm's default: 0.01, and 0 for DPO, whose beta is such a pull.
         reward_ceiling: total beyond which an image is not pushed further; "auto" is 1, the best score people gave, for
             our calibrated rewards, and none for others.
         checkpointing_steps: steps between checkpoints; 0 writes one at the end alone.
@@ -74,8 +80,8 @@ class FinetuneSettings:
     weight_decay: float = 1e-4
     use_8bit_adam: bool = False
     ema_decay: float = 0.0
-    mixed_precision: MixedPrecision = "no"
-    kl_coeff: float = 0.01
+    mixed_precision: MixedPrecision = field(default_factory=_launched)
+    kl_coeff: float | None = None
     reward_ceiling: float | Literal["auto"] | None = "auto"
     checkpointing_steps: int = 100
     checkpoints_total_limit: int | None = 2
@@ -96,8 +102,18 @@ class FinetuneSettings:
             number("reward_ceiling", self.reward_ceiling, "or 'auto', or None for no ceiling", math.isfinite)
         if self.lr_scheduler not in SCHEDULES:
             raise ValueError(f"lr_scheduler: expected one of {', '.join(SCHEDULES)}, got {self.lr_scheduler!r}")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                f"lr_warmup_steps: lr_scheduler='constant' would not heed {self.lr_warmup_steps} steps of it; take "
+                "'constant_with_warmup'"
+            )
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision: expected no, bf16 or fp16, got {self.mixed_precision!r}")
+        if not isinstance(self.sampling, Mapping):
+            raise TypeError(
+                f"sampling: expected arguments of the pipeline's call by name, got {self.sampling!r}; pass "
+                "{'num_inference_steps': 30}, say, or leave it out"
+            )
         if isinstance(self.target_modules, str) or self.target_modules == ():
             raise ValueError(
                 f"target_modules: expected several names of layers, or None for the attention's projections, got "
@@ -126,4 +142,4 @@ _NUMBERS: dict[str, tuple[str, Any]] = {
     "ema_decay": ("in [0, 1)", lambda value: 0 <= value < 1),
     "kl_coeff": ("of at least 0", lambda value: 0 <= value < math.inf),
 }
-_OPTIONAL = ("lora_alpha", "learning_rate", "checkpoints_total_limit")
+_OPTIONAL = ("lora_alpha", "learning_rate", "checkpoints_total_limit", "kl_coeff")

@@ -17,7 +17,7 @@ from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import Prediction, Rollout, State
 from aigiqa_reward.sampling.run_settings import reward_name
 from aigiqa_reward.scorer import device_of
-from aigiqa_reward.types import RewardOutput, as_reward_output
+from aigiqa_reward.types import RewardOutput, as_reward_output, encoded_prompts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -136,25 +136,25 @@ class Tools:
 
     def _texts(self, prompts: Sequence[str]) -> Any:
         """Prompts as the reward takes them; those of the last call are kept."""
-        if not callable(getattr(self.reward, "encode_prompts", None)):
-            return list(prompts)
         if self._features[0] != tuple(prompts):
             with torch.no_grad():
-                self._features = tuple(prompts), self.reward.encode_prompts(list(prompts))
+                self._features = tuple(prompts), encoded_prompts(self.reward, prompts)
         return self._features[1]
 
-    def require_gradient(self, total: Tensor | None = None) -> None:
+    def try_gradient(self, prompt: str) -> None:
+        """Refuse a reward without gradients, by a grey image of a prompt; see `require_gradient`."""
+        grey = torch.full((1, 3, 64, 64), 0.5, device=self.rollout.family.device, requires_grad=True)
+        self.require_gradient(self.score(grey, [prompt]).total)
+
+    def require_gradient(self, total: Tensor) -> None:
         """Refuse a reward without gradients.
 
         Args:
-            total: (B,) that it gave of images with gradients; by default of a grey one.
+            total: (B,) that it gave of images with gradients.
 
         Raises:
             ValueError: names the algorithms that take it.
         """
-        if total is None:
-            grey = torch.full((1, 3, 64, 64), 0.5, device=self.rollout.family.device, requires_grad=True)
-            total = self.score(grey, ["an image"]).total
         if not total.requires_grad:
             raise ValueError(
                 f"reward: Draft and ReFL need its gradients in the images, and {reward_name(self.reward)} gives none; "
