@@ -302,6 +302,8 @@ def test_whatever_is_raised_nothing_is_lost(tmp_path: Path) -> None:
     train(tmp_path / "a", pipe, broken_from(99, fails), resume_from_checkpoint="latest")
     train(tmp_path / "whole", reward=broken_from(99, fails))
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+    with pytest.raises(ValueError, match="max_train_steps: checkpoint-4 has taken 4 steps, more than 2; pass more"):
+        train(tmp_path / "a", reward=broken_from(99, fails), max_train_steps=2, resume_from_checkpoint="latest")
 
 
 def train_onto_a_full_disk(folder: Path) -> None:

@@ -97,6 +97,8 @@ class Loop:
                 f"resume_from_checkpoint: {name} was written with other settings ({'; '.join(changed)}); use "
                 "those, or train into another folder"
             )
+        if (taken := numbers["step"]) > (wanted := self.settings.max_train_steps):
+            raise ValueError(f"max_train_steps: {name} has taken {taken} steps, more than {wanted}; pass more")
 
     def resume(self, wanted: str | Path | None, report_to: str | None = None) -> None:
         """Go on from a checkpoint, if one is wanted, and tell the settings to a tracker, if one is.
