@@ -519,4 +519,9 @@ def test_two_processes_train_as_one(room: Path, trained: Path, tmp_path: Path) -
     one, two = weights_of(trained), weights_of(tmp_path)
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)  # Adam enlarges what rounding does
+    told = [lines((folder / "history.jsonl").read_text()) for folder in (trained, tmp_path)]
+    for mine, other in zip(*told, strict=True):  # whose scale Adam would hide
+        assert [mine[name] for name in ("loss", "grad_norm")] == pytest.approx(
+            [other[name] for name in ("loss", "grad_norm")], rel=1e-4
+        )
