@@ -120,6 +120,15 @@ def test_with_reward_guidance_an_image_is_paired_with_its_own_climb(pipe, tmp_pa
     assert not {*stronger.better} & {*pairs.better}
 
 
+def test_a_reward_may_know_no_other_prompts(pipe, tmp_path):
+    known = dict.fromkeys(PROMPTS, 1.0)
+
+    def table(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        return images.mean(dim=(1, 2, 3)) * torch.tensor([known[prompt] for prompt in prompts])
+
+    assert set(build(pipe, tmp_path, reward=table, reward_guidance=20.0).prompts) <= set(PROMPTS)
+
+
 def test_what_cannot_be_guided_by_the_reward_is_refused_before_sampling(pipe, tmp_path):
     def numbers(images: torch.Tensor, prompts: Any) -> torch.Tensor:
         return images.detach().mean(dim=(1, 2, 3))
@@ -248,6 +257,8 @@ def test_bad_arguments_are_refused_before_anything_is_sampled(pipe, tmp_path):
             build(pipe, tmp_path / "new", reward=reward, **arguments)
     with pytest.raises(ValueError, match=r"prompts: expected at least one text, got none"):
         build(pipe, tmp_path / "new", [], reward)
+    with pytest.raises(ValueError, match=r"prompts: expected at least one text, got none"):
+        build(pipe, tmp_path / "new", [], reward, reward_guidance=1.0)
     assert reward.prompts == []
     assert not (tmp_path / "new").exists()
 

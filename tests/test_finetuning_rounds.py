@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,12 @@ def test_a_prompt_without_any_pair_is_left_out(tmp_path: Path) -> None:
 
 def test_pairs_within_the_margin_are_left_out(tmp_path: Path) -> None:
     plain(tmp_path / "a", DPO(candidates=2), max_train_steps=1)
+    shutil.rmtree(tmp_path / "a" / "checkpoint-1")
+    with pytest.raises(ValueError, match="n: 2 there, 3 now") as refused:
+        plain(tmp_path / "a", DPO(candidates=3), resume="latest", max_train_steps=1)
+    assert refused.value.__notes__ == [
+        f"n and top_k are DPO's candidates; to make the pairs anew, remove {tmp_path / 'a' / 'pairs'}"
+    ]
     table = read_parquet(tmp_path / "a" / "pairs" / PAIRS)
     apart = sorted(table["winner_reward"] - table["loser_reward"])
     few = DPO(candidates=2, margin=(apart[-2] + apart[-1]) / 2)

@@ -175,7 +175,7 @@ class Loop:
                 try:
                     asked = self.take_step(interruption)
                 except FinetuningError as error:
-                    which = "those of the best validation so far" if self.kept else "the weights before it"
+                    which = "the weights of the best validation so far" if self.kept else "the weights before it"
                     if self.good:
                         self.kept, which = self.good, "the last weights that gave a finite loss"
                     text = f"step {self.step + 1}: {error}; {which} are kept in {self.finish().folder}"

@@ -8,17 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from aigiqa_reward.finetuning.tools import total_of_grey
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.checks import number
 from aigiqa_reward.sampling.guidance import RewardGuidance
 from aigiqa_reward.sampling.many_prompts import BestOfEachError, ResultsFolder, best_of_each
 from aigiqa_reward.sampling.run_settings import reward_name
-from aigiqa_reward.scorer import device_of
 from aigiqa_reward.selection import integer
-from aigiqa_reward.types import as_reward_output
 
 _CALLBACK = "callback_on_step_end"
 
@@ -71,18 +69,18 @@ class GuidedBestOfN(BestOfN):
     Args:
         search: what it does otherwise.
         scale: of `sampling.RewardGuidance`.
+        prompt: one of those to come, to try the reward with.
 
     Raises:
         TypeError, ValueError: a pipeline that RewardGuidance cannot guide, or a reward without gradients.
     """
 
-    def __init__(self, search: BestOfN, scale: float) -> None:
+    def __init__(self, search: BestOfN, scale: float, prompt: str) -> None:
         super().__init__(search.pipe, search.reward, n=search.n, top_k=search.top_k, batch_size=search.batch_size)
         self.progress, self.scale = search.progress, scale
-        with RewardGuidance(self.pipe, self.reward, "a photo", scale=scale):
+        with RewardGuidance(self.pipe, self.reward, prompt, scale=scale):
             pass  # what is wrong with the pipeline is said here
-        grey = torch.full((1, 3, 64, 64), 0.5, device=device_of(self.reward) or self.pipe.device, requires_grad=True)
-        if not as_reward_output(self.reward(grey, ["a photo"]), 1).total.requires_grad:
+        if not total_of_grey(self.reward, prompt, self.pipe.device).requires_grad:
             raise ValueError(
                 f"reward_guidance: climbs the reward by its gradient in the images, and {reward_name(self.reward)} "
                 "gives none; leave it out, or pass guidance_scales"
@@ -107,7 +105,7 @@ def sampled(
         more: further arguments of `best_of_each`.
     """
     failed, results = None, []
-    for place, (name, of_kind, own) in enumerate(kinds := _kinds(search, contrast, more)):
+    for place, (name, of_kind, own) in enumerate(kinds := _kinds(search, prompts, contrast, more)):
         show = _part_of(progress, place, len(kinds))
         try:
             results.append(best_of_each(of_kind, prompts, folder / name, progress=show, **{**more, **own}))
@@ -117,13 +115,15 @@ def sampled(
     return results, failed
 
 
-def _kinds(search: BestOfN, contrast: Contrast, more: dict[str, Any]) -> list[tuple[str, BestOfN, dict[str, Any]]]:
+def _kinds(
+    search: BestOfN, prompts: Sequence[str], contrast: Contrast, more: dict[str, Any]
+) -> list[tuple[str, BestOfN, dict[str, Any]]]:
     """Of images of one noise: a folder's name, what samples them, and arguments of its own."""
     if scale := contrast.reward_guidance:
         if _CALLBACK in more:
             raise ValueError(f"{_CALLBACK}: reward_guidance is one itself; leave out one of the two")
         noted = {"settings": {**(more.get("settings") or {}), "reward_guidance": scale}}
-        guided = GuidedBestOfN(search, scale)
+        guided = GuidedBestOfN(search, scale, prompts[0])
         return [("unguided", search, {}), (f"reward-guidance-{scale:g}", guided, noted)]
     if contrast.guidance_scales:
         return [(f"guidance-{scale:g}", search, {"guidance_scale": scale}) for scale in contrast.guidance_scales]

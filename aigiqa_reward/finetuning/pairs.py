@@ -24,7 +24,7 @@ from aigiqa_reward.finetuning.pair_candidates import Contrast, sampled
 from aigiqa_reward.reading import read_json
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.checks import number
-from aigiqa_reward.sampling.many_prompts import ResultsFolder
+from aigiqa_reward.sampling.many_prompts import ResultsFolder, checked_prompts
 from aigiqa_reward.selection import integer
 from aigiqa_reward.weights import write_atomically
 
@@ -86,6 +86,7 @@ def build_preference_pairs(
     """
     extra_data("pyarrow.parquet", f"writing {FILE}")
     contrast = Contrast(guidance_scales=guidance_scales, reward_guidance=reward_guidance)
+    prompts = checked_prompts(prompts)
     count = contrast.check_count(pairs_per_prompt, integer("n", n, least=2), "n")
     margin = number("margin", margin, "of at least 0, a difference of rewards", lambda value: 0 <= value < math.inf)
     search = BestOfN(pipe, reward, n=n, top_k=n, batch_size=batch_size, progress=False)

@@ -143,8 +143,7 @@ class Tools:
 
     def try_gradient(self, prompt: str) -> None:
         """Refuse a reward without gradients, by a grey image of a prompt; see `require_gradient`."""
-        grey = torch.full((1, 3, 64, 64), 0.5, device=self.rollout.family.device, requires_grad=True)
-        self.require_gradient(self.score(grey, [prompt]).total)
+        self.require_gradient(total_of_grey(self.reward, prompt, self.rollout.family.device))
 
     def require_gradient(self, total: Tensor) -> None:
         """Refuse a reward without gradients.
@@ -172,3 +171,15 @@ class Tools:
         """Rows of all processes, (B,) to (processes * B,), process after process."""
         gathered: Any = self.accelerator.gather(values)
         return gathered
+
+
+def total_of_grey(reward: Any, prompt: str, device: torch.device) -> Tensor:
+    """A reward's total (1,) of a grey image of a prompt, to see whether it has a gradient in the image.
+
+    Args:
+        reward: a Reward or any RewardFunction.
+        prompt: one that it is going to be asked about: it may know no other.
+        device: of the image, where the reward does not say on which it is.
+    """
+    grey = torch.full((1, 3, 64, 64), 0.5, device=device_of(reward) or device, requires_grad=True)
+    return as_reward_output(reward(grey, [prompt]), 1).total

@@ -92,7 +92,7 @@ def best_of_each(
         BestOfEachError: after the last prompt, if some failed.
         KeyboardInterrupt: what was sampled of the prompt at work is in the folder too; a rerun samples it again.
     """
-    results = ResultsFolder(out, _checked(prompts))
+    results = ResultsFolder(out, checked_prompts(prompts))
     _check_names(search.pipe, pipe_kwargs)
     described = describe(search, seed, settings or {}, pipe_kwargs)
     if not overwrite:
@@ -207,7 +207,8 @@ def _processes(pipe: Any) -> Any:
 # --------------------------------------------------------------------------------------------- arguments
 
 
-def _checked(prompts: Sequence[str]) -> list[str]:
+def checked_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts as a list; refuses one text alone, none, and blank ones."""
     if isinstance(prompts, str):
         raise TypeError("prompts: expected several texts, got one; pass a list, [prompt]")
     texts = [check_text(text, f"prompts[{place}]", "leave blank ones out") for place, text in enumerate(prompts)]
