@@ -12,25 +12,26 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from aigiqa_reward.composite import CompositeReward
-    from aigiqa_reward.embedded.pipeline import load_embedded_pipeline
-    from aigiqa_reward.reward import Reward
+    from aigiqa_reward.rewards.composite import CompositeReward
+    from aigiqa_reward.rewards.factory import create_reward
+    from aigiqa_reward.rewards.reward import Reward
+    from aigiqa_reward.rewards.scorer import Scorer
+    from aigiqa_reward.rewards.specs import list_rewards
     from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput, rerank
-    from aigiqa_reward.scorer import Scorer
+    from aigiqa_reward.toy.pipeline import load_embedded_pipeline
     from aigiqa_reward.types import RewardFunction, RewardOutput
-    from aigiqa_reward.zoo import create_reward, list_rewards
 
 _EXPORTS = {
     "BestOfN": "aigiqa_reward.sampling.best_of_n",
     "BestOfNOutput": "aigiqa_reward.sampling.best_of_n",
-    "CompositeReward": "aigiqa_reward.composite",
-    "Reward": "aigiqa_reward.reward",
+    "CompositeReward": "aigiqa_reward.rewards.composite",
+    "Reward": "aigiqa_reward.rewards.reward",
     "RewardFunction": "aigiqa_reward.types",
     "RewardOutput": "aigiqa_reward.types",
-    "Scorer": "aigiqa_reward.scorer",
-    "create_reward": "aigiqa_reward.zoo",
-    "list_rewards": "aigiqa_reward.zoo",
-    "load_embedded_pipeline": "aigiqa_reward.embedded.pipeline",
+    "Scorer": "aigiqa_reward.rewards.scorer",
+    "create_reward": "aigiqa_reward.rewards.factory",
+    "list_rewards": "aigiqa_reward.rewards.factory",
+    "load_embedded_pipeline": "aigiqa_reward.toy.pipeline",
     "rerank": "aigiqa_reward.sampling.best_of_n",
 }
 

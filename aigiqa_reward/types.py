@@ -29,7 +29,7 @@ class PromptError(ValueError):
 
     Example:
         >>> from aigiqa_reward import create_reward
-        >>> from aigiqa_reward.types import PromptError
+
         >>> try:
         ...     create_reward("compact").encode_prompts(["a fox", "\u200b"])
         ... except PromptError as error:
@@ -58,7 +58,7 @@ class PromptFeatures:
 
     Example:
         >>> from aigiqa_reward import create_reward
-        >>> from aigiqa_reward.types import PromptFeatures
+
         >>> features: PromptFeatures = create_reward("compact").encode_prompts(["a fox", "a cat", "a fox"])
         >>> len(features), features.texts, features.prompts
         (3, ('a fox', 'a cat'), ['a fox', 'a cat', 'a fox'])
@@ -241,7 +241,6 @@ def encoded_prompts(reward: Any, prompts: Sequence[str]) -> PromptFeatures | lis
         PromptError: it cannot read one of them.
 
     Example:
-        >>> from aigiqa_reward.types import encoded_prompts
         >>> encoded_prompts(lambda images, prompts: images.mean(dim=(1, 2, 3)), ["a fox"])
         ['a fox']
     """
@@ -259,7 +258,7 @@ def unreadable_prompts(reward: Any, prompts: Sequence[str]) -> dict[str, str]:
 
     Example:
         >>> from aigiqa_reward import create_reward
-        >>> from aigiqa_reward.types import unreadable_prompts
+
         >>> list(unreadable_prompts(create_reward("compact"), ["a fox", "\u200b", "a cat"]))
         ['\u200b']
     """

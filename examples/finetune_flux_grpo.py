@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from aigiqa_reward import create_reward
-from aigiqa_reward.finetuning import FinetuneResult, FinetuneSettings, FlowGRPO, finetune
+from aigiqa_reward.finetuning import FinetuneConfig, FinetuneResult, FlowGRPO, finetune
 
 MODEL = "black-forest-labs/FLUX.1-dev"
 
@@ -47,7 +47,7 @@ def main(
         """Images (B, 3, H, W) in [0, 1] and their prompts to scores (B,)."""
         return judge(images, prompts).total - 0.1 * images.mean(dim=(1, 2, 3))
 
-    settings = FinetuneSettings(
+    settings = FinetuneConfig(
         rank=32,
         train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,

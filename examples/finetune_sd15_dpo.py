@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from aigiqa_reward import create_reward
-from aigiqa_reward.finetuning import DPO, FinetuneResult, FinetuneSettings, build_preference_pairs, finetune
+from aigiqa_reward.finetuning import DPO, FinetuneConfig, FinetuneResult, build_preference_pairs, finetune
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -44,7 +44,7 @@ def main(
     held_out = max(len(prompts) // 10, 1)  # the first prompts are watched, the others trained on
     pairs = build_preference_pairs(pipe, reward, prompts[held_out:], out / "pairs", n=n, margin=margin, **sampling)
     print(f"{len(pairs)} pairs of {len(prompts) - held_out} prompts")
-    settings = FinetuneSettings(
+    settings = FinetuneConfig(
         train_batch_size=4,
         gradient_accumulation_steps=4,
         max_train_steps=steps,

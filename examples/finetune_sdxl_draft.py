@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from aigiqa_reward import create_reward
-from aigiqa_reward.finetuning import Draft, FinetuneResult, FinetuneSettings, finetune
+from aigiqa_reward.finetuning import DRaFT, FinetuneConfig, FinetuneResult, finetune
 
 MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -39,7 +39,7 @@ def main(
     pipe: Any = None,
 ) -> FinetuneResult:
     pipe = pipe or load()
-    settings = FinetuneSettings(
+    settings = FinetuneConfig(
         rank=rank,
         train_batch_size=1,
         gradient_accumulation_steps=images,  # of one image each
@@ -55,7 +55,7 @@ def main(
         pipe,
         create_reward("compact", device=pipe.device),
         prompts,
-        Draft(truncation_steps=1),
+        DRaFT(truncation_steps=1),
         out,
         settings,
         validation_prompts=validation_prompts,

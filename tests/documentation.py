@@ -17,7 +17,7 @@ import typer
 from typer.main import get_command
 
 from aigiqa_reward.cli import finetune
-from aigiqa_reward.finetuning import FinetuneSettings
+from aigiqa_reward.finetuning import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -207,7 +207,7 @@ def _check_finetuning(words: list[str]) -> None:
     def check(**given: Any) -> None:
         own = finetune._own_settings(given)
         finetune._algorithm(given["algorithm"].value, {name: own[name] for name in own.keys() - {"pairs"}})
-        FinetuneSettings(**finetune._loop_settings(given))
+        FinetuneConfig(**finetune._loop_settings(given))
 
     get_command(app).main(words, standalone_mode=False)
 

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from pipelines import FEW_STEPS
 from torch import Tensor
 
-from aigiqa_reward.finetuning.algorithm import Algorithm, Batch
+from aigiqa_reward.finetuning.algorithms.base import Algorithm
+from aigiqa_reward.finetuning.batch import Batch, generator_of
+from aigiqa_reward.finetuning.context import Tools
 from aigiqa_reward.finetuning.lora import LoRA
-from aigiqa_reward.finetuning.randomness import generator_of
-from aigiqa_reward.finetuning.tools import Tools
 from aigiqa_reward.sampling.rollout import Rollout
 
 PROMPTS = ("a red apple", "a blue car at night", "two green frogs")

@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from aigiqa_reward.finetuning.algorithm import Batch, Outcome
+from aigiqa_reward.finetuning.algorithms.policy_gradient import PolicyGradient
+from aigiqa_reward.finetuning.batch import Batch, Outcome
+from aigiqa_reward.finetuning.context import Tools
 from aigiqa_reward.finetuning.lora import LoRA
-from aigiqa_reward.finetuning.policy_gradient import PolicyGradient
-from aigiqa_reward.finetuning.tools import Tools
 from aigiqa_reward.sampling.rollout import Rollout
 
 PROMPTS = ("a cat on a mat", "a red apple")

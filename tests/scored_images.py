@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 
 from aigiqa_reward.datasets import ScoredImages, read_agiqa3k
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-from aigiqa_reward.zoo import build_model
+from aigiqa_reward.rewards.build import build_model
 
 COLOURS = {"red": (0.8, 0.15, 0.1), "blue": (0.1, 0.2, 0.8)}
 THINGS = ("house", "boat", "tree", "chair", "lamp", "bird", "car", "bridge", "cup", "tower", "clock", "shoe")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aigiqa_reward.sampling.ancestral import advance, ancestral_step
 from aigiqa_reward.sampling.rollout import Rollout
-from aigiqa_reward.sampling.schedules import noise_level, predict_clean
+from aigiqa_reward.sampling.schedulers import noise_level, predict_clean
 
 PROMPT = "a cat on a mat"
 STEPS = {"height": SIDE, "width": SIDE, "num_inference_steps": 5}

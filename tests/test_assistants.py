@@ -40,8 +40,7 @@ from aigiqa_reward.assistants import (
     grid_regions,
     noun_phrases,
 )
-from aigiqa_reward.assistants.captioner import DESCRIBE
-from aigiqa_reward.assistants.lmm_semantics import QUESTIONS
+from aigiqa_reward.assistants.captioner import DESCRIBE, QUESTIONS
 from aigiqa_reward.assistants.segmenter import distinct, grid_points
 
 SAID = "A red cube on a green floor."

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aigiqa_reward.assistants import AssistantCache
-from aigiqa_reward.assistants._entries import TENSOR, TEXT, key_of
+from aigiqa_reward.assistants.cache import TENSOR, TEXT, key_of
 
 
 def files(folder: Path) -> list[Path]:
@@ -236,7 +236,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 import torch
-from aigiqa_reward.assistants._entries import TENSOR
+from aigiqa_reward.assistants.cache import TENSOR
 from aigiqa_reward.assistants.cache import AssistantCache
 
 folder = Path(sys.argv[1])

@@ -16,17 +16,26 @@ from scipy.stats import linregress, spearmanr
 from scored_images import SMALL, tiny_tower, write_scored_images
 
 from aigiqa_reward import Reward, Scorer, create_reward
-from aigiqa_reward.benchmark import ABLATIONS, ProtocolSettings, TrainingPlan, protocol, run_protocol, whole_split
-from aigiqa_reward.benchmark import train_reward as train
-from aigiqa_reward.benchmark.protocol import GENERATOR, MODEL, RIDGE, SHUFFLED, pooled_features
-from aigiqa_reward.benchmark.training import calibrate
 from aigiqa_reward.datasets import PreferencePairs, ScoredImages, split_rows
 from aigiqa_reward.evaluation import ProtocolReport
+from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.training import report as protocol
+from aigiqa_reward.training.by_name import TrainingPlan, calibrate, whole_split
+from aigiqa_reward.training.by_name import train_reward as train
+from aigiqa_reward.training.fit import predict
 from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
-from aigiqa_reward.training.scoring import predict
+from aigiqa_reward.training.report import (
+    ABLATIONS,
+    GENERATOR,
+    MODEL,
+    RIDGE,
+    SHUFFLED,
+    ProtocolSettings,
+    pooled_features,
+    run_protocol,
+)
 from aigiqa_reward.training.store import FeatureStore
 from aigiqa_reward.training.tasks import ScoreTask
-from aigiqa_reward.zoo import get_spec
 
 QUICK = Recipe(learning_rate=1e-2, batch_size=8, epochs=6)
 Planned = Callable[..., TrainingPlan]

@@ -17,9 +17,9 @@ from pipelines import FAMILIES, FEW_STEPS
 from torch import Tensor, nn
 
 from aigiqa_reward import BestOfN, BestOfNOutput, rerank
+from aigiqa_reward.rewards.ranking import Halving
 from aigiqa_reward.sampling import NothingRankedError
-from aigiqa_reward.sampling.prompt_memo import PromptMemo, is_one_prompt
-from aigiqa_reward.selection import Halving
+from aigiqa_reward.sampling.pipeline_utils import PromptMemo, is_one_prompt
 from aigiqa_reward.types import PromptFeatures, RewardOutput
 
 PROMPT = "a cat on a mat"

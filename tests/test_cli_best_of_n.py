@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from aigiqa_reward import BestOfN, load_embedded_pipeline
-from aigiqa_reward.embedded.pipeline import GENERATOR
+from aigiqa_reward.toy.pipeline import GENERATOR
 
 PROMPT = "a red apple on a blue background"
 HOSTILE = "<img src=x onerror=alert(1)>\"'& ../../x"

@@ -35,11 +35,11 @@ from finetune_commands import (
 from aigiqa_reward import create_reward, load_embedded_pipeline
 from aigiqa_reward.cli.finetune import OF_ALGORITHM, OF_LOOP, finetune
 from aigiqa_reward.cli.finetuning_options import LossName, TimestepsName
-from aigiqa_reward.finetuning import ALGORITHMS, Draft, FinetuneSettings
+from aigiqa_reward.finetuning import ALGORITHMS, DRaFT, FinetuneConfig
 from aigiqa_reward.finetuning import finetune as finetune_in_python
-from aigiqa_reward.finetuning.dpo import Loss, Timesteps
-from aigiqa_reward.finetuning.identity import reward_identity
+from aigiqa_reward.finetuning.algorithms.dpo import Loss, Timesteps
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
+from aigiqa_reward.utils.run_folder import reward_identity
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_every_algorithm_leaves_weights_that_load(
 
 
 def test_it_is_finetune_of_the_library(room: Path, trained: Path, tmp_path: Path) -> None:
-    settings = FinetuneSettings(
+    settings = FinetuneConfig(
         train_batch_size=2,
         max_train_steps=2,
         learning_rate=0.01,
@@ -121,7 +121,7 @@ def test_it_is_finetune_of_the_library(room: Path, trained: Path, tmp_path: Path
     )
     judge = create_reward("tsp_mgs", weights=room / "judge")
     pipe = DiffusionPipeline.from_pretrained(room / "sd")
-    finetune_in_python(pipe, judge, PROMPTS, Draft(), tmp_path, settings, progress=False)
+    finetune_in_python(pipe, judge, PROMPTS, DRaFT(), tmp_path, settings, progress=False)
     assert_equal_weights(trained, tmp_path)
 
 
@@ -453,13 +453,13 @@ def test_without_tensorboard_it_says_what_brings_it(options: list[str], tmp_path
 
 def test_defaults_are_those_of_the_library() -> None:
     own = {name: parameter.default for name, parameter in inspect.signature(finetune).parameters.items()}
-    theirs = FinetuneSettings()
+    theirs = FinetuneConfig()
     for name in OF_LOOP:
         assert own[name] == getattr(theirs, name), name
     assert own["mixed_precision"] is None, "so that the library's own default holds, which accelerate's launcher sets"
     assert own["reward_ceiling"] == theirs.reward_ceiling
     assert own["target_modules"] is theirs.target_modules is None
-    rest = {field.name for field in fields(FinetuneSettings)} - {*OF_LOOP}
+    rest = {field.name for field in fields(FinetuneConfig)} - {*OF_LOOP}
     assert rest == {"mixed_precision", "reward_ceiling", "target_modules", "sampling", "weight_decay"}, (
         "a setting without an option"
     )

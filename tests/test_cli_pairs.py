@@ -27,8 +27,8 @@ from finetune_commands import (
 
 from aigiqa_reward import create_reward
 from aigiqa_reward.cli.pairs import pairs
-from aigiqa_reward.finetuning import DPO, FinetuneSettings, build_preference_pairs, finetune, read_preference_pairs
-from aigiqa_reward.sampling.run_settings import weights_digest
+from aigiqa_reward.finetuning import DPO, FinetuneConfig, build_preference_pairs, finetune, read_preference_pairs
+from aigiqa_reward.utils.run_folder import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_dpo_on_what_it_made(room: Path, made: Path, tmp_path: Path) -> None:
     more = ["--pairs", made, "--beta", "100", "--loss", "ipo", "--output_dir", tmp_path / "lora"]
     result = run("finetune", "dpo", *model, *TRAINING, *more)
     assert result.exit_code == 0, result.output
-    settings = FinetuneSettings(
+    settings = FinetuneConfig(
         train_batch_size=2,
         max_train_steps=2,
         learning_rate=0.01,

@@ -21,9 +21,9 @@ from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
 from aigiqa_reward import Scorer, create_reward
-from aigiqa_reward.benchmark import whole_split
 from aigiqa_reward.datasets import ScoredImages, read_agiqa3k, read_imagereward, read_table, split_rows
 from aigiqa_reward.evaluation import ProtocolReport
+from aigiqa_reward.training.by_name import whole_split
 
 GENERATORS = ("sd1.5_normal", "sd1.5_highcorr", "sd1.5_lowcorr", "AttnGAN_normal", "midjourney_normal", "dalle2_normal")
 PROMPTS = [f"a {thing} on a table" for thing in ("cat", "dog", "car", "tree", "house", "boat", "bird", "cup")]

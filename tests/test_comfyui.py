@@ -23,9 +23,9 @@ from comfyui_pack import PACK, WORKFLOWS, load_pack, read_workflow, workflow_fau
 from torch import Tensor
 
 from aigiqa_reward import RewardOutput, create_reward
-from aigiqa_reward.embedded.degradations import blur
-from aigiqa_reward.embedded.pictures import compose
-from aigiqa_reward.embedded.world import caption
+from aigiqa_reward.toy.degradations import blur
+from aigiqa_reward.toy.pictures import compose
+from aigiqa_reward.toy.world import caption
 
 NODES = load_pack().NODE_CLASS_MAPPINGS
 NAMES = ("AIGIQARewardLoader", "AIGIQAScore", "AIGIQASelectBest", "AIGIQAFilter", "AIGIQAContactSheet")

@@ -13,13 +13,13 @@ from scored_images import write_scored_images
 
 from aigiqa_reward import Reward, Scorer, create_reward
 from aigiqa_reward import images as pixels
-from aigiqa_reward.benchmark import TrainingPlan, train_reward
 from aigiqa_reward.datasets import split_rows
-from aigiqa_reward.embedded.degradations import degrade
-from aigiqa_reward.embedded.pictures import all_pairs, compose
-from aigiqa_reward.embedded.world import caption
 from aigiqa_reward.evaluation import Predictions
 from aigiqa_reward.models.compact import CompactConfig
+from aigiqa_reward.toy.degradations import degrade
+from aigiqa_reward.toy.pictures import all_pairs, compose
+from aigiqa_reward.toy.world import caption
+from aigiqa_reward.training.by_name import TrainingPlan, train_reward
 from aigiqa_reward.training.recipes import Recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "images"

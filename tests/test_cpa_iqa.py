@@ -18,11 +18,10 @@ from torch import Tensor
 from aigiqa_reward import Reward
 from aigiqa_reward.assistants import SAMSegmenter, SegmenterConfig, grid_regions
 from aigiqa_reward.encoders.open_clip import OpenCLIPEncoder
-from aigiqa_reward.models.cpa_iqa import CPAIQA, DISTORTIONS, CPAIQAConfig
-from aigiqa_reward.models.scenarios import COMPONENTS, UNIFORM, Preferences
-from aigiqa_reward.zoo.build import empty_model
-from aigiqa_reward.zoo.saved import load_reward
-from aigiqa_reward.zoo.specs import get_spec
+from aigiqa_reward.models.cpa_iqa import COMPONENTS, CPAIQA, DISTORTIONS, UNIFORM, CPAIQAConfig, Preferences
+from aigiqa_reward.rewards.build import empty_model
+from aigiqa_reward.rewards.saved import load_reward
+from aigiqa_reward.rewards.specs import get_spec
 
 PROMPTS = ["a cat; a red hat; a blue vase", "a dog", "two apples; a cup"]
 MATRIX = Preferences(

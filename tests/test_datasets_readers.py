@@ -17,11 +17,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from aigiqa_reward.datasets import (
-    read_agiqa1k,
-    read_aigciqa2023,
-    read_aigiqa20k,
-)
+from aigiqa_reward.datasets import read_agiqa1k, read_aigciqa2023, read_aigiqa20k
 
 MODELS = ["Controlnet", "DALLE", "Glide", "Lafite", "stable-diffusion", "Unidiffuser"]
 

@@ -21,8 +21,8 @@ from PIL import Image
 from typer.testing import Result
 
 from aigiqa_reward import BestOfN, BestOfNOutput, create_reward, load_embedded_pipeline
-from aigiqa_reward.embedded.world import COLOUR_NAMES, NOUNS
 from aigiqa_reward.report import contact_sheet
+from aigiqa_reward.toy.world import COLOUR_NAMES, NOUNS
 
 PROMPT = "a penguin on a yellow background"
 FILES = {"contact-sheet.png", "results.jsonl", "best.png"}

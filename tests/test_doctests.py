@@ -34,18 +34,17 @@ PUBLIC = (
     "aigiqa_reward.images",
     "aigiqa_reward.report",
     "aigiqa_reward.sampling",
-    "aigiqa_reward.zoo",
+    "aigiqa_reward.rewards.factory",
 )
 """Packages that users import from: every name of their `__all__` has an example."""
 
 NOT_PACKAGED = {
-    "aigiqa_reward.embedded.judge": ("load_judge",),
+    "aigiqa_reward.toy.judge": ("load_judge",),
     "aigiqa_reward.encoders.open_clip": ("OpenCLIPConfig",),
-    "aigiqa_reward.encoders.timm": ("TimmConfig",),
-    "aigiqa_reward.encoders.timm_levels": ("TimmLevelsConfig",),
-    "aigiqa_reward.models.scenarios": ("Preferences",),
-    "aigiqa_reward.scorer": ("ScoredImage", "ScoringError"),
-    "aigiqa_reward.selection": ("Halving", "ZeroOrder", "rank"),
+    "aigiqa_reward.encoders.timm": ("TimmConfig", "TimmLevelsConfig"),
+    "aigiqa_reward.models.cpa_iqa": ("Preferences",),
+    "aigiqa_reward.rewards.scorer": ("ScoredImage", "ScoringError"),
+    "aigiqa_reward.rewards.ranking": ("Halving", "ZeroOrder", "rank"),
     "aigiqa_reward.training.recipes": ("Recipe",),
     "aigiqa_reward.types": ("PromptError", "PromptFeatures", "unreadable_prompts"),
 }
@@ -128,7 +127,7 @@ LONG = ("benchmark", "finetuning", "sampling", "scorer.py", "encoders")
 @pytest.fixture(scope="module", autouse=True)
 def _rewards_are_loaded_once() -> Iterator[None]:
     """Examples say `create_reward("compact")`, as a user does; here they share what it returned the first time."""
-    from aigiqa_reward import zoo
+    from aigiqa_reward.rewards import factory as zoo
 
     create, kept = zoo.create_reward, {}
 

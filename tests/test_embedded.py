@@ -14,11 +14,11 @@ from diffusers import StableDiffusionPipeline
 
 import aigiqa_reward
 from aigiqa_reward import load_embedded_pipeline
-from aigiqa_reward.embedded.degradations import DEGRADATIONS, blur, degrade, noise, warp
-from aigiqa_reward.embedded.judge import Judge, load_judge
-from aigiqa_reward.embedded.pictures import all_pairs, compose
-from aigiqa_reward.embedded.pipeline import GENERATOR
-from aigiqa_reward.embedded.world import (
+from aigiqa_reward.toy.degradations import DEGRADATIONS, blur, degrade, noise, warp
+from aigiqa_reward.toy.judge import Judge, load_judge
+from aigiqa_reward.toy.pictures import all_pairs, compose
+from aigiqa_reward.toy.pipeline import GENERATOR
+from aigiqa_reward.toy.world import (
     COLOUR_NAMES,
     COLOURS,
     NOUNS,
@@ -29,7 +29,7 @@ from aigiqa_reward.embedded.world import (
     is_held_out,
     read_subject,
 )
-from aigiqa_reward.weights import ASSETS, WeightsError
+from aigiqa_reward.utils.weights import ASSETS, WeightsError
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_the_judge_is_small_and_shares_nothing_with_a_reward():
     file = ASSETS / "judge" / "model.safetensors"
     assert file.stat().st_size <= 3e6
     ours = {type(part).__module__ for part in Judge().modules() if type(part).__module__.startswith("aigiqa")}
-    assert ours == {"aigiqa_reward.embedded.judge"}
+    assert ours == {"aigiqa_reward.toy.judge"}
 
 
 # --------------------------------------------------------------------------------------------- generator
@@ -235,7 +235,7 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytes
     shutil.copytree(GENERATOR, copy)
     file = copy / name
     file.write_bytes(file.read_bytes()[:-1] + b" ")
-    monkeypatch.setattr("aigiqa_reward.embedded.pipeline.GENERATOR", copy)
+    monkeypatch.setattr("aigiqa_reward.toy.pipeline.GENERATOR", copy)
     with pytest.raises(WeightsError, match=rf"{file.name}.*damaged"):
         load_embedded_pipeline()
 

@@ -12,8 +12,8 @@ from aigiqa_reward.encoders import compact
 from aigiqa_reward.encoders.compact import LITE0, load_image_tower, load_text_tower
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.encoders.timm import SmoothReLU6, TimmConfig, TimmEncoder
-from aigiqa_reward.weights import WeightsError
-from aigiqa_reward.zoo import get_spec
+from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.utils.weights import WeightsError
 
 SHA256 = get_spec("compact").sha256
 

@@ -15,7 +15,7 @@ from transformers import BertTokenizerFast, BlipForImageTextRetrieval, CLIPConfi
 
 from aigiqa_reward.encoders.blip import BLIPConfig, BLIPEncoder
 from aigiqa_reward.encoders.compact import TOWERS
-from aigiqa_reward.weights import load_strictly
+from aigiqa_reward.utils.weights import load_strictly
 
 TEXTS = ["a red apple", "a very long description of a castle on a hill above the sea at dusk"]
 

@@ -12,10 +12,10 @@ from scipy.special import softmax
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.embedded.pictures import all_pairs, compose
-from aigiqa_reward.embedded.world import caption
-from aigiqa_reward.encoders.compact_joint import CompactEncoder
-from aigiqa_reward.zoo.embedded import load_compact_encoder
+from aigiqa_reward.encoders.compact import CompactEncoder
+from aigiqa_reward.rewards.embedded import load_compact_encoder
+from aigiqa_reward.toy.pictures import all_pairs, compose
+from aigiqa_reward.toy.world import caption
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "images"
 TEXTS = ["a cat", "a castle in the clouds above a very long and winding river at dusk", "two red apples on a table"]

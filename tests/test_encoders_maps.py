@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
-from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
-from aigiqa_reward.encoders.timm_levels import TimmLevels, TimmLevelsConfig
-from aigiqa_reward.weights import WeightsError, load_strictly
+from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder, TimmLevels, TimmLevelsConfig
+from aigiqa_reward.utils.weights import WeightsError, load_strictly
 
 VIT = TimmConfig(architecture="vit_tiny_patch16_224", image_size=48)
 LITE0 = TimmConfig(architecture="tf_efficientnet_lite0", smooth=0.02)

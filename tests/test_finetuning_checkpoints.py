@@ -26,7 +26,7 @@ from aigiqa_reward.finetuning.checkpoints import (
 )
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.sampling.families import family_of
-from aigiqa_reward.weights import WeightsError
+from aigiqa_reward.utils.weights import WeightsError
 
 FORK = multiprocessing.get_context("fork")
 

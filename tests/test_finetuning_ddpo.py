@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from aigiqa_reward import load_embedded_pipeline
-from aigiqa_reward.finetuning.ddpo import DDPO
-from aigiqa_reward.finetuning.policy import group_advantages
+from aigiqa_reward.finetuning.algorithms.policy_gradient import DDPO, group_advantages
 from aigiqa_reward.types import RewardOutput
 
 SAMPLING = {"height": SIDE, "width": SIDE, "num_inference_steps": 4}

@@ -18,11 +18,10 @@ from pipelines_current import CALL, CURRENT_FAMILIES
 from torch import Tensor
 
 from aigiqa_reward.datasets import PreferencePairs
-from aigiqa_reward.finetuning.algorithm import Batch, Outcome
-from aigiqa_reward.finetuning.dpo import DPO, accuracy
+from aigiqa_reward.finetuning.algorithms.dpo import DPO, Noising, accuracy
+from aigiqa_reward.finetuning.batch import Batch, Outcome
+from aigiqa_reward.finetuning.context import Tools
 from aigiqa_reward.finetuning.lora import LoRA
-from aigiqa_reward.finetuning.noising import Noising
-from aigiqa_reward.finetuning.tools import Tools
 from aigiqa_reward.images import load
 from aigiqa_reward.sampling.rollout import Rollout
 

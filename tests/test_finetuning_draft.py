@@ -12,8 +12,8 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from finetuned import CALL, GUIDED, batch_of, decoded, flat, gradient, noise_of, precise, put, sampled, tools_of, warmth
 from torch import Tensor
 
-from aigiqa_reward.finetuning import Draft
-from aigiqa_reward.finetuning.tools import Tools
+from aigiqa_reward.finetuning import DRaFT
+from aigiqa_reward.finetuning.context import Tools
 
 STEPS = 2
 
@@ -67,10 +67,10 @@ def test_gradient_is_that_of_finite_differences(which: str, kept: int, request: 
             return -float(warmth(decoded(pipe, after), [*batch.prompts]).mean())
 
         expected = slopes(tools, loss)
-    found = gradient(tools, Draft(truncation_steps=kept), batch)
+    found = gradient(tools, DRaFT(truncation_steps=kept), batch)
     for direction, slope in expected:
         assert float(found @ direction) == pytest.approx(slope, rel=1e-5) != 0
-    again = gradient(with_options(tools, checkpointed=True), Draft(truncation_steps=kept), batch)
+    again = gradient(with_options(tools, checkpointed=True), DRaFT(truncation_steps=kept), batch)
     torch.testing.assert_close(again, found, rtol=1e-10, atol=1e-10 * float(found.norm()))
 
 
@@ -83,9 +83,9 @@ def test_all_steps_are_full_backpropagation(which: str, request: pytest.FixtureR
     expected = torch.autograd.grad(-warmth(images, [*batch.prompts]).mean(), list(tools.lora.weights.values()))
     joined = torch.cat([part.flatten() for part in expected])
     for steps in ("all", STEPS, STEPS + 5):
-        found = gradient(tools, Draft(truncation_steps=steps), batch)
+        found = gradient(tools, DRaFT(truncation_steps=steps), batch)
         torch.testing.assert_close(found, joined, rtol=1e-8, atol=1e-10 * float(joined.norm()))
-    assert not torch.allclose(gradient(tools, Draft(), batch), joined, rtol=1e-2)
+    assert not torch.allclose(gradient(tools, DRaFT(), batch), joined, rtol=1e-2)
 
 
 def test_one_step_is_backpropagation_from_a_detached_prefix(double: Tools) -> None:
@@ -94,12 +94,12 @@ def test_one_step_is_backpropagation_from_a_detached_prefix(double: Tools) -> No
     images = decoded(pipe, sampled(pipe, batch.prompts, prefix, scale=1.0, first=1))
     expected = torch.autograd.grad(-warmth(images, [*batch.prompts]).mean(), list(double.lora.weights.values()))
     joined = torch.cat([part.flatten() for part in expected])
-    torch.testing.assert_close(gradient(double, Draft(), batch), joined, rtol=1e-8, atol=1e-10 * float(joined.norm()))
+    torch.testing.assert_close(gradient(double, DRaFT(), batch), joined, rtol=1e-8, atol=1e-10 * float(joined.norm()))
 
 
 def test_parts_of_a_batch_add_up_to_it(double: Tools) -> None:
-    whole = gradient(double, Draft(), batch_of(range(3)))
-    parts = [gradient(double, Draft(), batch_of([row])) for row in range(3)]
+    whole = gradient(double, DRaFT(), batch_of(range(3)))
+    parts = [gradient(double, DRaFT(), batch_of([row])) for row in range(3)]
     torch.testing.assert_close(whole, torch.stack(parts).mean(dim=0), rtol=1e-9, atol=1e-12 * float(whole.norm()))
 
 
@@ -129,7 +129,7 @@ def test_checkpointed_steps_are_denoised_again_but_never_stepped_again(
     double: Tools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tools, calls = with_options(double, checkpointed=True), Calls(monkeypatch, double)
-    (outcome,) = Draft(truncation_steps="all").losses(tools, batch_of(), 0, {})
+    (outcome,) = DRaFT(truncation_steps="all").losses(tools, batch_of(), 0, {})
     assert (calls.denoised, calls.stepped) == (STEPS, STEPS)
     outcome.loss.backward()
     assert (calls.denoised, calls.stepped) == (2 * STEPS, STEPS)
@@ -142,7 +142,7 @@ def test_checkpointing_changes_no_gradient(scheduler: Any) -> None:
     pipe = precise()
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     plain = tools_of(pipe, double=True, call={**CALL, "num_inference_steps": 3}, penalty=0.3)
-    algorithm, batch = Draft(truncation_steps=2), batch_of()
+    algorithm, batch = DRaFT(truncation_steps=2), batch_of()
     expected = gradient(plain, algorithm, batch)
     for enable in (lambda: None, lambda: pipe.unet.enable_gradient_checkpointing(plain.lora.checkpoint)):
         enable()
@@ -155,25 +155,25 @@ def test_checkpointing_changes_no_gradient(scheduler: Any) -> None:
 
 def test_a_ceiling_ends_the_gradient(double: Tools) -> None:
     batch = batch_of((0, 1))
-    (outcome,) = Draft().losses(double, batch, 0, {})
+    (outcome,) = DRaFT().losses(double, batch, 0, {})
     low, high = sorted(outcome.measures["reward"].tolist())
     assert low < high
     between = with_options(double, ceiling=(low + high) / 2)
     lower = int(outcome.measures["reward"].argmin())
-    only = gradient(double, Draft(), batch_of([lower])) / 2
-    torch.testing.assert_close(gradient(between, Draft(), batch), only, rtol=1e-9, atol=1e-12 * float(only.norm()))
-    assert float(gradient(with_options(double, ceiling=low - 1), Draft(), batch).abs().max()) == 0
-    (capped,) = Draft().losses(between, batch, 0, {})
+    only = gradient(double, DRaFT(), batch_of([lower])) / 2
+    torch.testing.assert_close(gradient(between, DRaFT(), batch), only, rtol=1e-9, atol=1e-12 * float(only.norm()))
+    assert float(gradient(with_options(double, ceiling=low - 1), DRaFT(), batch).abs().max()) == 0
+    (capped,) = DRaFT().losses(between, batch, 0, {})
     assert capped.measures["reward"].tolist() == outcome.measures["reward"].tolist(), "what is told is not capped"
     assert float(capped.loss.detach()) == pytest.approx(-(low + between.ceiling) / 2)
 
 
 def test_the_penalty_is_nothing_at_the_start() -> None:
     tools = tools_of(pipelines.stable_diffusion(), stirred=False, penalty=2.0)
-    (outcome,) = Draft(truncation_steps="all").losses(tools, batch_of((0, 1)), 0, {})
+    (outcome,) = DRaFT(truncation_steps="all").losses(tools, batch_of((0, 1)), 0, {})
     assert outcome.measures["kl"].tolist() == [0, 0]
     torch.testing.assert_close(outcome.loss, -outcome.measures["reward"].mean())
-    (free,) = Draft().losses(with_options(tools, penalty=0.0), batch_of(), 0, {})
+    (free,) = DRaFT().losses(with_options(tools, penalty=0.0), batch_of(), 0, {})
     assert "kl" not in free.measures, "what is not computed is not told"
 
 
@@ -194,9 +194,9 @@ def test_the_penalty_is_the_mean_square_of_what_the_adapter_changes(double: Tool
     with torch.no_grad():
         before = sampled(pipe, batch.prompts, noise_of(batch), scale=1.0, last=STEPS - kept)
         expected, value = slopes(tools, loss), loss()
-    (outcome,) = Draft(truncation_steps=kept).losses(tools, batch, 0, {})
+    (outcome,) = DRaFT(truncation_steps=kept).losses(tools, batch, 0, {})
     assert float(outcome.loss.detach()) == pytest.approx(value, rel=1e-9) != 0
-    found = gradient(tools, Draft(truncation_steps=kept), batch)
+    found = gradient(tools, DRaFT(truncation_steps=kept), batch)
     for direction, slope in expected:
         assert float(found @ direction) == pytest.approx(slope, rel=1e-5)
 
@@ -217,7 +217,7 @@ def test_images_that_are_not_finite_are_a_loss_that_is_not() -> None:
     """A Reward refuses to look at them, with an error that would not say which step it was."""
     tools = tools_of(pipelines.stable_diffusion(), lambda images, prompts: pytest.fail("was shown NaN"))
     tools.rollout.pipe.vae.decoder.register_forward_hook(lambda module, given, output: output * float("nan"))
-    (outcome,) = Draft().losses(tools, batch_of(), 0, {})
+    (outcome,) = DRaFT().losses(tools, batch_of(), 0, {})
     assert bool(outcome.loss.isnan())
 
 
@@ -228,14 +228,14 @@ def test_another_algorithm_is_named_to_rewards_without_gradients(double: Tools) 
     for penalty in (0.0, 1.0):
         tools = with_options(double, reward=numbers, penalty=penalty)
         with pytest.raises(ValueError, match=r"^reward: .*numbers gives none.*DPO, DDPO or FlowGRPO"):
-            next(Draft().losses(tools, batch_of(), 0, {}))
+            next(DRaFT().losses(tools, batch_of(), 0, {}))
 
 
 def test_bad_settings_are_told() -> None:
     for steps in (0, -1, 1.5, "some", True):
         with pytest.raises((TypeError, ValueError), match=r"^truncation_steps: expected"):
-            Draft(truncation_steps=steps)  # pyright: ignore[reportArgumentType]
+            DRaFT(truncation_steps=steps)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"^low_variance: expected"):
-        Draft(low_variance=-1)
+        DRaFT(low_variance=-1)
     with pytest.raises(ValueError, match=r"^low_variance: DRaFT-LV .* needs truncation_steps=1, got 2"):
-        Draft(truncation_steps=2, low_variance=2)
+        DRaFT(truncation_steps=2, low_variance=2)

@@ -15,9 +15,9 @@ from peak_memory import Peak
 from scipy import stats
 from torch import Tensor
 
-from aigiqa_reward.finetuning import Draft, FinetuneSettings
-from aigiqa_reward.finetuning.optimisation import accelerator_of
-from aigiqa_reward.finetuning.tools import Tools
+from aigiqa_reward.finetuning import DRaFT, FinetuneConfig
+from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.optimizers import accelerator_of
 
 # ------------------------------------------------------------------------------------------------ low variance
 
@@ -38,7 +38,7 @@ def test_low_variance_is_the_mean_over_fresh_noise() -> None:
     draws = 20
     one, low = (
         torch.stack([gradient(tools, algorithm, batch_of(step=step, seed=seed)) for step in range(draws)]).double()
-        for seed, algorithm in enumerate((Draft(), Draft(low_variance=4)))
+        for seed, algorithm in enumerate((DRaFT(), DRaFT(low_variance=4)))
     )
     variance = [float(samples.var(dim=0).sum()) for samples in (one, low)]
     assert 0.1 < variance[1] / variance[0] < 0.4
@@ -50,15 +50,15 @@ def test_low_variance_is_the_mean_over_fresh_noise() -> None:
 
 def test_low_variance_has_a_loss_for_the_image_and_for_each_noise() -> None:
     tools, batch = tools_of(pipelines.stable_diffusion()), batch_of((0, 1))
-    outcomes = list(Draft(low_variance=3).losses(tools, batch, 0, {}))
+    outcomes = list(DRaFT(low_variance=3).losses(tools, batch, 0, {}))
     assert len(outcomes) == 4
     rewards = torch.stack([outcome.measures["reward"] for outcome in outcomes])
-    (plain,) = Draft().losses(tools, batch, 0, {})
+    (plain,) = DRaFT().losses(tools, batch, 0, {})
     assert torch.equal(rewards[0], plain.measures["reward"])
     assert len({float(reward) for reward in rewards[:, 0]}) == 4
     total = sum(outcome.loss.detach() for outcome in outcomes)
     torch.testing.assert_close(total, -rewards.mean())
-    again = torch.stack([o.measures["reward"] for o in Draft(low_variance=3).losses(tools, batch, 0, {})])
+    again = torch.stack([o.measures["reward"] for o in DRaFT(low_variance=3).losses(tools, batch, 0, {})])
     assert torch.equal(again, rewards)
 
 
@@ -66,7 +66,7 @@ def test_low_variance_has_a_loss_for_the_image_and_for_each_noise() -> None:
 
 
 def test_the_random_truncation_is_uniform() -> None:
-    algorithm, steps, count = Draft(truncation_steps="random"), 5, 1000
+    algorithm, steps, count = DRaFT(truncation_steps="random"), 5, 1000
     drawn = [algorithm.truncated(batch_of(step=step), steps) for step in range(count)]
     counts = Counter(drawn)
     assert sorted(counts) == [1, 2, 3, 4, 5]
@@ -78,12 +78,12 @@ def test_the_random_truncation_is_uniform() -> None:
 
 
 def test_the_gradient_is_that_of_the_drawn_number() -> None:
-    tools, algorithm = tools_of(pipelines.stable_diffusion()), Draft(truncation_steps="random")
+    tools, algorithm = tools_of(pipelines.stable_diffusion()), DRaFT(truncation_steps="random")
     seen = set()
     for step in range(6):
         batch = batch_of(step=step)
         seen.add(algorithm.truncated(batch, 2))
-        expected = gradient(tools, Draft(truncation_steps=algorithm.truncated(batch, 2)), batch)
+        expected = gradient(tools, DRaFT(truncation_steps=algorithm.truncated(batch, 2)), batch)
         assert torch.equal(gradient(tools, algorithm, batch), expected)
     assert seen == {1, 2}
 
@@ -93,10 +93,10 @@ def test_the_gradient_is_that_of_the_drawn_number() -> None:
 
 def test_half_precision_keeps_the_gradient(tmp_path: Path) -> None:
     """A weight that autocast has cast without gradients, in the prefix, must not be taken again with them."""
-    tools, batch, call = tools_of(pipelines.stable_diffusion()), batch_of((0, 1)), Draft()
+    tools, batch, call = tools_of(pipelines.stable_diffusion()), batch_of((0, 1)), DRaFT()
     expected = gradient(tools, call, batch)
     weights = list(tools.lora.weights.values())
-    tools.accelerator = accelerator_of(FinetuneSettings(mixed_precision="bf16"), tmp_path, torch.device("cpu"), None)
+    tools.accelerator = accelerator_of(FinetuneConfig(mixed_precision="bf16"), tmp_path, torch.device("cpu"), None)
     for weight in weights:
         weight.grad = None
     with tools.accelerator.autocast():
@@ -142,7 +142,7 @@ def peak(steps: int, *, checkpointed: bool) -> int:
     tools: Tools = tools_of(pipe, call={**CALL, "num_inference_steps": steps}, checkpointed=checkpointed)
     tools.encode(batch_of().prompts)
     with Peak() as counter:
-        gradient(tools, Draft(truncation_steps="all"), batch_of())
+        gradient(tools, DRaFT(truncation_steps="all"), batch_of())
     return counter.most
 
 

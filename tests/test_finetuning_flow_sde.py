@@ -10,9 +10,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from aigiqa_reward.finetuning.policy import GaussianStep, clipped_surrogate, flow_sde_weights, group_advantages
+from aigiqa_reward.finetuning.algorithms.policy_gradient import (
+    GaussianStep,
+    clipped_surrogate,
+    flow_sde_weights,
+    group_advantages,
+)
 from aigiqa_reward.sampling.ancestral import ancestral_weights, step_mean
-from aigiqa_reward.sampling.schedules import noise_level
+from aigiqa_reward.sampling.schedulers import noise_level
 
 SDE = 0.7
 """The paper's noise level a."""

@@ -12,7 +12,7 @@ from pipelines import SIDE
 from policy_training import batches, gradients, shown, size_of, tools_of, trained, went_backward
 from torch.distributions import Normal, kl_divergence
 
-from aigiqa_reward.finetuning.grpo import FlowGRPO
+from aigiqa_reward.finetuning.algorithms.policy_gradient import FlowGRPO
 
 SAMPLING = {"height": SIDE, "width": SIDE, "num_inference_steps": 4}
 PIPES = {"sd3": (pipelines.stable_diffusion_3, 1.0), "flux": (pipelines.flux, 3.5)}

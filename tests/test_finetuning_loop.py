@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aigiqa_reward import Scorer, create_reward
-from aigiqa_reward.finetuning import Draft, FinetuneResult, FinetuneSettings, FinetuningError, ReFL, finetune
+from aigiqa_reward.finetuning import DRaFT, FinetuneConfig, FinetuneResult, FinetuningError, ReFL, finetune
 from aigiqa_reward.finetuning.lora import FILE
 
 QUICK: dict[str, Any] = {
@@ -44,9 +44,9 @@ def train(
         pipelines.stable_diffusion() if pipe is None else pipe,
         reward,
         changes.pop("prompts", PROMPTS),
-        algorithm or Draft(),
+        algorithm or DRaFT(),
         folder,
-        FinetuneSettings(**{**QUICK, **changes}),
+        FinetuneConfig(**{**QUICK, **changes}),
         progress=False,
         **own,
     )
@@ -101,7 +101,7 @@ def test_the_reward_rises(tmp_path: Path) -> None:
     assert [json.loads(line) for line in written] == list(result.history)
 
 
-@pytest.mark.parametrize("algorithm", [Draft(truncation_steps="random"), ReFL(earliest=0.0)], ids=["draft", "refl"])
+@pytest.mark.parametrize("algorithm", [DRaFT(truncation_steps="random"), ReFL(earliest=0.0)], ids=["draft", "refl"])
 def test_accumulated_parts_are_one_batch(tmp_path: Path, algorithm: Any) -> None:
     same = {"max_train_steps": 2, "sampling": CALL, "kl_coeff": 0.1}
     parts = train(tmp_path / "a", algorithm=algorithm, gradient_accumulation_steps=8, **same)
@@ -123,7 +123,7 @@ def test_a_denoiser_that_computes_its_blocks_again_changes_nothing(tmp_path: Pat
     pipe.unet.enable_gradient_checkpointing()
     before = how(pipe)
     assert len({wanted for wanted, _ in before}) == 2
-    same = {"algorithm": Draft(truncation_steps="all"), "kl_coeff": 50.0, "max_train_steps": 2, "sampling": CALL}
+    same = {"algorithm": DRaFT(truncation_steps="all"), "kl_coeff": 50.0, "max_train_steps": 2, "sampling": CALL}
     train(tmp_path / "a", pipe=pipe, gradient_checkpointing=True, **same)
     assert how(pipe) == before
     train(tmp_path / "b", **same)
@@ -151,7 +151,7 @@ class Pressed:
 
 def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     settings = {"ema_decay": 0.9, "lr_scheduler": "cosine", "lr_warmup_steps": 1, "checkpointing_steps": 1}
-    settings |= {"max_train_steps": 5, "algorithm": Draft(truncation_steps=1), "train_batch_size": 2}
+    settings |= {"max_train_steps": 5, "algorithm": DRaFT(truncation_steps=1), "train_batch_size": 2}
     expected = train(tmp_path / "a", reward=Pressed(-1), **settings)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "b", reward=Pressed(4), **settings)  # a first time before the training
@@ -203,7 +203,7 @@ def test_other_settings_are_refused_and_listed(tmp_path: Path) -> None:
     pipe = pipelines.stable_diffusion()
     train(tmp_path, pipe, max_train_steps=1)
     pipe.delete_adapters("reward")
-    changes = {"learning_rate": 2e-2, "rank": 3, "algorithm": Draft(truncation_steps=2), "max_train_steps": 2}
+    changes = {"learning_rate": 2e-2, "rank": 3, "algorithm": DRaFT(truncation_steps=2), "max_train_steps": 2}
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: checkpoint-1 was written with other") as raised:
         train(tmp_path, pipe, prompts=PROMPTS[:2], resume_from_checkpoint="latest", **changes)
     expected = ("draft.truncation_steps: 1 there, 2 now", "learning_rate: 0.01 there, 0.02 now", "rank: 2 there, 3 now")
@@ -228,11 +228,11 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_finetuning_loop as t
-from aigiqa_reward.finetuning import Draft
+from aigiqa_reward.finetuning import DRaFT
 for name in ("one", "again"):  # a script may train twice
     t.train(Path(sys.argv[1]) / name, **t.JOINT, train_batch_size=1, gradient_accumulation_steps=2)
 """
-JOINT: dict[str, Any] = {"max_train_steps": 2, "algorithm": Draft(truncation_steps="random"), "sampling": CALL}
+JOINT: dict[str, Any] = {"max_train_steps": 2, "algorithm": DRaFT(truncation_steps="random"), "sampling": CALL}
 
 
 @pytest.mark.slow
@@ -360,16 +360,16 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
         train(tmp_path, reward=create_reward("compact"), prompts=["a cat", "\u200b"])
     (tmp_path / "file").touch()
     for arguments, error, told in [
-        ({"algorithm": "draft"}, TypeError, r"^algorithm: expected Draft\(\), .* got 'draft'"),
-        ({"algorithm": Draft}, TypeError, r"^algorithm: .* got the class Draft"),
-        ({"settings": {"rank": 2}}, TypeError, "^settings: expected FinetuneSettings, got dict"),
+        ({"algorithm": "draft"}, TypeError, r"^algorithm: expected DRaFT\(\), .* got 'draft'"),
+        ({"algorithm": DRaFT}, TypeError, r"^algorithm: .* got the class DRaFT"),
+        ({"settings": {"rank": 2}}, TypeError, "^settings: expected FinetuneConfig, got dict"),
         ({"output_dir": tmp_path / "file"}, ValueError, "^output_dir: expected a folder, got the file"),
     ]:
-        usual: dict[str, Any] = {"algorithm": Draft(), "output_dir": tmp_path}
+        usual: dict[str, Any] = {"algorithm": DRaFT(), "output_dir": tmp_path}
         with pytest.raises(error, match=told):
             finetune(pipe, warmth, PROMPTS, **{**usual, **arguments})
     with pytest.raises(TypeError, match=r"^sampling: expected arguments of the pipeline's call by name, got None"):
-        FinetuneSettings(sampling=None)  # pyright: ignore[reportArgumentType]
+        FinetuneConfig(sampling=None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"^earliest: expected a number in \[0, 1\)"):
         ReFL(earliest="0.5")  # pyright: ignore[reportArgumentType]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aigiqa_reward.finetuning.lora import FILE, LoRA
 from aigiqa_reward.sampling.families import family_of
-from aigiqa_reward.weights import WeightsError
+from aigiqa_reward.utils.weights import WeightsError
 
 LAYERS = {"sd": "to_q", "sdxl": "to_v", "sd3": "add_k_proj", "flux": "to_add_out"}
 """A layer of each denoiser that must be adapted."""

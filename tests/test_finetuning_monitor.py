@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from validated import made_up
 
-from aigiqa_reward.finetuning.monitor import Monitor, paired
+from aigiqa_reward.finetuning.early_stopping import Monitor, paired
 
 P, S = 8, 4
 

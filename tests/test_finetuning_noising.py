@@ -20,9 +20,9 @@ from pipelines import FAMILIES, FEW_STEPS
 from pipelines_current import CALL, CURRENT_FAMILIES
 from torch import Tensor
 
-from aigiqa_reward.finetuning.noising import Noising
+from aigiqa_reward.finetuning.algorithms.dpo import Noising
 from aigiqa_reward.sampling.rollout import Rollout
-from aigiqa_reward.sampling.schedules import noise_level, predict_clean
+from aigiqa_reward.sampling.schedulers import noise_level, predict_clean
 
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 KINDS = ("epsilon", "v_prediction", "sample")

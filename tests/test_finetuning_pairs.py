@@ -17,8 +17,13 @@ from PIL import Image
 
 from aigiqa_reward import load_embedded_pipeline
 from aigiqa_reward.datasets import PreferencePairs
-from aigiqa_reward.finetuning.pair_latents import PairLatents, fitted
-from aigiqa_reward.finetuning.pairs import build_preference_pairs, fingerprint, read_preference_pairs
+from aigiqa_reward.finetuning.pairs import (
+    PairLatents,
+    build_preference_pairs,
+    fingerprint,
+    fitted,
+    read_preference_pairs,
+)
 from aigiqa_reward.images import load
 from aigiqa_reward.sampling import BestOfEachError, RewardGuidance
 from aigiqa_reward.sampling.rollout import Rollout

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 from validated import made_up
 
-from aigiqa_reward.finetuning.curves import draw_course, draw_curves
-from aigiqa_reward.finetuning.pictures import draw_over_time, draw_validation, drawn_of
-from aigiqa_reward.finetuning.validated import ValidationResult
+from aigiqa_reward.finetuning.reporting import draw_course, draw_curves, draw_over_time, draw_validation, drawn_of
+from aigiqa_reward.finetuning.results import ValidationResult
 
 
 def painted(step: int) -> ValidationResult:

@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from aigiqa_reward.finetuning.policy import (
+from aigiqa_reward.finetuning.algorithms.policy_gradient import (
     DEVIATION_FLOOR,
     GaussianStep,
     clipped_surrogate,

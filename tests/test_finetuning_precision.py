@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from test_finetuning_loop import train
 from torch import Tensor
 
-from aigiqa_reward.finetuning import FinetuneSettings
+from aigiqa_reward.finetuning import FinetuneConfig
 from aigiqa_reward.finetuning.lora import FILE, LoRA
-from aigiqa_reward.finetuning.optimisation import MOST_SKIPPED, FinetuningError, Optimisation
+from aigiqa_reward.finetuning.optimizers import MOST_SKIPPED, FinetuningError, Optimisation
 from aigiqa_reward.sampling.rollout import Rollout
 
 SCALE = 2.0**10
@@ -86,7 +86,7 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
 
 def optimisation_of(accelerator: Accelerator, **settings: Any) -> Optimisation:
     lora = stir(LoRA(Rollout(pipelines.stable_diffusion(), **CALL).family, rank=2))
-    return Optimisation(lora, accelerator, FinetuneSettings(**settings), 1e-2)
+    return Optimisation(lora, accelerator, FinetuneConfig(**settings), 1e-2)
 
 
 def weights(optimisation: Optimisation) -> Tensor:

@@ -10,7 +10,7 @@ from finetuned import GUIDED, batch_of, decoded, gradient, noise_of, precise, sa
 from scipy import stats
 
 from aigiqa_reward.finetuning import ReFL
-from aigiqa_reward.finetuning.tools import Tools
+from aigiqa_reward.finetuning.context import Tools
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,6 @@ def test_the_penalty_counts_at_the_judged_step(tools: Tools) -> None:
 
 def test_a_reward_without_gradients_is_refused(tools: Tools) -> None:
     tools.reward = lambda images, prompts: warmth(images.detach(), prompts)
-    with pytest.raises(ValueError, match=r"^reward: Draft and ReFL need its gradients.*DPO, DDPO or FlowGRPO"):
+    with pytest.raises(ValueError, match=r"^reward: DRaFT and ReFL need its gradients.*DPO, DDPO or FlowGRPO"):
         next(ReFL().losses(tools, batch_of(), 0, {}))
     tools.reward = warmth

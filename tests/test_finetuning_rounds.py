@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aigiqa_reward import create_reward
-from aigiqa_reward.finetuning import DDPO, DPO, Algorithm, Draft, FinetuneResult, FinetuneSettings, finetune
+from aigiqa_reward.finetuning import DDPO, DPO, Algorithm, DRaFT, FinetuneConfig, FinetuneResult, finetune
 from aigiqa_reward.finetuning.lora import FILE
 from aigiqa_reward.finetuning.pairs import FILE as PAIRS
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
@@ -37,7 +37,7 @@ QUICK: dict[str, Any] = {
 def train(folder: Path, algorithm: Algorithm, **changes: Any) -> FinetuneResult:
     own = {name: changes.pop(name) for name in ("resume_from_checkpoint", "validation_prompts", "holdout")}
     own = {name: value for name, value in own.items() if value is not None}
-    settings = FinetuneSettings(**{**QUICK, **changes})
+    settings = FinetuneConfig(**{**QUICK, **changes})
     return finetune(pipelines.stable_diffusion(), warmth, PROMPTS, algorithm, folder, settings, progress=False, **own)
 
 
@@ -85,7 +85,7 @@ def test_without_pairs_they_are_made_first(tmp_path: Path, contrast: dict[str, A
         assert not [key for key in first if not torch.equal(first[key], other[key])]
     with pytest.raises(ValueError, match=r"seed: \d+ there, \d+ now"):
         plain(tmp_path / "c", own, resume="latest", max_train_steps=3, seed=1)
-    settings = FinetuneSettings(**{**QUICK, "max_train_steps": 3, "train_batch_size": 2})
+    settings = FinetuneConfig(**{**QUICK, "max_train_steps": 3, "train_batch_size": 2})
     with pytest.raises(ValueError, match=r"prompts: .* trained on, and 1 others are given; pass the same"):
         finetune(
             pipelines.stable_diffusion(),
@@ -111,7 +111,7 @@ def test_a_prompt_without_any_pair_is_left_out(tmp_path: Path) -> None:
 
         return judge
 
-    settings = FinetuneSettings(**{**QUICK, "max_train_steps": 1, "train_batch_size": 2})
+    settings = FinetuneConfig(**{**QUICK, "max_train_steps": 1, "train_batch_size": 2})
     own = DPO(candidates=2)
     with pytest.warns(UserWarning, match=rf"1 of {len(PROMPTS)} prompts failed: .* pairs of the others"):
         finetune(
@@ -139,14 +139,14 @@ def test_pairs_within_the_margin_are_left_out(tmp_path: Path) -> None:
 
 def test_the_trained_reward_is_not_held_out(tmp_path: Path) -> None:
     one, same = create_reward("compact"), create_reward("compact")
-    settings = FinetuneSettings(**{**QUICK, "max_train_steps": 1})
+    settings = FinetuneConfig(**{**QUICK, "max_train_steps": 1})
     for reward, holdout in ((warmth, warmth), (one, same)):
         with pytest.raises(ValueError, match=r"holdout: expected a reward that is not trained on, got the trained one"):
             finetune(
                 pipelines.stable_diffusion(),
                 reward,
                 PROMPTS,
-                Draft(),
+                DRaFT(),
                 tmp_path,
                 settings,
                 validation_prompts=PROMPTS,
@@ -169,7 +169,7 @@ def watched(folder: Path, holdout: Any, **changes: Any) -> FinetuneResult:
     prompts = [f"{thing} on a table" for thing in ("a cup", "a cat", "two keys", "a red hat", "an old lamp", "a pear")]
     settings = {"learning_rate": 0.05, "train_batch_size": 3, "validation_steps": 2, "validation_seeds": 2}
     settings |= {"max_train_steps": 8, "patience": 1, **changes}
-    return train(folder, Draft(), resume_from_checkpoint=None, validation_prompts=prompts, holdout=holdout, **settings)
+    return train(folder, DRaFT(), resume_from_checkpoint=None, validation_prompts=prompts, holdout=holdout, **settings)
 
 
 def test_a_hacked_reward_ends_the_training_and_the_weights_before_it_are_kept(tmp_path: Path) -> None:
@@ -200,10 +200,10 @@ def test_the_best_validation_by_the_held_out_reward_is_kept(tmp_path: Path) -> N
 def test_validation_that_shows_little_is_told(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     def told(*prompts: str, seeds: int) -> str:
         recwarn.clear()
-        settings = FinetuneSettings(**{**QUICK, "max_train_steps": 1, "validation_seeds": seeds})
+        settings = FinetuneConfig(**{**QUICK, "max_train_steps": 1, "validation_seeds": seeds})
         pipe = pipelines.stable_diffusion()
         watch: dict[str, Any] = {"validation_prompts": prompts, "holdout": cold, "progress": False}
-        finetune(pipe, warmth, PROMPTS, Draft(), tmp_path / f"{len(prompts)}-{seeds}", settings, **watch)
+        finetune(pipe, warmth, PROMPTS, DRaFT(), tmp_path / f"{len(prompts)}-{seeds}", settings, **watch)
         return " ".join(str(warning.message) for warning in recwarn)
 
     assert "validation_prompts: a single image shows no noise" in told("a cup on a table", seeds=1)

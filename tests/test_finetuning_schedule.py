@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from aigiqa_reward.finetuning.algorithm import Batch
-from aigiqa_reward.finetuning.randomness import generator_of, numbers_of, seed_of
-from aigiqa_reward.finetuning.schedule import Schedule
+from aigiqa_reward.finetuning.batch import Batch, Schedule, generator_of, numbers_of, seed_of
 
 PROMPTS = [f"prompt {number}" for number in range(7)]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aigiqa_reward.finetuning import FinetuneSettings, ReFL
+from aigiqa_reward.finetuning import FinetuneConfig, ReFL
 
 REFUSED: list[tuple[str, Any]] = [
     ("rank", 0),
@@ -66,12 +66,12 @@ ACCEPTED: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("name", "value"), REFUSED)
 def test_what_cannot_be_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=f"^{name}: expected .*{'got' if value is not None else ''}"):
-        FinetuneSettings(**{name: value})
+        FinetuneConfig(**{name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), ACCEPTED)
 def test_the_ends_of_the_ranges_are_served(name: str, value: Any) -> None:
-    assert getattr(FinetuneSettings(**{name: value}), name) == value
+    assert getattr(FinetuneConfig(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize("share", [1, -0.1, math.nan])
@@ -82,15 +82,15 @@ def test_refl_starts_within_the_steps(share: float) -> None:
 
 def test_warm_up_is_not_left_unheeded() -> None:
     with pytest.raises(ValueError, match=r"^lr_warmup_steps: lr_scheduler='constant' .* 'constant_with_warmup'"):
-        FinetuneSettings(lr_warmup_steps=5)
-    assert FinetuneSettings(lr_warmup_steps=5, lr_scheduler="constant_with_warmup").lr_warmup_steps == 5
+        FinetuneConfig(lr_warmup_steps=5)
+    assert FinetuneConfig(lr_warmup_steps=5, lr_scheduler="constant_with_warmup").lr_warmup_steps == 5
 
 
 def test_precision_is_the_launchers_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert FinetuneSettings().mixed_precision == "no"
+    assert FinetuneConfig().mixed_precision == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert FinetuneSettings().mixed_precision == "bf16"
-    assert FinetuneSettings(mixed_precision="no").mixed_precision == "no"
+    assert FinetuneConfig().mixed_precision == "bf16"
+    assert FinetuneConfig(mixed_precision="no").mixed_precision == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(ValueError, match="mixed_precision: expected no, bf16 or fp16, got 'fp8'"):
-        FinetuneSettings()
+        FinetuneConfig()

@@ -18,11 +18,10 @@ from torch import Tensor
 from validated import CALL, PROMPTS, SEEDS, brightness, redness, tools_of, validate
 
 from aigiqa_reward import CompositeReward, create_reward, load_embedded_pipeline
-from aigiqa_reward.finetuning import measures
-from aigiqa_reward.finetuning.holdout import CANDIDATES, default_holdout
+from aigiqa_reward.finetuning import validation as measures
 from aigiqa_reward.finetuning.lora import ADAPTER
-from aigiqa_reward.finetuning.validated import PER_IMAGE, ValidationResult
-from aigiqa_reward.finetuning.validation import Validation
+from aigiqa_reward.finetuning.results import PER_IMAGE, ValidationResult
+from aigiqa_reward.finetuning.validation import CANDIDATES, Validation, default_holdout
 from aigiqa_reward.types import RewardOutput
 
 

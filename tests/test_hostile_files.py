@@ -21,8 +21,7 @@ from scipy.io import savemat
 from typer.testing import CliRunner
 
 from aigiqa_reward import images
-from aigiqa_reward.assistants._entries import TENSOR, TEXT, key_of
-from aigiqa_reward.assistants.cache import AssistantCache
+from aigiqa_reward.assistants.cache import TENSOR, TEXT, AssistantCache, key_of
 from aigiqa_reward.cli.config_file import config_option
 from aigiqa_reward.cli.evaluation_files import read_predicted, read_unreadable
 from aigiqa_reward.cli.files import copy_ranked
@@ -43,15 +42,15 @@ from aigiqa_reward.encoders.blip import BLIPConfig, _tokenizer
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, _architecture
 from aigiqa_reward.evaluation import Predictions, ProtocolReport, score_split
 from aigiqa_reward.finetuning import checkpoints as finetuning
-from aigiqa_reward.finetuning.history import History
+from aigiqa_reward.finetuning.logging import History
 from aigiqa_reward.finetuning.lora import FILE
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
-from aigiqa_reward.finetuning.validated import PER_IMAGE, ValidationResult
-from aigiqa_reward.models.scenarios import UNIFORM, Preferences
-from aigiqa_reward.sampling.results_folder import ResultsFolder
+from aigiqa_reward.finetuning.results import PER_IMAGE, ValidationResult
+from aigiqa_reward.models.cpa_iqa import UNIFORM, Preferences
+from aigiqa_reward.sampling.batch_run import ResultsFolder
 from aigiqa_reward.training import checkpoints as training
 from aigiqa_reward.training.store import _left_by
-from aigiqa_reward.weights import read_weights
+from aigiqa_reward.utils.weights import read_weights
 
 CASES = 2000
 """Of all targets together, in the slow suite."""

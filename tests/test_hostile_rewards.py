@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aigiqa_reward import Reward, create_reward
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-from aigiqa_reward.weights import WeightsError
+from aigiqa_reward.utils.weights import WeightsError
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,12 @@ from scipy.io import savemat
 from aigiqa_reward.cli.config_file import _entries
 from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.notes import check_arguments
-from aigiqa_reward.datasets import _rows, read_agiqa1k, read_aigiqa20k, read_imagereward, read_table
+from aigiqa_reward.datasets import base as _rows
+from aigiqa_reward.datasets import read_agiqa1k, read_aigiqa20k, read_imagereward, read_table
 from aigiqa_reward.datasets.aigciqa2023 import _read_array
 from aigiqa_reward.evaluation import Predictions, predictions
-from aigiqa_reward.models.scenarios import Preferences
-from aigiqa_reward.sampling.results_folder import ResultsFolder
+from aigiqa_reward.models.cpa_iqa import Preferences
+from aigiqa_reward.sampling.batch_run import ResultsFolder
 
 
 def refused(read: Callable[[], Any], reason: str, error: type[Exception] = ValueError) -> None:

@@ -212,7 +212,7 @@ def public_name_violations(root: Path) -> list[str]:
 
 
 def _reached(path: Path) -> Iterator[Import]:
-    """What is reached through the package's own name: after `import aigiqa_reward`, aigiqa_reward.zoo.SPECS."""
+    """What is reached through the package's own name: after `import aigiqa_reward`, aigiqa_reward.rewards.factory.SPECS."""
     for node in ast.walk(ast.parse(path.read_text())):
         named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == PACKAGE
         if named and not node.attr.startswith("__"):
@@ -300,14 +300,14 @@ GOOD_TREE = {
     "aigiqa_reward/models/mst.py": "from aigiqa_reward.models.base import Model\nfrom .base import Model\n",
     "aigiqa_reward/reward.py": (
         "from aigiqa_reward.models.base import Model\n"
-        "class Reward:\n    def _save_pretrained(self):\n        from aigiqa_reward.zoo import save\n"
+        "class Reward:\n    def _save_pretrained(self):\n        from aigiqa_reward.rewards.factory import save\n"
     ),
     "aigiqa_reward/zoo.py": "from aigiqa_reward import __version__\nfrom aigiqa_reward.encoders.clip import Clip\n",
     "aigiqa_reward/scorer.py": "from aigiqa_reward import images as pixels\n",
     "aigiqa_reward/selection.py": "import math\n",
     "aigiqa_reward/sampling/__init__.py": '__all__ = ["BestOfN"]\n',
     "aigiqa_reward/evaluation/__init__.py": '__all__ = ["srcc"]\n',
-    "aigiqa_reward/sampling/best_of_n.py": "import diffusers\nfrom aigiqa_reward.scorer import Scorer\n",
+    "aigiqa_reward/sampling/best_of_n.py": "import diffusers\nfrom aigiqa_reward.rewards.scorer import Scorer\n",
     "aigiqa_reward/cli.py": "from aigiqa_reward import Reward\nfrom aigiqa_reward.sampling import BestOfN\n",
     "integrations/trl/reward.py": (
         "import aigiqa_reward\nfrom aigiqa_reward import Reward\nfrom aigiqa_reward.images import to_pil\n"
@@ -321,7 +321,7 @@ GOOD_TREE = {
 IMPORT_VIOLATIONS = {
     "types looks up": ("types.py", "from aigiqa_reward.images import load", "types imports images"),
     "images looks up": ("images.py", "from aigiqa_reward.models.base import Model", "images imports models"),
-    "images looks aside": ("images.py", "import aigiqa_reward.weights", "images imports weights"),
+    "images looks aside": ("images.py", "import aigiqa_reward.utils.io", "images imports weights"),
     "weights looks aside": ("weights.py", "from aigiqa_reward import images", "weights imports images"),
     "encoders look up": ("encoders/text.py", "from aigiqa_reward.models import base", "encoders imports models"),
     "encoders know assistants": (
@@ -338,16 +338,20 @@ IMPORT_VIOLATIONS = {
     "models know open_clip": ("models/mst.py", "import open_clip", "models must not import open_clip"),
     "models know timm": ("models/mst.py", "from timm.layers import Mlp", "models must not import timm"),
     "models know transformers": ("models/mst.py", "import transformers.models", "models must not import transformers"),
-    "models know rewards": ("models/base.py", "from aigiqa_reward.reward import Reward", "models imports reward"),
+    "models know rewards": (
+        "models/base.py",
+        "from aigiqa_reward.rewards.reward import Reward",
+        "models imports reward",
+    ),
     "training knows rewards": (
         "training/fit.py",
-        "from aigiqa_reward.zoo import create_reward",
+        "from aigiqa_reward.rewards.factory import create_reward",
         "training imports zoo",
     ),
     "reward knows diffusers": ("reward.py", "from diffusers import AutoencoderKL", "reward must not import diffusers"),
-    "reward knows zoo": ("reward.py", "from aigiqa_reward.zoo import SPECS", "reward imports zoo"),
-    "reward knows scorer": ("reward.py", "from aigiqa_reward.scorer import Scorer", "reward imports scorer"),
-    "zoo knows scorer": ("zoo.py", "from aigiqa_reward.scorer import Scorer", "zoo imports scorer"),
+    "reward knows zoo": ("reward.py", "from aigiqa_reward.rewards.factory import SPECS", "reward imports zoo"),
+    "reward knows scorer": ("reward.py", "from aigiqa_reward.rewards.scorer import Scorer", "reward imports scorer"),
+    "zoo knows scorer": ("zoo.py", "from aigiqa_reward.rewards.scorer import Scorer", "zoo imports scorer"),
     "scorer knows sampling": ("scorer.py", "from aigiqa_reward.sampling import BestOfN", "scorer imports sampling"),
     "selection knows diffusers": ("selection.py", "import diffusers", "selection must not import diffusers"),
     "sampling looks up": ("sampling/a.py", "from aigiqa_reward.finetuning import draft", "sampling imports finetuning"),
@@ -363,13 +367,17 @@ IMPORT_VIOLATIONS = {
     "an unknown room": ("sampling/a.py", "from aigiqa_reward.utils import x", "utils has no layer"),
     "models leave the graph": ("models/mst.py", "def f(x):\n    return x.numpy()", ".numpy leaves"),
     "encoders leave the graph": ("encoders/text.py", "import torch\ny = torch.from_numpy(0)", ".from_numpy leaves"),
-    "inside a function": ("types.py", "def f():\n    import aigiqa_reward.zoo", "types imports zoo"),
+    "inside a function": ("types.py", "def f():\n    import aigiqa_reward.rewards.factory", "types imports zoo"),
     "for types only": (
         "types.py",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from aigiqa_reward.zoo import x",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from aigiqa_reward.rewards.factory import x",
         "types imports zoo",
     ),
-    "by name": ("types.py", "import importlib\nimportlib.import_module('aigiqa_reward.zoo')", "types imports zoo"),
+    "by name": (
+        "types.py",
+        "import importlib\nimportlib.import_module('aigiqa_reward.rewards.factory')",
+        "types imports zoo",
+    ),
 }
 
 
@@ -408,14 +416,14 @@ def test_a_broken_rule_of_layers_is_found(tree, name):
     [
         ("integrations/comfyui/nodes.py", "from aigiqa_reward.models.base import Model"),
         ("integrations/comfyui/nodes.py", "from aigiqa_reward.images import _crops"),
-        ("integrations/comfyui/nodes.py", "from aigiqa_reward.selection import rank"),
+        ("integrations/comfyui/nodes.py", "from aigiqa_reward.rewards.ranking import rank"),
         ("integrations/comfyui/nodes.py", "from aigiqa_reward.evaluation import srcc"),
         ("integrations/comfyui/nodes.py", "from aigiqa_reward import report"),
-        ("integrations/comfyui/nodes.py", "import aigiqa_reward\nprint(aigiqa_reward.zoo.SPECS)"),
+        ("integrations/comfyui/nodes.py", "import aigiqa_reward\nprint(aigiqa_reward.rewards.factory.SPECS)"),
         ("integrations/trl/reward.py", "from aigiqa_reward.sampling.best_of_n import BestOfN"),
         ("examples/score.py", "from aigiqa_reward import load_everything"),
-        ("examples/score.py", "import aigiqa_reward.zoo"),
-        ("examples/score.py", "def f():\n    from aigiqa_reward.reward import Reward"),
+        ("examples/score.py", "import aigiqa_reward.rewards.factory"),
+        ("examples/score.py", "def f():\n    from aigiqa_reward.rewards.reward import Reward"),
         ("examples/train_other/train.py", "from aigiqa_reward.encoders.clip import Clip"),
     ],
 )
@@ -470,7 +478,7 @@ def test_importing_the_package_loads_nothing_else():
     "statement",
     [
         "from aigiqa_reward import Reward, CompositeReward, Scorer, RewardOutput, create_reward, list_rewards",
-        "import aigiqa_reward.selection, aigiqa_reward.weights, aigiqa_reward.images",
+        "import aigiqa_reward.rewards.ranking, aigiqa_reward.utils.io, aigiqa_reward.images",
         "from aigiqa_reward import BestOfN, rerank",
     ],
 )

@@ -18,11 +18,16 @@ from torch import Tensor
 
 from aigiqa_reward.assistants import Assistants, LMMSemantics, SemanticsConfig
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-from aigiqa_reward.encoders.timm import TimmConfig
-from aigiqa_reward.encoders.timm_levels import TimmLevels, TimmLevelsConfig
-from aigiqa_reward.models.ma_agiqa import MAAGIQA, AdaptiveFusion, MAAGIQAConfig
-from aigiqa_reward.models.maniqa import ManiqaHead, ScaledSwin, TransposedAttention
-from aigiqa_reward.zoo.build import build_model, empty_model
+from aigiqa_reward.encoders.timm import TimmConfig, TimmLevels, TimmLevelsConfig
+from aigiqa_reward.models.ma_agiqa import (
+    MAAGIQA,
+    AdaptiveFusion,
+    MAAGIQAConfig,
+    ManiqaHead,
+    ScaledSwin,
+    TransposedAttention,
+)
+from aigiqa_reward.rewards.build import build_model, empty_model
 
 PROMPTS = ["a cat", "a castle in the clouds above a long river", "two red apples"]
 SMALL: dict[str, Any] = {"width": 16, "heads": 2, "window": 2, "crops": 2, "short_side": 64}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
 from aigiqa_reward.sampling import BestOfEachError, best_of_each
-from aigiqa_reward.sampling.many_prompts import ResultsFolder
+from aigiqa_reward.sampling.batch_run import ResultsFolder
 
 PROMPTS = ["a red apple on a blue background", "a penguin on a red background", "../../a 'rocket' on <green>"]
 SETTINGS: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0}

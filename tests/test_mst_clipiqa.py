@@ -26,7 +26,7 @@ from aigiqa_reward.models.mst_clipiqa import (
     Bottleneck,
     MSTCLIPIQAConfig,
 )
-from aigiqa_reward.zoo.build import build_model, empty_model
+from aigiqa_reward.rewards.build import build_model, empty_model
 
 PROMPTS = ["a cat", "a castle in the clouds above a very long and winding river at dusk", "two red apples"]
 SMALL: dict[str, Any] = {"width": 32, "hidden": 16, "head_hidden": 24, "rank": 8, "heads": 4}

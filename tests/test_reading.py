@@ -20,10 +20,10 @@ from aigiqa_reward.encoders.blip import BLIPConfig, _tokenizer
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.evaluation import ProtocolReport
 from aigiqa_reward.finetuning import checkpoints as finetuning
-from aigiqa_reward.models.scenarios import Preferences
-from aigiqa_reward.reading import parse_json, read_arrays, read_json, read_regular
+from aigiqa_reward.models.cpa_iqa import Preferences
+from aigiqa_reward.rewards.saved import load_reward
 from aigiqa_reward.training import checkpoints as training
-from aigiqa_reward.zoo import load_reward
+from aigiqa_reward.utils.io import parse_json, read_arrays, read_json, read_regular
 
 DEEP = "[" * 100_000
 

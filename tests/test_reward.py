@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from aigiqa_reward.models.base import FullPrecision
-from aigiqa_reward.reward import Calibration, check_aspect_weights
+from aigiqa_reward.rewards.reward import Calibration, check_aspect_weights
 
 
 @pytest.mark.parametrize(

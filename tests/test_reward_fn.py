@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from aigiqa_reward import CompositeReward, Reward, RewardOutput, create_reward
-from aigiqa_reward.reward_fn import RewardFn
+from aigiqa_reward.rewards.reward_fn import RewardFn
 
 PROMPTS = ("a red apple", "a dog", "a penguin")
 

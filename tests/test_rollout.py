@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aigiqa_reward.sampling.families import find_family
 from aigiqa_reward.sampling.rollout import Rollout, State
-from aigiqa_reward.sampling.schedules import SERVED
+from aigiqa_reward.sampling.schedulers import SERVED
 
 PROMPTS = ["a cat on a mat", "a red apple", "two dogs"]
 FOUR = {**FEW_STEPS, "num_inference_steps": 4}

@@ -22,12 +22,10 @@ from torch import Tensor
 from aigiqa_reward import Reward
 from aigiqa_reward.assistants import Assistants, CaptionerConfig, LMMCaptioner
 from aigiqa_reward.encoders.blip import BLIPConfig
-from aigiqa_reward.encoders.timm import TimmConfig
-from aigiqa_reward.encoders.timm_levels import TimmLevelsConfig
-from aigiqa_reward.models.frequency import contrast_sensitivity, frequency_weights
-from aigiqa_reward.models.sc_agiqa import AQAFP, SCAGIQA
-from aigiqa_reward.zoo.build import build_model, empty_model
-from aigiqa_reward.zoo.specs import get_spec
+from aigiqa_reward.encoders.timm import TimmConfig, TimmLevelsConfig
+from aigiqa_reward.models.sc_agiqa import AQAFP, SCAGIQA, contrast_sensitivity, frequency_weights
+from aigiqa_reward.rewards.build import build_model, empty_model
+from aigiqa_reward.rewards.specs import get_spec
 
 PROMPTS = ["a cat", "a castle in the clouds above a very long and winding river at dusk", "two red apples"]
 SAID = "A red cube on a green floor."

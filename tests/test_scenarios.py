@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aigiqa_reward.models.scenarios import COMPONENTS, Preferences
+from aigiqa_reward.models.cpa_iqa import COMPONENTS, Preferences
 
 ROWS = Preferences({"zebra": (0.3, -1.0, 0.5, 2.0, 0.0), "archive": (1.0, 0.0, -2.0, 0.4, 0.7)})
 

@@ -16,7 +16,7 @@ from pipelines import SIDE
 from torch import Tensor
 
 from aigiqa_reward.sampling.rollout import Rollout, State
-from aigiqa_reward.sampling.schedules import SERVED, noise_level, output_for, predict_clean
+from aigiqa_reward.sampling.schedulers import SERVED, noise_level, output_for, predict_clean
 
 PROMPTS = ["a cat on a mat", "a red apple", "two dogs"]
 CALL = {"height": SIDE, "width": SIDE, "num_inference_steps": 4, "guidance_scale": 1.0}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aigiqa_reward import CompositeReward, Reward, RewardOutput, Scorer
 from aigiqa_reward.images import load
 from aigiqa_reward.models.base import ModelOutput, ModelSpec, QualityModel
-from aigiqa_reward.scorer import ScoringError, device_of
+from aigiqa_reward.rewards.scorer import ScoringError, device_of
 from aigiqa_reward.types import PromptError, PromptFeatures
 
 

@@ -15,9 +15,9 @@ from pipelines_current import CURRENT_FAMILIES, GUIDED
 from torch import Tensor
 
 from aigiqa_reward import BestOfN, load_embedded_pipeline
+from aigiqa_reward.rewards.ranking import Halving, ZeroOrder
 from aigiqa_reward.sampling import NoiseOptimizer, ParticleSteering
 from aigiqa_reward.sampling.rollout import Rollout
-from aigiqa_reward.selection import Halving, ZeroOrder
 
 PROMPT = "a cat on a mat"
 CALL = {"height": SIDE, "width": SIDE, "num_inference_steps": 6}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from aigiqa_reward.selection import Halving, TopK, ZeroOrder, integer, rank, spread
+from aigiqa_reward.rewards.ranking import Halving, TopK, ZeroOrder, rank, spread
+from aigiqa_reward.utils.checks import integer
 
 NAN = float("nan")
 

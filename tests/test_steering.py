@@ -16,15 +16,16 @@ from torch import Tensor
 
 from aigiqa_reward.sampling.ancestral import ancestral_step
 from aigiqa_reward.sampling.candidates import BestOfNOutput
-from aigiqa_reward.sampling.particles import (
+from aigiqa_reward.sampling.schedulers import noise_level
+from aigiqa_reward.sampling.steering import (
     POTENTIALS,
+    ParticleSteering,
+    SteeringOutput,
     effective_sample_size,
     last_log_potential,
     log_potential,
     systematic_resampling,
 )
-from aigiqa_reward.sampling.schedules import noise_level
-from aigiqa_reward.sampling.steering import ParticleSteering, SteeringOutput
 
 PROMPT = "a cat on a mat"
 STEPS = {"height": SIDE, "width": SIDE, "num_inference_steps": 5}

@@ -16,7 +16,7 @@ from test_model_contract import scenes
 from torch import Tensor
 
 from aigiqa_reward.models.base import FullPrecision, ModelOutput, TrainedModel
-from aigiqa_reward.zoo.build import SYSTEMS, build_model, empty_model
+from aigiqa_reward.rewards.build import SYSTEMS, build_model, empty_model
 
 PROMPTS = ["a red apple on a table", "a castle in the clouds above a long river, oil painting", "two cats"]
 FEWER_CROPS: dict[str, dict[str, Any]] = {

@@ -22,11 +22,10 @@ from torch import nn
 from aigiqa_reward.datasets import ScoredImages, Split, split_rows
 from aigiqa_reward.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from aigiqa_reward.training.fit import FitResult, fit
-from aigiqa_reward.training.live import LiveImages
 from aigiqa_reward.training.recipes import Recipe
-from aigiqa_reward.training.store import store_features
+from aigiqa_reward.training.store import LiveImages, store_features
 from aigiqa_reward.training.tasks import ScoreTask
-from aigiqa_reward.weights import WeightsError
+from aigiqa_reward.utils.weights import WeightsError
 
 QUICK = Recipe(learning_rate=1e-2, batch_size=8, epochs=5)
 

@@ -19,13 +19,11 @@ from scipy.stats import spearmanr
 from scored_images import tiny_model, write_scored_images
 
 from aigiqa_reward.datasets import PreferencePairs, ScoredImages, Split, split_rows
-from aigiqa_reward.training.fit import FitResult, fit
-from aigiqa_reward.training.live import LiveImages
+from aigiqa_reward.rewards.build import build_model
+from aigiqa_reward.training.fit import FitResult, fit, predict
 from aigiqa_reward.training.recipes import Recipe
-from aigiqa_reward.training.scoring import predict
-from aigiqa_reward.training.store import FeatureStore, store_features
+from aigiqa_reward.training.store import FeatureStore, LiveImages, store_features
 from aigiqa_reward.training.tasks import PairTask, ScoreTask
-from aigiqa_reward.zoo import build_model
 
 PARTS = ("train", "validation", "test")
 QUICK = Recipe(learning_rate=1e-2, batch_size=16, epochs=4)

@@ -15,11 +15,17 @@ from scipy.special import huber
 from scipy.stats import pearsonr, spearmanr
 
 from aigiqa_reward.datasets import PreferencePairs, ScoredImages
-from aigiqa_reward.training.losses import POINTWISE, pairwise_margin_loss, pairwise_preference_loss, preference_loss
+from aigiqa_reward.rewards.build import SYSTEMS
+from aigiqa_reward.training.fit import RunningSRCC, rate
 from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
-from aigiqa_reward.training.steps import RunningSRCC, rate
-from aigiqa_reward.training.tasks import PairTask, ScoreTask
-from aigiqa_reward.zoo import SYSTEMS
+from aigiqa_reward.training.tasks import (
+    POINTWISE,
+    PairTask,
+    ScoreTask,
+    pairwise_margin_loss,
+    pairwise_preference_loss,
+    preference_loss,
+)
 
 NAN = float("nan")
 

@@ -22,9 +22,8 @@ from scored_images import tiny_model, write_scored_images
 from aigiqa_reward import images as pixels
 from aigiqa_reward.assistants import Assistants
 from aigiqa_reward.datasets import ScoredImages
-from aigiqa_reward.training.live import LiveImages
-from aigiqa_reward.training.store import FeatureStore, asked_prompts, store_features
-from aigiqa_reward.zoo import build_model
+from aigiqa_reward.rewards.build import build_model
+from aigiqa_reward.training.store import FeatureStore, LiveImages, asked_prompts, store_features
 
 CPU = torch.device("cpu")
 FLOAT16 = {"rtol": 2**-10, "atol": 1e-6}  # twice what rounding to 11 significant bits may change

@@ -19,8 +19,8 @@ from prompt_rewrites import APPLE, CROWN, PENGUIN, SETTINGS, Seen, Spoilt
 from tiny_language_models import qwen_3, word_tokenizer
 
 from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
-from aigiqa_reward.embedded.world import COLOUR_NAMES
 from aigiqa_reward.sampling import PromptScorer
+from aigiqa_reward.toy.world import COLOUR_NAMES
 
 ORIGINALS = ["a red apple", "a penguin", "a crown", "a ghost"]
 WORDS = ["rewrite:", *" ".join(ORIGINALS).split(), "on", "background", *COLOUR_NAMES]

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aigiqa_reward import weights
-from aigiqa_reward.weights import WeightsError, load_strictly, read_weights, sha256, write_atomically, write_weights
+from aigiqa_reward.utils import io as weights
+from aigiqa_reward.utils.io import write_atomically
+from aigiqa_reward.utils.weights import WeightsError, load_strictly, read_weights, sha256, write_weights
 
 
 class Small(nn.Module):

@@ -16,10 +16,10 @@ from aigiqa_reward import Reward, create_reward, list_rewards
 from aigiqa_reward.assistants import Assistants
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 from aigiqa_reward.models.blocks import expected_level, level_probabilities
-from aigiqa_reward.weights import ASSETS, WeightsError, sha256
-from aigiqa_reward.zoo import SYSTEMS, build_model, get_spec
-from aigiqa_reward.zoo.embedded import COMPACT_FILES, build_compact, load_embedded
-from aigiqa_reward.zoo.specs import TOWER_FILES
+from aigiqa_reward.rewards.build import SYSTEMS, build_model
+from aigiqa_reward.rewards.embedded import COMPACT_FILES, build_compact, load_embedded
+from aigiqa_reward.rewards.specs import TOWER_FILES, get_spec
+from aigiqa_reward.utils.weights import ASSETS, WeightsError, sha256
 
 
 def test_an_unknown_name_says_which_exist_and_which_was_meant() -> None:

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from aigiqa_reward import load_embedded_pipeline
+from aigiqa_reward.finetuning.context import Tools
 from aigiqa_reward.finetuning.lora import LoRA
-from aigiqa_reward.finetuning.tools import Tools
-from aigiqa_reward.finetuning.validated import PER_IMAGE, ValidationResult
+from aigiqa_reward.finetuning.results import PER_IMAGE, ValidationResult
 from aigiqa_reward.finetuning.validation import Validation
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.types import RewardOutput

@@ -5,12 +5,10 @@ is first asked something it has not answered before. Where a model is given none
 `grid_regions` for a segmenter, `noun_phrases` for a reader of attributes.
 """
 
-from aigiqa_reward.assistants.attributes import AttributesConfig, LLMAttributes
+from aigiqa_reward.assistants.attributes import AttributesConfig, LLMAttributes, noun_phrases
+from aigiqa_reward.assistants.base import Assistants, AttributeReader, Captioner, Segmenter, SemanticsReader
 from aigiqa_reward.assistants.cache import AssistantCache
-from aigiqa_reward.assistants.captioner import CaptionerConfig, LMMCaptioner
-from aigiqa_reward.assistants.lmm_semantics import LMMSemantics, SemanticsConfig
-from aigiqa_reward.assistants.phrases import noun_phrases
-from aigiqa_reward.assistants.roles import Assistants, AttributeReader, Captioner, Segmenter, SemanticsReader
+from aigiqa_reward.assistants.captioner import CaptionerConfig, LMMCaptioner, LMMSemantics, SemanticsConfig
 from aigiqa_reward.assistants.segmenter import SAMSegmenter, SegmenterConfig, grid_regions
 
 __all__ = [

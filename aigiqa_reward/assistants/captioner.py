@@ -1,17 +1,126 @@
-"""What an image shows, in words, by a language model that sees."""
+"""What a language model that sees thinks of an image's meaning, as features."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.assistants._entries import TEXT
-from aigiqa_reward.assistants._image_text import ImageTextModel
-from aigiqa_reward.assistants._pretrained import AssistantConfig, PretrainedAssistant, check_at_least
-from aigiqa_reward.assistants.cache import AssistantCache
+from aigiqa_reward.assistants.base import (
+    AssistantConfig,
+    PretrainedAssistant,
+    check_at_least,
+    load_description,
+    load_model,
+    load_part,
+)
+from aigiqa_reward.assistants.cache import TENSOR, TEXT, AssistantCache
+
+_WANTED = "an image-text-to-text model"
+
+
+class ImageTextModel:
+    """A model that reads an image and a question, each of its parts loaded at first use.
+
+    Any model that transformers' AutoModelForImageTextToText loads, with the processor that was saved beside it.
+    """
+
+    def __init__(self, config: AssistantConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def _description(self) -> Any:
+        """The model's configuration, of the wanted kind."""
+        return load_description(self.config, mapping="MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", wanted=_WANTED)
+
+    @property
+    def width(self) -> int:
+        """Width of the language model's hidden layers, from the configuration; loads no weights."""
+        text = getattr(self._description, "text_config", None) or self._description
+        return int(text.hidden_size)
+
+    @cached_property
+    def processor(self) -> Any:
+        """What makes the network's inputs; pads on the left, so that generated text follows the question."""
+        _ = self._description  # refuses a model of another kind, which may have no processor
+        processor = load_part("AutoProcessor", self.config, wanted=_WANTED)
+        if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+            raise ValueError(
+                f"path_or_id: {self.config.path_or_id!r} brings no processor of images and text (found "
+                f"{type(processor).__name__}); save the model's processor into the same folder with save_pretrained"
+            )
+        pad_on_the_left(processor.tokenizer)
+        return processor
+
+    @cached_property
+    def model(self) -> Any:
+        """The network, frozen."""
+        _ = self.processor  # before the weights, which take long to read
+        return load_model("AutoModelForImageTextToText", self.config, wanted=_WANTED)
+
+    def inputs(self, images: Tensor, question: str) -> Any:
+        """The network's inputs for one question about each of the images (B, 3, H, W), on its device."""
+        model = self.model
+        prompt, options = self._prompt(question)
+        features = self.processor(
+            text=[prompt] * len(images),
+            images=[[image] for image in pixels.to_pil(images)],
+            padding=True,
+            return_tensors="pt",
+            **options,
+        )
+        return features.to(model.device, dtype=model.dtype)
+
+    def _prompt(self, question: str) -> tuple[str, dict[str, bool]]:
+        """A question in the form the model was trained on, and how it is to be tokenised."""
+        processor = self.processor
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            start = processor.tokenizer.bos_token
+            return prompt, {"add_special_tokens": False} if start and prompt.startswith(start) else {}
+        if hasattr(processor, "num_query_tokens"):  # BLIP-2 and InstructBLIP place their image tokens themselves
+            return question, {}
+        return f"{getattr(processor, 'image_token', '<image>')} {question}", {}
+
+    def generate(self, inputs: Any, max_new_tokens: int) -> list[str]:
+        """Greedy continuations, one a row, without the prompt."""
+        return generate_greedily(self.model, self.processor.tokenizer, inputs, max_new_tokens)
+
+
+def pad_on_the_left(tokenizer: Any) -> None:
+    """Let rows of unequal length end together; a tokenizer without padding uses its end token, which is masked."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def generate_greedily(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+    """Text that a model finds likeliest word by word, one a row, without the prompt.
+
+    The model's own generation settings hold (end tokens, a repetition penalty), except that nothing is drawn.
+    """
+    tokens = model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    prompt = inputs["input_ids"]
+    if torch.equal(tokens[:, : prompt.shape[1]], prompt):  # an encoder-decoder gives the answer alone
+        tokens = tokens[:, prompt.shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
 
 DESCRIBE = (
     "Describe this image in about 50 words: its content, its style, the angle it is seen from, and its colours. "
@@ -89,3 +198,95 @@ class LMMCaptioner(PretrainedAssistant[CaptionerConfig]):
             return [" ".join(text.split()) for text in self._lmm.generate(inputs, self.config.max_new_tokens)]
 
         return self._serve(list(images), answer, TEXT)
+
+
+QUESTIONS = (
+    "Evaluate the input image to determine if its quality is compromised due to a lack of meaningful semantic content.",
+    "Evaluate if the image quality is compromised due to violations of coherence.",
+)
+"""MA-AGIQA's two prompts, word for word (section 3.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticsConfig(AssistantConfig):
+    """Which image-text-to-text model reads the images; MA-AGIQA's own is mPLUG-Owl2, 4096 wide.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.assistants import SemanticsConfig
+        >>> SemanticsConfig(path_or_id="llava-hf/llava-1.5-7b-hf", dtype=torch.bfloat16).dtype
+        torch.bfloat16
+    """
+
+
+class LMMSemantics(PretrainedAssistant[SemanticsConfig]):
+    """Reads images with MA-AGIQA's two questions: is there meaning, and does it cohere.
+
+    Of each question the model's last hidden layer is averaged over the tokens (MA-AGIQA eq. 3). That these are the
+    tokens of image and question, and not of a generated answer, is our inference from the equation.
+
+    Args:
+        config: which model.
+        cache: where features are kept; None asks the model every time.
+
+    Example:
+        >>> from aigiqa_reward.assistants import Assistants, LMMSemantics, SemanticsConfig
+        >>> reader = LMMSemantics(SemanticsConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))  # loads nothing yet
+        >>> Assistants(semantics=reader).semantics is reader
+        True
+    """
+
+    kind = "lmm_semantics"
+
+    def __init__(self, config: SemanticsConfig, *, cache: AssistantCache | None = None) -> None:
+        super().__init__(config, cache=cache)
+
+    @cached_property
+    def _lmm(self) -> ImageTextModel:
+        return ImageTextModel(self.config)
+
+    @cached_property
+    def width(self) -> int:
+        """Width of the features: the language model's hidden size, from its configuration; loads no weights."""
+        return self._lmm.width
+
+    def _recipe(self) -> dict[str, Any]:
+        return {"questions": QUESTIONS}
+
+    def read(self, images: Tensor) -> Float[Tensor, "batch 2 width"]:
+        """The features of each image under each question, without gradients.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]; the model sees them rounded to 8 bits.
+
+        Returns:
+            (B, 2, width) float32 on the images' device: lack of meaningful content, then violations of coherence.
+
+        Raises:
+            TypeError: `images` is not a floating-point tensor.
+            ValueError: images of a wrong shape or range; or the model cannot be loaded, or shows no hidden layers.
+        """
+        pixels.check(images)
+
+        def answer(rows: list[int]) -> list[Tensor]:
+            features = [self._features(self._lmm.inputs(images[rows], question)) for question in QUESTIONS]
+            return list(torch.stack(features, dim=1))
+
+        return torch.stack(self._serve(list(images), answer, TENSOR)).to(images.device)
+
+    def _features(self, inputs: Any) -> Float[Tensor, "batch width"]:
+        """Mean of the last hidden layer over the tokens that are not padding; float32, on the CPU."""
+        model = self._lmm.model
+        options: dict[str, Any] = {}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            options["logits_to_keep"] = 1  # the vocabulary's logits of every token would fill the memory for nothing
+        output = model(**inputs, output_hidden_states=True, return_dict=True, use_cache=False, **options)
+        layers, mask = getattr(output, "hidden_states", None), inputs["attention_mask"]
+        if not layers or layers[-1].shape[:2] != mask.shape:
+            raise ValueError(
+                f"path_or_id: {self.config.path_or_id!r} ({type(model).__name__}) does not show its language model's "
+                "hidden layer for every token; pass a decoder-only image-text-to-text model, such as a LLaVA or a "
+                "Qwen-VL"
+            )
+        weights = mask[:, :, None].float()
+        return ((layers[-1].float() * weights).sum(dim=1) / weights.sum(dim=1)).cpu()

@@ -12,15 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.assistants._entries import TENSOR
-from aigiqa_reward.assistants._pretrained import (
-    AssistantConfig,
-    PretrainedAssistant,
-    check_at_least,
-    load_model,
-    load_part,
-)
-from aigiqa_reward.assistants.cache import AssistantCache
+from aigiqa_reward.assistants.base import AssistantConfig, PretrainedAssistant, check_at_least, load_model, load_part
+from aigiqa_reward.assistants.cache import TENSOR, AssistantCache
 from aigiqa_reward.types import Images
 
 MASK_SIZE = 64

@@ -22,26 +22,11 @@ from aigiqa_reward.cli import options
 from aigiqa_reward.cli.best_of_n import best_of_n
 from aigiqa_reward.cli.demo import demo
 from aigiqa_reward.cli.evaluate import evaluate
-from aigiqa_reward.cli.files import (
-    RANKING,
-    check_folder,
-    check_output,
-    copy_ranked,
-    write,
-)
+from aigiqa_reward.cli.files import RANKING, check_folder, check_output, copy_ranked, write
 from aigiqa_reward.cli.finetune import finetune
 from aigiqa_reward.cli.inputs import CommandError, attach_prompts, find_images
 from aigiqa_reward.cli.options import DType
-from aigiqa_reward.cli.output import (
-    Format,
-    ListFormat,
-    Row,
-    emit,
-    encoded,
-    render,
-    render_specs,
-    say,
-)
+from aigiqa_reward.cli.output import Format, ListFormat, Row, emit, encoded, render, render_specs, say
 from aigiqa_reward.cli.pairs import pairs
 from aigiqa_reward.cli.runs import first_process, load_reward, score_sources
 from aigiqa_reward.cli.scenarios import scenarios
@@ -158,7 +143,7 @@ def rank(
     output: options.OutputOption = None,
 ) -> None:
     """Score images and list the best first; those that could not be scored come last."""
-    from aigiqa_reward.selection import rank as best_first
+    from aigiqa_reward.rewards.ranking import rank as best_first
 
     check_output(output)
     check_folder(copy_to, RANKING, option="--copy-to", overwrite=overwrite)

@@ -24,7 +24,7 @@ from aigiqa_reward.cli.runs import first_process, load_reward, process_device, u
 
 if TYPE_CHECKING:
     from aigiqa_reward.sampling import BestOfN, BestOfNOutput
-    from aigiqa_reward.sampling.many_prompts import ResultsFolder
+    from aigiqa_reward.sampling.batch_run import ResultsFolder
 
 PAGE, SHEETS = "index.html", "contact-sheets"
 """What is drawn of a folder of results, beside what `best_of_each` writes."""
@@ -128,7 +128,7 @@ def _pipeline_arguments(model: str, named: tuple[Any, ...], given: Mapping[str, 
 
 def _run(search: BestOfN, prompts: list[str], out: Path, arguments: dict[str, Any]) -> None:
     """Fill the folder; draw what is in it, also after failures and interruptions."""
-    from aigiqa_reward.sampling.many_prompts import BestOfEachError, ResultsFolder, best_of_each
+    from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder, best_of_each
 
     first = first_process()
     ended: BaseException | None = None

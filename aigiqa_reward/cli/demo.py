@@ -15,7 +15,7 @@ from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.output import Format, emit, render, say
 from aigiqa_reward.cli.runs import sample, usage_errors
 from aigiqa_reward.cli.sampling_options import EMBEDDED_SAMPLING
-from aigiqa_reward.embedded.world import COLOUR_NAMES, NOUNS, read_subject
+from aigiqa_reward.toy.world import COLOUR_NAMES, NOUNS, read_subject
 
 if TYPE_CHECKING:
     from aigiqa_reward.sampling import BestOfNOutput
@@ -47,7 +47,7 @@ def demo(
     _check_own(out)
     _say_what_is_unknown(prompt)
     from aigiqa_reward import BestOfN, create_reward
-    from aigiqa_reward.embedded.pipeline import quiet_libraries
+    from aigiqa_reward.toy.pipeline import quiet_libraries
 
     with quiet_libraries():  # this command says itself what matters
         pipe = _load_pipeline(prompt)
@@ -94,8 +94,8 @@ def _say_what_is_unknown(prompt: str) -> None:
 
 
 def _load_pipeline(prompt: str) -> Any:
-    from aigiqa_reward.embedded.pipeline import load_embedded_pipeline
-    from aigiqa_reward.weights import WeightsError
+    from aigiqa_reward.toy.pipeline import load_embedded_pipeline
+    from aigiqa_reward.utils.weights import WeightsError
 
     try:
         pipe: Any = load_embedded_pipeline()

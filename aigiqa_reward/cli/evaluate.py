@@ -16,22 +16,16 @@ from aigiqa_reward.cli.given_weights import evaluate_weights
 from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.notes import check_arguments, describe_plan, noted
 from aigiqa_reward.cli.output import say
-from aigiqa_reward.cli.plans import (
-    file_errors,
-    make_accelerator,
-    make_plan,
-    parse_split,
-    read,
-    report_unreadable,
-)
+from aigiqa_reward.cli.plans import file_errors, make_accelerator, make_plan, parse_split, read, report_unreadable
 from aigiqa_reward.cli.runs import usage_errors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from aigiqa_reward.benchmark import ProtocolSettings, TrainingPlan
     from aigiqa_reward.datasets import ScoredImages
     from aigiqa_reward.evaluation import ProtocolReport
+    from aigiqa_reward.training.by_name import TrainingPlan
+    from aigiqa_reward.training.report import ProtocolSettings
 
 _SEEDS, _ABLATION_SEEDS = 10, 3
 _MODES = ("group", "random_image")
@@ -88,7 +82,7 @@ def evaluate(
 def _protocol(
     seeds: int | None, ablation_seeds: int | None, mode: Any, file: Path | None, same_generator: str
 ) -> ProtocolSettings:
-    from aigiqa_reward.benchmark import ProtocolSettings
+    from aigiqa_reward.training.report import ProtocolSettings
 
     count = _SEEDS if seeds is None else seeds
     ablations = min(_ABLATION_SEEDS, count) if ablation_seeds is None else ablation_seeds
@@ -150,7 +144,7 @@ def _run(
     accelerator: Accelerator,
     title: str,
 ) -> ProtocolReport:
-    from aigiqa_reward.benchmark import run_protocol
+    from aigiqa_reward.training.report import run_protocol
 
     show = sys.stderr.isatty()
     try:

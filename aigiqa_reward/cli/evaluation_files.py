@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from aigiqa_reward.cli.files import write
 from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.output import emit, encoded, printable, say
-from aigiqa_reward.reading import MAX_BYTES, read_arrays, read_json
+from aigiqa_reward.utils.io import MAX_BYTES, read_arrays, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,7 @@ def benchmark_of(data: str) -> str | None:
 
 def title_of(model: str, data: str, kind: str) -> str:
     """One line: the system, the benchmark or the table's file name, and what kind of the system it is."""
-    from aigiqa_reward.zoo import get_spec
+    from aigiqa_reward.rewards.specs import get_spec
 
     name, _, path = data.partition(":")
     return printable(f"{get_spec(model).title} on {_BENCHMARKS.get(name) or Path(path).name} ({kind})")
@@ -143,7 +143,7 @@ def _scatter(
 ) -> None:
     import numpy as np
 
-    from aigiqa_reward.evaluation.correlation import MIN_ROWS
+    from aigiqa_reward.evaluation.metrics import MIN_ROWS
     from aigiqa_reward.report import scatter_plot
 
     generators = np.array(table.generators)[rows]

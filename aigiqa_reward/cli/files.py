@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.output import Format, Row, render, scored
-from aigiqa_reward.reading import MAX_BYTES, parse_json, read_regular
+from aigiqa_reward.utils.io import MAX_BYTES, parse_json, read_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,7 +47,7 @@ def write(file: Path, data: bytes) -> None:
     Raises:
         CommandError: it cannot be written.
     """
-    from aigiqa_reward.weights import write_atomically
+    from aigiqa_reward.utils.io import write_atomically
 
     try:
         write_atomically(file, data)

@@ -22,7 +22,7 @@ from aigiqa_reward.cli.sampling_options import PipelineDType, PipelineDTypeOptio
 
 if TYPE_CHECKING:
     from aigiqa_reward.finetuning import FinetuneResult
-    from aigiqa_reward.finetuning.algorithm import Algorithm
+    from aigiqa_reward.finetuning.algorithms.base import Algorithm
 
 OF_ALGORITHM = {
     "draft": ("truncation_steps", "low_variance"),
@@ -42,7 +42,7 @@ OF_LOOP = (
     *("use_8bit_adam", "kl_coeff", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"),
     *("validation_seeds", "patience", "seed"),
 )
-"""Options that are fields of FinetuneSettings as they stand."""
+"""Options that are fields of FinetuneConfig as they stand."""
 
 
 def finetune(
@@ -124,13 +124,13 @@ def _finetune(given: Mapping[str, Any]) -> None:
         raise CommandError("--mixed_precision: fp16 is not for the CPU; take bf16 or no")
     from aigiqa_reward import finetuning
     from aigiqa_reward.finetuning.checkpoints import find_checkpoint
-    from aigiqa_reward.finetuning.trackers import check_tracker
+    from aigiqa_reward.finetuning.logging import check_tracker
 
     with option_errors(given):  # whatever can be refused before a large pipeline is loaded
         check_tracker(_tracker(given))
         find_checkpoint(folder, given["resume_from_checkpoint"])
         algorithm = _algorithm(given["algorithm"].value, own_settings)
-        settings = finetuning.FinetuneSettings(**loop_settings)
+        settings = finetuning.FinetuneConfig(**loop_settings)
     judge = reward_of(given["reward"], given["reward_weights"], place)
     holdout: Any = "auto"
     if given["holdout_reward"] != "auto":
@@ -149,7 +149,7 @@ def _run(given: Mapping[str, Any], inputs: tuple[Any, ...], arguments: Mapping[s
     """The training; what ends it early is told in words of the command line."""
     from aigiqa_reward import finetuning
     from aigiqa_reward.finetuning.checkpoints import checkpoints_in
-    from aigiqa_reward.sampling.many_prompts import BestOfEachError
+    from aigiqa_reward.sampling.batch_run import BestOfEachError
 
     folder = given["output_dir"]
     try:

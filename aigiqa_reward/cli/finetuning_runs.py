@@ -15,7 +15,7 @@ from aigiqa_reward.cli.runs import load_reward, usage_errors
 from aigiqa_reward.cli.sampling_options import EMBEDDED_SAMPLING
 
 if TYPE_CHECKING:
-    from aigiqa_reward.reward import Reward
+    from aigiqa_reward.rewards.reward import Reward
 
 _SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width")
 _OTHER_NAMES = {

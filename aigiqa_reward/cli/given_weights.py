@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from aigiqa_reward.datasets import PreferencePairs, ScoredImages
     from aigiqa_reward.evaluation import ProtocolReport
-    from aigiqa_reward.reward import Reward
+    from aigiqa_reward.rewards.reward import Reward
 
 EMBEDDED = "embedded"
 

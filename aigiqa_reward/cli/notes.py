@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from aigiqa_reward.cli.files import write
 from aigiqa_reward.cli.inputs import CommandError
-from aigiqa_reward.reading import read_json
+from aigiqa_reward.utils.io import read_json
 
 if TYPE_CHECKING:
-    from aigiqa_reward.benchmark import TrainingPlan
     from aigiqa_reward.datasets import PreferencePairs, ScoredImages
+    from aigiqa_reward.training.by_name import TrainingPlan
 
 ARGUMENTS = "arguments.json"
 """The note of what a folder's training was asked for."""

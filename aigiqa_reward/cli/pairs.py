@@ -69,7 +69,7 @@ def _pairs(given: Mapping[str, Any]) -> None:
 
 def _build(pipe: Any, judge: Any, prompts: list[str], given: Mapping[str, Any], sampling: Mapping[str, Any]) -> Any:
     from aigiqa_reward.finetuning import build_preference_pairs
-    from aigiqa_reward.sampling.many_prompts import BestOfEachError
+    from aigiqa_reward.sampling.batch_run import BestOfEachError
 
     chosen = {"model": given["pretrained_model_name_or_path"]}
     scales = tuple(given["guidance_scales"] or ())

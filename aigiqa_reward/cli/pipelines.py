@@ -73,7 +73,7 @@ def load_pipeline(
     pipe: Any
     if model == EMBEDDED:
         from aigiqa_reward import load_embedded_pipeline
-        from aigiqa_reward.weights import WeightsError
+        from aigiqa_reward.utils.weights import WeightsError
 
         try:
             pipe = load_embedded_pipeline(dtype=computes_in)
@@ -165,8 +165,8 @@ def lora_digest(lora: str | None) -> str | None:
     place = Path(lora).expanduser() if lora else None
     if place is None or not place.exists():
         return None
-    from aigiqa_reward.sampling.run_settings import digest
-    from aigiqa_reward.weights import sha256
+    from aigiqa_reward.utils.run_folder import digest
+    from aigiqa_reward.utils.weights import sha256
 
     return digest([sha256(file) for file in (sorted(place.glob("*.safetensors")) if place.is_dir() else [place])])
 
@@ -197,7 +197,7 @@ def _silence() -> Iterator[None]:
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
-    from aigiqa_reward.embedded.pipeline import quiet_libraries
+    from aigiqa_reward.toy.pipeline import quiet_libraries
 
     with quiet_libraries():
         of_diffusers.set_verbosity(logging.CRITICAL)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.output import say
 from aigiqa_reward.cli.runs import usable_device, usage_errors
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.utils.io import parse_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from aigiqa_reward.benchmark import TrainingPlan
     from aigiqa_reward.datasets import PreferencePairs, ScoredImages
-    from aigiqa_reward.zoo.published import TowerConfig
+    from aigiqa_reward.rewards.build import TowerConfig
+    from aigiqa_reward.training.by_name import TrainingPlan
 
 _OPEN_CLIP_ROLES = {
     "mst_clipiqa": ("coarse", "fine"),
@@ -65,8 +65,8 @@ def make_plan(
     """
     chosen = parse_settings(settings)
     with usage_errors():
-        from aigiqa_reward.benchmark import TrainingPlan
-        from aigiqa_reward.zoo import get_spec
+        from aigiqa_reward.rewards.specs import get_spec
+        from aigiqa_reward.training.by_name import TrainingPlan
 
         get_spec(model)
         plan = TrainingPlan(

@@ -9,7 +9,7 @@ from typing import Any
 from aigiqa_reward.cli.inputs import CommandError, read_text
 from aigiqa_reward.cli.output import say
 from aigiqa_reward.cli.runs import first_process
-from aigiqa_reward.reading import parse_json
+from aigiqa_reward.utils.io import parse_json
 
 
 def gather_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:

@@ -19,9 +19,9 @@ from aigiqa_reward.cli.options import DType
 from aigiqa_reward.cli.output import Row, progress, say, scored
 
 if TYPE_CHECKING:
-    from aigiqa_reward.reward import Reward
+    from aigiqa_reward.rewards.reward import Reward
+    from aigiqa_reward.rewards.scorer import ScoredImage
     from aigiqa_reward.sampling import BestOfN, BestOfNOutput
-    from aigiqa_reward.scorer import ScoredImage
 
 
 @contextmanager

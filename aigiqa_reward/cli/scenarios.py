@@ -18,7 +18,7 @@ def scenarios(
     form: Annotated[ListFormat, typer.Option("--format", help="A table to read, or JSON Lines.")] = ListFormat.TABLE,
 ) -> None:
     """List cpa_iqa's scenarios and the weights of the five components in each, as shares of 1."""
-    from aigiqa_reward.models.scenarios import COMPONENTS, UNIFORM, Preferences
+    from aigiqa_reward.models.cpa_iqa import COMPONENTS, UNIFORM, Preferences
 
     try:
         matrix = UNIFORM if preferences is None else Preferences.load(preferences)

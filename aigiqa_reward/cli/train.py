@@ -15,22 +15,15 @@ from aigiqa_reward.cli.files import check_writable
 from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.notes import check_arguments, describe_plan, noted
 from aigiqa_reward.cli.output import emit, say
-from aigiqa_reward.cli.plans import (
-    file_errors,
-    make_accelerator,
-    make_plan,
-    parse_split,
-    read,
-    report_unreadable,
-)
+from aigiqa_reward.cli.plans import file_errors, make_accelerator, make_plan, parse_split, read, report_unreadable
 from aigiqa_reward.cli.runs import usage_errors
-from aigiqa_reward.reading import read_json
+from aigiqa_reward.utils.io import read_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from aigiqa_reward.benchmark import Trained, TrainingPlan
     from aigiqa_reward.datasets import PreferencePairs, ScoredImages, Split
+    from aigiqa_reward.training.by_name import Trained, TrainingPlan
 
 _MODES = ("whole", "group", "random_image")
 _CHECKPOINT = "checkpoint"
@@ -91,8 +84,8 @@ def train(
 
 
 def _parts(table: ScoredImages | PreferencePairs, mode: Any, file: Path | None, seed: int) -> Split:
-    from aigiqa_reward.benchmark import whole_split
     from aigiqa_reward.datasets import split_rows
+    from aigiqa_reward.training.by_name import whole_split
 
     with usage_errors():
         return whole_split(table, seed=seed) if mode == "whole" else split_rows(table, mode=mode, seed=seed, file=file)
@@ -106,7 +99,7 @@ def _train(
     accelerator: Accelerator,
 ) -> Trained:
     """Train to the end, or end the command by saying how to go on."""
-    from aigiqa_reward.benchmark import train_reward
+    from aigiqa_reward.training.by_name import train_reward
 
     speaks = accelerator.is_main_process
     try:
@@ -144,7 +137,7 @@ def _tell(trained: Trained, parts: Split, folder: Path) -> None:
 
 def _tested(trained: Trained, parts: Split) -> str:
     """One line for each thing that the test part can tell, or none."""
-    from aigiqa_reward.training.scoring import predict
+    from aigiqa_reward.training.fit import predict
     from aigiqa_reward.training.tasks import ScoreTask
 
     task, source = trained.task, trained.source
@@ -164,7 +157,7 @@ def _tested(trained: Trained, parts: Split) -> str:
 def _line(aspect: str, predicted: Any, human: Any) -> str:
     import numpy as np
 
-    from aigiqa_reward.evaluation.correlation import MIN_ROWS, correlations
+    from aigiqa_reward.evaluation.metrics import MIN_ROWS, correlations
 
     known = np.isfinite(human)
     if known.sum() < MIN_ROWS:

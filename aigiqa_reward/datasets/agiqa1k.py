@@ -10,8 +10,9 @@ import os
 import re
 from pathlib import Path
 
-from aigiqa_reward.datasets._rows import (
+from aigiqa_reward.datasets.base import (
     Row,
+    ScoredImages,
     find_table,
     generators_of,
     image_folder,
@@ -21,7 +22,6 @@ from aigiqa_reward.datasets._rows import (
     refuse_repeats,
     unpublished,
 )
-from aigiqa_reward.datasets.base import ScoredImages
 
 _TABLE = "AIGC_MOS_Zscore.xlsx"
 _OTHER_SCORES = "AIGC_all.csv"

@@ -10,8 +10,15 @@ import os
 import re
 from pathlib import Path
 
-from aigiqa_reward.datasets._rows import find_table, generators_of, numbers, read_csv, refuse_absent, refuse_repeats
-from aigiqa_reward.datasets.base import ScoredImages
+from aigiqa_reward.datasets.base import (
+    ScoredImages,
+    find_table,
+    generators_of,
+    numbers,
+    read_csv,
+    refuse_absent,
+    refuse_repeats,
+)
 
 _COLUMNS = ("name", "prompt", "mos_quality", "std_quality", "mos_align", "std_align")
 _NAME = re.compile(r"(?P<generator>[^/\\]+)_\d+\.jpg")

@@ -13,8 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from aigiqa_reward.datasets._rows import find_table, read_sheet, refuse_absent, unpublished
-from aigiqa_reward.datasets.base import ScoredImages
+from aigiqa_reward.datasets.base import ScoredImages, find_table, read_sheet, refuse_absent, unpublished
 
 _GENERATORS = ("Controlnet", "DALLE", "Glide", "Lafite", "stable-diffusion", "Unidiffuser")
 _PROMPTS = 100

@@ -12,7 +12,8 @@ import os
 import re
 from pathlib import Path
 
-from aigiqa_reward.datasets._rows import (
+from aigiqa_reward.datasets.base import (
+    ScoredImages,
     find_table,
     generators_of,
     image_folder,
@@ -23,7 +24,6 @@ from aigiqa_reward.datasets._rows import (
     refuse_repeats,
     unpublished,
 )
-from aigiqa_reward.datasets.base import ScoredImages
 
 _COLUMNS = ("name", "prompt", "mos")
 _NAME = re.compile(r"(?P<generator>[^/\\]+)_\d+\.png")

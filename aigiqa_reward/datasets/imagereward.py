@@ -12,9 +12,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from aigiqa_reward.datasets._rows import image_folder, refuse_absent
-from aigiqa_reward.datasets.base import PreferencePairs
-from aigiqa_reward.reading import read_json
+from aigiqa_reward.datasets.base import PreferencePairs, image_folder, refuse_absent
+from aigiqa_reward.utils.io import read_json
 
 _FIELDS = ("id", "prompt", "generations", "ranking")
 _MOST_IMAGES = 100

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aigiqa_reward.datasets._rows import extra_data
-from aigiqa_reward.datasets.base import PreferencePairs
+from aigiqa_reward.datasets.base import PreferencePairs, extra_data
 
 _IMAGES = ("jpg_0", "jpg_1")
 _LIGHT = ("caption", "label_0", "label_1", "ranking_id")

@@ -10,8 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from aigiqa_reward.datasets._rows import read_csv, refuse_repeats
-from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages
+from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages, read_csv, refuse_repeats
 
 TEST_FRACTION = 0.2
 """Of the groups: 80/20, as in the published protocols."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from aigiqa_reward.datasets._rows import numbers, read_csv, refuse_absent, refuse_repeats, unpublished
-from aigiqa_reward.datasets.base import ScoredImages
+from aigiqa_reward.datasets.base import ScoredImages, numbers, read_csv, refuse_absent, refuse_repeats, unpublished
 
 _COLUMNS = ("path", "prompt")
 _SCORES = ("quality", "correspondence")

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.encoders.text import warn_dropped, warn_if_not_latin
-from aigiqa_reward.reading import MAX_BYTES, read_regular
+from aigiqa_reward.encoders._text import warn_dropped, warn_if_not_latin
 from aigiqa_reward.types import Images, PromptError
+from aigiqa_reward.utils.io import MAX_BYTES, read_regular
 
 _CONFIG_FILE, _TOKENIZER_FILE = "config.json", "tokenizer.json"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}

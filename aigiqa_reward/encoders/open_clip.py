@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.encoders.text import warn_dropped, warn_if_not_latin
-from aigiqa_reward.reading import read_json
+from aigiqa_reward.encoders._text import warn_dropped, warn_if_not_latin
 from aigiqa_reward.types import Images, PromptError
+from aigiqa_reward.utils.io import read_json
 
 _SCHEMAS = ("local-dir:", "hf-hub:")
 _CONFIG_FILE = "open_clip_config.json"
@@ -33,7 +33,6 @@ class OpenCLIPConfig:
             .safetensors file; None for a local-dir, which brings its own.
 
     Example:
-        >>> from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
         >>> OpenCLIPConfig(architecture="ViT-L-14", pretrained="laion2b_s32b_b82k").architecture
         'ViT-L-14'
     """

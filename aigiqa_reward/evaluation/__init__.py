@@ -5,7 +5,7 @@ is undefined on well-formed input (the correlation of a constant, a gain with no
 
 Example:
     >>> import numpy as np
-    >>> from aigiqa_reward.evaluation import EvaluationReport, Predictions, evaluate
+
     >>> human = np.linspace(1, 5, 8)
     >>> table = Predictions(
     ...     names=tuple("abcdefgh"),
@@ -20,7 +20,7 @@ Example:
     >>> found: EvaluationReport = evaluate(table, repeats=10, same_generator="sd")
     >>> round(found.row("quality").srcc.estimate, 3)
     1.0
-    >>> from aigiqa_reward.evaluation import OverSeeds, PairedDifference, ProtocolReport, SummaryRow, score_split
+
     >>> told = {"task": "quality", "target": human, "prompts": table.prompts, "generators": ["sd1.5"] * 8}
     >>> model = score_split(0, "model", predicted=human, **told)
     >>> ridge = score_split(0, "ridge", predicted=-human, **told)
@@ -41,16 +41,22 @@ from aigiqa_reward.evaluation.controls import (
     centred_srcc,
     group_mean_predictor,
     prompt_auc,
+    ridge_predict,
     selection_gain,
     within,
 )
-from aigiqa_reward.evaluation.correlation import Correlations, Logistic4, correlations, fit_logistic4, srcc
+from aigiqa_reward.evaluation.metrics import Correlations, Logistic4, correlations, fit_logistic4, srcc
 from aigiqa_reward.evaluation.predictions import Predictions
-from aigiqa_reward.evaluation.protocol import OverSeeds, PairedDifference, ProtocolReport, SummaryRow
-from aigiqa_reward.evaluation.published import PUBLISHED, PublishedResult, published_markdown
+from aigiqa_reward.evaluation.protocol import (
+    OverSeeds,
+    PairedDifference,
+    ProtocolReport,
+    SplitScores,
+    SummaryRow,
+    score_split,
+)
 from aigiqa_reward.evaluation.report import EvaluationReport, ReportRow
-from aigiqa_reward.evaluation.ridge import ridge_predict
-from aigiqa_reward.evaluation.split_scores import SplitScores, score_split
+from aigiqa_reward.evaluation.tables import PUBLISHED, PublishedResult, published_markdown
 
 __all__ = [
     "PUBLISHED",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aigiqa_reward.evaluation._numbers import Labels, group_codes
+from aigiqa_reward.evaluation.metrics import Labels, group_codes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from aigiqa_reward.evaluation.bootstrap import Interval, bootstrap_intervals
-from aigiqa_reward.evaluation.controls import (
-    centred_srcc,
-    group_mean_predictor,
-    prompt_auc,
-    selection_gain,
-    within,
-)
-from aigiqa_reward.evaluation.correlation import correlations, srcc
+from aigiqa_reward.evaluation.controls import centred_srcc, group_mean_predictor, prompt_auc, selection_gain, within
+from aigiqa_reward.evaluation.metrics import correlations, srcc
 from aigiqa_reward.evaluation.predictions import Predictions
 from aigiqa_reward.evaluation.report import (
     GENERATOR,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from aigiqa_reward.reading import read_arrays
+from aigiqa_reward.utils.io import read_arrays
 
 FORMAT = 1
 """Version of the file; raised when a field changes its meaning."""
@@ -102,7 +102,7 @@ class Predictions:
         Raises:
             ValueError: `path` does not end in .npz.
         """
-        from aigiqa_reward.weights import write_atomically  # here, because it loads torch and the measures do not
+        from aigiqa_reward.utils.io import write_atomically  # here, because it loads torch and the measures do not
 
         target = Path(path)
         if target.suffix != ".npz":

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from aigiqa_reward.evaluation._text import markdown_table, number, plain
 from aigiqa_reward.evaluation.bootstrap import Interval
-from aigiqa_reward.evaluation.correlation import Correlations
+from aigiqa_reward.evaluation.metrics import Correlations
+from aigiqa_reward.evaluation.tables import markdown_table, number, plain
 
 MODEL = "model"
 GENERATOR = "generator's mean score"

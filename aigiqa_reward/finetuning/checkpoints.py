@@ -5,17 +5,71 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aigiqa_reward.finetuning.algorithms.base import Algorithm
+from aigiqa_reward.finetuning.batch import Schedule
+from aigiqa_reward.finetuning.config import FinetuneConfig
+from aigiqa_reward.finetuning.context import Tools
 from aigiqa_reward.finetuning.lora import FILE, LoRA
-from aigiqa_reward.reading import read_json
 from aigiqa_reward.training.checkpoints import moments_of, restore_moments
-from aigiqa_reward.weights import WeightsError, read_weights, write_atomically, write_weights
+from aigiqa_reward.utils.io import read_json, write_atomically
+from aigiqa_reward.utils.run_folder import digest, identity, pipeline_identity, reward_identity
+from aigiqa_reward.utils.weights import WeightsError, read_weights, write_weights
+
+MAY_CHANGE = (
+    "max_train_steps",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+)
+"""Settings that a training may go on with otherwise, as long as a step's whole batch has as many rows."""
+
+
+def describe(
+    tools: Tools, algorithm: Algorithm, schedule: Schedule, settings: FinetuneConfig, decisive: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Settings by name, as JSON gives them back.
+
+    Args:
+        tools: pipeline and reward.
+        algorithm: with its own settings.
+        schedule: the prompts.
+        settings: of the loop.
+        decisive: what there is beside all these.
+    """
+    named = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
+    if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
+        named["max_train_steps"] = settings.max_train_steps  # the learning rate depends on it
+    if algorithm.steps_per_round > 1:  # what a round remembers lies in the parts of its batch
+        named |= {name: getattr(settings, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
+        named["processes"] = tools.accelerator.num_processes
+    pipe = tools.rollout.pipe
+    values = {**named, **algorithm.settings(), **decisive, "prompts": list(schedule.prompts)}
+    found = {
+        **pipeline_identity(pipe),
+        "dtype": str(tools.lora.denoiser.dtype),
+        "reward": reward_identity(tools.reward),
+        "algorithm": algorithm.name,
+        "batch": schedule.size,
+        **{name: _short(value) for name, value in values.items()},
+    }
+    return json.loads(json.dumps(found))
+
+
+def _short(value: Any) -> Any:
+    """A setting as JSON; of texts how many and their digest."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return f"{len(value)} texts {digest(value)}"
+    return identity(value)
+
 
 _PREFIX = "checkpoint-"
 _PARTS = {"average": "average.safetensors", "kept": "kept.safetensors", "memory": "memory.safetensors"}

@@ -17,9 +17,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aigiqa_reward.finetuning.randomness import generator_of
+from aigiqa_reward.finetuning.batch import generator_of
 from aigiqa_reward.sampling.families import Family
-from aigiqa_reward.weights import WeightsError, read_weights, write_atomically
+from aigiqa_reward.utils.io import write_atomically
+from aigiqa_reward.utils.weights import WeightsError, read_weights
 
 ADAPTER = "reward"
 """Name of the trained adapter in the pipeline."""

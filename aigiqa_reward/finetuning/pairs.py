@@ -1,12 +1,4 @@
-"""Preference pairs for Diffusion-DPO: made with a reward, or chosen by people.
-
-Both are `datasets.PreferencePairs`, prompts and the files of a better and a worse image each, so that training cannot
-tell them apart. A folder of ours holds
-
-    settings.json, prompts/, images/, results.jsonl   best of N for each prompt, as `sampling.best_of_each` writes it;
-                                                      where candidates differ in guidance, a folder of each kind
-    pairs.parquet                                     one pair a row: `COLUMNS`
-"""
+"""Pairs of a pipeline's own images, made before a training by preference begins."""
 
 from __future__ import annotations
 
@@ -14,19 +6,214 @@ import hashlib
 import io
 import math
 import os
+import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from aigiqa_reward import images as pixels
 from aigiqa_reward.datasets import PreferencePairs, read_pickapic
-from aigiqa_reward.datasets._rows import extra_data
-from aigiqa_reward.finetuning.pair_candidates import Contrast, sampled
-from aigiqa_reward.reading import read_json
+from aigiqa_reward.datasets.base import extra_data
+from aigiqa_reward.finetuning.batch import seed_of
+from aigiqa_reward.finetuning.checkpoints import checkpoints_in
+from aigiqa_reward.finetuning.config import FinetuneConfig
+from aigiqa_reward.finetuning.context import Tools, total_of_grey
+from aigiqa_reward.rewards.bound import reward_name
+from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder, best_of_each, checked_prompts
 from aigiqa_reward.sampling.best_of_n import BestOfN
-from aigiqa_reward.sampling.checks import number
-from aigiqa_reward.sampling.many_prompts import ResultsFolder, checked_prompts
-from aigiqa_reward.selection import integer
-from aigiqa_reward.weights import write_atomically
+from aigiqa_reward.sampling.families import Family
+from aigiqa_reward.sampling.guidance import RewardGuidance
+from aigiqa_reward.utils.checks import integer, number
+from aigiqa_reward.utils.io import read_json, write_atomically
+
+_CALLBACK = "callback_on_step_end"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """What the images of one noise differ in; by default there is one image of each, and noises are paired.
+
+    Attributes:
+        guidance_scales: none, or at least two different scales of guidance.
+        reward_guidance: 0, or the scale of a `sampling.RewardGuidance`, with which each noise is sampled once more.
+
+    Raises:
+        ValueError: both, one scale alone or twice, or a number out of range.
+    """
+
+    guidance_scales: Sequence[float] = ()
+    reward_guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.guidance_scales, Sequence) or isinstance(self.guidance_scales, str):
+            raise TypeError(f"guidance_scales: expected several numbers, as (1.0, 4.0), got {self.guidance_scales!r}")
+        scales = tuple(number("guidance_scales", s, "in each place", math.isfinite) for s in self.guidance_scales)
+        if len(scales) == 1 or len(set(scales)) < len(scales):
+            raise ValueError(
+                f"guidance_scales: expected none, or at least two different scales, got {list(self.guidance_scales)}"
+            )
+        expected = "of at least 0, a scale of RewardGuidance"
+        number("reward_guidance", self.reward_guidance, expected, lambda value: 0 <= value < math.inf)
+        if scales and self.reward_guidance:
+            raise ValueError("guidance_scales, reward_guidance: images of one noise differ in one of them; pass one")
+        object.__setattr__(self, "guidance_scales", scales)
+
+    def __bool__(self) -> bool:
+        return bool(self.guidance_scales or self.reward_guidance)
+
+    def check_count(self, pairs_per_prompt: int, n: int, named: str) -> int:
+        """The number of pairs of a prompt, of which `n` noises have one each, or two noises have one."""
+        most, share = (n, named) if self else (n // 2, f"{named} / 2")
+        if integer("pairs_per_prompt", pairs_per_prompt, least=1) > most:
+            raise ValueError(
+                f"pairs_per_prompt: expected at most {share} = {most}, got {pairs_per_prompt}; raise {named}"
+            )
+        return pairs_per_prompt
+
+
+class GuidedBestOfN(BestOfN):
+    """A BestOfN whose images climb its reward while they are sampled.
+
+    Args:
+        search: what it does otherwise.
+        scale: of `sampling.RewardGuidance`.
+        prompt: one of those to come, to try the reward with.
+
+    Raises:
+        TypeError, ValueError: a pipeline that RewardGuidance cannot guide, or a reward without gradients.
+    """
+
+    def __init__(self, search: BestOfN, scale: float, prompt: str) -> None:
+        super().__init__(search.pipe, search.reward, n=search.n, top_k=search.top_k, batch_size=search.batch_size)
+        self.progress, self.scale = search.progress, scale
+        with RewardGuidance(self.pipe, self.reward, prompt, scale=scale):
+            pass  # what is wrong with the pipeline is said here
+        if not total_of_grey(self.reward, prompt, self.pipe.device).requires_grad:
+            raise ValueError(
+                f"reward_guidance: climbs the reward by its gradient in the images, and {reward_name(self.reward)} "
+                "gives none; leave it out, or pass guidance_scales"
+            )
+
+    def _sample(self, call: Any, seeds: Sequence[int]) -> tuple[Tensor, list[Any]]:
+        with RewardGuidance(self.pipe, self.reward, call.prompt, scale=self.scale) as guidance:
+            return super()._sample(replace(call, pipe_kwargs={**call.pipe_kwargs, _CALLBACK: guidance}), seeds)
+
+
+def sampled(
+    search: BestOfN, prompts: Sequence[str], folder: Path, contrast: Contrast, progress: Any, more: dict[str, Any]
+) -> tuple[list[ResultsFolder], BestOfEachError | None]:
+    """All candidates of all prompts, and the first failure.
+
+    Args:
+        search: ranks all of a prompt's candidates.
+        prompts: texts.
+        folder: holds the results; where there is a contrast, in a folder of each kind of images.
+        contrast: what the kinds differ in.
+        progress: as of `best_of_each`, over all kinds.
+        more: further arguments of `best_of_each`.
+    """
+    failed, results = None, []
+    for place, (name, of_kind, own) in enumerate(kinds := _kinds(search, prompts, contrast, more)):
+        show = _part_of(progress, place, len(kinds))
+        try:
+            results.append(best_of_each(of_kind, prompts, folder / name, progress=show, **{**more, **own}))
+        except BestOfEachError as error:
+            results.append(error.results)
+            failed = failed or error
+    return results, failed
+
+
+def _kinds(
+    search: BestOfN, prompts: Sequence[str], contrast: Contrast, more: dict[str, Any]
+) -> list[tuple[str, BestOfN, dict[str, Any]]]:
+    """Of images of one noise: a folder's name, what samples them, and arguments of its own."""
+    if scale := contrast.reward_guidance:
+        if _CALLBACK in more:
+            raise ValueError(f"{_CALLBACK}: reward_guidance is one itself; leave out one of the two")
+        noted = {"settings": {**(more.get("settings") or {}), "reward_guidance": scale}}
+        guided = GuidedBestOfN(search, scale, prompts[0])
+        return [("unguided", search, {}), (f"reward-guidance-{scale:g}", guided, noted)]
+    if contrast.guidance_scales:
+        return [(f"guidance-{scale:g}", search, {"guidance_scale": scale}) for scale in contrast.guidance_scales]
+    return [("", search, {})]
+
+
+def _part_of(progress: Any, place: int, parts: int) -> Any:
+    """A caller's bar over several runs: of run `place` what is done of all of them."""
+    if not callable(progress) or parts < 2:
+        return progress
+    return lambda done, total: progress(place * total + done, parts * total)
+
+
+REMEMBERED = 2 * 2**30
+"""Bytes of latents to remember: chosen here; 16,000 pairs of Stable Diffusion's at 512 px, 4,000 at 1024 px."""
+
+
+class PairLatents:
+    """Latents of both images of a pair, for one pipeline at a time.
+
+    Args:
+        pairs: whose images are read.
+        remembered: bytes of latents to keep in the CPU's memory; the pair unused for longest goes first.
+
+    Raises:
+        TypeError: other pairs, as the path of a folder.
+        ValueError: none.
+    """
+
+    def __init__(self, pairs: PreferencePairs, *, remembered: int = REMEMBERED) -> None:
+        if not isinstance(pairs, PreferencePairs):
+            raise TypeError(f"pairs: expected PreferencePairs, got {pairs!r}; pass read_preference_pairs(folder)")
+        if not len(pairs):
+            raise ValueError("pairs: expected at least one, got none")
+        self.pairs = pairs
+        self.remembered = remembered
+        self._family: Family | None = None
+        self._known: OrderedDict[int, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, family: Family, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Latents (B, ...) of the better and of the worse images of these pairs, on the CPU, in at least float32.
+
+        Raises:
+            ImageError: an image that cannot be read.
+        """
+        if family is not self._family:
+            self._family, self._bytes = family, 0
+            self._known.clear()
+        rows = torch.stack([self._latents(family, place) for place in places])
+        return rows[:, 0], rows[:, 1]
+
+    def _latents(self, family: Family, place: int) -> Tensor:
+        """(2, ...) of one pair."""
+        if place in self._known:
+            self._known.move_to_end(place)
+            return self._known[place]
+        files = (self.pairs.better[place], self.pairs.worse[place])
+        images = torch.cat([fitted(pixels.load(file)[None], family.size()) for file in files])
+        with torch.no_grad(), torch.autocast(family.device.type, enabled=False):
+            latents = family.encode_images(images.to(family.device)).cpu()
+        self._known[place] = latents
+        self._bytes += latents.nbytes
+        while self._bytes > self.remembered and len(self._known) > 1:
+            self._bytes -= self._known.popitem(last=False)[1].nbytes
+        return latents
+
+
+def fitted(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] scaled to cover `size` = (height, width), the same from all sides cut off."""
+    height, width = images.shape[2:]
+    scale = max(size[0] / height, size[1] / width)
+    covering = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    images = pixels.resize(images, covering).clamp(0, 1)  # bicubic overshoots
+    top, left = math.floor((covering[0] - size[0]) / 2), math.floor((covering[1] - size[1]) / 2)
+    return images[:, :, top : top + size[0], left : left + size[1]]
+
 
 FILE = "pairs.parquet"
 """Name of the table in a folder of pairs."""
@@ -251,3 +438,68 @@ def _as_pairs(rows: Sequence[Mapping[str, Any]], folder: Path) -> PreferencePair
         better=tuple(folder / row["winner"] for row in rows),
         worse=tuple(folder / row["loser"] for row in rows),
     )
+
+
+def own_pairs(
+    tools: Tools, prompts: Sequence[str], folder: Path, settings: FinetuneConfig, *, progress: bool, **how: Any
+) -> PreferencePairs:
+    """Pairs of the pipeline's images, made into `folder`/pairs or found there.
+
+    Args:
+        tools: of the training.
+        prompts: of which each has images.
+        folder: of the training.
+        settings: of the training; its seed gives other images than those of validation, whose seeds count from 0.
+        progress: show a bar.
+        **how: further arguments of `build_preference_pairs`.
+
+    Warns:
+        UserWarning: some prompts could not be sampled or ranked, or some pairs differ by the margin or less; they are
+            missing.
+
+    Raises:
+        ValueError: checkpoints of a training on pairs of other prompts, or no pair above the margin.
+        BestOfEachError: no prompt gave a pair.
+    """
+    made = folder / "pairs"
+    if checkpoints_in(folder):
+        _check_prompts(made, prompts)
+    try:
+        pairs = build_preference_pairs(
+            tools.rollout.pipe,
+            tools.reward,
+            prompts,
+            made,
+            seed=seed_of(settings.seed, "pairs") >> 32,
+            batch_size=settings.train_batch_size,
+            accelerator=tools.accelerator,
+            progress=progress,
+            **how,
+            **settings.sampling,
+        )
+    except ValueError as error:
+        if str(error).startswith("out: "):  # as a folder of other settings
+            error.add_note(f"n and top_k are DPO's candidates; to make the pairs anew, remove {made}")
+        raise
+    except BestOfEachError as error:
+        try:
+            pairs = read_preference_pairs(made)
+        except ValueError:
+            raise error from None  # there is none
+        warnings.warn(f"{error}. Training takes the {len(pairs)} pairs of the others, in {made / FILE}", stacklevel=2)
+        return pairs
+    wanted = len(prompts) * how["pairs_per_prompt"]
+    if len(pairs) < wanted and tools.accelerator.is_main_process:
+        text = f"pairs: {len(pairs)} of {wanted} have rewards that differ by more than margin={how['margin']:g}"
+        warnings.warn(f"{text}; training takes these, in {made / FILE}", stacklevel=2)
+    return pairs
+
+
+def _check_prompts(made: Path, prompts: Sequence[str]) -> None:
+    """Refuse to extend what a checkpoint was trained on, which then could not go on as it was."""
+    for note in (made / "settings.json", *sorted(made.glob("*/settings.json"))):
+        if note.is_file() and (before := read_json(note)["prompts"]) != list(prompts):
+            raise ValueError(
+                f"prompts: {made} has the pairs of {len(before)} prompts that the checkpoints beside it are "
+                f"trained on, and {len(prompts)} others are given; pass the same, or another output_dir"
+            )

@@ -2,26 +2,200 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.finetuning.holdout import default_holdout
-from aigiqa_reward.finetuning.measures import Looks, colours, diversity
-from aigiqa_reward.finetuning.pictures import draw_validation
-from aigiqa_reward.finetuning.tools import Tools
-from aigiqa_reward.finetuning.validated import PER_IMAGE, SHOWN_PROMPTS, SHOWN_SEEDS, ValidationResult, picture_file
+from aigiqa_reward.encoders.compact import CompactImageTower, load_image_tower
+from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.reporting import draw_validation
+from aigiqa_reward.finetuning.results import PER_IMAGE, SHOWN_PROMPTS, SHOWN_SEEDS, ValidationResult, picture_file
 from aigiqa_reward.models.base import check_prompts
-from aigiqa_reward.sampling.checks import check_reward
-from aigiqa_reward.scorer import Scorer
-from aigiqa_reward.selection import integer
-from aigiqa_reward.types import RewardFunction
+from aigiqa_reward.rewards.factory import create_reward
+from aigiqa_reward.rewards.reward import Reward
+from aigiqa_reward.rewards.scorer import Scorer, device_of
+from aigiqa_reward.rewards.specs import TOWER_FILES
+from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput
+from aigiqa_reward.utils.checks import check_reward, integer
+
+_END = 0.5 / 255
+"""Values as near to 0 or 1 as this, or beyond, are the first or the last of 8 bits."""
+
+_SIDE = 224
+"""Side in px of the square in which the tower compares images: that of its training."""
+
+
+def saturation(decoded: Tensor) -> Tensor:
+    """Share in [0, 1] of pixel values at the ends of the range or beyond; (B, 3, H, W) as decoded, before clamping.
+
+    An overdriven decoder is how images most often cheat a reward: burnt colours, hard outlines.
+    """
+    return ((decoded <= _END) | (decoded >= 1 - _END)).double().flatten(1).mean(dim=1)
+
+
+def chroma(images: Tensor) -> Tensor:
+    """Mean distance from grey of images (B, 3, H, W) in [0, 1]: of (R - G, (R + G) / 2 - B).
+
+    The opponent colours of Hasler & Süsstrunk 2003, "Measuring Colourfulness in Natural Images".
+    """
+    red, green, blue = images.double().unbind(dim=1)
+    return torch.hypot(red - green, (red + green) / 2 - blue).flatten(1).mean(dim=1)
+
+
+def contrast(images: Tensor) -> Tensor:
+    """Standard deviation over an image's luma (Rec. 601); (B, 3, H, W) in [0, 1]."""
+    red, green, blue = images.double().unbind(dim=1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).flatten(1).std(dim=1, correction=0)
+
+
+class Looks:
+    """What images show, as vectors to be compared: the embedded image tower's features.
+
+    Chosen because they are always there and cheap (EfficientNet-Lite0, 0.4 GFLOP an image), and because they change
+    with what is shown rather than with pixels: noise laid over equal images does not pass for variety, as it would
+    with a distance of pixels.
+
+    Args:
+        device: where to compute.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.tower: CompactImageTower = load_image_tower(sha256=TOWER_FILES["towers/image.safetensors"]).to(device)
+
+    @property
+    def width(self) -> int:
+        """Length of a vector."""
+        return self.tower.width
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, width) float32 of unit length, of images (B, 3, H, W) in [0, 1]."""
+        device = next(self.tower.parameters()).device
+        squares = pixels.resize(images.to(device).float(), (_SIDE, _SIDE))
+        return F.normalize(self.tower(squares).pooled.float(), dim=1)
+
+
+def diversity(looks: Tensor) -> float:
+    """Mean cosine distance in [0, 2] over the pairs of n images of one prompt; NaN for fewer than two.
+
+    Args:
+        looks: (n, width) of unit length.
+    """
+    count = len(looks)
+    if count < 2:
+        return float("nan")
+    first, second = torch.triu_indices(count, count, offset=1)
+    # Half the square of the difference is the cosine distance of unit vectors, and 0 for equal ones to the last bit.
+    return float(((looks[first] - looks[second]).double().square().sum(dim=1) / 2).mean())
+
+
+def colours(images: Tensor, decoded: Tensor) -> Mapping[str, Tensor]:
+    """The measures of single images: what a file shows, (B, 3, H, W) in [0, 1], and what the decoder gave."""
+    return {"saturation": saturation(decoded), "chroma": chroma(images), "contrast": contrast(images)}
+
+
+CANDIDATES = ("compact", "mst_clipiqa", "tsp_mgs", "sc_agiqa", "cpa_iqa", "ma_agiqa")
+"""Embedded systems that may be held out, the first that the trained reward does not use is. Chosen here: the two that
+agree best with people and cost least stand first, then by cost."""
+
+
+_HOLDERS = ("__self__", "__func__", "func", "args", "keywords")
+"""What a bound method and a `functools.partial` keep."""
+
+
+class QualityAlone:
+    """A reward's quality as the total; its correspondence is told beside and counts for nothing.
+
+    Quality of an embedded system does not depend on the prompt, so no text branch has a say.
+
+    Args:
+        reward: an embedded system.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+
+    @property
+    def name(self) -> str:
+        """The system's name in the zoo."""
+        return self.reward.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where images must be."""
+        return self.reward.device
+
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
+        """As the reward does, for its correspondence."""
+        return self.reward.encode_prompts(prompts)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None = None) -> RewardOutput:
+        """Scores (B,) of images (B, 3, H, W) in [0, 1]; `total` is the quality."""
+        output = self.reward(images, prompts)
+        return RewardOutput(total=output.quality, quality=output.quality, correspondence=output.correspondence)
+
+
+def default_holdout(reward: Any, device: torch.device | None = None) -> QualityAlone:
+    """A second embedded system, offline, to judge what is trained on `reward`.
+
+    It is `compact`; `mst_clipiqa` where that is the trained one; for a composite of both the next one.
+
+    What it can see: an image that only the trained head likes. Every system has a head of its own, fitted apart.
+    What it cannot see: correspondence, since all embedded systems read prompts with one text tower, whose faults they
+    share; pictures that have become good and no longer show the prompt keep their held-out reward. Its correspondence
+    stands beside in the figures, and no decision uses it. Nor does it see what deceives the image tower
+    (EfficientNet-Lite0) that they share as well, `compact` beside a second one. A reward of your own, by people's
+    preferences or on other towers, sees more.
+
+    Args:
+        reward: the trained reward. Every Reward within a module (a CompositeReward, a wrapper of your own) is found,
+            and what a function or an object of yours refers to.
+        device: where to put the second system, where the trained reward does not say on which it is.
+
+    Returns:
+        The second system, on the trained reward's device.
+
+    Raises:
+        ValueError: the trained reward uses every embedded system.
+    """
+    used = {part.name for part in _rewards_in(reward)}
+    left = [name for name in CANDIDATES if name not in used]
+    if not left:
+        raise ValueError(
+            "holdout: the trained reward uses every embedded system, so that none is left to be held out; pass a "
+            "reward or a function f(images, prompts) of your own as holdout"
+        )
+    return QualityAlone(create_reward(left[0], device=device_of(reward) or device))
+
+
+def _rewards_in(found: Any, depth: int = 3) -> Iterator[Reward]:
+    """Rewards that are part of a module, or that a function or another object refers to."""
+    if isinstance(found, nn.Module):
+        yield from (part for part in found.modules() if isinstance(part, Reward))
+    elif depth and not (inspect.ismodule(found) or inspect.isclass(found)):
+        for other in _referred_to(found):
+            yield from _rewards_in(other, depth - 1)
+
+
+def _referred_to(found: Any) -> list[Any]:
+    if isinstance(found, list | tuple | set):
+        return list(found)
+    if isinstance(found, dict):
+        return list(found.values())
+    others = [*getattr(found, "__dict__", {}).values(), *(getattr(found, name, None) for name in _HOLDERS)]
+    if inspect.isfunction(found):
+        seen = inspect.getclosurevars(found)
+        others += [*seen.nonlocals.values(), *seen.globals.values()]
+    return others
+
 
 TILE = 256
 """Longer side in px above which images are scaled down for the pictures; chosen here, sharp enough to be judged."""

@@ -4,10 +4,21 @@ Inside the library an image batch is `(B, 3, H, W)`, RGB, nominally [0, 1], floa
 rounds or leaves the device, except `load` (files and PIL in) and `to_pil` (PIL out).
 """
 
-from aigiqa_reward.images.checks import HIGHEST, LOWEST, MIN_SIDE, ImageError, check
-from aigiqa_reward.images.layouts import from_bhwc, from_vae, to_bhwc, to_pil, to_vae
+from aigiqa_reward.images.layout import (
+    HIGHEST,
+    LOWEST,
+    MIN_SIDE,
+    ImageError,
+    check,
+    finite_rows,
+    from_bhwc,
+    from_vae,
+    to_bhwc,
+    to_pil,
+    to_vae,
+)
 from aigiqa_reward.images.loading import MAX_PIXELS, ImageSource, load, load_batch
-from aigiqa_reward.images.sizes import (
+from aigiqa_reward.images.resize import (
     enlarge_to,
     even_crops,
     even_offsets,
@@ -31,6 +42,7 @@ __all__ = [
     "enlarge_to",
     "even_crops",
     "even_offsets",
+    "finite_rows",
     "from_bhwc",
     "from_vae",
     "letterbox",

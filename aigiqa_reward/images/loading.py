@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from aigiqa_reward.images.checks import ImageError, check
+from aigiqa_reward.images.layout import ImageError, check
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from aigiqa_reward.evaluation import Correlations, ProtocolReport, SummaryRow, correlations, fit_logistic4
-from aigiqa_reward.images.lettering import font, printable, wrapped
-from aigiqa_reward.weights import write_atomically
+from aigiqa_reward.report.lettering import font, printable, wrapped
+from aigiqa_reward.utils.io import write_atomically
 
 _DPI = 160
 _WIDTH = 8.0  # inches, both plots: 1280 px

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from aigiqa_reward.images.lettering import font, number, printable, wrapped
-from aigiqa_reward.report._text import state_of
+from aigiqa_reward.report.lettering import font, number, printable, wrapped
+from aigiqa_reward.report.page import state_of
 from aigiqa_reward.sampling.candidates import BestOfNOutput
 
 WINNER = (234, 88, 12)

@@ -2,7 +2,7 @@
 
 Example:
     >>> from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
-    >>> from aigiqa_reward.sampling import BestOfEachError, best_of_each
+
     >>> search = BestOfN(load_embedded_pipeline(), create_reward("compact"), n=2, progress=False)
     >>> folder = best_of_each(search, ["a red apple", "a cat"], "out/", num_inference_steps=2, progress=False)
     >>> [(result.prompt, len(result.output.all_scores)) for result in folder]
@@ -15,7 +15,7 @@ Example:
     ... except BestOfEachError as error:
     ...     print("failed:", list(error.failures))
     failed: [0]
-    >>> from aigiqa_reward.sampling import NothingRankedError, rerank
+
     >>> try:
     ...     rerank(["missing.png"], "a cat", broken)
     ... except NothingRankedError as error:
@@ -23,11 +23,11 @@ Example:
     {0: 'missing.png: no such file'}
 """
 
+from aigiqa_reward.sampling.batch_run import BestOfEachError, best_of_each
 from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput, rerank
 from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger
 from aigiqa_reward.sampling.candidates import NothingRankedError
 from aigiqa_reward.sampling.guidance import RewardGuidance
-from aigiqa_reward.sampling.many_prompts import BestOfEachError, best_of_each
 from aigiqa_reward.sampling.noise_optimization import NoiseOptimizer
 from aigiqa_reward.sampling.prompt_scorer import PromptScore, PromptScorer
 from aigiqa_reward.sampling.steering import ParticleSteering

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward.sampling.rollout import State
-from aigiqa_reward.sampling.schedules import SERVED, SEVERAL_CALLS_A_STEP, noise_level
+from aigiqa_reward.sampling.schedulers import SERVED, SEVERAL_CALLS_A_STEP, noise_level
 
 ANCESTRAL = tuple(name for name in SERVED if name not in (*SEVERAL_CALLS_A_STEP, "PNDMScheduler"))
 """Schedulers whose noise falls from each entry of their timesteps to the next. PNDM's first entries repeat."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward.images import HIGHEST, LOWEST
+from aigiqa_reward.sampling.callbacks import LoggedStep, SeenStep, Watch
 from aigiqa_reward.sampling.families import Conditioning, family_of
 from aigiqa_reward.sampling.rollout import Rollout, State
-from aigiqa_reward.sampling.schedules import noise_level
-from aigiqa_reward.sampling.watching import LoggedStep, SeenStep, Watch
-from aigiqa_reward.selection import integer
+from aigiqa_reward.sampling.schedulers import noise_level
 from aigiqa_reward.types import RewardOutput
+from aigiqa_reward.utils.checks import integer
 
 
 @dataclass(frozen=True, kw_only=True)

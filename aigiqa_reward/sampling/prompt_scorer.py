@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 
+from aigiqa_reward.rewards.scorer import device_of, score_batch
 from aigiqa_reward.sampling.best_of_n import BestOfN
-from aigiqa_reward.sampling.candidates import NothingRankedError, scores_of
-from aigiqa_reward.sampling.checks import check_reward, check_text
-from aigiqa_reward.sampling.chunks import in_chunks
-from aigiqa_reward.sampling.drops import FLAGGED, reasons_to_drop, why_dropped
-from aigiqa_reward.sampling.pipeline_call import check_pipe_kwargs, generators_of, images_of, takes
-from aigiqa_reward.scorer import device_of, score_batch
-from aigiqa_reward.selection import integer
+from aigiqa_reward.sampling.candidates import FLAGGED, NothingRankedError, reasons_to_drop, scores_of, why_dropped
+from aigiqa_reward.sampling.pipeline_utils import check_pipe_kwargs, generators_of, images_of, in_chunks, takes
 from aigiqa_reward.types import unreadable_prompts
+from aigiqa_reward.utils.checks import check_reward, check_text, integer
 
 _OWNED = {
     "prompt": "pass the prompts to score()",

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from aigiqa_reward.sampling.families import Conditioning, Family, family_of
-from aigiqa_reward.sampling.schedules import (
+from aigiqa_reward.sampling.schedulers import (
     check_scheduler,
     joined_history,
     predict_clean,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from aigiqa_reward.models.base import TrainedModel
-from aigiqa_reward.reading import read_json
 from aigiqa_reward.training.tasks import ScoreTask, Task
-from aigiqa_reward.weights import WeightsError, read_weights, write_atomically, write_weights
+from aigiqa_reward.utils.io import read_json, write_atomically
+from aigiqa_reward.utils.weights import WeightsError, read_weights, write_weights
 
 _OPTIMIZER = "optimizer."
 

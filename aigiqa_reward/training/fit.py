@@ -4,40 +4,266 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from aigiqa_reward.datasets import Split
+from aigiqa_reward.evaluation import srcc
+from aigiqa_reward.evaluation.metrics import MIN_ROWS
 from aigiqa_reward.models.base import TrainedModel
 from aigiqa_reward.training import checkpoints
 from aigiqa_reward.training.checkpoints import trained_state
-from aigiqa_reward.training.live import LiveImages
-from aigiqa_reward.training.processes import accelerator_for, agreed, mean_over_processes
 from aigiqa_reward.training.recipes import Recipe
-from aigiqa_reward.training.scoring import Scoring, predict
-from aigiqa_reward.training.steps import (
-    RunningSRCC,
-    WeightAverage,
-    choose_weights,
-    finite,
-    freeze_statistics,
-    other_prompts,
-    prompts_of,
-    rate,
-    some_rows,
-)
-from aigiqa_reward.training.store import FeatureStore, Unreadable
+from aigiqa_reward.training.store import FeatureStore, LiveImages, Unreadable
 from aigiqa_reward.training.tasks import ScoreTask, Task
+from aigiqa_reward.types import PromptFeatures
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def accelerator_for(model: nn.Module, given: Accelerator | None) -> Accelerator:
+    """The one given, or one for the model's device; some weights may go unused in a step of some process."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    accelerator: Any = given or Accelerator(cpu=next(model.parameters()).device.type == "cpu")
+    if accelerator.ddp_handler is None:
+        accelerator.ddp_handler = DistributedDataParallelKwargs()
+    accelerator.ddp_handler.find_unused_parameters = True
+    return accelerator
+
+
+def agreed(accelerator: Accelerator, value: float) -> float:
+    """The main process's value: what others computed may differ in the last bits, and with it who stops when."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+def mean_over_processes(accelerator: Accelerator, value: float) -> float:
+    """The mean of a number that each process has one of."""
+    if accelerator.num_processes == 1:
+        return value
+    reduced: Any = accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=accelerator.device), "mean")
+    return float(reduced)
+
+
+PREDICTED_TOGETHER = 32
+"""Images judged in one step of a prediction."""
+
+
+class Scoring(nn.Module):
+    """A model's `judge` with tensors in and out, which is what wrappers for several processes can pass on."""
+
+    def __init__(self, model: TrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        seen: Mapping[str, Tensor],
+        context: Mapping[str, Tensor] | None,
+        texts: Mapping[str, Tensor],
+        index: Tensor,
+        wrong: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Quality, correspondence, correspondence to the wrong prompts, and the model's own penalty."""
+        features = PromptFeatures(texts=("",) * len(next(iter(texts.values()))), index=index, tensors=texts, model="")
+        seen = self.model.digest(seen)
+        output = self.model.judge(seen, features, context)
+        other = None
+        if wrong is not None and output.correspondence is not None:
+            features = PromptFeatures(texts=features.texts, index=wrong, tensors=texts, model="")
+            other = self.model.judge(seen, features, context).correspondence
+        penalty = output.details.get("penalty")
+        return (
+            output.quality,
+            output.correspondence,
+            other,
+            output.quality.new_zeros(()) if penalty is None else penalty.mean(),
+        )
+
+
+def predict(
+    model: TrainedModel,
+    prompts: Sequence[str],
+    source: FeatureStore | LiveImages,
+    rows: np.ndarray,
+    *,
+    progress: bool = True,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Raw scores of rows, (M,) each; correspondence to `prompts[row]`, or None where the model has none."""
+    quality, correspondence = predict_against(model, [prompts], source, rows, progress=progress)
+    return quality, None if correspondence is None else correspondence[:, 0]
+
+
+@torch.no_grad()
+def predict_against(
+    model: TrainedModel,
+    prompts: Sequence[Sequence[str]],
+    source: FeatureStore | LiveImages,
+    rows: np.ndarray,
+    *,
+    progress: bool = True,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Raw quality of rows (M,), and correspondence (M, K) to each of K prompts of every row.
+
+    Args:
+        model: left in evaluation mode.
+        prompts: K lists, each with a prompt of every image.
+        source: features or images.
+        rows: which images.
+        progress: show a bar on stderr.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    quality: list[Tensor] = []
+    correspondence: list[Tensor] = []
+    features = [model.encode_prompts([texts[int(row)] for row in rows]) for texts in prompts]
+    starts = range(0, len(rows), PREDICTED_TOGETHER)
+    for start in tqdm(starts, desc="predict", unit="batch", disable=not progress, leave=False):
+        part = rows[start : start + PREDICTED_TOGETHER]
+        seen, context = source.look(model, part, device)
+        seen = model.digest(seen)
+        outputs = [model.judge(seen, texts[start : start + len(part)], context) for texts in features]
+        quality.append(outputs[0].quality.float().cpu())
+        found = [output.correspondence.float().cpu() for output in outputs if output.correspondence is not None]
+        if found:
+            correspondence.append(torch.stack(found, dim=1))
+    return torch.cat(quality).numpy(), torch.cat(correspondence).numpy() if correspondence else None
+
+
+class RunningSRCC:
+    """SRCC of quality over the last 30 steps of an epoch, for the progress bar."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
+        self.srcc = "-"
+
+    def add(self, quality: Tensor, examples: np.ndarray) -> None:
+        """Take in one step's scores."""
+        if not isinstance(self.task, ScoreTask):
+            return
+        self.parts.append((quality.detach().float().cpu().numpy(), self.task.targets[examples, 0]))
+        if len(self.parts) % 10 == 0:
+            predicted, target = (np.concatenate(part) for part in zip(*self.parts[-30:], strict=True))
+            known = np.isfinite(target)
+            self.srcc = f"{srcc(predicted[known], target[known]):.3f}" if known.sum() >= MIN_ROWS else "-"
+
+
+class WeightAverage:
+    """A moving average of the trained weights (Polyak averaging), young at first so that it forgets where they began.
+
+    Args:
+        model: whose trained parameters to follow.
+        decay: a step; 0 follows nothing.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        trained = model.named_parameters() if decay else ()
+        self.weights = {name: p.detach().clone() for name, p in trained if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after a step."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                self.weights[name].lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model with the average in place of its weights."""
+        own = {name: p.detach().clone() for name, p in model.named_parameters() if name in self.weights}
+        model.load_state_dict(self.weights, strict=False)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own, strict=False)
+
+
+def some_rows(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """At most `count` distinct rows, drawn from `seed`, ascending."""
+    distinct = np.unique(rows)
+    return np.sort(np.random.default_rng(seed).choice(distinct, min(len(distinct), count), replace=False))
+
+
+def prompts_of(prompts: PromptFeatures | None, rows: np.ndarray) -> np.ndarray | None:
+    """Numbers of the prompts that these rows have, ascending.
+
+    Wrong prompts are drawn from those of the training part: what is held out must not be seen, not even as text.
+    """
+    return None if prompts is None else np.unique(prompts.index.cpu().numpy()[rows])
+
+
+def other_prompts(index: Tensor, allowed: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """For each row a prompt that is not its own, of those `allowed`: the training part's, at least two."""
+    own = index.cpu().numpy()
+    place = np.searchsorted(allowed, own)  # every row's own prompt is among them
+    shift = rng.integers(1, len(allowed), size=len(own))
+    return torch.from_numpy(allowed[(place + shift) % len(allowed)]).to(index.device)
+
+
+def choose_weights(model: TrainedModel, *, towers: bool) -> None:
+    """Train the head, and the towers if wanted, but for CLIP's temperature, which stays as it was trained.
+
+    Raises:
+        ValueError: a head without weights on towers that stay frozen.
+    """
+    for name, parameter in model.named_parameters():
+        frozen = name.endswith("logit_scale")
+        parameter.requires_grad_(name.startswith("head.") or (towers and not frozen))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"train_towers: this {model.name} has no weights of its own, so with frozen towers there is nothing to "
+            "train; train the towers, or for tsp_mgs give it an adapter_rank above 0"
+        )
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Batch norms keep their statistics: a score must not depend on what else is in a batch."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def finite(loss: Tensor, recipe: Recipe, epoch: int) -> float:
+    """The loss as a number.
+
+    Raises:
+        ValueError: it is NaN or infinite.
+    """
+    if not math.isfinite(value := float(loss.detach())):
+        raise ValueError(
+            f"learning_rate: the loss became {value} in epoch {epoch}; lower learning_rate ({recipe.learning_rate:g}) "
+            f"or clip_norm ({recipe.clip_norm:g})"
+        )
+    return value
+
+
+def rate(recipe: Recipe, epochs: float) -> float:
+    """The learning rate after this many epochs, as a share of the highest."""
+    if epochs < recipe.warmup_epochs:
+        return (epochs + 1e-3) / recipe.warmup_epochs
+    if recipe.schedule == "constant":
+        return 1.0
+    if recipe.schedule == "step":
+        return recipe.step_factor ** int((epochs - recipe.warmup_epochs) / recipe.step_epochs)
+    span = max(recipe.epochs - recipe.warmup_epochs, 1e-9)
+    return (1 + math.cos(math.pi * (epochs - recipe.warmup_epochs) / span)) / 2
+
 
 STATISTICS_ROWS = 512
 """Training images whose features' mean and deviation standardise them: chosen here, enough for a tenth of a percent."""

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
+from typing import TypeAlias
 
-from aigiqa_reward.training.losses import POINTWISE
+import torch.nn.functional as F
+from torch import Tensor
 
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
 MONITORS = ("srcc", "srcc+plcc")
 KEPT = ("best", "last")
+
+PointwiseLoss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+POINTWISE: dict[str, PointwiseLoss] = {
+    "mse": F.mse_loss,
+    "mae": F.l1_loss,
+    "smooth_l1": F.smooth_l1_loss,
+}
+"""Losses of each score alone, by name; mean over the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +57,6 @@ class Recipe:
             themselves. Ours.
 
     Example:
-        >>> from aigiqa_reward.training.recipes import Recipe
         >>> Recipe(loss="mse", learning_rate=1e-4, epochs=20, patience=3).schedule
         'cosine'
     """

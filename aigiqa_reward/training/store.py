@@ -1,9 +1,10 @@
-"""What a model's frozen towers see of each image, computed once and kept on disk, so that an epoch costs seconds."""
+"""Features computed at each step, for trainings that change the towers or draw crops anew."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,86 @@ from tqdm import tqdm
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import TrainedModel, distinct_prompts
-from aigiqa_reward.reading import read_json
-from aigiqa_reward.training.arrays import ArrayWriter
 from aigiqa_reward.types import PromptFeatures
-from aigiqa_reward.weights import write_atomically
+from aigiqa_reward.utils.io import read_json, write_atomically
+
+
+class ArrayWriter:
+    """Arrays of N rows, made when the first features say their shapes, or opened where they are.
+
+    Sequences, whose length (the second dimension) differs between batches, are padded with zeros to the longest.
+
+    Args:
+        home: folder of the arrays.
+        count: N.
+        max_bytes: of all arrays together.
+    """
+
+    def __init__(self, home: Path, count: int, max_bytes: int) -> None:
+        self.home, self.count, self.max_bytes = home, count, max_bytes
+        self.arrays: dict[str, Any] = {}
+
+    def write(self, rows: Sequence[int], features: Mapping[str, Tensor]) -> None:
+        """Store the features of some rows.
+
+        Raises:
+            ValueError: they are beyond float16, or the arrays beyond `max_bytes` or the disk.
+        """
+        stored = {name: _storable(name, tensor) for name, tensor in features.items()}
+        self._make_room(stored)
+        for name, values in stored.items():
+            if values.shape[1:] == self.arrays[name].shape[1:]:
+                self.arrays[name][rows] = values
+            else:
+                self.arrays[name][rows] = 0
+                self.arrays[name][rows, : values.shape[1]] = values
+
+    def _make_room(self, stored: Mapping[str, np.ndarray]) -> None:
+        """Make or lengthen the arrays that do not take these values."""
+        for name in stored.keys() - self.arrays.keys():
+            if (path := self.home / f"{name}.npy").exists():
+                self.arrays[name] = np.lib.format.open_memmap(path, "r+")
+        short = [name for name, values in stored.items() if not self._takes(name, values)]
+        shapes = {name: (self.count, *stored[name].shape[1:]) for name in short}
+        added = sum(int(np.prod(shapes[name])) * stored[name].itemsize for name in short)
+        total = added + sum(array.nbytes for name, array in self.arrays.items() if name not in short)
+        room = shutil.disk_usage(self.home).free
+        if added and (total > self.max_bytes or added > room):
+            raise ValueError(
+                f"max_bytes: the features of {self.count} images take {total / 1e9:.1f} GB, allowed are "
+                f"{self.max_bytes / 1e9:.1f} GB and free {room / 1e9:.1f} GB; allow more, score fewer crops, or train "
+                "with train_towers=True, which keeps none"
+            )
+        for name in short:
+            path = self.home / f"{name}.npy"
+            fresh = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", stored[name].dtype, shapes[name])
+            if name in self.arrays:
+                fresh[:, : self.arrays[name].shape[1]] = self.arrays[name]
+                fresh.flush()
+            path.with_suffix(".part").replace(path)
+            self.arrays[name] = fresh
+
+    def _takes(self, name: str, values: np.ndarray) -> bool:
+        if name not in self.arrays:
+            return False
+        there = self.arrays[name].shape
+        return values.ndim < 2 or values.shape[1] <= there[1] or values.shape[2:] != there[2:]
+
+    def flush(self) -> None:
+        """Write down what is still in memory."""
+        for array in self.arrays.values():
+            array.flush()
+
+
+def _storable(name: str, tensor: Tensor) -> np.ndarray:
+    stored = tensor.half() if tensor.is_floating_point() else tensor
+    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+        raise ValueError(
+            f"model: its feature {name!r} has values beyond float16, so features cannot be stored; "
+            "train with train_towers=True, which keeps none"
+        )
+    return stored.cpu().numpy()
+
 
 MAX_BYTES = 20_000_000_000
 """Largest store that is written without being asked: chosen here, a fiftieth of a common disk."""
@@ -276,3 +353,65 @@ def _identity(model: TrainedModel, role: str) -> list[str]:
     """What determines an assistant's answers: what it says of itself, else its class."""
     assistant = getattr(model, role)
     return [role, str(getattr(assistant, "identity", type(assistant).__qualname__))]
+
+
+class LiveImages:
+    """Images read from disk at each step; what `FeatureStore` reads from disk, its `look` computes.
+
+    Attributes:
+        readable: (N,) bool.
+        unreadable: the images that are not, and why.
+    """
+
+    def __init__(self, paths: Sequence[Path], prompts: Sequence[str], *, progress: bool = True) -> None:
+        self.paths, self.prompts = tuple(paths), tuple(prompts)
+        self.readable = np.ones(len(paths), dtype=bool)
+        problems = []
+        for row, path in enumerate(tqdm(paths, desc="check images", unit="image", disable=not progress)):
+            try:
+                pixels.load(path)
+            except pixels.ImageError as error:
+                self.readable[row] = False
+                problems.append(Unreadable(path, str(error)))
+        self.unreadable = tuple(problems)
+        if not self.readable.any():
+            raise ValueError(f"paths: none of the {len(paths)} images can be read; the first: {problems[0].reason}")
+
+    def __len__(self) -> int:
+        """Number of images N."""
+        return len(self.paths)
+
+    def look(
+        self,
+        model: TrainedModel,
+        rows: np.ndarray,
+        device: torch.device,
+        *,
+        generator: torch.Generator | None = None,
+        crops: int | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """What the model's towers see of these rows, with gradients, and what its assistants say."""
+        seen: list[dict[str, Tensor]] = []
+        contexts: list[dict[str, Tensor]] = []
+        for row in rows:
+            image = pixels.load(self.paths[row])[None].to(device)
+            seen.append(dict(model.look(image, generator=generator, crops=crops)))
+            with torch.no_grad():
+                contexts.append(dict(model.prepare(image, asked_prompts([self.prompts[row]])) or {}))
+        return _joined(seen), _joined(contexts) or None
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: _stacked([part[name] for part in parts]) for name in parts[0]}
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Tensors (1, ...) as one; sequences, which may differ in length, are padded with zeros to the longest."""
+    longest = max((row.shape[1] for row in rows if row.ndim > 1), default=0)
+    padded = [
+        row
+        if row.ndim < 2 or row.shape[1] == longest
+        else torch.cat([row, row.new_zeros(1, longest - row.shape[1], *row.shape[2:])], dim=1)
+        for row in rows
+    ]
+    return torch.cat(padded)

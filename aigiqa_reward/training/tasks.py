@@ -7,13 +7,56 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from aigiqa_reward.datasets import PreferencePairs, ScoredImages
 from aigiqa_reward.evaluation import srcc
-from aigiqa_reward.evaluation.correlation import MIN_ROWS, correlations
-from aigiqa_reward.training.losses import POINTWISE, pairwise_margin_loss, pairwise_preference_loss, preference_loss
-from aigiqa_reward.training.recipes import Recipe
+from aigiqa_reward.evaluation.metrics import MIN_ROWS, correlations
+from aigiqa_reward.training.recipes import POINTWISE, Recipe
+
+
+def pairwise_margin_loss(
+    predicted: Float[Tensor, " batch"], target: Float[Tensor, " batch"], *, margin: float = 0.1
+) -> Float[Tensor, ""]:
+    """Mean over the pairs with different targets of relu(-sign(y_i - y_j) (p_i - p_j) + margin) (MST-CLIPIQA).
+
+    Args:
+        predicted: scores, higher is better.
+        target: human scores.
+        margin: how far apart a pair should be, in units of `predicted`.
+
+    Returns:
+        A scalar; 0 if all targets are equal.
+    """
+    order = torch.sign(target[:, None] - target[None])
+    wrong = F.relu(margin - order * (predicted[:, None] - predicted[None]))
+    return (wrong * order.abs()).sum() / order.abs().sum().clamp_min(1)
+
+
+def preference_loss(
+    better: Float[Tensor, " pairs"], worse: Float[Tensor, " pairs"], *, temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """Mean of -log sigmoid((Q1 - Q2) / tau) over pairs of which people preferred the first (CPA-IQA; Bradley-Terry).
+
+    Args:
+        better: scores of the preferred images.
+        worse: scores of the others.
+        temperature: tau, in units of the scores.
+    """
+    return F.softplus((worse - better) / temperature).mean()
+
+
+def pairwise_preference_loss(
+    predicted: Float[Tensor, " batch"], target: Float[Tensor, " batch"], *, temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """`preference_loss` over every pair of a batch whose targets differ; 0 if all are equal."""
+    first, second = torch.nonzero(target[:, None] > target[None], as_tuple=True)
+    if len(first) == 0:
+        return predicted.sum() * 0
+    return preference_loss(predicted[first], predicted[second], temperature=temperature)
+
 
 Scores = tuple[Tensor, Tensor | None]
 """Quality (B,) and correspondence (B,), or None where a model has none."""

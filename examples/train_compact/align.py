@@ -18,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.embedded.pictures import all_pairs, compose
-from aigiqa_reward.embedded.world import WORDINGS, all_captions, caption
-from aigiqa_reward.encoders.compact_joint import CompactEncoder
-from aigiqa_reward.weights import ASSETS, load_strictly, read_weights, sha256, write_weights
+from aigiqa_reward.encoders.compact import CompactEncoder
+from aigiqa_reward.toy.pictures import all_pairs, compose
+from aigiqa_reward.toy.world import WORDINGS, all_captions, caption
+from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights, sha256, write_weights
 
 COPIES, STEPS, BATCH, AREA = 6, 1500, 256, 256
 ELSEWHERE = 3.0

@@ -14,7 +14,7 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import Seen
 from aigiqa_reward.models.compact import Compact
 from aigiqa_reward.types import PromptFeatures
-from aigiqa_reward.weights import read_weights, write_weights
+from aigiqa_reward.utils.weights import read_weights, write_weights
 
 STEPS, STEP = 8, 1 / 255
 """Of a climb; root mean square of a step."""

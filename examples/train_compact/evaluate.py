@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from aigiqa_reward.evaluation import Interval, Predictions, bootstrap_interval, evaluate, srcc
-from aigiqa_reward.weights import write_atomically
+from aigiqa_reward.utils.io import write_atomically
 
 NORMAL = {0.5: 0.6745, 0.8: 1.2816, 0.95: 1.96}
 """Half widths of central intervals of the normal distribution, in deviations."""

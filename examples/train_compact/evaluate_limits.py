@@ -22,8 +22,8 @@ from train import FOLDS
 from aigiqa_reward import Reward, create_reward
 from aigiqa_reward import images as pixels
 from aigiqa_reward.datasets import ScoredImages, group_folds, read_agiqa3k
-from aigiqa_reward.embedded.pictures import all_pairs, compose
-from aigiqa_reward.weights import read_weights
+from aigiqa_reward.toy.pictures import all_pairs, compose
+from aigiqa_reward.utils.weights import read_weights
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS, STEP = 20, 1 / 255

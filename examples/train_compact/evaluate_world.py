@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from aigiqa_reward import Reward, create_reward
-from aigiqa_reward.embedded.degradations import DEGRADATIONS, degrade
-from aigiqa_reward.embedded.pictures import all_pairs, compose
-from aigiqa_reward.embedded.world import COLOURS, NOUNS, WORDINGS, caption
+from aigiqa_reward.toy.degradations import DEGRADATIONS, degrade
+from aigiqa_reward.toy.pictures import all_pairs, compose
+from aigiqa_reward.toy.world import COLOURS, NOUNS, WORDINGS, caption
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -15,7 +15,7 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.timm import SmoothReLU6
 from aigiqa_reward.models.base import Seen
 from aigiqa_reward.models.compact import Compact
-from aigiqa_reward.weights import read_weights, write_weights
+from aigiqa_reward.utils.weights import read_weights, write_weights
 
 BATCH = 16
 

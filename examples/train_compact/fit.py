@@ -11,8 +11,7 @@ from torch import Tensor
 from world import wanted, world_quality
 
 from aigiqa_reward.datasets import group_folds
-from aigiqa_reward.models.compact import Compact, CompactHead
-from aigiqa_reward.models.likeness import ASPECTS, Likeness
+from aigiqa_reward.models.compact import ASPECTS, Compact, CompactHead, Likeness
 
 NORMAL_80 = 1.2816
 """Half width of the central 80 % of a normal distribution, in its deviations."""

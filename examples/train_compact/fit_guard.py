@@ -10,8 +10,7 @@ from recipe import Recipe
 from torch import Tensor
 
 from aigiqa_reward.models.base import Seen
-from aigiqa_reward.models.compact import Compact, CompactHead
-from aigiqa_reward.models.likeness import Likeness
+from aigiqa_reward.models.compact import Compact, CompactHead, Likeness
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.datasets import ScoredImages, group_folds, read_agiqa3k
 from aigiqa_reward.evaluation import Predictions
 from aigiqa_reward.models.compact import Compact, CompactHead
-from aigiqa_reward.weights import ASSETS, load_strictly, read_weights, write_weights
+from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights, write_weights
 
 EMBEDDED = ASSETS / "compact" / "model.safetensors"
 

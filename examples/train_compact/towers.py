@@ -25,7 +25,7 @@ from torch import Tensor
 
 from aigiqa_reward.encoders.compact import TOWERS, CompactImageTower, CompactTextTower
 from aigiqa_reward.encoders.timm import TimmEncoder
-from aigiqa_reward.weights import load_strictly, read_weights, sha256, write_weights
+from aigiqa_reward.utils.weights import load_strictly, read_weights, sha256, write_weights
 
 DEPTHWISE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 INVERTED = {

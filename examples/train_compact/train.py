@@ -29,8 +29,8 @@ from aigiqa_reward.encoders.compact import LITE2, load_image_tower, load_text_to
 from aigiqa_reward.encoders.timm import TimmEncoder
 from aigiqa_reward.evaluation import Predictions
 from aigiqa_reward.models.compact import Compact, CompactConfig, CompactHead
-from aigiqa_reward.weights import ASSETS, sha256, write_weights
-from aigiqa_reward.zoo import SPECS
+from aigiqa_reward.rewards.specs import SPECS
+from aigiqa_reward.utils.weights import ASSETS, sha256, write_weights
 
 FOLDS, WRONG_PROMPTS = 5, 10
 """Parts of the prompts, and other prompts that each image is held against."""

@@ -13,9 +13,9 @@ import torch
 from recipe import Recipe
 from torch import Tensor
 
-from aigiqa_reward.embedded.degradations import degrade, random_levels
-from aigiqa_reward.embedded.pictures import all_pairs, compose
-from aigiqa_reward.embedded.world import COLOURS, NOUNS, WORDINGS, all_captions
+from aigiqa_reward.toy.degradations import degrade, random_levels
+from aigiqa_reward.toy.pictures import all_pairs, compose
+from aigiqa_reward.toy.world import COLOURS, NOUNS, WORDINGS, all_captions
 
 COPIES = 5
 """Pictures of each pair."""

@@ -18,7 +18,7 @@ from fit import fit
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.embedded.pictures import all_pairs, compose
+from aigiqa_reward.toy.pictures import all_pairs, compose
 
 STEPS = 3200
 BATCH = 32

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from aigiqa_reward.embedded.world import COLOURS, NOUNS, WORDINGS, all_captions
-from aigiqa_reward.weights import ASSETS, read_weights, sha256, write_weights
+from aigiqa_reward.toy.world import COLOURS, NOUNS, WORDINGS, all_captions
+from aigiqa_reward.utils.weights import ASSETS, read_weights, sha256, write_weights
 
 BATCH = 32
 CAPTION_DROPOUT = 0.1

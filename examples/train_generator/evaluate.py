@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
-from aigiqa_reward.embedded.judge import load_judge
-from aigiqa_reward.embedded.pictures import all_pairs
-from aigiqa_reward.embedded.world import caption
-from aigiqa_reward.weights import ASSETS, read_weights, sha256, write_weights
+from aigiqa_reward.toy.judge import load_judge
+from aigiqa_reward.toy.pictures import all_pairs
+from aigiqa_reward.toy.world import caption
+from aigiqa_reward.utils.weights import ASSETS, read_weights, sha256, write_weights
 
 BLOCKS, CANDIDATES = 4, 64
 SIZES = (1, 4, 16, 64)

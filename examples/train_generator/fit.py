@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from aigiqa_reward.weights import write_atomically
+from aigiqa_reward.utils.io import write_atomically
 
 CHECKPOINT_EVERY = 250
 """Steps; about two minutes on two cores."""

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from fit import fit
 from torch import Tensor
 
-from aigiqa_reward.embedded.degradations import DEGRADATIONS, degrade, random_levels
-from aigiqa_reward.embedded.judge import Judge, load_judge
-from aigiqa_reward.embedded.pictures import compose
-from aigiqa_reward.embedded.world import COLOURS, NOUNS
-from aigiqa_reward.weights import ASSETS, sha256, write_weights
+from aigiqa_reward.toy.degradations import DEGRADATIONS, degrade, random_levels
+from aigiqa_reward.toy.judge import Judge, load_judge
+from aigiqa_reward.toy.pictures import compose
+from aigiqa_reward.toy.world import COLOURS, NOUNS
+from aigiqa_reward.utils.weights import ASSETS, sha256, write_weights
 
 STEPS = 4000
 BATCH = 64

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from aigiqa_reward.embedded.pictures import CELL, COLUMNS, SPRITES
-from aigiqa_reward.embedded.world import THINGS
-from aigiqa_reward.weights import write_atomically
+from aigiqa_reward.toy.pictures import CELL, COLUMNS, SPRITES
+from aigiqa_reward.toy.world import THINGS
+from aigiqa_reward.utils.io import write_atomically
 
 
 def main(assets: Path) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from aigiqa_reward.benchmark import ABLATIONS
-from aigiqa_reward.benchmark.protocol import RIDGE, SHUFFLED
 from aigiqa_reward.evaluation import OverSeeds, ProtocolReport, published_markdown
 from aigiqa_reward.evaluation.report import GENERATOR, MODEL
-from aigiqa_reward.zoo import SYSTEMS, get_spec
+from aigiqa_reward.rewards.build import SYSTEMS
+from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.training.report import ABLATIONS, RIDGE, SHUFFLED
 
 SPLITS = 10
 """Of the headline; a row of fewer says so."""

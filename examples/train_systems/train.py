@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from aigiqa_reward.benchmark import TrainingPlan, train_reward, whole_split
 from aigiqa_reward.datasets import read_agiqa3k
-from aigiqa_reward.weights import ASSETS, sha256, write_weights
-from aigiqa_reward.zoo import SYSTEMS
+from aigiqa_reward.rewards.build import SYSTEMS
+from aigiqa_reward.training.by_name import TrainingPlan, train_reward, whole_split
+from aigiqa_reward.utils.weights import ASSETS, sha256, write_weights
 
 
 def main() -> None:

@@ -26,12 +26,13 @@ import torch
 from tqdm import tqdm
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
-from aigiqa_reward.embedded.judge import load_judge
 from aigiqa_reward.finetuning.checkpoints import checkpoints_in
-from aigiqa_reward.finetuning.holdout import default_holdout
+from aigiqa_reward.finetuning.validation import default_holdout
 from aigiqa_reward.images import to_pil
 from aigiqa_reward.sampling.rollout import Rollout
-from aigiqa_reward.weights import read_weights, write_atomically, write_weights
+from aigiqa_reward.toy.judge import load_judge
+from aigiqa_reward.utils.io import write_atomically
+from aigiqa_reward.utils.weights import read_weights, write_weights
 
 RECIPES = Path("examples/finetune_embedded")
 CALL: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 1.0}

@@ -28,9 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
-from aigiqa_reward.finetuning.draft import climb
+from aigiqa_reward.finetuning.algorithms.draft import climb
+from aigiqa_reward.finetuning.context import Tools
 from aigiqa_reward.finetuning.lora import LoRA
-from aigiqa_reward.finetuning.tools import Tools
 from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import Rollout, State
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
-from aigiqa_reward.embedded.world import COLOUR_NAMES, NOUNS
 from aigiqa_reward.sampling import PromptScorer
+from aigiqa_reward.toy.world import COLOUR_NAMES, NOUNS
 
 ROOT = Path(__file__).resolve().parents[2]
 CALL = {"num_inference_steps": 6, "guidance_scale": 1.0}

@@ -26,14 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
-from aigiqa_reward.embedded.judge import Judge, load_judge
-from aigiqa_reward.embedded.pictures import all_pairs
-from aigiqa_reward.embedded.world import caption
 from aigiqa_reward.images import load
+from aigiqa_reward.rewards.ranking import Halving, ZeroOrder
 from aigiqa_reward.sampling import ParticleSteering, RewardGuidance
 from aigiqa_reward.sampling.rollout import Rollout
-from aigiqa_reward.selection import Halving, ZeroOrder
-from aigiqa_reward.weights import ASSETS, read_weights, sha256, write_atomically, write_weights
+from aigiqa_reward.toy.judge import Judge, load_judge
+from aigiqa_reward.toy.pictures import all_pairs
+from aigiqa_reward.toy.world import caption
+from aigiqa_reward.utils.io import write_atomically
+from aigiqa_reward.utils.weights import ASSETS, read_weights, sha256, write_weights
 
 BLOCKS, CANDIDATES, PREVIEWED, BATCH = 4, 64, 16, 16
 SIZES = (1, 2, 4, 8, 16, 32, 64)

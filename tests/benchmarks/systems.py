@@ -20,7 +20,8 @@ from aigiqa_reward import Reward, create_reward
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.models.mst_clipiqa import MSTCLIPIQA, MSTCLIPIQAConfig
-from aigiqa_reward.zoo import SYSTEMS, get_spec
+from aigiqa_reward.rewards.build import SYSTEMS
+from aigiqa_reward.rewards.specs import get_spec
 
 REFERENCE = "open_clip ViT-B/16, image forward (bare tower)"
 TOWERS = "open_clip ViT-B/32 and ViT-B/16, image forwards (bare towers)"

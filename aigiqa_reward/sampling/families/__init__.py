@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from aigiqa_reward.sampling.families.base import Family
+from aigiqa_reward.sampling.families.base import Conditioning, Family, SamplingOptions, Start
 from aigiqa_reward.sampling.families.flux import Flux
 from aigiqa_reward.sampling.families.flux_2 import Flux2, Flux2Klein
-from aigiqa_reward.sampling.families.inputs import Conditioning, SamplingOptions, Start
 from aigiqa_reward.sampling.families.qwen_image import QwenImage
 from aigiqa_reward.sampling.families.sana import PixArt, Sana
 from aigiqa_reward.sampling.families.stable_diffusion import StableDiffusion, StableDiffusionXL

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import linear_shift
-from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
-from aigiqa_reward.sampling.families.two_pass import TrueGuidance
+from aigiqa_reward.sampling.families.base import Conditioning, Rows, Start, TrueGuidance, linear_shift
 
 
 class Flux(TrueGuidance):

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
-from aigiqa_reward.sampling.families.two_pass import TwoPass
+from aigiqa_reward.sampling.families.base import Conditioning, Rows, Start, TwoPass
 
 
 class Flux2(TwoPass):

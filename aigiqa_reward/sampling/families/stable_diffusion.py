@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.sampling.families.base import Family
-from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
+from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start
 
 
 class _OnUNet(Family):

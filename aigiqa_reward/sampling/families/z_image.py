@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import Family, linear_shift
-from aigiqa_reward.sampling.families.inputs import Conditioning, Rows, Start
+from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start, linear_shift
 
 
 class ZImage(Family):

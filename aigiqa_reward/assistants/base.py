@@ -1,0 +1,354 @@
+"""What all assistants share: which model, an identity, loading at first use, batches, the cache.
+
+Weights are read from safetensors only and a repository's own code is never run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from aigiqa_reward.assistants.cache import AssistantCache, Content, Form, Value
+
+
+class Captioner(Protocol):
+    """Says in words what images show.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.assistants import Captioner
+        >>> class Fixed:
+        ...     def describe(self, images: torch.Tensor) -> list[str]:
+        ...         return ["a photo"] * len(images)
+        >>> captioner: Captioner = Fixed()
+        >>> captioner.describe(torch.rand(2, 3, 64, 64))
+        ['a photo', 'a photo']
+    """
+
+    def describe(self, images: Tensor, /) -> list[str]:
+        """One text an image of (B, 3, H, W) in [0, 1]."""
+        ...
+
+
+class SemanticsReader(Protocol):
+    """Reads images' meaning and coherence as features of a language model.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.assistants import SemanticsReader
+        >>> class Means:
+        ...     width = 3
+        ...     def read(self, images: torch.Tensor) -> torch.Tensor:
+        ...         return images.mean(dim=(2, 3)).unsqueeze(1).expand(-1, 2, -1)
+        >>> reader: SemanticsReader = Means()
+        >>> reader.read(torch.rand(4, 3, 64, 64)).shape
+        torch.Size([4, 2, 3])
+    """
+
+    @property
+    def width(self) -> int:
+        """Width of the features."""
+        ...
+
+    def read(self, images: Tensor, /) -> Tensor:
+        """(B, 2, width) float32 features of images (B, 3, H, W) in [0, 1]."""
+        ...
+
+
+class Segmenter(Protocol):
+    """Finds the regions of images.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.assistants import Segmenter, grid_regions
+        >>> class Grid:
+        ...     def segment(self, images: torch.Tensor) -> torch.Tensor:
+        ...         return grid_regions().expand(len(images), -1, -1, -1)
+        >>> segmenter: Segmenter = Grid()
+        >>> segmenter.segment(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 16, 64, 64])
+    """
+
+    def segment(self, images: Tensor, /) -> Tensor:
+        """(B, R, 64, 64) soft masks in [0, 1] of images (B, 3, H, W) in [0, 1]; unused places are zero."""
+        ...
+
+
+class AttributeReader(Protocol):
+    """Takes prompts apart into visual attributes.
+
+    Example:
+        >>> from aigiqa_reward.assistants import AttributeReader
+        >>> class Commas:
+        ...     def decompose(self, texts: list[str]) -> list[list[str]]:
+        ...         return [text.split(", ") for text in texts]
+        >>> reader: AttributeReader = Commas()
+        >>> reader.decompose(["a red fox, snow"])
+        [['a red fox', 'snow']]
+    """
+
+    def decompose(self, texts: list[str], /) -> list[list[str]]:
+        """At least one short phrase a text, in its order."""
+        ...
+
+
+_METHODS = {"captioner": "describe", "semantics": "read", "segmenter": "segment", "attributes": "decompose"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assistants:
+    """The helpers a model is given; for each that is None it uses its offline substitute, and says so in `details`.
+
+    Attributes:
+        captioner: describes images (SC-AGIQA).
+        semantics: reads images' meaning as features (MA-AGIQA).
+        segmenter: finds regions (CPA-IQA).
+        attributes: takes prompts apart (CPA-IQA).
+
+    Raises:
+        TypeError: an assistant without the method of its role, or a class instead of an assistant.
+
+    Example:
+        >>> from aigiqa_reward.assistants import Assistants, CaptionerConfig, LMMCaptioner
+        >>> captioner = LMMCaptioner(CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))
+        >>> Assistants(captioner=captioner).segmenter is None  # the offline substitute stands in
+        True
+        >>> Assistants(captioner=LMMCaptioner)
+        Traceback (most recent call last):
+            ...
+        TypeError: captioner: expected an assistant with a method describe(), or None, got the ...
+    """
+
+    captioner: Captioner | None = None
+    semantics: SemanticsReader | None = None
+    segmenter: Segmenter | None = None
+    attributes: AttributeReader | None = None
+
+    def __post_init__(self) -> None:
+        for role in (f.name for f in fields(self)):
+            assistant, method = getattr(self, role), _METHODS[role]
+            if isinstance(assistant, type) or (
+                assistant is not None and not callable(getattr(assistant, method, None))
+            ):
+                given = f"the class {assistant.__name__}" if isinstance(assistant, type) else type(assistant).__name__
+                raise TypeError(
+                    f"{role}: expected an assistant with a method {method}(), or None, got {given}; "
+                    "aigiqa_reward.assistants holds one for every role"
+                )
+
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+_NOT_IN_ANSWER = ("device", "batch_size")
+"""Fields of a configuration on which no answer depends."""
+
+_FEW = 4
+"""Up to so many answers are computed without a progress bar. Chosen here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssistantConfig:
+    """Which pretrained model, and where it runs.
+
+    Attributes:
+        path_or_id: a folder written by save_pretrained, or a model's name on the Hub.
+        revision: the Hub's commit, tag or branch; None for the default branch. Pin it: cached answers are those of the
+            name and revision given here, and a branch that moves on does not make them unknown.
+        device: where the model runs; images may lie elsewhere.
+        dtype: of the weights.
+        batch_size: rows a forward pass.
+    """
+
+    path_or_id: str
+    revision: str | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path_or_id, str) or not self.path_or_id.strip():
+            raise ValueError(f"path_or_id: expected a folder or a model's name on the Hub, got {self.path_or_id!r}")
+        if Path(self.path_or_id).suffix in _PICKLES:
+            raise ValueError(
+                f"path_or_id: expected a folder or a model's name on the Hub, got {self.path_or_id!r}; pickled "
+                "checkpoints are never opened: write it anew with save_pretrained, which makes model.safetensors"
+            )
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device: expected a torch device such as 'cpu' or 'cuda:0', got {self.device!r}"
+            ) from error
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating torch.dtype such as torch.bfloat16, got {self.dtype!r}")
+        check_at_least("batch_size", self.batch_size, 1)
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or None if `path_or_id` names a model on the Hub."""
+        folder = Path(self.path_or_id).expanduser()
+        return folder if folder.is_dir() else None
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Refuse a setting that is not an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
+Config = TypeVar("Config", bound=AssistantConfig)
+
+
+class PretrainedAssistant(Generic[Config]):
+    """A pretrained model that is asked for text, masks or features, without gradients.
+
+    Args:
+        config: which model, and its settings.
+        cache: where answers are kept; None asks the model every time.
+    """
+
+    kind: ClassVar[str]
+    """Name of the assistant, in identities and progress bars."""
+
+    def __init__(self, config: Config, *, cache: AssistantCache | None = None) -> None:
+        self.config = config
+        self.cache = cache
+
+    @cached_property
+    def identity(self) -> str:
+        """JSON of all that determines an answer besides the content asked about.
+
+        It holds the kind, the model, the revision, the dtype and the settings. For a local folder it also holds the
+        names, sizes and times of its files, so that weights trained further are another model. Read once, before the
+        weights are loaded.
+        """
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name not in _NOT_IN_ANSWER}
+        settings["dtype"] = str(self.config.dtype).removeprefix("torch.")
+        if self.config.folder is not None:
+            settings["path_or_id"] = str(self.config.folder.resolve())
+            settings["files"] = _files_of(self.config.folder)
+        return json.dumps({"kind": self.kind, **settings, **self._recipe()}, sort_keys=True)
+
+    def _recipe(self) -> dict[str, Any]:
+        """What else of this assistant determines an answer: fixed questions, instructions, sizes."""
+        return {}
+
+    def _serve(
+        self, contents: Sequence[Content], answer: Callable[[list[int]], Sequence[Value]], form: Form[Value]
+    ) -> list[Value]:
+        """The answer to each row, from the cache or from `answer`, which is given at most `batch_size` rows a time."""
+        from tqdm.auto import tqdm
+
+        def compute(rows: list[int]) -> Iterator[Value]:
+            size = self.config.batch_size
+            with tqdm(total=len(rows), desc=self.kind, leave=False, disable=len(rows) <= _FEW) as bar:
+                for chunk in (rows[start : start + size] for start in range(0, len(rows), size)):
+                    with torch.no_grad():
+                        values = answer(chunk)
+                    yield from values
+                    bar.update(len(chunk))
+
+        identity = self.identity  # before the weights are loaded
+        if self.cache is None:
+            return list(compute(list(range(len(contents)))))
+        return self.cache.get_or_compute(identity, contents, compute, form=form)
+
+
+def _files_of(folder: Path) -> list[tuple[str, int, int]]:
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".md"]
+    return [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
+
+
+def load_part(part: str, config: AssistantConfig, *, wanted: str, **options: Any) -> Any:
+    """Load one part of a model (its configuration, processor, tokenizer or network) by a class of transformers.
+
+    Args:
+        part: name of the class, such as "AutoProcessor".
+        config: which model.
+        wanted: the kind of model, as an error names it: "an image-text-to-text model".
+        **options: passed on to from_pretrained.
+
+    Raises:
+        ValueError: the model cannot be found, read or used; the message says why, and what to do.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    place = str(config.folder or config.path_or_id)
+    try:
+        return getattr(transformers, part).from_pretrained(
+            place, revision=config.revision, trust_remote_code=False, **options
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ValueError(_explain(config, wanted, error)) from error
+
+
+def load_description(config: AssistantConfig, *, mapping: str, wanted: str) -> Any:
+    """Load a model's configuration, if it is one of the kinds in a mapping of transformers; reads no weights.
+
+    Raises:
+        ValueError: as `load_part`; also for a model of another kind.
+    """
+    import transformers
+
+    description = load_part("AutoConfig", config, wanted=wanted)
+    if type(description) not in getattr(transformers, mapping):
+        raise ValueError(
+            f"path_or_id: {config.path_or_id!r} is a {description.model_type!r} model, not {wanted}; pass one that "
+            "the Hub lists as such"
+        )
+    return description
+
+
+def load_model(part: str, config: AssistantConfig, *, wanted: str) -> Any:
+    """Load a network with all its weights, frozen, in evaluation mode and on its device.
+
+    Raises:
+        ValueError: as `load_part`; also for a device that is not there, or weights that are missing in the checkpoint.
+    """
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {config.device!r} is not available here; pass device='cpu'") from error
+    model, report = load_part(
+        part, config, wanted=wanted, dtype=config.dtype, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"path_or_id: the checkpoint of {config.path_or_id!r} lacks {len(missing)} weights of "
+            f"{type(model).__name__} (first: {missing[0]}), which would be random; pass one that was saved as {wanted}"
+        )
+    return model.requires_grad_(False).eval().to(config.device)
+
+
+def _explain(config: AssistantConfig, wanted: str, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0].rstrip(".:") if lines else type(error).__name__
+    name, folder = config.path_or_id, config.folder
+    if folder is None:
+        return (
+            f"path_or_id: {name!r} is no folder here and could not be loaded from the Hub as {wanted}: {reason}; check "
+            "the name, the revision and the network, or pass a folder written by save_pretrained"
+        )
+    files = [file.name for file in folder.iterdir()]
+    if "config.json" not in files:
+        return (
+            f"path_or_id: {name!r} holds no config.json, so it is not {wanted}; pass the folder itself that "
+            "save_pretrained wrote"
+        )
+    pickles = sorted(file for file in files if file.endswith(_PICKLES))
+    if pickles and not any(file.endswith(".safetensors") for file in files):
+        return (
+            f"path_or_id: {name!r} holds its weights as pickles only ({pickles[0]}), which are never opened; write it "
+            "anew with save_pretrained, which makes model.safetensors"
+        )
+    return f"path_or_id: {name!r} could not be loaded as {wanted}: {reason}; pass one that transformers loads as such"

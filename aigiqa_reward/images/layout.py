@@ -1,0 +1,187 @@
+"""Channel order and range: VAE decoders, channels-last hosts, PIL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+MIN_SIDE = 16
+"""Smallest accepted side in pixels: chosen here because below it every tower would judge interpolation, not content."""
+
+LOWEST = -0.5
+"""Least accepted value: [0, 1] with room for a decoder's small overshoot, which passes unclamped."""
+
+HIGHEST = 1.5
+"""Greatest accepted value."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or used; the message says which, why, and what to do.
+
+    Example:
+        >>> from aigiqa_reward import images
+        >>> try:
+        ...     images.load("missing.png")
+        ... except images.ImageError as error:
+        ...     print("left out:", error)
+        left out: missing.png: no such file
+    """
+
+
+def check(images: Tensor, *, validate: bool = True, argument: str = "images") -> Tensor:
+    """Return `images` unchanged if it is a batch this library accepts.
+
+    Args:
+        images: expected (B, 3, H, W), floating, values in [-0.5, 1.5], sides of at least 16 px.
+        validate: also look at the values; costs one device synchronisation per call.
+        argument: the name to use in errors.
+
+    Raises:
+        TypeError: not a tensor, or not a floating-point one.
+        ValueError: wrong rank, channels, size, range, or NaN/inf values.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.check(torch.rand(2, 3, 64, 48)).shape
+        torch.Size([2, 3, 64, 48])
+        >>> images.check(torch.rand(2, 64, 48, 3))
+        Traceback (most recent call last):
+            ...
+        ValueError: images: expected 3 channels (B, 3, H, W), got shape (2, 64, 48, 3); ...
+        >>> images.LOWEST, images.HIGHEST, images.MIN_SIDE  # values, and sides in px, that it accepts
+        (-0.5, 1.5, 16)
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"{argument}: expected a float tensor (B, 3, H, W) in [0, 1], got {type(images).__name__}; "
+            "Scorer takes PIL images, paths and arrays"
+        )
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        hint = "; add a batch dimension with images[None]" if images.ndim == 3 else ""
+        raise ValueError(f"{argument}: expected 4 dimensions (B, 3, H, W), got shape {shape}{hint}")
+    if shape[1] != 3:
+        if shape[-1] == 3:
+            hint = "; channels-last tensors (ComfyUI, numpy) convert with images.from_bhwc"
+        elif shape[1] == 4:
+            hint = "; a VAE latent must be decoded first, and RGBA needs its alpha removed (images[:, :3])"
+        else:
+            hint = "; repeat a grey channel with images.expand(-1, 3, -1, -1)" if shape[1] == 1 else ""
+        raise ValueError(f"{argument}: expected 3 channels (B, 3, H, W), got shape {shape}{hint}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"{argument}: expected a floating-point tensor in [0, 1], got {images.dtype}; "
+            "divide by 255 (images.float() / 255) for 8-bit values"
+        )
+    if shape[0] == 0:
+        raise ValueError(f"{argument}: expected at least one image, got shape {shape}")
+    if min(shape[2:]) < MIN_SIDE:
+        raise ValueError(
+            f"{argument}: expected sides of at least {MIN_SIDE} px, got {shape[3]} x {shape[2]} (width x height)"
+        )
+    if validate:
+        _check_values(images.detach(), argument)
+    return images
+
+
+def _check_values(images: Tensor, argument: str) -> None:
+    low, high = torch.aminmax(images)  # NaN propagates through both, so one comparison covers it
+    if bool((low >= LOWEST) & (high <= HIGHEST)):
+        return
+    finite = torch.isfinite(images)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite.flatten(1).all(dim=1)).flatten().tolist()
+        raise ValueError(
+            f"{argument}: NaN or infinite values in image(s) {bad}; expected finite values in [0, 1]. "
+            "A half-precision VAE overflows easily: decode in float32 or bfloat16"
+        )
+    remedy = "pass the pixels from before any normalisation by a mean and a deviation"
+    if float(low) >= LOWEST:
+        remedy = "divide 8-bit values by 255"
+    elif float(low) >= -1.5 and float(high) <= HIGHEST:
+        remedy = "a decoder's [-1, 1] output converts with aigiqa_reward.images.from_vae"
+    raise ValueError(
+        f"{argument}: expected values in [0, 1], got [{float(low):.3g}, {float(high):.3g}]; {remedy} "
+        "(validate=False skips this check)"
+    )
+
+
+def from_vae(decoded: Tensor) -> Tensor:
+    """A decoder's [-1, 1] to [0, 1], without clamping, so that gradients pass everywhere.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.from_vae(torch.tensor([-1.0, 0.0, 1.0, 1.2]))
+        tensor([0.0000, 0.5000, 1.0000, 1.1000])
+    """
+    return decoded / 2 + 0.5
+
+
+def to_vae(images: Tensor) -> Tensor:
+    """[0, 1] to a VAE encoder's [-1, 1].
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.to_vae(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([-1.,  0.,  1.])
+    """
+    return images * 2 - 1
+
+
+def from_bhwc(images: Tensor) -> Tensor:
+    """Channels-last (B, H, W, 3), as ComfyUI's IMAGE, to (B, 3, H, W).
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.from_bhwc(torch.rand(2, 64, 48, 3)).shape
+        torch.Size([2, 3, 64, 48])
+    """
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images: expected (B, H, W, 3), got shape {tuple(images.shape)}")
+    return images.permute(0, 3, 1, 2)
+
+
+def to_bhwc(images: Tensor) -> Tensor:
+    """(B, 3, H, W) to channels-last (B, H, W, 3).
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> images.to_bhwc(torch.rand(2, 3, 64, 48)).shape
+        torch.Size([2, 64, 48, 3])
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: expected (B, 3, H, W), got shape {tuple(images.shape)}")
+    return images.permute(0, 2, 3, 1)
+
+
+def to_pil(images: Float[Tensor, "batch 3 height width"]) -> list[Image]:
+    """A batch as PIL images, clamped and rounded to 8 bits as diffusers does.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import images
+        >>> [picture] = images.to_pil(torch.full((1, 3, 32, 48), 1.1))
+        >>> picture.size, picture.getpixel((0, 0))
+        ((48, 32), (255, 255, 255))
+    """
+    from PIL import Image as PILImage
+
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return [PILImage.fromarray(image.numpy()) for image in pixels.permute(0, 2, 3, 1).contiguous()]
+
+
+def finite_rows(images: Tensor) -> Tensor:
+    """Return which of the images (B, 3, H, W) have finite pixels only: (B,) booleans."""
+    return images.isfinite().flatten(1).all(dim=1)

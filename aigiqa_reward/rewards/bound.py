@@ -1,0 +1,165 @@
+"""A reward with its encoded prompts: device, precision, non-finite images and missing gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from aigiqa_reward.images import HIGHEST, LOWEST, finite_rows
+from aigiqa_reward.types import PromptError, PromptFeatures, RewardFunction, RewardOutput, as_reward_output
+
+
+class BoundReward:
+    """Any reward function with the same interface: device transfer, encoded prompts, scores of finite images only.
+
+    The prompts of the last call are kept encoded: a call with the same prompts, or a subset of them, encodes nothing.
+
+    Args:
+        reward: a `Reward`, or any function f(images, prompts) -> (B,) scores.
+        prompts: prompts to encode now, so that a prompt that cannot be read raises here.
+
+    Raises:
+        TypeError: the reward is not callable.
+        PromptError: the reward cannot read one of the prompts.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward.rewards.bound import BoundReward
+        >>> bound = BoundReward(lambda images, prompts: images.mean(dim=(1, 2, 3)))
+        >>> images = torch.tensor([0.0, float("nan"), 1.0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
+        >>> bound.score(images, "a fox").total
+        tensor([0., nan, 1.])
+    """
+
+    def __init__(self, reward: RewardFunction, prompts: Sequence[str] = ()) -> None:
+        if not callable(reward):
+            raise TypeError(
+                f"reward: expected a Reward or a function f(images, prompts), got {type(reward).__name__}; "
+                "make one with create_reward('compact')"
+            )
+        self.reward = reward
+        self._features: PromptFeatures | None = None
+        if prompts:
+            self.encode(prompts)
+
+    @property
+    def name(self) -> str:
+        """The reward's name, or the name of the function or class."""
+        return reward_name(self.reward)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the reward, None if it has none."""
+        return device_of(self.reward)
+
+    def encode(self, prompts: Sequence[str]) -> PromptFeatures | list[str]:
+        """Encode prompts, or look them up among those of the last call; the strings for a reward that encodes none.
+
+        Raises:
+            PromptError: the reward cannot read one of them.
+        """
+        known = self._features
+        if known is not None and set(prompts) <= set(known.texts):
+            place = {text: i for i, text in enumerate(known.texts)}
+            index = torch.tensor([place[prompt] for prompt in prompts], device=known.index.device)
+            return replace(known, index=index)
+        encode = getattr(self.reward, "encode_prompts", None)
+        if not callable(encode):
+            return list(prompts)
+        with torch.no_grad():
+            found = encode(list(prompts))
+        self._features = found if isinstance(found, PromptFeatures) else None
+        return list(prompts) if self._features is None else self._features
+
+    def unreadable(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Return the reasons why the reward cannot read some of the prompts, by prompt."""
+        found: dict[str, str] = {}
+        left = list(dict.fromkeys(prompts))
+        while left:
+            try:
+                self.encode(left)
+                break
+            except PromptError as error:
+                if error.prompt not in left:
+                    raise
+                left.remove(error.prompt)
+                found[error.prompt] = str(error)
+        return found
+
+    def __call__(self, images: Tensor, prompts: str | Sequence[str] | None) -> RewardOutput:
+        """Score images (B, 3, H, W), differentiably, in the reward's precision and without autocast.
+
+        Args:
+            images: nominally in [0, 1]; what lies outside the accepted range is clamped to it.
+            prompts: one prompt for all images, one per image, or None.
+        """
+        images = images.to(self.device or images.device).clamp(LOWEST, HIGHEST)
+        texts = [prompts] * len(images) if isinstance(prompts, str) else prompts
+        with torch.autocast(images.device.type, enabled=False):
+            images = images if images.dtype == torch.float64 else images.float()
+            result = self.reward(images, None if texts is None else self.encode(texts))
+        return as_reward_output(result, len(images))
+
+    def score(self, images: Tensor, prompts: str | Sequence[str] | None) -> RewardOutput:
+        """Score images (B, 3, H, W) without gradients; rows with NaN or infinite pixels get NaN and no details."""
+        with torch.inference_mode():
+            kept = finite_rows(images)
+            if bool(kept.all()):
+                return self(images, prompts)
+            rows = kept.nonzero()[:, 0]
+            nothing = torch.full((len(images),), math.nan, device=self.device or images.device)
+            if not len(rows):
+                return RewardOutput(total=nothing, quality=nothing)
+            texts = prompts if prompts is None or isinstance(prompts, str) else [prompts[row] for row in rows.tolist()]
+            output = self(images[rows], texts)
+
+            def placed(values: Tensor | None) -> Tensor | None:
+                return None if values is None else nothing.to(values).index_copy(0, rows.to(values.device), values)
+
+            total, quality = placed(output.total), placed(output.quality)
+            assert total is not None and quality is not None
+            return RewardOutput(total=total, quality=quality, correspondence=placed(output.correspondence))
+
+    def check_differentiable(self, needed_by: str, prompt: str, device: torch.device | str = "cpu") -> None:
+        """Refuse a reward without gradients, by its score of a gray image; see `require_gradient`.
+
+        Args:
+            needed_by: what needs the gradient, for the error.
+            prompt: a prompt that the reward will be asked about.
+            device: where the image is made if the reward names no device.
+        """
+        gray = torch.full((1, 3, 64, 64), 0.5, device=self.device or device, requires_grad=True)
+        with torch.enable_grad():
+            self.require_gradient(self(gray, [prompt]).total, needed_by)
+
+    def require_gradient(self, total: Tensor, needed_by: str) -> None:
+        """Refuse scores (B,) of images with gradients that have none themselves.
+
+        Raises:
+            ValueError: names what needs the gradient and how to get one.
+        """
+        if not total.requires_grad:
+            raise ValueError(
+                f"reward: {needed_by} needs its gradient with respect to the images, and {self.name} returns scores "
+                "without one; remove torch.no_grad, detach, numpy and PIL from it, or use a method for rewards without "
+                "gradients (BestOfN; for fine-tuning DPO, DDPO or FlowGRPO)"
+            )
+
+
+def device_of(reward: RewardFunction) -> torch.device | None:
+    """Return the device of a reward: its `device`, else that of its first parameter; None if it has neither."""
+    device = getattr(reward, "device", None)
+    if isinstance(device, torch.device | str):
+        return torch.device(device)
+    if isinstance(reward, nn.Module) and (weight := next(reward.parameters(), None)) is not None:
+        return weight.device
+    return None
+
+
+def reward_name(reward: RewardFunction | Callable[..., object]) -> str:
+    """Return the name of a reward, or of the function or class."""
+    return str(getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__))

@@ -1,0 +1,216 @@
+"""Several rewards as one, on one scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.models.base import FullPrecision, check_prompts, distinct_prompts
+from aigiqa_reward.rewards.reward_fn import RewardFn
+from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output
+
+
+class CompositeReward(nn.Module):
+    """Several rewards as one: totals brought to one scale, then averaged with weights.
+
+    Scales come from a fixed reference sample of each member's totals, never from the batch, so that a score does not
+    depend on its batch mates: `"zscore"` subtracts the sample's mean and divides by its deviation; `"rank"` gives the
+    share of the sample that lies below (linear between neighbours, so that it has a gradient within the sample's
+    range). `quality` and `correspondence` are the weighted means of the members' own, unscaled.
+
+    Args:
+        members: rewards or reward functions by name.
+        weights: one number above 0 a member; None weighs all alike.
+        combine: "zscore" or "rank".
+        reference: (R,) totals of each member on one sample of at least 2 images; `with_reference` measures them.
+
+    Example:
+        >>> import torch
+        >>> from aigiqa_reward import CompositeReward, create_reward
+        >>> def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        ...     return images.mean(dim=(1, 2, 3))
+        >>> members = {"compact": create_reward("compact"), "bright": brightness}
+        >>> images, prompts = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)), ["a fox"] * 3
+        >>> reward = CompositeReward.with_reference(members, images, prompts, weights={"compact": 3, "bright": 1})
+        >>> out = reward(images, prompts)
+        >>> out.total.shape, sorted(out.details), bool(out.total.mean().abs() < 1e-4)  # the sample itself has mean 0
+        (torch.Size([3]), ['bright', 'compact'], True)
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, RewardFunction],
+        *,
+        weights: Mapping[str, float] | None = None,
+        combine: str = "zscore",
+        reference: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        if not isinstance(members, Mapping) or not all(callable(member) for member in members.values()):
+            raise TypeError(f"members: expected a mapping from names to rewards or functions, got {members!r}")
+        if not members:
+            raise ValueError("members: expected at least one reward, got none")
+        if combine not in ("zscore", "rank"):
+            raise ValueError(f"combine: expected 'zscore' or 'rank', got {combine!r}")
+        weights = dict.fromkeys(members, 1.0) if weights is None else weights
+        for argument, given in (("weights", weights), ("reference", reference)):
+            if given.keys() != members.keys():
+                raise ValueError(f"{argument}: expected an entry for each of {sorted(members)}, got {sorted(given)}")
+        if not all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights.values()):
+            raise ValueError(f"weights: expected finite numbers above 0, got {dict(weights)}")
+        self.combine = combine
+        self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        self.members = dict(members)
+        try:
+            self.member_modules = nn.ModuleDict({n: m for n, m in members.items() if isinstance(m, nn.Module)})
+            self.reference = nn.ModuleDict({name: _Reference(name, reference[name]) for name in members})
+        except KeyError as error:
+            raise ValueError(f"members: torch cannot name a module so ({error}); choose another name") from error
+
+    @classmethod
+    def with_reference(
+        cls,
+        members: Mapping[str, RewardFunction],
+        images: Tensor,
+        prompts: Sequence[str] | None,
+        *,
+        weights: Mapping[str, float] | None = None,
+        combine: str = "zscore",
+    ) -> CompositeReward:
+        """Measure the reference on a sample: images (R, 3, H, W) and R prompts such as the reward will meet.
+
+        A member's total without prompts is its quality alone, on a scale of its own: pass None here for a reward that
+        will be called without prompts, and make another for calls with them.
+        """
+        with torch.no_grad():
+            reference = {name: _call(name, member, images, prompts).total for name, member in members.items()}
+        return cls(members, weights=weights, combine=combine, reference=reference)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
+        """Encode prompts once for all members that can; the others are given the strings.
+
+        Args:
+            prompts: one string an image, B in all.
+
+        Returns:
+            Features of B rows, to be passed instead of the strings; `features.expand(B)` serves one prompt to a batch.
+        """
+        check_prompts(prompts)
+        texts, index = distinct_prompts(prompts)
+        encoders = {name: getattr(member, "encode_prompts", None) for name, member in self.members.items()}
+        encoded = {name: encode(list(texts)) for name, encode in encoders.items() if callable(encode)}
+        known = {name: features for name, features in encoded.items() if isinstance(features, PromptFeatures)}
+        return _MembersFeatures(texts=texts, index=index, tensors={}, model=self._model, members=known)
+
+    def forward(
+        self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None = None, *, validate: bool = True
+    ) -> RewardOutput:
+        """Score a batch (B, 3, H, W) as `Reward` does; `details` holds each member's own total."""
+        pixels.check(images, validate=validate)
+        given = self._prompts_of_members(prompts, len(images))
+        outputs = {name: _call(name, member, images, given[name]) for name, member in self.members.items()}
+        total = self._mean({n: self._scaled(n, o.total) for n, o in outputs.items()})
+        with_prompts = {n: o.correspondence for n, o in outputs.items() if o.correspondence is not None}
+        return RewardOutput(
+            total=total,
+            quality=self._mean({n: o.quality for n, o in outputs.items()}),
+            correspondence=self._mean(with_prompts) if with_prompts else None,
+            details={name: output.total for name, output in outputs.items()},
+        )
+
+    def as_reward_fn(self) -> RewardFn:
+        """This reward as `f(images, prompts, metadata) -> (rewards, info)`, as trainers by policy gradient call one."""
+        return RewardFn(self)
+
+    @property
+    def _model(self) -> str:
+        return f"composite of {', '.join(self.members)}"
+
+    def _prompts_of_members(self, prompts: Sequence[str] | PromptFeatures | None, count: int) -> dict[str, Any]:
+        """What each member is called with: its own features where it made some, else the strings."""
+        if not isinstance(prompts, PromptFeatures):
+            return dict.fromkeys(self.members, prompts)
+        if not isinstance(prompts, _MembersFeatures) or prompts.model != self._model:
+            raise ValueError(
+                f"prompts: these features were encoded by {prompts.model!r}, this reward is the {self._model}; "
+                "encode them with this reward's encode_prompts"
+            )
+        if len(prompts) != count:
+            raise ValueError(
+                f"prompts: expected one per image, got {len(prompts)} prompts for {count} images; "
+                "encode_prompts([prompt]).expand(B) serves one prompt to a batch"
+            )
+        return dict.fromkeys(self.members, prompts.prompts) | prompts.of_members()
+
+    def _scaled(self, name: str, total: Tensor) -> Tensor:
+        reference = self.reference[name]
+        assert isinstance(reference, _Reference)
+        total = _at_least_float32(total)
+        return reference.zscore(total) if self.combine == "zscore" else reference.rank(total)
+
+    def _mean(self, values: Mapping[str, Tensor]) -> Tensor:
+        share = sum(self.weights[name] for name in values)
+        device = next(iter(values.values())).device
+        parts = [_at_least_float32(value).to(device) * (self.weights[n] / share) for n, value in values.items()]
+        return torch.stack(parts).sum(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MembersFeatures(PromptFeatures):
+    """Prompts as several rewards see them; each member's features are of the distinct prompts in their order."""
+
+    members: Mapping[str, PromptFeatures]
+
+    def of_members(self) -> dict[str, PromptFeatures]:
+        """Each member's features of the rows."""
+        return {name: features[self.index.to(features.index.device)] for name, features in self.members.items()}
+
+    def to(self, device: torch.device | str) -> PromptFeatures:
+        """The same features on another device."""
+        members = {name: features.to(device) for name, features in self.members.items()}
+        return replace(self, index=self.index.to(device), members=members)
+
+
+class _Reference(FullPrecision):
+    """The sorted totals of one member on the reference sample."""
+
+    def __init__(self, name: str, totals: Tensor) -> None:
+        super().__init__()
+        if not isinstance(totals, Tensor):
+            raise TypeError(f"reference[{name!r}]: expected a tensor of totals, got {type(totals).__name__}")
+        totals = totals.detach().flatten().float().sort().values.clone()
+        if len(totals) < 2 or not bool(torch.isfinite(totals).all()) or float(totals[0]) == float(totals[-1]):
+            raise ValueError(
+                f"reference[{name!r}]: expected at least 2 finite totals that are not all equal, got "
+                f"{totals.tolist()[:5]}"
+            )
+        self.register_buffer("totals", totals)
+        self.totals: Tensor
+
+    def zscore(self, total: Tensor) -> Tensor:
+        reference = self.totals.to(total)
+        return (total - reference.mean()) / reference.std()
+
+    def rank(self, total: Tensor) -> Tensor:
+        reference = self.totals.to(total)
+        right = torch.searchsorted(reference, total.detach().contiguous(), right=True).clamp(1, len(reference) - 1)
+        low, high = reference[right - 1], reference[right]
+        gap = high - low  # 0 only where totals that are tied end the sample, at and beyond which there is no slope
+        step = torch.where(total.isnan(), total, (total >= high).to(total))
+        inside = torch.where(gap > 0, ((total - low) / torch.where(gap > 0, gap, 1)).clamp(0, 1), step.detach())
+        return (right - 1 + inside) / (len(reference) - 1)
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _call(name: str, member: Callable[..., Any], images: Tensor, prompts: Any) -> RewardOutput:
+    if isinstance(member, nn.Module) and (weight := next(member.parameters(), None)) is not None:
+        images = images.to(weight.device)
+    return as_reward_output(member(images, prompts), len(images), source=f"member {name!r}")

@@ -1,0 +1,181 @@
+"""The judge of the embedded world: knows what a picture shows, so that a rising reward can be told from a hacked one.
+
+It is a small classifier of thing and background colour, trained on composed pictures alone, never on generated ones. It
+shares no weight with any reward. So that it stays independent, do not optimise against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from aigiqa_reward import images as pixels
+from aigiqa_reward.toy.degradations import DEGRADATIONS
+from aigiqa_reward.toy.world import COLOUR_NAMES, NOUNS, SIDE, Subject, read_subject
+from aigiqa_reward.types import Images, RewardOutput
+from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
+
+STRONG = 0.4
+"""Level of degradation from which a picture is not right: chosen here, above the judge's levels of clean pictures."""
+
+_SHA256 = "66da39860707b38c1e69423acf4b9bbcd50e1f2fdd8498acc0933351ee8fcc42"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the judge sees in B pictures, whatever their prompts.
+
+    Attributes:
+        nouns: (B, 64) log-probabilities, in the order of `world.NOUNS`.
+        colours: (B, 8) log-probabilities of the background's colour, in the order of `world.COLOUR_NAMES`.
+        degradation: (B, 3) levels in [0, 1], in the order of DEGRADATIONS.
+    """
+
+    nouns: Float[Tensor, "batch 64"]
+    colours: Float[Tensor, "batch 8"]
+    degradation: Float[Tensor, "batch 3"]
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.relu(self.body(features) + self.skip(features))
+
+
+class Judge(nn.Module):
+    """Recognises thing, background colour and degradation; as a RewardFunction, the log-probability of a prompt.
+
+    Its weights are random: `load_judge` gives the trained one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, 32, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            _Block(32, 32, 1),
+            _Block(32, 64, 2),
+            _Block(64, 64, 1),
+            _Block(64, 128, 2),
+            _Block(128, 128, 1),
+        )
+        self.noun = nn.Linear(128, len(NOUNS))
+        self.colour = nn.Linear(128, len(COLOUR_NAMES))
+        self.degradation = nn.Linear(128, len(DEGRADATIONS))
+
+    def logits(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
+        """Of nouns (B, 64), colours (B, 8) and degradation levels (B, 3), for pictures (B, 3, 64, 64) in [0, 1]."""
+        pooled = self.trunk(2 * images - 1).mean(dim=(2, 3))
+        return self.noun(pooled), self.colour(pooled), self.degradation(pooled)
+
+    def examine(self, images: Images) -> Verdict:
+        """What the pictures (B, 3, H, W) in [0, 1] show; any size from 16 px, brought to 64 x 64.
+
+        Raises:
+            TypeError, ValueError: not such pictures.
+        """
+        pixels.check(images)
+        if images.shape[2:] != (SIDE, SIDE):
+            images = pixels.resize(images, (SIDE, SIDE))
+        noun, colour, degradation = self.logits(images.to(self.noun.weight.dtype))
+        return Verdict(
+            nouns=noun.log_softmax(dim=1), colours=colour.log_softmax(dim=1), degradation=degradation.sigmoid()
+        )
+
+    def forward(self, images: Images, prompts: Sequence[str]) -> RewardOutput:
+        """Score pictures (B, 3, H, W) in [0, 1] by their B prompts.
+
+        Returns:
+            `total` and `correspondence`: the log-probability of the prompt's noun plus that of its colour, at most 0,
+            in nats. `quality`: minus the mean level of degradation, in [-1, 0].
+
+        Raises:
+            TypeError, ValueError: not such pictures, not a text for each, or one that names no thing or no background
+                colour of the embedded world.
+        """
+        verdict = self.examine(images)
+        nouns, colours = subject_indices(prompts, count=images.shape[0])
+        rows = torch.arange(len(nouns))
+        score = verdict.nouns[rows, nouns] + verdict.colours[rows, colours]
+        return RewardOutput(total=score, quality=-verdict.degradation.mean(dim=1), correspondence=score)
+
+    @torch.no_grad()
+    def recognises(self, images: Images, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Whether the likeliest noun, and the likeliest colour, are the prompt's: two (B,) booleans."""
+        return _recognised(self.examine(images), prompts)
+
+    @torch.no_grad()
+    def accepts(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Whether a picture is right, (B,): noun and colour recognised, and no degradation of STRONG or more."""
+        verdict = self.examine(images)
+        noun, colour = _recognised(verdict, prompts)
+        return noun & colour & (verdict.degradation.amax(dim=1).cpu() < STRONG)
+
+
+def _recognised(verdict: Verdict, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    nouns, colours = subject_indices(prompts, count=len(verdict.nouns))
+    return (verdict.nouns.argmax(dim=1).cpu() == nouns), (verdict.colours.argmax(dim=1).cpu() == colours)
+
+
+def subject_indices(prompts: Sequence[str], *, count: int) -> tuple[Tensor, Tensor]:
+    """Indices (B,) of the prompts' nouns and colours.
+
+    Raises:
+        TypeError: not a list of texts.
+        ValueError: not `count` of them, or one that names no thing or no background colour of the embedded world.
+    """
+    if not isinstance(prompts, list | tuple):
+        got = "one text" if isinstance(prompts, str) else type(prompts).__name__
+        raise TypeError(f"prompts: expected a list of {count} texts, got {got}; pass [text] * {count}")
+    if len(prompts) != count:
+        raise ValueError(f"prompts: expected {count}, one for each image, got {len(prompts)}; pass as many as images")
+    subjects = torch.tensor([_known(prompt) for prompt in prompts], dtype=torch.long).reshape(count, 2)
+    return subjects[:, 0], subjects[:, 1]
+
+
+def _known(prompt: str) -> tuple[int, int]:
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompts: expected texts, got {type(prompt).__name__} among them; pass a list of str")
+    subject: Subject = read_subject(prompt)
+    if subject.noun is None or subject.colour is None:
+        missing = "thing" if subject.noun is None else "background colour"
+        words = NOUNS if subject.noun is None else COLOUR_NAMES
+        raise ValueError(
+            f"prompts: the judge knows no {missing} in {prompt!r}; expected one of {', '.join(words)}, "
+            "as in 'a red apple on a blue background'"
+        )
+    return subject.noun, subject.colour
+
+
+def load_judge(*, device: str | torch.device = "cpu") -> Judge:
+    """The trained judge, frozen, in eval mode; gradients reach the pixels.
+
+    Raises:
+        WeightsError: its file is missing or damaged.
+
+    Example:
+        >>> import torch
+
+        >>> judge = load_judge()
+        >>> judge.accepts(torch.zeros(1, 3, 64, 64), ["a red apple on a blue background"])
+        tensor([False])
+    """
+    path = ASSETS / "judge" / "model.safetensors"
+    judge = Judge()
+    load_strictly(judge, read_weights(path, expected_sha256=_SHA256), source=str(path))
+    return judge.eval().requires_grad_(False).to(device)

@@ -1,0 +1,250 @@
+"""One training, from a name and human scores to a reward in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aigiqa_reward.datasets import PreferencePairs, ScoredImages, Split, group_split
+from aigiqa_reward.datasets.splits import VALIDATION_FRACTION
+from aigiqa_reward.models.base import TrainedModel
+from aigiqa_reward.rewards.build import SYSTEMS, build_model
+from aigiqa_reward.rewards.embedded import load_embedded
+from aigiqa_reward.rewards.factory import create_reward
+from aigiqa_reward.rewards.reward import Calibration, Reward
+from aigiqa_reward.rewards.saved import load_reward
+from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.training.fit import FitResult, fit, predict
+from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
+from aigiqa_reward.training.store import MAX_BYTES, FeatureStore, LiveImages, store_features
+from aigiqa_reward.training.tasks import PairTask, ScoreTask, Task
+from aigiqa_reward.utils.io import write_atomically
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from aigiqa_reward.assistants import Assistants
+    from aigiqa_reward.rewards.build import TowerConfig
+
+
+DEFAULT_CACHE = Path("~/.cache/aigiqa-reward/features").expanduser()
+"""Where features are kept unless another folder is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What to train and how.
+
+    Attributes:
+        name: one of the five systems, or "compact", which only goes on from `init`.
+        preset: None for the compact towers, "paper" for the published ones.
+        towers: other towers by role.
+        assistants: in place of the offline substitutes.
+        settings: fields of the model's configuration that differ from the preset's.
+        recipe: None takes the published recipe with preset="paper" or other towers, else the embedded head's.
+        init: None for a fresh head, "embedded" for the embedded one, or a folder that `save_pretrained` wrote.
+        seed: of initial weights and of the training.
+        cache: folder of stored features.
+        max_bytes: largest store of features.
+
+    Example:
+        >>> from pathlib import Path
+
+        >>> from aigiqa_reward.training.recipes import Recipe
+        >>> plan = TrainingPlan(name="mst_clipiqa", recipe=Recipe(epochs=3), cache=Path("features"))
+        >>> plan.chosen_recipe.epochs
+        3
+    """
+
+    name: str
+    preset: str | None = None
+    towers: Mapping[str, TowerConfig] = field(default_factory=dict)
+    assistants: Assistants | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    init: str | Path | None = None
+    seed: int = 0
+    cache: Path = DEFAULT_CACHE
+    max_bytes: int = MAX_BYTES
+
+    def __post_init__(self) -> None:
+        if self.name not in (*SYSTEMS, "compact"):
+            raise ValueError(f"name: expected one of {', '.join(SYSTEMS)} or compact, got {self.name!r}")
+        if self.name == "compact" and self.init is None:
+            raise ValueError(
+                "init: the compact reward is fitted afresh by examples/train_compact; here it goes on from "
+                "init='embedded' (--init embedded), or from a folder with a saved one"
+            )
+        if self.init is not None and (self.preset is not None or self.towers):
+            raise ValueError("init: a trained reward brings its own towers; pass neither preset nor towers")
+
+    @property
+    def chosen_recipe(self) -> Recipe:
+        """The recipe given, or the default one."""
+        if self.recipe is not None:
+            return self.recipe
+        return PUBLISHED[self.name] if self.preset == "paper" or self.towers else EMBEDDED[self.name]
+
+    def build(self) -> TrainedModel:
+        """The model before training; initial weights are drawn from `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            if self.init is None:
+                model = build_model(
+                    self.name,
+                    preset=self.preset,
+                    towers=self.towers,
+                    assistants=self.assistants,
+                    settings=self.settings,
+                )
+            elif self.init == "embedded":
+                model = load_embedded(self.name, assistants=self.assistants, settings=self.settings)
+            else:
+                model = load_reward(
+                    self.init, expected=self.name, assistants=self.assistants, settings=self.settings
+                ).model
+        assert isinstance(model, TrainedModel), "every system has a head"
+        return model
+
+    def calibration(self) -> dict[str, Tensor]:
+        """The map onto the human scale that a training without scores goes on with; without `init`, the identity."""
+        if self.init is None:
+            return Calibration().state_dict()
+        if self.init == "embedded":
+            return create_reward(self.name).calibration.state_dict()
+        saved = load_reward(self.init, expected=self.name, assistants=self.assistants, settings=self.settings)
+        return saved.calibration.state_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training left.
+
+    Attributes:
+        reward: calibrated to the scale of the training's scores, 1 = the best human score of the training part.
+        task: what it was fitted to.
+        source: features or images it was fitted on.
+        result: epochs, validation, images that could not be read.
+    """
+
+    reward: Reward
+    task: Task
+    source: FeatureStore | LiveImages
+    result: FitResult
+
+
+def whole_split(data: ScoredImages | PreferencePairs, *, seed: int = 0) -> Split:
+    """Everything to train on, less a tenth of the groups to choose the epoch by; nothing is held out to report on.
+
+    Example:
+        >>> from pathlib import Path
+
+        >>> from aigiqa_reward.datasets import PreferencePairs
+        >>> better, worse = ([Path(f"{name}{row}.png") for row in range(20)] for name in "ab")
+        >>> prompts = tuple(f"prompt {row}" for row in range(20))
+        >>> split = whole_split(PreferencePairs(prompts=prompts, better=tuple(better), worse=tuple(worse)))
+        >>> len(split.train), len(split.validation), len(split.test)
+        (18, 2, 0)
+    """
+    held = group_split(data.groups, VALIDATION_FRACTION, seed)
+    empty = np.zeros(0, dtype=np.int64)
+    return Split(train=np.flatnonzero(~held), validation=np.flatnonzero(held), test=empty)
+
+
+def train_reward(
+    plan: TrainingPlan,
+    data: ScoredImages | PreferencePairs,
+    split: Split,
+    folder: Path | None,
+    *,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train a system, and save it as a reward in `folder`; a further call goes on where one was interrupted.
+
+    Args:
+        plan: what to train and how.
+        data: human scores, or preferences.
+        split: rows of it.
+        folder: gets `checkpoint`, the reward's own files, and `training.json`; None keeps nothing.
+        accelerator: device, precision and processes.
+        progress: show bars on stderr.
+
+    Raises:
+        ValueError: what `build_model`, `store_features` and `fit` raise.
+    """
+    model, recipe = plan.build(), plan.chosen_recipe
+    if accelerator is not None:
+        model.to(accelerator.device)
+    task: Task = ScoreTask.of(data, split.train) if isinstance(data, ScoredImages) else PairTask(data)
+    task.check_validation(split.validation)  # before the features are computed; fit asks those readable
+    source: FeatureStore | LiveImages
+    if recipe.train_towers:
+        source = LiveImages(task.paths, task.prompts, progress=progress)
+    else:
+        source = _stored(plan, model, task, accelerator, progress)
+    result = fit(
+        model,
+        task,
+        split,
+        recipe,
+        source,
+        folder,
+        seed=plan.seed,
+        initialise=plan.init is None,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    reward = Reward(model, get_spec(plan.name))
+    if isinstance(task, PairTask):
+        reward.calibration.load_state_dict(plan.calibration())
+    elif isinstance(task, ScoreTask) and recipe.loss in ("pairwise", "none"):
+        calibrate(reward, task, source, task.usable(split.train, source.readable))
+    if folder is not None and (accelerator is None or accelerator.is_main_process):
+        reward.save_pretrained(folder)
+        record = {
+            "plan": {"name": plan.name, "preset": plan.preset, "settings": dict(plan.settings), "seed": plan.seed},
+            "recipe": asdict(recipe),
+            "result": asdict(replace(result, unreadable=())),
+            "unreadable": [{"path": str(entry.path), "reason": entry.reason} for entry in result.unreadable],
+        }
+        write_atomically(folder / "training.json", json.dumps(record, indent=2, default=str).encode())
+    return Trained(reward=reward, task=task, source=source, result=result)
+
+
+def _stored(
+    plan: TrainingPlan, model: TrainedModel, task: Task, accelerator: Accelerator | None, progress: bool
+) -> FeatureStore:
+    """Features, computed by the first process while the others wait."""
+
+    def store(show: bool) -> FeatureStore:
+        return store_features(model, task.paths, task.prompts, plan.cache, max_bytes=plan.max_bytes, progress=show)
+
+    if accelerator is None:
+        return store(progress)
+    with accelerator.main_process_first():
+        return store(progress and accelerator.is_main_process)
+
+
+def calibrate(reward: Reward, task: ScoreTask, source: FeatureStore | LiveImages, rows: np.ndarray) -> None:
+    """Map raw scores onto the human scale by least squares on the training part; order is kept.
+
+    For losses that fix the order of scores and not their scale.
+    """
+    assert isinstance(reward.model, TrainedModel), "only trained systems are calibrated"
+    predicted = predict(reward.model, task.prompts, source, rows, progress=False)
+    for aspect, raw, column in zip(("quality", "correspondence"), predicted, task.targets.T, strict=True):
+        target = column[rows]
+        known = np.isfinite(target)
+        if raw is None or known.sum() < 2 or np.ptp(raw[known]) == 0:
+            continue
+        slope, shift = np.polyfit(raw[known].astype(np.float64), target[known], 1)
+        if slope > 0:
+            getattr(reward.calibration, aspect).copy_(torch.tensor([slope, shift]))

@@ -1,0 +1,115 @@
+"""Checks of arguments."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any
+
+
+def integer(argument: str, value: Any, *, least: int | None = None) -> int:
+    """Return `value` as an int.
+
+    Args:
+        argument: the name to use in errors.
+        value: anything that Python counts with, but True and False.
+        least: smallest accepted value, if there is one.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if it is below `least`.
+    """
+    expected = "an integer" if least is None else f"an integer of at least {least}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"{argument}: expected {expected}, got {value!r} ({type(value).__name__}); "
+            f"pass a whole number, for example {argument}={max(1, least or 1)}"
+        )
+    number = operator.index(value)
+    if least is not None and number < least:
+        raise ValueError(f"{argument}: expected {expected}, got {number}; pass {argument}={least} or more")
+    return number
+
+
+def number(argument: str, value: Any, expected: str, accepts: Callable[[float], bool]) -> float:
+    """Return `value` as a float.
+
+    Args:
+        argument: the name to use in errors.
+        value: any real number but True and False.
+        expected: which ones are accepted, and what to pass.
+        accepts: whether one is; NaN is not.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not accepted.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument}: expected a number {expected}, got {value!r} ({type(value).__name__})")
+    if not accepts(float(value)):
+        raise ValueError(f"{argument}: expected a number {expected}, got {value!r}")
+    return float(value)
+
+
+def first_seed(seed: Any, count: int, of: str) -> int:
+    """Return the first of `count` seeds in a row, all of which torch.Generator takes.
+
+    Args:
+        seed: any integer.
+        count: how many there are.
+        of: what they are for, to be named in errors.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if one of them is out of range.
+    """
+    first = integer("seed", seed)
+    lowest, highest = -(2**63), 2**64 - count  # torch.Generator.manual_seed takes [-2**63, 2**64)
+    if not lowest <= first <= highest:
+        raise ValueError(
+            f"seed: expected an integer in [-2**63, 2**64 - {count}] = [{lowest}, {highest}], so that {of} have a seed "
+            f"that torch.Generator takes, got {first}; pass a smaller number"
+        )
+    return first
+
+
+def check_reward(reward: Any) -> Any:
+    """Return a reward that can be called.
+
+    Raises:
+        TypeError: if it cannot.
+    """
+    if not callable(reward):
+        raise TypeError(
+            f"reward: expected a Reward or a function f(images, prompts), got {type(reward).__name__}; "
+            "make one with create_reward('compact')"
+        )
+    return reward
+
+
+def check_prompt(prompt: Any) -> Any:
+    """Return one prompt, or None.
+
+    Raises:
+        TypeError: a list of prompts, or not a text.
+    """
+    if isinstance(prompt, list | tuple):
+        raise TypeError(f"prompt: expected one prompt per call, got {len(prompt)}: loop over them")
+    if prompt is not None and not isinstance(prompt, str):
+        raise TypeError(f"prompt: expected a text, got {type(prompt).__name__}; pass a str")
+    return prompt
+
+
+def check_text(text: Any, argument: str, remedy: str) -> str:
+    """Return a text that a reward can judge by.
+
+    Raises:
+        TypeError: not a text.
+        ValueError: None, or blank.
+    """
+    if text is None or (isinstance(text, str) and not text.strip()):
+        raise ValueError(f"{argument}: expected a text for the reward to see, got {text!r}; {remedy}")
+    if not isinstance(text, str):
+        raise TypeError(f"{argument}: expected a text, got {type(text).__name__}; pass a str")
+    return text
