@@ -112,7 +112,7 @@ class RewardOutput:
     """What a reward says of a batch. Higher is better everywhere.
 
     Attributes:
-        total: (B,) the number to maximise.
+        total: (B,) the number to maximize.
         quality: (B,) perceptual quality. On a calibrated reward 1 is the benchmark's best human score; never clamped.
         correspondence: (B,) correspondence to the prompt on the same scale, or None without prompts.
         details: named tensors of the model (gates, scores of crops, maps, ...), first dimension B.

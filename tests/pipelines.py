@@ -1,7 +1,7 @@
 """Tiny pipelines of diffusers' real classes with random weights: 32 x 32 px, real tokenizers, no downloads.
 
 Each builder draws its weights from a fixed seed and leaves the global random state as it was. The decoder's
-contrast is turned up, so that images of different seeds look different (random decoders paint almost grey).
+contrast is turned up, so that images of different seeds look different (random decoders paint almost gray).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from tiny_language_models import (
 
 
 def flux_2() -> Flux2Pipeline:
-    """Three layers of Mistral 3 side by side, packed and normalised latents, embedded guidance."""
+    """Three layers of Mistral 3 side by side, packed and normalized latents, embedded guidance."""
     with _weights_of(seed=10):
         processor = mistral_processor()
         return _quiet(
@@ -57,7 +57,7 @@ def flux_2() -> Flux2Pipeline:
 
 
 def flux_2_klein() -> Flux2KleinPipeline:
-    """Three layers of Qwen3 side by side, packed and normalised latents, true classifier-free guidance."""
+    """Three layers of Qwen3 side by side, packed and normalized latents, true classifier-free guidance."""
     with _weights_of(seed=11):
         tokenizer = qwen_tokenizer()
         return _quiet(

@@ -1,6 +1,6 @@
 """Human-scored images in AGIQA-3K's layout whose scores are known by construction, and small towers to see them.
 
-Quality is how sharp an image is, correspondence how much of the prompt's colour it has. A prompt names its colour, so
+Quality is how sharp an image is, correspondence how much of the prompt's color it has. A prompt names its color, so
 that correspondence cannot be told from the image alone; the generator says nothing of either.
 """
 
@@ -19,7 +19,7 @@ from aigiqa_reward.datasets import ScoredImages, read_agiqa3k
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 from aigiqa_reward.rewards.build import build_model
 
-COLOURS = {"red": (0.8, 0.15, 0.1), "blue": (0.1, 0.2, 0.8)}
+COLORS = {"red": (0.8, 0.15, 0.1), "blue": (0.1, 0.2, 0.8)}
 THINGS = ("house", "boat", "tree", "chair", "lamp", "bird", "car", "bridge", "cup", "tower", "clock", "shoe")
 GENERATORS = ("one_model", "two_model")
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,19 +42,19 @@ def write_scored_images(folder: Path, *, prompts: int = 12, images: int = 5, see
             ["name", "prompt", "adj1", "adj2", "style", "mos_quality", "std_quality", "mos_align", "std_align"]
         )
         for place in range(prompts):
-            colour = tuple(COLOURS)[place % 2]
-            prompt = f"a {colour} {THINGS[place % len(THINGS)]}" + (f" {place}" if place >= len(THINGS) else "")
+            color = tuple(COLORS)[place % 2]
+            prompt = f"a {color} {THINGS[place % len(THINGS)]}" + (f" {place}" if place >= len(THINGS) else "")
             for image in range(images):
                 name = f"{GENERATORS[rng.integers(2)]}_{place * images + image:03d}.jpg"
                 sharp, share = rng.random(2)
-                picture(sharp, share, colour, rng).save(folder / "images" / name, quality=95, subsampling=0)
+                picture(sharp, share, color, rng).save(folder / "images" / name, quality=95, subsampling=0)
                 table.writerow([name, prompt, "", "", "", 0.5 + 4 * sharp, 0.3, 0.5 + 4 * share, 0.3])
     return read_agiqa3k(folder)
 
 
-def picture(sharp: float, share: float, colour: str, rng: np.random.Generator) -> Image.Image:
-    """Grain on blocks, blurred the more the less `sharp` it is; `share` of it has the colour, the rest the other."""
-    own, other = np.array(COLOURS[colour]), np.array(COLOURS["blue" if colour == "red" else "red"])
+def picture(sharp: float, share: float, color: str, rng: np.random.Generator) -> Image.Image:
+    """Grain on blocks, blurred the more the less `sharp` it is; `share` of it has the color, the rest the other."""
+    own, other = np.array(COLORS[color]), np.array(COLORS["blue" if color == "red" else "red"])
     tint = share * own + (1 - share) * other
     grain = rng.standard_normal((40, 40, 1)) * 0.25
     pixels = gaussian_filter(grain, (2.0 * (1 - sharp), 2.0 * (1 - sharp), 0)) + tint

@@ -344,7 +344,7 @@ def test_a_description_is_the_greedy_answer_to_the_question(folders, images):
 
 def test_a_question_of_ones_own_is_asked(folders, images):
     config = CaptionerConfig(path_or_id=str(folders.llava), max_new_tokens=6)
-    other = replace(config, question="Which colours are there?")
+    other = replace(config, question="Which colors are there?")
     assert LMMCaptioner(config).describe(images) != LMMCaptioner(other).describe(images)
 
 
@@ -473,7 +473,7 @@ def test_distinct_masks_are_kept_from_the_best_down():
     assert distinct(empty[None], scores[:1], count=4, max_overlap=0.5) == []
 
 
-def test_points_are_the_centres_of_equal_parts():
+def test_points_are_the_centers_of_equal_parts():
     points = grid_points(20, 40, 2)
     assert points.tolist() == [[10, 5], [30, 5], [10, 15], [30, 15]]  # (x, y)
 

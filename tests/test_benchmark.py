@@ -298,7 +298,7 @@ def test_the_report_holds_the_model_its_controls_and_its_ablation(
                 assert found[seed, SHUFFLED].srcc == pytest.approx(spearmanr(wrong[:, 0], target[split.test])[0])
                 above = [own > other for own, row in zip(kept[task], wrong, strict=True) for other in row]
                 assert found[seed, MODEL].right_prompt_auc == pytest.approx(np.mean(above), abs=0.01)
-    assert found[0, MODEL].srcc > 0.5 > abs(found[0, RIDGE].srcc), "the image alone does not say which colour is meant"
+    assert found[0, MODEL].srcc > 0.5 > abs(found[0, RIDGE].srcc), "the image alone does not say which color is meant"
 
 
 def test_scores_of_one_aspect_are_reported_and_not_computed_again(

@@ -11,7 +11,7 @@ from plain import array, attend, cosine, cross_attend, linear, relu, stir
 from scipy.special import expit, softmax
 from torch import Tensor, nn
 
-from aigiqa_reward.models.base import FullPrecision, Standardise
+from aigiqa_reward.models.base import FullPrecision, Standardize
 from aigiqa_reward.models.blocks import (
     Anchor,
     CrossAttention,
@@ -91,9 +91,9 @@ def test_low_rank_map_starts_at_zero_and_keeps_its_rank() -> None:
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((40, 5), -1), ((8, 3, 5), -1), ((6, 2, 5, 4, 3), -3)])
-def test_standardise_takes_each_channels_mean_and_deviation(shape: tuple[int, ...], axis: int) -> None:
+def test_standardize_takes_each_channels_mean_and_deviation(shape: tuple[int, ...], axis: int) -> None:
     values = 2 + 3 * rows(*shape)
-    module = Standardise(5, axis=axis).double()
+    module = Standardize(5, axis=axis).double()
     assert torch.equal(module(values), values), "the identity until it is fitted"
     module.fit(values)
     channels = np.moveaxis(array(values), axis, -1).reshape(-1, 5)
@@ -102,10 +102,10 @@ def test_standardise_takes_each_channels_mean_and_deviation(shape: tuple[int, ..
     assert np.allclose(np.moveaxis(array(module(values)), axis, -1).reshape(-1, 5), plain)
 
 
-def test_standardise_does_not_blow_up_a_silent_channel() -> None:
+def test_standardize_does_not_blow_up_a_silent_channel() -> None:
     values = rows(100, 2)
     values[:, 1] = 1e-9 * values[:, 0]
-    module = Standardise(2).double()
+    module = Standardize(2).double()
     module.fit(values)
     assert module(values)[:, 1].abs().max() < 1e-6
     assert torch.isfinite(module(torch.ones(3, 2).double())).all()
@@ -113,7 +113,7 @@ def test_standardise_does_not_blow_up_a_silent_channel() -> None:
 
 def test_full_precision_is_never_lowered_however_deep_it_sits() -> None:
     inside: FullPrecision = Experts(8, 8)
-    outside = nn.Sequential(nn.Linear(8, 8), inside, CrossAttention(8, 8), Standardise(8)).to(torch.bfloat16)
+    outside = nn.Sequential(nn.Linear(8, 8), inside, CrossAttention(8, 8), Standardize(8)).to(torch.bfloat16)
     assert outside[0].weight.dtype == torch.bfloat16
     for module in outside[1:]:
         assert {t.dtype for t in (*module.parameters(), *module.buffers())} == {torch.float32}

@@ -29,7 +29,7 @@ PROMPT = "a red apple on a table"
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> Path:
-    """Coloured blocks: images of different seeds score apart."""
+    """Colored blocks: images of different seeds score apart."""
     blocks = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1)).save(path)
@@ -477,7 +477,7 @@ def test_rewards_lists_all() -> None:
     assert [row["paper"] for row in rows] == [spec.paper for spec in specs]
     table = run("rewards").stdout
     for spec in specs:
-        for text in (spec.name, spec.paper, spec.licence, spec.scale, spec.input_size, spec.weights):
+        for text in (spec.name, spec.paper, spec.license, spec.scale, spec.input_size, spec.weights):
             assert text in table
 
 

@@ -110,7 +110,7 @@ def test_a_trained_reward_scores_as_the_command_said(data: Path, trained: tuple[
     for line in rest:
         aspect, srcc, plcc, count = PRINTED.fullmatch(line).groups()
         predicted, target = getattr(found, aspect).numpy(), human(table, aspect, rows)
-        # Features were stored as float16, which may swap neighbours.
+        # Features were stored as float16, which may swap neighbors.
         assert float(srcc) == pytest.approx(spearmanr(predicted, target).statistic, abs=0.03)
         assert float(plcc) == pytest.approx(pearsonr(predicted, target).statistic, abs=0.01)
         assert int(count) == len(rows)

@@ -68,8 +68,8 @@ def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
     return images.mean(dim=(1, 2, 3))
 
 
-def grey(*levels: float, height: int = 16, width: int = 20) -> Tensor:
-    """An IMAGE (B, H, W, 3) of one grey level an image, with a mark in a corner so that no two pixels are confused."""
+def gray(*levels: float, height: int = 16, width: int = 20) -> Tensor:
+    """An IMAGE (B, H, W, 3) of one gray level an image, with a mark in a corner so that no two pixels are confused."""
     batch = torch.tensor(levels).view(-1, 1, 1, 1).repeat(1, height, width, 3)
     batch[:, 0, 0] = torch.rand(len(levels), 3, generator=torch.Generator().manual_seed(len(levels)))
     return batch
@@ -194,7 +194,7 @@ def test_heat_maps_of_any_reward_are_gradients(loaded, pictures):
     assert heat.shape == (1, 64, 64, 3)
     assert heat.min() >= 0 and heat.max() <= 1
     spread = (heat - 0.4 * pictures[2:3].mean(dim=-1, keepdim=True)).flatten(0, 2).std(dim=0)
-    assert spread.min() > 0.01  # colours over the grey image, and not one colour
+    assert spread.min() > 0.01  # colors over the gray image, and not one color
 
 
 def test_distortion_maps_of_a_reward_that_has_them(pictures):
@@ -218,7 +218,7 @@ def by_numpy(images: Tensor, prompts: list[str]) -> Tensor:
     [(without_graph, "no gradient passes"), (by_numpy, "numpy"), (lambda i, p: i[:, 0, 0, 0] * 0, "0")],
 )
 def test_a_reward_without_gradients_is_scored_without_a_heat_map(reward, reason):
-    images = grey(0.5, 0.7)
+    images = gray(0.5, 0.7)
     totals, report, heat = node("AIGIQAScore").score(reward, images, PROMPT)
     assert totals == pytest.approx(reward(images.permute(0, 3, 1, 2), []).tolist(), abs=1e-6)
     assert heat is None
@@ -241,11 +241,11 @@ def test_what_a_prompt_is_warned_of_is_logged_in_each_run(loaded, pictures, capl
 
 def test_distortion_maps_of_a_reward_without_are_an_error():
     with pytest.raises(ValueError, match=r"gives no distortion maps.*cpa_iqa"):
-        node("AIGIQAScore").score(brightness, grey(0.5), PROMPT, "distortion")
+        node("AIGIQAScore").score(brightness, gray(0.5), PROMPT, "distortion")
 
 
 def test_images_that_cannot_be_scored_are_named_and_nothing_is_returned():
-    broken = grey(0.1, 0.2, 0.3)
+    broken = gray(0.1, 0.2, 0.3)
     broken[1, 5, 5] = torch.nan
     with pytest.raises(ValueError, match=r"images: 1 of 3 cannot be scored: image 1: .*NaN or infinite"):
         node("AIGIQAScore").score(brightness, broken, PROMPT)
@@ -271,13 +271,13 @@ def test_wrong_inputs_are_refused_by_name(images, prompt, error, message):
 
 def test_a_socket_that_brings_no_reward_is_refused():
     with pytest.raises(TypeError, match=r"reward: expected the output of Load Reward \(AIGIQA\), got str"):
-        node("AIGIQAScore").score("compact", grey(0.5))
+        node("AIGIQAScore").score("compact", gray(0.5))
 
 
 def test_transparency_is_seen_on_white():
-    rgba = torch.cat([grey(0.2), torch.full((1, 16, 20, 1), 0.25)], dim=-1)
+    rgba = torch.cat([gray(0.2), torch.full((1, 16, 20, 1), 0.25)], dim=-1)
     [total], _, _ = node("AIGIQAScore").score(brightness, rgba, "", "off")
-    assert total == pytest.approx(float((grey(0.2) * 0.25 + 0.75).mean()), abs=1e-6)
+    assert total == pytest.approx(float((gray(0.2) * 0.25 + 0.75).mean()), abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------------- selecting
@@ -295,7 +295,7 @@ def test_the_best_come_first_as_they_came_in(loaded, pictures, expected):
 
 @pytest.mark.parametrize(("top_k", "order"), [(1, [1]), (2, [1, 3]), (9, [1, 3, 2, 0, 4]), (0, [1, 3, 2, 0, 4])])
 def test_top_k_is_a_limit_and_0_is_none(top_k, order):
-    images = grey(0.3, 0.9, 0.5, 0.9, 0.1)
+    images = gray(0.3, 0.9, 0.5, 0.9, 0.1)
     images[3] = images[1]  # a tie goes to the earlier
     [ranked], _, scores, indices = select([images], top_k=top_k)
     assert indices == order
@@ -304,7 +304,7 @@ def test_top_k_is_a_limit_and_0_is_none(top_k, order):
 
 
 def test_images_of_several_sizes_compete_and_come_out_as_a_list():
-    wide, tall = grey(0.1, 0.8), grey(0.9, height=30, width=17)
+    wide, tall = gray(0.1, 0.8), gray(0.9, height=30, width=17)
     ranked, _, _, indices = select([wide, tall], top_k=2)
     assert indices == [2, 1]
     assert [tuple(image.shape) for image in ranked] == [(1, 30, 17, 3), (1, 16, 20, 3)]
@@ -314,7 +314,7 @@ def test_images_of_several_sizes_compete_and_come_out_as_a_list():
 
 
 def test_with_a_prompt_for_each_batch_each_has_its_winner():
-    first, second = grey(0.1, 0.2), grey(0.6, 0.5, 0.4)
+    first, second = gray(0.1, 0.2), gray(0.6, 0.5, 0.4)
     [winners], _, _, indices = select([first, second], prompt=("a", "b"))
     assert indices == [1, 0]
     assert torch.equal(winners, torch.stack([first[1], second[0]]))
@@ -323,7 +323,7 @@ def test_with_a_prompt_for_each_batch_each_has_its_winner():
 
 
 def test_a_broken_image_is_never_chosen_and_the_console_names_it(caplog):
-    images = grey(0.9, 0.2, 0.5)
+    images = gray(0.9, 0.2, 0.5)
     images[0, 3, 3] = torch.inf
     for _ in range(2):  # each time anew, where Python's own warnings come once
         caplog.clear()
@@ -336,7 +336,7 @@ def test_a_broken_image_is_never_chosen_and_the_console_names_it(caplog):
 
 
 def test_a_batch_without_a_sound_image_leaves_the_others_theirs(caplog):
-    nothing, sound = torch.full((2, 16, 20, 3), torch.nan), grey(0.2, 0.6)
+    nothing, sound = torch.full((2, 16, 20, 3), torch.nan), gray(0.2, 0.6)
     [winner], _, _, indices = select([nothing, sound], prompt=("a", "b"))
     assert indices == [1]
     assert torch.equal(winner, sound[1:])
@@ -358,7 +358,7 @@ def test_without_a_sound_image_the_filter_stops_or_says_why(aspect):
 
 @pytest.mark.parametrize("value", [255, -1, -2])
 def test_values_out_of_range_are_told_in_words_of_comfyui(value, caplog):
-    images = grey(0.1, 0.9)
+    images = gray(0.1, 0.9)
     images[1, 2, 2] = value
     with pytest.raises(ValueError, match=r"image 1: .*got \[.*an IMAGE holds values in \[0, 1\]") as caught:
         node("AIGIQAScore").score(brightness, images)
@@ -370,14 +370,14 @@ def test_values_out_of_range_are_told_in_words_of_comfyui(value, caplog):
 
 def test_one_value_where_one_is_needed():
     with pytest.raises(ValueError, match="top_k: expected one value, got a list of 2"):
-        node("AIGIQASelectBest").select([brightness], [grey(0.5)], ["x"], [1, 2])
+        node("AIGIQASelectBest").select([brightness], [gray(0.5)], ["x"], [1, 2])
     with pytest.raises(ValueError, match="top_k: expected a number of at least 0, got -1"):
-        select([grey(0.5)], top_k=-1)
+        select([gray(0.5)], top_k=-1)
 
 
 # --------------------------------------------------------------------------------------------- latents
 
-IMAGES = grey(0.3, 0.9, 0.5)
+IMAGES = gray(0.3, 0.9, 0.5)
 SAMPLES = torch.arange(3 * 4 * 2 * 2, dtype=torch.float32).view(3, 4, 2, 2)
 MASKS = torch.arange(3 * 8 * 8, dtype=torch.float32).view(3, 1, 8, 8)
 
@@ -427,7 +427,7 @@ def test_a_selected_latent_draws_the_noise_of_its_row_where_that_is_a_multiple_o
 
 def test_latents_of_several_sizes_come_as_a_list():
     other = {"samples": torch.ones(1, 4, 3, 2)}
-    images = [IMAGES, grey(0.7, height=24)]
+    images = [IMAGES, gray(0.7, height=24)]
     ranked, latents, _, indices = select(images, top_k=2, latent=[{"samples": SAMPLES}, other])
     assert indices == [1, 3]
     assert len(ranked) == len(latents) == 2
@@ -461,7 +461,7 @@ def test_latents_that_do_not_fit_are_refused(latent, error, message):
 
 
 def test_what_scores_enough_passes_in_its_order():
-    images = grey(0.3, 0.9, 0.5, 0.6)
+    images = gray(0.3, 0.9, 0.5, 0.6)
     levels = images.mean(dim=(1, 2, 3)).tolist()
     latent = {"samples": torch.arange(4.0).view(4, 1, 1, 1)}
     [kept], [rows], scores, indices = keep([images], levels[2] - 1e-6, latent=[latent])
@@ -484,14 +484,14 @@ def test_the_aspect_says_which_score_is_held_against_the_threshold(aspect, passi
 
 
 def test_where_none_passes_the_error_says_by_how_much():
-    images = grey(0.3, 0.9, 0.5)
+    images = gray(0.3, 0.9, 0.5)
     best = f"{float(images[1].mean()):.3f}"
     with pytest.raises(ValueError, match=f"no image passes: the best total is {re.escape(best)}, below 0.990; lower"):
         keep([images], 0.99)
 
 
 def test_where_none_passes_the_best_may_go_on_or_nothing():
-    images = grey(0.3, 0.9, 0.5)
+    images = gray(0.3, 0.9, 0.5)
     images[2] = torch.nan
     [kept], _, _, indices = keep([images], 0.99, if_none="best")
     assert indices == [1]
@@ -517,7 +517,7 @@ def test_an_unknown_choice_is_refused(wrong):
 def test_a_sheet_shows_the_best_in_a_frame():
     from aigiqa_reward.report import WINNER
 
-    [sheet] = node("AIGIQAContactSheet").draw([brightness], [grey(0.2, 0.9), grey(0.4, height=30)], ["three lamps"])[0]
+    [sheet] = node("AIGIQAContactSheet").draw([brightness], [gray(0.2, 0.9), gray(0.4, height=30)], ["three lamps"])[0]
     assert sheet.ndim == 4 and sheet.shape[0] == 1 and sheet.shape[-1] == 3
     framed = (sheet[0] == torch.tensor(WINNER) / 255).all(dim=-1)
     assert framed.any()
@@ -529,7 +529,7 @@ def test_a_sheet_shows_a_tile_for_each_image_that_has_no_score():
     draw = node("AIGIQAContactSheet").draw
     broken = torch.full((2, 16, 20, 3), torch.nan)
     [one], [two], [beyond] = (
-        draw([brightness], [images], ["a lamp"])[0] for images in (broken[:1], broken, grey(9.0, 9.0))
+        draw([brightness], [images], ["a lamp"])[0] for images in (broken[:1], broken, gray(9.0, 9.0))
     )
     assert two.shape[2] > one.shape[2]
     assert two.shape == beyond.shape and not torch.equal(two, beyond), "what differs is the reason"
@@ -537,7 +537,7 @@ def test_a_sheet_shows_a_tile_for_each_image_that_has_no_score():
 
 def test_a_sheet_for_each_prompt_and_none_without_images():
     draw = node("AIGIQAContactSheet").draw
-    assert len(draw([brightness], [grey(0.2), grey(0.4)], ["a", ""])[0]) == 2
+    assert len(draw([brightness], [gray(0.2), gray(0.4)], ["a", ""])[0]) == 2
     with pytest.raises(ValueError, match="at least one image, got none"):
         draw([brightness], [], ["a"])
 

@@ -113,18 +113,18 @@ def test_small_squares_are_one_crop_which_is_all_four(reward: Reward) -> None:
 
 @pytest.fixture(scope="module")
 def unseen() -> np.ndarray:
-    """Every pair of thing and colour that neither the reward nor the generator was trained on."""
+    """Every pair of thing and color that neither the reward nor the generator was trained on."""
     return all_pairs(held_out=True)
 
 
 def test_the_right_caption_of_eight_is_preferred(reward: Reward, unseen: np.ndarray) -> None:
-    """Wrong in the colour, in the thing, and in both; the full figure is examples/train_compact/evaluate_world.py's."""
+    """Wrong in the color, in the thing, and in both; the full figure is examples/train_compact/evaluate_world.py's."""
     pairs = unseen[::4]
     pictures = compose(pairs, np.random.default_rng(77))
-    nouns, colours = pairs.T
-    captions = [(nouns, colours), (nouns, (colours + 2) % 8), (nouns, (colours + 5) % 8)]
-    captions += [((nouns + step) % 64, colours) for step in (1, 20, 41)]
-    captions += [((nouns + step) % 64, (colours + step) % 8) for step in (3, 30)]
+    nouns, colors = pairs.T
+    captions = [(nouns, colors), (nouns, (colors + 2) % 8), (nouns, (colors + 5) % 8)]
+    captions += [((nouns + step) % 64, colors) for step in (1, 20, 41)]
+    captions += [((nouns + step) % 64, (colors + step) % 8) for step in (3, 30)]
     scores = []
     with torch.inference_mode():
         seen = reward.model.look(pictures)

@@ -36,7 +36,7 @@ def test_ridge_weights_are_those_of_kernel_ridge_regression() -> None:
 
 
 def test_two_sided_ridge_is_least_squares_on_both_sides() -> None:
-    """Without regularisation it recovers the map that made the target."""
+    """Without regularization it recovers the map that made the target."""
     from fit import two_sided  # pyright: ignore[reportMissingImports]
 
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def test_more_degradation_leaves_less_of_the_image() -> None:
 
 
 def test_guarded_directions_are_those_in_which_climbs_move_most_against_the_images() -> None:
-    """Against scipy's generalised eigenvectors, with fewer rows than columns and with more."""
+    """Against scipy's generalized eigenvectors, with fewer rows than columns and with more."""
     from fit_guard import directions, whitened  # pyright: ignore[reportMissingImports]
 
     rng = np.random.default_rng(0)

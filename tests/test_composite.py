@@ -70,7 +70,7 @@ def totals(member: Callable[..., Any], images: Tensor) -> np.ndarray:
 
 
 def shares_below(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Rank of each score among the reference: 0 at its least, 1 at its greatest, linear between neighbours."""
+    """Rank of each score among the reference: 0 at its least, 1 at its greatest, linear between neighbors."""
     return np.interp(scores, np.sort(reference), np.linspace(0, 1, len(reference)))
 
 

@@ -87,9 +87,9 @@ class Plain:
         self.head, self.clip = model.head, clip
         self.v = array(clip.encode_image(image[None]))[0]
         self.places = array(clip.encode_map(image[None]))[0].reshape(32, 16).T  # (16, 32)
-        centred = (self.places - array(self.head.tokens.mean)) / array(self.head.tokens.deviation)
-        self.maps = linear(self.head.maps, centred)  # (16, 12)
-        self.tokens = centred
+        centered = (self.places - array(self.head.tokens.mean)) / array(self.head.tokens.deviation)
+        self.maps = linear(self.head.maps, centered)  # (16, 12)
+        self.tokens = centered
 
     def embed(self, text: str) -> np.ndarray:
         return array(self.clip.encode_text([text]))[0]

@@ -122,9 +122,9 @@ def test_imagereward_that_is_no_file_or_no_json_is_refused(tmp_path: Path) -> No
 LABELS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]
 
 
-def jpeg(colour: tuple[int, int, int]) -> bytes:
+def jpeg(color: tuple[int, int, int]) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, format="JPEG")
+    Image.new("RGB", (8, 8), color).save(buffer, format="JPEG")
     return buffer.getvalue()
 
 

@@ -22,7 +22,7 @@ from typer.testing import Result
 
 from aigiqa_reward import BestOfN, BestOfNOutput, create_reward, load_embedded_pipeline
 from aigiqa_reward.report import contact_sheet
-from aigiqa_reward.toy.world import COLOUR_NAMES, NOUNS
+from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS
 
 PROMPT = "a penguin on a yellow background"
 FILES = {"contact-sheet.png", "results.jsonl", "best.png"}
@@ -176,15 +176,15 @@ def test_an_unknown_thing_is_told_what_is_known(tmp_path: Path) -> None:
     listed = re.findall(r"[\w-]+(?: [\w-]+)*(?=,|\n)", result.stderr)
     assert set(NOUNS) - {NOUNS[0]} <= set(listed)
     assert f"{len(NOUNS)} things: {NOUNS[0]}, " in result.stderr
-    assert f"{len(COLOUR_NAMES)} background colours: {', '.join(COLOUR_NAMES)}\n" in result.stderr
+    assert f"{len(COLOR_NAMES)} background colors: {', '.join(COLOR_NAMES)}\n" in result.stderr
     assert names(tmp_path) == FILES
 
 
-def test_a_missing_colour_is_told_the_colours(tmp_path: Path) -> None:
+def test_a_missing_color_is_told_the_colors(tmp_path: Path) -> None:
     result = run("demo", "--prompt", "a red apple", "--n", "1", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     warning, *others = result.stderr.splitlines()
-    assert re.fullmatch(rf"warning: .*background colour.*{', '.join(COLOUR_NAMES)}.*", warning)
+    assert re.fullmatch(rf"warning: .*background color.*{', '.join(COLOR_NAMES)}.*", warning)
     assert not any(line.startswith("warning") for line in others)
     assert "penguin" not in result.stderr
 

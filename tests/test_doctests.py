@@ -91,7 +91,7 @@ def without_example(module: ModuleType, names: tuple[str, ...] | list[str]) -> l
     """Names of a module that have no example.
 
     Of a class or function it is in its own docstring or in its package's. What has no docstring of its own (a table, a
-    number, an alias) is used in the example of one of its neighbours.
+    number, an alias) is used in the example of one of its neighbors.
     """
     objects = {name: getattr(module, name) for name in names}
     missing = []

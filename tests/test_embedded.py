@@ -19,8 +19,8 @@ from aigiqa_reward.toy.judge import Judge, load_judge
 from aigiqa_reward.toy.pictures import all_pairs, compose
 from aigiqa_reward.toy.pipeline import GENERATOR
 from aigiqa_reward.toy.world import (
-    COLOUR_NAMES,
-    COLOURS,
+    COLOR_NAMES,
+    COLORS,
     NOUNS,
     SIDE,
     WORDINGS,
@@ -39,7 +39,7 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def pairs() -> np.ndarray:
-    """A thing and a colour for each of 512 pictures: every pair once, those held out from the generator as well."""
+    """A thing and a color for each of 512 pictures: every pair once, those held out from the generator as well."""
     return np.concatenate([all_pairs(held_out=False), all_pairs(held_out=True)])
 
 
@@ -48,10 +48,10 @@ def pictures(pairs: np.ndarray) -> torch.Tensor:
     return compose(pairs, np.random.default_rng(123_456))
 
 
-def mean_channel_error(picture: torch.Tensor, colour: int) -> float:
-    """How far the corners of a picture are from the named colour, of 255."""
+def mean_channel_error(picture: torch.Tensor, color: int) -> float:
+    """How far the corners of a picture are from the named color, of 255."""
     corners = picture[:, [0, 0, -1, -1], [0, -1, 0, -1]].T * 255
-    return float((corners - torch.tensor(list(COLOURS.values())[colour])).abs().mean(dim=1).median())
+    return float((corners - torch.tensor(list(COLORS.values())[color])).abs().mean(dim=1).median())
 
 
 # --------------------------------------------------------------------------------------------- words
@@ -59,18 +59,18 @@ def mean_channel_error(picture: torch.Tensor, colour: int) -> float:
 
 def test_the_world_is_as_large_as_it_says():
     assert len(NOUNS) == len(set(NOUNS)) == 64
-    assert len(COLOUR_NAMES) == 8
+    assert len(COLOR_NAMES) == 8
 
 
 @pytest.mark.parametrize("wording", range(len(WORDINGS)))
 def test_every_caption_is_read_back(wording: int):
     for noun in range(len(NOUNS)):
-        for colour in range(len(COLOUR_NAMES)):
-            assert read_subject(caption(noun, colour, wording)) == Subject(noun=noun, colour=colour)
+        for color in range(len(COLOR_NAMES)):
+            assert read_subject(caption(noun, color, wording)) == Subject(noun=noun, color=color)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "thing", "colour"),
+    ("prompt", "thing", "color"),
     [
         ("a red apple", "red apple", None),
         ("A GREEN APPLE on a RED background", "green apple", "red"),
@@ -86,14 +86,14 @@ def test_every_caption_is_read_back(wording: int):
         ("a yellow background with an orange crab", "crab", "yellow"),
     ],
 )
-def test_subjects_of_free_prompts(prompt: str, thing: str | None, colour: str | None):
+def test_subjects_of_free_prompts(prompt: str, thing: str | None, color: str | None):
     subject = read_subject(prompt)
     assert (None if subject.noun is None else NOUNS[subject.noun]) == thing
-    assert (None if subject.colour is None else COLOUR_NAMES[subject.colour]) == colour
+    assert (None if subject.color is None else COLOR_NAMES[subject.color]) == color
 
 
-def test_each_thing_has_one_held_out_colour_and_each_colour_eight_things():
-    held_out = np.array([[is_held_out(noun, colour) for colour in range(8)] for noun in range(64)])
+def test_each_thing_has_one_held_out_color_and_each_color_eight_things():
+    held_out = np.array([[is_held_out(noun, color) for color in range(8)] for noun in range(64)])
     assert (held_out.sum(axis=1) == 1).all()
     assert (held_out.sum(axis=0) == 8).all()
     assert len(all_pairs(held_out=True)) == 64
@@ -103,13 +103,13 @@ def test_each_thing_has_one_held_out_colour_and_each_colour_eight_things():
 # --------------------------------------------------------------------------------------------- pictures
 
 
-def test_pictures_are_made_again_from_their_generator_and_stand_on_their_colour(pairs: np.ndarray):
+def test_pictures_are_made_again_from_their_generator_and_stand_on_their_color(pairs: np.ndarray):
     first, again = (compose(pairs[:32], np.random.default_rng(5)) for _ in range(2))
     assert first.shape == (32, 3, SIDE, SIDE)
     assert torch.equal(first, again)
     assert not torch.equal(first, compose(pairs[:32], np.random.default_rng(6)))
     assert float(first.min()) >= 0 and float(first.max()) <= 1
-    errors = [mean_channel_error(picture, int(colour)) for picture, (_, colour) in zip(first, pairs, strict=False)]
+    errors = [mean_channel_error(picture, int(color)) for picture, (_, color) in zip(first, pairs, strict=False)]
     assert max(errors) < 15
 
 
@@ -126,18 +126,18 @@ def test_degradations_do_nothing_at_level_0_and_more_at_higher_levels(pictures: 
 
 
 def test_the_judge_is_right_on_clean_pictures(judge: Judge, pictures: torch.Tensor, pairs: np.ndarray):
-    noun, colour = judge.recognises(pictures, [caption(*pair) for pair in pairs.tolist()])
-    assert float((noun & colour).float().mean()) >= 0.98
+    noun, color = judge.recognizes(pictures, [caption(*pair) for pair in pairs.tolist()])
+    assert float((noun & color).float().mean()) >= 0.98
 
 
 def test_the_judge_gives_wrong_prompts_a_low_score(judge: Judge, pictures: torch.Tensor, pairs: np.ndarray):
     images, true = pictures[:64], pairs[:64]
     right = judge(images, [caption(*pair) for pair in true.tolist()]).total
-    other_noun = judge(images, [caption((noun + 7) % 64, colour) for noun, colour in true.tolist()]).total
-    other_colour = judge(images, [caption(noun, (colour + 3) % 8) for noun, colour in true.tolist()]).total
+    other_noun = judge(images, [caption((noun + 7) % 64, color) for noun, color in true.tolist()]).total
+    other_color = judge(images, [caption(noun, (color + 3) % 8) for noun, color in true.tolist()]).total
     assert bool((right <= 0).all())
     assert float(right.mean()) > -0.1
-    assert float(torch.stack([other_noun, other_colour]).max()) < -2
+    assert float(torch.stack([other_noun, other_color]).max()) < -2
 
 
 @pytest.mark.parametrize("column", range(len(DEGRADATIONS)))
@@ -173,7 +173,7 @@ def test_gradients_of_the_judge_reach_the_pixels(judge: Judge, pictures: torch.T
     ("prompts", "error", "says"),
     [
         (["a dragon on a blue background"], ValueError, "no thing in 'a dragon on a blue background'.*red apple"),
-        (["a red apple"], ValueError, "no background colour in 'a red apple'.*red, orange"),
+        (["a red apple"], ValueError, "no background color in 'a red apple'.*red, orange"),
         (["a key on red", "a key on blue"], ValueError, "expected 1, one for each image, got 2"),
         ("a key on red", TypeError, r"pass \[text\] \* 1"),
         (None, TypeError, "prompts: expected a list of 1 texts, got NoneType"),
@@ -247,13 +247,13 @@ def test_samples_show_what_the_prompt_says(pipe: StableDiffusionPipeline, judge:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(len(prompts))]
     images = pipe(prompts, generator=generators, num_inference_steps=20, guidance_scale=3.0, output_type="pt").images
     assert images.shape == (8, 3, SIDE, SIDE)
-    noun, colour = judge.recognises(images, prompts)
+    noun, color = judge.recognizes(images, prompts)
     assert int(noun.sum()) >= 7
-    assert int(colour.sum()) >= 7
+    assert int(color.sum()) >= 7
 
 
 def test_every_word_of_the_world_is_a_token_of_its_own(pipe: StableDiffusionPipeline):
-    words = {word for name in (*NOUNS, *COLOUR_NAMES) for word in name.replace("-", " - ").split()}
+    words = {word for name in (*NOUNS, *COLOR_NAMES) for word in name.replace("-", " - ").split()}
     for word in words - {"-"}:
         assert pipe.tokenizer.tokenize(word) == [f"{word}</w>"]
 

@@ -63,7 +63,7 @@ def test_an_altered_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         tower.encode(["a red fox"])
 
 
-def test_image_tower_recognises_what_is_shown() -> None:
+def test_image_tower_recognizes_what_is_shown() -> None:
     from aigiqa_reward import images as pixels
 
     folder = Path(__file__).parents[1] / "examples" / "images"

@@ -38,8 +38,8 @@ def plain_embedding(encoder: CompactEncoder, feature: np.ndarray) -> np.ndarray:
     """The docstring's equation for one feature vector."""
     part = encoder.alignment
     named = softmax(linear(encoder.image.classifier, feature)) @ array(encoder.image.class_names)
-    centred = (feature - array(part.feature_mean)) / array(part.feature_std)
-    learned = array(part.place_out.weight) @ (array(part.place_in.weight) @ centred)
+    centered = (feature - array(part.feature_mean)) / array(part.feature_std)
+    learned = array(part.place_out.weight) @ (array(part.place_in.weight) @ centered)
     return named / np.linalg.norm(named) - array(part.semantic_mean) + learned
 
 
@@ -99,7 +99,7 @@ def test_observing_is_both_maps_in_one_pass(encoder: CompactEncoder, images: Ten
 
 
 def test_a_place_sees_what_lies_there(encoder: CompactEncoder) -> None:
-    """Sushi beside grey: of the two halves' places, those of the sushi are nearer to its text."""
+    """Sushi beside gray: of the two halves' places, those of the sushi are nearer to its text."""
     sushi = pixels.resize(pixels.load(EXAMPLES / "sushi_xl22_normal.jpg")[None].double(), (224, 224))
     both = torch.cat([sushi, torch.full_like(sushi, 0.5)], dim=3)
     text = encoder.encode_text(["a tray of sushi"])[0].view(1, -1, 1, 1)
@@ -110,7 +110,7 @@ def test_a_place_sees_what_lies_there(encoder: CompactEncoder) -> None:
 
 @torch.no_grad()
 def test_unseen_pictures_are_nearest_to_their_own_captions() -> None:
-    """Pairs of thing and colour that the map was never trained on; a guess finds 1 of the 32."""
+    """Pairs of thing and color that the map was never trained on; a guess finds 1 of the 32."""
     encoder, unseen = load_compact_encoder(), all_pairs(held_out=True)[::2]
     pictures = pixels.resize(compose(unseen, np.random.default_rng(5)), (256, 256))
     texts = encoder.encode_text([caption(*pair) for pair in unseen.tolist()])

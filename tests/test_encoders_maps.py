@@ -46,11 +46,11 @@ def clip(clip_folder: Path) -> OpenCLIPEncoder:
 
 
 def vision_transformer(weights: dict[str, Tensor], images: Tensor, *, patch: int, heads: int, layers: int) -> Tensor:
-    """CLIP's image tower written out (Radford et al. 2021): normalised images to projected tokens (B, 1 + N, d)."""
+    """CLIP's image tower written out (Radford et al. 2021): normalized images to projected tokens (B, 1 + N, d)."""
 
     def norm(tokens: Tensor, name: str) -> Tensor:
-        centred = tokens - tokens.mean(dim=-1, keepdim=True)
-        scaled = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+        centered = tokens - tokens.mean(dim=-1, keepdim=True)
+        scaled = centered / (centered.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
         return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     def linear(tokens: Tensor, name: str) -> Tensor:

@@ -11,8 +11,8 @@ from aigiqa_reward.evaluation import (
     Logistic4,
     bootstrap_interval,
     bootstrap_intervals,
-    centred,
-    centred_srcc,
+    centered,
+    centered_srcc,
     correlations,
     fit_logistic4,
     group_mean_predictor,
@@ -193,32 +193,32 @@ def unbalanced_design(seed: int, rows: int = 300) -> tuple[np.ndarray, np.ndarra
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_centring_removes_additive_effects_exactly(seed: int) -> None:
+def test_centering_removes_additive_effects_exactly(seed: int) -> None:
     first, second, effects = unbalanced_design(seed)
     noise = np.random.default_rng(seed + 100).normal(size=len(effects))
-    assert np.count_nonzero(centred(effects, first, second)) == 0
-    both = centred(noise + effects, first, second)
-    assert both == pytest.approx(centred(noise, first, second), abs=1e-8)
+    assert np.count_nonzero(centered(effects, first, second)) == 0
+    both = centered(noise + effects, first, second)
+    assert both == pytest.approx(centered(noise, first, second), abs=1e-8)
     dummies = np.hstack([first[:, None] == np.arange(8), second[:, None] == np.arange(30)]).astype(float)
     oracle = noise - dummies @ np.linalg.lstsq(dummies, noise, rcond=None)[0]
     assert both == pytest.approx(oracle, abs=1e-8)
 
 
-def test_centred_srcc_sees_only_what_the_effects_do_not_explain() -> None:
+def test_centered_srcc_sees_only_what_the_effects_do_not_explain() -> None:
     first, second, effects = unbalanced_design(0)
     rng = np.random.default_rng(1)
     signal = rng.normal(size=len(effects))
-    assert centred_srcc(signal - 7 * effects, signal + effects, first, second) == pytest.approx(1)
-    assert math.isnan(centred_srcc(effects, signal + effects, first, second))
-    assert abs(centred_srcc(effects + rng.normal(size=300), effects + signal, first, second)) < 0.2
+    assert centered_srcc(signal - 7 * effects, signal + effects, first, second) == pytest.approx(1)
+    assert math.isnan(centered_srcc(effects, signal + effects, first, second))
+    assert abs(centered_srcc(effects + rng.normal(size=300), effects + signal, first, second)) < 0.2
     with pytest.raises(ValueError, match="at least one"):
-        centred(signal)
+        centered(signal)
     with pytest.raises(ValueError, match="groupings: expected 300 labels"):
-        centred(signal, first[:5])
+        centered(signal, first[:5])
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_centred_srcc_does_not_break_ties_by_rounding(seed: int) -> None:
+def test_centered_srcc_does_not_break_ties_by_rounding(seed: int) -> None:
     """Oracle: a balanced design in whole numbers, 35 times the residuals, of which many are equal."""
     rows, columns = np.repeat(np.arange(5), 7), np.tile(np.arange(7), 5)
     predicted, target = np.random.default_rng(seed).integers(0, 4, size=(2, 5, 7))
@@ -228,7 +228,7 @@ def test_centred_srcc_does_not_break_ties_by_rounding(seed: int) -> None:
 
     assert len(np.unique(exact(target))) < 35
     expected = stats.spearmanr(exact(predicted).ravel(), exact(target).ravel()).statistic
-    assert centred_srcc(predicted.ravel() / 10, target.ravel() / 10, rows, columns) == pytest.approx(
+    assert centered_srcc(predicted.ravel() / 10, target.ravel() / 10, rows, columns) == pytest.approx(
         expected, abs=1e-12
     )
 

@@ -19,7 +19,7 @@ from aigiqa_reward.evaluation import (
     PUBLISHED,
     ProtocolReport,
     SplitScores,
-    centred,
+    centered,
     correlations,
     fit_logistic4,
     published_markdown,
@@ -92,8 +92,8 @@ def test_scores_of_a_split_agree_with_scipy_loops_and_least_squares(seed: int) -
     design = dummies(prompts, split["generators"])
     untied = x + 0.01 * np.random.default_rng(seed).normal(size=len(x))  # rounding would part ties of what is left
     left = [values - design @ np.linalg.lstsq(design, values, rcond=None)[0] for values in (untied, y)]
-    centred_on_both = score_split(seed, "model", task="quality", **{**split, "predicted": untied}).centred_srcc
-    assert centred_on_both == pytest.approx(stats.spearmanr(*left)[0])
+    centered_on_both = score_split(seed, "model", task="quality", **{**split, "predicted": untied}).centered_srcc
+    assert centered_on_both == pytest.approx(stats.spearmanr(*left)[0])
     wins = [np.sign(x[i] - wrong[i, k]) / 2 + 0.5 for i in range(len(x)) for k in range(3)]
     assert found.right_prompt_auc == pytest.approx(sum(wins) / len(wins))
 
@@ -105,24 +105,24 @@ def test_what_a_split_cannot_tell_is_nan() -> None:
     assert math.isnan(found.right_prompt_auc)
     assert not any(math.isnan(getattr(found, name)) for name in MEASURES[:-1])
     flat = score_split(0, "constant", task="quality", **{**split, "predicted": np.full(rows, 0.3)})
-    assert all(math.isnan(getattr(flat, name)) for name in (*CORRELATIONS, "centred_srcc"))
+    assert all(math.isnan(getattr(flat, name)) for name in (*CORRELATIONS, "centered_srcc"))
     assert (flat.gain, flat.gain_within, flat.rmse) == (0.0, 0.0, pytest.approx(split["target"].std()))
     even = score_split(0, "model", task="quality", **{**split, "target": np.full(rows, 3.0)})
-    assert all(math.isnan(getattr(even, name)) for name in (*CORRELATIONS, "centred_srcc", "gain", "gain_within"))
+    assert all(math.isnan(getattr(even, name)) for name in (*CORRELATIONS, "centered_srcc", "gain", "gain_within"))
     for other in ("glide", None):
         without = score_split(0, "model", task="quality", **split, same_generator=other)
         assert math.isnan(without.gain_within)
         assert without.gain == found.gain
     alone = score_split(0, "model", task="quality", **{**split, "prompts": [str(i) for i in range(rows)]})
-    assert all(math.isnan(value) for value in (alone.centred_srcc, alone.gain, alone.gain_within))
+    assert all(math.isnan(value) for value in (alone.centered_srcc, alone.gain, alone.gain_within))
     assert alone.srcc == found.srcc
     of_generator = [len(name) + ord(name[0]) for name in split["generators"]]
     known = score_split(0, "generator", task="quality", **{**split, "predicted": of_generator})
-    assert math.isnan(known.centred_srcc)
+    assert math.isnan(known.centered_srcc)
     assert known.srcc == pytest.approx(stats.spearmanr(of_generator, split["target"])[0])
 
 
-def test_centring_is_refused_where_nothing_would_be_left_or_nothing_removed() -> None:
+def test_centering_is_refused_where_nothing_would_be_left_or_nothing_removed() -> None:
     rng = np.random.default_rng(0)
     decided = set()
     for rows in rng.integers(5, 14, size=24):
@@ -130,7 +130,7 @@ def test_centring_is_refused_where_nothing_would_be_left_or_nothing_removed() ->
         x, y = rng.normal(size=rows), rng.normal(size=rows)
         found = score_split(
             0, "model", task="quality", predicted=x, target=y, prompts=prompts, generators=generators
-        ).centred_srcc
+        ).centered_srcc
         freedom = rows - np.linalg.matrix_rank(dummies(prompts, generators))
         defined = freedom >= 4 and min(len(set(prompts)), len(set(generators))) > 1
         assert math.isnan(found) == (not defined)
@@ -138,21 +138,21 @@ def test_centring_is_refused_where_nothing_would_be_left_or_nothing_removed() ->
     assert decided == {True, False}
     square = {"prompts": ["a", "a", "b", "b"], "generators": ["x", "y", "x", "y"]}
     small = score_split(0, "model", task="quality", predicted=[1, 2, 3, 5], target=[1, 2, 3, 7], **square)
-    assert all(math.isnan(getattr(small, name)) for name in (*CORRELATIONS, "rmse", "centred_srcc"))
+    assert all(math.isnan(getattr(small, name)) for name in (*CORRELATIONS, "rmse", "centered_srcc"))
     assert small.gain == 1
     one = score_split(0, "model", task="quality", predicted=[1], target=[1], prompts=["a"], generators=["x"])
     assert one.images == 1
 
 
-def test_a_chain_of_generators_that_cannot_be_centred_is_nan() -> None:
+def test_a_chain_of_generators_that_cannot_be_centered_is_nan() -> None:
     links = np.repeat(np.arange(300), 2)
     prompts, generators = np.tile(links, 2), np.tile(links + np.tile([0, 1], 300), 2)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 1200))
     with pytest.raises(ValueError, match="groupings: no convergence"):
-        centred(x, generators, prompts)
+        centered(x, generators, prompts)
     found = score_split(0, "model", task="quality", predicted=x, target=y, prompts=prompts, generators=generators)
-    assert math.isnan(found.centred_srcc)
+    assert math.isnan(found.centered_srcc)
     assert found.srcc == correlations(x, y).srcc
 
 
@@ -352,7 +352,7 @@ def test_markdown_has_a_table_a_task_and_says_what_is_missing() -> None:
     model = dict(zip(header, [cell.strip() for cell in tables[2].split("|")[1:-1]], strict=True))
     assert model["SRCC"] == f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
     assert model["SRCC median"] == f"{statistics.median(values):.3f}"
-    assert header[3:] == ["KRCC", "PLCC raw", "PLCC fitted", "centred SRCC", "gain", "gain within", "AUC"]
+    assert header[3:] == ["KRCC", "PLCC raw", "PLCC fitted", "centered SRCC", "gain", "gain within", "AUC"]
     assert "| 0.100 (1 of 2) | 0.100 | 0.500 ± 0.000 |" in text
     assert "| flat | – | – |" in text
     assert "- a|b: 2 of 3 seeds (0, 1)" in lines
@@ -364,7 +364,7 @@ def test_every_measure_stands_in_its_column() -> None:
     places = {name: place / 10 for place, name in enumerate(MEASURES)}
     line = report(entry(0, **places)).markdown().splitlines()[8]
     shown = [cell.strip() for cell in line.split("|")[2:-1]]
-    wanted = ["srcc", "srcc", "krcc", "plcc", "plcc_fitted", "centred_srcc", "gain", "gain_within", "right_prompt_auc"]
+    wanted = ["srcc", "srcc", "krcc", "plcc", "plcc_fitted", "centered_srcc", "gain", "gain_within", "right_prompt_auc"]
     assert shown == [f"{places[name]:.3f}" for name in wanted]
 
 

@@ -144,7 +144,7 @@ def test_report_agrees_with_its_measures_and_controls() -> None:
     assert row.srcc_by_fold == pytest.approx(by_fold)
     assert (row.fold_mean, row.fold_std) == pytest.approx((np.mean(by_fold), np.std(by_fold, ddof=1)))
     for found in report.rows:
-        for interval in (found.srcc, found.gain, found.gain_within, found.centred_srcc):
+        for interval in (found.srcc, found.gain, found.gain_within, found.centered_srcc):
             if not math.isnan(interval.estimate):
                 assert interval.low <= interval.high
                 assert interval.low - 0.1 < interval.estimate < interval.high + 0.1
@@ -157,13 +157,13 @@ def test_report_tells_seeing_from_knowing_the_generator() -> None:
     for task in ("quality", "correspondence"):
         model, control = report.row(task), report.row(task, CONTROL)
         assert control.srcc.estimate > 0.6
-        assert math.isnan(control.centred_srcc.estimate)
-        assert model.centred_srcc.low > 0.6
+        assert math.isnan(control.centered_srcc.estimate)
+        assert model.centered_srcc.low > 0.6
         assert model.gain_within.low > control.gain_within.high
     image_only = report.row("correspondence", "image only")
-    assert abs(image_only.centred_srcc.estimate) < 0.3
-    assert report.centred_srcc_over_image_only is not None
-    assert report.centred_srcc_over_image_only.low > 0
+    assert abs(image_only.centered_srcc.estimate) < 0.3
+    assert report.centered_srcc_over_image_only is not None
+    assert report.centered_srcc_over_image_only.low > 0
     assert report.srcc_over_image_only is not None
     assert report.srcc_over_image_only.estimate == pytest.approx(
         report.row("correspondence").srcc.estimate - image_only.srcc.estimate
@@ -195,7 +195,7 @@ def test_report_as_markdown_and_json() -> None:
     values = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert len(values["rows"]) == 7
     assert values["rows"][0]["srcc"]["estimate"] == report.row("quality").srcc.estimate
-    assert values["rows"][1]["centred_srcc"]["estimate"] is None
+    assert values["rows"][1]["centered_srcc"]["estimate"] is None
     tables = [line for line in report.markdown().splitlines() if line.startswith("|")]
     assert len(tables) == 7 + 2 * 2
     assert len({line.count("|") for line in tables}) == 1

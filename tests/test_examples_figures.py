@@ -70,7 +70,7 @@ def test_the_reward_can_be_checked_on_the_world(printed) -> None:
 @pytest.mark.slow
 def test_the_generator_can_be_checked(printed) -> None:
     out = printed("train_generator/evaluate.py", "--samples", "8")
-    found = re.search(r"noun ([\d.]+), colour ([\d.]+)", out)
+    found = re.search(r"noun ([\d.]+), color ([\d.]+)", out)
     assert found and min(map(float, found.groups())) >= 0.75, out
 
 

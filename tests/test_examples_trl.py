@@ -1,4 +1,4 @@
-"""The example of prompt optimisation, run as it stands with the embedded generator and a tiny language model."""
+"""The example of prompt optimization, run as it stands with the embedded generator and a tiny language model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_it_trains_saves_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import optimise_prompts_grpo as example
+    import optimize_prompts_grpo as example
     from safetensors.torch import load_file
 
     tokenizer = word_tokenizer([*example.TASK.split(), *" ".join(PROMPTS).split(), "on", "white"])
@@ -51,10 +51,10 @@ def test_it_trains_saves_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_it_is_short_and_explains_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    file = EXAMPLES / "optimise_prompts_grpo.py"
+    file = EXAMPLES / "optimize_prompts_grpo.py"
     assert len(file.read_text().splitlines()) <= 80
     monkeypatch.setattr(sys, "argv", [str(file), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(file), run_name="__main__")
     assert ended.value.code == 0
-    assert "python examples/optimise_prompts_grpo.py prompts.txt" in capsys.readouterr().out
+    assert "python examples/optimize_prompts_grpo.py prompts.txt" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def adapter() -> LoRA:
 
 
 def trained(lora: LoRA, steps: int) -> torch.optim.Optimizer:
-    """An optimiser that has taken steps on a loss of its own."""
+    """An optimizer that has taken steps on a loss of its own."""
     weights = list(lora.weights.values())
     optimizer = torch.optim.AdamW(weights, lr=1e-3)
     for step in range(steps):

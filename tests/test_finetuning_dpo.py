@@ -287,7 +287,7 @@ def test_checkpointing_changes_nothing(pairs):
 def test_steps_raise_the_implicit_accuracy(kind, loss, pairs):
     """Seen on noise that no step was taken on: 60 draws, of which at random 40 or more would be right once in 150."""
     tools, dpo = tools_of(kind), DPO(pairs=pairs, beta=BETA, loss=loss)
-    optimiser = torch.optim.AdamW(tools.lora.weights.values(), lr=3e-3)
+    optimizer = torch.optim.AdamW(tools.lora.weights.values(), lr=3e-3)
 
     def judged() -> tuple[float, float]:
         with torch.no_grad():
@@ -297,8 +297,8 @@ def test_steps_raise_the_implicit_accuracy(kind, loss, pairs):
     assert judged() == (0.5, 0.0)
     for step in range(15):
         outcome(dpo, tools, batch_of(step=step)).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     after, margin = judged()
     assert after > 0.65
     assert margin > 0

@@ -287,9 +287,9 @@ def write(file: Path, **columns: list[Any]) -> Path:
     return file
 
 
-def png(colour: tuple[int, int, int]) -> bytes:
+def png(color: tuple[int, int, int]) -> bytes:
     data = io.BytesIO()
-    Image.new("RGB", (64, 64), colour).save(data, format="PNG")
+    Image.new("RGB", (64, 64), color).save(data, format="PNG")
     return data.getvalue()
 
 
@@ -376,7 +376,7 @@ def test_latents_are_those_of_the_files_encoded_once_within_bounds(pipe, built, 
 
 @pytest.mark.parametrize(("height", "width"), [(128, 64), (64, 128), (100, 70), (64, 64), (40, 50)])
 def test_images_of_other_sizes_are_cut_to_the_pipelines(height, width):
-    """A grey ramp along the longer side is cut evenly at both ends and keeps its aspect."""
+    """A gray ramp along the longer side is cut evenly at both ends and keeps its aspect."""
     ramp = torch.linspace(0, 1, max(height, width))
     image = ramp.view(-1, 1).expand(height, width) if height >= width else ramp.view(1, -1).expand(height, width)
     images = image.expand(1, 3, height, width)

@@ -162,8 +162,8 @@ def test_advantages_are_standard_scores_within_groups():
         np.testing.assert_allclose(found.values[4 * place : 4 * place + 4].numpy(), expected, rtol=1e-12)
     assert not found.degenerate.any()
     whole = group_advantages(rewards, 4, deviation="batch").values
-    centred = rewards.numpy().reshape(3, 4) - rewards.numpy().reshape(3, 4).mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(whole, (centred / (np.std(rewards.numpy()) + DEVIATION_FLOOR)).ravel(), rtol=1e-12)
+    centered = rewards.numpy().reshape(3, 4) - rewards.numpy().reshape(3, 4).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(whole, (centered / (np.std(rewards.numpy()) + DEVIATION_FLOOR)).ravel(), rtol=1e-12)
 
 
 def test_groups_of_one_compare_the_whole_batch():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aigiqa_reward.finetuning import FinetuneConfig
 from aigiqa_reward.finetuning.lora import FILE, LoRA
-from aigiqa_reward.finetuning.optimizers import MOST_SKIPPED, FinetuningError, Optimisation
+from aigiqa_reward.finetuning.optimizers import MOST_SKIPPED, FinetuningError, Optimization
 from aigiqa_reward.sampling.rollout import Rollout
 
 SCALE = 2.0**10
@@ -84,25 +84,25 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
     return accelerator
 
 
-def optimisation_of(accelerator: Accelerator, **settings: Any) -> Optimisation:
+def optimization_of(accelerator: Accelerator, **settings: Any) -> Optimization:
     lora = stir(LoRA(Rollout(pipelines.stable_diffusion(), **CALL).family, rank=2))
-    return Optimisation(lora, accelerator, FinetuneConfig(**settings), 1e-2)
+    return Optimization(lora, accelerator, FinetuneConfig(**settings), 1e-2)
 
 
-def weights(optimisation: Optimisation) -> Tensor:
-    return torch.cat([weight.detach().flatten() for weight in optimisation.weights])
+def weights(optimization: Optimization) -> Tensor:
+    return torch.cat([weight.detach().flatten() for weight in optimization.weights])
 
 
-def backward(optimisation: Optimisation, factor: float = 1.0) -> None:
+def backward(optimization: Optimization, factor: float = 1.0) -> None:
     """Of a loss with a gradient much longer than the clipping allows."""
-    loss = factor * sum((weight * (place + 1)).sum() for place, weight in enumerate(optimisation.weights))
-    optimisation.accelerator.backward(loss)
+    loss = factor * sum((weight * (place + 1)).sum() for place, weight in enumerate(optimization.weights))
+    optimization.accelerator.backward(loss)
 
 
 def test_gradients_are_clipped_in_their_own_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = optimisation_of(Accelerator(cpu=True), max_grad_norm=0.5)
+    plain = optimization_of(Accelerator(cpu=True), max_grad_norm=0.5)
     plain.accelerator.native_amp = False  # accelerators share their state, also with those of tests before
-    half = optimisation_of(scaling(monkeypatch), max_grad_norm=0.5, mixed_precision="fp16")
+    half = optimization_of(scaling(monkeypatch), max_grad_norm=0.5, mixed_precision="fp16")
     for _ in range(3):
         backward(plain)
         backward(half)
@@ -115,7 +115,7 @@ def test_gradients_are_clipped_in_their_own_scale(monkeypatch: pytest.MonkeyPatc
 
 def test_a_step_that_overflows_is_skipped_and_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     scaled = scaling(monkeypatch)
-    half = optimisation_of(scaled, mixed_precision="fp16", lr_scheduler="linear", max_train_steps=10)
+    half = optimization_of(scaled, mixed_precision="fp16", lr_scheduler="linear", max_train_steps=10)
     before, rate = weights(half), half.learning_rate
     backward(half, float("inf"))
     assert not torch.tensor(half.step()).isfinite()

@@ -71,11 +71,11 @@ def test_the_penalty_counts_at_the_judged_step(tools: Tools) -> None:
     (plain,) = ReFL().losses(tools, batch, 0, {})
     tools.penalty = 2.0
     try:
-        (penalised,) = ReFL().losses(tools, batch, 0, {})
+        (penalized,) = ReFL().losses(tools, batch, 0, {})
     finally:
         tools.penalty = 0.0
-    assert float(penalised.measures["kl"]) > 0
-    torch.testing.assert_close(penalised.loss, plain.loss + 2 * penalised.measures["kl"].mean())
+    assert float(penalized.measures["kl"]) > 0
+    torch.testing.assert_close(penalized.loss, plain.loss + 2 * penalized.measures["kl"].mean())
 
 
 def test_a_reward_without_gradients_is_refused(tools: Tools) -> None:

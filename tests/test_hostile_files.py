@@ -75,7 +75,7 @@ def image_files() -> dict[str, bytes]:
         "rgb.png": picture("PNG", exif=exif),
         "palette.png": picture("PNG", "P"),
         "alpha.png": picture("PNG", "RGBA"),
-        "grey.png": picture("PNG", "L"),
+        "gray.png": picture("PNG", "L"),
         "photo.jpg": picture("JPEG", exif=exif),
         "cmyk.jpg": picture("JPEG", "CMYK"),
         "animated.gif": picture("GIF", "P", **animated),

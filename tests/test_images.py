@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aigiqa_reward import images as pixels
 from aigiqa_reward.images import ImageError
 
-COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [250, 180, 20]], dtype=np.uint8)
+COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [250, 180, 20]], dtype=np.uint8)
 
 
 def natural(height: int, width: int, seed: int, *, contrast: float = 0.18) -> np.ndarray:
@@ -66,7 +66,7 @@ def pillow_8bit(array: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def assert_pillows_steps_give_pillows_levels(array: np.ndarray, height: int, width: int) -> None:
-    """Rounded to 8 bits after each of its two passes as Pillow does, the tensor path gives Pillow's grey levels.
+    """Rounded to 8 bits after each of its two passes as Pillow does, the tensor path gives Pillow's gray levels.
 
     Pillow may begin with the rows or with the columns, whichever is cheaper. A value that ties between two levels may
     be rounded the other way by Pillow's integer arithmetic, which the second pass can spread to a second level.
@@ -105,7 +105,7 @@ def test_resize_is_pillows_antialiased_bicubic(size, target, seed):
 
 
 @pytest.mark.parametrize(("size", "target"), SIZES)
-def test_resize_stays_within_one_grey_level_of_8_bit_pillow_where_nothing_clips(size, target):
+def test_resize_stays_within_one_gray_level_of_8_bit_pillow_where_nothing_clips(size, target):
     image = natural(*size, seed=2, contrast=0.08)
     ours = array_of(pixels.resize(tensor_of(image), target).clamp(0, 1))
     # Pillow rounds twice: half a level after each pass, the first one spread by the second pass's kernel
@@ -171,7 +171,7 @@ OPERATIONS = {
     "even crops": lambda x: pixels.even_crops(x, 4, 3),
     "even crops enlarged": lambda x: pixels.even_crops(x, 9, 2),
     "random crops": lambda x: pixels.random_crops(x, 4, 2, generator=torch.Generator().manual_seed(0)),
-    "normalise": lambda x: pixels.normalise(x, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
+    "normalize": lambda x: pixels.normalize(x, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
     "from VAE": pixels.from_vae,
     "to VAE": pixels.to_vae,
     "to BHWC": pixels.to_bhwc,
@@ -199,7 +199,7 @@ def test_a_host_read_would_be_seen():
 # --------------------------------------------------------------------------------------------- layouts
 
 
-def test_letterbox_shows_the_whole_image_centred_on_the_fill():
+def test_letterbox_shows_the_whole_image_centered_on_the_fill():
     image = torch.rand(2, 3, 20, 40, generator=torch.Generator().manual_seed(0))
     boxed = pixels.letterbox(image, 40, fill=FILL)
     torch.testing.assert_close(boxed[:, :, 10:30], image, atol=1e-6, rtol=0)
@@ -214,11 +214,11 @@ def test_letterbox_is_square_whatever_the_aspect_ratio(height, width):
     assert pixels.letterbox(torch.rand(1, 3, height, width), 32, fill=FILL).shape == (1, 3, 32, 32)
 
 
-def test_normalise_is_the_towers_affine_map():
+def test_normalize_is_the_towers_affine_map():
     image = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     expected = (image.numpy() - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(std, (1, 3, 1, 1))
-    np.testing.assert_allclose(pixels.normalise(image, mean, std).numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(pixels.normalize(image, mean, std).numpy(), expected, atol=1e-12)
 
 
 def test_vae_range_and_channels_last_round_trips():
@@ -352,13 +352,13 @@ BAD = {
     "minus infinite": (batch(value=-float("inf")), ValueError, r"NaN or infinite values in image\(s\) \[1\]"),
     "[-1, 1]": (torch.linspace(-1, 1, 3 * 256).view(1, 3, 16, 16), ValueError, r"\[-1, 1\]; .*images\.from_vae"),
     "0..255": (torch.linspace(0, 255, 3 * 256).view(1, 3, 16, 16), ValueError, r"\[0, 255\]; divide 8-bit .* by 255"),
-    "normalised": (torch.linspace(-2.1, 2.6, 768).view(1, 3, 16, 16), ValueError, "before any normalisation"),
+    "normalized": (torch.linspace(-2.1, 2.6, 768).view(1, 3, 16, 16), ValueError, "before any normalization"),
     "integers": (torch.ones(1, 3, 16, 16, dtype=torch.uint8), TypeError, r"floating-point.*torch\.uint8.*/ 255"),
     "latent": (torch.rand(1, 4, 16, 16), ValueError, "3 channels.*VAE latent must be decoded"),
     "channels last": (torch.rand(1, 16, 16, 3), ValueError, r"images\.from_bhwc"),
     "one image": (torch.rand(3, 16, 16), ValueError, r"4 dimensions.*\(3, 16, 16\).*images\[None\]"),
     "a vector": (torch.rand(3), ValueError, "4 dimensions"),
-    "grey": (torch.rand(1, 1, 16, 16), ValueError, r"expand\(-1, 3, -1, -1\)"),
+    "gray": (torch.rand(1, 1, 16, 16), ValueError, r"expand\(-1, 3, -1, -1\)"),
     "many channels": (torch.rand(1, 16, 32, 32), ValueError, "expected 3 channels"),
     "empty": (torch.rand(0, 3, 16, 16), ValueError, "at least one image"),
     "15 px wide": (torch.rand(1, 3, 16, 15), ValueError, "at least 16 px, got 15 x 16"),
@@ -397,7 +397,7 @@ def test_shapes_and_types_never_pass(name):
         pixels.check(images, validate=False)
 
 
-class CountSynchronisations(TorchDispatchMode):
+class CountSynchronizations(TorchDispatchMode):
     """Counts the reads of a tensor's value on the host, each of which waits for the device."""
 
     def __init__(self) -> None:
@@ -411,15 +411,15 @@ class CountSynchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_check_synchronises_once_and_not_without_validation():
+def test_check_synchronizes_once_and_not_without_validation():
     images = torch.rand(4, 3, 32, 32)
-    with CountSynchronisations() as mode:
+    with CountSynchronizations() as mode:
         pixels.check(images)
     assert mode.count == 1
-    with CountSynchronisations() as mode:
+    with CountSynchronizations() as mode:
         pixels.check(images, validate=False)
     assert mode.count == 0
-    with CountSynchronisations() as mode:  # the counter counts
+    with CountSynchronizations() as mode:  # the counter counts
         bool((images > 0).all())
         float(images.sum())
     assert mode.count == 2
@@ -557,20 +557,20 @@ def test_png_and_path_types(tmp_path):
         assert_is(pixels.load(source), image)
 
 
-def test_greyscale_and_bilevel_are_repeated(tmp_path):
-    grey = mosaic()[..., 0]
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    assert_is(pixels.load(tmp_path / "grey.png"), np.repeat(grey[..., None], 3, axis=-1))
+def test_grayscale_and_bilevel_are_repeated(tmp_path):
+    gray = mosaic()[..., 0]
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    assert_is(pixels.load(tmp_path / "gray.png"), np.repeat(gray[..., None], 3, axis=-1))
     bilevel = Image.fromarray((mosaic()[..., 2] > 0).astype(np.uint8) * 255).convert("1")
     assert_is(pixels.load(bilevel), np.repeat((mosaic()[..., 2:] > 0) * 255, 3, axis=-1))
 
 
-@pytest.mark.parametrize("grey", [True, False])
-def test_alpha_is_composited_on_white(tmp_path, grey):
-    colour = mosaic()[..., :1] if grey else mosaic()
+@pytest.mark.parametrize("gray", [True, False])
+def test_alpha_is_composited_on_white(tmp_path, gray):
+    color = mosaic()[..., :1] if gray else mosaic()
     alpha = np.broadcast_to(np.linspace(0, 255, 26).astype(np.uint8)[None, :, None], (18, 26, 1))
-    Image.fromarray(np.concatenate([colour, alpha], axis=-1)).save(tmp_path / "alpha.png")
-    expected = (colour * (alpha / 255.0) + 255 * (1 - alpha / 255.0)).repeat(3 if grey else 1, axis=-1)
+    Image.fromarray(np.concatenate([color, alpha], axis=-1)).save(tmp_path / "alpha.png")
+    expected = (color * (alpha / 255.0) + 255 * (1 - alpha / 255.0)).repeat(3 if gray else 1, axis=-1)
     loaded = pixels.load(tmp_path / "alpha.png")
     assert_is(loaded, expected, atol=1.01 / 255)  # Pillow composites in 8 bits
     assert loaded[:, :, 0].min() == 1
@@ -589,12 +589,12 @@ def test_a_transparent_entry_of_a_palette_is_white(tmp_path, suffix):
     assert loaded[:, 5, 15].tolist() == [1, 1, 1]
 
 
-def test_an_opaque_palette_gives_its_colours(tmp_path):
+def test_an_opaque_palette_gives_its_colors(tmp_path):
     indices = np.arange(400, dtype=np.uint8).reshape(20, 20) % 4
     image = Image.fromarray(indices).convert("L")
-    image.putpalette(COLOURS.flatten().tolist())
+    image.putpalette(COLORS.flatten().tolist())
     image.save(tmp_path / "palette.png")
-    assert_is(pixels.load(tmp_path / "palette.png"), COLOURS[indices])
+    assert_is(pixels.load(tmp_path / "palette.png"), COLORS[indices])
 
 
 def test_cmyk_inks_subtract_from_white(tmp_path):
@@ -606,13 +606,13 @@ def test_cmyk_inks_subtract_from_white(tmp_path):
     image.save(tmp_path / "inks.jpg", quality=100, subsampling=0)
     for suffix, atol in (("tif", 1e-6), ("jpg", 0.05)):
         loaded = pixels.load(tmp_path / f"inks.{suffix}")
-        for place, colour in (((3, 3), [1, 1, 1]), ((3, 16), [0, 1, 1]), ((16, 3), [0, 0, 0])):
-            assert loaded[:, place[0], place[1]].tolist() == pytest.approx(colour, abs=atol)
+        for place, color in (((3, 3), [1, 1, 1]), ((3, 16), [0, 1, 1]), ((16, 3), [0, 0, 0])):
+            assert loaded[:, place[0], place[1]].tolist() == pytest.approx(color, abs=atol)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_greyscale_keeps_its_precision(tmp_path, suffix):
-    values = (30_000 + np.arange(400)).astype(np.uint16).reshape(20, 20)  # two grey levels of 8 bits
+def test_16_bit_grayscale_keeps_its_precision(tmp_path, suffix):
+    values = (30_000 + np.arange(400)).astype(np.uint16).reshape(20, 20)  # two gray levels of 8 bits
     values[0, 0], values[19, 19] = 0, 65535
     Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
     loaded = pixels.load(tmp_path / f"deep.{suffix}")
@@ -623,7 +623,7 @@ def test_16_bit_greyscale_keeps_its_precision(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_of_an_animation_the_first_frame_is_taken_with_a_warning(tmp_path, suffix):
-    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "lime", "blue")]
     path = tmp_path / f"moving.{suffix}"
     options = {"lossless": True} if suffix == "webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, **options)
@@ -637,7 +637,7 @@ def test_of_an_animation_the_first_frame_is_taken_with_a_warning(tmp_path, suffi
 
 
 def pages(count: int) -> bytes:
-    """A TIFF of one grey page of 20 x 20 px, and a chain of `count` pages behind it that hold nothing."""
+    """A TIFF of one gray page of 20 x 20 px, and a chain of `count` pages behind it that hold nothing."""
     first = 8 + 2 + 12 * 8 + 4  # where its pixels are
     tags = [(256, 20), (257, 20), (258, 8), (259, 1), (262, 1), (273, first), (278, 20), (279, 400)]
     listed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
@@ -717,15 +717,15 @@ def test_exif_rotation_is_applied(tmp_path, orientation):
 def array_layouts() -> dict[str, tuple[Any, np.ndarray]]:
     """Sources and what they show, (H, W, 3) in 0..255."""
     image = mosaic()
-    grey = np.repeat(image[..., :1], 3, axis=-1)
+    gray = np.repeat(image[..., :1], 3, axis=-1)
     alpha = np.full((18, 26, 1), 51, np.uint8)
     faded = image * 0.2 + 255 * 0.8
     unit = image / 255
     return {
         "uint8 HWC": (image, image),
         "uint8 CHW": (image.transpose(2, 0, 1), image),
-        "uint8 HW": (image[..., 0], grey),
-        "uint8 HW1": (image[..., :1], grey),
+        "uint8 HW": (image[..., 0], gray),
+        "uint8 HW1": (image[..., :1], gray),
         "uint8 RGBA": (np.concatenate([image, alpha], axis=-1), faded),
         "uint16 HWC": (image.astype(np.uint16) * 257, image),
         "float16 HWC": (unit.astype(np.float16), unit.astype(np.float16).astype(np.float64) * 255),
@@ -736,7 +736,7 @@ def array_layouts() -> dict[str, tuple[Any, np.ndarray]]:
         "mirrored view": (image[::-1, ::-1], image[::-1, ::-1]),
         "tensor CHW": (torch.from_numpy(unit).permute(2, 0, 1).float(), image),
         "tensor HWC": (torch.from_numpy(unit), image),
-        "tensor HW": (torch.from_numpy(image[..., 0].copy()), grey),
+        "tensor HW": (torch.from_numpy(image[..., 0].copy()), gray),
         "tensor uint8": (torch.from_numpy(image).permute(2, 0, 1), image),
         "tensor RGBA": (torch.from_numpy(np.concatenate([unit, alpha / 255], axis=-1)).permute(2, 0, 1), faded),
         "tensor with gradient": (torch.from_numpy(unit).requires_grad_(), image),

@@ -121,8 +121,8 @@ def test_adaptive_fusion_is_its_equation() -> None:
 
 
 @dataclass(frozen=True)
-class Colours:
-    """Reads the mean and the deviation of each colour: a reader whose features are known."""
+class Colors:
+    """Reads the mean and the deviation of each color: a reader whose features are known."""
 
     width: int = 3
 
@@ -157,10 +157,10 @@ def images() -> Tensor:
 
 
 def test_scores_are_means_of_the_fusion_over_the_crops(towers: dict[str, Any], images: Tensor) -> None:
-    model, prompts = build(towers, Colours()), PROMPTS
+    model, prompts = build(towers, Colors()), PROMPTS
     model.head.semantics.fit(rows(30, 3))
     output = model(images, model.encode_prompts(prompts))
-    read = (array(Colours().read(images)) - array(model.head.semantics.mean)) / array(model.head.semantics.deviation)
+    read = (array(Colors().read(images)) - array(model.head.semantics.mean)) / array(model.head.semantics.deviation)
     clip = model.matcher
     for i, prompt in enumerate(prompts):
         text = array(clip.encode_text([prompt]))[0]
@@ -184,7 +184,7 @@ def test_scores_are_means_of_the_fusion_over_the_crops(towers: dict[str, Any], i
 def test_zeros_leave_the_language_model_unheard(
     semantics: str, heard: bool, towers: dict[str, Any], images: Tensor
 ) -> None:
-    model = build(towers, Colours(), semantics=semantics)
+    model = build(towers, Colors(), semantics=semantics)
     seen, context = model.look(images), dict(model.prepare(images, None))
     before = model.judge(seen, None, context).quality
     after = model.judge(seen, None, {**context, "semantics": context["semantics"] + 1}).quality
@@ -193,7 +193,7 @@ def test_zeros_leave_the_language_model_unheard(
 
 
 def test_judge_wants_a_context_and_forward_prepares_it(towers: dict[str, Any], images: Tensor) -> None:
-    model = build(towers, Colours())
+    model = build(towers, Colors())
     with pytest.raises(ValueError, match="context: expected what prepare returned"):
         model.judge(model.look(images), None, None)
     prepared = model.prepare(images, None)
@@ -203,8 +203,8 @@ def test_judge_wants_a_context_and_forward_prepares_it(towers: dict[str, Any], i
 
 
 def test_no_gradient_flows_through_what_was_read(towers: dict[str, Any], images: Tensor) -> None:
-    """Colours itself is differentiable, so only the model can have cut it off."""
-    model, pixels = build(towers, Colours()), images.clone().requires_grad_()
+    """Colors itself is differentiable, so only the model can have cut it off."""
+    model, pixels = build(towers, Colors()), images.clone().requires_grad_()
     assert not model.prepare(pixels, None)["semantics"].requires_grad
     gradients = []
     for context in (None, model.prepare(images, None)):
@@ -214,7 +214,7 @@ def test_no_gradient_flows_through_what_was_read(towers: dict[str, Any], images:
 
 
 def test_without_a_matcher_there_is_no_correspondence(towers: dict[str, Any], images: Tensor) -> None:
-    model = build({"vision": towers["vision"]}, Colours())
+    model = build({"vision": towers["vision"]}, Colors())
     output = model(images, model.encode_prompts(PROMPTS))
     assert output.correspondence is None
     assert torch.equal(output.quality, model(images, None).quality)
@@ -227,7 +227,7 @@ def test_towers_of_no_substitute_say_what_is_missing(
     chosen = {role: towers[role] for role in roles}
     with pytest.raises(ValueError, match=r"needs a multimodal model.*Assistants\(semantics=LMMSemantics"):
         build(chosen, semantics_width=8)  # before any tower is loaded
-    model = build(chosen, Colours())
+    model = build(chosen, Colors())
     model.semantics = None
     with pytest.raises(ValueError, match="without a multimodal model"):
         model(images, None)
@@ -236,7 +236,7 @@ def test_towers_of_no_substitute_say_what_is_missing(
 def test_another_width_than_the_language_models_is_refused(towers: dict[str, Any]) -> None:
     vision = TimmLevels(towers["vision"])
     with pytest.raises(ValueError, match="semantics_width: expected 3, the hidden size of the multimodal model, got 5"):
-        MAAGIQA(MAAGIQAConfig(**SMALL, semantics_width=5), vision, side=4, semantics=Colours())
+        MAAGIQA(MAAGIQAConfig(**SMALL, semantics_width=5), vision, side=4, semantics=Colors())
     with pytest.raises(ValueError, match="width: expected a multiple of 2 heads = 8, got 12"):
         MAAGIQAConfig(width=12)
 

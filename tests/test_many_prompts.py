@@ -269,7 +269,7 @@ def test_a_folder_of_somebody_else_is_left_alone(pipe: Any, tmp_path: Path, name
         (["a", 3], {}, TypeError, r"prompts\[1\]: expected a text"),
         (["a"], {"seed": 2**64 - 2}, ValueError, "seed: expected an integer in"),
         (["a"], {"generator": None}, ValueError, "generator: BestOfN sets"),
-        (["a"], {"colour": 3}, ValueError, "colour: StableDiffusionPipeline has no such argument; it has prompt, "),
+        (["a"], {"color": 3}, ValueError, "color: StableDiffusionPipeline has no such argument; it has prompt, "),
         (["a"], {"num_inference_step": 3}, ValueError, "did you mean 'num_inference_steps'"),
     ],
 )

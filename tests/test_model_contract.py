@@ -284,7 +284,7 @@ def test_saved_and_loaded_rewards_are_equal_to_the_bit(make: Maker, tmp_path: Pa
 
 def test_specification_is_complete(reward: Reward) -> None:
     spec = reward.spec
-    for text in (spec.paper, spec.licence, spec.scale, spec.input_size, spec.gradient_path, spec.weights):
+    for text in (spec.paper, spec.license, spec.scale, spec.input_size, spec.gradient_path, spec.weights):
         assert len(text) > 5
     assert spec.differentiable
     assert np.isfinite(spec.megabytes)

@@ -261,7 +261,7 @@ def test_the_compact_tower_sees_the_whole_image_at_two_resolutions(size: tuple[i
             maps = model.coarse.image.encoder(scaled)
             assert torch.allclose(seen[name], maps.mean(dim=(2, 3)), atol=1e-5)
     assert not torch.allclose(seen["coarse"], seen["fine"], atol=1e-2)
-    assert set(model.standardised) == {"coarse", "fine"}
+    assert set(model.standardized) == {"coarse", "fine"}
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def image_of(pipe: Any, latents: Tensor, **arguments: Any) -> Tensor:
 # --------------------------------------------------------------------------------------------- the objective
 
 
-def test_the_regulariser_is_the_chi_density_of_the_norm():
+def test_the_regularizer_is_the_chi_density_of_the_norm():
     noise = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     others = [noise, 0.7 * noise, 2.0 * noise]
     expected = [stats.chi.logpdf(float(other.norm()), df=105) for other in others]
@@ -76,7 +76,7 @@ def test_the_first_step_is_along_the_gradient(checkpointed):
     pipe = pipelines.stable_diffusion().to(torch.float64)
     pipe.vae.decoder.conv_out.weight.data *= 0.3  # paler, so that the pipeline has nothing to clamp
     rate, weight = 0.5, 0.002
-    out = make(pipe, iterations=1, learning_rate=rate, regularisation=weight, clip=math.inf, checkpointed=checkpointed)(
+    out = make(pipe, iterations=1, learning_rate=rate, regularization=weight, clip=math.inf, checkpointed=checkpointed)(
         PROMPT, **FEW_STEPS
     )
     start = initial((1, 4, 16, 16), dtype=torch.float64)
@@ -225,7 +225,7 @@ def test_long_ways_are_refused(sd):
 
 def test_bad_arguments_are_told(sd):
     refused = {
-        "iterations": 0, "learning_rate": 0.0, "regularisation": -1.0, "clip": 0.0, "optimizer": "lbfgs", "longest": 0,
+        "iterations": 0, "learning_rate": 0.0, "regularization": -1.0, "clip": 0.0, "optimizer": "lbfgs", "longest": 0,
         "reward_prompt": " ",
     }  # fmt: skip
     for name, value in refused.items():

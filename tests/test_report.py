@@ -24,8 +24,8 @@ def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def solid(colour: tuple[int, int, int], size: tuple[int, int]) -> Image.Image:
-    return Image.new("RGB", size, colour)
+def solid(color: tuple[int, int, int], size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size, color)
 
 
 def output(
@@ -122,11 +122,11 @@ def test_every_image_is_enlarged_and_stands_in_candidate_order(count: int, colum
 
 @pytest.mark.parametrize("size", [(1024, 512), (512, 1024), (700, 700), (16, 16), (300, 40)])
 def test_images_of_every_size_keep_their_shape(size: tuple[int, int]) -> None:
-    colour = (0, 77, 255)
-    sheet = pixels(output([solid(colour, size)] * 4, [0.4, 0.3, 0.2, 0.1]))
+    color = (0, 77, 255)
+    sheet = pixels(output([solid(color, size)] * 4, [0.4, 0.3, 0.2, 0.1]))
     assert sheet.shape[1] < 1400
     width = sheet.shape[1] // 2
-    box = box_where((sheet[:, :width] == colour).all(axis=2)[: sheet.shape[0] // 2])
+    box = box_where((sheet[:, :width] == color).all(axis=2)[: sheet.shape[0] // 2])
     assert box is not None
     assert (box[2] - box[0]) / (box[3] - box[1]) == pytest.approx(size[0] / size[1], rel=0.03)
     assert 192 <= max(box[2] - box[0], box[3] - box[1]) <= 512

@@ -112,13 +112,13 @@ def test_what_cannot_be_drawn_is_refused(reward, arguments, error, message):
         heat_maps(reward, random_images(2, 3, 16, 16), **arguments)
 
 
-def test_colours_are_magmas_over_grey():
+def test_colors_are_magmas_over_gray():
     images = random_images(1, 3, 16, 16)
     values = torch.linspace(0, 1, 256).view(1, 16, 16)
     heat = HeatMaps(kind="gradient", maps=values)
-    colours = torch.from_numpy(matplotlib.colormaps["magma"](values[0].numpy())[..., :3]).permute(2, 0, 1).float()
+    colors = torch.from_numpy(matplotlib.colormaps["magma"](values[0].numpy())[..., :3]).permute(2, 0, 1).float()
     full = draw_heat_maps(images, heat, opacity=1)[0]
-    torch.testing.assert_close(full, colours, atol=0.02, rtol=0)
+    torch.testing.assert_close(full, colors, atol=0.02, rtol=0)
     none = draw_heat_maps(images, heat, opacity=0)[0]
     torch.testing.assert_close(none, images[0].mean(dim=0).expand(3, -1, -1))
     torch.testing.assert_close(draw_heat_maps(images, heat, opacity=0.25)[0], 0.75 * none + 0.25 * full)

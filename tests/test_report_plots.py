@@ -29,15 +29,15 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def points(picture: np.ndarray) -> np.ndarray:
-    """Centres (N, 2) in px, across and down, of the blue dots."""
+    """Centers (N, 2) in px, across and down, of the blue dots."""
     blue = picture[:, :, 2] - picture[:, :, 0] > 60
     found, count = ndimage.label(ndimage.binary_closing(blue, iterations=3))  # a line may run over a dot
     return np.array(ndimage.center_of_mass(found > 0, found, range(1, count + 1))).reshape(-1, 2)[:, ::-1]
 
 
-def has(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """(rows, columns) where the picture has exactly this colour."""
-    return (picture == colour).all(axis=2)
+def has(picture: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """(rows, columns) where the picture has exactly this color."""
+    return (picture == color).all(axis=2)
 
 
 def two_bands(count: int = 30) -> tuple[np.ndarray, np.ndarray]:
@@ -82,14 +82,14 @@ def test_the_curve_passes_through_what_it_is_fitted_to(tmp_path: Path) -> None:
     assert np.mean(near) > 0.95
 
 
-def test_generators_have_colours_and_a_legend_from_high_to_low(tmp_path: Path) -> None:
+def test_generators_have_colors_and_a_legend_from_high_to_low(tmp_path: Path) -> None:
     x, y = two_bands()
     picture = scatter(tmp_path / "plot.png", x, y, generators=["worse", "better"] * 15)
     bare = scatter(tmp_path / "bare.png", x, y)
     assert not has(bare, ORANGE).any()
     heights = []
-    for colour in (BLUE, ORANGE):
-        rows, columns = np.nonzero(has(picture, colour))
+    for color in (BLUE, ORANGE):
+        rows, columns = np.nonzero(has(picture, color))
         assert columns.min() > 900, "only the legend is opaque"
         heights.append(rows.mean())
     assert heights[0] < heights[1]
@@ -101,7 +101,7 @@ def test_generators_have_colours_and_a_legend_from_high_to_low(tmp_path: Path) -
     assert not reddish(upper).any()
 
 
-def test_more_generators_than_colours_share_a_look(tmp_path: Path) -> None:
+def test_more_generators_than_colors_share_a_look(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     names = np.repeat([f"_generator with a long name {i}, $x_{i}$" for i in range(60)], 3)
     with warnings.catch_warnings():
@@ -198,7 +198,7 @@ def test_malformed_input_is_refused_and_nothing_written(tmp_path: Path, changes:
 
 def scores(task: str, predictor: str, values: list[float], first_seed: int = 0) -> list[SplitScores]:
     rest = dict.fromkeys(
-        ("krcc", "plcc", "plcc_fitted", "rmse", "centred_srcc", "gain", "gain_within", "right_prompt_auc"), math.nan
+        ("krcc", "plcc", "plcc_fitted", "rmse", "centered_srcc", "gain", "gain_within", "right_prompt_auc"), math.nan
     )
     return [
         SplitScores(seed=first_seed + place, predictor=predictor, task=task, srcc=value, images=40, **rest)

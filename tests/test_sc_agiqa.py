@@ -197,7 +197,7 @@ def plain_scores(model: SCAGIQA, image: Tensor, prompt: str, description: str) -
 def test_scores_are_those_of_a_plain_loop(
     settings: dict[str, Any], captioned: bool, towers: dict[str, Any], images: Tensor
 ) -> None:
-    captioner = Brightness(["a dark room", "grey fog over the hills and far away", "snow"]) if captioned else None
+    captioner = Brightness(["a dark room", "gray fog over the hills and far away", "snow"]) if captioned else None
     model = build(towers, captioner, **settings)
     output = model(images, model.encode_prompts(PROMPTS))
     told = PROMPTS if captioner is None else captioner.describe(images)
@@ -231,7 +231,7 @@ def test_a_language_model_that_says_the_same_gives_the_same(
 
 
 def test_rows_do_not_see_the_others_descriptions(towers: dict[str, Any], images: Tensor) -> None:
-    model = build(towers, Brightness(["a dark room", "grey fog over the hills and far away", "snow"]))
+    model = build(towers, Brightness(["a dark room", "gray fog over the hills and far away", "snow"]))
     together = model(images, model.encode_prompts(PROMPTS))
     for row in range(3):
         alone = model(images[row : row + 1], model.encode_prompts(PROMPTS[row : row + 1]))

@@ -78,7 +78,7 @@ def word_reward() -> Reward:
         name="words",
         title="Words",
         paper="none",
-        licence="Apache-2.0",
+        license="Apache-2.0",
         scale="counts",
         input_size="any",
         differentiable=True,

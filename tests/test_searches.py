@@ -256,7 +256,7 @@ def test_final_images_bear_the_watermark_of_the_pipeline_and_previews_do_not(sea
 
 
 def test_zero_order_search_goes_on_from_the_best_noise(sd, monkeypatch):
-    plan = ZeroOrder(neighbours=3, radius=0.3)
+    plan = ZeroOrder(neighbors=3, radius=0.3)
     found = make(sd, n=9, top_k=9, search=plan, batch_size=2)(PROMPT, seed=4, **CALL)
     assert found.noises is not None
     noises = dict(zip(found.seeds, found.noises, strict=True))
@@ -272,7 +272,7 @@ def test_zero_order_search_goes_on_from_the_best_noise(sd, monkeypatch):
     assert np.abs(pixels_of(found.images[0]) - pixels_of(again)).max() <= 2
     monkeypatch.setattr(sd, "scheduler", EulerAncestralDiscreteScheduler.from_config(sd.scheduler.config))
     call = {**CALL, "num_inference_steps": 3, "guidance_scale": 1.0}
-    found = make(sd, n=4, search=ZeroOrder(neighbours=2, radius=0.3))(PROMPT, seed=4, **call)
+    found = make(sd, n=4, search=ZeroOrder(neighbors=2, radius=0.3))(PROMPT, seed=4, **call)
     assert found.noises is not None
     for drawn in (True, False):  # it draws noise on its way, from where the initial noise has left the generator
         generator = torch.Generator().manual_seed(found.seeds[0])
@@ -284,7 +284,7 @@ def test_zero_order_search_goes_on_from_the_best_noise(sd, monkeypatch):
 
 def test_radius_one_is_random_search(sd):
     plain = make(sd, n=6, top_k=6)(PROMPT, **CALL)
-    walk = make(sd, n=6, top_k=6, search=ZeroOrder(neighbours=2, radius=1.0))(PROMPT, **CALL)
+    walk = make(sd, n=6, top_k=6, search=ZeroOrder(neighbors=2, radius=1.0))(PROMPT, **CALL)
     assert walk.seeds == plain.seeds
     assert walk.scores == pytest.approx(plain.scores, abs=1e-4)
     assert walk.denoiser_calls == 6 * 6

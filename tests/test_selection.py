@@ -159,8 +159,8 @@ def test_a_share_must_go_on(keep):
 def test_zero_order_settings_are_checked():
     with pytest.raises(ValueError, match=r"^radius: expected a number in \(0, 1\], got 0"):
         ZeroOrder(radius=0)
-    with pytest.raises(ValueError, match=r"^neighbours: expected an integer of at least 1"):
-        ZeroOrder(neighbours=0)
+    with pytest.raises(ValueError, match=r"^neighbors: expected an integer of at least 1"):
+        ZeroOrder(neighbors=0)
 
 
 def test_spread_takes_the_best_and_is_at_most_twice_as_narrow_as_possible():

@@ -53,7 +53,7 @@ NEARBY = {"crops": 1, "resolution": 32, "short_side": -32, "side": -32, "coarse_
 
 @lru_cache(maxsize=1)
 def heads() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Description and weights of a model of each name, moved away from its start and standardised as in training."""
+    """Description and weights of a model of each name, moved away from its start and standardized as in training."""
     made = {}
     for name, settings in FEWER_CROPS.items():
         with torch.random.fork_rng(devices=[]):
@@ -65,7 +65,7 @@ def heads() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
         with torch.no_grad():
             seen = dict(model.look(images))
             seen |= {f"context.{key}": value for key, value in (model.prepare(images, None) or {}).items()}
-        for key, module in model.standardised.items():
+        for key, module in model.standardized.items():
             module.fit(seen[key])
         made[name] = model.describe(), model.state_dict()
     return made

@@ -59,7 +59,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(write_tiny_clip(folder / "clip", seed=0), folder, images)
 
 
-def other_colour(prompt: str) -> str:
+def other_color(prompt: str) -> str:
     return prompt.replace("red", "blue") if "red" in prompt else prompt.replace("blue", "red")
 
 
@@ -87,7 +87,7 @@ def hooked(module: Any, function: Callable[..., Any]) -> Iterator[None]:
 @pytest.mark.parametrize("ema", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_it_learns_to_rank_images_and_to_read_prompts(bench: Bench, ema: float) -> None:
     model, rows = tiny_model("mst_clipiqa", bench.clip), bench.split.test
-    swapped = [other_colour(prompt) for prompt in bench.images.prompts]
+    swapped = [other_color(prompt) for prompt in bench.images.prompts]
 
     def agreement(prompts: Any) -> list[float]:
         scores = predict(model, prompts, bench.source(model), rows, progress=False)
@@ -97,7 +97,7 @@ def test_it_learns_to_rank_images_and_to_read_prompts(bench: Bench, ema: float) 
     assert max(map(abs, agreement(bench.images.prompts))) < 0.5
     result = bench.fit(model, replace(QUICK, epochs=25, ema=ema))
     assert min(agreement(bench.images.prompts)) > 0.6
-    assert agreement(swapped)[1] < -0.3, "a picture fits the other colour's prompts the less, the more it fits its own"
+    assert agreement(swapped)[1] < -0.3, "a picture fits the other color's prompts the less, the more it fits its own"
     assert result.best > 0.6
     losses = [entry["loss"] for entry in result.history]
     assert losses[-1] < losses[0] / 2
@@ -117,10 +117,10 @@ def test_preferences_teach_which_image_is_better(bench: Bench) -> None:
 
 
 def test_other_prompts_are_pushed_below_an_images_own(bench: Bench) -> None:
-    """Where every picture has its prompt's colour, scores alone teach no one to read; another prompt does."""
+    """Where every picture has its prompt's color, scores alone teach no one to read; another prompt does."""
     fitting = np.flatnonzero(bench.images.correspondence > 0.5 + 4 * 0.6)
     split = Split(**{part: np.intersect1d(getattr(bench.split, part), fitting) for part in PARTS})
-    prompts = bench.images.prompts, [other_colour(prompt) for prompt in bench.images.prompts]
+    prompts = bench.images.prompts, [other_color(prompt) for prompt in bench.images.prompts]
 
     def gap(weight: float) -> float:
         model = tiny_model("mst_clipiqa", bench.clip)

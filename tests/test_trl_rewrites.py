@@ -20,10 +20,10 @@ from tiny_language_models import qwen_3, word_tokenizer
 
 from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
 from aigiqa_reward.sampling import PromptScorer
-from aigiqa_reward.toy.world import COLOUR_NAMES
+from aigiqa_reward.toy.world import COLOR_NAMES
 
 ORIGINALS = ["a red apple", "a penguin", "a crown", "a ghost"]
-WORDS = ["rewrite:", *" ".join(ORIGINALS).split(), "on", "background", *COLOUR_NAMES]
+WORDS = ["rewrite:", *" ".join(ORIGINALS).split(), "on", "background", *COLOR_NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def test_it_learns_to_ask_for_what_the_reward_likes_of_things_it_never_saw_too(
     from prompt_rewriting import best_and_none, earned, train, writer
 
     trained, others = ["a penguin", "a crown", "a ghost"], ["a banana", "a turtle"]
-    tokenizer = word_tokenizer(["penguin", "crown", "ghost", "banana", "turtle", *COLOUR_NAMES])
+    tokenizer = word_tokenizer(["penguin", "crown", "ghost", "banana", "turtle", *COLOR_NAMES])
     scorer = PromptScorer(pipe, redness, batch_size=16, num_inference_steps=3, guidance_scale=1.0)
     model = writer(tokenizer, 0)
     before = [earned(model, tokenizer, scorer, things, 0) for things in (trained, others)]

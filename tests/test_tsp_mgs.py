@@ -62,8 +62,8 @@ class Plain:
             added = np.zeros(32)
             if self.config.adapter_rank:
                 standard, layers = self.model.head.standard, self.model.head.adapters[task].image
-                centred = (feature - array(standard.mean)) / array(standard.deviation)
-                added = linear(layers.up, linear(layers.down, centred))
+                centered = (feature - array(standard.mean)) / array(standard.deviation)
+                added = linear(layers.up, linear(layers.down, centered))
             embedded.append(feature + added)
         return np.mean(embedded, axis=0)
 

@@ -20,7 +20,7 @@ from aigiqa_reward.utils.weights import WeightsError, load_strictly, read_weight
 
 
 class Small(nn.Module):
-    """A convolution, a normalisation with an integer buffer, and a head."""
+    """A convolution, a normalization with an integer buffer, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_int8_is_within_half_a_step_of_each_rows_scale(path, tensors):
     scale = np.abs(original).reshape(8, -1).max(axis=1) / 127
     error = np.abs(original - restored).reshape(8, -1).max(axis=1)
     assert (error <= scale * (0.5 + 1e-4)).all()
-    assert (error > 0).all()  # it was quantised
+    assert (error > 0).all()  # it was quantized
     # the largest weight of a row is kept, so that small rows are as exact as large ones
     np.testing.assert_allclose(np.abs(restored).reshape(8, -1).max(axis=1), scale * 127, rtol=1e-6)
 

@@ -208,11 +208,11 @@ def test_create_reward_draws_nothing_from_the_global_generator() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_every_entry_names_its_paper_and_licence() -> None:
+def test_every_entry_names_its_paper_and_license() -> None:
     for spec in list_rewards():
         assert get_spec(spec.name) is spec
         assert spec.paper
-        assert "Apache-2.0" in spec.licence
+        assert "Apache-2.0" in spec.license
 
 
 def test_levels_follow_the_equations_of_the_paper() -> None:

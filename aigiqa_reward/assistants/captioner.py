@@ -78,7 +78,7 @@ class ImageTextModel:
         return features.to(model.device, dtype=model.dtype)
 
     def _prompt(self, question: str) -> tuple[str, dict[str, bool]]:
-        """A question in the form the model was trained on, and how it is to be tokenised."""
+        """A question in the form the model was trained on, and how it is to be tokenized."""
         processor = self.processor
         if getattr(processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -123,10 +123,10 @@ def generate_greedily(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: i
 
 
 DESCRIBE = (
-    "Describe this image in about 50 words: its content, its style, the angle it is seen from, and its colours. "
+    "Describe this image in about 50 words: its content, its style, the angle it is seen from, and its colors. "
     "Answer with the description alone."
 )
-"""SC-AGIQA asks for content, style, angle and colour in about 50 words (section 3.2, eq. 2); this wording is ours."""
+"""SC-AGIQA asks for content, style, angle and color in about 50 words (section 3.2, eq. 2); this wording is ours."""
 
 
 @dataclass(frozen=True, kw_only=True)

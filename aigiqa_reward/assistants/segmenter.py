@@ -163,7 +163,7 @@ def _over_image(logits: Tensor, content: Tensor, padded: torch.Size) -> Float[Te
 
 
 def grid_points(height: int, width: int, per_side: int) -> Float[Tensor, "points 2"]:
-    """Centres (x, y), in px, of `per_side` x `per_side` equal parts of an image, row by row."""
+    """Centers (x, y), in px, of `per_side` x `per_side` equal parts of an image, row by row."""
     steps = (torch.arange(per_side, dtype=torch.float64) + 0.5) / per_side
     y, x = torch.meshgrid(steps * height, steps * width, indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)

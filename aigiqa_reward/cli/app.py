@@ -165,7 +165,7 @@ def rank(
 def rewards(
     form: Annotated[ListFormat, typer.Option("--format", help="A table to read, or JSON Lines.")] = ListFormat.TABLE,
 ) -> None:
-    """List the rewards: paper, licence, scale, gradients, prompts, input size, weights."""
+    """List the rewards: paper, license, scale, gradients, prompts, input size, weights."""
     from aigiqa_reward import list_rewards
 
     emit(render_specs(list_rewards(), form, terminal=sys.stdout.isatty()))

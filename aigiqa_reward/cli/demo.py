@@ -15,7 +15,7 @@ from aigiqa_reward.cli.inputs import CommandError
 from aigiqa_reward.cli.output import Format, emit, render, say
 from aigiqa_reward.cli.runs import sample, usage_errors
 from aigiqa_reward.cli.sampling_options import EMBEDDED_SAMPLING
-from aigiqa_reward.toy.world import COLOUR_NAMES, NOUNS, read_subject
+from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, read_subject
 
 if TYPE_CHECKING:
     from aigiqa_reward.sampling import BestOfNOutput
@@ -84,13 +84,13 @@ def _check_own(folder: Path) -> None:
 
 
 def _say_what_is_unknown(prompt: str) -> None:
-    subject, colours = read_subject(prompt), ", ".join(COLOUR_NAMES)
+    subject, colors = read_subject(prompt), ", ".join(COLOR_NAMES)
     if subject.noun is None:
         say("warning", f"the embedded generator knows nothing that this prompt names; try {EXAMPLE!r}")
         say("note", f"it knows {len(NOUNS)} things: {', '.join(NOUNS)}")
-        say("note", f"on {len(COLOUR_NAMES)} background colours: {colours}")
-    elif subject.colour is None:
-        say("warning", f"the prompt names no background colour that the embedded generator knows ({colours})")
+        say("note", f"on {len(COLOR_NAMES)} background colors: {colors}")
+    elif subject.color is None:
+        say("warning", f"the prompt names no background color that the embedded generator knows ({colors})")
 
 
 def _load_pipeline(prompt: str) -> Any:

@@ -206,7 +206,7 @@ ScheduleOption = Annotated[
     str, _option("lr_scheduler", _TRAINING, "constant, linear, cosine, ... of diffusers.", metavar="NAME")
 ]
 WarmupOption = Annotated[int, _option("lr_warmup_steps", _TRAINING, "Steps.", min=0, metavar="N")]
-StepsOption = Annotated[int, _option("max_train_steps", _TRAINING, "Steps of the optimiser.", min=1, metavar="N")]
+StepsOption = Annotated[int, _option("max_train_steps", _TRAINING, "Steps of the optimizer.", min=1, metavar="N")]
 NormOption = Annotated[float, _option("max_grad_norm", _TRAINING, "Longest gradient.", metavar="X")]
 AverageOption = Annotated[
     float, _option("ema_decay", _TRAINING, "Of a moving average of the weights; 0 is none.", metavar="X")

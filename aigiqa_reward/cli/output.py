@@ -146,7 +146,7 @@ def render_specs(specs: Sequence[ModelSpec], form: ListFormat, *, terminal: bool
         about = {
             "title": spec.title,
             "paper": spec.paper,
-            "licence": spec.licence,
+            "license": spec.license,
             "scale": spec.scale,
             "differentiable": f"{'yes' if spec.differentiable else 'no'}: {spec.gradient_path}",
             "needs prompt": "yes" if spec.needs_prompt else "no (without one: quality alone)",

@@ -33,7 +33,7 @@ def read_aigciqa2023(
 
     Image i = 400 m + 4 p + (k - 1) is the k-th of the four that generator m made for prompt p, in the order
     Controlnet, DALLE, Glide, Lafite, stable-diffusion, Unidiffuser (the published `pic-index.xlsx` lists them so).
-    Scores stay as published, normalised mean opinion scores on a scale of 0 to 100, of three perspectives: quality,
+    Scores stay as published, normalized mean opinion scores on a scale of 0 to 100, of three perspectives: quality,
     authenticity and correspondence.
 
     Args:

@@ -139,7 +139,7 @@ class BLIPEncoder(nn.Module):
                 f"images: expected {self.image_size} x {self.image_size} px, got {images.shape[2]} x {images.shape[3]}"
                 "; resize or crop them first"
             )
-        inputs = pixels.normalise(images, self.mean, self.std).to(self.vision.embeddings.class_embedding.dtype)
+        inputs = pixels.normalize(images, self.mean, self.std).to(self.vision.embeddings.class_embedding.dtype)
         seen = self.vision(pixel_values=inputs).last_hidden_state
         return seen.to(torch.promote_types(images.dtype, torch.float32))
 

@@ -186,7 +186,7 @@ def _loaded(tower: _Tower, name: str, sha256: str) -> _Tower:
 
 
 RANK = 64
-"""Of the trained map: chosen here, no less than the 63 + 7 directions of the world's things and colours by much."""
+"""Of the trained map: chosen here, no less than the 63 + 7 directions of the world's things and colors by much."""
 
 
 class Alignment(nn.Module):
@@ -214,10 +214,10 @@ class Alignment(nn.Module):
     def forward(
         self, features: Float[Tensor, "*batch features"], semantic: Float[Tensor, "*batch embedding"]
     ) -> Float[Tensor, "*batch embedding"]:
-        """The joint embedding of features whose class names say `semantic`; not normalised."""
+        """The joint embedding of features whose class names say `semantic`; not normalized."""
         dtype = features.dtype
-        centred = (features - self.feature_mean.to(dtype)) / self.feature_std.to(dtype)
-        learned = F.linear(F.linear(centred, self.place_in.weight.to(dtype)), self.place_out.weight.to(dtype))
+        centered = (features - self.feature_mean.to(dtype)) / self.feature_std.to(dtype)
+        learned = F.linear(F.linear(centered, self.place_in.weight.to(dtype)), self.place_out.weight.to(dtype))
         return semantic - self.semantic_mean.to(dtype) + learned
 
 
@@ -274,13 +274,13 @@ class CompactEncoder(nn.Module):
         return self.image.encoder.pool(self.feature_map(images))
 
     def project(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch embedding"]:
-        """Features to joint embeddings; not normalised."""
+        """Features to joint embeddings; not normalized."""
         logits = self.image.classifier(features.to(self.image.classifier.weight.dtype)).to(features.dtype)
         semantic = logits.softmax(dim=-1) @ self.image.class_names.to(features.dtype)
         return self.alignment(features, F.normalize(semantic, dim=-1))
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
-        """Images to joint embeddings; not normalised."""
+        """Images to joint embeddings; not normalized."""
         return self.project(self.features(images))
 
     def encode_map(self, images: Images) -> Float[Tensor, "batch embedding rows columns"]:
@@ -298,7 +298,7 @@ class CompactEncoder(nn.Module):
         return self.image.encoder.observe(images, self.level_blocks)
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts embedding"]:
-        """Texts to joint embeddings; not normalised."""
+        """Texts to joint embeddings; not normalized."""
         pooled = self.text.encode(texts).pooled
         return pooled - self.alignment.text_mean.to(pooled.dtype)
 

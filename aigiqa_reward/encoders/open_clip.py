@@ -145,9 +145,9 @@ class OpenCLIPEncoder(nn.Module):
         return float(self.clip.logit_scale.detach().float().exp())
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
-        """Embed [0, 1] images of `image_size` px a side; not normalised; at least float32."""
+        """Embed [0, 1] images of `image_size` px a side; not normalized; at least float32."""
         weight = self.clip.logit_scale
-        inputs = pixels.normalise(images, self.mean, self.std).to(weight.dtype)
+        inputs = pixels.normalize(images, self.mean, self.std).to(weight.dtype)
         return self.clip.encode_image(inputs).to(torch.promote_types(images.dtype, torch.float32))
 
     def features(self, images: Images) -> Float[Tensor, "batch feature_width"]:
@@ -159,7 +159,7 @@ class OpenCLIPEncoder(nn.Module):
         return features
 
     def encode_map(self, images: Images) -> Float[Tensor, "batch embedding rows columns"]:
-        """Each patch of [0, 1] images of `image_size` px a side in the joint space, as a map; not normalised.
+        """Each patch of [0, 1] images of `image_size` px a side in the joint space, as a map; not normalized.
 
         The last block's patch tokens take the class token's way: the final norm, then the projection. At least float32.
 
@@ -175,7 +175,7 @@ class OpenCLIPEncoder(nn.Module):
                 f"architecture: the image tower of {self.config.architecture!r} has no patches in the joint space "
                 f"({kind}); choose a VisionTransformer such as ViT-B-32 or ViT-L-14"
             )
-        inputs = pixels.normalise(images, self.mean, self.std).to(self.clip.logit_scale.dtype)
+        inputs = pixels.normalize(images, self.mean, self.std).to(self.clip.logit_scale.dtype)
         last = visual.forward_intermediates(inputs, indices=1, normalize_intermediates=True, intermediates_only=True)
         patches = last["image_intermediates"][0]
         if visual.proj is not None:
@@ -183,7 +183,7 @@ class OpenCLIPEncoder(nn.Module):
         return patches.to(torch.promote_types(images.dtype, torch.float32))
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
-        """Embed texts; not normalised; at least float32."""
+        """Embed texts; not normalized; at least float32."""
         return _at_least_float32(self.clip.encode_text(self._tokenize(texts)))
 
     def encode_words(

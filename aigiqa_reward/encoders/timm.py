@@ -229,7 +229,7 @@ class TimmEncoder(nn.Module):
         return taken
 
     def _inputs(self, images: Images) -> Images:
-        """Images as the model takes them: of its size, normalised, in its weights' precision."""
+        """Images as the model takes them: of its size, normalized, in its weights' precision."""
         size = self._size
         if size is not None and tuple(images.shape[2:]) != size:
             raise ValueError(
@@ -237,7 +237,7 @@ class TimmEncoder(nn.Module):
                 f"{images.shape[3]}; resize or crop them, or pass TimmConfig(image_size=...)"
             )
         weight = next(self.trunk.parameters())
-        return pixels.normalise(images, self.config.mean, self.config.std).to(weight.dtype)
+        return pixels.normalize(images, self.config.mean, self.config.std).to(weight.dtype)
 
 
 def _joined(maps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -37,8 +37,8 @@ Example:
 from aigiqa_reward.evaluation.bootstrap import Interval, bootstrap_interval, bootstrap_intervals
 from aigiqa_reward.evaluation.compare import evaluate
 from aigiqa_reward.evaluation.controls import (
-    centred,
-    centred_srcc,
+    centered,
+    centered_srcc,
     group_mean_predictor,
     prompt_auc,
     ridge_predict,
@@ -74,8 +74,8 @@ __all__ = [
     "SummaryRow",
     "bootstrap_interval",
     "bootstrap_intervals",
-    "centred",
-    "centred_srcc",
+    "centered",
+    "centered_srcc",
     "correlations",
     "evaluate",
     "fit_logistic4",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from aigiqa_reward.evaluation.bootstrap import Interval, bootstrap_intervals
-from aigiqa_reward.evaluation.controls import centred_srcc, group_mean_predictor, prompt_auc, selection_gain, within
+from aigiqa_reward.evaluation.controls import centered_srcc, group_mean_predictor, prompt_auc, selection_gain, within
 from aigiqa_reward.evaluation.metrics import correlations, srcc
 from aigiqa_reward.evaluation.predictions import Predictions
 from aigiqa_reward.evaluation.report import (
@@ -73,7 +73,7 @@ def evaluate(
         rows=_rows(predictors, intervals, table.folds),
         right_prompt_auc=None if table.wrong_prompt_correspondence is None else intervals[-3],
         srcc_over_image_only=intervals[-2] if has_image_only else None,
-        centred_srcc_over_image_only=intervals[-1] if has_image_only else None,
+        centered_srcc_over_image_only=intervals[-1] if has_image_only else None,
         images=len(table),
         prompts=len(set(table.prompts)),
         folds=len(np.unique(table.folds)),
@@ -128,7 +128,7 @@ def _measure(
         srcc(predicted, target),
         selection_gain(predicted, target, prompts),
         inside,
-        centred_srcc(predicted, target, generators, prompts),
+        centered_srcc(predicted, target, generators, prompts),
     ]
 
 
@@ -145,7 +145,7 @@ def _rows(predictors: Sequence[_Predictor], intervals: Sequence[Interval], folds
                 srcc=overall,
                 gain=gain,
                 gain_within=inside,
-                centred_srcc=beyond,
+                centered_srcc=beyond,
                 srcc_by_fold=tuple(by_fold),
             )
         )

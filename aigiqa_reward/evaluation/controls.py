@@ -9,11 +9,11 @@ import numpy as np
 from aigiqa_reward.evaluation.metrics import ROUNDING, Labels, Numbers, group_codes, numbers, pair, srcc
 
 MAX_SWEEPS = 10_000
-"""Rounds of centring before giving up: chosen here; a nearly balanced design needs about ten."""
+"""Rounds of centering before giving up: chosen here; a nearly balanced design needs about ten."""
 
 
 class NotConverged(ValueError):
-    """Centring did not end, because the groupings hardly overlap."""
+    """Centering did not end, because the groupings hardly overlap."""
 
 
 def selection_gain(predicted: Numbers, target: Numbers, groups: Labels) -> float:
@@ -136,7 +136,7 @@ def group_mean_predictor(train_target: Numbers, train_groups: Labels, groups: La
     return means[np.searchsorted(known, wanted)]
 
 
-def centred(values: Numbers, *groupings: Labels) -> np.ndarray:
+def centered(values: Numbers, *groupings: Labels) -> np.ndarray:
     """Remove the additive effects of several groupings, such as generator and prompt, from values (N,).
 
     Group means are subtracted in turn until none is left. On unbalanced data too this ends at the residuals
@@ -147,8 +147,8 @@ def centred(values: Numbers, *groupings: Labels) -> np.ndarray:
         NotConverged: a ValueError, where the groupings hardly overlap.
 
     Example:
-        >>> from aigiqa_reward.evaluation import centred
-        >>> centred([1.0, 2.0, 11.0, 14.0], ["a", "a", "b", "b"], ["x", "y", "x", "y"])
+        >>> from aigiqa_reward.evaluation import centered
+        >>> centered([1.0, 2.0, 11.0, 14.0], ["a", "a", "b", "b"], ["x", "y", "x", "y"])
         array([ 0.5, -0.5, -0.5,  0.5])
     """
     x = numbers(values, "values")
@@ -168,29 +168,29 @@ def centred(values: Numbers, *groupings: Labels) -> np.ndarray:
             return residual if np.abs(residual).max() > ROUNDING * scale else np.zeros_like(residual)
     raise NotConverged(
         f"groupings: no convergence after {MAX_SWEEPS} rounds, because the groupings hardly overlap; "
-        "centre by fewer of them"
+        "center by fewer of them"
     )
 
 
-def centred_srcc(predicted: Numbers, target: Numbers, *groupings: Labels) -> float:
+def centered_srcc(predicted: Numbers, target: Numbers, *groupings: Labels) -> float:
     """SRCC of predictions and targets after the additive effects of `groupings` are removed from both.
 
-    Nan for a predictor that those effects explain entirely. Raises as `centred` does.
+    Nan for a predictor that those effects explain entirely. Raises as `centered` does.
 
     Example:
         >>> import numpy as np
-        >>> from aigiqa_reward.evaluation import centred_srcc
+        >>> from aigiqa_reward.evaluation import centered_srcc
         >>> generators, prompts = np.repeat(["sd", "dalle", "xl"], 4), np.tile(["a", "b", "c", "d"], 3)
         >>> human = np.random.default_rng(0).normal(size=12)
-        >>> round(centred_srcc(human + 10 * (generators == "xl"), human, generators, prompts), 3)
+        >>> round(centered_srcc(human + 10 * (generators == "xl"), human, generators, prompts), 3)
         1.0
     """
     return srcc(_levels(predicted, groupings), _levels(target, groupings))
 
 
 def _levels(values: Numbers, groupings: tuple[Labels, ...]) -> np.ndarray:
-    """Which of the distinct centred values each row has, from the smallest; rounding does not tell values apart."""
-    residual, x = centred(values, *groupings), numbers(values, "values")
+    """Which of the distinct centered values each row has, from the smallest; rounding does not tell values apart."""
+    residual, x = centered(values, *groupings), numbers(values, "values")
     order = residual.argsort(kind="stable")
     apart = np.diff(residual[order], prepend=residual[order[:1]]) > ROUNDING * np.abs(x - x.mean()).max()
     levels = np.empty(len(x))
@@ -199,7 +199,7 @@ def _levels(values: Numbers, groupings: tuple[Labels, ...]) -> np.ndarray:
 
 
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(-1, 5, 13))
-"""Tried by default, two a decade: chosen here, from nearly none to nearly the mean for standardised features."""
+"""Tried by default, two a decade: chosen here, from nearly none to nearly the mean for standardized features."""
 
 FOLDS = 5
 
@@ -214,7 +214,7 @@ def ridge_predict(
 ) -> np.ndarray:
     """Fit a ridge regression whose penalty is chosen inside the training rows, and predict.
 
-    Minimises the sum over rows of (y - b - w.z)^2, plus penalty * |w|^2, where z are the features less their mean
+    Minimizes the sum over rows of (y - b - w.z)^2, plus penalty * |w|^2, where z are the features less their mean
     over their standard deviation in the rows fitted on; a feature that is constant there does not count. The
     penalty has the least mean squared error over 5 folds of whole groups (as many as there are groups, if fewer),
     each predicted from the others with their own mean and deviation; of equal ones, the largest.

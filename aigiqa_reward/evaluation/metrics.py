@@ -183,8 +183,8 @@ def fit_logistic4(predicted: Numbers, target: Numbers) -> Logistic4:
     x, y = pair(predicted, target, at_least=MIN_ROWS)
     if is_constant(x):
         return Logistic4(b1=float(y.mean()), b2=float(y.mean()), b3=float(x[0]), b4=1.0)
-    centre, spread = float(x.mean()), float(x.std())
-    z = (x - centre) / spread
+    center, spread = float(x.mean()), float(x.std())
+    z = (x - center) / spread
     ends = (float(y.max()), float(y.min()))
     b1, b2 = ends if np.dot(z, y - y.mean()) >= 0 else ends[::-1]
 
@@ -195,4 +195,4 @@ def fit_logistic4(predicted: Numbers, target: Numbers) -> Logistic4:
     starts = [[b1, b2, 0.0, log_width] for log_width in (-1.5, 0.0, 1.5)]
     fits = [least_squares(residuals, start, bounds=bounds, x_scale="jac", max_nfev=500) for start in starts]
     b = min(fits, key=lambda fit: fit.cost).x
-    return Logistic4(b1=float(b[0]), b2=float(b[1]), b3=centre + spread * float(b[2]), b4=spread * float(np.exp(b[3])))
+    return Logistic4(b1=float(b[0]), b2=float(b[1]), b3=center + spread * float(b[2]), b4=spread * float(np.exp(b[3])))

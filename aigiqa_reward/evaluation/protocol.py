@@ -20,7 +20,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from aigiqa_reward.evaluation.controls import NotConverged, centred_srcc, prompt_auc, selection_gain
+from aigiqa_reward.evaluation.controls import NotConverged, centered_srcc, prompt_auc, selection_gain
 from aigiqa_reward.evaluation.metrics import MIN_ROWS, Correlations, Labels, Numbers, correlations, group_codes, pair
 from aigiqa_reward.evaluation.tables import TASKS, markdown_table, number, plain
 from aigiqa_reward.utils.io import read_json
@@ -31,7 +31,7 @@ MEASURES = (
     "plcc",
     "plcc_fitted",
     "rmse",
-    "centred_srcc",
+    "centered_srcc",
     "gain",
     "gain_within",
     "right_prompt_auc",
@@ -58,7 +58,7 @@ class SplitScores:
         plcc: Pearson's correlation of the raw predictions.
         plcc_fitted: after the 4-parameter logistic, fitted on the test part for reporting only.
         rmse: root mean squared error after the logistic, in the target's units.
-        centred_srcc: SRCC after the additive effects of generator and prompt are removed from both sides.
+        centered_srcc: SRCC after the additive effects of generator and prompt are removed from both sides.
         gain: selection gain over the images of each prompt.
         gain_within: selection gain over those of one generator and its variants.
         right_prompt_auc: probability that an image's right prompt scores above a wrong one.
@@ -86,7 +86,7 @@ class SplitScores:
     plcc: float
     plcc_fitted: float
     rmse: float
-    centred_srcc: float
+    centered_srcc: float
     gain: float
     gain_within: float
     right_prompt_auc: float
@@ -134,7 +134,7 @@ def score_split(
     """Measure predictions on the test part of one split.
 
     What the test part cannot tell is nan: correlations of constant predictions or of fewer than 5 images; the
-    centred SRCC with a single generator or prompt, with fewer than 4 degrees of freedom left (5 images have as
+    centered SRCC with a single generator or prompt, with fewer than 4 degrees of freedom left (5 images have as
     many after their mean), or for predictions that the two effects explain entirely; a gain with nothing to
     choose among; the gain within a generator that the test part lacks.
 
@@ -173,7 +173,7 @@ def score_split(
         predictor=predictor,
         task=task,
         **asdict(agreement),
-        centred_srcc=_centred_srcc(x, y, generator_codes, prompt_codes),
+        centered_srcc=_centered_srcc(x, y, generator_codes, prompt_codes),
         gain=selection_gain(x, y, prompt_codes),
         gain_within=inside,
         right_prompt_auc=float("nan") if wrong_prompt is None else prompt_auc(x, wrong_prompt),
@@ -187,12 +187,12 @@ def _correlations(x: np.ndarray, y: np.ndarray) -> Correlations:
     return correlations(x, y)
 
 
-def _centred_srcc(x: np.ndarray, y: np.ndarray, generators: np.ndarray, prompts: np.ndarray) -> float:
+def _centered_srcc(x: np.ndarray, y: np.ndarray, generators: np.ndarray, prompts: np.ndarray) -> float:
     counts = int(generators.max()) + 1, int(prompts.max()) + 1
     if min(counts) < 2 or len(x) - _effects(generators, prompts, counts) < MIN_ROWS - 1:
         return float("nan")
     try:
-        return centred_srcc(x, y, generators, prompts)
+        return centered_srcc(x, y, generators, prompts)
     except NotConverged:  # hardly any prompt has images of two generators
         return float("nan")
 
@@ -207,10 +207,10 @@ def _effects(first: np.ndarray, second: np.ndarray, counts: tuple[int, int]) -> 
 FORMAT = 1
 """Version of the file; raised when a field changes its meaning."""
 
-_COLUMNS = ("SRCC", "SRCC median", "KRCC", "PLCC raw", "PLCC fitted", "centred SRCC", "gain", "gain within", "AUC")
+_COLUMNS = ("SRCC", "SRCC median", "KRCC", "PLCC raw", "PLCC fitted", "centered SRCC", "gain", "gain within", "AUC")
 _LEGEND = (
     "Mean ± standard deviation over seeds; in brackets, in how many seeds a measure is defined where that is not all. "
-    "PLCC fitted: after the 4-parameter logistic. Centred SRCC: by generator and prompt. Gain: selection gain over the "
+    "PLCC fitted: after the 4-parameter logistic. Centered SRCC: by generator and prompt. Gain: selection gain over the "
     "images of each prompt; within: over those of one generator. AUC: an image's right prompt above a wrong one."
 )
 
@@ -259,7 +259,7 @@ class SummaryRow:
     plcc: OverSeeds
     plcc_fitted: OverSeeds
     rmse: OverSeeds
-    centred_srcc: OverSeeds
+    centered_srcc: OverSeeds
     gain: OverSeeds
     gain_within: OverSeeds
     right_prompt_auc: OverSeeds
@@ -465,7 +465,7 @@ def _cells(row: SummaryRow) -> list[str]:
         over: OverSeeds = getattr(row, name)
         return f"{over} ({over.count} of {len(row.seeds)})" if 0 < over.count < len(row.seeds) else str(over)
 
-    rest = ("krcc", "plcc", "plcc_fitted", "centred_srcc", "gain", "gain_within", "right_prompt_auc")
+    rest = ("krcc", "plcc", "plcc_fitted", "centered_srcc", "gain", "gain_within", "right_prompt_auc")
     return [row.predictor, cell("srcc"), number(row.srcc.median), *map(cell, rest)]
 
 

@@ -30,9 +30,9 @@ class ReportRow:
         srcc: with its interval.
         gain: selection gain over all images of each prompt.
         gain_within: selection gain over those of one generator and its variants.
-        centred_srcc: SRCC after the additive effects of generator and prompt are removed from both sides. Nan
+        centered_srcc: SRCC after the additive effects of generator and prompt are removed from both sides. Nan
             for the generator's mean score: with that effect removed, only differences between the folds it
-            was computed in are left, and their correlation with the target is an artefact (below zero).
+            was computed in are left, and their correlation with the target is an artifact (below zero).
         srcc_by_fold: SRCC of each fold alone, in the order of the fold numbers.
 
     Example:
@@ -48,7 +48,7 @@ class ReportRow:
     srcc: Interval
     gain: Interval
     gain_within: Interval
-    centred_srcc: Interval
+    centered_srcc: Interval
     srcc_by_fold: tuple[float, ...]
 
     @property
@@ -70,7 +70,7 @@ class EvaluationReport:
         rows: one a predictor: quality first, the model first.
         right_prompt_auc: probability that an image's right prompt scores above a wrong one, or None.
         srcc_over_image_only: correspondence SRCC of the model minus the image-only control's, or None.
-        centred_srcc_over_image_only: the same of the centred SRCC, or None.
+        centered_srcc_over_image_only: the same of the centered SRCC, or None.
         images: number of images.
         prompts: number of distinct prompts.
         folds: number of folds.
@@ -82,7 +82,7 @@ class EvaluationReport:
     rows: tuple[ReportRow, ...]
     right_prompt_auc: Interval | None
     srcc_over_image_only: Interval | None
-    centred_srcc_over_image_only: Interval | None
+    centered_srcc_over_image_only: Interval | None
     images: int
     prompts: int
     folds: int
@@ -118,7 +118,7 @@ class EvaluationReport:
         notes = {
             "Right prompt above a wrong one, same image (AUC)": self.right_prompt_auc,
             "Correspondence SRCC, model minus image only": self.srcc_over_image_only,
-            "Correspondence SRCC centred, model minus image only": self.centred_srcc_over_image_only,
+            "Correspondence SRCC centered, model minus image only": self.centered_srcc_over_image_only,
         }
         listed = [f"- {name}: {_bracketed(value)}" for name, value in notes.items() if value is not None]
         return "\n".join([*lines, *([""] if listed else []), *listed]) + "\n"
@@ -133,7 +133,7 @@ class EvaluationReport:
             "RMSE",
             "selection gain",
             f"gain within {self.same_generator}",
-            "SRCC centred by generator and prompt",
+            "SRCC centered by generator and prompt",
             "SRCC per fold",
         ]
         rows = []
@@ -145,7 +145,7 @@ class EvaluationReport:
                         row.predictor,
                         _bracketed(row.srcc),
                         *map(number, (agreement.plcc, agreement.plcc_fitted, agreement.krcc, agreement.rmse)),
-                        *map(_bracketed, (row.gain, row.gain_within, row.centred_srcc)),
+                        *map(_bracketed, (row.gain, row.gain_within, row.centered_srcc)),
                         f"{number(row.fold_mean)} ± {number(row.fold_std)}",
                     ]
                 )

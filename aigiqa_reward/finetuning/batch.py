@@ -45,7 +45,7 @@ class Batch:
         places: (B,) index of each row's prompt in the training's list of prompts, or of the algorithm's examples.
         rows: (B,) their places in the step's whole batch, over all parts and processes.
         round: number of the round that the rows belong to; the step's own, but for algorithms of several steps a round.
-        step: number of the optimiser's step, from 0.
+        step: number of the optimizer's step, from 0.
         size: rows of the step's whole batch.
         seed: of the training.
     """
@@ -95,7 +95,7 @@ class Schedule:
         parts: of each process in a step.
         processes: number of processes.
         rows_per_prompt: rows in a row with the same prompt.
-        round_of: the round of a step of the optimiser; all steps of one have the same rows.
+        round_of: the round of a step of the optimizer; all steps of one have the same rows.
         seed: of the order.
     """
 

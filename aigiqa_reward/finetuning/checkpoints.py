@@ -80,7 +80,7 @@ class Checkpoint:
     """What a training goes on from.
 
     Attributes:
-        step: steps of the optimiser that were taken.
+        step: steps of the optimizer that were taken.
         lora: weights, by the names of `LoRA.state`.
         average: their moving average, by their names in the denoiser; empty without one.
         kept: weights of the best validation so far; empty before any.
@@ -176,7 +176,7 @@ def set_aside(folder: Path) -> None:
 def load_checkpoint(
     path: Path, optimizer: torch.optim.Optimizer, check: Callable[[Mapping[str, Any]], None] = lambda numbers: None
 ) -> Checkpoint:
-    """Read a checkpoint; the moments go into the optimiser.
+    """Read a checkpoint; the moments go into the optimizer.
 
     Args:
         path: its folder.

@@ -30,12 +30,12 @@ class FinetuneConfig:
         lora_alpha: the adapter is scaled by lora_alpha / rank; None is the rank.
         target_modules: ends of the names of the layers to adapt; None is the attention's projections.
         train_batch_size: rows that go through the denoiser at once, a process.
-        gradient_accumulation_steps: such parts a step of the optimiser.
+        gradient_accumulation_steps: such parts a step of the optimizer.
         gradient_checkpointing: keep no activations of denoiser and decoder for the backward pass.
         learning_rate: None is the algorithm's default.
-        lr_scheduler: of diffusers, by step of the optimiser.
-        lr_warmup_steps: steps of the optimiser.
-        max_train_steps: steps of the optimiser in all.
+        lr_scheduler: of diffusers, by step of the optimizer.
+        lr_warmup_steps: steps of the optimizer.
+        max_train_steps: steps of the optimizer in all.
         max_grad_norm: longest gradient of the whole; `math.inf` for no clipping.
         weight_decay: of AdamW. It pulls the adapter towards none.
         use_8bit_adam: bitsandbytes' AdamW.

@@ -143,8 +143,8 @@ class Tools:
         return self._features[1]
 
     def try_gradient(self, prompt: str) -> None:
-        """Refuse a reward without gradients, by a grey image of a prompt; see `require_gradient`."""
-        self.require_gradient(total_of_grey(self.reward, prompt, self.rollout.family.device))
+        """Refuse a reward without gradients, by a gray image of a prompt; see `require_gradient`."""
+        self.require_gradient(total_of_gray(self.reward, prompt, self.rollout.family.device))
 
     def require_gradient(self, total: Tensor) -> None:
         """Refuse a reward without gradients.
@@ -174,13 +174,13 @@ class Tools:
         return gathered
 
 
-def total_of_grey(reward: Any, prompt: str, device: torch.device) -> Tensor:
-    """A reward's total (1,) of a grey image of a prompt, to see whether it has a gradient in the image.
+def total_of_gray(reward: Any, prompt: str, device: torch.device) -> Tensor:
+    """A reward's total (1,) of a gray image of a prompt, to see whether it has a gradient in the image.
 
     Args:
         reward: a Reward or any RewardFunction.
         prompt: one that it is going to be asked about: it may know no other.
         device: of the image, where the reward does not say on which it is.
     """
-    grey = torch.full((1, 3, 64, 64), 0.5, device=device_of(reward) or device, requires_grad=True)
-    return as_reward_output(reward(grey, [prompt]), 1).total
+    gray = torch.full((1, 3, 64, 64), 0.5, device=device_of(reward) or device, requires_grad=True)
+    return as_reward_output(reward(gray, [prompt]), 1).total

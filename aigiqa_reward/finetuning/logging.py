@@ -76,7 +76,7 @@ class History:
         self._bar.update(step)
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Note a step of the optimiser, counted from 1."""
+        """Note a step of the optimizer, counted from 1."""
         now = self.seconds
         self._times = [*self._times[-_WINDOW:], now]
         took = now - self._times[0]

@@ -1,4 +1,4 @@
-"""Gradients to weights: the optimiser, its learning rate, the moving average, the sum over processes."""
+"""Gradients to weights: the optimizer, its learning rate, the moving average, the sum over processes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def accelerator_of(settings: FinetuneConfig, folder: Path, device: torch.device,
     """Device, precision and processes of a training.
 
     Raises:
-        ValueError: fp16 on a CPU, which scales no gradients; an optimiser that is not installed.
+        ValueError: fp16 on a CPU, which scales no gradients; an optimizer that is not installed.
     """
     if settings.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision: fp16 is not for the CPU; take 'bf16' or 'no'")
@@ -70,7 +70,7 @@ def accelerator_of(settings: FinetuneConfig, folder: Path, device: torch.device,
     )
 
 
-class Optimisation:
+class Optimization:
     """AdamW on the adapter's weights.
 
     The adapter is not wrapped for distributed training: its gradients are few and come from several calls of the
@@ -96,7 +96,7 @@ class Optimisation:
             num_warmup_steps=settings.lr_warmup_steps,
             num_training_steps=settings.max_train_steps,
         )
-        self.optimiser: Any = accelerator.prepare(self.inner)
+        self.optimizer: Any = accelerator.prepare(self.inner)
         self.average = WeightAverage(lora.denoiser, settings.ema_decay)
         self._skipped = 0
 
@@ -144,9 +144,9 @@ class Optimisation:
         length = math.nan if norm is None else float(norm)
         if not math.isfinite(length) and self.accelerator.scaler is None:
             raise FinetuningError(f"the gradient became NaN or infinite; {self._remedy()}")
-        self.optimiser.step()
-        skipped = bool(self.optimiser.step_was_skipped)
-        self.optimiser.zero_grad()
+        self.optimizer.step()
+        skipped = bool(self.optimizer.step_was_skipped)
+        self.optimizer.zero_grad()
         self._skipped = self._skipped + 1 if skipped else 0
         if self._skipped > MOST_SKIPPED:
             raise FinetuningError(f"the gradient was NaN or infinite {self._skipped} times in a row; {self._remedy()}")

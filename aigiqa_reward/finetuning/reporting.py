@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _DPI, _WIDTH, _ROW = 160, 8.0, 1.25  # dots an inch; inches: 1280 px in all, the height of a panel
 _INK, _MUTED, _GRID = "#18181b", "#686a73", "#e4e6ea"
 _TRAINED, _HELD, _OTHER = "#0072b2", "#d55e00", "#009e73"
-"""Three of Okabe and Ito's colours, which the colour-blind tell apart (jfly.uni-koeln.de/color)."""
+"""Three of Okabe and Ito's colors, which the color-blind tell apart (jfly.uni-koeln.de/color)."""
 
 _PANELS: tuple[tuple[str, str, str | None, str | None], ...] = (
     ("reward", _TRAINED, "reward", "reward"),
@@ -33,7 +33,7 @@ _PANELS: tuple[tuple[str, str, str | None, str | None], ...] = (
     ("saturation", _OTHER, "saturation", None),
     ("KL", _MUTED, None, "kl"),
 )
-"""Title, colour, name in a validation's summary, name in a step's line."""
+"""Title, color, name in a validation's summary, name in a step's line."""
 
 _LEAST_TOP = {"diversity": 0.01, "saturation": 0.02, "KL": 1e-6}
 """Panels that begin at 0, and the least that they reach to, so that nothing looks like something."""
@@ -75,10 +75,10 @@ def draw_curves(history: Sequence[Line], kept_step: int | None, path: Path) -> P
     every = figure.subplots(len(panels), 2, sharex="col", sharey="row", squeeze=False)
     unit, scale = _unit(max(line["seconds"] for line in history))
     kept = _place_of(history, kept_step)
-    for (title, colour, of_validation, of_step), pair in zip(panels, every, strict=True):
+    for (title, color, of_validation, of_step), pair in zip(panels, every, strict=True):
         validated, trained = _validated(history, of_validation), _trained(history, of_step)
         for side, axes in enumerate(pair):
-            _panel(axes, _along(trained, side, scale), _along(validated, side, scale), colour)
+            _panel(axes, _along(trained, side, scale), _along(validated, side, scale), color)
             if kept is not None:
                 axes.axvline(kept[side] / (scale if side else 1), color=_INK, linewidth=1.2, linestyle=(0, (4, 2)))
         if title in _LEAST_TOP:
@@ -125,7 +125,7 @@ def draw_course(folder: Path, history: Sequence[Line], kept_step: int | None) ->
     return drawn
 
 
-def _panel(axes: Axes, thin: list[tuple[float, float]], strong: list[tuple[float, float]], colour: str) -> None:
+def _panel(axes: Axes, thin: list[tuple[float, float]], strong: list[tuple[float, float]], color: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_MUTED)
     axes.set_axisbelow(True)
@@ -136,9 +136,9 @@ def _panel(axes: Axes, thin: list[tuple[float, float]], strong: list[tuple[float
     axes.margins(y=0.12)
     if thin:
         lone = {"marker": "o", "markersize": 2} if len(thin) == 1 else {}
-        axes.plot(*zip(*thin, strict=True), color=colour, linewidth=1, alpha=0.45 if strong else 1, **lone)
+        axes.plot(*zip(*thin, strict=True), color=color, linewidth=1, alpha=0.45 if strong else 1, **lone)
     if strong:
-        axes.plot(*zip(*strong, strict=True), color=colour, linewidth=1.8, marker="o", markersize=4)
+        axes.plot(*zip(*strong, strict=True), color=color, linewidth=1.8, marker="o", markersize=4)
 
 
 def _validated(history: Sequence[Line], name: str | None) -> Points:

@@ -23,7 +23,7 @@ class FinetuneResult:
 
     Attributes:
         folder: with `pytorch_lora_weights.safetensors`, the kept adapter.
-        steps: of the optimiser that were taken.
+        steps: of the optimizer that were taken.
         kept_step: after which the kept weights stood: the best validation's by the held-out reward, else the last.
         stopped: why it ended before its time; None if it did not.
         history: lines of `history.jsonl`.
@@ -57,7 +57,7 @@ class ValidationResult:
     """Numbers and small copies of the validation images at one step, P prompts x S seeds.
 
     Attributes:
-        step: steps of the optimiser before it.
+        step: steps of the optimizer before it.
         prompts: (P,) texts.
         numbers: (P, S) float64 arrays by the names in PER_IMAGE; NaN for images with NaN pixels, and throughout where
             a reward tells no correspondence. `reward`, `quality`, `correspondence` are of the trained reward, `holdout`

@@ -33,7 +33,7 @@ from aigiqa_reward.finetuning.context import Tools
 from aigiqa_reward.finetuning.early_stopping import Monitor
 from aigiqa_reward.finetuning.logging import History, check_tracker, show_picture
 from aigiqa_reward.finetuning.lora import LoRA
-from aigiqa_reward.finetuning.optimizers import FinetuningError, Optimisation, accelerator_of
+from aigiqa_reward.finetuning.optimizers import FinetuningError, Optimization, accelerator_of
 from aigiqa_reward.finetuning.reporting import draw_course
 from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.validation import Validation, default_holdout
@@ -116,7 +116,7 @@ class Loop:
             seed=settings.seed,
         )
         rate = algorithm.learning_rate if settings.learning_rate is None else settings.learning_rate
-        self.optimisation = Optimisation(self.lora, self.accelerator, settings, rate)
+        self.optimization = Optimization(self.lora, self.accelerator, settings, rate)
         self.monitor = Monitor(patience=settings.patience)
         self.known_settings = describe(tools, algorithm, self.schedule, settings, decisive)
         self.step = 0
@@ -150,9 +150,9 @@ class Loop:
             if path is None and self.accelerator.is_main_process:
                 set_aside(self.folder)
         if path is not None:
-            found = load_checkpoint(path, self.optimisation.inner, lambda numbers: self._same(path.name, numbers))
+            found = load_checkpoint(path, self.optimization.inner, lambda numbers: self._same(path.name, numbers))
             self.lora.load(found.lora, source=str(path))
-            self.optimisation.restore(found.numbers, found.average)
+            self.optimization.restore(found.numbers, found.average)
             self.monitor.load(found.numbers["monitor"])
             self.kept, self.step = dict(found.kept), found.step
             self.memory = {name: each[self.accelerator.process_index] for name, each in found.memory.items()}
@@ -198,7 +198,7 @@ class Loop:
 
     def _rescued(self) -> str:
         """Write down what a step that raised has left, and say where it is."""
-        self.optimisation.optimiser.zero_grad()
+        self.optimization.optimizer.zero_grad()
         if self.accelerator.num_processes == 1:  # others would be waited for
             self.save()
         kept, there = self.finish().folder, checkpoints_in(self.folder)
@@ -231,22 +231,22 @@ class Loop:
         return self.finish()
 
     def take_step(self, interruption: Interruption) -> bool:
-        """One step of the optimiser; whether somebody asked to stop."""
+        """One step of the optimizer; whether somebody asked to stop."""
         batches = self.schedule.batches(self.step, self.accelerator.process_index)
         if not self._within_a_round:
-            with torch.no_grad(), self.optimisation.autocast():
+            with torch.no_grad(), self.optimization.autocast():
                 self.memory = dict(self.algorithm.prepare(self.tools, batches))
         numbers: dict[str, list[Tensor]] = {}
         finite = True
         for part, batch in enumerate(batches):
             finite &= self._backward(batch, part, numbers)
-        asked = self.optimisation.gather(finite=finite, asked=interruption.asked)
+        asked = self.optimization.gather(finite=finite, asked=interruption.asked)
         if self.validation is None:
-            with self.optimisation.averaged():
+            with self.optimization.averaged():
                 self.good = self.lora.state()
-        rate, length = self.optimisation.learning_rate, self.optimisation.step()
+        rate, length = self.optimization.learning_rate, self.optimization.step()
         self.step += 1
-        self.history.step(self.step, {**self.optimisation.means(numbers), "learning_rate": rate, "grad_norm": length})
+        self.history.step(self.step, {**self.optimization.means(numbers), "learning_rate": rate, "grad_norm": length})
         return asked
 
     @property
@@ -260,7 +260,7 @@ class Loop:
         outcomes = self.algorithm.losses(self.tools, batch, part, self.memory)
         sum_of_losses = torch.zeros((), device=self.accelerator.device)
         while True:
-            with self.optimisation.autocast():  # an iterator's body runs here, not where it was made
+            with self.optimization.autocast():  # an iterator's body runs here, not where it was made
                 outcome = next(outcomes, None)
             if outcome is None:
                 numbers.setdefault("loss", []).append(sum_of_losses)
@@ -278,7 +278,7 @@ class Loop:
         """Look at validation images, keep the weights if they are the best so far, and decide whether to go on."""
         if self.validation is None:
             return
-        with self.optimisation.averaged():
+        with self.optimization.averaged():
             result = self.validation.run(self.step)
             self.monitor.add(self.step, result)
             if self.monitor.best_step == self.step:
@@ -302,23 +302,23 @@ class Loop:
             checkpoint = Checkpoint(
                 step=self.step,
                 lora=self.lora.state(),
-                average=self.optimisation.average.weights,
+                average=self.optimization.average.weights,
                 kept=self.kept,
                 memory=memory,
                 numbers={
                     "settings": self.known_settings,
                     "monitor": self.monitor.state(),
-                    **self.optimisation.numbers(),
+                    **self.optimization.numbers(),
                 },
             )
             limit = self.settings.checkpoints_total_limit
-            save_checkpoint(self.folder, checkpoint, self.lora, self.optimisation.inner, limit=limit)
+            save_checkpoint(self.folder, checkpoint, self.lora, self.optimization.inner, limit=limit)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> FinetuneResult:
         """Put the kept weights into the pipeline and at the top of the folder."""
         if not self.kept:
-            with self.optimisation.averaged():
+            with self.optimization.averaged():
                 self.kept = self.lora.state()
         self.lora.load(self.kept)
         self._write()

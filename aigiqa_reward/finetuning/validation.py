@@ -36,15 +36,15 @@ _SIDE = 224
 def saturation(decoded: Tensor) -> Tensor:
     """Share in [0, 1] of pixel values at the ends of the range or beyond; (B, 3, H, W) as decoded, before clamping.
 
-    An overdriven decoder is how images most often cheat a reward: burnt colours, hard outlines.
+    An overdriven decoder is how images most often cheat a reward: burnt colors, hard outlines.
     """
     return ((decoded <= _END) | (decoded >= 1 - _END)).double().flatten(1).mean(dim=1)
 
 
 def chroma(images: Tensor) -> Tensor:
-    """Mean distance from grey of images (B, 3, H, W) in [0, 1]: of (R - G, (R + G) / 2 - B).
+    """Mean distance from gray of images (B, 3, H, W) in [0, 1]: of (R - G, (R + G) / 2 - B).
 
-    The opponent colours of Hasler & Süsstrunk 2003, "Measuring Colourfulness in Natural Images".
+    The opponent colors of Hasler & Süsstrunk 2003, "Measuring Colorfulness in Natural Images".
     """
     red, green, blue = images.double().unbind(dim=1)
     return torch.hypot(red - green, (red + green) / 2 - blue).flatten(1).mean(dim=1)
@@ -97,7 +97,7 @@ def diversity(looks: Tensor) -> float:
     return float(((looks[first] - looks[second]).double().square().sum(dim=1) / 2).mean())
 
 
-def colours(images: Tensor, decoded: Tensor) -> Mapping[str, Tensor]:
+def colors(images: Tensor, decoded: Tensor) -> Mapping[str, Tensor]:
     """The measures of single images: what a file shows, (B, 3, H, W) in [0, 1], and what the decoder gave."""
     return {"saturation": saturation(decoded), "chroma": chroma(images), "contrast": contrast(images)}
 
@@ -248,7 +248,7 @@ class Validation:
         Every process has to call this. Images with NaN or infinite pixels have NaN scores and are counted.
 
         Args:
-            step: steps of the optimiser so far; 0 before the first.
+            step: steps of the optimizer so far; 0 before the first.
         """
         began = time.perf_counter()
         count, processes = len(self.prompts) * self.seeds, self.tools.accelerator.num_processes
@@ -295,7 +295,7 @@ class Validation:
             trained, held = self.tools.score(kept, prompts), self._judge.score(kept, prompts)
             named = {"reward": trained.total, "quality": trained.quality, "correspondence": trained.correspondence}
             named |= {"holdout": held.total, "holdout_correspondence": held.correspondence}
-            named |= colours(kept, decoded[whole])
+            named |= colors(kept, decoded[whole])
             columns = [_column(named[name], len(kept)) for name in PER_IMAGE]
             table[whole.cpu()] = torch.cat([torch.stack(columns, dim=1), self._looks(kept).double().cpu()], dim=1)
         return images, table

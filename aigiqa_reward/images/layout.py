@@ -40,7 +40,7 @@ def check(images: Tensor, *, validate: bool = True, argument: str = "images") ->
 
     Args:
         images: expected (B, 3, H, W), floating, values in [-0.5, 1.5], sides of at least 16 px.
-        validate: also look at the values; costs one device synchronisation per call.
+        validate: also look at the values; costs one device synchronization per call.
         argument: the name to use in errors.
 
     Raises:
@@ -74,7 +74,7 @@ def check(images: Tensor, *, validate: bool = True, argument: str = "images") ->
         elif shape[1] == 4:
             hint = "; a VAE latent must be decoded first, and RGBA needs its alpha removed (images[:, :3])"
         else:
-            hint = "; repeat a grey channel with images.expand(-1, 3, -1, -1)" if shape[1] == 1 else ""
+            hint = "; repeat a gray channel with images.expand(-1, 3, -1, -1)" if shape[1] == 1 else ""
         raise ValueError(f"{argument}: expected 3 channels (B, 3, H, W), got shape {shape}{hint}")
     if not images.is_floating_point():
         raise TypeError(
@@ -103,7 +103,7 @@ def _check_values(images: Tensor, argument: str) -> None:
             f"{argument}: NaN or infinite values in image(s) {bad}; expected finite values in [0, 1]. "
             "A half-precision VAE overflows easily: decode in float32 or bfloat16"
         )
-    remedy = "pass the pixels from before any normalisation by a mean and a deviation"
+    remedy = "pass the pixels from before any normalization by a mean and a deviation"
     if float(low) >= LOWEST:
         remedy = "divide 8-bit values by 255"
     elif float(low) >= -1.5 and float(high) <= HIGHEST:

@@ -32,7 +32,7 @@ def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
 
     Args:
         source: a PIL image; a path; a uint8/uint16 or [0, 1] float array (H, W), (H, W, 1|3|4) or (3, H, W);
-            or a tensor of those layouts. EXIF rotation is applied, alpha is composited on white, greyscale is
+            or a tensor of those layouts. EXIF rotation is applied, alpha is composited on white, grayscale is
             repeated, CMYK and palettes are converted, 16 bits keep their precision where Pillow does, and of an
             animation the first frame is taken with a warning.
 
@@ -192,9 +192,9 @@ def _from_pil(image: Any, *, name: str = "image") -> Tensor:
         warnings.warn(f"{name}: animated image; the first of its frames is scored", stacklevel=4)
         image.seek(0)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit greyscale: keep its precision
-        grey = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)
-        return grey.expand(3, -1, -1).contiguous()
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grayscale: keep its precision
+        gray = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)
+        return gray.expand(3, -1, -1).contiguous()
     if image.mode == "F":
         return torch.from_numpy(np.array(image, dtype=np.float32)).expand(3, -1, -1).contiguous()
     if "A" in image.getbands() or "transparency" in image.info:

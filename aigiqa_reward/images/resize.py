@@ -1,4 +1,4 @@
-"""Scaling, cropping and normalising, all differentiable."""
+"""Scaling, cropping and normalizing, all differentiable."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _with_short_side(images: Images, short_side: int) -> Resized:
 
 
 def letterbox(images: Images, side: int, *, fill: Float[Tensor, " 3"]) -> Float[Tensor, "batch 3 side side"]:
-    """The whole image inside a `side` x `side` square: aspect kept, centred, the rest filled with the colour `fill`.
+    """The whole image inside a `side` x `side` square: aspect kept, centered, the rest filled with the color `fill`.
 
     Example:
         >>> import torch
@@ -100,9 +100,9 @@ def letterbox(images: Images, side: int, *, fill: Float[Tensor, " 3"]) -> Float[
     if new_height == side and new_width == side:
         return small
     top, left = (side - new_height) // 2, (side - new_width) // 2
-    colour = fill.to(small).view(1, 3, 1, 1)
+    color = fill.to(small).view(1, 3, 1, 1)
     padding = (left, side - new_width - left, top, side - new_height - top)
-    return F.pad(small - colour, padding) + colour
+    return F.pad(small - color, padding) + color
 
 
 def unletterbox(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -134,13 +134,13 @@ def unletterbox(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return square[:, :, top : top + height, left : left + width]
 
 
-def normalise(images: Images, mean: Sequence[float], std: Sequence[float]) -> Images:
+def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Images:
     """Subtract the channel means and divide by the channel deviations of a tower's pretraining.
 
     Example:
         >>> import torch
         >>> from aigiqa_reward import images
-        >>> images.normalise(torch.full((1, 3, 16, 16), 0.75), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))[0, :, 0, 0]
+        >>> images.normalize(torch.full((1, 3, 16, 16), 0.75), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))[0, :, 0, 0]
         tensor([1., 1., 1.])
     """
     return (images - images.new_tensor(mean).view(1, 3, 1, 1)) / images.new_tensor(std).view(1, 3, 1, 1)

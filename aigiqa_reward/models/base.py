@@ -121,7 +121,7 @@ class TrainedModel(QualityModel):
     look_settings: tuple[str, ...] = ()
 
     @property
-    def standardised(self) -> Mapping[str, Standardise]:
+    def standardized(self) -> Mapping[str, Standardize]:
         """Which modules take the mean and deviation of which of `look`'s tensors from the training images."""
         return {}
 
@@ -158,7 +158,7 @@ class TrainedModel(QualityModel):
         return self.judge(self.look(images), prompts, context)
 
 
-class Standardise(FullPrecision):
+class Standardize(FullPrecision):
     """(x - mean) / deviation of each channel over the training images; the identity until they are known.
 
     Args:
@@ -183,7 +183,7 @@ class Standardise(FullPrecision):
         self.deviation.copy_(deviation + 0.1 * deviation.mean() + 1e-6)
 
     def forward(self, features: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Standardised features of the same shape."""
+        """Standardized features of the same shape."""
         shape = [1] * features.ndim
         shape[self.axis] = -1
         return (features - self.mean.view(shape)) / self.deviation.view(shape)
@@ -218,7 +218,7 @@ class ModelSpec:
         name: what `create_reward` calls it.
         title: the system's own name.
         paper: where it was published.
-        licence: of the code here and of the weights.
+        license: of the code here and of the weights.
         scale: what 0 and 1 mean, and the range scores take.
         input_size: what it does to an image, in pixels.
         differentiable: whether pixel gradients exist.
@@ -232,7 +232,7 @@ class ModelSpec:
     name: str
     title: str
     paper: str
-    licence: str
+    license: str
     scale: str
     input_size: str
     differentiable: bool

@@ -43,7 +43,7 @@ class PromptCrossAttention(FullPrecision):
     """Attend from an image embedding to the words of its prompt through a low rank (MST-CLIPIQA's prompt branch).
 
     z' = z + alpha * W_o attention(W_q z, W_k T, W_v T) over the words T that `mask` keeps; alpha starts at 0,
-    so that an untrained branch changes nothing. The rank-r factorisation is our inference; it keeps the branch small.
+    so that an untrained branch changes nothing. The rank-r factorization is our inference; it keeps the branch small.
     """
 
     def __init__(self, width: int, words: int, *, rank: int = 32, heads: int = 8) -> None:
@@ -102,8 +102,8 @@ class CrossAttention(FullPrecision):
 class Experts(FullPrecision):
     """A mixture of experts, of which a gate takes the best few for each row (MoER in SC-AGIQA, eq. 10).
 
-    y = sum over the top k of p_e f_e(h), p = softmax(gate(h)) renormalised over the k taken. Each expert, and the gate,
-    is width -> hidden -> out with a ReLU between; renormalising is our inference.
+    y = sum over the top k of p_e f_e(h), p = softmax(gate(h)) renormalized over the k taken. Each expert, and the gate,
+    is width -> hidden -> out with a ReLU between; renormalizing is our inference.
 
     Args:
         width: of h.
@@ -191,11 +191,11 @@ class ScoreHead(FullPrecision):
         return self.out(F.relu(self.hidden(embedding)))[..., 0]
 
 
-def colour_histogram(images: Images, steps: int) -> Float[Tensor, "batch bins"]:
-    """Shares of the colours in each image (B, 3, H, W) on a grid of `steps` levels a channel: (B, steps^3), sum 1.
+def color_histogram(images: Images, steps: int) -> Float[Tensor, "batch bins"]:
+    """Shares of the colors in each image (B, 3, H, W) on a grid of `steps` levels a channel: (B, steps^3), sum 1.
 
     A pixel's share is spread over the levels around it by a Gaussian whose deviation is half of their distance, so
-    that the histogram is smooth in the pixels; colours are averaged over a grid of 32 x 32 places first. Computed in
+    that the histogram is smooth in the pixels; colors are averaged over a grid of 32 x 32 places first. Computed in
     at least float32.
     """
     small = F.adaptive_avg_pool2d(images if images.dtype == torch.float64 else images.float(), 32).flatten(2)

@@ -5,10 +5,10 @@ means and deviations over places are taken, over crops their mean; x joins them.
 
     u = B (x - m) / s,    k_j = exp(-|u - u_j|^2),    raw = A k + b,
 
-with centres u_j the training images. That gives quality, what of correspondence the image alone tells, and the log
+with centers u_j the training images. That gives quality, what of correspondence the image alone tells, and the log
 of quality's variance. Correspondence adds how well the image's place among texts matches the prompt's sentence
 embedding t. That place is s, from ImageNet's class names, and what a linear map of d, the towers' last means and the
-image's colours, adds to it; all are less their means over the training images:
+image's colors, adds to it; all are less their means over the training images:
 
     match = <s - s0 + W d + g V d, t - t0> / sigma,    correspondence = c_raw + w match.
 
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, TrainedModel
-from aigiqa_reward.models.blocks import colour_histogram
+from aigiqa_reward.models.blocks import color_histogram
 from aigiqa_reward.types import Context, Images, PromptFeatures
 
 ASPECTS = 2
@@ -50,22 +50,22 @@ OUTPUTS = ASPECTS + 2
 
 
 class Likeness(FullPrecision):
-    """Principal directions u of the statistics x, and from likeness to centres to raw scores; fitted in closed form.
+    """Principal directions u of the statistics x, and from likeness to centers to raw scores; fitted in closed form.
 
     Args:
         columns: of x.
         directions: of u.
-        centres: how many.
+        centers: how many.
         guards: directions in which images hardly differ, but move far when pixels are pushed to raise a score.
     """
 
-    def __init__(self, columns: int, directions: int, centres: int, guards: int) -> None:
+    def __init__(self, columns: int, directions: int, centers: int, guards: int) -> None:
         super().__init__()
         for name, shape in (
             ("mean", (columns,)),
             ("basis", (directions, columns)),
-            ("centres", (centres, directions)),
-            ("weights", (OUTPUTS, centres)),
+            ("centres", (centers, directions)),
+            ("weights", (OUTPUTS, centers)),
             ("bias", (OUTPUTS,)),
             ("guard", (guards, columns)),
             ("guard_bias", (guards,)),
@@ -124,8 +124,8 @@ class Likeness(FullPrecision):
         return 1 / (1 + excess.square())
 
 
-COLOURS = 5
-"""Steps of each channel in the histogram of an image's colours."""
+COLORS = 5
+"""Steps of each channel in the histogram of an image's colors."""
 
 
 class StatisticsTower(Protocol):
@@ -180,7 +180,7 @@ class CompactConfig:
         resolution: short side in px up to which crops show native pixels. Larger images are scaled down to it first, as
             those of the benchmark were: the model knows no others.
         directions: principal directions of the statistics.
-        centres: training images that a new one is held against.
+        centers: training images that a new one is held against.
         place_rank: of the map W.
         world_rank: of the map V.
         guards: directions H.
@@ -191,7 +191,7 @@ class CompactConfig:
     crops: int = 4
     resolution: int = 512
     directions: int = 256
-    centres: int = 4102
+    centers: int = 4102
     place_rank: int = 128
     world_rank: int = 72
     guards: int = 32
@@ -207,7 +207,7 @@ class CompactHead(FullPrecision):
 
     def __init__(self, config: CompactConfig, columns: int, described: int, semantic: int) -> None:
         super().__init__()
-        self.likeness = Likeness(columns, config.directions, config.centres, config.guards)
+        self.likeness = Likeness(columns, config.directions, config.centers, config.guards)
         self.scale = nn.Parameter(torch.ones(ASPECTS))
         self.learned = nn.Linear(config.directions, ASPECTS)
         nn.init.zeros_(self.learned.weight)
@@ -235,7 +235,7 @@ class CompactHead(FullPrecision):
         self.match_deviation: Tensor
 
     def describe(self, described: Float[Tensor, "batch described"]) -> Float[Tensor, "batch described"]:
-        """d, standardised as in training."""
+        """d, standardized as in training."""
         return (described - self.described_mean) / self.described_deviation
 
     def match(
@@ -275,7 +275,7 @@ class Compact(TrainedModel):
         self.fine = fine
         self.text = text
         columns = semantic.encoder.statistics_columns + 2 * fine.statistics_columns
-        described = semantic.encoder.width + 2 * fine.width + COLOURS**3
+        described = semantic.encoder.width + 2 * fine.width + COLORS**3
         self.head = CompactHead(config, columns, described, semantic.semantic_width)
 
     def describe(self) -> dict[str, Any]:
@@ -296,9 +296,9 @@ class Compact(TrainedModel):
         return pixels.even_crops(native, self.config.crop, self.config.crops * elongation)
 
     def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
-        """Statistics of both towers, the place among texts, and the colours.
+        """Statistics of both towers, the place among texts, and the colors.
 
-        `tower` (B, c), `whole` and `crops` (B, c'), `semantic` (B, 384), `colours` (B, 125). Crops are always the
+        `tower` (B, c), `whole` and `crops` (B, c'), `semantic` (B, 384), `colors` (B, 125). Crops are always the
         evenly spaced ones, of which only the mean is kept.
         """
         del generator, crops
@@ -311,7 +311,7 @@ class Compact(TrainedModel):
             "whole": self.fine.statistics(whole),
             "crops": fine.mean(dim=1),
             "semantic": self.semantic.place(tower[:, -self.semantic.encoder.width :]),
-            "colours": colour_histogram(whole, COLOURS).to(tower.dtype),
+            "colors": color_histogram(whole, COLORS).to(tower.dtype),
         }
 
     def statistics(self, seen: Seen) -> Float[Tensor, "batch columns"]:
@@ -319,10 +319,10 @@ class Compact(TrainedModel):
         return torch.cat([seen["tower"], seen["whole"], seen["crops"]], dim=1)
 
     def described(self, seen: Seen) -> Float[Tensor, "batch described"]:
-        """The features d of what `look` saw, not yet standardised."""
+        """The features d of what `look` saw, not yet standardized."""
         width = self.fine.width
         last = (seen["tower"][:, -self.semantic.encoder.width :], seen["whole"][:, -width:], seen["crops"][:, -width:])
-        return torch.cat([*last, seen["colours"]], dim=1)
+        return torch.cat([*last, seen["colors"]], dim=1)
 
     def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
         """Quality and its uncertainty, correspondence, how unlike the training images this one is, and the trust t."""

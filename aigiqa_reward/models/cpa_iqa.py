@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigiqa_reward.assistants.base import AttributeReader, Segmenter
-from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardise, TrainedModel
+from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
 from aigiqa_reward.models.towers import ContrastiveEncoder, View, square_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
 from aigiqa_reward.utils.io import read_json
@@ -146,13 +146,13 @@ scenario; load your own matrix with `Preferences.load`, or change a row."""
 DISTORTIONS = (
     "anatomical_error",
     "physical_law_violation",
-    "rendering_artefact",
+    "rendering_artifact",
     "texture_repetition",
     "edge_blur",
     "light_shadow_contradiction",
     "noise",
     "compression",
-    "colour_cast",
+    "color_cast",
     "over_smoothing",
     "warped_geometry",
     "garbled_text",
@@ -219,7 +219,7 @@ class CPAHead(FullPrecision):
     def __init__(self, config: CPAIQAConfig, channels: int, width: int) -> None:
         super().__init__()
         count = len(config.distortions)
-        self.tokens = Standardise(channels, axis=-3)
+        self.tokens = Standardize(channels, axis=-3)
         self.slopes = nn.Parameter(torch.tensor([4.0, 4.0]))  # of the global and the local tier
         self.offsets = nn.Parameter(torch.tensor([0.1, 0.2]))
         self.implicit = nn.Sequential(nn.Linear(3 * width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 1))
@@ -270,7 +270,7 @@ class CPAIQA(TrainedModel):
         self.head = CPAHead(config, self.encoder.level_channels if levels else encoder.width, encoder.width)
 
     @property
-    def standardised(self) -> Mapping[str, Standardise]:
+    def standardized(self) -> Mapping[str, Standardize]:
         """The tokens come on a scale of their own."""
         return {"tokens": self.head.tokens}
 

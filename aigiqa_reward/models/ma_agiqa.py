@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformerBlock
 
 from aigiqa_reward.assistants.base import SemanticsReader
-from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardise, TrainedModel
+from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
 from aigiqa_reward.models.blocks import Anchor
 from aigiqa_reward.models.towers import ContrastiveEncoder, LevelsEncoder, native_crops, whole_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
@@ -106,7 +106,7 @@ class ManiqaHead(FullPrecision):
         super().__init__()
         places, half = side * side, width // 2
         self.smooth = smooth
-        self.standard = Standardise(channels, axis=-3)
+        self.standard = Standardize(channels, axis=-3)
         self.first = nn.Sequential(TransposedAttention(places), TransposedAttention(places))
         self.reduce = nn.Conv2d(channels, width, 1)
         self.first_swin = ScaledSwin(width, side, heads=heads, window=window, scale=scale)
@@ -217,7 +217,7 @@ class MAHead(FullPrecision):
             smooth=config.smooth,
         )
         places, two = side * side, [config.semantics_width] * 2
-        self.semantics = Standardise(config.semantics_width)
+        self.semantics = Standardize(config.semantics_width)
         self.quality = AdaptiveFusion(places, two, config.dropout)
         self.correspondence = None if joint is None else AdaptiveFusion(places, [*two, joint], config.dropout)
         self.anchor = None if joint is None else Anchor()
@@ -267,7 +267,7 @@ class MAAGIQA(TrainedModel):
         return self.vision if self.matcher is None else self.matcher
 
     @property
-    def standardised(self) -> Mapping[str, Standardise]:
+    def standardized(self) -> Mapping[str, Standardize]:
         """The blocks' maps, and the multimodal model's states, come on scales of their own."""
         return {"levels": self.head.maniqa.standard, "context.semantics": self.head.semantics}
 

@@ -1,7 +1,7 @@
 """MST-CLIPIQA: two streams of different granularity, fused by a gate, with an optional branch for the prompt.
 
 Two frozen CLIP towers see the image, a coarse one (ViT-B/32) and a fine one (ViT-B/16), as embeddings that are
-projected but not normalised:
+projected but not normalized:
 
     g = sigmoid(W_g relu(W_h [f_c; f_f])),   z = g * (W_c f_c) + (1 - g) * (W_f f_f)
     quality = w_2 relu(W_1 z)
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardise, TrainedModel
+from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
 from aigiqa_reward.models.blocks import (
     Anchor,
     CrossAttention,
@@ -144,7 +144,7 @@ class MSTHead(FullPrecision):
     def __init__(self, config: MSTCLIPIQAConfig, coarse: int, fine: int, words: int) -> None:
         super().__init__()
         width, hidden = config.width, config.head_hidden
-        self.coarse, self.fine = Standardise(coarse), Standardise(fine)
+        self.coarse, self.fine = Standardize(coarse), Standardize(fine)
         self.dropout = nn.Dropout(config.dropout)
         self.fusion = GatedFusion(coarse, fine, width, config.hidden)
         if coarse == fine == width:
@@ -190,7 +190,7 @@ class MSTCLIPIQA(TrainedModel):
         self._levels = FixedTexts(QUALITY_LEVELS)
 
     @property
-    def standardised(self) -> Mapping[str, Standardise]:
+    def standardized(self) -> Mapping[str, Standardize]:
         """Features that are not a CLIP's embeddings come on scales of their own."""
         return {"coarse": self.head.coarse, "fine": self.head.fine} if self.coarse.any_size else {}
 

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from aigiqa_reward.assistants.base import Captioner
-from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardise, TrainedModel
+from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
 from aigiqa_reward.models.blocks import Anchor, CrossAttention, Experts
 from aigiqa_reward.models.towers import GroundedTextEncoder, LevelsEncoder, native_crops, square_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
@@ -161,7 +161,7 @@ class SCHead(FullPrecision):
     def __init__(self, config: SCAGIQAConfig, channels: int, grounded: int) -> None:
         super().__init__()
         width = config.width
-        self.levels, self.grounded = Standardise(channels, axis=-3), nn.LayerNorm(grounded)
+        self.levels, self.grounded = Standardize(channels, axis=-3), nn.LayerNorm(grounded)
         self.reduce = nn.Conv2d(channels, width, 1)
         self.mix = nn.Conv2d(width, width, 3, padding=1)
         self.words = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(grounded, width))
@@ -210,7 +210,7 @@ class SCAGIQA(TrainedModel):
         return self.vision if self.text is None else self.text
 
     @property
-    def standardised(self) -> Mapping[str, Standardise]:
+    def standardized(self) -> Mapping[str, Standardize]:
         """The blocks' maps come on scales of their own."""
         return {"levels": self.head.levels}
 

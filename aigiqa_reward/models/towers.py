@@ -112,7 +112,7 @@ def whole_view(images: Images, encoder: ContrastiveEncoder, side: int) -> View:
 
 
 def square_view(images: Images, encoder: ContrastiveEncoder | GroundedTextEncoder, side: int) -> View:
-    """The whole image letterboxed to side x side px, in the tower's mean colour."""
+    """The whole image letterboxed to side x side px, in the tower's mean color."""
     return pixels.letterbox(images, side, fill=images.new_tensor(encoder.mean))
 
 

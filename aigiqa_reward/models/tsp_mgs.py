@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardise, TrainedModel
+from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
 from aigiqa_reward.models.blocks import LowRank, expected_level, level_probabilities
 from aigiqa_reward.models.towers import ContrastiveEncoder, FixedTexts, native_crops, whole_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
@@ -108,7 +108,7 @@ class TSPHead(FullPrecision):
 
     def __init__(self, config: TSPMGSConfig, features: int, width: int) -> None:
         super().__init__()
-        self.standard = Standardise(features)
+        self.standard = Standardize(features)
         self.adapters = nn.ModuleDict()
         if config.adapter_rank:
             self.adapters.update(
@@ -158,7 +158,7 @@ class TSPMGS(TrainedModel):
         return self.config.zero_shot
 
     @property
-    def standardised(self) -> Mapping[str, Standardise]:
+    def standardized(self) -> Mapping[str, Standardize]:
         """The adapters see the crops' and the whole image's features on one scale, the crops'."""
         return {"crops": self.head.standard} if self.head.adapters else {}
 

@@ -77,12 +77,12 @@ def heat_maps(reward: Any, images: Tensor, prompts: Sequence[str] | str | None =
 
 
 def draw_heat_maps(images: Tensor, heat: HeatMaps, *, opacity: float = 0.6) -> Tensor:
-    """Lay heat maps over the images in grey: dark violet at 0, over red, to light yellow at 1 (magma).
+    """Lay heat maps over the images in gray: dark violet at 0, over red, to light yellow at 1 (magma).
 
     Args:
         images: (B, 3, H, W) in [0, 1], of which the maps are.
         heat: what `heat_maps` returned.
-        opacity: of the colours, in [0, 1].
+        opacity: of the colors, in [0, 1].
 
     Returns:
         (B, 3, H, W) float32 in [0, 1] on the CPU, for eyes and not for rewards.
@@ -99,9 +99,9 @@ def draw_heat_maps(images: Tensor, heat: HeatMaps, *, opacity: float = 0.6) -> T
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity: expected a number in [0, 1], got {opacity!r}")
     shades = torch.from_numpy(matplotlib.colormaps["magma"](range(256))[:, :3]).float()
-    colours = shades[(heat.maps * 255).round().long()].permute(0, 3, 1, 2)
+    colors = shades[(heat.maps * 255).round().long()].permute(0, 3, 1, 2)
     seen = images.detach().to("cpu", torch.float32).clamp(0, 1)
-    return (1 - opacity) * seen.mean(dim=1, keepdim=True) + opacity * colours
+    return (1 - opacity) * seen.mean(dim=1, keepdim=True) + opacity * colors
 
 
 def _distortion(reward: Any, image: Tensor, prompts: list[str] | None) -> Tensor | None:

@@ -131,7 +131,7 @@ def write_page(
     """Write prompts, their winners and the scores of all candidates as one HTML file that needs nothing beside it.
 
     Images, at most 768 px, lie in the file. Where a search looked at previews, the reward per step is drawn. The page
-    follows the reader's light or dark colours, fits a phone, and holds neither scripts nor references to elsewhere.
+    follows the reader's light or dark colors, fits a phone, and holds neither scripts nor references to elsewhere.
 
     Args:
         outputs: a prompt and what BestOfN or rerank returned for it, one after the other; may be a generator,
@@ -153,7 +153,7 @@ def write_page(
         >>> from PIL import Image
         >>> from aigiqa_reward import create_reward, rerank
         >>> from aigiqa_reward.report import write_page
-        >>> pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+        >>> pictures = [Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green")]
         >>> result = rerank(pictures, "a <red> square", create_reward("compact"))
         >>> page = write_page([("a <red> square", result)], "index.html").read_text()
         >>> "a &lt;red&gt; square" in page, "<script" in page
@@ -199,7 +199,7 @@ def _card(place: int, prompt: str, output: BestOfNOutput, maps: WinnerMaps, rema
     drawn = curves(output)
     graph = (
         f'<figure class="curves">{drawn}<figcaption>Reward of the clean image as seen from each step; the winners '
-        "in colour.</figcaption></figure>\n"
+        "in color.</figcaption></figure>\n"
         if drawn
         else ""
     )
@@ -289,9 +289,9 @@ def _heat_map(name: str, values: Any) -> str:
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     bottom, top = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
     scaled = np.nan_to_num((array - bottom) / ((top - bottom) or 1.0), nan=0.0, posinf=1.0, neginf=0.0)
-    colours = matplotlib.colormaps["magma"](scaled, bytes=True)[..., :3]
+    colors = matplotlib.colormaps["magma"](scaled, bytes=True)[..., :3]
     data = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(colours)).save(data, format="PNG")
+    Image.fromarray(np.ascontiguousarray(colors)).save(data, format="PNG")
     label = escaped(name.replace("_", " "))
     extent = f"{number(low)} to {number(high)}" if math.isfinite(low) else ""
     return (

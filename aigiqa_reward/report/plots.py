@@ -24,11 +24,11 @@ _WIDTH = 8.0  # inches, both plots: 1280 px
 _INK, _MUTED, _GRID = "#18181b", "#686a73", "#e4e6ea"  # the inks of the contact sheet
 _TITLE, _TEXT, _SMALL = 13, 10, 8.5  # font sizes in points
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c6d31")
-"""Six of Okabe and Ito's colours, which the colour-blind tell apart (jfly.uni-koeln.de/color), and two darker ones."""
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c6d31")
+"""Six of Okabe and Ito's colors, which the color-blind tell apart (jfly.uni-koeln.de/color), and two darker ones."""
 
 _MARKERS = ("o", "^", "s")
-_NAMED = len(_COLOURS) * len(_MARKERS)
+_NAMED = len(_COLORS) * len(_MARKERS)
 """Generators with a look of their own; of more, the rarest are drawn alike."""
 
 _ROW = 0.46  # inches, the height of one predictor
@@ -53,7 +53,7 @@ def scatter_plot(
         title: of the plot; what does not fit two lines is cut.
         x_label: of the predictions, with their unit.
         y_label: of the human scores, with their unit.
-        generators: (N,) the group of each point, told apart by colour and marker and listed from the highest mean
+        generators: (N,) the group of each point, told apart by color and marker and listed from the highest mean
             score to the lowest; the rarest beyond 24 share one look. None draws all points alike.
 
     Returns:
@@ -165,8 +165,8 @@ def _fitted(text: str, size: float, width: int, *, most: int = 1, bold: bool = F
     return "\n".join(wrapped(printable(text), font(round(size * _DPI / 72), bold=bold), width, most))
 
 
-def _plain(text: Text, content: str, size: float, colour: str) -> None:
-    text.set(text=content, parse_math=False, fontsize=size, color=colour)
+def _plain(text: Text, content: str, size: float, color: str) -> None:
+    text.set(text=content, parse_math=False, fontsize=size, color=color)
 
 
 def _heading(figure: Figure, title: str) -> None:
@@ -191,21 +191,21 @@ def _points(
     """Draw them, and return what the legend shows of each group."""
     size = float(np.clip(600 / len(x) ** 0.5, 10, 40))
     if generators is None:
-        axes.scatter(x, y, s=size, color=_COLOURS[0], alpha=0.5, linewidths=0, zorder=2)
+        axes.scatter(x, y, s=size, color=_COLORS[0], alpha=0.5, linewidths=0, zorder=2)
         return {}
     names, codes, counts = np.unique(np.asarray(generators, dtype=str), return_inverse=True, return_counts=True)
     named = np.argsort(-counts, kind="stable")[: _NAMED if len(names) > _NAMED else None]
     means = np.bincount(codes, weights=y) / counts
     handles = {}
-    looks = [(_COLOURS[i % len(_COLOURS)], _MARKERS[i // len(_COLOURS)]) for i in range(_NAMED)]
+    looks = [(_COLORS[i % len(_COLORS)], _MARKERS[i // len(_COLORS)]) for i in range(_NAMED)]
     groups = [(str(names[group]), codes == group) for group in named[np.argsort(-means[named], kind="stable")]]
     if len(named) < len(names):
         groups.append((f"{len(names) - len(named)} others", ~np.isin(codes, named)))
         looks = [*looks, (_MUTED, "x")]
-    for (name, mask), (colour, marker) in zip(groups, looks, strict=False):
+    for (name, mask), (color, marker) in zip(groups, looks, strict=False):
         stroke = 1.0 if marker == "x" else 0.0
-        axes.scatter(x[mask], y[mask], s=size, c=colour, marker=marker, alpha=0.6, linewidths=stroke, zorder=2)
-        handles[name] = Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6)
+        axes.scatter(x[mask], y[mask], s=size, c=color, marker=marker, alpha=0.6, linewidths=stroke, zorder=2)
+        handles[name] = Line2D([], [], color=color, marker=marker, linestyle="", markersize=6)
     return handles
 
 
@@ -239,7 +239,7 @@ def _row(axes: Axes, place: int, row: SummaryRow, values: Sequence[float]) -> No
     """One predictor: its seeds, the mean, and the figures beside the panel."""
     heights = place + (np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1))
     axes.axhline(place, color=_GRID, linewidth=0.8, zorder=1)
-    axes.scatter(values, heights, s=22, color=_COLOURS[0], alpha=0.75, linewidths=0, zorder=3)
+    axes.scatter(values, heights, s=22, color=_COLORS[0], alpha=0.75, linewidths=0, zorder=3)
     if row.srcc.count:
         axes.plot([row.srcc.mean] * 2, [place - 0.32, place + 0.32], color=_INK, linewidth=2.4, zorder=2)
     partly = f" ({row.srcc.count} of {len(values)})" if row.srcc.count < len(values) else ""

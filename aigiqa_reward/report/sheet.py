@@ -12,7 +12,7 @@ from aigiqa_reward.report.page import state_of
 from aigiqa_reward.sampling.candidates import BestOfNOutput
 
 WINNER = (234, 88, 12)
-"""Colour of the frame around the winner and of nothing else in a contact sheet, sRGB."""
+"""Color of the frame around the winner and of nothing else in a contact sheet, sRGB."""
 
 _SHEET, _CARD, _EMPTY = (242, 243, 245), (255, 255, 255), (232, 234, 237)
 _INK, _MUTED = (24, 24, 27), (104, 106, 115)
@@ -70,9 +70,9 @@ def contact_sheet(output: BestOfNOutput, prompt: str, *, kept_only: bool = False
         >>> from PIL import Image
         >>> from aigiqa_reward import create_reward, rerank
         >>> from aigiqa_reward.report import WINNER, contact_sheet
-        >>> pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+        >>> pictures = [Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green")]
         >>> sheet = contact_sheet(rerank(pictures, "a red square", create_reward("compact")), "a red square")
-        >>> sheet.mode, WINNER in {colour for _, colour in sheet.getcolors(maxcolors=10**6)}  # the winner's frame
+        >>> sheet.mode, WINNER in {color for _, color in sheet.getcolors(maxcolors=10**6)}  # the winner's frame
         ('RGB', True)
     """
     if not output.all_seeds:

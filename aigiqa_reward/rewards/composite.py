@@ -20,7 +20,7 @@ class CompositeReward(nn.Module):
 
     Scales come from a fixed reference sample of each member's totals, never from the batch, so that a score does not
     depend on its batch mates: `"zscore"` subtracts the sample's mean and divides by its deviation; `"rank"` gives the
-    share of the sample that lies below (linear between neighbours, so that it has a gradient within the sample's
+    share of the sample that lies below (linear between neighbors, so that it has a gradient within the sample's
     range). `quality` and `correspondence` are the weighted means of the members' own, unscaled.
 
     Args:

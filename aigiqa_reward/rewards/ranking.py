@@ -191,24 +191,24 @@ class Halving:
 class ZeroOrder:
     """Zero-order search among noises (Ma et al. 2025, Inference-Time Scaling for Diffusion Models, section 3).
 
-    The first `neighbours` candidates are independent. Then, again and again, the best noise so far is the pivot p, and
-    each of the next `neighbours` candidates starts from sqrt(1 - radius^2) p + radius e with fresh noise e, which is
+    The first `neighbors` candidates are independent. Then, again and again, the best noise so far is the pivot p, and
+    each of the next `neighbors` candidates starts from sqrt(1 - radius^2) p + radius e with fresh noise e, which is
     Gaussian again.
 
     Attributes:
-        neighbours: candidates a round, at least 1.
+        neighbors: candidates a round, at least 1.
         radius: in (0, 1]; 1 is random search.
 
     Example:
-        >>> ZeroOrder(neighbours=4, radius=0.5).radius  # BestOfN(..., search=ZeroOrder(...))
+        >>> ZeroOrder(neighbors=4, radius=0.5).radius  # BestOfN(..., search=ZeroOrder(...))
         0.5
     """
 
-    neighbours: int = 4
+    neighbors: int = 4
     radius: float = 0.5
 
     def __post_init__(self) -> None:
-        integer("neighbours", self.neighbours, least=1)
+        integer("neighbors", self.neighbors, least=1)
         if not 0 < self.radius <= 1:
             raise ValueError(f"radius: expected a number in (0, 1], got {self.radius!r}; 1 is random search")
 

@@ -37,7 +37,7 @@ A reward for AI-generated images, saved by the Python package aigiqa-reward.
 | scale | {spec.scale} |
 | sees | {spec.input_size} |
 | gradients | {spec.gradient_path} |
-| licence of the code, and of the weights that it came with | {spec.licence} |
+| license of the code, and of the weights that it came with | {spec.license} |
 
 ```python
 from aigiqa_reward import create_reward
@@ -47,7 +47,7 @@ scores = reward(images, prompts)  # images (B, 3, H, W) in [0, 1], B prompts
 ```
 
 If it was trained further: say here on whose scores, of which images and prompts, and
-under which licence you pass it on.
+under which license you pass it on.
 """
 """Without the numbers of any training: those are known to whoever trained it."""
 
@@ -171,7 +171,7 @@ class Reward(nn.Module, ModelHubMixin):
             images: (B, 3, H, W) floating point in [0, 1], any H and W of at least 16 px, on the reward's device.
             prompts: B strings, or their features, or None for quality alone.
             context: what `prepare` returned for these images.
-            validate: check the values' range, which synchronises the device once.
+            validate: check the values' range, which synchronizes the device once.
 
         Returns:
             Scores (B,) of float32, or float64 if the reward was cast to it. `correspondence` is None without prompts;

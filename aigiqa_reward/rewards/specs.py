@@ -18,7 +18,7 @@ SPECS: dict[str, ModelSpec] = {
         name="compact",
         title="Compact (likeness to scored images, on two small towers)",
         paper="none: ours; coarse and fine views after MST-CLIPIQA",
-        licence="Apache-2.0 (code and heads; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
+        license="Apache-2.0 (code and heads; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
         scale="[0, 1] on AGIQA-3K, 1 = its best human score; not clamped",
         input_size="whole image at 256 x 256 px area, 4 to 16 crops of 224 px at native resolution up to 512 px",
         differentiable=True,
@@ -36,7 +36,7 @@ SPECS: dict[str, ModelSpec] = {
         name="mst_clipiqa",
         title="MST-CLIPIQA",
         paper="Meng, MST-CLIPIQA: multi-scale two-stream CLIP for AI-generated image quality assessment (arXiv)",
-        licence="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
+        license="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
         scale="[0, 1] on AGIQA-3K, 1 = its best human score; not clamped",
         input_size="whole image at 256 x 256 and at 512 x 512 px area",
         differentiable=True,
@@ -52,7 +52,7 @@ SPECS: dict[str, ModelSpec] = {
         title="TSP-MGS",
         paper="Xia et al., AI-Generated Image Quality Assessment Based on Task-Specific Prompt and Multi-Granularity "
         "Similarity",
-        licence="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
+        license="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
         scale="[0, 1] on AGIQA-3K, 1 = its best human score; not clamped",
         input_size="whole image at 224 x 224 px area, 9 crops of 224 px at 512 px short side",
         differentiable=True,
@@ -67,7 +67,7 @@ SPECS: dict[str, ModelSpec] = {
         name="sc_agiqa",
         title="SC-AGIQA",
         paper="SC-AGIQA: semantic consistency and frequency-domain degradation perception for AI-generated images",
-        licence="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
+        license="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
         scale="[0, 1] on AGIQA-3K, 1 = its best human score; not clamped",
         input_size="9 crops of 224 px at 512 px short side, whole image letterboxed to 224 px",
         differentiable=True,
@@ -82,7 +82,7 @@ SPECS: dict[str, ModelSpec] = {
         name="ma_agiqa",
         title="MA-AGIQA",
         paper="MA-AGIQA: large multi-modality model assisted AI-generated image quality assessment",
-        licence="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
+        license="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
         scale="[0, 1] on AGIQA-3K, 1 = its best human score; not clamped",
         input_size="9 crops of 224 px at 512 px short side, whole image at 256 x 256 px area",
         differentiable=True,
@@ -98,7 +98,7 @@ SPECS: dict[str, ModelSpec] = {
         name="cpa_iqa",
         title="CPA-IQA",
         paper="CPA-IQA: contextual preference-aligned framework for AIGC quality assessment",
-        licence="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
+        license="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
         scale="[0, 1], fitted to AGIQA-3K, 1 = its best human score; details['score'] runs from 0 to 100",
         input_size="whole image letterboxed to 448 px",
         differentiable=True,
@@ -114,7 +114,7 @@ SPECS: dict[str, ModelSpec] = {
 
 
 def list_rewards() -> list[ModelSpec]:
-    """Every reward of the zoo, with its paper, licence, scale, sizes and gradient path.
+    """Every reward of the zoo, with its paper, license, scale, sizes and gradient path.
 
     Example:
         >>> from aigiqa_reward import list_rewards

@@ -277,7 +277,7 @@ def rerank(images: Any, prompt: Any, reward: Any, top_k: Any = None) -> BestOfNO
     Example:
         >>> from PIL import Image
         >>> from aigiqa_reward import create_reward, rerank
-        >>> pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+        >>> pictures = [Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green")]
         >>> result = rerank(pictures, "a red square", create_reward("compact"), top_k=1)
         >>> len(result.images), result.seeds[0] in range(3), len(result.all_scores)
         (1, True, 3)

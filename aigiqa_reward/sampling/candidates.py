@@ -41,7 +41,7 @@ POOL = 4
 """Of how many times top_k candidates the diverse ones are taken: chosen here, as wide as scores hardly fall."""
 
 _THUMBNAIL = 16
-"""Side in pixels at which images are compared for diversity: layout and colours, not texture. Chosen here."""
+"""Side in pixels at which images are compared for diversity: layout and colors, not texture. Chosen here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class BestOfNOutput:
         >>> from aigiqa_reward import BestOfNOutput, rerank
         >>> def redness(images, prompts):
         ...     return images[:, 0].mean(dim=(1, 2))
-        >>> pictures = [Image.new("RGB", (64, 64), colour) for colour in ("black", "red", "maroon")]
+        >>> pictures = [Image.new("RGB", (64, 64), color) for color in ("black", "red", "maroon")]
         >>> result: BestOfNOutput = rerank(pictures, "a red square", redness, top_k=2)
         >>> result.seeds, [round(score, 2) for score in result.scores], result.all_seeds, result.dropped
         ([1, 2], [1.0, 0.5], [0, 1, 2], {})

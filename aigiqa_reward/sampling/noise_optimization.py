@@ -1,4 +1,4 @@
-"""Noise optimisation: the initial noise of a one- to four-step model climbs up a reward's gradient.
+"""Noise optimization: the initial noise of a one- to four-step model climbs up a reward's gradient.
 
 Eyring et al. 2024, "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization".
 """
@@ -65,7 +65,7 @@ class Ascent:
     iterations: int
     optimizer: Optimizer
     learning_rate: float
-    regularisation: float
+    regularization: float
     clip: float
     checkpointed: bool
     progress: bool
@@ -79,7 +79,7 @@ class Ascent:
         return getattr(self.start.scheduler, "init_noise_sigma", 1.0)
 
     def climb(self) -> str | None:
-        """Optimise to the end; or return why it had to stop before."""
+        """Optimize to the end; or return why it had to stop before."""
         from tqdm.auto import tqdm
 
         latents = self.start.latents
@@ -139,7 +139,7 @@ class Ascent:
                 "which are), or sample with BestOfN or ParticleSteering, which need none"
             )
         likelihood = torch.autograd.grad(norm_log_likelihood(noise), noise)[0]
-        return found + self.regularisation * likelihood
+        return found + self.regularization * likelihood
 
     def _optimizer_of(self, noise: Tensor) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
@@ -178,7 +178,7 @@ class NoiseOptimizerOutput(BestOfNOutput):
     """The best image on the way, as the only candidate; `noises` holds its initial latents.
 
     Attributes:
-        history: total of the image before each step of the optimiser, and after the last one; history[0] is the image
+        history: total of the image before each step of the optimizer, and after the last one; history[0] is the image
             of the seed.
     """
 
@@ -199,11 +199,11 @@ class NoiseOptimizerOutput(BestOfNOutput):
 
 
 class NoiseOptimizer:
-    """Optimises the initial noise of one image through the whole rollout: all steps, decoder and reward.
+    """Optimizes the initial noise of one image through the whole rollout: all steps, decoder and reward.
 
     In each iteration the noise e takes a step of gradient ascent on
 
-        total(decode(rollout(e))) + regularisation * ((d - 1) log ||e|| - ||e||^2 / 2)
+        total(decode(rollout(e))) + regularization * ((d - 1) log ||e|| - ||e||^2 / 2)
 
     and of all images on the way the one of the highest total is returned. For models that make an image in one to four
     steps (SD-Turbo, SDXL-Turbo, latent consistency models, FLUX schnell). An iteration costs about three calls of the
@@ -214,8 +214,8 @@ class NoiseOptimizer:
         pipe: a text-to-image pipeline of a family that `sampling.families` lists. It is left as it was.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput` with gradients in the images.
         iterations: at least 1.
-        learning_rate: above 0; by default `LEARNING_RATES` of the optimiser.
-        regularisation: at least 0; the default is ReNO's.
+        learning_rate: above 0; by default `LEARNING_RATES` of the optimizer.
+        regularization: at least 0; the default is ReNO's.
         clip: longest gradient of the whole, above 0; `math.inf` for no clipping. The default is ReNO's.
         optimizer: "sgd", with Nesterov momentum 0.9 as in ReNO, or "adam".
         checkpointed: keep no activations of the denoiser, compute them again on the way back.
@@ -230,8 +230,8 @@ class NoiseOptimizer:
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
         >>> from aigiqa_reward.sampling import NoiseOptimizer
-        >>> optimise = NoiseOptimizer(load_embedded_pipeline(), create_reward("compact"), iterations=2, progress=False)
-        >>> result = optimise("a red apple on a blue background", seed=0, num_inference_steps=1)
+        >>> optimize = NoiseOptimizer(load_embedded_pipeline(), create_reward("compact"), iterations=2, progress=False)
+        >>> result = optimize("a red apple on a blue background", seed=0, num_inference_steps=1)
         >>> len(result.history), result.scores[0] == max(result.history), result.noise.shape
         (3, True, torch.Size([1, 4, 16, 16]))
     """
@@ -242,7 +242,7 @@ class NoiseOptimizer:
         reward: Any,
         iterations: Any = 20,
         learning_rate: float | None = None,
-        regularisation: float = 0.01,
+        regularization: float = 0.01,
         clip: float = 0.1,
         optimizer: Optimizer = "sgd",
         checkpointed: bool = True,
@@ -261,8 +261,8 @@ class NoiseOptimizer:
         self.learning_rate = number(
             "learning_rate", rate, f"above 0; try {LEARNING_RATES[optimizer]}", lambda v: 0 < v < math.inf
         )
-        self.regularisation = number(
-            "regularisation", regularisation, "of at least 0; try 0.01", lambda v: 0 <= v < math.inf
+        self.regularization = number(
+            "regularization", regularization, "of at least 0; try 0.01", lambda v: 0 <= v < math.inf
         )
         self.clip = number("clip", clip, "above 0; try 0.1, or math.inf for no clipping", lambda v: v > 0)
         self.checkpointed = checkpointed
@@ -273,7 +273,7 @@ class NoiseOptimizer:
         self.progress = progress
 
     def __call__(self, prompt: Any, seed: Any = 0, **pipe_kwargs: Any) -> NoiseOptimizerOutput:
-        """Optimise the noise of one prompt.
+        """Optimize the noise of one prompt.
 
         Args:
             prompt: one text.
@@ -333,7 +333,7 @@ class NoiseOptimizer:
             iterations=self.iterations,
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,
-            regularisation=self.regularisation,
+            regularization=self.regularization,
             clip=self.clip,
             checkpointed=self.checkpointed,
             progress=self.progress,

@@ -81,7 +81,7 @@ NO_MEMORY = (
 def in_chunks(
     items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], Result], pipe: Any
 ) -> Generator[tuple[Sequence[Item], Result], None, None]:
-    """Work on neighbouring items together, and yield each chunk with what came of it.
+    """Work on neighboring items together, and yield each chunk with what came of it.
 
     A chunk that runs out of memory is halved and done again, and later ones are no larger.
 
@@ -194,9 +194,9 @@ def _key(argument: Any) -> Any:
 
 
 def is_one_prompt(encoded: Any) -> bool:
-    """Whether an encoding is recognised as that of one prompt for one image, so that `repeat` is right.
+    """Whether an encoding is recognized as that of one prompt for one image, so that `repeat` is right.
 
-    Recognised is a tensor, a list, or a tuple of these and None, where
+    Recognized is a tensor, a list, or a tuple of these and None, where
       - a tensor (1, ...) of two or more dimensions belongs to the prompt (embeddings, pooled ones, masks);
       - a tensor (L, 3) or (L, 4), L the length of an embedding (1, L, D), holds position ids, which the whole
         batch shares (FLUX, Chroma);
@@ -206,10 +206,10 @@ def is_one_prompt(encoded: Any) -> bool:
     parts = encoded if isinstance(encoded, tuple) else (encoded,)
     embeddings = [part for part in parts if isinstance(part, Tensor) and part.ndim == 3 and len(part) == 1]
     lengths = {embedding.shape[1] for embedding in embeddings}
-    return 1 not in lengths and all(_is_recognised(part, lengths) for part in parts)
+    return 1 not in lengths and all(_is_recognized(part, lengths) for part in parts)
 
 
-def _is_recognised(part: Any, lengths: set[int]) -> bool:
+def _is_recognized(part: Any, lengths: set[int]) -> bool:
     if isinstance(part, Tensor):
         return part.ndim >= 2 and (len(part) == 1 or _is_shared(part, lengths))
     if isinstance(part, list):

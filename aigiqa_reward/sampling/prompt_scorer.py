@@ -1,4 +1,4 @@
-"""Judges prompts by the images that a pipeline makes of them: what an optimiser of prompts needs to know."""
+"""Judges prompts by the images that a pipeline makes of them: what an optimizer of prompts needs to know."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PromptScore:
     """What a reward says of the images that a prompt makes. Higher is better.
 
     Attributes:
-        total: the number to maximise; NaN if no image could be judged.
+        total: the number to maximize; NaN if no image could be judged.
         quality: perceptual quality; NaN likewise.
         correspondence: to the text that the prompt is judged by; None if the reward gives none or no image was judged.
         dropped: why no image could be judged; None if one could.
@@ -127,7 +127,7 @@ class PromptScorer:
 
     @property
     def seeds_per_prompt(self) -> int:
-        """Neighbouring seeds that a prompt uses, from `seed` on: those of its images, or of all their candidates."""
+        """Neighboring seeds that a prompt uses, from `seed` on: those of its images, or of all their candidates."""
         return self.images_per_prompt * (1 if self._search is None else self._search.n)
 
     def score(

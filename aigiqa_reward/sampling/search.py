@@ -163,7 +163,7 @@ def climb(search: Search, seeds: Sequence[int], plan: ZeroOrder) -> Generator[No
     """
     pivot: Tensor | None = None
     best = -math.inf
-    for first in range(0, len(seeds), plan.neighbours):
+    for first in range(0, len(seeds), plan.neighbors):
         noises: dict[int, Tensor] = {}
 
         def sample(chunk: Sequence[int], near: Tensor | None = pivot, noises: dict[int, Tensor] = noises) -> None:
@@ -174,7 +174,7 @@ def climb(search: Search, seeds: Sequence[int], plan: ZeroOrder) -> Generator[No
             noises.update({seed: state.latents[row : row + 1] for row, seed in enumerate(chunk)})
             search.finish(chunk, state, state.latents)
 
-        chunk = list(seeds[first : first + plan.neighbours])
+        chunk = list(seeds[first : first + plan.neighbors])
         for _ in in_chunks(chunk, search.batch_size, sample, search.rollout.pipe):
             yield
         for seed, noise in noises.items():

@@ -95,7 +95,7 @@ class Particles:
         ancestors: (N,) at which place each line of descent began.
         rewards: (N, k) totals of a line's k previews; `previews` in full.
         reasons: (N,) why a particle was dropped, or None.
-        log_weights: (N,) float64, not normalised; `log_product` is the sum of a line's potentials' logarithms.
+        log_weights: (N,) float64, not normalized; `log_product` is the sum of a line's potentials' logarithms.
         sizes: (steps taken, effective sample size) at each preview.
     """
 
@@ -174,7 +174,7 @@ class SteeringOutput(BestOfNOutput):
         effective_sample_sizes: (steps taken, effective sample size) at each preview, before any resampling.
         ancestors: (particles,) at which place each final particle's line of descent began: whose initial noise it has.
         weights: (particles,) importance weights of the final particles, of sum 1. With them the particles stand for
-            p(image) exp(total / temperature), normalised.
+            p(image) exp(total / temperature), normalized.
     """
 
     effective_sample_sizes: list[tuple[int, float]]

@@ -1,7 +1,7 @@
 """The judge of the embedded world: knows what a picture shows, so that a rising reward can be told from a hacked one.
 
-It is a small classifier of thing and background colour, trained on composed pictures alone, never on generated ones. It
-shares no weight with any reward. So that it stays independent, do not optimise against it.
+It is a small classifier of thing and background color, trained on composed pictures alone, never on generated ones. It
+shares no weight with any reward. So that it stays independent, do not optimize against it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.toy.degradations import DEGRADATIONS
-from aigiqa_reward.toy.world import COLOUR_NAMES, NOUNS, SIDE, Subject, read_subject
+from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, SIDE, Subject, read_subject
 from aigiqa_reward.types import Images, RewardOutput
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
 
@@ -31,12 +31,12 @@ class Verdict:
 
     Attributes:
         nouns: (B, 64) log-probabilities, in the order of `world.NOUNS`.
-        colours: (B, 8) log-probabilities of the background's colour, in the order of `world.COLOUR_NAMES`.
+        colors: (B, 8) log-probabilities of the background's color, in the order of `world.COLOR_NAMES`.
         degradation: (B, 3) levels in [0, 1], in the order of DEGRADATIONS.
     """
 
     nouns: Float[Tensor, "batch 64"]
-    colours: Float[Tensor, "batch 8"]
+    colors: Float[Tensor, "batch 8"]
     degradation: Float[Tensor, "batch 3"]
 
 
@@ -57,7 +57,7 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Recognises thing, background colour and degradation; as a RewardFunction, the log-probability of a prompt.
+    """Recognizes thing, background color and degradation; as a RewardFunction, the log-probability of a prompt.
 
     Its weights are random: `load_judge` gives the trained one.
     """
@@ -75,11 +75,11 @@ class Judge(nn.Module):
             _Block(128, 128, 1),
         )
         self.noun = nn.Linear(128, len(NOUNS))
-        self.colour = nn.Linear(128, len(COLOUR_NAMES))
+        self.colour = nn.Linear(128, len(COLOR_NAMES))
         self.degradation = nn.Linear(128, len(DEGRADATIONS))
 
     def logits(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
-        """Of nouns (B, 64), colours (B, 8) and degradation levels (B, 3), for pictures (B, 3, 64, 64) in [0, 1]."""
+        """Of nouns (B, 64), colors (B, 8) and degradation levels (B, 3), for pictures (B, 3, 64, 64) in [0, 1]."""
         pooled = self.trunk(2 * images - 1).mean(dim=(2, 3))
         return self.noun(pooled), self.colour(pooled), self.degradation(pooled)
 
@@ -92,52 +92,52 @@ class Judge(nn.Module):
         pixels.check(images)
         if images.shape[2:] != (SIDE, SIDE):
             images = pixels.resize(images, (SIDE, SIDE))
-        noun, colour, degradation = self.logits(images.to(self.noun.weight.dtype))
+        noun, color, degradation = self.logits(images.to(self.noun.weight.dtype))
         return Verdict(
-            nouns=noun.log_softmax(dim=1), colours=colour.log_softmax(dim=1), degradation=degradation.sigmoid()
+            nouns=noun.log_softmax(dim=1), colors=color.log_softmax(dim=1), degradation=degradation.sigmoid()
         )
 
     def forward(self, images: Images, prompts: Sequence[str]) -> RewardOutput:
         """Score pictures (B, 3, H, W) in [0, 1] by their B prompts.
 
         Returns:
-            `total` and `correspondence`: the log-probability of the prompt's noun plus that of its colour, at most 0,
+            `total` and `correspondence`: the log-probability of the prompt's noun plus that of its color, at most 0,
             in nats. `quality`: minus the mean level of degradation, in [-1, 0].
 
         Raises:
             TypeError, ValueError: not such pictures, not a text for each, or one that names no thing or no background
-                colour of the embedded world.
+                color of the embedded world.
         """
         verdict = self.examine(images)
-        nouns, colours = subject_indices(prompts, count=images.shape[0])
+        nouns, colors = subject_indices(prompts, count=images.shape[0])
         rows = torch.arange(len(nouns))
-        score = verdict.nouns[rows, nouns] + verdict.colours[rows, colours]
+        score = verdict.nouns[rows, nouns] + verdict.colors[rows, colors]
         return RewardOutput(total=score, quality=-verdict.degradation.mean(dim=1), correspondence=score)
 
     @torch.no_grad()
-    def recognises(self, images: Images, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Whether the likeliest noun, and the likeliest colour, are the prompt's: two (B,) booleans."""
-        return _recognised(self.examine(images), prompts)
+    def recognizes(self, images: Images, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Whether the likeliest noun, and the likeliest color, are the prompt's: two (B,) booleans."""
+        return _recognized(self.examine(images), prompts)
 
     @torch.no_grad()
     def accepts(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Whether a picture is right, (B,): noun and colour recognised, and no degradation of STRONG or more."""
+        """Whether a picture is right, (B,): noun and color recognized, and no degradation of STRONG or more."""
         verdict = self.examine(images)
-        noun, colour = _recognised(verdict, prompts)
-        return noun & colour & (verdict.degradation.amax(dim=1).cpu() < STRONG)
+        noun, color = _recognized(verdict, prompts)
+        return noun & color & (verdict.degradation.amax(dim=1).cpu() < STRONG)
 
 
-def _recognised(verdict: Verdict, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    nouns, colours = subject_indices(prompts, count=len(verdict.nouns))
-    return (verdict.nouns.argmax(dim=1).cpu() == nouns), (verdict.colours.argmax(dim=1).cpu() == colours)
+def _recognized(verdict: Verdict, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    nouns, colors = subject_indices(prompts, count=len(verdict.nouns))
+    return (verdict.nouns.argmax(dim=1).cpu() == nouns), (verdict.colors.argmax(dim=1).cpu() == colors)
 
 
 def subject_indices(prompts: Sequence[str], *, count: int) -> tuple[Tensor, Tensor]:
-    """Indices (B,) of the prompts' nouns and colours.
+    """Indices (B,) of the prompts' nouns and colors.
 
     Raises:
         TypeError: not a list of texts.
-        ValueError: not `count` of them, or one that names no thing or no background colour of the embedded world.
+        ValueError: not `count` of them, or one that names no thing or no background color of the embedded world.
     """
     if not isinstance(prompts, list | tuple):
         got = "one text" if isinstance(prompts, str) else type(prompts).__name__
@@ -152,14 +152,14 @@ def _known(prompt: str) -> tuple[int, int]:
     if not isinstance(prompt, str):
         raise TypeError(f"prompts: expected texts, got {type(prompt).__name__} among them; pass a list of str")
     subject: Subject = read_subject(prompt)
-    if subject.noun is None or subject.colour is None:
-        missing = "thing" if subject.noun is None else "background colour"
-        words = NOUNS if subject.noun is None else COLOUR_NAMES
+    if subject.noun is None or subject.color is None:
+        missing = "thing" if subject.noun is None else "background color"
+        words = NOUNS if subject.noun is None else COLOR_NAMES
         raise ValueError(
             f"prompts: the judge knows no {missing} in {prompt!r}; expected one of {', '.join(words)}, "
             "as in 'a red apple on a blue background'"
         )
-    return subject.noun, subject.colour
+    return subject.noun, subject.color
 
 
 def load_judge(*, device: str | torch.device = "cpu") -> Judge:

@@ -1,7 +1,7 @@
-"""Real pictures of the embedded world: emoji composed on coloured backgrounds.
+"""Real pictures of the embedded world: emoji composed on colored backgrounds.
 
 Generator, judge and the embedded reward learned from such pictures; fresh ones are what they are checked on. The emoji
-are Fluent 3D (Microsoft, MIT licence), collected by examples/train_generator/sprites.py.
+are Fluent 3D (Microsoft, MIT license), collected by examples/train_generator/sprites.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from PIL import Image
 
-from aigiqa_reward.toy.world import COLOURS, NOUNS, SIDE, is_held_out
+from aigiqa_reward.toy.world import COLORS, NOUNS, SIDE, is_held_out
 from aigiqa_reward.types import Images
 from aigiqa_reward.utils.weights import ASSETS
 
@@ -32,30 +32,30 @@ SHIFT = 5
 """How far from the middle it may lie, in px."""
 
 SHADE = 4.0
-"""Deviation of the background's colour from its name's, of 255."""
+"""Deviation of the background's color from its name's, of 255."""
 
 
 @cache
 def _sheet() -> Image.Image:
-    return Image.open(SPRITES).convert("RGBa")  # premultiplied: no fringe of a transparent pixel's colour
+    return Image.open(SPRITES).convert("RGBa")  # premultiplied: no fringe of a transparent pixel's color
 
 
 @cache
 def _sprite(noun: int, size: int, mirrored: bool) -> np.ndarray:
-    """(size, size, 4) float32 in [0, 1], colours premultiplied."""
+    """(size, size, 4) float32 in [0, 1], colors premultiplied."""
     row, column = divmod(noun, COLUMNS)
     box = (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL)
     pixels = np.asarray(_sheet().crop(box).resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
     return pixels[:, ::-1] if mirrored else pixels
 
 
-def _compose(noun: int, colour: int, rng: np.random.Generator) -> np.ndarray:
+def _compose(noun: int, color: int, rng: np.random.Generator) -> np.ndarray:
     """(64, 64, 3) uint8."""
     size = int(rng.choice(SIZES))
     sprite = _sprite(noun, size, bool(rng.integers(2)))
     slack = (SIDE - size) // 2
     top, left = slack + rng.integers(-min(slack, SHIFT), min(slack, SHIFT) + 1, 2)
-    shade = np.array(list(COLOURS.values())[colour]) + rng.normal(0, SHADE, 3)
+    shade = np.array(list(COLORS.values())[color]) + rng.normal(0, SHADE, 3)
     picture = np.broadcast_to(np.clip(shade, 0, 255).astype(np.float32) / 255, (SIDE, SIDE, 3)).copy()
     place = picture[top : top + size, left : left + size]
     place *= 1 - sprite[..., 3:]
@@ -64,19 +64,19 @@ def _compose(noun: int, colour: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def compose(pairs: Int[np.ndarray, "batch 2"], rng: np.random.Generator) -> Images:
-    """A picture of each thing on its background, at a random size, place and flip, in a random shade of the colour.
+    """A picture of each thing on its background, at a random size, place and flip, in a random shade of the color.
 
     Args:
-        pairs: indices of noun and colour (`world.NOUNS`, `world.COLOUR_NAMES`).
+        pairs: indices of noun and color (`world.NOUNS`, `world.COLOR_NAMES`).
         rng: what is random is drawn from it.
 
     Returns:
         (B, 3, 64, 64) float32 in [0, 1], at the 256 levels of a file.
     """
-    batch = np.stack([_compose(int(noun), int(colour), rng) for noun, colour in pairs])
+    batch = np.stack([_compose(int(noun), int(color), rng) for noun, color in pairs])
     return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255
 
 
 def all_pairs(*, held_out: bool) -> Int[np.ndarray, "pairs 2"]:
-    """Every (noun, colour) that training shows, or every one that it never does."""
-    return np.array([(n, c) for n in range(len(NOUNS)) for c in range(len(COLOURS)) if is_held_out(n, c) == held_out])
+    """Every (noun, color) that training shows, or every one that it never does."""
+    return np.array([(n, c) for n in range(len(NOUNS)) for c in range(len(COLORS)) if is_held_out(n, c) == held_out])

@@ -31,7 +31,7 @@ def load_embedded_pipeline(
     """Load the embedded text-to-image pipeline: 64 x 64 px, offline, 20 MB.
 
     A stock `StableDiffusionPipeline` (CLIPTextModel, UNet2DConditionModel, AutoencoderTiny, DDIM with v-prediction),
-    trained from nothing on 64 emoji in front of 8 background colours. It knows prompts such as "a red apple on a blue
+    trained from nothing on 64 emoji in front of 8 background colors. It knows prompts such as "a red apple on a blue
     background" (`aigiqa_reward.toy.world` lists the words) and is made for `num_inference_steps=20,
     guidance_scale=3`; the pipeline's own defaults are Stable Diffusion's. Its pictures are for trying things out and
     for tests, where a judge knows what is right (`aigiqa_reward.toy.judge`).

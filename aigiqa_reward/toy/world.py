@@ -1,6 +1,6 @@
-"""The world of the embedded generator: 64 things on 8 background colours, so that the truth about a picture is known.
+"""The world of the embedded generator: 64 things on 8 background colors, so that the truth about a picture is known.
 
-The things are Fluent 3D emoji, found by code point; their names are Unicode's. Every thing has one background colour
+The things are Fluent 3D emoji, found by code point; their names are Unicode's. Every thing has one background color
 that no training picture shows it on (`is_held_out`): the hard prompts.
 """
 
@@ -78,7 +78,7 @@ THINGS = {
 }
 """Name to code point. Two names are shorter than Unicode's (closed umbrella, snowman without snow)."""
 
-COLOURS = {
+COLORS = {
     "red": (214, 48, 49),
     "orange": (243, 146, 43),
     "yellow": (248, 218, 74),
@@ -88,21 +88,21 @@ COLOURS = {
     "white": (246, 246, 246),
     "black": (28, 28, 30),
 }
-"""Background colours, sRGB 0 to 255."""
+"""Background colors, sRGB 0 to 255."""
 
 SIDE = 64
 """Side of a picture in px."""
 
 NOUNS = tuple(THINGS)
-COLOUR_NAMES = tuple(COLOURS)
+COLOR_NAMES = tuple(COLORS)
 
 WORDINGS = (
-    "{thing} on {a_colour} background",
-    "{thing} on {colour}",
-    "{thing}, {colour} background",
-    "a picture of {thing} on {a_colour} background",
-    "{thing} in front of {a_colour} background",
-    "{a_colour} background with {thing}",
+    "{thing} on {a_color} background",
+    "{thing} on {color}",
+    "{thing}, {color} background",
+    "a picture of {thing} on {a_color} background",
+    "{thing} in front of {a_color} background",
+    "{a_color} background with {thing}",
 )
 """How a training caption says it."""
 
@@ -111,10 +111,10 @@ _NO_ARTICLE = ("cherries", "grapes", "broccoli")
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a prompt asks for: indices into NOUNS and COLOUR_NAMES, None where the prompt names nothing known."""
+    """What a prompt asks for: indices into NOUNS and COLOR_NAMES, None where the prompt names nothing known."""
 
     noun: int | None
-    colour: int | None
+    color: int | None
 
 
 def _with_article(words: str) -> str:
@@ -123,28 +123,28 @@ def _with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def caption(noun: int, colour: int, wording: int = 0) -> str:
-    """The caption of a thing on a background colour, by index, in one of WORDINGS."""
-    thing, name = NOUNS[noun], COLOUR_NAMES[colour]
-    return WORDINGS[wording].format(thing=_with_article(thing), colour=name, a_colour=_with_article(name))
+def caption(noun: int, color: int, wording: int = 0) -> str:
+    """The caption of a thing on a background color, by index, in one of WORDINGS."""
+    thing, name = NOUNS[noun], COLOR_NAMES[color]
+    return WORDINGS[wording].format(thing=_with_article(thing), color=name, a_color=_with_article(name))
 
 
 def all_captions() -> list[str]:
-    """Every caption: nouns outermost, then colours, then wordings."""
-    counts = len(NOUNS), len(COLOURS), len(WORDINGS)
+    """Every caption: nouns outermost, then colors, then wordings."""
+    counts = len(NOUNS), len(COLORS), len(WORDINGS)
     return [caption(*indices) for indices in itertools.product(*map(range, counts))]
 
 
-def is_held_out(noun: int, colour: int) -> bool:
-    """Whether training never shows this thing on this colour: one colour for each thing, each colour 8 times."""
-    return (3 * noun + noun // 8) % len(COLOURS) == colour
+def is_held_out(noun: int, color: int) -> bool:
+    """Whether training never shows this thing on this color: one color for each thing, each color 8 times."""
+    return (3 * noun + noun // 8) % len(COLORS) == color
 
 
 def read_subject(prompt: str) -> Subject:
-    """The thing and background colour that a prompt names.
+    """The thing and background color that a prompt names.
 
-    The longest name wins, and a thing's own words are not its background: "a red apple" names no background colour.
-    Of several colours that of the background is meant: before that word, or after "on" or "in front of".
+    The longest name wins, and a thing's own words are not its background: "a red apple" names no background color.
+    Of several colors that of the background is meant: before that word, or after "on" or "in front of".
     """
     text = prompt.lower()
     noun = None
@@ -154,7 +154,7 @@ def read_subject(prompt: str) -> Subject:
             noun = NOUNS.index(name)
             text = text[: found.start()] + " " + text[found.end() :]
             break
-    colour = rf"(?<!\w)({'|'.join(COLOUR_NAMES)})(?!\w)"
-    places = (rf"{colour}\s+background", rf"\b(?:on|in front of)\s+(?:an?\s+)?{colour}", colour)
+    color = rf"(?<!\w)({'|'.join(COLOR_NAMES)})(?!\w)"
+    places = (rf"{color}\s+background", rf"\b(?:on|in front of)\s+(?:an?\s+)?{color}", color)
     found = next((match for place in places if (match := re.search(place, text))), None)
-    return Subject(noun=noun, colour=COLOUR_NAMES.index(found[1]) if found else None)
+    return Subject(noun=noun, color=COLOR_NAMES.index(found[1]) if found else None)

@@ -198,7 +198,7 @@ def train_reward(
         source,
         folder,
         seed=plan.seed,
-        initialise=plan.init is None,
+        initialize=plan.init is None,
         accelerator=accelerator,
         progress=progress,
     )

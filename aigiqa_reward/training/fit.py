@@ -266,7 +266,7 @@ def rate(recipe: Recipe, epochs: float) -> float:
 
 
 STATISTICS_ROWS = 512
-"""Training images whose features' mean and deviation standardise them: chosen here, enough for a tenth of a percent."""
+"""Training images whose features' mean and deviation standardize them: chosen here, enough for a tenth of a percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +297,7 @@ def fit(
     folder: Path | None,
     *,
     seed: int = 0,
-    initialise: bool = True,
+    initialize: bool = True,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> FitResult:
@@ -314,7 +314,7 @@ def fit(
         source: features from `store_features`, or images for a recipe that trains the towers.
         folder: for the checkpoint after every epoch, from which a further call goes on; None keeps none.
         seed: of initial order, crops, dropout and wrong prompts.
-        initialise: the head is fresh: take the features' statistics and the mean scores from the training part. False
+        initialize: the head is fresh: take the features' statistics and the mean scores from the training part. False
             goes on from a trained head.
         accelerator: device, precision and processes; None is this process on the model's device.
         progress: show a bar with the running SRCC on stderr.
@@ -330,7 +330,7 @@ def fit(
         source,
         folder,
         seed=seed,
-        initialise=initialise,
+        initialize=initialize,
         accelerator=accelerator,
         progress=progress,
     )
@@ -354,7 +354,7 @@ class _Run:
         folder: Path | None,
         *,
         seed: int,
-        initialise: bool,
+        initialize: bool,
         accelerator: Accelerator | None,
         progress: bool,
     ) -> None:
@@ -377,8 +377,8 @@ class _Run:
         self.show = progress and self.accelerator.is_main_process
         model.to(self.accelerator.device)
         choose_weights(model, towers=recipe.train_towers)
-        if initialise:
-            self._initialise()
+        if initialize:
+            self._initialize()
         self.steps = max(1, len(self.train) // (recipe.batch_size * self.accelerator.num_processes))
         parameters = [p for p in model.parameters() if p.requires_grad]
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -397,8 +397,8 @@ class _Run:
     def out_of_patience(self) -> bool:
         return self.recipe.patience is not None and self.epoch - self.best_epoch >= self.recipe.patience
 
-    def _initialise(self) -> None:
-        if modules := self.model.standardised:
+    def _initialize(self) -> None:
+        if modules := self.model.standardized:
             with torch.no_grad():
                 seen, context = self._look(some_rows(self.task.rows(self.train), STATISTICS_ROWS, self.seed), None)
             values = {**seen} | {f"context.{name}": tensor for name, tensor in (context or {}).items()}

@@ -314,7 +314,7 @@ class _Batch:
 
 
 def _batches(paths: Sequence[Path], rows: Sequence[int], size: int, unreadable: list[Any]) -> Iterator[_Batch]:
-    """Neighbouring images of one size, at most `size` together; unreadable ones are added to the list."""
+    """Neighboring images of one size, at most `size` together; unreadable ones are added to the list."""
     batch = _Batch([], [], rows[0] if len(rows) else 0)
     for row in rows:
         try:

@@ -115,7 +115,7 @@ class ScoreTask:
         """Scores over their maximum on the rows of the training part, so that 1 is the best human score there.
 
         Raises:
-            ValueError: the best score there is not above 0, as with scores that were standardised.
+            ValueError: the best score there is not above 0, as with scores that were standardized.
         """
         raw = np.stack([images.quality, images.correspondence], axis=1)
         highest = np.array([np.nanmax(column[train]) if np.isfinite(column[train]).any() else 1.0 for column in raw.T])

@@ -166,7 +166,7 @@ def _smallest(tensor: Tensor) -> dict[str, Tensor]:
     rows = tensor.flatten(1)
     greatest = rows.abs().amax(dim=1)
     found, integers = torch.zeros_like(greatest), torch.zeros_like(rows)
-    scale = torch.nextafter(greatest / 127, torch.zeros_like(greatest))  # the division rounds: try its neighbours too
+    scale = torch.nextafter(greatest / 127, torch.zeros_like(greatest))  # the division rounds: try its neighbors too
     for _ in range(3):
         trial = (rows / scale[:, None].clamp_min(1e-30)).round()
         fits = (trial * scale[:, None] == rows).all(dim=1) & (trial.abs() <= 127).all(dim=1)

@@ -110,8 +110,8 @@ def check(encoder: CompactEncoder) -> None:
         pairs = all_pairs(held_out=held_out)[:256]
         images = encoder.project(features_of(encoder, [compose(part, rng) for part in np.array_split(pairs, 8)]))
         best = (F.normalize(images, dim=-1) @ captions.T).argmax(dim=1).numpy()
-        noun, colour = (best // 8 == pairs[:, 0]).mean(), (best % 8 == pairs[:, 1]).mean()
-        print(f"{name} pairs, best of 512 captions: noun right {noun:.3f}, colour right {colour:.3f}")
+        noun, color = (best // 8 == pairs[:, 0]).mean(), (best % 8 == pairs[:, 1]).mean()
+        print(f"{name} pairs, best of 512 captions: noun right {noun:.3f}, color right {color:.3f}")
 
 
 def main() -> None:

@@ -112,12 +112,12 @@ def unlike(views: Views, images: ScoredImages, count: int = 64) -> None:
     """Share of images beyond the threshold of details["out_of_distribution"], and the median."""
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
     rows = np.linspace(0, len(images) - 1, count).astype(int)
-    colours = torch.rand(count, 3, 1, 1, generator=generator).expand(-1, -1, 256, 256)
+    colors = torch.rand(count, 3, 1, 1, generator=generator).expand(-1, -1, 256, 256)
     pairs = all_pairs(held_out=True)
     kinds = {
         "images that people scored": lambda i: pixels.load(images.paths[rows[i]])[None],
         "uniform noise": lambda i: torch.rand(1, 3, 512, 512, generator=generator),
-        "one colour": lambda i: colours[i : i + 1].clone(),
+        "one color": lambda i: colors[i : i + 1].clone(),
         "the embedded world": lambda i: compose(pairs[rng.integers(len(pairs), size=1)], rng),
     }
     for name, make in kinds.items():

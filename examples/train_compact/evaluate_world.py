@@ -16,18 +16,18 @@ from tqdm import tqdm
 from aigiqa_reward import Reward, create_reward
 from aigiqa_reward.toy.degradations import DEGRADATIONS, degrade
 from aigiqa_reward.toy.pictures import all_pairs, compose
-from aigiqa_reward.toy.world import COLOURS, NOUNS, WORDINGS, caption
+from aigiqa_reward.toy.world import COLORS, NOUNS, WORDINGS, caption
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def eight_captions(noun: int, colour: int, rng: np.random.Generator) -> list[str]:
-    """The right caption and seven wrong ones: two of another colour, two of another thing, three of both other."""
+def eight_captions(noun: int, color: int, rng: np.random.Generator) -> list[str]:
+    """The right caption and seven wrong ones: two of another color, two of another thing, three of both other."""
     nouns = rng.permutation(np.delete(np.arange(len(NOUNS)), noun))
-    colours = rng.permutation(np.delete(np.arange(len(COLOURS)), colour))
-    wrong = [(noun, colours[0]), (noun, colours[1]), (nouns[0], colour), (nouns[1], colour)]
-    wrong += [(nouns[2 + step], colours[2 + step]) for step in range(3)]
-    return [caption(*pair, wording=int(rng.integers(len(WORDINGS)))) for pair in [(noun, colour), *wrong]]
+    colors = rng.permutation(np.delete(np.arange(len(COLORS)), color))
+    wrong = [(noun, colors[0]), (noun, colors[1]), (nouns[0], color), (nouns[1], color)]
+    wrong += [(nouns[2 + step], colors[2 + step]) for step in range(3)]
+    return [caption(*pair, wording=int(rng.integers(len(WORDINGS)))) for pair in [(noun, color), *wrong]]
 
 
 @torch.inference_mode()
@@ -35,7 +35,7 @@ def choices(reward: Reward, pairs: np.ndarray) -> float:
     """How often the right one of eight captions has the highest correspondence."""
     rng = np.random.default_rng(9)
     pictures = compose(pairs, rng)
-    captions = [eight_captions(noun, colour, rng) for noun, colour in pairs.tolist()]
+    captions = [eight_captions(noun, color, rng) for noun, color in pairs.tolist()]
     columns = tqdm(list(zip(*captions, strict=True)), desc="captions", unit="caption of each")
     scores = torch.stack([reward(pictures, list(column)).correspondence for column in columns], dim=1)
     return float((scores.argmax(dim=1) == 0).float().mean())

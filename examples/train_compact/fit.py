@@ -60,7 +60,7 @@ def ridge_weights(likeness: Tensor, noise: Tensor, target: Tensor) -> Tensor:
 
 
 def fit_likeness(head: Likeness, model: Compact, material: Material, rows: np.ndarray, recipe: Recipe) -> None:
-    """Directions, centres and weights, from the scored images of these rows, their spoilt versions and the world."""
+    """Directions, centers and weights, from the scored images of these rows, their spoilt versions and the world."""
     index = torch.from_numpy(rows)
     scored = model.statistics({name: tensor[index] for name, tensor in material.scored.items()})
     bad = torch.isin(material.spoilt["rows"], index)
@@ -80,18 +80,18 @@ def fit_likeness(head: Likeness, model: Compact, material: Material, rows: np.nd
     bias = targets[0].mean(dim=0)
     noises = (recipe.noise, recipe.spoilt_noise, recipe.world_noise)
     noise = torch.cat([torch.full((len(part),), value) for part, value in zip(directions, noises, strict=True)])
-    centres, likeness = torch.cat(directions), kernel(torch.cat(directions), torch.cat(directions))
+    centers, likeness = torch.cat(directions), kernel(torch.cat(directions), torch.cat(directions))
     target = torch.cat(targets) - bias
-    head.centres[: len(centres)].copy_(centres)
+    head.centres[: len(centers)].copy_(centers)
     quality = ridge_weights(likeness, noise, target[:, 0])
     own = ridge_weights(likeness, recipe.correspondence_noise * noise, target[:, 1])
-    head.weights[0, : len(centres)] = quality
-    head.weights[1, : len(centres)] = recipe.quality_share * quality + (1 - recipe.quality_share) * own
+    head.weights[0, : len(centers)] = quality
+    head.weights[1, : len(centers)] = recipe.quality_share * quality + (1 - recipe.quality_share) * own
     head.bias[:ASPECTS] = bias
     of = np.concatenate([rows, material.spoilt["rows"][bad].numpy(), np.full(len(world), -1)])
     fit_variance(head, material, of, likeness, noise, target, recipe)
     of_world = torch.from_numpy(of == -1).float()
-    head.weights[ASPECTS + 1, : len(centres)] = ridge_weights(likeness, torch.full_like(noise, recipe.noise), of_world)
+    head.weights[ASPECTS + 1, : len(centers)] = ridge_weights(likeness, torch.full_like(noise, recipe.noise), of_world)
 
 
 def spoilt_targets(material: Material, bad: Tensor, recipe: Recipe) -> Tensor:
@@ -112,7 +112,7 @@ def fit_variance(
     """The log variance of quality, from errors on prompts that were left out in turn.
 
     Its constant makes 80 % of those errors fall within the interval that should hold 80 %. `of` says which image each
-    centre is or was made from, -1 for none; the first centres are the scored images themselves.
+    center is or was made from, -1 for none; the first centers are the scored images themselves.
     """
     count = int((noise == recipe.noise).sum())
     prompts = np.array(material.prompts)
@@ -154,7 +154,7 @@ def fit_match(head: CompactHead, model: Compact, material: Material, rows: np.nd
     head.described_mean.copy_(described.mean(dim=0))
     deviation = described.std(dim=0)
     head.described_deviation.copy_(deviation + 0.05 * deviation[:-125].mean())
-    head.described_deviation[-125:] = (deviation[-125:] + 0.02) / recipe.colour_scale
+    head.described_deviation[-125:] = (deviation[-125:] + 0.02) / recipe.color_scale
     seen = head.describe(described).double()
     prompts, own = material.of[index].unique(return_inverse=True)
     head.text_mean.copy_(material.texts[prompts].mean(dim=0))
@@ -169,12 +169,12 @@ def fit_match(head: CompactHead, model: Compact, material: Material, rows: np.nd
     matches = ((semantic + seen @ learned.T) * texts[own]).sum(dim=1)
     head.match_deviation.copy_(matches.std())
     head.match_weight.data.fill_(recipe.match_weight)
-    factorise(learned, head.place_in.weight.data, head.place_out.weight.data)
+    factorize(learned, head.place_in.weight.data, head.place_out.weight.data)
     added = world_part(head, model, material, learned, recipe)
-    factorise(added, head.world_in.weight.data, head.world_out.weight.data)
+    factorize(added, head.world_in.weight.data, head.world_out.weight.data)
 
 
-def factorise(whole: Tensor, inwards: Tensor, outwards: Tensor) -> None:
+def factorize(whole: Tensor, inwards: Tensor, outwards: Tensor) -> None:
     """Into two maps of as low a rank as they have, by the largest singular values."""
     outer, scale, inner = torch.linalg.svd(whole, full_matrices=False)
     rank = len(inwards)

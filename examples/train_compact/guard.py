@@ -3,7 +3,7 @@
     python examples/train_compact/guard.py --data DIR --runs runs/compact
 
 after train.py, with the same folders. A climb moves the towers' statistics in directions in which images hardly differ;
-those are found in closed form, as the generalised eigenvectors of both covariances. In each round somebody who
+those are found in closed form, as the generalized eigenvectors of both covariances. In each round somebody who
 knows the guard climbs around it, and what that moved joins the rest. The limit is where `guard_known` of the images
 that people scored lie, on prompts that a fold's guard never saw; guarded.npz has the held-out scores. Half an hour on
 a core.

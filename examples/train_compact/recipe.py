@@ -21,17 +21,17 @@ class Recipe:
         spoilt_correspondence: share of its correspondence.
         world_noise: of what pictures of the embedded world are taught as.
         world_quality: of a clean one.
-        world_every: every how many of them are centres.
+        world_every: every how many of them are centers.
         variance_noise: of the log of squared errors.
         least_error: added to an error before its log is taken.
-        match_ridge: regularisation of the map from images, as a share of their Gram matrix's mean diagonal.
+        match_ridge: regularization of the map from images, as a share of their Gram matrix's mean diagonal.
         match_text_ridge: of the map to texts.
         match_learned: how much the learned map counts, against ImageNet's class names.
         match_weight: what one deviation of the match adds to correspondence.
-        colour_scale: weight of the colours among the features of the map.
+        color_scale: weight of the colors among the features of the map.
         noun_share: what the world's right thing is worth in correspondence.
-        colour_share: what its right colour is worth.
-        place_ridge: regularisation of the world's map, from images.
+        color_share: what its right color is worth.
+        place_ridge: regularization of the world's map, from images.
         text_ridge: to texts.
         guard_shrinkage: of the covariance that climbs are held against, in mean variances.
         guard_known: share of the scored images, on unseen prompts, that are trusted wholly.
@@ -54,9 +54,9 @@ class Recipe:
     match_text_ridge: float = 6.0
     match_learned: float = 2.0
     match_weight: float = 0.07
-    colour_scale: float = 3.0
+    color_scale: float = 3.0
     noun_share: float = 0.42
-    colour_share: float = 0.35
+    color_share: float = 0.35
     place_ridge: float = 0.03
     text_ridge: float = 0.3
     guard_shrinkage: float = 0.5

@@ -14,7 +14,7 @@ from torchvision.transforms import functional as vision
 
 from aigiqa_reward import images as pixels
 
-KINDS = ("colours", "sharpened", "compressed", "enlarged part", "mirrored", "noise")
+KINDS = ("colors", "sharpened", "compressed", "enlarged part", "mirrored", "noise")
 
 STRONGEST_NOISE, COARSEST_NOISE = 6 / 255, 8
 """Root mean square, and side in px of the grains; the ascent's own steps add up to about 3 / 255."""
@@ -23,7 +23,7 @@ STRONGEST_NOISE, COARSEST_NOISE = 6 / 255, 8
 def vary(image: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
     """One variation of (3, H, W) in [0, 1], of the same size."""
     size = tuple(image.shape[1:])
-    if kind == "colours":
+    if kind == "colors":
         for adjust in (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation):
             image = adjust(image, float(rng.uniform(0.75, 1.3)))
     elif kind == "sharpened":

@@ -1,7 +1,7 @@
 """Pictures of the embedded world in the training: spoilt for quality, with right and wrong captions for the prompt.
 
-No people scored them; what is known is their order: less degraded is better, and a caption's thing and colour are there
-or not. Pairs of thing and colour that the generator never saw stay out of this training too.
+No people scored them; what is known is their order: less degraded is better, and a caption's thing and color are there
+or not. Pairs of thing and color that the generator never saw stay out of this training too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aigiqa_reward.toy.degradations import degrade, random_levels
 from aigiqa_reward.toy.pictures import all_pairs, compose
-from aigiqa_reward.toy.world import COLOURS, NOUNS, WORDINGS, all_captions
+from aigiqa_reward.toy.world import COLORS, NOUNS, WORDINGS, all_captions
 
 COPIES = 5
 """Pictures of each pair."""
@@ -47,7 +47,7 @@ def world_quality(levels: Tensor, recipe: Recipe) -> Tensor:
 def wanted(pairs: Tensor, recipe: Recipe) -> Tensor:
     """What the match should add to the score of each of N pictures by each of CAPTIONS, (N, captions); 0 on average."""
     numbers = torch.arange(len(CAPTIONS)) // len(WORDINGS)
-    noun = pairs[:, :1] == numbers // len(COLOURS)
-    colour = pairs[:, 1:] == numbers % len(COLOURS)
-    shares = recipe.noun_share * noun + recipe.colour_share * colour
-    return shares - recipe.noun_share / len(NOUNS) - recipe.colour_share / len(COLOURS)
+    noun = pairs[:, :1] == numbers // len(COLORS)
+    color = pairs[:, 1:] == numbers % len(COLORS)
+    shares = recipe.noun_share * noun + recipe.color_share * color
+    return shares - recipe.noun_share / len(NOUNS) - recipe.color_share / len(COLORS)

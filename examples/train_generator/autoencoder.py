@@ -43,7 +43,7 @@ def draw(pairs: np.ndarray, rng: np.random.Generator) -> Tensor:
 
 
 def trained_pairs(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 2) random (noun, colour) that are not held out."""
+    """(count, 2) random (noun, color) that are not held out."""
     pairs = all_pairs(held_out=False)
     return pairs[rng.integers(len(pairs), size=count)]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from aigiqa_reward.toy.world import COLOURS, NOUNS, WORDINGS, all_captions
+from aigiqa_reward.toy.world import COLORS, NOUNS, WORDINGS, all_captions
 from aigiqa_reward.utils.weights import ASSETS, read_weights, sha256, write_weights
 
 BATCH = 32
@@ -85,7 +85,7 @@ def build_models(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Cosine schedule, which ends without signal, so that the background's colour is the prompt's to say."""
+    """Cosine schedule, which ends without signal, so that the background's color is the prompt's to say."""
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
@@ -97,7 +97,7 @@ def build_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def stored_latents(vae: AutoencoderTiny, path: Path) -> tuple[Tensor, Tensor]:
-    """Latents (N, 4, 16, 16) of random pictures and their (N, 2) nouns and colours, computed once into `path`."""
+    """Latents (N, 4, 16, 16) of random pictures and their (N, 2) nouns and colors, computed once into `path`."""
     if not path.exists():
         rng = np.random.default_rng(7)
         pairs = trained_pairs(rng, PICTURES)
@@ -149,13 +149,13 @@ def main() -> None:
     latents, pairs = stored_latents(vae, arguments.runs / f"latents_{version}.safetensors")
     tokenizer, scheduler = stored_tokenizer(arguments.runs / "tokenizer"), build_scheduler()
     ids = tokenizer(all_captions(), padding="max_length", return_tensors="pt").input_ids
-    ids = ids.unflatten(0, (len(NOUNS), len(COLOURS), len(WORDINGS)))
+    ids = ids.unflatten(0, (len(NOUNS), len(COLORS), len(WORDINGS)))
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
 
     def loss_of(trained: nn.Module, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
-        nouns, colours = pairs[rows].T
-        prompts = ids[nouns, colours, torch.randint(len(WORDINGS), (BATCH,), generator=generator)]
+        nouns, colors = pairs[rows].T
+        prompts = ids[nouns, colors, torch.randint(len(WORDINGS), (BATCH,), generator=generator)]
         dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
         prompts = torch.where(dropped[:, None], empty, prompts)
         clean = latents[rows]

@@ -152,9 +152,9 @@ def print_samples(count: int) -> None:
         part = prompts[start : start + BATCH]
         generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))]
         images = pipe(part, generator=generators, num_inference_steps=20, guidance_scale=3.0, output_type="pt").images
-        right.append(torch.stack(judge.recognises(images, part), dim=1))
-    noun, colour = torch.cat(right).float().mean(dim=0).tolist()
-    print(f"one sample of {count} prompts of trained pairs, 20 steps, guidance 3: noun {noun:.3f}, colour {colour:.3f}")
+        right.append(torch.stack(judge.recognizes(images, part), dim=1))
+    noun, color = torch.cat(right).float().mean(dim=0).tolist()
+    print(f"one sample of {count} prompts of trained pairs, 20 steps, guidance 3: noun {noun:.3f}, color {color:.3f}")
 
 
 def main() -> None:

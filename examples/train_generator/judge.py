@@ -20,7 +20,7 @@ from torch import Tensor
 from aigiqa_reward.toy.degradations import DEGRADATIONS, degrade, random_levels
 from aigiqa_reward.toy.judge import Judge, load_judge
 from aigiqa_reward.toy.pictures import compose
-from aigiqa_reward.toy.world import COLOURS, NOUNS
+from aigiqa_reward.toy.world import COLORS, NOUNS
 from aigiqa_reward.utils.weights import ASSETS, sha256, write_weights
 
 STEPS = 4000
@@ -30,8 +30,8 @@ CLEAN = 0.4
 
 
 def random_pairs(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 2) random (noun, colour), those held out from the generator as well."""
-    return np.stack([rng.integers(len(NOUNS), size=count), rng.integers(len(COLOURS), size=count)], axis=1)
+    """(count, 2) random (noun, color), those held out from the generator as well."""
+    return np.stack([rng.integers(len(NOUNS), size=count), rng.integers(len(COLORS), size=count)], axis=1)
 
 
 def moved(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -46,7 +46,7 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def loss_of(judge: Judge, generator: torch.Generator) -> Tensor:
-    """Noun and colour of degraded and blended pictures, whose truth is two at once, and the levels of degradation."""
+    """Noun and color of degraded and blended pictures, whose truth is two at once, and the levels of degradation."""
     rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
     pairs = random_pairs(rng, BATCH)
     images = moved(compose(pairs, rng), generator)
@@ -58,10 +58,10 @@ def loss_of(judge: Judge, generator: torch.Generator) -> Tensor:
     levels = random_levels(BATCH, clean=CLEAN, generator=generator)
     images = degrade(images, levels, generator).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        noun, colour, degradation = (logits.float() for logits in judge.logits(images))
+        noun, color, degradation = (logits.float() for logits in judge.logits(images))
     return (
         F.cross_entropy(noun, labels[0])
-        + F.cross_entropy(colour, labels[1])
+        + F.cross_entropy(color, labels[1])
         + 20 * F.mse_loss(degradation.sigmoid(), levels)
     )
 
@@ -73,8 +73,8 @@ def check(judge: Judge) -> None:
     pairs = random_pairs(rng, 4096)
     images = compose(pairs, rng)
     verdict = judge.examine(images)
-    right = torch.stack([verdict.nouns.argmax(1), verdict.colours.argmax(1)], 1) == torch.from_numpy(pairs)
-    print(f"clean pictures: noun {right[:, 0].float().mean():.4f}, colour {right[:, 1].float().mean():.4f}, ", end="")
+    right = torch.stack([verdict.nouns.argmax(1), verdict.colors.argmax(1)], 1) == torch.from_numpy(pairs)
+    print(f"clean pictures: noun {right[:, 0].float().mean():.4f}, color {right[:, 1].float().mean():.4f}, ", end="")
     print(f"both {right.all(1).float().mean():.4f}")
     truth = torch.from_numpy(pairs)
     for column, name in enumerate(DEGRADATIONS):
@@ -82,7 +82,7 @@ def check(judge: Judge) -> None:
             levels = torch.zeros(512, 3)
             levels[:, column] = level
             seen = judge.examine(degrade(images[:512], levels, generator))
-            score = seen.nouns.gather(1, truth[:512, :1]) + seen.colours.gather(1, truth[:512, 1:])
+            score = seen.nouns.gather(1, truth[:512, :1]) + seen.colors.gather(1, truth[:512, 1:])
             print(f"{name} {level:.2f}: measured {seen.degradation[:, column].mean():.2f}, score {score.mean():.2f}")
 
 

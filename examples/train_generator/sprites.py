@@ -3,7 +3,7 @@
     npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
     python examples/train_generator/sprites.py package/assets
 
-The pictures are Fluent Emoji (Microsoft, MIT licence).
+The pictures are Fluent Emoji (Microsoft, MIT license).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ MEASURES = {
     "KRCC": "krcc",
     "PLCC": "plcc",
     "PLCC fitted": "plcc_fitted",
-    "SRCC centred": "centred_srcc",
+    "SRCC centered": "centered_srcc",
     "gain": "gain",
     "gain within SD 1.5": "gain_within",
     "right prompt, AUC": "right_prompt_auc",

@@ -30,8 +30,8 @@ _REMEDIES = {
     "them in the node that gives this image",
     "a decoder's [-1, 1] output converts with aigiqa_reward.images.from_vae (validate=False skips this check)": "an "
     "IMAGE holds values in [0, 1]: decode with VAE Decode, or scale them in the node that gives this image",
-    "pass the pixels from before any normalisation by a mean and a deviation (validate=False skips this check)": "an "
-    "IMAGE holds values in [0, 1]: connect it from before the node that normalises it",
+    "pass the pixels from before any normalization by a mean and a deviation (validate=False skips this check)": "an "
+    "IMAGE holds values in [0, 1]: connect it from before the node that normalizes it",
     "decode in float32 or bfloat16": "start ComfyUI with --fp32-vae or --bf16-vae",
 }
 """What the package tells a programmer to do, and what a user of ComfyUI can."""

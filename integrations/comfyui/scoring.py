@@ -34,7 +34,7 @@ class Score:
         "Total of each image, in the images' order, higher is better.",
         "A JSON list, an object an image: total, quality, correspondence, details, and which heat map was drawn, "
         "or why none. Preview Any shows it.",
-        "The images in grey under a heat map, from dark (0) to bright (1); what it shows is chosen by heat_map.",
+        "The images in gray under a heat map, from dark (0) to bright (1); what it shows is chosen by heat_map.",
     )
     FUNCTION = "score"
 

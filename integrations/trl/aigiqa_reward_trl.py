@@ -1,4 +1,4 @@
-"""Prompt optimisation with trl's GRPOTrainer: rewrites of prompts, judged by the images that they make.
+"""Prompt optimization with trl's GRPOTrainer: rewrites of prompts, judged by the images that they make.
 
     from aigiqa_reward import create_reward
     from aigiqa_reward.sampling import PromptScorer
@@ -41,7 +41,7 @@ class RewriteReward:
         compose: `f(original, completion) -> rewrite`, then stripped; by default the completion. For a language model
             that thinks aloud, puts the prompt in quotes, or is to add words only.
         floor: see above; None leaves such rewrites out as well. 0 is the low end of a Reward's scale; give a
-            CompositeReward, whose zscores centre on 0, a number below all that it gives.
+            CompositeReward, whose zscores center on 0, a number below all that it gives.
         seed: of every rewrite's first image.
         fresh_noise: whether every step has other seeds. Then the language model cannot learn what suits one noise,
             and a rewrite is remembered within a step only.

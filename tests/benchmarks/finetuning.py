@@ -209,7 +209,7 @@ def plot(curves: dict[str, list[list[tuple[float, np.ndarray]]]], gain: float, p
                 label = name if seed == 0 else None
                 axis.plot(minutes, changes, "o-", color=f"C{number}", label=label, markersize=3, alpha=0.8)
         if place == 0:
-            axis.axhline(gain, linestyle="--", color="grey", label=f"best of {BEST_OF}")
+            axis.axhline(gain, linestyle="--", color="gray", label=f"best of {BEST_OF}")
         axis.set(xlabel="minutes of training", ylabel="change", title=title)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.grid(alpha=0.3)

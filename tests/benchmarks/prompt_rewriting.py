@@ -3,7 +3,7 @@
     python tests/benchmarks/prompt_rewriting.py --seeds 3
 
 The language model (Qwen3's class, two layers, random) reads "penguin" and writes one word, of which "a penguin, WORD
-background" is made; a word that is no colour makes nonsense, and ending at once adds nothing. It is trained by trl's
+background" is made; a word that is no color makes nonsense, and ending at once adds nothing. It is trained by trl's
 GRPOTrainer with `RewriteReward`: the compact reward of the embedded generator's image, judged against "a penguin". So
 few are the rewrites that all can be scored: what a language model earns is not sampled but is the mean over its words,
 each by its probability. It is shown for things that it was and was not trained on, at the trained noise and another.
@@ -25,7 +25,7 @@ import torch
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
 from aigiqa_reward.sampling import PromptScorer
-from aigiqa_reward.toy.world import COLOUR_NAMES, NOUNS
+from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS
 
 ROOT = Path(__file__).resolve().parents[2]
 CALL = {"num_inference_steps": 6, "guidance_scale": 1.0}
@@ -117,7 +117,7 @@ def main() -> None:
     nouns = random.Random(0).sample([noun for noun in NOUNS if " " not in noun and noun[0] not in "aeiou"], 6)
     splits = {"trained things": [f"a {noun}" for noun in nouns[:3]], "held-out things": [f"a {n}" for n in nouns[3:]]}
     originals = [original for things in splits.values() for original in things]
-    tokenizer = word_tokenizer([*nouns, *COLOUR_NAMES])
+    tokenizer = word_tokenizer([*nouns, *COLOR_NAMES])
     scorer = PromptScorer(load_embedded_pipeline(), create_reward("compact"), batch_size=16, **CALL)
     started = time.process_time()
     cells = [(things, noise) for things in splits for noise in NOISES]

@@ -41,7 +41,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 CALL: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 1.0}
 STEPS = CALL["num_inference_steps"]
 SPLITS = {"easy": False, "hard": True}
-"""Name, and whether its pairs of thing and colour were held out from the generator's training."""
+"""Name, and whether its pairs of thing and color were held out from the generator's training."""
 
 COLUMNS = ("reward", "judge", "right")
 LOOKS = [entry.step for entry in Halving().rounds(PREVIEWED, STEPS)]

@@ -31,7 +31,7 @@ class Algorithm(ABC):
 
     @property
     def steps_per_round(self) -> int:
-        """Steps of the optimiser on the same rows; `prepare` runs at the first of them."""
+        """Steps of the optimizer on the same rows; `prepare` runs at the first of them."""
         return 1
 
     def round_of(self, step: int) -> int:
@@ -49,7 +49,7 @@ class Algorithm(ABC):
         return None
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides its outcome, by name, so that a checkpoint of other settings is recognised."""
+        """Everything that decides its outcome, by name, so that a checkpoint of other settings is recognized."""
         named = [entry.name for entry in fields(cast(Any, self)) if entry.init]
         return {f"{self.name}.{name}": getattr(self, name) for name in named}
 

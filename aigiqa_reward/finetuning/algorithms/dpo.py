@@ -181,7 +181,7 @@ class DPO(Algorithm):
             (2 beta))^2 (Azar et al. 2024, equation 17), which pulls `inside` to 1/2 and no further.
         timesteps: noise levels that are drawn: "uniform", those of the model's training, as in the paper; "sampler",
             those of the steps that the training's `sampling` takes, all that images made in as many steps depend on.
-        refresh_every: steps of the optimiser after which a round's images are sampled anew, with the adapter as it then
+        refresh_every: steps of the optimizer after which a round's images are sampled anew, with the adapter as it then
             is; 0 is never. A round trains on the same rows in all its steps. With `pairs`, the first steps train on
             those instead, other rows in each.
         candidates: images that pairs are made of: for each prompt before the first step (`n` there), for each row of a

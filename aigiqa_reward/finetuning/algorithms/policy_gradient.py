@@ -148,15 +148,15 @@ def group_advantages(
     fine = values.isfinite()
     values = torch.where(fine, values, 0.0)
     count = fine.sum(dim=1, keepdim=True)
-    centred = torch.where(fine, values - values.sum(dim=1, keepdim=True) / count.clamp(min=1), 0.0)
+    centered = torch.where(fine, values - values.sum(dim=1, keepdim=True) / count.clamp(min=1), 0.0)
     largest = values.abs().amax(dim=1, keepdim=True)
-    degenerate = (count < 2) | (centred.abs().amax(dim=1, keepdim=True) <= EQUAL * largest)
+    degenerate = (count < 2) | (centered.abs().amax(dim=1, keepdim=True) <= EQUAL * largest)
     if deviation == "group":
-        spread = (centred.square().sum(dim=1, keepdim=True) / count.clamp(min=1)).sqrt()
+        spread = (centered.square().sum(dim=1, keepdim=True) / count.clamp(min=1)).sqrt()
     else:
         every = values[fine]
         spread = every.std(correction=0) if len(every) else values.new_zeros(())
-    result = torch.where(degenerate, 0.0, centred / (spread + DEVIATION_FLOOR)).clamp(-limit, limit)
+    result = torch.where(degenerate, 0.0, centered / (spread + DEVIATION_FLOOR)).clamp(-limit, limit)
     return Advantages(values=result.flatten(), degenerate=degenerate.expand_as(values).flatten())
 
 
@@ -168,7 +168,7 @@ class PolicyGradient(Algorithm):
         images_per_prompt: size of a group, whose images are compared with each other. Divides the step's whole batch.
             1 compares the whole batch, whatever the prompts. The default is chosen here: it fits the default batch;
             Flow-GRPO takes 24.
-        updates_per_round: steps of the optimiser on the same samples. In the first, all ratios are 1; from the
+        updates_per_round: steps of the optimizer on the same samples. In the first, all ratios are 1; from the
             second on they are clipped.
         clip_range: how far from 1 the ratio of a step may go before its gradient ends. The default is that of the
             code of DDPO and Flow-GRPO, for the mean over the latents' dimensions (`GaussianStep.log_prob`).
@@ -402,20 +402,20 @@ def zero_unless(alive: Tensor, values: Tensor) -> Tensor:
 def judged(tools: Tools, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
     """What the reward says (B,) of the images as the pipeline would give them; on the CPU.
 
-    An image with pixels that are not finite is not shown to the reward, a grey one is; its scores are NaN, as are those
+    An image with pixels that are not finite is not shown to the reward, a gray one is; its scores are NaN, as are those
     of an image whose total is not finite.
     """
     images = tools.rollout.show(latents)
     fine = images.flatten(1).isfinite().all(dim=1)
-    grey = torch.full_like(images, 0.5)
-    scores = told(tools.score(torch.where(fine[:, None, None, None], images, grey), batch.prompts))
+    gray = torch.full_like(images, 0.5)
+    scores = told(tools.score(torch.where(fine[:, None, None, None], images, gray), batch.prompts))
     fine = fine.cpu() & scores["reward"].isfinite().cpu()
     return {name: torch.where(fine, value.cpu(), math.nan) for name, value in scores.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DDPO(PolicyGradient):
-    """Denoising diffusion policy optimisation.
+    """Denoising diffusion policy optimization.
 
     The sampler is `ancestral_weights`: DDIM with eta, Euler ancestral, or for flow models one with equal marginals. The
     pipeline may sample with its own scheduler afterwards, with or without noise.
@@ -445,7 +445,7 @@ class DDPO(PolicyGradient):
 
 @dataclass(frozen=True, kw_only=True)
 class FlowGRPO(PolicyGradient):
-    """Group relative policy optimisation of flow models.
+    """Group relative policy optimization of flow models.
 
     Training samples with noise and may take few steps (the paper: 10); the pipeline samples with its own scheduler
     afterwards, without noise and with as many steps as one likes.

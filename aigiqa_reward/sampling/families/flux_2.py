@@ -1,4 +1,4 @@
-"""FLUX.2: latents packed with places of their own, normalised by the VAE's batch statistics."""
+"""FLUX.2: latents packed with places of their own, normalized by the VAE's batch statistics."""
 
 from __future__ import annotations
 

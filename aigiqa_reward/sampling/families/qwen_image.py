@@ -57,8 +57,8 @@ class QwenImage(TrueGuidance):
 
     def latents_from_encoded(self, encoded: Tensor) -> Tensor:
         mean, std = self._statistics(encoded)
-        normalised = ((encoded - mean) / std)[:, :, 0]
-        return self.pipe._pack_latents(normalised, *normalised.shape)
+        normalized = ((encoded - mean) / std)[:, :, 0]
+        return self.pipe._pack_latents(normalized, *normalized.shape)
 
     def _encoded(self, frames: Tensor) -> Tensor:
         return super()._encoded(frames.unsqueeze(2))

@@ -2,7 +2,7 @@
 
 The image is judged against the original prompt. `pip install ".[trl]" ./integrations/trl`, then
 
-python examples/optimise_prompts_grpo.py prompts.txt        # one prompt a line; or accelerate launch examples/...
+python examples/optimize_prompts_grpo.py prompts.txt        # one prompt a line; or accelerate launch examples/...
 """
 
 from __future__ import annotations

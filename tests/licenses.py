@@ -1,9 +1,9 @@
-"""Write docs/licences.md: licences of everything that comes with an installation, from the packages' own metadata.
+"""Write docs/licenses.md: licenses of everything that comes with an installation, from the packages' own metadata.
 
-    python tests/licences.py            # writes the table
-    python tests/licences.py --check    # fails where the table lacks a dependency or an embedded folder
+    python tests/licenses.py            # writes the table
+    python tests/licenses.py --check    # fails where the table lacks a dependency or an embedded folder
 
-Run it in an environment in which the package is installed; the licence of a package is what its metadata say.
+Run it in an environment in which the package is installed; the license of a package is what its metadata say.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "licences.md"
+PAGE = ROOT / "docs" / "licenses.md"
 ASSETS = ROOT / "aigiqa_reward" / "assets"
-_HEAD = """# Licences
+_HEAD = """# Licenses
 
-The package is under {licence}. This page is written by `python tests/licences.py` from the metadata of the
+The package is under {license}. This page is written by `python tests/licenses.py` from the metadata of the
 packages that were installed when it ran.
 
 ## Dependencies
 
-| package | licence, as its metadata state it | needed for |
+| package | license, as its metadata state it | needed for |
 | --- | --- | --- |
 """
 _ASSETS = """
@@ -32,7 +32,7 @@ _ASSETS = """
 
 Each folder of `aigiqa_reward/assets` has a card that says how it was made.
 
-| folder | MB | licence | made from |
+| folder | MB | license | made from |
 | --- | ---: | --- | --- |
 """
 _SCORES = "weights trained here on human scores of AGIQA-3K (MIT)"
@@ -47,9 +47,9 @@ EMBEDDED = {
     "sc_agiqa": ("Apache-2.0", _SCORES),
     "towers": ("Apache-2.0", "EfficientNet-Lite0, and MiniLM-L6 as packaged under MIT; the alignment was trained here"),
     "tsp_mgs": ("Apache-2.0", _SCORES),
-    "world": ("MIT", "Fluent Emoji, copyright Microsoft Corporation; the licence text is in the folder"),
+    "world": ("MIT", "Fluent Emoji, copyright Microsoft Corporation; the license text is in the folder"),
 }
-"""Of each embedded folder: its licence, and what it was made from, as its card says at length."""
+"""Of each embedded folder: its license, and what it was made from, as its card says at length."""
 
 
 def requirements() -> dict[str, str]:
@@ -67,7 +67,7 @@ def _name(requirement: str) -> str:
     return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0]
 
 
-def licence_of(package: str) -> str:
+def license_of(package: str) -> str:
     """What a package's metadata say: the SPDX expression, or else the classifiers, or else the first line of text."""
     try:
         told = metadata.metadata(package)
@@ -82,13 +82,13 @@ def licence_of(package: str) -> str:
 def page() -> str:
     """The page as Markdown."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [f"| {name} | {licence_of(name)} | {extra} |" for name, extra in requirements().items()]
+    lines = [f"| {name} | {license_of(name)} | {extra} |" for name, extra in requirements().items()]
     embedded = [
         f"| `{folder.name}` | {_megabytes(folder):.1f} | {' | '.join(EMBEDDED[folder.name])} |"
         for folder in sorted(ASSETS.iterdir())
         if folder.is_dir()
     ]
-    return _HEAD.format(licence=project["license"]) + "\n".join(lines) + "\n" + _ASSETS + "\n".join(embedded) + "\n"
+    return _HEAD.format(license=project["license"]) + "\n".join(lines) + "\n" + _ASSETS + "\n".join(embedded) + "\n"
 
 
 def _megabytes(folder: Path) -> float:
