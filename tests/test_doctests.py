@@ -44,9 +44,9 @@ NOT_PACKAGED = {
     "aigiqa_reward.encoders.timm": ("TimmConfig", "TimmLevelsConfig"),
     "aigiqa_reward.models.cpa_iqa": ("Preferences",),
     "aigiqa_reward.rewards.scorer": ("ScoredImage", "ScoringError"),
-    "aigiqa_reward.rewards.ranking": ("Halving", "ZeroOrder", "rank"),
+    "aigiqa_reward.rewards.ranking": ("rank",),
     "aigiqa_reward.training.recipes": ("Recipe",),
-    "aigiqa_reward.types": ("PromptError", "PromptFeatures", "unreadable_prompts"),
+    "aigiqa_reward.types": ("PromptError", "PromptFeatures"),
 }
 """Names that users take from single modules."""
 
