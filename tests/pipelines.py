@@ -244,16 +244,18 @@ def _unet(*, cross_attention_dim: int, **conditioning: Any) -> UNet2DConditionMo
     ).eval()
 
 
+_AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": SIDE,
+}
+
+
 def _vae(**config: Any) -> AutoencoderKL:
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIDE,
-        **config,
-    ).eval()
+    vae = AutoencoderKL(**_AUTOENCODER, **config).eval()
     vae.decoder.conv_out.weight.data *= 2
     return vae
 

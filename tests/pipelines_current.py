@@ -6,6 +6,7 @@ different prompts paint different images, although most pipelines pad a prompt t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from pipelines import FEW_STEPS, SIDE, _quiet, _t5, _t5_tokenizer, _vae, _weights_of
+from pipelines import _AUTOENCODER, FAMILIES, FEW_STEPS, SIDE, _quiet, _t5, _t5_tokenizer, _vae, _weights_of
 from tiny_language_models import (
     WIDTH,
     gemma_2,
@@ -79,7 +80,7 @@ def qwen_image() -> QwenImagePipeline:
             QwenImagePipeline(
                 tokenizer=tokenizer,
                 text_encoder=qwen_2_5_vl(tokenizer),
-                transformer=_heedful(
+                transformer=_attentive(
                     QwenImageTransformer2DModel(
                         in_channels=16,
                         out_channels=4,
@@ -181,33 +182,33 @@ CURRENT_FAMILIES: dict[str, Callable[[], Any]] = {
 _AS_ASKED = {"use_resolution_binning": False, "clean_caption": False}
 
 CALL: dict[str, dict[str, Any]] = {
-    "flux_2": FEW_STEPS,
-    "flux_2_klein": FEW_STEPS,
-    "qwen_image": FEW_STEPS,
-    "z_image": FEW_STEPS,
-    "sana": {**FEW_STEPS, **_AS_ASKED},
-    "pixart_sigma": {**FEW_STEPS, **_AS_ASKED},
-    "pixart_alpha": {**FEW_STEPS, **_AS_ASKED},
+    **dict.fromkeys(("flux_2", "flux_2_klein", "qwen_image", "z_image"), FEW_STEPS),
+    **{name: {**FEW_STEPS, **_AS_ASKED} for name in ("sana", "pixart_sigma", "pixart_alpha")},
 }
 """Arguments of every call, by family."""
+
+_NEGATIVE = {"guidance_scale": 4.0, "negative_prompt": "blurry"}
 
 GUIDED: dict[str, dict[str, Any]] = {
     "flux_2_klein": {"guidance_scale": 4.0},
     "qwen_image": {"true_cfg_scale": 4.0, "negative_prompt": "blurry"},
-    "z_image": {"guidance_scale": 4.0, "negative_prompt": "blurry"},
-    "sana": {"guidance_scale": 4.0, "negative_prompt": "blurry"},
-    "pixart_sigma": {"guidance_scale": 4.0, "negative_prompt": "blurry"},
-    "pixart_alpha": {"guidance_scale": 4.0, "negative_prompt": "blurry"},
+    **dict.fromkeys(("z_image", "sana", "pixart_sigma", "pixart_alpha"), _NEGATIVE),
 }
-"""Arguments that ask for classifier-free guidance, where a family knows it. Without them, it is off in Qwen-Image and
+"""Arguments for classifier-free guidance, where a family has it. Without them, it is off in Qwen-Image and
 on in the others. FLUX.2 has embedded guidance only; FLUX.2 klein always guides away from the empty prompt."""
+
+
+@functools.cache
+def pipeline(name: str) -> Any:
+    """One pipeline for all tests that leave it as it was."""
+    return {**FAMILIES, **CURRENT_FAMILIES}[name]()
 
 
 # --------------------------------------------------------------------------------------------- parts
 
 
 def _flux_2_transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
-    return _heedful(
+    return _attentive(
         Flux2Transformer2DModel(
             in_channels=16,
             num_layers=1,
@@ -222,8 +223,8 @@ def _flux_2_transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
     )
 
 
-def _heedful(transformer: Any) -> Any:
-    """With attention that picks single tokens and lets them through: the few of a prompt count beside the padding."""
+def _attentive(transformer: Any) -> Any:
+    """With attention that selects single tokens, so that the few of a prompt count beside the padding."""
     for name, weights in transformer.named_parameters():
         if name.endswith(("norm_k.weight", "norm_added_k.weight", "add_v_proj.weight", "to_out.0.weight")):
             weights.data *= 4
@@ -231,15 +232,7 @@ def _heedful(transformer: Any) -> Any:
 
 
 def _flux_2_vae() -> AutoencoderKLFlux2:
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        norm_num_groups=8,
-        layers_per_block=1,
-        sample_size=SIDE,
-    ).eval()
+    vae = AutoencoderKLFlux2(**_AUTOENCODER, layers_per_block=1).eval()
     vae.bn.running_mean.normal_(std=0.1)
     vae.bn.running_var.uniform_(0.5, 1.5)
     vae.decoder.conv_out.weight.data *= 2
