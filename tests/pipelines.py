@@ -48,110 +48,116 @@ FEW_STEPS = {"height": SIDE, "width": SIDE, "num_inference_steps": 2}
 """Arguments of every call in the tests."""
 
 
+def _seeded(seed: int) -> Callable[[Any], Any]:
+    """Let a builder draw its weights from `seed`, and its pipeline show no progress bar."""
+
+    def decorate(build: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(build)
+        def built(**options: Any) -> Any:
+            with _weights_of(seed=seed):
+                return _quiet(build(**options))
+
+        return built
+
+    return decorate
+
+
+@_seeded(0)
 def stable_diffusion(*, safety_checker: bool = False) -> StableDiffusionPipeline:
     """CLIP text encoder, UNet, DDIM. With `safety_checker`, a real one whose thresholds flag nothing."""
-    with _weights_of(seed=0):
-        return _quiet(
-            StableDiffusionPipeline(
-                tokenizer=_clip_tokenizer(),
-                text_encoder=CLIPTextModel(_clip_config()).eval(),
-                unet=_unet(cross_attention_dim=32),
-                vae=_vae(),
-                scheduler=DDIMScheduler(
-                    beta_start=0.00085,
-                    beta_end=0.012,
-                    beta_schedule="scaled_linear",
-                    clip_sample=False,
-                    set_alpha_to_one=False,
-                    steps_offset=1,
-                ),
-                safety_checker=_safety_checker() if safety_checker else None,
-                feature_extractor=CLIPImageProcessor(size=30, crop_size=30) if safety_checker else None,
-                requires_safety_checker=safety_checker,
-            )
-        )
+    return StableDiffusionPipeline(
+        tokenizer=_clip_tokenizer(),
+        text_encoder=CLIPTextModel(_clip_config()).eval(),
+        unet=_unet(cross_attention_dim=32),
+        vae=_vae(),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=_safety_checker() if safety_checker else None,
+        feature_extractor=CLIPImageProcessor(size=30, crop_size=30) if safety_checker else None,
+        requires_safety_checker=safety_checker,
+    )
 
 
+@_seeded(1)
 def stable_diffusion_xl() -> StableDiffusionXLPipeline:
     """Two CLIP text encoders, UNet with pooled text and size conditioning, Euler."""
-    with _weights_of(seed=1):
-        conditioning = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 32,
-        }
-        return _quiet(
-            StableDiffusionXLPipeline(
-                tokenizer=_clip_tokenizer(),
-                tokenizer_2=_clip_tokenizer(),
-                text_encoder=CLIPTextModel(_clip_config()).eval(),
-                text_encoder_2=CLIPTextModelWithProjection(_clip_config()).eval(),
-                unet=_unet(cross_attention_dim=64, **conditioning),
-                vae=_vae(),
-                scheduler=EulerDiscreteScheduler(
-                    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-                ),
-                add_watermarker=False,
-            )
-        )
+    conditioning = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+    }
+    return StableDiffusionXLPipeline(
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_clip_tokenizer(),
+        text_encoder=CLIPTextModel(_clip_config()).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config()).eval(),
+        unet=_unet(cross_attention_dim=64, **conditioning),
+        vae=_vae(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        add_watermarker=False,
+    )
 
 
+@_seeded(2)
 def stable_diffusion_3() -> StableDiffusion3Pipeline:
     """Two CLIP text encoders and T5, joint transformer, flow matching."""
-    with _weights_of(seed=2):
-        return _quiet(
-            StableDiffusion3Pipeline(
-                tokenizer=_clip_tokenizer(),
-                tokenizer_2=_clip_tokenizer(),
-                tokenizer_3=_t5_tokenizer(),
-                text_encoder=CLIPTextModelWithProjection(_clip_config()).eval(),
-                text_encoder_2=CLIPTextModelWithProjection(_clip_config()).eval(),
-                text_encoder_3=_t5(width=64),
-                transformer=SD3Transformer2DModel(
-                    sample_size=SIDE // 2,
-                    patch_size=2,
-                    in_channels=4,
-                    num_layers=2,
-                    attention_head_dim=8,
-                    num_attention_heads=4,
-                    caption_projection_dim=32,
-                    joint_attention_dim=64,
-                    pooled_projection_dim=64,
-                    out_channels=4,
-                ).eval(),
-                vae=_vae(shift_factor=0.1),
-                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            )
-        )
+    return StableDiffusion3Pipeline(
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_clip_tokenizer(),
+        tokenizer_3=_t5_tokenizer(),
+        text_encoder=CLIPTextModelWithProjection(_clip_config()).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config()).eval(),
+        text_encoder_3=_t5(width=64),
+        transformer=SD3Transformer2DModel(
+            sample_size=SIDE // 2,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_projection_dim=32,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            out_channels=4,
+        ).eval(),
+        vae=_vae(shift_factor=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
 
 
+@_seeded(3)
 def flux() -> FluxPipeline:
     """CLIP for the pooled text, T5 for the tokens, packed and shifted latents, embedded guidance."""
-    with _weights_of(seed=3):
-        return _quiet(
-            FluxPipeline(
-                tokenizer=_clip_tokenizer(),
-                tokenizer_2=_t5_tokenizer(),
-                text_encoder=CLIPTextModel(_clip_config()).eval(),
-                text_encoder_2=_t5(width=32),
-                transformer=FluxTransformer2DModel(
-                    in_channels=16,
-                    num_layers=1,
-                    num_single_layers=1,
-                    attention_head_dim=16,
-                    num_attention_heads=2,
-                    joint_attention_dim=32,
-                    pooled_projection_dim=32,
-                    guidance_embeds=True,
-                    axes_dims_rope=(4, 4, 8),
-                ).eval(),
-                vae=_vae(shift_factor=0.1),
-                scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-            )
-        )
+    return FluxPipeline(
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_t5_tokenizer(),
+        text_encoder=CLIPTextModel(_clip_config()).eval(),
+        text_encoder_2=_t5(width=32),
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        ).eval(),
+        vae=_vae(shift_factor=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )
 
 
-FAMILIES: dict[str, Callable[[], Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "sd": stable_diffusion,
     "sdxl": stable_diffusion_xl,
     "sd3": stable_diffusion_3,

@@ -115,8 +115,9 @@ def test_the_reward_rises(sd, optimizer, steps):
     assert out.denoiser_calls == 5 * steps
     pixels = torch.from_numpy(np.array(out.images[0])).permute(2, 0, 1)[None] / 255
     assert float(corner(pixels, [PROMPT])) == pytest.approx(out.scores[0], abs=1 / 255)
-    again = make(sd, iterations=4, optimizer=optimizer)(PROMPT, **{**FEW_STEPS, "num_inference_steps": steps})
-    assert again.history == out.history
+    if steps == 1:
+        again = make(sd, iterations=4, optimizer=optimizer)(PROMPT, **ONE_STEP)
+        assert again.history == out.history
 
 
 SHAPES = {
@@ -129,8 +130,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["sdxl", "flux", "flux_2_klein", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "sd3"))],
+    "family", ["sdxl", "flux", "flux_2_klein", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "sd3"))]
 )
 def test_the_pipeline_makes_the_image_again_from_the_noise(family):
     pipe = pipeline(family)

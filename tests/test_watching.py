@@ -19,7 +19,7 @@ from pipelines_current import pipeline
 from torch import Tensor
 from watched import PROMPT, STEPS, Recorder, is_left_alone, redness, sample
 
-from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger
+from aigiqa_reward.sampling.callbacks import RewardLogger
 from aigiqa_reward.types import PromptFeatures
 
 
@@ -111,22 +111,6 @@ def test_a_wrapper_of_the_users_own_stays():
         assert not hasattr(copied.step, "listeners")  # nobody listens to a copy
     finally:
         del pipe.scheduler.step
-
-
-def test_beside_the_users_own_callback():
-    pipe, seen = pipeline("sd"), []
-
-    class Mine:
-        tensor_inputs = ("latents", "prompt_embeds")
-
-        def __call__(self, pipeline: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-            seen.append((step, sorted(kwargs)))
-            return kwargs
-
-    with RewardLogger(pipe, redness, PROMPT) as logger, EarlyExit(pipe, redness, PROMPT, above=9.0) as exit_:
-        sample(pipe, callback_on_step_end=MultiPipelineCallbacks([logger, exit_, Mine()]))
-    assert seen == [(step, ["latents", "prompt_embeds"]) for step in range(STEPS)]
-    assert len(logger.history) == STEPS and exit_.exited_at is None
 
 
 # --------------------------------------------------------------------------------------------- errors

@@ -21,7 +21,7 @@ ANCESTRAL = tuple(name for name in SERVED if name not in (*SEVERAL_CALLS_A_STEP,
 
 @dataclass(frozen=True, kw_only=True)
 class StepWeights:
-    """Weights of the latents after a step: clean x0 + told eps + fresh noise, for the model's x0 and eps.
+    """Weights of predicted clean latents x0, predicted noise eps and fresh noise in the latents after a step.
 
     Attributes:
         clean: () weight of the predicted clean latents x0.
@@ -74,7 +74,7 @@ def step_mean(scheduler: Any, step: int, latents: Tensor, clean: Tensor, weights
         step: number of the step, from 0.
         latents: (B, ...) before it, not scaled for the model.
         clean: (B, ...) latents x0 predicted there.
-        weights: weights of the step.
+        weights: their weights.
     """
     alpha, sigma = (value.to(latents.device) for value in noise_level(scheduler, step))
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))

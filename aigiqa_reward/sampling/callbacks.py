@@ -17,7 +17,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 __all__ = ["EarlyExit", "LoggedStep", "RewardLogger"]
+
+Entry = TypeVar("Entry", bound="LoggedStep")
 
 _SERVED = [name for name in SERVED if name not in SEVERAL_CALLS_A_STEP]
 
@@ -91,19 +93,18 @@ class SeenStep:
         return {"step": self.index, "timestep": self.timestep, **lists}
 
 
-class Watch(ABC):
+class Watch(ABC, Generic[Entry]):
     """A context manager to pass as `callback_on_step_end`, alone or within diffusers' MultiPipelineCallbacks.
 
     Args:
         pipe: a text-to-image pipeline of a family in `sampling.families`, which has step callbacks.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; it stays on its device.
-        prompt: one text for all images, or P texts for B = P k images, each for k in a row, which is the order in which
-            pipelines make `num_images_per_prompt=k`.
+        prompt: one text for all images, or P texts for B = P k images, each for k in a row, as pipelines make
+            `num_images_per_prompt=k`.
 
     Raises:
-        TypeError: a pipeline without an adapter, a reward that cannot be called, a prompt that is no text.
-        ValueError: a blank prompt; on entering, a pipeline without step callbacks, or a scheduler that calls the
-            denoiser several times per step.
+        ValueError: on entering, a pipeline without step callbacks, or a scheduler that calls the denoiser several times
+            per step.
     """
 
     tensor_inputs: ClassVar[list[str]] = ["latents"]
@@ -116,6 +117,7 @@ class Watch(ABC):
         remedy = "pass the prompt of the images, or a list of one prompt per image"
         self.texts = [check_text(text, "prompt", remedy) for text in texts or [""]]
         self.reward = BoundReward(reward, self.texts)
+        self.history: list[Entry] = []
         self._taps: list[_Tap] = []
         self._called: Mapping[str, Any] | None = None
         self._size: tuple[int, int] | None = None
@@ -135,7 +137,7 @@ class Watch(ABC):
                 "use BestOfN or ParticleSteering, which run its parts themselves"
             )
         check_scheduler(pipe.scheduler, need=self._name, served=_SERVED, flow=self._adapter.flow)
-        self._called, self._steps, self._calls = None, 0, 0
+        self.history, self._called, self._steps, self._calls = [], None, 0, 0
         self._taps = [_tap(pipe.scheduler, "step"), _tap(pipe, "prepare_latents")]
         for tap, listener in zip(self._taps, (self._on_step, self._on_prepare), strict=True):
             tap.listeners[id(self)] = listener
@@ -156,11 +158,7 @@ class Watch(ABC):
     def __call__(
         self, pipeline: DiffusionPipeline, step_index: int, timestep: float, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Handle a step, as diffusers calls it.
-
-        Raises:
-            ValueError: outside a `with` block, or by another pipeline than its own.
-        """
+        """Handle a step, as diffusers calls it."""
         called, self._called, self._calls = self._called, None, self._calls + 1
         if not self._taps:
             raise ValueError(
@@ -267,7 +265,7 @@ def _tap(target: Any, name: str) -> _Tap:
     return tap
 
 
-class RewardLogger(Watch):
+class RewardLogger(Watch[LoggedStep]):
     """Scores the previews of a run; the images are the same, bit for bit, as without it.
 
     The last entry of a run is the score of the images themselves. Each entry costs a decoding and a call of the reward.
@@ -296,12 +294,6 @@ class RewardLogger(Watch):
     ) -> None:
         super().__init__(pipe, reward, prompt)
         self.every = integer("every", every, least=1)
-        self.history: list[LoggedStep] = []
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self.history = []
-        return self
 
     def after_step(self, seen: SeenStep) -> None:
         """Score the preview of every `every`-th step and of the last."""
@@ -309,7 +301,7 @@ class RewardLogger(Watch):
             self.history.append(LoggedStep(**seen.scores(self.rate(self.preview(seen)))))
 
 
-class EarlyExit(Watch):
+class EarlyExit(Watch[LoggedStep]):
     """Ends a run as soon as its preview is good enough, or no longer improves, and returns the preview as the image.
 
     The remaining steps are skipped, with their calls of the denoiser. Each step before costs a decoding and a call of
@@ -326,9 +318,6 @@ class EarlyExit(Watch):
     Attributes:
         exited_at: number of the last step taken in the latest run, from 0; None if the run was not ended early.
         history: scores of the previews of the latest run.
-
-    Raises:
-        ValueError: neither `above` nor `patience`, or an argument out of range.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -360,12 +349,10 @@ class EarlyExit(Watch):
         self.patience = None if patience is None else integer("patience", patience, least=1)
         self.first = first
         self.exited_at: int | None = None
-        self.history: list[LoggedStep] = []
 
     def __enter__(self) -> Self:
-        super().__enter__()
-        self.exited_at, self.history = None, []
-        return self
+        self.exited_at = None
+        return super().__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if self.exited_at is not None:

@@ -36,7 +36,7 @@ class GuidedStep(LoggedStep):
     shift_norm: list[float]
 
 
-class RewardGuidance(Watch):
+class RewardGuidance(Watch[GuidedStep]):
     """Moves the latents up the gradient of the reward's total after each step of a stock pipeline.
 
         with RewardGuidance(pipe, reward, prompt, scale=20.0) as guidance:
@@ -61,10 +61,9 @@ class RewardGuidance(Watch):
     the whole pipeline in bfloat16 or float32. (The VAEs of Stable Diffusion 1.x and SDXL are refused in float16.)
 
     Args:
-        pipe: a text-to-image pipeline of Stable Diffusion 1 to 3.5, SDXL, FLUX, Qwen-Image, Z-Image or Sana.
+        pipe: see `RewardLogger`.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput` with gradients in the images.
-        prompt: the text that the reward sees for all images, or a list of the batch's texts. With
-            `through_denoiser` it must be the prompt of the pipeline's call.
+        prompt: see `RewardLogger`. With `through_denoiser` it must be the prompt of the pipeline's call.
         scale: length of a move at full noise and clipped gradient is at most `scale * clip`; 0 changes nothing.
         through_denoiser: whether to use the second formula.
         start: share of the steps, in [0, 1], from which on to guide.
@@ -77,9 +76,8 @@ class RewardGuidance(Watch):
         history: the guided steps since the `with` block was entered.
 
     Raises:
-        TypeError, ValueError: see `RewardLogger`; an argument out of range, or one of the pipeline that guidance
-            cannot serve; on entering, a VAE that overflows in float16; at a step, a reward without gradients, or
-            gradients that are not finite.
+        ValueError: on entering, a VAE that overflows in float16; at a step, a reward without gradients, or gradients
+            that are not finite.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -115,7 +113,6 @@ class RewardGuidance(Watch):
         self.scale, self.clip = float(scale), float(clip)
         self.start, self.stop, self.every = start, stop, integer("every", every, least=1)
         self.through_denoiser = through_denoiser
-        self.history: list[GuidedStep] = []
         self._pipe_kwargs = pipe_kwargs
         self._rollout: Rollout | None = None
         self._conditioning: Conditioning | None = None
@@ -125,9 +122,7 @@ class RewardGuidance(Watch):
         if self.through_denoiser:
             self._rollout = Rollout(self.pipe, need="RewardGuidance", **self._pipe_kwargs)
             self._conditioning = self._rollout.encode(self.texts)
-        super().__enter__()
-        self.history = []
-        return self
+        return super().__enter__()
 
     def after_step(self, seen: SeenStep) -> Tensor | None:
         """Return the moved latents, if this step is guided."""
@@ -155,8 +150,8 @@ class RewardGuidance(Watch):
         kept = (norms / self.clip).clamp(min=1).reciprocal().view(-1, *[1] * (gradient.ndim - 1))
         shift = self.scale * weight * kept * gradient
         shifts = torch.linalg.vector_norm(shift.flatten(1), dim=1)
-        norm_lists = {"gradient_norm": norms.tolist(), "shift_norm": shifts.tolist()}
-        self.history.append(GuidedStep(**seen.scores(output), **norm_lists))
+        entry = GuidedStep(**seen.scores(output), gradient_norm=norms.tolist(), shift_norm=shifts.tolist())
+        self.history.append(entry)
         return (seen.latents + shift).to(seen.latents.dtype)
 
     def _is_due(self, seen: SeenStep) -> bool:
@@ -189,7 +184,7 @@ class RewardGuidance(Watch):
         conditioning = self._conditioning[self.places(count)]
         generators = [torch.Generator().manual_seed(row) for row in range(count)]
         with torch.no_grad():
-            shared = rollout.family.start(generators, conditioning).shared  # its noise is not used
+            _, shared = rollout.family.start(generators, conditioning)  # its noise is not used
         return State(
             latents=seen.latents,
             conditioning=conditioning,
@@ -219,11 +214,7 @@ class RewardGuidance(Watch):
 
 
 def reward_gradient(reward: BoundReward, totals: Tensor, latents: Tensor, needed_by: str) -> Tensor:
-    """Return the gradient of the sum of a reward's totals (B,) in the latents; no `.grad` is set.
-
-    Raises:
-        ValueError: totals without gradients, or that do not depend on the latents.
-    """
+    """Return the gradient of the sum of a reward's totals (B,) in the latents, without setting any `.grad`."""
     found = torch.autograd.grad(totals.sum(), latents, allow_unused=True)[0] if totals.requires_grad else None
     if found is None:
         reward.require_gradient(totals.detach(), needed_by)

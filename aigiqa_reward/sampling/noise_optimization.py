@@ -49,11 +49,7 @@ def norm_log_likelihood(noise: Tensor) -> Tensor:
 
     It is (d - 1) log ||e|| - ||e||^2 / 2 + const, highest at ||e|| = sqrt(d - 1).
 
-    Args:
-        noise: tensor of d numbers in any shape.
-
-    Returns:
-        () without the constant; differentiable.
+    The result is without the constant and differentiable; noise has d numbers in any shape.
     """
     norm = torch.linalg.vector_norm(noise)
     return (noise.numel() - 1) * norm.log() - norm.square() / 2
@@ -108,10 +104,6 @@ class NoiseOptimizer:
         longest: maximum number of sampling steps; more are an error.
         reward_prompt: the text that the reward sees; by default the pipeline's prompt.
         progress: show a progress bar over the iterations.
-
-    Raises:
-        TypeError: an argument of a wrong type, or a pipeline without an adapter.
-        ValueError: an argument out of range.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -168,7 +160,6 @@ class NoiseOptimizer:
             UserWarning: if an image, its total or a gradient is not finite: the best so far is returned.
 
         Raises:
-            ValueError: an argument that cannot be served, more steps than `longest`, a reward without gradients.
             NothingRankedError: if there is no image: not finite from the start, or all flagged by the safety checker.
         """
         seed = first_seed(seed, 1, "the noise")
@@ -179,12 +170,16 @@ class NoiseOptimizer:
         generator = torch.Generator("cpu").manual_seed(seed)
         try:
             start = rollout.start(rollout.encode([text]), [generator])
-            self._check_steps(start.steps)
+            if start.steps > self.longest:
+                raise ValueError(
+                    f"num_inference_steps: expected at most longest={self.longest} calls of the denoiser, got "
+                    f"{start.steps}; the gradient passes through each, which takes time and memory, and fades or "
+                    "explodes over many. Use a model of one to four steps with num_inference_steps=1 to 4, raise "
+                    "longest=, or use BestOfN or ParticleSteering, which need no gradients"
+                )
             text = text if self.reward_prompt is None else self.reward_prompt
-            reward = BoundReward(self.reward, [text])
-            ascent = _Ascent(
-                plan=self, rollout=rollout, start=start, reward=reward, text=text, after=generator.get_state()
-            )
+            bound, after = BoundReward(self.reward, [text]), generator.get_state()
+            ascent = _Ascent(plan=self, rollout=rollout, start=start, reward=bound, text=text, after=after)
             with torch.enable_grad(), without_weight_gradients(self.pipe, self.reward):
                 stopped = ascent.climb()
         finally:
@@ -200,15 +195,6 @@ class NoiseOptimizer:
                 stacklevel=2,
             )
         return output
-
-    def _check_steps(self, steps: int) -> None:
-        if steps > self.longest:
-            raise ValueError(
-                f"num_inference_steps: expected at most longest={self.longest} calls of the denoiser, got {steps}; the "
-                "gradient passes through each of them, which takes time and memory, and fades or explodes over many "
-                "steps. Use a model of one to four steps with num_inference_steps=1 to 4, raise longest=, or use "
-                "BestOfN or ParticleSteering, which need no gradients"
-            )
 
 
 @dataclass(kw_only=True)

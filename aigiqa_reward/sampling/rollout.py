@@ -120,10 +120,6 @@ class Rollout:
         pipe: a text-to-image pipeline of a family in `sampling.families`. It is not changed.
         need: name of the caller, for errors.
         **pipe_kwargs: as in `pipe(prompt, **pipe_kwargs)`.
-
-    Raises:
-        TypeError: a pipeline of another class.
-        ValueError: an argument or a scheduler that our loop cannot serve.
     """
 
     def __init__(self, pipe: DiffusionPipeline, *, need: str = "this", **pipe_kwargs: Any) -> None:
@@ -137,10 +133,7 @@ class Rollout:
             return self.family.encode(prompts)
 
     def start(
-        self,
-        conditioning: Conditioning,
-        generators: Sequence[torch.Generator],
-        latents: Tensor | None = None,
+        self, conditioning: Conditioning, generators: Sequence[torch.Generator], latents: Tensor | None = None
     ) -> State:
         """Draw the initial noise of B candidates.
 
@@ -150,16 +143,16 @@ class Rollout:
             latents: (B, ...) initial latents to use instead; the generators draw theirs all the same.
         """
         with torch.no_grad():
-            start = self.family.start(generators, conditioning)
+            drawn, shared = self.family.start(generators, conditioning)
         scheduler = copy.deepcopy(self.pipe.scheduler)
         vars(scheduler).pop("step", None)  # a callback's wrapper around the pipeline's scheduler is not for ours
-        self.family.set_timesteps(scheduler, start.latents)
+        self.family.set_timesteps(scheduler, drawn)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         return State(
-            latents=self.family.as_started(start.latents, scheduler) if latents is None else latents,
+            latents=self.family.as_started(drawn, scheduler) if latents is None else latents,
             conditioning=conditioning,
-            shared=start.shared,
+            shared=shared,
             generators=tuple(generators),
             scheduler=scheduler,
         )

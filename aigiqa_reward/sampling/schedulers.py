@@ -9,29 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BY_TIMESTEP = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler")
+
+def _names(*names: str, kind: str = "") -> tuple[str, ...]:
+    return tuple(f"{name}{kind}Scheduler" for name in names)
+
+
+BY_TIMESTEP = _names("DDIM", "DDPM", "PNDM", "LCM", "TCD")
 """Noise levels by timestep; latents are alpha x0 + sigma eps with alpha^2 + sigma^2 = 1."""
 
-BY_SIGMA = (
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "SASolverScheduler",
-)
+BY_SIGMA = (*_names("DPMSolver", "UniPC", "DEIS", kind="Multistep"), *_names("DPMSolverSinglestep", "SASolver"))
 """Noise levels by step, as sigma / alpha; latents as above, or as those of flow matching (`use_flow_sigmas`)."""
 
-EXPLODING = (
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-)
+EXPLODING = _names("Euler", "EulerAncestral", "Heun", "LMS", "KDPM2", "KDPM2Ancestral", kind="Discrete")
 """Noise levels by step; latents are x0 + sigma eps."""
 
-FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+FLOW = _names("FlowMatchEuler", "FlowMatchHeun", kind="Discrete")
 """Noise levels by step; latents are (1 - sigma) x0 + sigma eps, the model predicts eps - x0."""
 
 _AS_FLOW = "use_flow_sigmas=True, prediction_type='flow_prediction'"
@@ -39,11 +31,8 @@ _AS_FLOW = "use_flow_sigmas=True, prediction_type='flow_prediction'"
 SERVED = (*BY_TIMESTEP, *BY_SIGMA, *EXPLODING, *FLOW)
 
 SEVERAL_CALLS_A_STEP = (
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "DPMSolverSinglestepScheduler",
+    *_names("Heun", "KDPM2", "KDPM2Ancestral", "FlowMatchHeun", kind="Discrete"),
+    *_names("DPMSolverSinglestep"),
 )
 """Higher-order schedulers that call the denoiser several times per step, between the samples of the process."""
 

@@ -52,10 +52,7 @@ def log_potential(potential: Potential, rewards: Tensor, temperature: float) -> 
 def last_log_potential(rewards: Tensor, so_far: Tensor, temperature: float) -> Tensor:
     """Return the logarithm of the final images' potential: all potentials of a line then multiply to exp(r / T).
 
-    Args:
-        rewards: (N,) rewards r of the final images.
-        so_far: (N,) sum of the logarithms of the potentials at the previews.
-        temperature: T.
+    `so_far` (N,) is the sum of the logarithms of the potentials at the previews, `temperature` is T.
     """
     return rewards / temperature - so_far
 
@@ -127,10 +124,6 @@ class ParticleSteering:
         reward_prompt: the text that the reward sees; by default the pipeline's prompt.
         progress: show a progress bar over the steps.
 
-    Raises:
-        TypeError: an argument of a wrong type, or a pipeline without an adapter.
-        ValueError: an argument out of range, or another scheduler.
-
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
         >>> from aigiqa_reward.sampling import ParticleSteering
@@ -192,7 +185,6 @@ class ParticleSteering:
                 checker, or scored NaN or infinite by the reward. Their weight is 0.
 
         Raises:
-            ValueError: an argument that cannot be served.
             NothingRankedError: if no particle is left.
         """
         seed = first_seed(seed, self.particles + 1, "all particles, and their resampling,")

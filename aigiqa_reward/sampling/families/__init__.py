@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from aigiqa_reward.sampling.families.base import Conditioning, Family, SamplingOptions, Start
+from aigiqa_reward.sampling.families.base import Conditioning, Family, SamplingOptions
 from aigiqa_reward.sampling.families.flux import Flux
 from aigiqa_reward.sampling.families.flux_2 import Flux2, Flux2Klein
 from aigiqa_reward.sampling.families.qwen_image import QwenImage
@@ -21,7 +21,7 @@ from aigiqa_reward.sampling.families.z_image import ZImage
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-__all__ = ["FAMILIES", "Conditioning", "Family", "SamplingOptions", "Start", "family_of", "find_family"]
+__all__ = ["FAMILIES", "Conditioning", "Family", "SamplingOptions", "family_of", "find_family"]
 
 FAMILIES: tuple[type[Family], ...] = (
     StableDiffusion,
@@ -55,10 +55,6 @@ def family_of(pipe: DiffusionPipeline, pipe_kwargs: Mapping[str, Any] | None = N
         pipe: a text-to-image pipeline of diffusers.
         pipe_kwargs: arguments of its call, as in `pipe(prompt, **pipe_kwargs)`.
         need: name of the caller, for the error.
-
-    Raises:
-        TypeError: a pipeline of a class without an adapter.
-        ValueError: an argument that the adapter does not support.
     """
     found = find_family(pipe)
     if found is None:

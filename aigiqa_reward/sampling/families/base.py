@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -89,8 +89,7 @@ class Conditioning:
     def __getitem__(self, rows: Sequence[int]) -> Conditioning:
         """The rows at these places; a place may come several times."""
         return Conditioning(
-            positive=_at(self.positive, rows),
-            negative=None if self.negative is None else _at(self.negative, rows),
+            positive=_at(self.positive, rows), negative=None if self.negative is None else _at(self.negative, rows)
         )
 
     @staticmethod
@@ -98,8 +97,7 @@ class Conditioning:
         """Join the rows of several conditionings of one call, in order."""
         negatives = [part.negative for part in parts if part.negative is not None]
         return Conditioning(
-            positive=joined([part.positive for part in parts]),
-            negative=joined(negatives) if negatives else None,
+            positive=joined([part.positive for part in parts]), negative=joined(negatives) if negatives else None
         )
 
 
@@ -141,19 +139,6 @@ def _cat(values: list[Any], *, padded: bool) -> Any:
     return torch.cat(values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """The start of sampling.
-
-    Attributes:
-        latents: (B, ...) noise, in the layout in which the pipeline's scheduler sees it.
-        shared: named inputs of the denoiser that all candidates have in common (positions of the latents' tokens).
-    """
-
-    latents: Tensor
-    shared: Mapping[str, Tensor]
-
-
 class Family(ABC):
     """One architecture of diffusers' text-to-image pipelines, split into its parts.
 
@@ -192,7 +177,7 @@ class Family(ABC):
             latents: (B, ...) scaled as the scheduler wants a model's input.
             time: () the step's entry of `scheduler.timesteps`, or (B,) one for each row.
             rows: `positive`, `negative`, or both joined.
-            shared: of `Start`.
+            shared: inputs that all candidates have in common, as `start` returns them.
         """
 
     # ----------------------------------------------------------------------------------------- conditioning
@@ -219,31 +204,24 @@ class Family(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode (B,) prompts by the pipeline's own text encoders."""
-        guided = self.guided
-        outputs = self.encoded(
-            prompts, do_classifier_free_guidance=guided, negative_prompt=self.negatives(prompts)
-        )  # each output for the prompts, then for the negative prompts
-        negative = dict(zip(self.text_inputs, outputs[1::2], strict=True)) if guided else None
-        return Conditioning(positive=dict(zip(self.text_inputs, outputs[::2], strict=True)), negative=negative)
+        guided, negatives = self.guided, self.negatives(prompts)
+        found = self.encoded(prompts, do_classifier_free_guidance=guided, negative_prompt=negatives)
+        # Each output for the prompts, then the same for the negative prompts.
+        positive, negative = (dict(zip(self.text_inputs, found[branch::2], strict=True)) for branch in (0, 1))
+        return Conditioning(positive=positive, negative=negative if guided else None)
 
     def encoded(self, prompts: Sequence[str], **more: Any) -> Any:
         """Call `pipe.encode_prompt` with these prompts, those of the options that it takes, and `more`."""
         function = self.pipe.encode_prompt
-        taken = inspect.signature(function).parameters
-        options = {name: getattr(self.options, name, None) for name in taken if name != "negative_prompt"}
+        taken, own = inspect.signature(function).parameters, self.options
+        attention = own.cross_attention_kwargs or own.joint_attention_kwargs or own.attention_kwargs or {}
+        options = {name: getattr(own, name, None) for name in taken if name != "negative_prompt"}
         values = {name: value for name, value in options.items() if value is not None}
         values |= {"prompt": list(prompts), "prompt_2": None, "prompt_3": None, "device": self.device}
         values |= {"num_images_per_prompt": 1, **more}
-        if (scale := self.lora_scale) is not None:
-            values["lora_scale"] = scale
+        if "scale" in attention:  # strength of LoRA layers
+            values["lora_scale"] = attention["scale"]
         return function(**{name: value for name, value in values.items() if name in taken})
-
-    @property
-    def lora_scale(self) -> float | None:
-        """Strength of LoRA layers, as the attention arguments state it."""
-        options = self.options
-        kwargs = options.cross_attention_kwargs or options.joint_attention_kwargs or options.attention_kwargs
-        return (kwargs or {}).get("scale")
 
     def negatives(self, prompts: Sequence[str]) -> list[str] | None:
         """The negative prompt of each row."""
@@ -261,37 +239,31 @@ class Family(ABC):
         """Channels of the latents that the pipeline is asked to draw."""
         return self.denoiser.config.in_channels
 
-    def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
-        """Draw noise as the pipeline does, candidate i from generator i."""
+    def start(
+        self, generators: Sequence[torch.Generator], conditioning: Conditioning
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw noise (B, ...) as the pipeline does, candidate i from generator i, in the scheduler's layout.
+
+        It comes with named inputs of the denoiser that all candidates have in common (positions of the tokens).
+        """
         texts: Any = conditioning.positive[self.text_inputs[0]]
         kind = torch.float32 if self.float32_noise else texts.dtype
         drawn = self.pipe.prepare_latents(
             len(generators), self.channels, *self.size(), kind, self.device, list(generators), None
         )
-        if isinstance(drawn, Tensor):
-            return Start(latents=drawn, shared={})
-        return Start(latents=drawn[0], shared={"img_ids": drawn[1]})  # positions of the tokens
+        return (drawn, {}) if isinstance(drawn, Tensor) else (drawn[0], {"img_ids": drawn[1]})
 
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
         """Give a scheduler the steps that the pipeline would take from these latents."""
         self.retrieve_timesteps(scheduler)
 
-    def retrieve_timesteps(self, scheduler: Any, *, sigmas: Iterable[float] | None = None, **more: Any) -> None:
-        """Do as the pipelines' function of that name: the caller's own steps, or sigmas, or a number of steps."""
+    def retrieve_timesteps(self, scheduler: Any, *, sigmas: Any = None, **more: Any) -> None:
+        """Call diffusers' function of that name; the caller's own sigmas replace the default ones given here."""
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+
         options = self.options
-        for name in ("timesteps", "sigmas"):
-            if getattr(options, name) is not None and name not in inspect.signature(scheduler.set_timesteps).parameters:
-                raise ValueError(
-                    f"{name}: {type(scheduler).__name__} does not accept custom {name}; leave the argument out, or use "
-                    "a scheduler that does"
-                )
         sigmas = sigmas if options.sigmas is None else options.sigmas
-        if options.timesteps is not None:
-            scheduler.set_timesteps(timesteps=options.timesteps, device=self.device, **more)
-        elif sigmas is not None:
-            scheduler.set_timesteps(sigmas=sigmas, device=self.device, **more)
-        else:
-            scheduler.set_timesteps(options.num_inference_steps, device=self.device, **more)
+        retrieve_timesteps(scheduler, options.num_inference_steps, self.device, options.timesteps, sigmas, **more)
 
     def as_started(self, latents: Tensor, scheduler: Any) -> Tensor:
         """Rescale initial latents that the pipeline has drawn, for a scheduler whose steps are set only now.
@@ -347,15 +319,11 @@ class Family(ABC):
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images to latents without noise, as the scheduler sees them, in at least float32.
 
-        Where the encoder gives a distribution, its mode is taken, so that an image always has the same latents.
-        (Diffusers' FLUX pipelines that take images do so too; its training scripts draw a sample. The std of a trained
-        VAE is a small part of that of its latents.)
+        Where the encoder gives a distribution, its mode is taken, so that an image always has the same latents (as
+        diffusers' FLUX pipelines do; its training scripts draw a sample).
 
         Args:
             images: (B, 3, H, W) in [0, 1], of the size that is sampled.
-
-        Raises:
-            ValueError: images of another size.
         """
         wanted = self.size()
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *wanted):

@@ -23,7 +23,9 @@ class Flux2(TwoPass):
         return dict(zip(("encoder_hidden_states", "txt_ids"), self.encoded(texts), strict=True))
 
     def shift(self, tokens: int, scheduler: Any) -> float:
-        return empirical_shift(tokens, self.options.num_inference_steps)
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return compute_empirical_mu(tokens, self.options.num_inference_steps)
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         positions = shared["img_ids"][:1]
@@ -31,8 +33,7 @@ class Flux2(TwoPass):
             hidden_states=latents.to(self.pipe.transformer.dtype),
             timestep=time.expand(len(latents)).to(latents.dtype) / 1000,
             guidance=self.guidance_input(latents),
-            encoder_hidden_states=rows["encoder_hidden_states"],
-            txt_ids=rows["txt_ids"],
+            **rows,
             img_ids=positions.expand(len(latents), *positions.shape[1:]),
             joint_attention_kwargs=self.options.attention_kwargs,
             return_dict=False,
@@ -74,12 +75,3 @@ class Flux2Klein(Flux2):
 
     def guidance_input(self, latents: Tensor) -> None:
         return None
-
-
-def empirical_shift(tokens: int, steps: int) -> float:
-    """Return the mu of FLUX.2's schedule: linear in the tokens at 10 and at 200 steps, and in the steps between."""
-    few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
-    if tokens > 4300:
-        return many
-    slope = (many - few) / 190
-    return slope * steps + many - 200 * slope

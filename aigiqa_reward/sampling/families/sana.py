@@ -96,8 +96,7 @@ class PixArt(_Binned):
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         return self.pipe.transformer(
             latents,
-            encoder_hidden_states=rows["encoder_hidden_states"],
-            encoder_attention_mask=rows["encoder_attention_mask"],
+            **rows,
             timestep=time.expand(len(latents)),
             added_cond_kwargs=self._sizes(latents),
             return_dict=False,

@@ -29,8 +29,7 @@ class StableDiffusion3(Family):
         return self.pipe.transformer(
             hidden_states=latents,
             timestep=time.expand(len(latents)),
-            encoder_hidden_states=rows["encoder_hidden_states"],
-            pooled_projections=rows["pooled_projections"],
+            **rows,
             joint_attention_kwargs=self.options.joint_attention_kwargs,
             return_dict=False,
         )[0]
