@@ -249,7 +249,7 @@ def test_other_pipelines_schedulers_and_arguments_are_refused(sd):
     assert all(name in str(refused.value) for name in SERVED)
     with pytest.raises(TypeError, match="negative_prompt: expected one text"):
         Rollout(sd, **FEW_STEPS, negative_prompt=["blurry", "dark"])
-    with pytest.raises(ValueError, match="DDIMScheduler.* does not support custom sigmas"):
+    with pytest.raises(ValueError, match=r"DDIMScheduler.* does not support custom sigmas"):
         started(Rollout(sd, **FEW_STEPS, sigmas=[1.0, 0.5]))
 
 

@@ -83,7 +83,9 @@ def marked(names: Iterable[str]) -> list[Any]:
 
 
 KINDS = [
-    pytest.param(case, kind, marks=[pytest.mark.slow] * (case not in FAST or kind == "v_prediction" and case not in V))
+    pytest.param(
+        case, kind, marks=[pytest.mark.slow] * (case not in FAST or (kind == "v_prediction" and case not in V))
+    )
     for case in CASES
     for kind in (["flow"] if case in FLOW else ["epsilon", "v_prediction"])
 ]
