@@ -65,8 +65,8 @@ def page() -> str:
     return "\n".join(
         [
             "# Licenses\n",
-            f"The package is under {PROJECT['license']}. `python docs/licenses.py` writes this page from the metadata of",
-            "the installed packages.\n",
+            f"The package is under {PROJECT['license']}. `python docs/licenses.py` writes this page from the",
+            "metadata of the installed packages.\n",
             "## Dependencies\n",
             "| package | license in its metadata | needed for |",
             "| --- | --- | --- |",
