@@ -113,7 +113,7 @@ def published_markdown(benchmark: str) -> str:
         close = difflib.get_close_matches(str(benchmark).upper(), names, n=1, cutoff=0.5)
         meant = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"benchmark: nothing published for {benchmark!r}{meant} There is: {', '.join(names)}")
-    lines = [f"### {benchmark}: as published; their splits differ: see protocol"]
+    lines = [f"### {benchmark}: as published, with other splits"]
     for task in TASKS:
         cells = [[row.method, row.protocol, f"{row.srcc:.4f}", f"{row.plcc:.4f}"] for row in rows if row.task == task]
         if cells:
