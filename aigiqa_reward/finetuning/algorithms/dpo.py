@@ -27,7 +27,7 @@ from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome, generator_of
 from aigiqa_reward.finetuning.config import FinetuneConfig
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.pairs import Contrast, PairLatents, fingerprint, own_pairs
 from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import State
@@ -253,12 +253,12 @@ class DPO(Algorithm):
         pairs = None if self.pairs is None else fingerprint(self.pairs)
         return super().settings() | {"dpo.pairs": pairs}
 
-    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
+    def check(self, tools: TrainingContext, prompts: Sequence[str]) -> None:
         """Refuse a scheduler that does not tell what its model was trained on, or what its sampler asks of it."""
         self.noising(first_state(tools, prompts[0]))
 
     def ready(
-        self, tools: Tools, prompts: Sequence[str], folder: Path, settings: FinetuneConfig, *, progress: bool
+        self, tools: TrainingContext, prompts: Sequence[str], folder: Path, settings: FinetuneConfig, *, progress: bool
     ) -> DPO:
         """With pairs of the pipeline's own images, made into `folder`/pairs, where it is to learn from nothing else."""
         if self.pairs is not None or self.refresh_every:
@@ -284,14 +284,14 @@ class DPO(Algorithm):
 
     # ----------------------------------------------------------------------------------------- pairs
 
-    def prepare(self, tools: Tools, batches: Sequence[Batch]) -> Memory:
+    def prepare(self, tools: TrainingContext, batches: Sequence[Batch]) -> Memory:
         """Fresh pairs for the rows of a round, where it is not one on given pairs: latents, and the mean reward."""
         if not self.refresh_every or (self.pairs is not None and batches[0].step < self.refresh_every):
             return {}
         made = [self.sampled(tools, batch) for batch in batches]
         return {f"{name}.{part}": tensor for part, named in enumerate(made) for name, tensor in named.items()}
 
-    def sampled(self, tools: Tools, batch: Batch) -> dict[str, Tensor]:
+    def sampled(self, tools: TrainingContext, batch: Batch) -> dict[str, Tensor]:
         """Best and worst of each row's candidates, `winners` and `losers` (B, ...); their mean `reward` (B,).
 
         Candidates that are not finite, or whose reward is not, do not count. Where the rest differ by no more than the
@@ -308,7 +308,7 @@ class DPO(Algorithm):
         mean = totals.nanmean().nan_to_num()  # stands for a row without any, so that a checkpoint can be read
         return {"winners": winners, "losers": losers, "reward": torch.where(totals.isnan(), mean, totals).mean(dim=0)}
 
-    def candidate(self, tools: Tools, batch: Batch, place: int) -> tuple[Tensor, Tensor]:
+    def candidate(self, tools: TrainingContext, batch: Batch, place: int) -> tuple[Tensor, Tensor]:
         """Latents (B, ...) of one more image of each row, in at least float32, and their rewards (B,), or NaN."""
         latents = tools.rollout.run(tools.start(batch, f"candidate {place}")).latents
         images = tools.rollout.show(latents)
@@ -318,7 +318,7 @@ class DPO(Algorithm):
         at_least_single = torch.promote_types(latents.dtype, torch.float32)
         return latents.to(at_least_single), torch.where(whole & total.isfinite(), total, torch.nan)
 
-    def clean(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> tuple[Tensor, Tensor]:
+    def clean(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> tuple[Tensor, Tensor]:
         """Latents (B, ...) of winners and losers."""
         if memory:
             device = tools.rollout.family.device  # where a checkpoint was read is the CPU
@@ -330,7 +330,7 @@ class DPO(Algorithm):
 
     # ----------------------------------------------------------------------------------------- the loss
 
-    def losses(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """One loss.
 
         It tells `accuracy`, whether the winner gained more than the loser, ties half; `margin`, the inside of the
@@ -373,12 +373,14 @@ class DPO(Algorithm):
         return (inside / self.beta - 1 / (2 * self.beta)).square()
 
 
-def first_state(tools: Tools, prompt: str) -> State:
+def first_state(tools: TrainingContext, prompt: str) -> State:
     """One candidate before its first step: what a sampler of these arguments starts with, and its levels."""
     return tools.rollout.start(tools.encode([prompt]), [torch.Generator("cpu").manual_seed(0)])
 
 
-def denoiser(tools: Tools, batch: Batch, noised: Tensor, times: Tensor, state: State) -> Callable[[bool], Tensor]:
+def denoiser(
+    tools: TrainingContext, batch: Batch, noised: Tensor, times: Tensor, state: State
+) -> Callable[[bool], Tensor]:
     """The denoiser on 2B noised rows, winners before losers, told of the prompts and of no negative prompts.
 
     Args:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.sampling.rollout import State
 from aigiqa_reward.sampling.schedulers import noise_level
 from aigiqa_reward.types import RewardOutput
@@ -79,7 +79,7 @@ class DRaFT(Algorithm):
             return int(batch.numbers("truncation").integers(1, steps + 1))
         return min(self.truncation_steps, steps)
 
-    def losses(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """One loss, or n + 1 of them for DRaFT-LV."""
         del part, memory
         state = tools.start(batch)
@@ -107,7 +107,7 @@ class DRaFT(Algorithm):
             yield (alpha * finished.float() + sigma * noise.to(finished.device)).to(finished.dtype)
 
 
-def climb(tools: Tools, state: State) -> tuple[Tensor, Tensor]:
+def climb(tools: TrainingContext, state: State) -> tuple[Tensor, Tensor]:
     """Finish sampling with gradients: latents (B, ...) and the mean distance (B,) to the reference on the way."""
     far, alone = [], state.step + 1 == state.steps
     while not state.done:
@@ -118,7 +118,7 @@ def climb(tools: Tools, state: State) -> tuple[Tensor, Tensor]:
     return state.latents, torch.stack(far).mean(dim=0) if far else state.latents.new_zeros(len(state))
 
 
-def outcome(tools: Tools, batch: Batch, images: Tensor, far: Tensor) -> Outcome:
+def outcome(tools: TrainingContext, batch: Batch, images: Tensor, far: Tensor) -> Outcome:
     """The loss -min(total, ceiling) + penalty * distance, mean over the rows; NaN for images that are not finite.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.algorithms.draft import told
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.sampling.ancestral import ANCESTRAL, StepWeights, ancestral_weights, is_last, placed, step_mean
 from aigiqa_reward.sampling.rollout import State
 from aigiqa_reward.sampling.schedulers import check_scheduler, is_flow, noise_level
@@ -210,7 +210,7 @@ class PolicyGradient(Algorithm):
     def weights(self, scheduler: Any, step: int) -> StepWeights:
         """What the latents after step number `step` are made of."""
 
-    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
+    def check(self, tools: TrainingContext, prompts: Sequence[str]) -> None:
         """Refuse a scheduler without a stochastic sampler, and arguments of the pipeline that would go unheard."""
         super().check(tools, prompts)
         check_scheduler(tools.rollout.pipe.scheduler, need=self.title, served=ANCESTRAL)
@@ -223,7 +223,7 @@ class PolicyGradient(Algorithm):
     # ----------------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
-    def prepare(self, tools: Tools, batches: Sequence[Batch]) -> Memory:
+    def prepare(self, tools: TrainingContext, batches: Sequence[Batch]) -> Memory:
         """Sample and score this process's parts, compare them with those of all processes.
 
         Samples with pixels or scores that are not finite get advantage 0, and zeros in place of their latents. If none
@@ -270,7 +270,7 @@ class PolicyGradient(Algorithm):
         drawn = batch.numbers("timesteps").choice(noisy, size=count, replace=False)
         return sorted(int(step) for step in drawn)
 
-    def sample(self, tools: Tools, state: State, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(self, tools: TrainingContext, state: State, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Finished latents (B, ...); the latents (B, T, ...) before each step and the trained steps' log_probs (B, n).
 
         The last two are on the CPU.
@@ -293,7 +293,7 @@ class PolicyGradient(Algorithm):
         return GaussianStep(mean=mean, deviation=weights.fresh.to(mean.device))
 
     def compared(
-        self, tools: Tools, batches: Sequence[Batch], scores: Sequence[dict[str, Tensor]]
+        self, tools: TrainingContext, batches: Sequence[Batch], scores: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """Advantages of this process's rows, part after part, and what to tell of them; on the CPU."""
         device = tools.accelerator.device
@@ -334,7 +334,7 @@ class PolicyGradient(Algorithm):
 
     # ----------------------------------------------------------------------------------------- losses
 
-    def losses(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """One loss for each trained step; together they are the mean over these steps."""
         state = tools.start(batch)
         device = state.latents.device
@@ -358,7 +358,7 @@ class PolicyGradient(Algorithm):
             yield Outcome(loss=loss.mean() / len(steps), measures={**shown, **measures})
 
     def step_loss(
-        self, tools: Tools, state: State, after: Tensor, *, advantages: Tensor, old: Tensor, alive: Tensor
+        self, tools: TrainingContext, state: State, after: Tensor, *, advantages: Tensor, old: Tensor, alive: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (B,) of one step, and what to tell of it.
 
@@ -399,7 +399,7 @@ def zero_unless(alive: Tensor, values: Tensor) -> Tensor:
     return torch.where(alive.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
 
 
-def judged(tools: Tools, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
+def judged(tools: TrainingContext, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
     """What the reward says (B,) of the images as the pipeline would give them; on the CPU.
 
     An image with pixels that are not finite is not shown to the reward, a gray one is; its scores are NaN, as are those
@@ -477,7 +477,7 @@ class FlowGRPO(PolicyGradient):
         # A little above sqrt(2), for those who round.
         number("noise_level", self.noise_level, "in (0, sqrt(2)]; try 0.7", lambda value: 0 < value < 1.4143)
 
-    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
+    def check(self, tools: TrainingContext, prompts: Sequence[str]) -> None:
         """Refuse models that are not of flow matching, besides what every policy gradient refuses."""
         pipe = tools.rollout.pipe
         if not is_flow(pipe.scheduler):

@@ -16,7 +16,7 @@ import torch
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.algorithms.draft import outcome
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.utils.checks import number
 
 
@@ -47,7 +47,7 @@ class ReFL(Algorithm):
         first = min(int(self.earliest * steps), steps - 1)
         return int(batch.numbers("late step").integers(first, steps))
 
-    def losses(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """One loss."""
         del part, memory
         state = tools.start(batch)
