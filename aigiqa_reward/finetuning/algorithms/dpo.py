@@ -170,41 +170,45 @@ class DPO(Algorithm):
     """Diffusion-DPO on given pairs, on pairs that it makes of the pipeline's images first, or of its own as it goes.
 
     Guidance is off in the loss, as in training. The loop's `kl_coeff`, 0 by default, adds to what beta does already.
-
-    Attributes:
-        pairs: images on disk that the reward or people have compared, of `build_preference_pairs`,
-            `read_preference_pairs` or `datasets.read_pickapic`. Their prompts take the place of the training's. None
-            makes them by `build_preference_pairs` into `output_dir`/pairs before the first step, or with
-            `refresh_every` on the way.
-        beta: strength of the pull towards the reference. The paper has 2000 for SD 1.5, 5000 for SDXL (section 5.1).
-        loss: "sigmoid" as above; "hinge", max(0, 1 - inside) (Zhao et al. 2023, SLiC); "ipo", (inside / beta - 1 /
-            (2 beta))^2 (Azar et al. 2024, equation 17), which pulls `inside` to 1/2 and no further.
-        timesteps: noise levels that are drawn: "uniform", those of the model's training, as in the paper; "sampler",
-            those of the steps that the training's `sampling` takes, all that images made in as many steps depend on.
-        refresh_every: steps of the optimizer after which a round's images are sampled anew, with the adapter as it then
-            is; 0 is never. A round trains on the same rows in all its steps. With `pairs`, the first steps train on
-            those instead, other rows in each.
-        candidates: images that pairs are made of: for each prompt before the first step (`n` there), for each row of a
-            refresh, of which the best and the worst are the pair.
-        pairs_per_prompt: of pairs that are made first.
-        guidance_scales: of pairs that are made first: candidates are sampled at each, and paired with themselves.
-        reward_guidance: likewise: each is sampled with `sampling.RewardGuidance` of this scale too; 0 is without.
-        margin: least difference of a pair's rewards; a row below it counts for nothing.
     """
 
     name: ClassVar[str] = "dpo"
     kl_coeff: ClassVar[float] = 0.0
 
     pairs: PreferencePairs | None = field(default=None, repr=False)
-    beta: float = 2000.0
-    loss: Loss = "sigmoid"
-    timesteps: Timesteps = "uniform"
-    refresh_every: int = 0
-    candidates: int = 4
-    pairs_per_prompt: int = 1
-    guidance_scales: tuple[float, ...] = ()
-    reward_guidance: float = 0.0
-    margin: float = 0.0
+    beta: float = field(
+        default=2000.0,
+        metadata={"help": "Strength of the pull towards the reference model; the paper has 2000 and 5000 (SDXL)."},
+    )
+    loss: Loss = field(
+        default="sigmoid",
+        metadata={"help": "Loss of a pair: 'sigmoid' as in the paper, 'hinge' (SLiC) or 'ipo' (Azar et al. 2024)."},
+    )
+    timesteps: Timesteps = field(
+        default="uniform",
+        metadata={"help": "Noise levels to train on: 'uniform' over the model's training, or those of the 'sampler'."},
+    )
+    refresh_every: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps between samplings of new pairs from the trained model; 0 is never."},
+    )
+    candidates: int = field(
+        default=4, metadata={"help": "Images sampled per prompt, of which the best and the worst become a pair."}
+    )
+    pairs_per_prompt: int = field(
+        default=1, metadata={"help": "Pairs per prompt, for pairs that are sampled before the training."}
+    )
+    guidance_scales: tuple[float, ...] = field(
+        default=(),
+        metadata={"help": "Guidance scales to sample each noise at before the training, for pairs of one noise."},
+    )
+    reward_guidance: float = field(
+        default=0.0,
+        metadata={"help": "Scale of a reward guidance to sample each noise with once more before the training."},
+    )
+    margin: float = field(
+        default=0.0, metadata={"help": "Difference of rewards that a pair must exceed to be trained on."}
+    )
     latents: PairLatents | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -36,11 +36,6 @@ class DRaFT(Algorithm):
     With classifier-free guidance both branches are in the graph: the gradient is that of the images which the pipeline
     makes with the same `guidance_scale`, at twice the cost of a step without guidance.
 
-    Attributes:
-        truncation_steps: K from 1, "all" for every step, or "random" for AlignProp's draw. More than there are steps
-            is all of them.
-        low_variance: n of DRaFT-LV, gradients beside that of the sampled image; 0 is DRaFT-K. Needs K = 1.
-
     Example:
         >>> from aigiqa_reward.finetuning import DRaFT
         >>> DRaFT(truncation_steps=2), DRaFT(low_variance=4).truncation_steps
@@ -54,8 +49,13 @@ class DRaFT(Algorithm):
     name: ClassVar[str] = "draft"
     reward_gradient: ClassVar[bool] = True
 
-    truncation_steps: int | Literal["all", "random"] = 1
-    low_variance: int = 0
+    truncation_steps: int | Literal["all", "random"] = field(
+        default=1, metadata={"help": "Last sampling steps K that carry gradients, 'all', or 'random' as in AlignProp."}
+    )
+    low_variance: int = field(
+        default=0,
+        metadata={"help": "Extra gradients per image (n of DRaFT-LV); needs truncation_steps=1, and 0 is DRaFT-K."},
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.truncation_steps, str) and self.truncation_steps not in ("all", "random"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -162,30 +162,30 @@ def group_advantages(
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradient(Algorithm):
-    """A policy gradient on the steps of a stochastic sampler.
-
-    Attributes:
-        images_per_prompt: size of a group, whose images are compared with each other. Divides the step's whole batch.
-            1 compares the whole batch, whatever the prompts. The default is chosen here: it fits the default batch;
-            Flow-GRPO takes 24.
-        updates_per_round: steps of the optimizer on the same samples. In the first, all ratios are 1; from the
-            second on they are clipped.
-        clip_range: how far from 1 the ratio of a step may go before its gradient ends. The default is that of the
-            code of DDPO and Flow-GRPO, for the mean over the latents' dimensions (`GaussianStep.log_prob`).
-        advantage_clip: largest advantage, in standard deviations of the reward.
-        deviation: whose standard deviation divides the advantages, the group's or the batch's.
-        timestep_fraction: share in (0, 1] of the steps that are trained, drawn anew each round.
-    """
+    """A policy gradient on the steps of a stochastic sampler."""
 
     learning_rate: ClassVar[float] = 3e-4
     title: ClassVar[str]
 
-    images_per_prompt: int = 4
-    updates_per_round: int = 1
-    clip_range: float = 1e-4
-    advantage_clip: float = 10.0
-    deviation: Literal["group", "batch"] = "group"
-    timestep_fraction: float = 1.0
+    images_per_prompt: int = field(
+        default=4,
+        metadata={"help": "Images per prompt, which are compared with each other; 1 compares the whole batch."},
+    )
+    updates_per_round: int = field(default=1, metadata={"help": "Optimizer steps on the same sampled images."})
+    clip_range: float = field(
+        default=1e-4,
+        metadata={"help": "Distance from 1 at which the probability ratio of a sampling step is clipped, in (0, 1)."},
+    )
+    advantage_clip: float = field(
+        default=10.0, metadata={"help": "Largest advantage, in standard deviations of the reward."}
+    )
+    deviation: Literal["group", "batch"] = field(
+        default="group",
+        metadata={"help": "Standard deviation that divides advantages: of the prompt's 'group' or of the 'batch'."},
+    )
+    timestep_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the sampling steps to train on, in (0, 1], drawn anew each round."}
+    )
 
     def __post_init__(self) -> None:
         integer("images_per_prompt", self.images_per_prompt, least=1)
@@ -420,9 +420,6 @@ class DDPO(PolicyGradient):
     The sampler is `ancestral_weights`: DDIM with eta, Euler ancestral, or for flow models one with equal marginals. The
     pipeline may sample with its own scheduler afterwards, with or without noise.
 
-    Attributes:
-        eta: noise of the sampler in (0, 1]; 1 as in the paper's code.
-
     Example:
         >>> from aigiqa_reward.finetuning import DDPO
         >>> DDPO(eta=1.0, images_per_prompt=4).rows_per_prompt
@@ -432,7 +429,9 @@ class DDPO(PolicyGradient):
     name: ClassVar[str] = "ddpo"
     title: ClassVar[str] = "DDPO"
 
-    eta: float = 1.0
+    eta: float = field(
+        default=1.0, metadata={"help": "Noise of the sampler, in (0, 1], as in DDIM; the paper's code uses 1."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -450,13 +449,6 @@ class FlowGRPO(PolicyGradient):
     Training samples with noise and may take few steps (the paper: 10); the pipeline samples with its own scheduler
     afterwards, without noise and with as many steps as one likes.
 
-    Attributes:
-        sampler: "sde" is the paper's Euler-Maruyama step (`flow_sde_weights`); "ancestral" is, for the same noise, the
-            step that keeps the marginals at any number of steps (`ancestral_weights`): cleaner images for the reward
-            where there are few.
-        noise_level: a of sigma_t = a sqrt(t / (1 - t)), in (0, sqrt(2)], where sqrt(2) is "ancestral" with eta=1. The
-            default is the paper's.
-
     Example:
         >>> from aigiqa_reward.finetuning import FlowGRPO
         >>> FlowGRPO(images_per_prompt=8, noise_level=0.7).sampler
@@ -466,9 +458,16 @@ class FlowGRPO(PolicyGradient):
     name: ClassVar[str] = "grpo"
     title: ClassVar[str] = "Flow-GRPO"
 
-    advantage_clip: float = 5.0
-    sampler: Literal["sde", "ancestral"] = "sde"
-    noise_level: float = 0.7
+    advantage_clip: float = field(
+        default=5.0, metadata={"help": "Largest advantage, in standard deviations of the reward."}
+    )
+    sampler: Literal["sde", "ancestral"] = field(
+        default="sde",
+        metadata={"help": "Sampling step: 'sde' as in the paper, or 'ancestral', with cleaner images in few steps."},
+    )
+    noise_level: float = field(
+        default=0.7, metadata={"help": "Noise a of sigma_t = a sqrt(t / (1 - t)), in (0, sqrt(2)]; the paper uses 0.7."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
