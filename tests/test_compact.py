@@ -52,7 +52,7 @@ def test_crops_count_by_their_mean_statistics(reward: Reward) -> None:
     quarters = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     image = pixels_of(quarters)
     with torch.no_grad():
-        seen = reward.model.look(image)
+        seen = reward.model.forward_features(image)
         alone = torch.stack([reward.model.fine.statistics(quarter[None])[0] for quarter in quarters])
     torch.testing.assert_close(seen["crops"][0], alone.mean(dim=0), rtol=1e-4, atol=1e-4)
 
@@ -127,10 +127,10 @@ def test_the_right_caption_of_eight_is_preferred(reward: Reward, unseen: np.ndar
     captions += [((nouns + step) % 64, (colors + step) % 8) for step in (3, 30)]
     scores = []
     with torch.inference_mode():
-        seen = reward.model.look(pictures)
+        seen = reward.model.forward_features(pictures)
         for pair in captions:
             features = reward.encode_prompts([caption(*each) for each in np.stack(pair, axis=1).tolist()])
-            scores.append(reward.model.judge(seen, features, None).correspondence)
+            scores.append(reward.model.forward_head(seen, features, None).correspondence)
     assert float((torch.stack(scores).argmax(dim=0) == 0).float().mean()) >= 0.9
 
 
@@ -243,7 +243,7 @@ def test_images_and_pictures_are_trusted_and_scores_are_multiplied(reward: Rewar
         whole = pixels.load(files[0])[None]
         before = reward(whole, ["sushi"])
         half = create_reward("compact")
-        pushed = half.model.head.likeness.pushed(half.model.statistics(half.model.look(whole)))
+        pushed = half.model.head.likeness.pushed(half.model.statistics(half.model.forward_features(whole)))
         half.model.head.likeness.guard_limits.copy_(torch.tensor([float(pushed) / 2, float(pushed) / 2]))
         after = half(whole, ["sushi"])
     assert float((trust == 1).float().mean()) >= 0.9
