@@ -14,7 +14,7 @@ import torch
 
 from aigiqa_reward.datasets import ScoredImages, split_rows
 from aigiqa_reward.evaluation import ProtocolReport, SplitScores, group_mean_predictor, ridge_predict, score_split
-from aigiqa_reward.evaluation.report import GENERATOR, MODEL
+from aigiqa_reward.evaluation.protocol import GENERATOR, MODEL
 from aigiqa_reward.training.by_name import Trained, TrainingPlan, train_reward
 from aigiqa_reward.training.fit import predict_against
 from aigiqa_reward.training.store import FeatureStore
