@@ -1,16 +1,18 @@
-"""What mkdocs does beside its plugins: it takes linked files of the repository along, and lists the commands.
+"""Hooks of mkdocs: add linked files of the repository to the site, and list the commands.
 
-Pages link to files outside of `docs/` by their place in the repository, so that the links hold there too. Here each
-such file joins the site under `repository/`: Markdown as a page whose own links are followed, anything else as it is.
+Pages link to files outside of `docs/` by their path in the repository, so that the links work there too. Each such file
+is added to the site under `repository/`: Markdown as a page whose own links are followed, anything else unchanged.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from click import Context, Group
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -49,7 +51,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match["text"] if path.is_dir() else match[0]
         return f"[{match['text']}]({os.path.relpath(_uri(target), here)}{match['anchor'] or ''})"
 
-    return LINK.sub(replace, markdown).replace(COMMANDS, _commands() if COMMANDS in markdown else "")
+    return LINK.sub(replace, markdown).replace(COMMANDS, command_reference() if COMMANDS in markdown else "")
 
 
 def _origin(file: File) -> Path:
@@ -76,33 +78,37 @@ def _uri(path: Path) -> str:
 # --------------------------------------------------------------------------------------------- the command line
 
 
-def _commands() -> str:
+def command_reference() -> str:
     """Every command with its options, from the app itself."""
     from typer.main import get_command
 
     from aigiqa_reward.cli import app
 
-    group: Any = get_command(app)
-    return "\n\n".join(_command(name, command) for name, command in sorted(group.commands.items()))
+    return "\n\n".join(_sections(get_command(app), "aigiqa-reward"))
 
 
-def _command(name: str, command: Any) -> str:
+def _sections(command: Any, name: str) -> Iterator[str]:
+    context = Context(command)
+    if isinstance(command, Group):
+        for inner in sorted(command.list_commands(context)):
+            yield from _sections(command.get_command(context, inner), f"{name} {inner}")
+        return
     panels: dict[str, list[Any]] = {}
-    for parameter in command.params:
+    for parameter in command.get_params(context):
         panels.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(parameter)
-    parts = [f"## aigiqa-reward {name}", _plain(command.help)]
+    parts = [f"## {name}", _plain(command.help)]
     for panel, parameters in panels.items():
-        rows = "\n".join(_row(parameter) for parameter in parameters)
+        rows = "\n".join(_row(parameter) for parameter in parameters if "--help" not in parameter.opts)
         parts.append(f"| {panel} | | default |\n| --- | --- | --- |\n{rows}")
-    return "\n\n".join(parts)
+    yield "\n\n".join(parts)
 
 
 def _row(parameter: Any) -> str:
     names = [*parameter.opts, *parameter.secondary_opts] if parameter.param_type_name == "option" else [parameter.name]
-    spelt = ", ".join(f"`{name}`" for name in names if "_" not in name or len(names) == 1)
     default = "required" if parameter.required else parameter.default
     shown = "" if default is None or default == () or callable(default) else f"{getattr(default, 'value', default)}"
-    return f"| {spelt} | {_plain(parameter.help)} | {_plain(shown)} |"
+    names = ", ".join(f"`{name}`" for name in names)
+    return f"| {names} | {_plain(getattr(parameter, 'help', None))} | {_plain(shown)} |"
 
 
 def _plain(text: str | None) -> str:

@@ -1,8 +1,7 @@
-"""Shape annotations of the package are checked while the tests run; fixtures that several files share.
+"""Check shape annotations of the package while the tests run; fixtures that several files share.
 
-jaxtyping's hook must be in place before the package is imported, which is why it is set up on import of this file.
-Beside it stand two settings for speed: one thread for each of several processes, so that numbers do not depend on the
-machine either, and memory that glibc keeps instead of giving it back after every operation, which costs torch the most.
+jaxtyping's hook must be installed before the package is imported, so this file does it on import. It also sets one
+thread per test process, and lets glibc keep memory between operations, which makes torch on CPUs much faster.
 """
 
 from __future__ import annotations
@@ -23,10 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def check_shapes(function: Function) -> Function:
-    """Let beartype check the annotations that state a shape, and those only.
-
-    Plain types are left to the package, whose own errors say more than a type checker's and are tested as such.
-    """
+    """Let beartype check annotations with shapes only; the package checks plain types with better errors."""
     hints = function.__annotations__
     function.__annotations__ = {name: hint for name, hint in hints.items() if _states_shape(hint)}
     return beartype(function)
@@ -49,7 +45,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _memory_is_given_back() -> Iterator[None]:
-    """After each file, so that a process holds what one file needs and not what all did."""
+    """Free memory after each file."""
     yield
     gc.collect()
     if LIBC is not None:
@@ -58,7 +54,7 @@ def _memory_is_given_back() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def agiqa3k() -> Path:
-    """The folder of the human-scored images, where it lies beside the repository."""
+    """The folder of human-scored images beside the repository."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "agiqa3k"
     if not folder.is_dir():
         pytest.skip("human-scored images are not beside this checkout")
@@ -75,7 +71,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny(clip: str) -> list[str]:
-    """Options of the command line that name a small reward on it."""
+    """Command line options of a small reward on it."""
     return ["--reward", "tsp_mgs", "--encoder", clip, "--device", "cpu"]
 
 
@@ -89,5 +85,5 @@ def tiny_reward(clip: str) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that takes longest, so that no process is left alone with it at the end."""
+    """Start with the longest file, so that both processes end at about the same time."""
     items.sort(key=lambda item: item.path.name != "test_model_contract.py")

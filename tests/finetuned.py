@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.batch import Batch, generator_of
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.sampling.rollout import Rollout
 
@@ -50,7 +50,7 @@ def stir(lora: LoRA, size: float = 0.3, seed: int = 0) -> LoRA:
 
 def tools_of(
     pipe: Any, reward: Any = warmth, *, double: bool = False, stirred: bool = True, call: Any = None, **options: Any
-) -> Tools:
+) -> TrainingContext:
     """With an adapter of rank 2; `double` has it in float64, as the pipeline then must be."""
     rollout = Rollout(pipe, **(call or CALL))
     lora = LoRA(rollout.family, rank=2)
@@ -59,7 +59,7 @@ def tools_of(
             weight.data = weight.data.double()
     if stirred:
         stir(lora)
-    return Tools(rollout=rollout, lora=lora, reward=reward, accelerator=Accelerator(cpu=True), **options)
+    return TrainingContext(rollout=rollout, lora=lora, reward=reward, accelerator=Accelerator(cpu=True), **options)
 
 
 def batch_of(rows: Iterable[int] = (0,), *, step: int = 0, seed: int = 0, size: int | None = None) -> Batch:
@@ -77,7 +77,7 @@ def batch_of(rows: Iterable[int] = (0,), *, step: int = 0, seed: int = 0, size: 
     )
 
 
-def gradient(tools: Tools, algorithm: Algorithm, batch: Batch) -> Tensor:
+def gradient(tools: TrainingContext, algorithm: Algorithm, batch: Batch) -> Tensor:
     """Of all losses of a batch, flat over the adapter's weights, by going backward through each as the loop does."""
     weights = list(tools.lora.weights.values())
     for weight in weights:
@@ -88,11 +88,11 @@ def gradient(tools: Tools, algorithm: Algorithm, batch: Batch) -> Tensor:
     return torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None])
 
 
-def flat(tools: Tools) -> Tensor:
+def flat(tools: TrainingContext) -> Tensor:
     return torch.cat([weight.detach().flatten() for weight in tools.lora.weights.values()])
 
 
-def put(tools: Tools, values: Tensor) -> None:
+def put(tools: TrainingContext, values: Tensor) -> None:
     """The opposite of `flat`."""
     weights = list(tools.lora.weights.values())
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aigiqa_reward.finetuning.algorithms.policy_gradient import PolicyGradient
 from aigiqa_reward.finetuning.batch import Batch, Outcome
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.sampling.rollout import Rollout
 
@@ -34,7 +34,7 @@ def tools_of(
     checkpointed: bool = False,
     ceiling: float | None = None,
     **sampling: Any,
-) -> Tools:
+) -> TrainingContext:
     """Of a pipeline whose adapter's B is normal with deviation `moved`."""
     if dtype != torch.float32:
         pipe.to(dtype)
@@ -45,7 +45,7 @@ def tools_of(
         weight.data = weight.data.to(dtype)
         if "lora_B" in name and moved:
             weight.data = moved * torch.randn(weight.shape, generator=generator, dtype=dtype)
-    return Tools(
+    return TrainingContext(
         rollout=rollout,
         lora=lora,
         reward=reward,
@@ -77,7 +77,7 @@ def batches(
 
 
 def went_backward(
-    algorithm: PolicyGradient, tools: Tools, parts: Sequence[Batch], memory: Mapping[str, Tensor]
+    algorithm: PolicyGradient, tools: TrainingContext, parts: Sequence[Batch], memory: Mapping[str, Tensor]
 ) -> list[list[Outcome]]:
     """The outcomes of each part, after each went backward as the loop does it."""
     outcomes = []
@@ -90,7 +90,7 @@ def went_backward(
     return outcomes
 
 
-def gradients(tools: Tools) -> dict[str, Tensor]:
+def gradients(tools: TrainingContext) -> dict[str, Tensor]:
     """Of all weights, which are then without."""
     found = {}
     for name, weight in tools.lora.weights.items():
@@ -104,7 +104,9 @@ def size_of(found: Mapping[str, Tensor]) -> float:
     return float(torch.stack([value.double().square().sum() for value in found.values()]).sum().sqrt())
 
 
-def trained(algorithm: PolicyGradient, tools: Tools, *, rounds: int, rows: int, learning_rate: float) -> list[float]:
+def trained(
+    algorithm: PolicyGradient, tools: TrainingContext, *, rounds: int, rows: int, learning_rate: float
+) -> list[float]:
     """Train by hand; the samples' mean reward of each round."""
     optimizer = torch.optim.AdamW(tools.lora.weights.values(), lr=learning_rate)
     rewards, step = [], 0
@@ -123,7 +125,7 @@ def trained(algorithm: PolicyGradient, tools: Tools, *, rounds: int, rows: int, 
 
 
 @torch.no_grad()
-def shown(tools: Tools, count: int) -> Tensor:
+def shown(tools: TrainingContext, count: int) -> Tensor:
     """(count,) rewards of what the pipeline makes of seeds that training has not seen, by its own scheduler."""
     prompts = [PROMPTS[place % len(PROMPTS)] for place in range(count)]
     generators = [torch.Generator().manual_seed(90_000 + place) for place in range(count)]

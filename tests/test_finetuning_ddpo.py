@@ -100,7 +100,7 @@ def test_an_adapter_that_does_nothing_is_at_no_distance():
 
 @pytest.fixture(scope="module")
 def exact() -> Any:
-    """Tools in float64, of a small weight of the distance."""
+    """TrainingContext in float64, of a small weight of the distance."""
     return tools_of(pipelines.stable_diffusion(), penalty=0.3, dtype=torch.float64, **PLAIN)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning.algorithms.dpo import DPO, Noising, accuracy
 from aigiqa_reward.finetuning.batch import Batch, Outcome
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.images import load
 from aigiqa_reward.sampling.rollout import Rollout
@@ -44,8 +44,8 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
     return images.mean(dim=(1, 2, 3))
 
 
-def tools_of(kind: str, reward: Any = brightness, *, away: float = 0.0, **more: Any) -> Tools:
-    """Tools of a fresh pipeline; with `away`, the LoRA's B is drawn from a normal of that deviation."""
+def tools_of(kind: str, reward: Any = brightness, *, away: float = 0.0, **more: Any) -> TrainingContext:
+    """TrainingContext of a fresh pipeline; with `away`, the LoRA's B is drawn from a normal of that deviation."""
     rollout = Rollout(BUILDERS[kind](), **CALL.get(kind, FEW_STEPS))
     lora = LoRA(rollout.family, rank=4)
     generator = torch.Generator().manual_seed(1)
@@ -53,7 +53,7 @@ def tools_of(kind: str, reward: Any = brightness, *, away: float = 0.0, **more: 
         for name, weight in lora.weights.items():
             if away and "lora_B" in name:
                 weight.copy_(away * torch.randn(weight.shape, generator=generator))
-    return Tools(rollout=rollout, lora=lora, reward=reward, accelerator=Accelerator(cpu=True), **more)
+    return TrainingContext(rollout=rollout, lora=lora, reward=reward, accelerator=Accelerator(cpu=True), **more)
 
 
 def batch_of(rows: int = 3, **more: Any) -> Batch:
@@ -76,7 +76,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PreferencePairs:
     )
 
 
-def outcome(dpo: DPO, tools: Tools, batch: Batch, part: int = 0, memory: Any = None) -> Outcome:
+def outcome(dpo: DPO, tools: TrainingContext, batch: Batch, part: int = 0, memory: Any = None) -> Outcome:
     (found,) = dpo.losses(tools, batch, part, memory or {})
     return found
 
@@ -123,7 +123,7 @@ def test_ties_count_half():
 # --------------------------------------------------------------------------------------------- the formula again
 
 
-def called_directly(tools: Tools, kind: str, noised: Tensor, time: Tensor, prompt: str) -> Tensor:
+def called_directly(tools: TrainingContext, kind: str, noised: Tensor, time: Tensor, prompt: str) -> Tensor:
     """The denoiser's output for one row, with the pipeline's own parts alone."""
     pipe: Any = tools.rollout.pipe
     if kind == "sdxl":
@@ -144,7 +144,9 @@ def called_directly(tools: Tools, kind: str, noised: Tensor, time: Tensor, promp
     return pipe.unet(noised, time, texts).sample
 
 
-def noised_by_diffusers(tools: Tools, clean: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+def noised_by_diffusers(
+    tools: TrainingContext, clean: Tensor, noise: Tensor, level: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Noised latents, the time of their level, and the target."""
     scheduler: Any = tools.rollout.pipe.scheduler
     if "FlowMatch" in type(scheduler).__name__:
@@ -158,7 +160,7 @@ def noised_by_diffusers(tools: Tools, clean: Tensor, noise: Tensor, level: int) 
 
 
 @torch.no_grad()
-def insides_of(dpo: DPO, tools: Tools, kind: str, batch: Batch, pairs: PreferencePairs) -> Tensor:
+def insides_of(dpo: DPO, tools: TrainingContext, kind: str, batch: Batch, pairs: PreferencePairs) -> Tensor:
     """Insides (B,) in float64 by equation 14, one image at a time."""
     family = tools.rollout.family
     like = torch.stack([family.encode_images(load(file)[None])[0] for file in pairs.better])

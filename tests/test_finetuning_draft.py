@@ -13,29 +13,29 @@ from finetuned import CALL, GUIDED, batch_of, decoded, flat, gradient, noise_of,
 from torch import Tensor
 
 from aigiqa_reward.finetuning import DRaFT
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 
 STEPS = 2
 
 
 @pytest.fixture(scope="module")
-def double() -> Tools:
+def double() -> TrainingContext:
     """Stable Diffusion in float64 with a random adapter."""
     return tools_of(precise(), double=True)
 
 
 @pytest.fixture(scope="module")
-def guided() -> Tools:
+def guided() -> TrainingContext:
     return tools_of(precise(), double=True, call=GUIDED)
 
 
-def with_options(tools: Tools, **options: Any) -> Tools:
+def with_options(tools: TrainingContext, **options: Any) -> TrainingContext:
     """The same pipeline and adapter."""
     kept = {name: getattr(tools, name) for name in ("rollout", "lora", "reward", "accelerator")}
-    return Tools(**{**kept, **options})
+    return TrainingContext(**{**kept, **options})
 
 
-def slopes(tools: Tools, function: Callable[[], float], count: int = 2) -> list[tuple[Tensor, float]]:
+def slopes(tools: TrainingContext, function: Callable[[], float], count: int = 2) -> list[tuple[Tensor, float]]:
     """Directions in the space of the adapter's weights, and central differences along them."""
     start, small, found = flat(tools), 1e-4, []
     for seed in range(count):
@@ -56,7 +56,7 @@ def slopes(tools: Tools, function: Callable[[], float], count: int = 2) -> list[
 @pytest.mark.parametrize("which", ["double", "guided"])
 def test_gradient_is_that_of_finite_differences(which: str, kept: int, request: pytest.FixtureRequest) -> None:
     """Of the loss by another sampler, whose prefix has the adapter as it is and whose rest the one that is moved."""
-    tools: Tools = request.getfixturevalue(which)
+    tools: TrainingContext = request.getfixturevalue(which)
     pipe, batch = tools.rollout.pipe, batch_of()
     scale = tools.rollout.family.guidance
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_gradient_is_that_of_finite_differences(which: str, kept: int, request: 
 
 @pytest.mark.parametrize("which", ["double", "guided"])
 def test_all_steps_are_full_backpropagation(which: str, request: pytest.FixtureRequest) -> None:
-    tools: Tools = request.getfixturevalue(which)
+    tools: TrainingContext = request.getfixturevalue(which)
     pipe, batch = tools.rollout.pipe, batch_of((0, 1))
     scale = tools.rollout.family.guidance
     images = decoded(pipe, sampled(pipe, batch.prompts, noise_of(batch), scale=scale))
@@ -88,7 +88,7 @@ def test_all_steps_are_full_backpropagation(which: str, request: pytest.FixtureR
     assert not torch.allclose(gradient(tools, DRaFT(), batch), joined, rtol=1e-2)
 
 
-def test_one_step_is_backpropagation_from_a_detached_prefix(double: Tools) -> None:
+def test_one_step_is_backpropagation_from_a_detached_prefix(double: TrainingContext) -> None:
     pipe, batch = double.rollout.pipe, batch_of((0, 1))
     prefix = sampled(pipe, batch.prompts, noise_of(batch), scale=1.0, last=1).detach()
     images = decoded(pipe, sampled(pipe, batch.prompts, prefix, scale=1.0, first=1))
@@ -97,7 +97,7 @@ def test_one_step_is_backpropagation_from_a_detached_prefix(double: Tools) -> No
     torch.testing.assert_close(gradient(double, DRaFT(), batch), joined, rtol=1e-8, atol=1e-10 * float(joined.norm()))
 
 
-def test_parts_of_a_batch_add_up_to_it(double: Tools) -> None:
+def test_parts_of_a_batch_add_up_to_it(double: TrainingContext) -> None:
     whole = gradient(double, DRaFT(), batch_of(range(3)))
     parts = [gradient(double, DRaFT(), batch_of([row])) for row in range(3)]
     torch.testing.assert_close(whole, torch.stack(parts).mean(dim=0), rtol=1e-9, atol=1e-12 * float(whole.norm()))
@@ -109,7 +109,7 @@ def test_parts_of_a_batch_add_up_to_it(double: Tools) -> None:
 class Calls:
     """How often the denoiser and the schedulers' `step` are called."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tools: Tools) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tools: TrainingContext) -> None:
         self.denoised, self.stepped = 0, 0
         kind = type(tools.rollout.pipe.scheduler)
         step = kind.step
@@ -126,7 +126,7 @@ class Calls:
 
 
 def test_checkpointed_steps_are_denoised_again_but_never_stepped_again(
-    double: Tools, monkeypatch: pytest.MonkeyPatch
+    double: TrainingContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tools, calls = with_options(double, checkpointed=True), Calls(monkeypatch, double)
     (outcome,) = DRaFT(truncation_steps="all").losses(tools, batch_of(), 0, {})
@@ -153,7 +153,7 @@ def test_checkpointing_changes_no_gradient(scheduler: Any) -> None:
 # ------------------------------------------------------------------------------------------------ the loss
 
 
-def test_a_ceiling_ends_the_gradient(double: Tools) -> None:
+def test_a_ceiling_ends_the_gradient(double: TrainingContext) -> None:
     batch = batch_of((0, 1))
     (outcome,) = DRaFT().losses(double, batch, 0, {})
     low, high = sorted(outcome.measures["reward"].tolist())
@@ -178,7 +178,7 @@ def test_the_penalty_is_nothing_at_the_start() -> None:
 
 
 @pytest.mark.parametrize("kept", [1, 2])
-def test_the_penalty_is_the_mean_square_of_what_the_adapter_changes(double: Tools, kept: int) -> None:
+def test_the_penalty_is_the_mean_square_of_what_the_adapter_changes(double: TrainingContext, kept: int) -> None:
     """By differences too: the latents of a later step depend on the adapter, and so does the reference there."""
     tools = with_options(double, penalty=5.0, reward=lambda images, prompts: 0 * images.mean(dim=(1, 2, 3)))
     pipe, batch = tools.rollout.pipe, batch_of()
@@ -201,7 +201,7 @@ def test_the_penalty_is_the_mean_square_of_what_the_adapter_changes(double: Tool
         assert float(found @ direction) == pytest.approx(slope, rel=1e-5)
 
 
-def outputs(tools: Tools, latents: Tensor, time: Tensor, prompts: Any) -> tuple[Tensor, Tensor]:
+def outputs(tools: TrainingContext, latents: Tensor, time: Tensor, prompts: Any) -> tuple[Tensor, Tensor]:
     """The denoiser's with the adapter and, by peft's own switch, without."""
     from finetuned import text
 
@@ -221,7 +221,7 @@ def test_images_that_are_not_finite_are_a_loss_that_is_not() -> None:
     assert bool(outcome.loss.isnan())
 
 
-def test_another_algorithm_is_named_to_rewards_without_gradients(double: Tools) -> None:
+def test_another_algorithm_is_named_to_rewards_without_gradients(double: TrainingContext) -> None:
     def numbers(images: Tensor, prompts: list[str]) -> Tensor:
         return warmth(images.detach(), prompts)
 

@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from aigiqa_reward.finetuning import DRaFT, FinetuneConfig
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.optimizers import accelerator_of
 
 # ------------------------------------------------------------------------------------------------ low variance
@@ -139,7 +139,7 @@ def test_texts_are_encoded_in_the_encoders_precision() -> None:
 
 def peak(steps: int, *, checkpointed: bool) -> int:
     pipe = pipelines.stable_diffusion()
-    tools: Tools = tools_of(pipe, call={**CALL, "num_inference_steps": steps}, checkpointed=checkpointed)
+    tools: TrainingContext = tools_of(pipe, call={**CALL, "num_inference_steps": steps}, checkpointed=checkpointed)
     tools.encode(batch_of().prompts)
     with Peak() as counter:
         gradient(tools, DRaFT(truncation_steps="all"), batch_of())

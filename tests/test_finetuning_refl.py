@@ -10,11 +10,11 @@ from finetuned import GUIDED, batch_of, decoded, gradient, noise_of, precise, sa
 from scipy import stats
 
 from aigiqa_reward.finetuning import ReFL
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 
 
 @pytest.fixture(scope="module")
-def tools() -> Tools:
+def tools() -> TrainingContext:
     return tools_of(precise(), double=True, call=GUIDED)
 
 
@@ -32,7 +32,7 @@ def test_the_judged_step_is_one_of_the_late_ones(earliest: float, steps: int, ex
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("judged", [0, 1])
-def test_gradient_is_that_of_the_clean_prediction(tools: Tools, judged: int, checkpointed: bool) -> None:
+def test_gradient_is_that_of_the_clean_prediction(tools: TrainingContext, judged: int, checkpointed: bool) -> None:
     """x0 = (x - sqrt(1 - a) eps) / sqrt(a), of the guided eps, from latents that are cut off the graph."""
     tools.checkpointed = checkpointed
     algorithm, pipe = ReFL(earliest=0.0), tools.rollout.pipe
@@ -56,7 +56,7 @@ def test_gradient_is_that_of_the_clean_prediction(tools: Tools, judged: int, che
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.norm()))
 
 
-def test_only_one_prediction_has_gradients(tools: Tools) -> None:
+def test_only_one_prediction_has_gradients(tools: TrainingContext) -> None:
     tools.checkpointed = False
     with_gradients = []
     handle = tools.lora.denoiser.register_forward_pre_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
@@ -66,7 +66,7 @@ def test_only_one_prediction_has_gradients(tools: Tools) -> None:
     assert with_gradients == [False, True]
 
 
-def test_the_penalty_counts_at_the_judged_step(tools: Tools) -> None:
+def test_the_penalty_counts_at_the_judged_step(tools: TrainingContext) -> None:
     batch = batch_of()
     (plain,) = ReFL().losses(tools, batch, 0, {})
     tools.penalty = 2.0
@@ -78,7 +78,7 @@ def test_the_penalty_counts_at_the_judged_step(tools: Tools) -> None:
     torch.testing.assert_close(penalized.loss, plain.loss + 2 * penalized.measures["kl"].mean())
 
 
-def test_a_reward_without_gradients_is_refused(tools: Tools) -> None:
+def test_a_reward_without_gradients_is_refused(tools: TrainingContext) -> None:
     tools.reward = lambda images, prompts: warmth(images.detach(), prompts)
     with pytest.raises(ValueError, match=r"^reward: DRaFT and ReFL need its gradients.*DPO, DDPO or FlowGRPO"):
         next(ReFL().losses(tools, batch_of(), 0, {}))

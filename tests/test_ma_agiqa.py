@@ -185,9 +185,9 @@ def test_zeros_leave_the_language_model_unheard(
     semantics: str, heard: bool, towers: dict[str, Any], images: Tensor
 ) -> None:
     model = build(towers, Colors(), semantics=semantics)
-    seen, context = model.look(images), dict(model.prepare(images, None))
-    before = model.judge(seen, None, context).quality
-    after = model.judge(seen, None, {**context, "semantics": context["semantics"] + 1}).quality
+    seen, context = model.forward_features(images), dict(model.prepare(images, None))
+    before = model.forward_head(seen, None, context).quality
+    after = model.forward_head(seen, None, {**context, "semantics": context["semantics"] + 1}).quality
     assert bool((before - after).abs().min() > 1e-4) == heard
     assert torch.equal(before, after) != heard
 
@@ -195,7 +195,7 @@ def test_zeros_leave_the_language_model_unheard(
 def test_judge_wants_a_context_and_forward_prepares_it(towers: dict[str, Any], images: Tensor) -> None:
     model = build(towers, Colors())
     with pytest.raises(ValueError, match="context: expected what prepare returned"):
-        model.judge(model.look(images), None, None)
+        model.forward_head(model.forward_features(images), None, None)
     prepared = model.prepare(images, None)
     assert torch.equal(model(images, None).quality, model(images, None, prepared).quality)
     turned = {name: tensor.flip(0) for name, tensor in prepared.items()}
@@ -248,7 +248,7 @@ def test_a_language_models_width_is_read_from_it(towers: dict[str, Any], images:
     context = model.prepare(images, None)
     assert torch.equal(context["semantics"], reader.read(images).double())
     assert not context["substitute_semantics"].any()
-    assert model.look(images)["levels"].shape == (3, 2, 2 * 192, 4, 4)
+    assert model.forward_features(images)["levels"].shape == (3, 2, 2 * 192, 4, 4)
     description = json.loads(json.dumps(model.describe()))
     with pytest.raises(ValueError, match=r"trained with a semantics.*Assistants\(semantics="):
         empty_model("ma_agiqa", description)

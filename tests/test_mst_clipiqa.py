@@ -253,7 +253,7 @@ def test_the_compact_tower_sees_the_whole_image_at_two_resolutions(size: tuple[i
     assert model.fine is None
     images = draw(1, *size).float()
     with torch.no_grad():
-        seen = model.look(images)
+        seen = model.forward_features(images)
         for name, side in (("coarse", 256), ("fine", 512)):
             scale = side / math.sqrt(size[0] * size[1])
             wanted = [max(32, round(part * scale)) for part in size]

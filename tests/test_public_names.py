@@ -1,7 +1,4 @@
-"""The names that users and their scripts call, with the arguments they call them with: changing one is a decision.
-
-Written down from the plan of the library, not from its code.
-"""
+"""The names that users' scripts call, with the arguments that they call them with: changing one is a decision."""
 
 from __future__ import annotations
 
@@ -15,13 +12,16 @@ import torch
 
 import aigiqa_reward
 from aigiqa_reward import BestOfNOutput, CompositeReward, Reward, RewardFunction, RewardOutput
-from aigiqa_reward.sampling.candidates import BestOfNOutput as Output
 
-FIXED = (
-    "create_reward", "list_rewards", "Reward", "RewardOutput", "CompositeReward", "Scorer", "BestOfN", "BestOfNOutput",
-    "rerank", "load_embedded_pipeline",
-)  # fmt: skip
-SAMPLING = ("RewardGuidance", "RewardLogger", "EarlyExit", "ParticleSteering", "NoiseOptimizer")
+PUBLIC = {
+    "aigiqa_reward": (
+        "create_reward", "list_rewards", "get_reward_spec", "Reward", "RewardOutput", "CompositeReward", "Scorer",
+        "BestOfN",
+        "BestOfNOutput", "rerank", "load_embedded_pipeline", "RewardFunction", "RewardMetric",
+    ),
+    "aigiqa_reward.sampling": ("RewardGuidance", "RewardLogger", "EarlyExit", "ParticleSteering", "NoiseOptimizer"),
+    "aigiqa_reward.finetuning": ("finetune", "FinetuneConfig", "DRaFT", "ReFL", "DPO", "DDPO", "FlowGRPO"),
+}  # fmt: skip
 
 NEEDED = inspect.Parameter.empty
 """In place of a default: an argument that has none."""
@@ -34,82 +34,81 @@ CALLS: dict[str, dict[str, Any]] = {
     "Scorer": {"reward": NEEDED, "batch_size": 32},
     "Scorer.score": {"self": NEEDED, "inputs": NEEDED, "prompts": None},
     "rerank": {"images": NEEDED, "prompt": NEEDED, "reward": NEEDED, "top_k": None},
-    "Reward.__call__": {"self": NEEDED, "images": NEEDED, "prompts": None},
+    "Reward.forward": {"self": NEEDED, "images": NEEDED, "prompts": None},
     "Reward.encode_prompts": {"self": NEEDED, "prompts": NEEDED},
     "Reward.prepare": {"self": NEEDED, "images": NEEDED, "prompts": None},
+    "create_reward": {"name": NEEDED},
     "list_rewards": {},
+    "get_reward_spec": {"name": NEEDED},
     "load_embedded_pipeline": {},
 }  # fmt: skip
-"""What can be given by place, in this order, and its default. Later arguments may be added behind, with defaults."""
+"""Arguments that can be given by position, in order, with their defaults. Others may follow, with defaults."""
 
 KEYWORDS: dict[str, dict[str, Any]] = {
     "create_reward": {"device": None, "dtype": None, "weights": None, "revision": None, "preset": None},
-    "Reward.__call__": {"context": None, "validate": True},
+    "Reward.forward": {"context": None, "validate": True},
+    "Scorer.score": {"on_error": "raise"},
 }
-"""What is given by name."""
 
 
-def called(name: str) -> inspect.Signature:
-    """The signature of a public name, or of a method of one."""
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module in PUBLIC for name in PUBLIC[module]])
+def test_every_public_name_is_listed_and_there(module: str, name: str) -> None:
+    if name == "RewardMetric":
+        pytest.importorskip("torchmetrics")
+    assert name in importlib.import_module(module).__all__
+    assert getattr(importlib.import_module(module), name) is not None
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_are_those_that_users_give(name: str) -> None:
     first, _, method = name.partition(".")
     value = getattr(aigiqa_reward, first)
-    if name == "Reward.__call__":
-        method = "forward"  # nn.Module's call passes everything on
-    return inspect.signature(getattr(value, method) if method else value)
-
-
-def misfits(signature: inspect.Signature, order: dict[str, Any], keywords: dict[str, Any]) -> list[str]:
-    """In what a signature differs from the one promised."""
-    by_place = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    found = []
-    if [p.name for p in by_place][: len(order)] != list(order):
-        found.append(f"in order: {[p.name for p in by_place]}, promised {list(order)}")
-    for name, default in {**order, **keywords}.items():
-        parameter = signature.parameters.get(name)
-        if parameter is None or parameter.default != default:
-            found.append(f"{name}: {parameter}, promised {default!r}")
-    added = [p for p in signature.parameters.values() if p.name not in {**order, **keywords}]
+    parameters = inspect.signature(getattr(value, method) if method else value).parameters
+    by_position = [p.name for p in parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    promised = CALLS[name] | KEYWORDS.get(name, {})
+    assert by_position[: len(CALLS[name])] == list(CALLS[name])
+    assert {p: parameters[p].default for p in promised} == promised
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found += [f"{p.name}: added without a default" for p in added if p.default is NEEDED and p.kind not in variadic]
-    return found
+    added = [p for p in parameters.values() if p.name not in promised and p.kind not in variadic]
+    assert [p.name for p in added if p.default is NEEDED] == []
+    if name == "BestOfN.__call__":
+        assert parameters["pipe_kwargs"].kind is inspect.Parameter.VAR_KEYWORD
 
 
-def test_the_names_are_there():
-    assert set(FIXED) <= set(aigiqa_reward.__all__)
-    assert all(hasattr(aigiqa_reward, name) for name in aigiqa_reward.__all__)
-    assert set(SAMPLING) <= set(importlib.import_module("aigiqa_reward.sampling").__all__)
+def test_fine_tuning_is_called_by_position() -> None:
+    from aigiqa_reward.finetuning import FinetuneConfig, finetune
+
+    order = ["pipe", "reward", "train_data", "algorithm", "output_dir", "config"]
+    parameters = inspect.signature(finetune).parameters
+    assert list(parameters)[: len(order)] == order
+    assert {"validation_prompts", "holdout", "callbacks"} <= parameters.keys()
+    config = FinetuneConfig(max_train_steps=3, train_batch_size=2, learning_rate=1e-4, rank=4, seed=1, sampling={})
+    assert config.max_train_steps == 3
 
 
-@pytest.mark.parametrize("name", [*CALLS, *(KEYWORDS.keys() - CALLS.keys())])
-def test_they_are_called_as_promised(name):
-    order = CALLS.get(name, {"name": NEEDED})
-    assert misfits(called(name), order, KEYWORDS.get(name, {})) == []
+@pytest.mark.parametrize("name", aigiqa_reward.__all__)
+def test_public_signatures_have_real_types(name: str) -> None:
+    if name == "RewardMetric":
+        pytest.importorskip("torchmetrics")
+    value = getattr(aigiqa_reward, name)
+    functions = (
+        [value]
+        if inspect.isfunction(value)
+        else [f for n, f in vars(value).items() if inspect.isfunction(f) and n[0] != "_"]
+    )
+    hints = {hint for function in functions for n, hint in function.__annotations__.items() if n != "pipe_kwargs"}
+    assert "Any" not in hints
 
 
-def test_a_best_of_n_passes_the_pipelines_own_arguments_on():
-    kinds = {p.name: p.kind for p in called("BestOfN.__call__").parameters.values()}
-    assert kinds["pipe_kwargs"] is inspect.Parameter.VAR_KEYWORD
-
-
-def test_outputs_have_the_promised_fields():
+def test_outputs_have_the_promised_fields() -> None:
     assert {"total", "quality", "correspondence", "details"} == {f.name for f in dataclasses.fields(RewardOutput)}
     fields = {field.name for field in dataclasses.fields(BestOfNOutput)}
     assert {"images", "scores", "seeds", "all_scores", "all_seeds"} <= fields
-    assert Output is BestOfNOutput
 
 
-def test_what_is_called_with_images_and_prompts_is_a_reward_function():
+def test_what_is_called_with_images_and_prompts_is_a_reward_function() -> None:
     def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return images.mean(dim=(1, 2, 3))
 
     assert isinstance(brightness, RewardFunction)
     assert all(issubclass(kind, torch.nn.Module) and callable(kind) for kind in (Reward, CompositeReward))
-
-
-def test_a_changed_signature_is_seen():
-    def renamed(images: Any, text: Any, reward: Any, top_k: int | None = None) -> None: ...
-    def other_default(images: Any, prompt: Any, reward: Any, top_k: int = 1) -> None: ...
-    def needs_more(images: Any, prompt: Any, reward: Any, top_k: int | None = None, *, device: str) -> None: ...
-
-    for changed, said in ((renamed, "in order"), (other_default, "top_k: "), (needs_more, "device: added")):
-        assert any(line.startswith(said) for line in misfits(inspect.signature(changed), CALLS["rerank"], {}))

@@ -255,7 +255,7 @@ def test_detaching_cuts_the_spectrum_and_nothing_else(
     frequency: str, through: bool, towers: dict[str, Any], images: Tensor
 ) -> None:
     model, pixels = build(towers, frequency=frequency), images[:1].clone().requires_grad_()
-    seen = model.look(pixels)
+    seen = model.forward_features(pixels)
     assert seen["weights"].requires_grad == through
     assert seen["levels"].requires_grad
     assert torch.equal(model(images, None).quality, build(towers)(images, None).quality)
@@ -282,7 +282,7 @@ def test_published_sizes(towers: dict[str, Any]) -> None:
     vit = TimmConfig(architecture="vit_tiny_patch16_224")
     large = dict(towers, vision=TimmLevelsConfig(tower=vit, blocks=(8, 9, 10, 11)))
     model = build(large, short_side=224)
-    seen = model.look(draw(1, 224, 256))
+    seen = model.forward_features(draw(1, 224, 256))
     assert seen["levels"].shape == (1, 2, 4 * 192, 14, 14)
     assert seen["weights"].shape == (1, 2, 14 * 14)
-    assert torch.isfinite(model.judge(seen, None, None).quality).all()
+    assert torch.isfinite(model.forward_head(seen, None, None).quality).all()

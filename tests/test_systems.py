@@ -63,7 +63,7 @@ def heads() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
         stir(model.head)
         images = scenes(6, 96, 80, seed=7)
         with torch.no_grad():
-            seen = dict(model.look(images))
+            seen = dict(model.forward_features(images))
             seen |= {f"context.{key}": value for key, value in (model.prepare(images, None) or {}).items()}
         for key, module in model.standardized.items():
             module.fit(seen[key])
@@ -145,10 +145,10 @@ def test_training_reaches_every_part_of_the_head(model: TrainedModel) -> None:
     trained.head.requires_grad_(True)
     images = scenes(3, 80, 96)
     with torch.no_grad():
-        seen = trained.look(images, generator=torch.Generator().manual_seed(0))
+        seen = trained.forward_features(images, generator=torch.Generator().manual_seed(0))
         prompts = trained.encode_prompts(PROMPTS)
         context = trained.prepare(images, prompts)
-    outputs = [trained.judge(seen, given, context) for given in (None, prompts)]
+    outputs = [trained.forward_head(seen, given, context) for given in (None, prompts)]
     used = ("quality", "correspondence", "penalty")
     loss = sum(value.square().sum() for output in outputs for name, value in tensors(output).items() if name in used)
     loss.backward()
@@ -234,24 +234,26 @@ def test_what_was_looked_at_can_be_stored_and_judged_later(model: TrainedModel) 
     images = scenes(2, 96, 72)
     prompts = model.encode_prompts(PROMPTS[:2])
     context = model.prepare(images, prompts)
-    seen = {name: tensor.half().float() for name, tensor in model.look(images).items()}  # as stores keep them
-    later, direct = model.judge(seen, prompts, context), model(images, prompts)
+    seen = {
+        name: tensor.half().float() for name, tensor in model.forward_features(images).items()
+    }  # as stores keep them
+    later, direct = model.forward_head(seen, prompts, context), model(images, prompts)
     assert torch.allclose(later.quality, direct.quality, rtol=0.02, atol=0.02)
     assert torch.allclose(later.correspondence, direct.correspondence, rtol=0.02, atol=0.02)
     for name in model.crop_features:
-        drawn = model.look(images, generator=torch.Generator().manual_seed(0), crops=3)[name]
+        drawn = model.forward_features(images, generator=torch.Generator().manual_seed(0), crops=3)[name]
         assert drawn.shape == (2, 3, *seen[name].shape[2:]), name
-    assert {field for field in model.look_settings if not hasattr(model.config, field)} == set()
+    assert {field for field in model.feature_settings if not hasattr(model.config, field)} == set()
 
 
 @torch.no_grad()
 def test_a_digest_serves_any_prompt(model: TrainedModel) -> None:
     images = scenes(2, 96, 72)
-    seen, context = model.look(images), model.prepare(images, None)
+    seen, context = model.forward_features(images), model.prepare(images, None)
     digest = model.digest(seen)
     for texts in (PROMPTS[:2], PROMPTS[1:], None):
         prompts = None if texts is None else model.encode_prompts(texts)
-        first, second = (tensors(model.judge(given, prompts, context)) for given in (seen, digest))
+        first, second = (tensors(model.forward_head(given, prompts, context)) for given in (seen, digest))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -263,7 +265,7 @@ def test_look_settings_are_those_that_change_what_is_looked_at(model: TrainedMod
 
     def look(**changes: Any) -> list[Tensor]:
         model.config = replace(config, **changes)
-        seen = [tensor for images in views for tensor in model.look(images).values()]
+        seen = [tensor for images in views for tensor in model.forward_features(images).values()]
         model.config = config
         return seen
 
@@ -271,11 +273,11 @@ def test_look_settings_are_those_that_change_what_is_looked_at(model: TrainedMod
         return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     before, names = look(), {field.name for field in dataclasses.fields(config)}
-    assert set(model.look_settings) <= names & NEARBY.keys()
+    assert set(model.feature_settings) <= names & NEARBY.keys()
     assert same(look(**{name: OTHERWISE[name] for name in names & OTHERWISE.keys()}), before)
     for name in names & NEARBY.keys():
         after = look(**{name: getattr(config, name) + NEARBY[name]})
-        assert same(after, before) != (name in model.look_settings), name
+        assert same(after, before) != (name in model.feature_settings), name
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def features(images: ScoredImages, clip: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def directly(model: Any, paths: Any) -> dict[str, torch.Tensor]:
-    rows = [model.look(pixels.load(path)[None]) for path in paths]
+    rows = [model.forward_features(pixels.load(path)[None]) for path in paths]
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 

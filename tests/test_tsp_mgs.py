@@ -169,12 +169,14 @@ def test_padding_of_words_says_nothing(clip: OpenCLIPEncoder, images: Tensor) ->
 
 def test_training_draws_its_own_crops(clip: OpenCLIPEncoder, images: Tensor) -> None:
     model = build(clip, train_crops=5)
-    drawn = [model.look(images, generator=torch.Generator().manual_seed(seed))["crops"] for seed in (0, 0, 1)]
+    drawn = [
+        model.forward_features(images, generator=torch.Generator().manual_seed(seed))["crops"] for seed in (0, 0, 1)
+    ]
     assert drawn[0].shape == (3, 5, 32)
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.allclose(drawn[0], drawn[2])
-    assert model.look(images)["crops"].shape == (3, 3, 32)
-    assert model.look(images, crops=2)["crops"].shape == (3, 2, 32)
+    assert model.forward_features(images)["crops"].shape == (3, 3, 32)
+    assert model.forward_features(images, crops=2)["crops"].shape == (3, 2, 32)
 
 
 # ------------------------------------------------------------------------------------------------ adapters

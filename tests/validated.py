@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from aigiqa_reward import load_embedded_pipeline
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.finetuning.results import PER_IMAGE, ValidationResult
 from aigiqa_reward.finetuning.validation import Validation
@@ -35,7 +35,7 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
     return images.mean(dim=(1, 2, 3))
 
 
-def tools_of(pipe: Any, reward: Any = redness) -> Tools:
+def tools_of(pipe: Any, reward: Any = redness) -> TrainingContext:
     """The pipeline with an adapter that does something."""
     rollout = Rollout(pipe, **CALL)
     lora = LoRA(rollout.family, rank=4)
@@ -43,7 +43,7 @@ def tools_of(pipe: Any, reward: Any = redness) -> Tools:
     with torch.no_grad():
         for weight in lora.weights.values():
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
-    return Tools(rollout=rollout, lora=lora, reward=reward, accelerator=Accelerator(cpu=True))
+    return TrainingContext(rollout=rollout, lora=lora, reward=reward, accelerator=Accelerator(cpu=True))
 
 
 def validate(folder: Path | None = None) -> ValidationResult:

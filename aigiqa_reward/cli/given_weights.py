@@ -102,7 +102,7 @@ def _report(rows: Sequence[Row], table: ScoredImages, title: str, protocol: str,
     import numpy as np
 
     from aigiqa_reward.evaluation import ProtocolReport, score_split
-    from aigiqa_reward.evaluation.report import MODEL
+    from aigiqa_reward.evaluation.protocol import MODEL
 
     scores = []
     for aspect in _ASPECTS[1:]:

@@ -1,29 +1,15 @@
-"""Measures of agreement with human scores, in numpy: correlations, selection gain, controls, intervals.
+"""Measures of agreement with human scores, in numpy: correlations, selection gain, controls, intervals, protocol.
 
-Two rules hold everywhere. Malformed input (NaN, unequal lengths, no rows) raises a ValueError; a measure that
-is undefined on well-formed input (the correlation of a constant, a gain with nothing to choose) is nan.
+Malformed input (NaN, unequal lengths, no rows) raises a ValueError; a measure that is undefined on well-formed input
+(the correlation of a constant, a gain with nothing to choose) is nan.
 
 Example:
     >>> import numpy as np
 
     >>> human = np.linspace(1, 5, 8)
-    >>> table = Predictions(
-    ...     names=tuple("abcdefgh"),
-    ...     prompts=tuple("ppqqrrss"),
-    ...     generators=("sd", "xl") * 4,
-    ...     folds=np.array([0, 0, 0, 0, 1, 1, 1, 1]),
-    ...     target_quality=human,
-    ...     target_correspondence=human,
-    ...     predicted_quality=human,
-    ...     predicted_correspondence=human,
-    ... )
-    >>> found: EvaluationReport = evaluate(table, repeats=10, same_generator="sd")
-    >>> round(found.row("quality").srcc.estimate, 3)
-    1.0
-
-    >>> told = {"task": "quality", "target": human, "prompts": table.prompts, "generators": ["sd1.5"] * 8}
-    >>> model = score_split(0, "model", predicted=human, **told)
-    >>> ridge = score_split(0, "ridge", predicted=-human, **told)
+    >>> data = {"task": "quality", "target": human, "prompts": list("ppqqrrss"), "generators": ["sd1.5"] * 8}
+    >>> model = score_split(0, "model", predicted=human, **data)
+    >>> ridge = score_split(0, "ridge", predicted=-human, **data)
     >>> report = ProtocolReport(title="mine", protocol="1 seed").with_scores([model, ridge])
     >>> row: SummaryRow = report.summary()[0]
     >>> srcc: OverSeeds = row.srcc
@@ -35,7 +21,6 @@ Example:
 """
 
 from aigiqa_reward.evaluation.bootstrap import Interval, bootstrap_interval, bootstrap_intervals
-from aigiqa_reward.evaluation.compare import evaluate
 from aigiqa_reward.evaluation.controls import (
     centered,
     centered_srcc,
@@ -46,7 +31,6 @@ from aigiqa_reward.evaluation.controls import (
     within,
 )
 from aigiqa_reward.evaluation.metrics import Correlations, Logistic4, correlations, fit_logistic4, srcc
-from aigiqa_reward.evaluation.predictions import Predictions
 from aigiqa_reward.evaluation.protocol import (
     OverSeeds,
     PairedDifference,
@@ -55,21 +39,17 @@ from aigiqa_reward.evaluation.protocol import (
     SummaryRow,
     score_split,
 )
-from aigiqa_reward.evaluation.report import EvaluationReport, ReportRow
 from aigiqa_reward.evaluation.tables import PUBLISHED, PublishedResult, published_markdown
 
 __all__ = [
     "PUBLISHED",
     "Correlations",
-    "EvaluationReport",
     "Interval",
     "Logistic4",
     "OverSeeds",
     "PairedDifference",
-    "Predictions",
     "ProtocolReport",
     "PublishedResult",
-    "ReportRow",
     "SplitScores",
     "SummaryRow",
     "bootstrap_interval",
@@ -77,7 +57,6 @@ __all__ = [
     "centered",
     "centered_srcc",
     "correlations",
-    "evaluate",
     "fit_logistic4",
     "group_mean_predictor",
     "prompt_auc",

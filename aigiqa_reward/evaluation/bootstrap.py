@@ -17,8 +17,8 @@ class Interval:
     Example:
         >>> from aigiqa_reward.evaluation import Interval
         >>> gain = Interval(estimate=0.48, low=0.31, high=0.62)
-        >>> gain.low > 0  # told apart from none
-        True
+        >>> print(gain)
+        0.480 [0.310, 0.620]
     """
 
     estimate: float
@@ -37,7 +37,7 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile interval of a statistic when whole groups, such as prompts, are drawn with replacement.
+    """Compute the percentile interval of a statistic, drawing whole groups, such as prompts, with replacement.
 
     A paired difference is simply a statistic that computes one::
 
@@ -48,18 +48,15 @@ def bootstrap_interval(
         bootstrap_interval(lambda rows, prompts: selection_gain(a[rows], y[rows], prompts), prompts)
 
     Args:
-        statistic: called as `statistic(rows, groups)` with (M,) row numbers and their (M,) integer groups, of
-            which each drawn copy is one of its own; first once with all rows, for the estimate.
-        groups: (N,) the group of each row.
+        statistic: function of (M,) row numbers and their (M,) integer groups, of which each drawn copy is a
+            separate one; first called with all rows, for the estimate.
+        groups: (N,) group of each row.
         repeats: number of draws.
-        level: coverage aimed at, between 0 and 1.
-        seed: of the draws.
+        level: coverage, between 0 and 1.
+        seed: random seed.
 
     Returns:
         The estimate and the interval, over the draws in which the statistic is not nan.
-
-    Raises:
-        ValueError: no rows, or `repeats` or `level` out of range.
 
     Example:
         >>> import numpy as np
@@ -82,7 +79,7 @@ def bootstrap_intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[Interval, ...]:
-    """As `bootstrap_interval`, for a function of S statistics (S,): S intervals over the same draws.
+    """Compute S intervals over the same draws, for a function that returns S statistics (S,).
 
     Example:
         >>> import numpy as np
@@ -107,13 +104,10 @@ def bootstrap_intervals(
 
 
 def _draws(codes: np.ndarray, repeats: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers of groups drawn with replacement, and the number of the drawn copy that each belongs to."""
+    """Yield the rows of groups drawn with replacement, and the number of the drawn copy of each row."""
     rng = np.random.default_rng(seed)
     sizes = np.bincount(codes)
     members = np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
     for _ in range(repeats):
         drawn = rng.integers(len(members), size=len(members))
-        yield (
-            np.concatenate([members[group] for group in drawn]),
-            np.repeat(np.arange(len(drawn)), sizes[drawn]),
-        )
+        yield np.concatenate([members[group] for group in drawn]), np.repeat(np.arange(len(drawn)), sizes[drawn])

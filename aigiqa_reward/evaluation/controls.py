@@ -1,4 +1,4 @@
-"""Ridge regression on frozen features: the control that tells what a model adds to the features it stands on."""
+"""Selection gain, and the controls beside a model: generator means, centering, ridge regression on its features."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aigiqa_reward.evaluation.metrics import ROUNDING, Labels, Numbers, group_codes, numbers, pair, srcc
+from aigiqa_reward.evaluation.metrics import ROUNDING, Labels, Numbers, check_finite, group_codes, numbers, pair, srcc
 
 MAX_SWEEPS = 10_000
-"""Rounds of centering before giving up: chosen here; a nearly balanced design needs about ten."""
+"""Rounds of centering before giving up; a nearly balanced design needs about ten."""
+
+PENALTIES = tuple(float(penalty) for penalty in np.logspace(-1, 5, 13))
+"""Ridge penalties that are tried, from nearly none to nearly the mean for standardized features."""
+
+FOLDS = 5
 
 
 class NotConverged(ValueError):
-    """Centering did not end, because the groupings hardly overlap."""
+    """Error of centering by groupings that hardly overlap."""
 
 
 def selection_gain(predicted: Numbers, target: Numbers, groups: Labels) -> float:
-    """How much of the best possible improvement picking each group's best-predicted row brings.
+    """Compute the share of the best possible improvement that picking each group's best-predicted row brings.
 
     mean over groups of (target of the picked row - mean target of the group), over
     mean over groups of (best target - mean target): 1 for a perfect choice, 0 on average for a random one.
@@ -26,13 +31,10 @@ def selection_gain(predicted: Numbers, target: Numbers, groups: Labels) -> float
     Args:
         predicted: (N,) predictions, higher is better.
         target: (N,) human scores.
-        groups: (N,) which rows compete, such as the images of one prompt.
+        groups: (N,) group within which rows compete, such as the prompt.
 
     Returns:
         The gain, at most 1; nan if no group has two different targets.
-
-    Raises:
-        ValueError: NaN or infinite values, unequal lengths, or no rows.
 
     Example:
         >>> from aigiqa_reward.evaluation import selection_gain
@@ -55,15 +57,12 @@ def selection_gain(predicted: Numbers, target: Numbers, groups: Labels) -> float
 
 
 def within(generators: Sequence[str] | np.ndarray, prefix: str) -> np.ndarray:
-    """Which rows come from a generator and its variants: (N,) bool, True where the name starts with `prefix`.
+    """Find the rows of a generator and its variants: (N,) bool, True where the name starts with `prefix`.
 
     With it, the selection gain over the variants of one generator, which are alike in quality on average::
 
         rows = within(generators, "sd1.5")
         gain = selection_gain(predicted[rows], target[rows], prompts[rows])
-
-    Raises:
-        ValueError: no name starts with `prefix`.
 
     Example:
         >>> from aigiqa_reward.evaluation import within
@@ -77,7 +76,7 @@ def within(generators: Sequence[str] | np.ndarray, prefix: str) -> np.ndarray:
 
 
 def prompt_auc(right: Numbers, wrong: np.ndarray) -> float:
-    """Probability that an image's right prompt scores above a wrong one for the same image; ties count half.
+    """Compute how often an image's right prompt scores above a wrong one for the same image; ties count half.
 
     Args:
         right: (N,) correspondence of each image to its own prompt.
@@ -85,9 +84,6 @@ def prompt_auc(right: Numbers, wrong: np.ndarray) -> float:
 
     Returns:
         The mean over images and wrong prompts, in [0, 1]; 0.5 for scores that ignore the prompt.
-
-    Raises:
-        ValueError: wrong shapes, no rows, or NaN or infinite values.
 
     Example:
         >>> import numpy as np
@@ -98,8 +94,7 @@ def prompt_auc(right: Numbers, wrong: np.ndarray) -> float:
     x, others = numbers(right, "right"), np.asarray(wrong, dtype=np.float64)
     if others.ndim != 2 or others.shape[0] != len(x) or others.shape[1] == 0:
         raise ValueError(f"wrong: expected shape ({len(x)}, K) with K of at least 1, got {others.shape}")
-    if not np.isfinite(others).all():
-        raise ValueError("wrong: expected finite numbers, got NaN or infinite ones; drop or repair those rows")
+    others = check_finite(others, "wrong")
     return float(np.mean((x[:, None] > others) + 0.5 * (x[:, None] == others)))
 
 
@@ -112,13 +107,10 @@ def group_mean_predictor(train_target: Numbers, train_groups: Labels, groups: La
     Args:
         train_target: (M,) human scores.
         train_groups: (M,) their groups.
-        groups: (N,) groups of the rows to predict.
+        groups: (N,) groups of the rows to predict, all of which occur in training.
 
     Returns:
         (N,) predictions in the target's units.
-
-    Raises:
-        ValueError: NaN or infinite values, unequal lengths, or a group that training does not have.
 
     Example:
         >>> from aigiqa_reward.evaluation import group_mean_predictor
@@ -128,8 +120,7 @@ def group_mean_predictor(train_target: Numbers, train_groups: Labels, groups: La
     y = numbers(train_target, "train_target")
     codes, count = group_codes(train_groups, len(y), "train_groups")
     means = np.bincount(codes, weights=y) / np.bincount(codes, minlength=count)
-    known = np.unique(np.asarray(train_groups))
-    wanted = np.asarray(groups)
+    known, wanted = np.unique(np.asarray(train_groups)), np.asarray(groups)
     unknown = sorted(set(wanted.tolist()) - set(known.tolist()))
     if unknown:
         raise ValueError(f"groups: no training row of {unknown}; training has {known.tolist()}")
@@ -143,7 +134,6 @@ def centered(values: Numbers, *groupings: Labels) -> np.ndarray:
     of the least-squares fit of all effects together. Values that the effects explain entirely become exact 0.
 
     Raises:
-        ValueError: NaN or infinite values, unequal lengths, or no grouping.
         NotConverged: a ValueError, where the groupings hardly overlap.
 
     Example:
@@ -173,7 +163,7 @@ def centered(values: Numbers, *groupings: Labels) -> np.ndarray:
 
 
 def centered_srcc(predicted: Numbers, target: Numbers, *groupings: Labels) -> float:
-    """SRCC of predictions and targets after the additive effects of `groupings` are removed from both.
+    """Compute SRCC after the additive effects of `groupings` are removed from predictions and targets.
 
     Nan for a predictor that those effects explain entirely. Raises as `centered` does.
 
@@ -189,19 +179,13 @@ def centered_srcc(predicted: Numbers, target: Numbers, *groupings: Labels) -> fl
 
 
 def _levels(values: Numbers, groupings: tuple[Labels, ...]) -> np.ndarray:
-    """Which of the distinct centered values each row has, from the smallest; rounding does not tell values apart."""
+    """Return the rank of each row's centered value among the distinct ones; differences by rounding don't count."""
     residual, x = centered(values, *groupings), numbers(values, "values")
     order = residual.argsort(kind="stable")
     apart = np.diff(residual[order], prepend=residual[order[:1]]) > ROUNDING * np.abs(x - x.mean()).max()
     levels = np.empty(len(x))
     levels[order] = np.cumsum(apart)
     return levels
-
-
-PENALTIES = tuple(float(penalty) for penalty in np.logspace(-1, 5, 13))
-"""Tried by default, two a decade: chosen here, from nearly none to nearly the mean for standardized features."""
-
-FOLDS = 5
 
 
 def ridge_predict(
@@ -217,22 +201,18 @@ def ridge_predict(
     Minimizes the sum over rows of (y - b - w.z)^2, plus penalty * |w|^2, where z are the features less their mean
     over their standard deviation in the rows fitted on; a feature that is constant there does not count. The
     penalty has the least mean squared error over 5 folds of whole groups (as many as there are groups, if fewer),
-    each predicted from the others with their own mean and deviation; of equal ones, the largest.
-
-    Deterministic. In closed form, from one eigendecomposition a fold of the smaller of the two Gram matrices.
+    each predicted from the others with their own mean and deviation; of equal ones, the largest. Deterministic and
+    in closed form, by one eigendecomposition per fold of the smaller of the two Gram matrices.
 
     Args:
         features_train: (N, D) finite numbers.
         target_train: (N,) human scores.
-        features_test: (M, D).
-        groups_train: (N,) the group of each training row, such as its prompt; at least two groups.
+        features_test: (M, D) finite numbers.
+        groups_train: (N,) group of each training row, such as its prompt; at least two groups.
         penalties: positive numbers to choose from, in any order.
 
     Returns:
         (M,) float64 predictions in the target's units.
-
-    Raises:
-        ValueError: wrong shapes, NaN or infinite values, a single group, or a penalty that is not positive.
 
     Example:
         >>> import numpy as np
@@ -269,17 +249,11 @@ def _matrix(values: np.ndarray, argument: str) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 2 or array.shape[1] == 0:
         raise ValueError(f"{argument}: expected shape (rows, features) with a feature or more, got {array.shape}")
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"{argument}: expected finite numbers, got NaN or infinite ones in {len(bad)} rows, "
-            f"the first {bad[0]}; drop or repair those rows"
-        )
-    return array
+    return check_finite(array, argument)
 
 
 def _deal(codes: np.ndarray, folds: int) -> np.ndarray:
-    """The fold of each row (N,): groups go from the largest to the smallest, each to the fold with the fewest rows."""
+    """Return the fold of each row (N,), dealing groups from the largest, each to the fold with the fewest rows."""
     sizes = np.bincount(codes)
     fold_of_group = np.empty(len(sizes), dtype=np.int64)
     filled = np.zeros(folds, dtype=np.int64)
@@ -291,7 +265,7 @@ def _deal(codes: np.ndarray, folds: int) -> np.ndarray:
 
 
 def _predictions(x: np.ndarray, y: np.ndarray, t: np.ndarray, penalties: np.ndarray) -> np.ndarray:
-    """Predictions for rows t (M, D) by a fit on rows x (N, D) with each of L penalties: (M, L)."""
+    """Predict rows t (M, D) by a fit on rows x (N, D) with each of L penalties: (M, L)."""
     mean, deviation = x.mean(axis=0), x.std(axis=0)
     varies = deviation > 1e-12 * np.abs(x).max(axis=0)  # what rounding leaves of a constant is far below
     scale = np.where(varies, deviation, np.inf)

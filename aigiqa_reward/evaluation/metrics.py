@@ -15,28 +15,38 @@ Numbers: TypeAlias = Sequence[float | int] | np.ndarray
 """(N,) finite numbers."""
 
 Labels: TypeAlias = Sequence[str] | Sequence[int] | np.ndarray
-"""(N,) names or integers that say which group each row belongs to."""
+"""(N,) names or integers of the groups that rows belong to."""
 
 ROUNDING = 1e-9
-"""Differences below this share of the values' range are rounding: chosen here, far above float64's 1e-16."""
+"""Share of the values' range below which differences count as rounding; float64 has 1e-16."""
+
+MIN_ROWS = 5
+"""Fewest rows to correlate, one more than the logistic has parameters."""
+
+_LOG_WIDTHS = (-6.0, 6.0)  # of the logistic, in standard deviations of the predictions: from a step to a straight line
 
 
 def numbers(values: Numbers, argument: str) -> np.ndarray:
-    """Check that values are (N,) finite numbers and return them as float64."""
+    """Return (N,) finite numbers as float64."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) == 0:
         raise ValueError(f"{argument}: expected a sequence of at least one number, got shape {array.shape}")
-    bad = np.flatnonzero(~np.isfinite(array))
+    return check_finite(array, argument)
+
+
+def check_finite(array: np.ndarray, argument: str) -> np.ndarray:
+    """Return an array (N, ...), checked to hold finite numbers."""
+    bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
     if len(bad):
         raise ValueError(
-            f"{argument}: expected finite numbers, got {len(bad)} NaN or infinite ones, "
-            f"the first at row {bad[0]}; drop or repair those rows"
+            f"{argument}: expected finite numbers, got NaN or infinite ones in {len(bad)} rows, the first "
+            f"row {bad[0]}; drop or repair those rows"
         )
     return array
 
 
 def pair(predicted: Numbers, target: Numbers, *, at_least: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Check that predictions and targets are (N,) finite numbers of equal length."""
+    """Return predictions and targets, (N,) finite numbers each."""
     x, y = numbers(predicted, "predicted"), numbers(target, "target")
     if len(x) != len(y):
         raise ValueError(f"predicted, target: expected equal lengths, got {len(x)} and {len(y)}")
@@ -46,31 +56,25 @@ def pair(predicted: Numbers, target: Numbers, *, at_least: int = 1) -> tuple[np.
 
 
 def group_codes(labels: Labels, length: int, argument: str) -> tuple[np.ndarray, int]:
-    """Labels as integers 0 to count - 1."""
+    """Return labels as integers from 0, and the number of distinct ones."""
     array = np.asarray(labels)
     if array.shape != (length,) or length == 0:
-        raise ValueError(f"{argument}: expected {max(length, 1)} labels, one a row, got shape {array.shape}")
+        raise ValueError(f"{argument}: expected {max(length, 1)} labels, one per row, got shape {array.shape}")
     values, codes = np.unique(array, return_inverse=True)
     return codes, len(values)
 
 
 def is_constant(values: np.ndarray) -> bool:
-    """Whether all values are equal up to rounding."""
+    """Return whether all values are equal up to rounding."""
     return bool(np.ptp(values) <= 1e-14 * np.abs(values).max())
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation of x and y (N,); NaN if either is constant."""
+    """Return Pearson's correlation of x and y (N,); NaN if either is constant up to rounding."""
     if is_constant(x) or is_constant(y):
         return float("nan")
     x, y = x - x.mean(), y - y.mean()
     return float(np.clip(np.dot(x, y) / (np.linalg.norm(x) * np.linalg.norm(y)), -1.0, 1.0))
-
-
-MIN_ROWS = 5
-"""Fewest rows correlated: chosen here, one more than the fitted logistic has parameters."""
-
-_LOG_WIDTHS = (-6.0, 6.0)  # of the logistic, in deviations of the predictions: from a step to a straight line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +108,6 @@ def correlations(predicted: Numbers, target: Numbers) -> Correlations:
 
     Constant predictions have no correlation: all four are nan, and `rmse` is that of the mean score.
 
-    Raises:
-        ValueError: NaN or infinite values, unequal lengths, or fewer than 5 rows.
-
     Example:
         >>> from aigiqa_reward.evaluation import correlations
         >>> agreement = correlations([0.1, 0.3, 0.2, 0.7, 0.9], [1.0, 2.0, 3.0, 4.0, 5.0])
@@ -126,7 +127,7 @@ def correlations(predicted: Numbers, target: Numbers) -> Correlations:
 
 
 def srcc(predicted: Numbers, target: Numbers) -> float:
-    """Spearman's rank correlation of predictions (N,) with human scores (N,); nan if either is constant.
+    """Return Spearman's rank correlation of predictions (N,) with human scores (N,); nan if either is constant.
 
     Example:
         >>> from aigiqa_reward.evaluation import srcc
@@ -141,7 +142,7 @@ def srcc(predicted: Numbers, target: Numbers) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Logistic4:
-    """y = b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|)): from b2 on the left to b1 on the right, half at b3.
+    """The curve y = b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|)), from b2 on the left to b1 on the right.
 
     Source: the monotonic fit of the Video Quality Experts Group (final report, phase II, 2003), usual in
     image quality assessment.
@@ -158,19 +159,16 @@ class Logistic4:
     b4: float
 
     def __call__(self, values: Numbers) -> np.ndarray:
-        """The curve at `values`, the same shape."""
+        """Return the curve at `values`, in their shape."""
         x = np.asarray(values, dtype=np.float64)
         return self.b2 + (self.b1 - self.b2) * expit((x - self.b3) / abs(self.b4))
 
 
 def fit_logistic4(predicted: Numbers, target: Numbers) -> Logistic4:
-    """Least-squares fit of the 4-parameter logistic; the best of three starting widths.
+    """Fit the 4-parameter logistic by least squares, the best of three starting widths.
 
     Constant predictions get the flat curve at the mean target. The width b4 stays within exp(-6) and exp(6)
-    deviations of the predictions, from a step to a straight line.
-
-    Raises:
-        ValueError: NaN or infinite values, unequal lengths, or fewer than 5 rows.
+    standard deviations of the predictions, from a step to a straight line.
 
     Example:
         >>> import numpy as np

@@ -1,14 +1,13 @@
 """Results of a model that is trained and tested on several random splits of one benchmark.
 
-Test parts of different seeds overlap, so predictions are never pooled: every seed is one table of its own, and what
-is reported is the mean and the spread over seeds.
+Test parts of different seeds overlap, so predictions are never pooled: every seed is one table, and what is reported
+is the mean and the spread over seeds.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -22,27 +21,31 @@ from scipy.sparse.csgraph import connected_components
 
 from aigiqa_reward.evaluation.controls import NotConverged, centered_srcc, prompt_auc, selection_gain
 from aigiqa_reward.evaluation.metrics import MIN_ROWS, Correlations, Labels, Numbers, correlations, group_codes, pair
-from aigiqa_reward.evaluation.tables import TASKS, markdown_table, number, plain
+from aigiqa_reward.evaluation.tables import TASKS, markdown_table, number
+from aigiqa_reward.utils.checks import integer
 from aigiqa_reward.utils.io import read_json
+from aigiqa_reward.utils.run_folder import without_nan, write_json
 
-MEASURES = (
-    "srcc",
-    "krcc",
-    "plcc",
-    "plcc_fitted",
-    "rmse",
-    "centered_srcc",
-    "gain",
-    "gain_within",
-    "right_prompt_auc",
-)
+MODEL = "model"
+GENERATOR = "generator's mean score"
+"""Predictors that every protocol has: the model, and the control that knows only which generator made the image."""
+
+FORMAT = 1
+"""Version of the file, increased when a field changes its meaning."""
+
+MEASURES = ("srcc", "krcc", "plcc", "plcc_fitted", "rmse", "centered_srcc", "gain", "gain_within", "right_prompt_auc")
 """The measures of `SplitScores`, in its order."""
 
+_SHOWN = ("krcc", "plcc", "plcc_fitted", "centered_srcc", "gain", "gain_within", "right_prompt_auc")
+_COLUMNS = ("SRCC", "SRCC median", "KRCC", "PLCC raw", "PLCC fitted", "centered SRCC", "gain", "gain within", "AUC")
+_LEGEND = (
+    "Mean ± standard deviation over seeds; in brackets, in how many seeds a measure is defined where that is not all. "
+    "PLCC fitted: after the 4-parameter logistic. Centered SRCC: by generator and prompt. Gain: selection gain over "
+    "the images of each prompt; within: over those of one generator. AUC: an image's right prompt above a wrong one."
+)
 
-def check_line(argument: str, text: str) -> None:
-    """Refuse what cannot stand in one line of a table or heading."""
-    if not isinstance(text, str) or not text.strip() or not text.isprintable():
-        raise ValueError(f"{argument}: expected one line of text to print in tables, got {text!r}")
+
+# --------------------------------------------------------------------------------------------- one split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +53,19 @@ class SplitScores:
     """Agreement of one predictor with one human score on the test part of one split; nan where undefined.
 
     Attributes:
-        seed: of the split.
+        seed: seed of the split.
         predictor: "model" or the name of a control, in one line.
         task: "quality" or "correspondence", the human score predicted.
         srcc: Spearman's rank correlation.
         krcc: Kendall's tau-b.
         plcc: Pearson's correlation of the raw predictions.
-        plcc_fitted: after the 4-parameter logistic, fitted on the test part for reporting only.
+        plcc_fitted: Pearson's correlation after the 4-parameter logistic, fitted on the test part for reporting only.
         rmse: root mean squared error after the logistic, in the target's units.
         centered_srcc: SRCC after the additive effects of generator and prompt are removed from both sides.
         gain: selection gain over the images of each prompt.
         gain_within: selection gain over those of one generator and its variants.
         right_prompt_auc: probability that an image's right prompt scores above a wrong one.
         images: number of test images.
-
-    Raises:
-        ValueError: a predictor that is not one line of text, an unknown task, a seed or number of images that is no
-            integer, no images, or an infinite measure.
 
     Example:
         >>> from aigiqa_reward.evaluation import SplitScores, score_split
@@ -93,16 +92,11 @@ class SplitScores:
     images: int
 
     def __post_init__(self) -> None:
-        check_line("predictor", self.predictor)
+        _check_line("predictor", self.predictor)
         if self.task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(map(repr, TASKS))}, got {self.task!r}")
-        for name in ("seed", "images"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise ValueError(f"{name}: expected an integer, got {value!r}")
-            object.__setattr__(self, name, int(value))
-        if self.images < 1:
-            raise ValueError(f"images: expected at least one test image, got {self.images}")
+        object.__setattr__(self, "seed", integer("seed", self.seed))
+        object.__setattr__(self, "images", integer("images", self.images, least=1))
         for name in MEASURES:
             value = float(getattr(self, name))
             if math.isinf(value):
@@ -115,8 +109,8 @@ class SplitScores:
         return self.seed, self.predictor, self.task
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it, None for nan."""
-        return plain(asdict(self))
+        """Return the fields as JSON values, None for nan."""
+        return without_nan(asdict(self))
 
 
 def score_split(
@@ -133,36 +127,35 @@ def score_split(
 ) -> SplitScores:
     """Measure predictions on the test part of one split.
 
-    What the test part cannot tell is nan: correlations of constant predictions or of fewer than 5 images; the
-    centered SRCC with a single generator or prompt, with fewer than 4 degrees of freedom left (5 images have as
-    many after their mean), or for predictions that the two effects explain entirely; a gain with nothing to
-    choose among; the gain within a generator that the test part lacks.
+    Undefined measures are nan: correlations of constant predictions or of fewer than 5 images; the centered SRCC
+    with a single generator or prompt, with fewer than 4 degrees of freedom left (5 images have as many after their
+    mean), or for predictions that the two effects explain entirely; a gain with nothing to choose among; the gain
+    within a generator that the test part lacks.
 
     Args:
-        seed: of the split.
+        seed: seed of the split.
         predictor: "model" or the name of a control.
         task: "quality" or "correspondence".
         predicted: (N,) predictions on any scale, higher is better.
         target: (N,) human scores.
-        prompts: (N,) the prompt of each image.
-        generators: (N,) the generator, and variant, that made it.
-        same_generator: names that start with it are variants of one generator; None where there is no such.
+        prompts: (N,) prompt of each image.
+        generators: (N,) generator, and variant, that made each image.
+        same_generator: prefix of the names that are variants of one generator; None for no such.
         wrong_prompt: (N, K) predictions for the same images with K other prompts, or None.
-
-    Raises:
-        ValueError: NaN or infinite values, unequal lengths, no rows, or an unknown task.
 
     Example:
         >>> from aigiqa_reward.evaluation import score_split
         >>> human, prompts, generators = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("ppqqrr"), ["sd1.5"] * 6
-        >>> told = {"target": human, "prompts": prompts, "generators": generators}
-        >>> score_split(0, "best", task="quality", predicted=[0, 1, 0, 1, 0, 1], **told).gain
+        >>> data = {"target": human, "prompts": prompts, "generators": generators}
+        >>> score_split(0, "best", task="quality", predicted=[0, 1, 0, 1, 0, 1], **data).gain
         1.0
     """
     x, y = pair(predicted, target)
     prompt_codes, _ = group_codes(prompts, len(x), "prompts")
     generator_codes, _ = group_codes(generators, len(x), "generators")
-    agreement = _correlations(x, y)
+    agreement = Correlations(srcc=np.nan, plcc=np.nan, plcc_fitted=np.nan, krcc=np.nan, rmse=np.nan)
+    if len(x) >= MIN_ROWS:
+        agreement = correlations(x, y)
     inside = float("nan")
     if same_generator is not None:
         variants = np.array([str(name).startswith(same_generator) for name in generators], dtype=bool)
@@ -181,10 +174,9 @@ def score_split(
     )
 
 
-def _correlations(x: np.ndarray, y: np.ndarray) -> Correlations:
-    if len(x) < MIN_ROWS:
-        return Correlations(srcc=np.nan, plcc=np.nan, plcc_fitted=np.nan, krcc=np.nan, rmse=np.nan)
-    return correlations(x, y)
+def _restored(entry: dict[str, Any]) -> SplitScores:
+    values: dict[str, Any] = {name: np.nan if value is None else value for name, value in entry.items()}
+    return SplitScores(**values)
 
 
 def _centered_srcc(x: np.ndarray, y: np.ndarray, generators: np.ndarray, prompts: np.ndarray) -> float:
@@ -198,21 +190,18 @@ def _centered_srcc(x: np.ndarray, y: np.ndarray, generators: np.ndarray, prompts
 
 
 def _effects(first: np.ndarray, second: np.ndarray, counts: tuple[int, int]) -> int:
-    """Rank of two groupings' additive effects: a mean for each group, less one for each part they fall into."""
+    """Return the rank of two groupings' additive effects: a mean per group, less one per connected part."""
     links = coo_array((np.ones(len(first)), (first, counts[0] + second)), shape=(sum(counts), sum(counts)))
     parts, _ = connected_components(links, directed=False)
     return sum(counts) - int(parts)
 
 
-FORMAT = 1
-"""Version of the file; raised when a field changes its meaning."""
+def _check_line(argument: str, text: str) -> None:
+    if not isinstance(text, str) or not text.strip() or not text.isprintable():
+        raise ValueError(f"{argument}: expected one line of text to print in tables, got {text!r}")
 
-_COLUMNS = ("SRCC", "SRCC median", "KRCC", "PLCC raw", "PLCC fitted", "centered SRCC", "gain", "gain within", "AUC")
-_LEGEND = (
-    "Mean ± standard deviation over seeds; in brackets, in how many seeds a measure is defined where that is not all. "
-    "PLCC fitted: after the 4-parameter logistic. Centered SRCC: by generator and prompt. Gain: selection gain over the "
-    "images of each prompt; within: over those of one generator. AUC: an image's right prompt above a wrong one."
-)
+
+# --------------------------------------------------------------------------------------------- all seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,15 +209,15 @@ class OverSeeds:
     """One measure over the seeds in which it is defined; nan where there is none.
 
     Attributes:
-        mean: the mean.
+        mean: mean over seeds.
         std: standard deviation (ddof 1); nan for a single seed.
-        median: the median.
+        median: median over seeds.
         count: number of seeds in which the measure is not nan.
 
     Example:
         >>> from aigiqa_reward.evaluation import OverSeeds
         >>> srcc = OverSeeds(mean=0.81, std=0.01, median=0.808, count=10)
-        >>> f"{srcc.mean:.3f} ± {srcc.std:.3f} over {srcc.count} seeds"
+        >>> f"{srcc} over {srcc.count} seeds"
         '0.810 ± 0.010 over 10 seeds'
     """
 
@@ -240,6 +229,15 @@ class OverSeeds:
     def __str__(self) -> str:
         return number(self.mean) if self.count < 2 else f"{number(self.mean)} ± {number(self.std)}"
 
+    @classmethod
+    def of(cls, values: Iterable[float]) -> OverSeeds:
+        """Summarize the values that are not nan."""
+        known = np.array([value for value in values if not np.isnan(value)])
+        if len(known) == 0:
+            return cls(mean=np.nan, std=np.nan, median=np.nan, count=0)
+        std = float(known.std(ddof=1)) if len(known) > 1 else np.nan
+        return cls(mean=float(known.mean()), std=std, median=float(np.median(known)), count=len(known))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryRow:
@@ -247,8 +245,8 @@ class SummaryRow:
 
     Attributes:
         task: "quality" or "correspondence".
-        predictor: its name.
-        seeds: those it was scored on, ascending.
+        predictor: "model" or the name of a control.
+        seeds: seeds that were scored, ascending.
     """
 
     task: str
@@ -264,6 +262,15 @@ class SummaryRow:
     gain_within: OverSeeds
     right_prompt_auc: OverSeeds
 
+    def cells(self) -> list[str]:
+        """Return the row of the Markdown table."""
+        over = {name: getattr(self, name) for name in ("srcc", *_SHOWN)}
+        texts = {
+            name: f"{value} ({value.count} of {len(self.seeds)})" if 0 < value.count < len(self.seeds) else str(value)
+            for name, value in over.items()
+        }
+        return [self.predictor, texts.pop("srcc"), number(self.srcc.median), *texts.values()]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
@@ -272,10 +279,10 @@ class PairedDifference:
     Splits share most of their images, so the spread describes these splits; it is no standard error.
 
     Attributes:
-        mean: over the seeds in which both are defined; nan if there is none.
+        mean: mean over the seeds in which both are defined; nan if there is none.
         std: standard deviation (ddof 1); nan for fewer than two seeds.
         seeds: number of seeds compared.
-        wins: number of them in which the first predictor is strictly higher.
+        wins: number of seeds in which the first predictor is strictly higher.
     """
 
     mean: float
@@ -295,14 +302,10 @@ class ProtocolReport:
     """The scores of all seeds, predictors and tasks of one protocol; grows seed by seed, so that a run can resume.
 
     Attributes:
-        title: the benchmark, or the benchmark and the model.
-        protocol: how it was split, such as "groups by prompt, 80/20, 10 % of the training groups for model
+        title: the benchmark, or the benchmark and the model, in one line.
+        protocol: kind of split, such as "groups by prompt, 80/20, 10 % of the training groups for model
             selection, 10 seeds".
-        scores: one entry a seed, predictor and task.
-
-    Raises:
-        ValueError: a title that is not one line of text, a protocol that is no text, or the same seed, predictor and
-            task twice.
+        scores: one entry per seed, predictor and task.
 
     Example:
         >>> from aigiqa_reward.evaluation import ProtocolReport, score_split
@@ -320,162 +323,108 @@ class ProtocolReport:
     scores: tuple[SplitScores, ...] = ()
 
     def __post_init__(self) -> None:
-        check_line("title", self.title)
+        _check_line("title", self.title)
         if not isinstance(self.protocol, str):
-            raise ValueError(f"protocol: expected a text, got {self.protocol!r}")
+            raise TypeError(f"protocol: expected a text, got {self.protocol!r}")
         object.__setattr__(self, "scores", tuple(self.scores))
         seen = set()
         for entry in self.scores:
             if entry.key in seen:
                 raise ValueError(
                     f"scores: expected each seed, predictor and task once, got {entry.key} again; "
-                    "leave out what `done` says is there"
+                    "leave out those that are `done`"
                 )
             seen.add(entry.key)
 
     def done(self, seed: int, predictor: str, task: str) -> bool:
-        """Whether the scores of this seed, predictor and task are there."""
+        """Return whether the report has the scores of this seed, predictor and task."""
         return (seed, predictor, task) in {entry.key for entry in self.scores}
 
     def with_scores(self, more: Iterable[SplitScores]) -> ProtocolReport:
-        """A new report that holds more scores.
-
-        Raises:
-            ValueError: one of them is there already.
-        """
+        """Return a new report that holds more scores."""
         return replace(self, scores=(*self.scores, *more))
 
     def summary(self) -> tuple[SummaryRow, ...]:
-        """One row a task and predictor: quality first, predictors in the order of their first appearance."""
+        """Return one row per task and predictor: quality first, predictors in the order of their first appearance."""
         rows = []
         for task in TASKS:
             for predictor in dict.fromkeys(entry.predictor for entry in self.scores if entry.task == task):
                 entries = self._by_seed(task, predictor)
-                measures = {name: _over_seeds([getattr(e, name) for e in entries.values()]) for name in MEASURES}
+                measures = {name: OverSeeds.of(getattr(e, name) for e in entries.values()) for name in MEASURES}
                 rows.append(SummaryRow(task=task, predictor=predictor, seeds=tuple(entries), **measures))
         return tuple(rows)
 
     def difference(self, task: str, a: str, b: str) -> PairedDifference:
-        """SRCC of predictor `a` minus that of `b`, over the seeds that both were scored on.
-
-        Raises:
-            ValueError: no scores of one of the two.
-        """
+        """Compute SRCC of predictor `a` minus that of `b`, over the seeds that both were scored on."""
         first, second = self._by_seed(task, a), self._by_seed(task, b)
         both = [first[seed].srcc - second[seed].srcc for seed in first if seed in second]
-        over = _over_seeds(both)
+        over = OverSeeds.of(both)
         return PairedDifference(mean=over.mean, std=over.std, seeds=over.count, wins=sum(value > 0 for value in both))
 
     def markdown(self) -> str:
-        """The summary as Markdown: the protocol, then a table a task."""
+        """Return the summary as Markdown: the protocol, then a table per task."""
         seeds = sorted({entry.seed for entry in self.scores})
-        lines = [f"### {self.title}", "", f"{self.protocol.rstrip('.')}. {_counted(self.scores, seeds)}"]
+        lines = [f"### {self.title}", "", f"{self.protocol.rstrip('.')}. {self._counted(len(seeds))}"]
         rows = self.summary()
         for task in TASKS:
             of_task = [row for row in rows if row.task == task]
             if of_task:
-                cells = [_cells(row) for row in of_task]
-                lines += ["", f"**{task.capitalize()}**", "", *markdown_table(("predictor", *_COLUMNS), cells)]
+                table = markdown_table(("predictor", *_COLUMNS), [row.cells() for row in of_task])
+                lines += ["", f"**{task.capitalize()}**", "", *table]
             partial = [row for row in of_task if len(row.seeds) < len(seeds)]
             lines += [""] if partial else []
-            lines += [f"- {row.predictor}: {len(row.seeds)} of {len(seeds)} seeds ({_listed(row)})" for row in partial]
+            for row in partial:
+                listed = ", ".join(map(str, row.seeds))
+                lines.append(f"- {row.predictor}: {len(row.seeds)} of {len(seeds)} seeds ({listed})")
         return "\n".join([*lines, *(["", _LEGEND] if rows else [])]) + "\n"
 
     def csv(self) -> str:
-        """One line a seed, predictor and task below a header; full precision, empty where undefined."""
+        """Return one line per seed, predictor and task below a header; full precision, empty where undefined."""
         text = io.StringIO()
-        names = [field.name for field in fields(SplitScores)]
-        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer = csv.DictWriter(text, [field.name for field in fields(SplitScores)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(entry.as_dict() for entry in self.scores)
         return text.getvalue()
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it: dictionaries, lists, names and numbers, None for nan."""
-        return {
-            "format": FORMAT,
-            "title": self.title,
-            "protocol": self.protocol,
-            "scores": [entry.as_dict() for entry in self.scores],
-        }
+        """Return the report as JSON values, None for nan."""
+        scores = [entry.as_dict() for entry in self.scores]
+        return {"format": FORMAT, "title": self.title, "protocol": self.protocol, "scores": scores}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one JSON file, whole or not at all, and return its path.
-
-        Raises:
-            ValueError: `path` does not end in .json.
-        """
-        from aigiqa_reward.utils.io import write_atomically  # here, because it loads torch and the measures do not
-
+        """Write one .json file atomically, and return its path."""
         target = Path(path)
         if target.suffix != ".json":
             raise ValueError(f"path: expected a name that ends in .json, got {str(target)!r}")
-        text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        write_atomically(target, text.encode() + b"\n")
+        write_json(target, self.as_dict())
         return target
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProtocolReport:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: no such file, another kind of file, another version, or fields missing or unknown.
-        """
+        """Read a file that `save` wrote."""
         source = Path(path)
         if not source.is_file():
             raise ValueError(f"path: no file at {str(source)!r}; make it with ProtocolReport.save")
         try:
             values = read_json(source)
             version = values.pop("format")
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"path: {str(source)!r} is not a file of ProtocolReport.save ({error})") from error
-        if version != FORMAT:
-            raise ValueError(f"path: expected format {FORMAT} in {str(source)!r}, got {version}; save it again")
-        try:
+            if version != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, got {version}; save it again")
             return cls(scores=tuple(_restored(entry) for entry in values.pop("scores")), **values)
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"path: {str(source)!r} does not hold a protocol report ({error})") from error
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"path: {str(source)!r} is not a file of ProtocolReport.save ({error})") from error
 
     def _by_seed(self, task: str, predictor: str) -> dict[int, SplitScores]:
-        """The scores of one predictor by seed, ascending."""
+        """Return the scores of one predictor by seed, ascending."""
         entries = [entry for entry in self.scores if (entry.task, entry.predictor) == (task, predictor)]
         if not entries:
             there = sorted({(entry.task, entry.predictor) for entry in self.scores})
             raise ValueError(f"task, predictor: no scores of {(task, predictor)}; there are {there}")
         return {entry.seed: entry for entry in sorted(entries, key=lambda entry: entry.seed)}
 
-
-def _restored(entry: dict[str, Any]) -> SplitScores:
-    values: dict[str, Any] = {name: np.nan if value is None else value for name, value in entry.items()}
-    return SplitScores(**values)
-
-
-def _over_seeds(values: list[float]) -> OverSeeds:
-    known = np.array([value for value in values if not np.isnan(value)])
-    if len(known) == 0:
-        return OverSeeds(mean=np.nan, std=np.nan, median=np.nan, count=0)
-    std = float(known.std(ddof=1)) if len(known) > 1 else np.nan
-    return OverSeeds(mean=float(known.mean()), std=std, median=float(np.median(known)), count=len(known))
-
-
-def _cells(row: SummaryRow) -> list[str]:
-    """The row of one predictor in the Markdown table."""
-
-    def cell(name: str) -> str:
-        over: OverSeeds = getattr(row, name)
-        return f"{over} ({over.count} of {len(row.seeds)})" if 0 < over.count < len(row.seeds) else str(over)
-
-    rest = ("krcc", "plcc", "plcc_fitted", "centered_srcc", "gain", "gain_within", "right_prompt_auc")
-    return [row.predictor, cell("srcc"), number(row.srcc.median), *map(cell, rest)]
-
-
-def _counted(scores: tuple[SplitScores, ...], seeds: list[int]) -> str:
-    if not seeds:
-        return "No seed has been scored."
-    fewest, most = min(entry.images for entry in scores), max(entry.images for entry in scores)
-    images = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    return f"Scored: {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, {images} test images each."
-
-
-def _listed(row: SummaryRow) -> str:
-    return ", ".join(map(str, row.seeds))
+    def _counted(self, seeds: int) -> str:
+        if not seeds:
+            return "No seed has been scored."
+        fewest, most = (pick(entry.images for entry in self.scores) for pick in (min, max))
+        images = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        return f"Scored: {seeds} {'seed' if seeds == 1 else 'seeds'}, {images} test images each."

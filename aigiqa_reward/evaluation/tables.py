@@ -1,4 +1,4 @@
-"""What papers printed of their own results. Kept apart from ours: they split the benchmarks in other ways."""
+"""Results as papers printed them, apart from ours because they split the benchmarks in other ways; Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,33 +6,21 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 TASKS = ("quality", "correspondence")
 """The two human scores, in the order of every table."""
 
 
 def number(value: float) -> str:
-    """A number with three decimals; a dash for NaN."""
+    """Format a number with three decimals; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> list[str]:
-    """Its lines; the first `words` columns hold words, the others numbers, which are aligned to the right."""
+    """Return the lines of a table; all but the first `words` columns hold numbers and are aligned to the right."""
     ruler = ["---"] * words + ["---:"] * (len(header) - words)
     escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     return ["| " + " | ".join(cells) + " |" for cells in (header, ruler, *escaped)]
-
-
-def plain(value: Any) -> Any:
-    """Dictionaries, lists, names and numbers, with None for nan."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +28,12 @@ class PublishedResult:
     """One row of a paper's table.
 
     Attributes:
-        benchmark: its name.
+        benchmark: name of the benchmark.
         task: "quality" or "correspondence", which the papers also call perception and alignment.
-        method: the system.
+        method: name of the system.
         srcc: Spearman's rank correlation as printed.
         plcc: Pearson's correlation as printed.
-        protocol: how it was split, and who reports it where that is another paper than the method's own.
+        protocol: kind of split, and the paper that reports it if it is not the method's own.
 
     Example:
         >>> from aigiqa_reward.evaluation import PUBLISHED, PublishedResult
@@ -97,10 +85,7 @@ PUBLISHED: tuple[PublishedResult, ...] = tuple(
 
 
 def published_markdown(benchmark: str) -> str:
-    """What papers printed for one benchmark, as Markdown tables of its own that say so.
-
-    Raises:
-        ValueError: no figures for a benchmark of that name.
+    """Return what papers printed for one benchmark, as Markdown tables.
 
     Example:
         >>> from aigiqa_reward.evaluation import published_markdown
@@ -113,7 +98,7 @@ def published_markdown(benchmark: str) -> str:
         close = difflib.get_close_matches(str(benchmark).upper(), names, n=1, cutoff=0.5)
         meant = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"benchmark: nothing published for {benchmark!r}{meant} There is: {', '.join(names)}")
-    lines = [f"### {benchmark}: as published; their splits differ: see protocol"]
+    lines = [f"### {benchmark}: as published, with other splits"]
     for task in TASKS:
         cells = [[row.method, row.protocol, f"{row.srcc:.4f}", f"{row.plcc:.4f}"] for row in rows if row.task == task]
         if cells:

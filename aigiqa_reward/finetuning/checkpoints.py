@@ -15,7 +15,7 @@ from torch import Tensor
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.batch import Schedule
 from aigiqa_reward.finetuning.config import FinetuneConfig
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.lora import FILE, LoRA
 from aigiqa_reward.training.checkpoints import moments_of, restore_moments
 from aigiqa_reward.utils.io import read_json, write_atomically
@@ -29,12 +29,18 @@ MAY_CHANGE = (
     "gradient_checkpointing",
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "push_to_hub",
+    "hub_model_id",
 )
 """Settings that a training may go on with otherwise, as long as a step's whole batch has as many rows."""
 
 
 def describe(
-    tools: Tools, algorithm: Algorithm, schedule: Schedule, settings: FinetuneConfig, decisive: Mapping[str, Any]
+    tools: TrainingContext,
+    algorithm: Algorithm,
+    schedule: Schedule,
+    settings: FinetuneConfig,
+    decisive: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Settings by name, as JSON gives them back.
 

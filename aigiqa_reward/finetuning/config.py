@@ -4,56 +4,28 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from aigiqa_reward.utils.checks import integer, number
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-"""Of `diffusers.optimization.get_scheduler`."""
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+"""Learning rate schedules of `diffusers.optimization.get_scheduler`."""
 
 
-def _launched() -> Any:
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+def _launched() -> MixedPrecision:
+    return cast(MixedPrecision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """What decides a fine-tuning beside pipeline, reward, prompts and algorithm.
+    """Settings of a fine-tuning, apart from pipeline, reward, training data and algorithm.
 
-    Attributes:
-        rank: of the LoRA matrices.
-        lora_alpha: the adapter is scaled by lora_alpha / rank; None is the rank.
-        target_modules: ends of the names of the layers to adapt; None is the attention's projections.
-        train_batch_size: rows that go through the denoiser at once, a process.
-        gradient_accumulation_steps: such parts a step of the optimizer.
-        gradient_checkpointing: keep no activations of denoiser and decoder for the backward pass.
-        learning_rate: None is the algorithm's default.
-        lr_scheduler: of diffusers, by step of the optimizer.
-        lr_warmup_steps: steps of the optimizer.
-        max_train_steps: steps of the optimizer in all.
-        max_grad_norm: longest gradient of the whole; `math.inf` for no clipping.
-        weight_decay: of AdamW. It pulls the adapter towards none.
-        use_8bit_adam: bitsandbytes' AdamW.
-        ema_decay: of a moving average of the weights, in [0, 1), which is then validated and kept; 0 takes none.
-        mixed_precision: of denoiser and decoder, by default what `accelerate launch` was told, else "no"; LoRA weights
-            and reward stay in float32.
-        kl_coeff: weight of the distance to the pipeline without the adapter; 0 does not compute it, but in DPO. None is
-            the algorithm's default: 0.01, and 0 for DPO, whose beta is such a pull.
-        reward_ceiling: total beyond which an image is not pushed further; "auto" is 1, the best score people gave, for
-            our calibrated rewards, and none for others.
-        checkpointing_steps: steps between checkpoints; 0 writes one at the end alone.
-        checkpoints_total_limit: checkpoints kept; None keeps all.
-        validation_steps: steps between validations.
-        validation_seeds: images a validation prompt.
-        patience: validations in a row in which the held-out reward may have fallen while the trained one rises.
-        sampling: arguments of the pipeline's call with which training and validation sample: num_inference_steps,
-            guidance_scale, height, width, ...
-        seed: of every random choice.
+    Each field's help is in its metadata: `dataclasses.fields(FinetuneConfig)[0].metadata["help"]`.
 
     Example:
         >>> from aigiqa_reward.finetuning import FinetuneConfig
@@ -65,30 +37,81 @@ class FinetuneConfig:
         ValueError: rank: expected an integer of at least 1, got 0; pass rank=1 or more
     """
 
-    rank: int = 8
-    lora_alpha: float | None = None
-    target_modules: tuple[str, ...] | None = None
-    train_batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    learning_rate: float | None = None
-    lr_scheduler: Schedule = "constant"
-    lr_warmup_steps: int = 0
-    max_train_steps: int = 500
-    max_grad_norm: float = 1.0
-    weight_decay: float = 1e-4
-    use_8bit_adam: bool = False
-    ema_decay: float = 0.0
-    mixed_precision: MixedPrecision = field(default_factory=_launched)
-    kl_coeff: float | None = None
-    reward_ceiling: float | Literal["auto"] | None = "auto"
-    checkpointing_steps: int = 100
-    checkpoints_total_limit: int | None = 2
-    validation_steps: int = 50
-    validation_seeds: int = 4
-    patience: int = 2
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    rank: int = field(default=8, metadata={"help": "LoRA rank."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "LoRA scale times the rank; None takes the rank, so that the scale is 1."}
+    )
+    target_modules: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "Name endings of the layers to adapt; None takes the attention projections."}
+    )
+    train_batch_size: int = field(default=4, metadata={"help": "Rows per forward pass of the denoiser and process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches accumulated per optimizer step."})
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Recompute activations of denoiser and decoder in the backward pass to save memory."},
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate; None takes the algorithm's default."}
+    )
+    lr_scheduler: Schedule = field(default="constant", metadata={"help": "Learning rate schedule of diffusers."})
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of learning rate warmup."})
+    max_train_steps: int = field(default=500, metadata={"help": "Total number of optimizer steps."})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Maximum gradient norm for clipping; infinity for no clipping."}
+    )
+    weight_decay: float = field(
+        default=1e-4, metadata={"help": "Weight decay of AdamW, which pulls the adapter towards zero."}
+    )
+    use_8bit_adam: bool = field(default=False, metadata={"help": "Use the 8-bit AdamW of bitsandbytes."})
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Decay in [0, 1) of an EMA of the weights, which is then validated and saved; 0 uses none."},
+    )
+    mixed_precision: MixedPrecision = field(
+        default_factory=_launched,
+        metadata={
+            "help": "Precision of denoiser and decoder, by default that of `accelerate launch`, else no; LoRA weights "
+            "and reward stay in float32."
+        },
+    )
+    kl_coeff: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the KL penalty to the pipeline without the adapter, 0 for none; None takes the "
+            "algorithm's default."
+        },
+    )
+    reward_ceiling: float | Literal["auto"] | None = field(
+        default="auto",
+        metadata={
+            "help": "Total above which an image gets no gradient; auto takes 1 (the best human score) for calibrated "
+            "rewards, and none for others."
+        },
+    )
+    checkpointing_steps: int = field(
+        default=100, metadata={"help": "Optimizer steps between checkpoints; 0 writes one at the end only."}
+    )
+    checkpoints_total_limit: int | None = field(
+        default=2, metadata={"help": "Maximum number of checkpoints to keep; None keeps all."}
+    )
+    validation_steps: int = field(default=50, metadata={"help": "Optimizer steps between validations."})
+    validation_seeds: int = field(default=4, metadata={"help": "Number of images per validation prompt."})
+    patience: int = field(
+        default=2,
+        metadata={"help": "Consecutive validations with a falling held-out reward before the training stops."},
+    )
+    sampling: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Arguments of the pipeline call for training and validation images (num_inference_steps, "
+            "guidance_scale, height, width, ...)."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Random seed."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the output folder to the Hugging Face Hub."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Hub repository to upload to; None takes the name of the output folder."}
+    )
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():
@@ -103,19 +126,19 @@ class FinetuneConfig:
             raise ValueError(f"lr_scheduler: expected one of {', '.join(SCHEDULES)}, got {self.lr_scheduler!r}")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
-                f"lr_warmup_steps: lr_scheduler='constant' would not heed {self.lr_warmup_steps} steps of it; take "
-                "'constant_with_warmup'"
+                f"lr_warmup_steps: expected 0 with lr_scheduler='constant', got {self.lr_warmup_steps}; pass "
+                "lr_scheduler='constant_with_warmup'"
             )
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
+        if self.mixed_precision not in get_args(MixedPrecision):
             raise ValueError(f"mixed_precision: expected no, bf16 or fp16, got {self.mixed_precision!r}")
         if not isinstance(self.sampling, Mapping):
             raise TypeError(
-                f"sampling: expected arguments of the pipeline's call by name, got {self.sampling!r}; pass "
-                "{'num_inference_steps': 30}, say, or leave it out"
+                f"sampling: expected a dict of arguments of the pipeline call, got {self.sampling!r}; pass for example "
+                "{'num_inference_steps': 30}"
             )
         if isinstance(self.target_modules, str) or self.target_modules == ():
             raise ValueError(
-                f"target_modules: expected several names of layers, or None for the attention's projections, got "
+                "target_modules: expected a tuple of layer names, or None for the attention projections, got "
                 f"{self.target_modules!r}"
             )
 
@@ -133,7 +156,7 @@ _COUNTS = {
     "patience": 1,
     "seed": 0,
 }
-_NUMBERS: dict[str, tuple[str, Any]] = {
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lora_alpha": ("above 0", lambda value: 0 < value < math.inf),
     "learning_rate": ("above 0", lambda value: 0 < value < math.inf),
     "max_grad_norm": ("above 0, math.inf for no clipping", lambda value: value > 0),

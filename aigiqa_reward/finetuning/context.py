@@ -26,7 +26,7 @@ REMEMBERED = 512
 """Prompts whose conditioning is kept. Chosen here: at FLUX's 4 MB a prompt, 2 GB."""
 
 
-class Tools:
+class TrainingContext:
     """What an algorithm works with.
 
     Args:

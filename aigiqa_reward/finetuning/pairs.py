@@ -22,7 +22,7 @@ from aigiqa_reward.datasets.base import extra_data
 from aigiqa_reward.finetuning.batch import seed_of
 from aigiqa_reward.finetuning.checkpoints import checkpoints_in
 from aigiqa_reward.finetuning.config import FinetuneConfig
-from aigiqa_reward.finetuning.context import Tools, total_of_gray
+from aigiqa_reward.finetuning.context import TrainingContext, total_of_gray
 from aigiqa_reward.rewards.bound import reward_name
 from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder, best_of_each, checked_prompts
 from aigiqa_reward.sampling.best_of_n import BestOfN
@@ -441,7 +441,13 @@ def _as_pairs(rows: Sequence[Mapping[str, Any]], folder: Path) -> PreferencePair
 
 
 def own_pairs(
-    tools: Tools, prompts: Sequence[str], folder: Path, settings: FinetuneConfig, *, progress: bool, **how: Any
+    tools: TrainingContext,
+    prompts: Sequence[str],
+    folder: Path,
+    settings: FinetuneConfig,
+    *,
+    progress: bool,
+    **how: Any,
 ) -> PreferencePairs:
     """Pairs of the pipeline's images, made into `folder`/pairs or found there.
 

@@ -29,7 +29,7 @@ from aigiqa_reward.finetuning.checkpoints import (
     set_aside,
 )
 from aigiqa_reward.finetuning.config import FinetuneConfig
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.early_stopping import Monitor
 from aigiqa_reward.finetuning.logging import History, check_tracker, show_picture
 from aigiqa_reward.finetuning.lora import LoRA
@@ -93,7 +93,7 @@ class Loop:
 
     def __init__(
         self,
-        tools: Tools,
+        tools: TrainingContext,
         prompts: Sequence[str],
         algorithm: Algorithm,
         folder: Path,
@@ -452,7 +452,7 @@ def _taken_off(lora: LoRA, *, but: tuple[type[BaseException], ...] = ()) -> Iter
 
 
 @contextmanager
-def _checkpointed(tools: Tools) -> Iterator[None]:
+def _checkpointed(tools: TrainingContext) -> Iterator[None]:
     """Denoiser and decoder compute their blocks again for the backward pass, where that is wanted; then as before."""
     denoiser, decoder = tools.lora.denoiser, tools.rollout.pipe.vae
     modules = [m for part in (denoiser, decoder) for m in part.modules() if hasattr(m, "gradient_checkpointing")]
@@ -470,7 +470,12 @@ def _checkpointed(tools: Tools) -> Iterator[None]:
 
 
 def _validation(
-    tools: Tools, prompts: Sequence[str], trained: Sequence[str], holdout: Any, folder: Path, settings: FinetuneConfig
+    tools: TrainingContext,
+    prompts: Sequence[str],
+    trained: Sequence[str],
+    holdout: Any,
+    folder: Path,
+    settings: FinetuneConfig,
 ) -> Validation | None:
     if not len(prompts):
         return None
@@ -505,7 +510,7 @@ def _warn_of_weak(prompts: Sequence[str], trained: Sequence[str], seeds: int) ->
         )
 
 
-def _held_out(tools: Tools, holdout: Any) -> Any:
+def _held_out(tools: TrainingContext, holdout: Any) -> Any:
     if holdout == "auto":
         return _frozen(default_holdout(tools.reward, tools.rollout.family.device))
     trained = reward_identity(tools.reward)
@@ -517,7 +522,7 @@ def _held_out(tools: Tools, holdout: Any) -> Any:
     return _frozen(check_reward(holdout))
 
 
-def _tools(pipe: Any, reward: Any, settings: FinetuneConfig, folder: Path, report_to: str | None) -> Tools:
+def _tools(pipe: Any, reward: Any, settings: FinetuneConfig, folder: Path, report_to: str | None) -> TrainingContext:
     rollout = Rollout(pipe, need="fine-tuning", **settings.sampling)
     if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
         raise ValueError(
@@ -538,7 +543,7 @@ def _tools(pipe: Any, reward: Any, settings: FinetuneConfig, folder: Path, repor
         ceiling = 1.0 if isinstance(reward, Reward) else None
     assert not isinstance(ceiling, str)
     assert settings.kl_coeff is not None
-    return Tools(
+    return TrainingContext(
         rollout=rollout,
         lora=lora,
         reward=reward,

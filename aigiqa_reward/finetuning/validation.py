@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.compact import CompactImageTower, load_image_tower
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.reporting import draw_validation
 from aigiqa_reward.finetuning.results import PER_IMAGE, SHOWN_PROMPTS, SHOWN_SEEDS, ValidationResult, picture_file
 from aigiqa_reward.models.base import check_prompts
@@ -224,7 +224,7 @@ class Validation:
 
     def __init__(
         self,
-        tools: Tools,
+        tools: TrainingContext,
         prompts: Sequence[str],
         *,
         seeds: int = 4,

@@ -1,7 +1,33 @@
-"""The only place where pixels change layout, range or size. Every operation on a tensor is differentiable.
+"""The only place where pixels change layout, range or size; every operation on a tensor is differentiable.
 
-Inside the library an image batch is `(B, 3, H, W)`, RGB, nominally [0, 1], floating point. Nothing here clamps,
-rounds or leaves the device, except `load` (files and PIL in) and `to_pil` (PIL out).
+An image batch is `(B, 3, H, W)`, RGB, nominally in [0, 1], floating point. Nothing here clamps, rounds or leaves the
+device, except `load` (files and PIL in) and `to_pil` (PIL out).
+
+Example:
+    >>> import torch
+    >>> from aigiqa_reward import images
+    >>> batch = images.from_vae(2 * torch.rand(2, 3, 96, 64) - 1)  # the inverse of to_vae
+    >>> torch.allclose(images.from_vae(images.to_vae(batch)), batch), bool(images.finite_rows(batch).all())
+    (True, True)
+    >>> images.to_bhwc(batch).shape, torch.equal(images.from_bhwc(images.to_bhwc(batch)), batch)
+    (torch.Size([2, 96, 64, 3]), True)
+    >>> images.to_pil(batch)[0].size
+    (64, 96)
+    >>> images.resize(batch, (48, 32)).shape, images.reduce_to(batch, 32).shape
+    (torch.Size([2, 3, 48, 32]), torch.Size([2, 3, 48, 32]))
+    >>> images.resize_to_area(batch, 32 * 32, least=16).shape
+    torch.Size([2, 3, 39, 26])
+    >>> square = images.letterbox(batch, 96, fill=torch.zeros(3))
+    >>> square.shape, images.unletterbox(square, (96, 64)).shape
+    (torch.Size([2, 3, 96, 96]), torch.Size([2, 3, 96, 64]))
+    >>> images.even_offsets(96, 64, side=48, count=4)
+    [(0, 0), (0, 16), (48, 0), (48, 16)]
+    >>> images.even_crops(batch, 48, 4).shape
+    torch.Size([2, 4, 3, 48, 48])
+    >>> images.random_crops(batch, 48, 5, generator=torch.Generator().manual_seed(0)).shape
+    torch.Size([2, 5, 3, 48, 48])
+    >>> images.normalize(torch.full((1, 3, 16, 16), 0.75), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))[0, :, 0, 0]
+    tensor([1., 1., 1.])
 """
 
 from aigiqa_reward.images.layout import (
@@ -19,7 +45,6 @@ from aigiqa_reward.images.layout import (
 )
 from aigiqa_reward.images.loading import MAX_PIXELS, ImageSource, load, load_batch
 from aigiqa_reward.images.resize import (
-    enlarge_to,
     even_crops,
     even_offsets,
     letterbox,
@@ -39,7 +64,6 @@ __all__ = [
     "ImageError",
     "ImageSource",
     "check",
-    "enlarge_to",
     "even_crops",
     "even_offsets",
     "finite_rows",

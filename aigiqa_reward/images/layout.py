@@ -13,13 +13,10 @@ if TYPE_CHECKING:
 
 
 MIN_SIDE = 16
-"""Smallest accepted side in pixels: chosen here because below it every tower would judge interpolation, not content."""
+"""Smallest accepted side in px: below it, a tower would see interpolation instead of content."""
 
-LOWEST = -0.5
-"""Least accepted value: [0, 1] with room for a decoder's small overshoot, which passes unclamped."""
-
-HIGHEST = 1.5
-"""Greatest accepted value."""
+LOWEST, HIGHEST = -0.5, 1.5
+"""Accepted values: [0, 1] with room for a decoder's overshoot, which passes unclamped."""
 
 
 class ImageError(ValueError):
@@ -36,16 +33,16 @@ class ImageError(ValueError):
 
 
 def check(images: Tensor, *, validate: bool = True, argument: str = "images") -> Tensor:
-    """Return `images` unchanged if it is a batch this library accepts.
+    """Return `images` unchanged if they are a floating-point batch (B, 3, H, W) with sides of at least 16 px.
 
     Args:
-        images: expected (B, 3, H, W), floating, values in [-0.5, 1.5], sides of at least 16 px.
-        validate: also look at the values; costs one device synchronization per call.
+        images: the batch.
+        validate: whether to check for values outside [-0.5, 1.5], at one device synchronization per call.
         argument: the name to use in errors.
 
     Raises:
-        TypeError: not a tensor, or not a floating-point one.
-        ValueError: wrong rank, channels, size, range, or NaN/inf values.
+        TypeError: not a floating-point tensor.
+        ValueError: wrong shape or values.
 
     Example:
         >>> import torch
@@ -56,7 +53,7 @@ def check(images: Tensor, *, validate: bool = True, argument: str = "images") ->
         Traceback (most recent call last):
             ...
         ValueError: images: expected 3 channels (B, 3, H, W), got shape (2, 64, 48, 3); ...
-        >>> images.LOWEST, images.HIGHEST, images.MIN_SIDE  # values, and sides in px, that it accepts
+        >>> images.LOWEST, images.HIGHEST, images.MIN_SIDE
         (-0.5, 1.5, 16)
     """
     if not isinstance(images, Tensor):
@@ -103,7 +100,7 @@ def _check_values(images: Tensor, argument: str) -> None:
             f"{argument}: NaN or infinite values in image(s) {bad}; expected finite values in [0, 1]. "
             "A half-precision VAE overflows easily: decode in float32 or bfloat16"
         )
-    remedy = "pass the pixels from before any normalization by a mean and a deviation"
+    remedy = "pass pixels that are not normalized by mean and std"
     if float(low) >= LOWEST:
         remedy = "divide 8-bit values by 255"
     elif float(low) >= -1.5 and float(high) <= HIGHEST:
@@ -115,67 +112,31 @@ def _check_values(images: Tensor, argument: str) -> None:
 
 
 def from_vae(decoded: Tensor) -> Tensor:
-    """A decoder's [-1, 1] to [0, 1], without clamping, so that gradients pass everywhere.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward import images
-        >>> images.from_vae(torch.tensor([-1.0, 0.0, 1.0, 1.2]))
-        tensor([0.0000, 0.5000, 1.0000, 1.1000])
-    """
+    """Map a decoder's [-1, 1] to [0, 1], without clamping, so that gradients pass everywhere."""
     return decoded / 2 + 0.5
 
 
 def to_vae(images: Tensor) -> Tensor:
-    """[0, 1] to a VAE encoder's [-1, 1].
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward import images
-        >>> images.to_vae(torch.tensor([0.0, 0.5, 1.0]))
-        tensor([-1.,  0.,  1.])
-    """
+    """Map [0, 1] to a VAE encoder's [-1, 1]."""
     return images * 2 - 1
 
 
 def from_bhwc(images: Tensor) -> Tensor:
-    """Channels-last (B, H, W, 3), as ComfyUI's IMAGE, to (B, 3, H, W).
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward import images
-        >>> images.from_bhwc(torch.rand(2, 64, 48, 3)).shape
-        torch.Size([2, 3, 64, 48])
-    """
+    """Bring channels-last (B, H, W, 3), such as ComfyUI's IMAGE, to (B, 3, H, W)."""
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images: expected (B, H, W, 3), got shape {tuple(images.shape)}")
     return images.permute(0, 3, 1, 2)
 
 
 def to_bhwc(images: Tensor) -> Tensor:
-    """(B, 3, H, W) to channels-last (B, H, W, 3).
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward import images
-        >>> images.to_bhwc(torch.rand(2, 3, 64, 48)).shape
-        torch.Size([2, 64, 48, 3])
-    """
+    """Bring (B, 3, H, W) to channels-last (B, H, W, 3)."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: expected (B, 3, H, W), got shape {tuple(images.shape)}")
     return images.permute(0, 2, 3, 1)
 
 
 def to_pil(images: Float[Tensor, "batch 3 height width"]) -> list[Image]:
-    """A batch as PIL images, clamped and rounded to 8 bits as diffusers does.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward import images
-        >>> [picture] = images.to_pil(torch.full((1, 3, 32, 48), 1.1))
-        >>> picture.size, picture.getpixel((0, 0))
-        ((48, 32), (255, 255, 255))
-    """
+    """Convert a batch to PIL images, clamped and rounded to 8 bits as diffusers does."""
     from PIL import Image as PILImage
 
     pixels = (images.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
@@ -183,5 +144,5 @@ def to_pil(images: Float[Tensor, "batch 3 height width"]) -> list[Image]:
 
 
 def finite_rows(images: Tensor) -> Tensor:
-    """Return which of the images (B, 3, H, W) have finite pixels only: (B,) booleans."""
+    """Return (B,) booleans: whether all pixels of an image are finite."""
     return images.isfinite().flatten(1).all(dim=1)

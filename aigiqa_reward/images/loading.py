@@ -1,4 +1,4 @@
-"""One image from whatever holds it: a file, PIL, an array, a tensor."""
+"""Images from files, PIL, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -24,21 +24,21 @@ ImageSource: TypeAlias = "Image | str | os.PathLike[str] | np.ndarray | Tensor"
 """What `load` reads: a PIL image, a path, an array or a tensor."""
 
 MAX_PIXELS = 100_000_000
-"""Largest file decoded: chosen here, above any generator's output and 1.2 GB as float32; guards against bombs."""
+"""Largest image decoded, 1.2 GB as float32: above any generator's output, and a guard against decompression bombs."""
 
 
 def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
     """Read one image into a float32 tensor (3, H, W), RGB, [0, 1].
 
+    EXIF rotation is applied, alpha is composited on white, grayscale is repeated, CMYK and palettes are converted,
+    16 bits keep their precision where Pillow does, and of an animation the first frame is taken with a warning.
+
     Args:
-        source: a PIL image; a path; a uint8/uint16 or [0, 1] float array (H, W), (H, W, 1|3|4) or (3, H, W);
-            or a tensor of those layouts. EXIF rotation is applied, alpha is composited on white, grayscale is
-            repeated, CMYK and palettes are converted, 16 bits keep their precision where Pillow does, and of an
-            animation the first frame is taken with a warning.
+        source: a PIL image, a path, or a uint8, uint16 or [0, 1] float array or tensor (H, W), (H, W, 1|3|4) or
+            (1|3|4, H, W).
 
     Raises:
-        ImageError: unreadable, truncated, empty, too large, smaller than 16 px, or out of range; a tensor that is
-            sparse, nested or without values.
+        ImageError: unreadable, truncated, empty, too large, smaller than 16 px, or out of range.
         TypeError: `source` is of another type.
 
     Example:
@@ -55,10 +55,11 @@ def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
     if isinstance(source, Tensor | np.ndarray):
         image = _from_array(source)
     elif isinstance(source, str | os.PathLike):
-        image = _from_file(source)
+        with _opened(source) as opened:
+            image = _from_pil(opened, name=os.fsdecode(source))
     elif hasattr(source, "convert") and hasattr(source, "getbands"):
         with _reading("image"):  # Pillow decodes late: an opened file may still turn out to be truncated
-            image = _from_pil(source)
+            image = _from_pil(source, name="image")
     else:
         raise TypeError(f"source: expected a PIL image, a path, an array or a tensor, got {type(source).__name__}")
     try:
@@ -70,7 +71,7 @@ def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
 
 
 def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width"]:
-    """Images of one size as a batch (B, 3, H, W), RGB, [0, 1].
+    """Read images of one size into a batch (B, 3, H, W), RGB, [0, 1].
 
     Args:
         sources: a floating-point tensor (B, 3, H, W), which is returned as it is, with its graph and on its device; or
@@ -78,9 +79,9 @@ def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Te
             float32 on the CPU.
 
     Raises:
-        ImageError: an image that `load` refuses, named by its place; images of several sizes.
-        TypeError: an image of another type, or not a collection.
-        ValueError: no image, or a floating-point tensor of another shape.
+        ImageError: an image that `load` refuses, or images of several sizes.
+        TypeError: not a collection of images.
+        ValueError: no image, or a tensor or array of another shape.
 
     Example:
         >>> import numpy as np
@@ -93,7 +94,7 @@ def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Te
         return check(sources, validate=False)
     if not isinstance(sources, list | tuple | np.ndarray | Tensor):
         raise TypeError(
-            f"images: expected a tensor (B, 3, H, W), an array (B, H, W, 3) or a list of images, got "
+            "images: expected a tensor (B, 3, H, W), an array (B, H, W, 3) or a list of images, got "
             f"{type(sources).__name__}"
         )
     if isinstance(sources, np.ndarray | Tensor) and sources.ndim != 4:
@@ -103,12 +104,12 @@ def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Te
     if len(sources) == 0:
         raise ValueError("images: expected at least one image, got none")
     loaded = []
-    for place, source in enumerate(sources):
+    for position, source in enumerate(sources):
         try:
             loaded.append(load(source))
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ImageError
-            raise kind(f"images[{place}]: {error}") from error
+            raise kind(f"images[{position}]: {error}") from error
     if len({image.shape for image in loaded}) > 1:
         sizes = ", ".join(sorted({f"{image.shape[2]} x {image.shape[1]}" for image in loaded}))
         raise ImageError(f"images: expected all of one size, got {sizes} px; Scorer takes mixed sizes")
@@ -116,43 +117,34 @@ def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Te
 
 
 def open_rgb(path: str | os.PathLike[str]) -> Image:
-    """The image of a file as Pillow has it, in RGB: what this library wrote comes back byte for byte.
-
-    Raises:
-        ImageError: as of `load`, for files.
-    """
+    """Read a file as a PIL image in RGB, without any other conversion."""
     with _opened(path) as image:
         return image.convert("RGB")
 
 
-def _from_file(path: str | os.PathLike[str]) -> Tensor:
-    with _opened(path) as image:
-        return _from_pil(image, name=os.fsdecode(path))
-
-
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image]:
-    """A file's image, of which no pixel is decoded yet; whatever is raised within is an ImageError that names it."""
+    """Open a file without decoding it; every error inside becomes an ImageError that names the file."""
     from PIL import Image as PILImage
 
-    text = os.fsdecode(path)
-    if not text:
+    name = os.fsdecode(path)
+    if not name:
         raise ImageError("image: expected a path, got an empty text")
-    if text.startswith(("http://", "https://")):
-        raise ImageError(f"{text}: addresses are not fetched; download the image and pass its path")
-    file = Path(text)
-    with _reading(text), warnings.catch_warnings():
+    if name.startswith(("http://", "https://")):
+        raise ImageError(f"{name}: addresses are not fetched; download the image and pass its path")
+    file = Path(name)
+    with _reading(name), warnings.catch_warnings():
         if not file.exists():
-            raise ImageError(f"{text}: no such file")
+            raise ImageError(f"{name}: no such file")
         if file.is_dir():
-            raise ImageError(f"{text}: is a folder; pass the images in it")
+            raise ImageError(f"{name}: is a folder; pass the images in it")
         if not file.is_file():
-            raise ImageError(f"{text}: is a pipe or a device; pass a file")
+            raise ImageError(f"{name}: is a pipe or a device; pass a file")
         if file.stat().st_size == 0:
-            raise ImageError(f"{text}: the file is empty")
+            raise ImageError(f"{name}: the file is empty")
         warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # our own, lower limit follows
         with PILImage.open(file) as image:
-            _check_size(image, text)
+            _check_size(image, name)
             yield image
 
 
@@ -166,30 +158,29 @@ def _reading(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except PILImage.DecompressionBombError as error:
-        raise ImageError(f"{name}: {_too_large()} ({error})") from error
+        raise ImageError(f"{name}: {_TOO_LARGE} ({error})") from error
     except PILImage.UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image file that Pillow can read") from error
     except Exception as error:  # Pillow lets through what its decoders raise: KeyError, TypeError, struct.error, ...
         raise ImageError(f"{name}: cannot be read, it may be damaged or truncated ({error})") from error
 
 
-def _too_large() -> str:
-    return f"more than {MAX_PIXELS:,} pixels; scale it down first"
+_TOO_LARGE = f"more than {MAX_PIXELS:,} pixels; scale it down first"
 
 
 def _check_size(image: Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{name}: {width} x {height} px is {_too_large()}")
+        raise ImageError(f"{name}: {width} x {height} px is {_TOO_LARGE}")
 
 
-def _from_pil(image: Any, *, name: str = "image") -> Tensor:
+def _from_pil(image: Image, *, name: str) -> Tensor:
     from PIL import Image as PILImage
     from PIL import ImageOps
 
     _check_size(image, name)  # before any pixel is decoded
-    if getattr(image, "is_animated", False):  # n_frames would look at every frame of a file, of which there may be many
-        warnings.warn(f"{name}: animated image; the first of its frames is scored", stacklevel=4)
+    if getattr(image, "is_animated", False):  # n_frames would read every frame
+        warnings.warn(f"{name}: animated image; only its first frame is used", stacklevel=4)
         image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grayscale: keep its precision
@@ -204,20 +195,18 @@ def _from_pil(image: Any, *, name: str = "image") -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
-_MOST_CHANNELS = 4
 _INTEGER_RANGE = {torch.uint8: 255.0, torch.uint16: 65535.0}
 
 
 def _from_array(source: np.ndarray | Tensor) -> Tensor:
-    channels_first = isinstance(source, Tensor)
+    axes = (0, 2) if isinstance(source, Tensor) else (2, 0)  # where channels are expected first
     if isinstance(source, Tensor) and (source.is_nested or source.layout != torch.strided or source.is_meta):
         kind = "nested" if source.is_nested else "meta" if source.is_meta else str(source.layout).removeprefix("torch.")
         raise ImageError(f"array: expected a dense tensor with values, got a {kind} one")
-    if math.prod(source.shape) > _MOST_CHANNELS * MAX_PIXELS:  # a view may be larger than the memory behind it
-        raise ImageError(f"array: shape {tuple(source.shape)} holds {_too_large()}")
+    if math.prod(source.shape) > 4 * MAX_PIXELS:  # a view may be larger than the memory behind it
+        raise ImageError(f"array: shape {tuple(source.shape)} holds {_TOO_LARGE}")
     if isinstance(source, np.ndarray):
-        try:
-            # a copy in this machine's byte order, because PIL's arrays are read-only and torch shares memory
+        try:  # a copy in native byte order, because PIL's arrays are read-only and torch shares memory
             source = torch.from_numpy(np.array(source, dtype=source.dtype.newbyteorder("="), order="C"))
         except TypeError as error:
             raise ImageError(f"array: expected numbers, got dtype {source.dtype}") from error
@@ -226,20 +215,13 @@ def _from_array(source: np.ndarray | Tensor) -> Tensor:
         image = image.float() / _INTEGER_RANGE[image.dtype]
     elif not image.is_floating_point():
         raise ImageError(f"array: expected uint8, uint16 or floats in [0, 1], got {image.dtype}")
-    image = _channels_first(image.float(), prefer_first=channels_first)
+    image = image.float()[None] if image.ndim == 2 else image.float()
+    found = (0,) if source.ndim == 2 else [axis for axis in axes if image.ndim == 3 and image.shape[axis] in (1, 3, 4)]
+    if not found:
+        raise ImageError(
+            f"array: expected (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, got shape {tuple(image.shape)}"
+        )
+    image = image.movedim(found[0], 0)
     if image.shape[0] == 4:
         image = image[:3] * image[3:] + (1 - image[3:])
     return image.expand(3, -1, -1).contiguous()
-
-
-def _channels_first(image: Tensor, *, prefer_first: bool) -> Tensor:
-    """(H, W), (C, H, W) or (H, W, C) to (C, H, W); a tensor's first and an array's last axis are tried first."""
-    if image.ndim == 2:
-        return image[None]
-    if image.ndim == 3:
-        for axis in (0, 2) if prefer_first else (2, 0):
-            if image.shape[axis] in (1, 3, _MOST_CHANNELS):
-                return image.movedim(axis, 0)
-    raise ImageError(
-        f"array: expected (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, got shape {tuple(image.shape)}"
-    )

@@ -107,22 +107,22 @@ def distinct_prompts(prompts: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
 class TrainedModel(QualityModel):
     """A model of frozen towers and a `head` that is fitted to human scores.
 
-    What the towers see of an image does not change while a head is trained, so that `look` can be stored and an epoch
-    costs seconds; `judge` is everything behind it.
+    The towers' features of an image do not change while a head is trained: the output of `forward_features` can be
+    stored, so that an epoch costs seconds. `forward_head` computes the scores from it.
 
     Attributes:
         head: what is trained; every parameter of it.
-        crop_features: names of `look`'s tensors whose second dimension counts crops; training draws some of them.
-        look_settings: fields of the configuration that change what `look` gives.
+        crop_features: names of `forward_features`'s tensors whose second dimension counts crops; training draws some of them.
+        feature_settings: fields of the configuration that change what `forward_features` gives.
     """
 
     head: Any
     crop_features: tuple[str, ...] = ()
-    look_settings: tuple[str, ...] = ()
+    feature_settings: tuple[str, ...] = ()
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """Which modules take the mean and deviation of which of `look`'s tensors from the training images."""
+        """Modules that take mean and deviation of the named tensor of `forward_features` from the training images."""
         return {}
 
     def start_at(self, quality: float, correspondence: float) -> None:
@@ -130,7 +130,9 @@ class TrainedModel(QualityModel):
         del quality, correspondence
 
     @abstractmethod
-    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+    def forward_features(
+        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
+    ) -> Seen:
         """What the towers see of a batch: named tensors, first dimension B.
 
         Args:
@@ -140,22 +142,22 @@ class TrainedModel(QualityModel):
         """
 
     def digest(self, seen: Seen) -> Seen:
-        """What the head makes of an image before it reads a prompt, added to `seen`; `judge` computes what is missing.
+        """Add to `seen` what the head computes from the image alone; `forward_head` computes it where it is missing.
 
         For a head whose work is mostly there, one digest serves several prompts.
         """
         return seen
 
     @abstractmethod
-    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Raw scores of what `look` saw."""
+    def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+        """Raw scores of what `forward_features` saw."""
 
     def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> ModelOutput:
-        """`look`, then `judge`; assistants are asked here where no context was prepared, outside the graph."""
+        """Run `forward_features`, then `forward_head`; without a context, prepare it without gradients."""
         if context is None:
             with torch.no_grad():
                 context = self.prepare(images, prompts)
-        return self.judge(self.look(images), prompts, context)
+        return self.forward_head(self.forward_features(images), prompts, context)
 
 
 class Standardize(FullPrecision):

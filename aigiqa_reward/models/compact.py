@@ -263,7 +263,7 @@ class Compact(TrainedModel):
     """
 
     name = "compact"
-    look_settings = ("area", "crop", "crops", "resolution")
+    feature_settings = ("area", "crop", "crops", "resolution")
     head: CompactHead
 
     def __init__(
@@ -295,7 +295,9 @@ class Compact(TrainedModel):
         elongation = min(4, round(max(height, width) / min(height, width)))
         return pixels.even_crops(native, self.config.crop, self.config.crops * elongation)
 
-    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+    def forward_features(
+        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
+    ) -> Seen:
         """Statistics of both towers, the place among texts, and the colors.
 
         `tower` (B, c), `whole` and `crops` (B, c'), `semantic` (B, 384), `colors` (B, 125). Crops are always the
@@ -315,16 +317,16 @@ class Compact(TrainedModel):
         }
 
     def statistics(self, seen: Seen) -> Float[Tensor, "batch columns"]:
-        """X of what `look` saw."""
+        """X of what `forward_features` saw."""
         return torch.cat([seen["tower"], seen["whole"], seen["crops"]], dim=1)
 
     def described(self, seen: Seen) -> Float[Tensor, "batch described"]:
-        """The features d of what `look` saw, not yet standardized."""
+        """The features d of what `forward_features` saw, not yet standardized."""
         width = self.fine.width
         last = (seen["tower"][:, -self.semantic.encoder.width :], seen["whole"][:, -width:], seen["crops"][:, -width:])
         return torch.cat([*last, seen["colors"]], dim=1)
 
-    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+    def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
         """Quality and its uncertainty, correspondence, how unlike the training images this one is, and the trust t."""
         del context
         head = self.head

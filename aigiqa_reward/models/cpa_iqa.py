@@ -250,7 +250,7 @@ class CPAIQA(TrainedModel):
 
     name = "cpa_iqa"
     context_names = ("regions",)
-    look_settings = ("side",)
+    feature_settings = ("side",)
 
     def __init__(
         self,
@@ -318,7 +318,9 @@ class CPAIQA(TrainedModel):
         side = self.config.side if self.encoder.any_size else self.encoder.image_size
         return square_view(images, self.encoder, side)
 
-    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+    def forward_features(
+        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
+    ) -> Seen:
         """The joint map `places` (B, d, h, w), features `pooled` (B, d_f), and the maps' `tokens` (B, C, h, w)."""
         del generator, crops
         view = self._view(images)
@@ -329,7 +331,7 @@ class CPAIQA(TrainedModel):
         places = self.encoder.project(features.movedim(1, -1)).movedim(-1, 1)
         return {"places": places, "pooled": features.mean(dim=(2, 3)), "tokens": tokens}
 
-    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+    def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
         """Quality from the distortions and the low level, correspondence from the three tiers."""
         tokens = self.head.tokens(seen["tokens"])
         maps = self.head.maps(tokens)

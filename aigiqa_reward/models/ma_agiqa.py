@@ -237,7 +237,7 @@ class MAAGIQA(TrainedModel):
     name = "ma_agiqa"
     context_names = ("semantics", "substitute_semantics")
     crop_features = ("levels",)
-    look_settings = ("crops", "short_side", "resolution")
+    feature_settings = ("crops", "short_side", "resolution")
 
     def __init__(
         self,
@@ -310,7 +310,9 @@ class MAAGIQA(TrainedModel):
         features = self._match.feature_map(whole_view(images, self._match, WHOLE_SIDE)).flatten(2)
         return torch.stack([features.mean(dim=2), features.std(dim=2, unbiased=False)], dim=1)
 
-    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+    def forward_features(
+        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
+    ) -> Seen:
         """Maps of the crops, `levels` (B, N, C, h, w), and for the matcher `whole` (B, d_f)."""
         config = self.config
         batch = native_crops(
@@ -331,7 +333,7 @@ class MAAGIQA(TrainedModel):
         own, weight = self.head.maniqa(seen["levels"].flatten(0, 1))
         return {**seen, "own": own, "weight": weight}
 
-    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+    def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
         """Quality, and our correspondence, of each crop; averaged."""
         if context is None or "semantics" not in context:
             raise ValueError("context: expected what prepare returned for these images, got none")

@@ -173,7 +173,7 @@ class MSTCLIPIQA(TrainedModel):
     """
 
     name = "mst_clipiqa"
-    look_settings = ("coarse_side", "fine_side")
+    feature_settings = ("coarse_side", "fine_side")
 
     def __init__(
         self, config: MSTCLIPIQAConfig, coarse: ContrastiveEncoder, fine: ContrastiveEncoder | None = None
@@ -211,7 +211,9 @@ class MSTCLIPIQA(TrainedModel):
         words, mask = self.coarse.encode_words(texts)
         return {"words": words, "mask": mask, "pooled": self.coarse.encode_text(texts)}
 
-    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+    def forward_features(
+        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
+    ) -> Seen:
         """Both towers' features of the whole image: `coarse` (B, d_c) and `fine` (B, d_f). There are no crops."""
         del generator, crops
         fine = self.fine or self.coarse
@@ -220,7 +222,7 @@ class MSTCLIPIQA(TrainedModel):
             "fine": fine.features(whole_view(images, fine, self.config.fine_side)),
         }
 
-    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+    def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
         """Quality from z; correspondence from z after it has attended to the prompt."""
         del context
         head = self.head

@@ -189,7 +189,7 @@ class SCAGIQA(TrainedModel):
     name = "sc_agiqa"
     context_names = ("description", "description_mask")
     crop_features = ("levels", "weights")
-    look_settings = ("crops", "short_side", "resolution")
+    feature_settings = ("crops", "short_side", "resolution")
 
     def __init__(
         self,
@@ -236,7 +236,9 @@ class SCAGIQA(TrainedModel):
         read = self._reader.read(self.captioner.describe(images))
         return {"description": read["text"], "description_mask": read["mask"]}
 
-    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+    def forward_features(
+        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
+    ) -> Seen:
         """Maps of the crops `levels` (B, N, C, h, w), their visibility `weights` (B, N, h w), and `whole` (B, T, v)."""
         config = self.config
         count = crops or (config.crops if generator is None else config.train_crops)
@@ -265,7 +267,7 @@ class SCAGIQA(TrainedModel):
         levels = self.head.levels(seen["levels"]).flatten(0, 1)
         return {**seen, "visual": self.head.mix(F.relu(self.head.reduce(levels)))}
 
-    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+    def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
         """One quality for each crop and one correspondence, averaged over the crops."""
         head, batch, count = self.head, *seen["levels"].shape[:2]
         weights = torch.ones_like(seen["weights"]) if self.config.frequency == "mean" else seen["weights"]

@@ -139,7 +139,7 @@ class TSPMGS(TrainedModel):
 
     name = "tsp_mgs"
     crop_features = ("crops",)
-    look_settings = ("crops", "short_side", "resolution")
+    feature_settings = ("crops", "short_side", "resolution")
 
     def __init__(self, config: TSPMGSConfig, encoder: ContrastiveEncoder) -> None:
         super().__init__()
@@ -173,7 +173,9 @@ class TSPMGS(TrainedModel):
         encoded = self.encoder.encode_text(levels).unflatten(0, (len(texts), len(ALIGNMENT_LEVELS)))
         return {"levels": encoded, "words": words, "mask": mask}
 
-    def look(self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None) -> Seen:
+    def forward_features(
+        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
+    ) -> Seen:
         """Features of the whole image, `whole` (B, d_f), and of the crops, `crops` (B, N, d_f)."""
         side = self.encoder.image_size
         large = native_crops(
@@ -189,7 +191,7 @@ class TSPMGS(TrainedModel):
             "crops": self.encoder.features(large.flatten(0, 1)).unflatten(0, large.shape[:2]),
         }
 
-    def judge(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
+    def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
         """Quality from the crops and the perception texts; correspondence from the whole image and the prompt's."""
         del context
         projected = {name: self.encoder.project(features) for name, features in seen.items()}

@@ -42,18 +42,6 @@ DEFAULT_CACHE = Path("~/.cache/aigiqa-reward/features").expanduser()
 class TrainingPlan:
     """What to train and how.
 
-    Attributes:
-        name: one of the five systems, or "compact", which only goes on from `init`.
-        preset: None for the compact towers, "paper" for the published ones.
-        towers: other towers by role.
-        assistants: in place of the offline substitutes.
-        settings: fields of the model's configuration that differ from the preset's.
-        recipe: None takes the published recipe with preset="paper" or other towers, else the embedded head's.
-        init: None for a fresh head, "embedded" for the embedded one, or a folder that `save_pretrained` wrote.
-        seed: of initial weights and of the training.
-        cache: folder of stored features.
-        max_bytes: largest store of features.
-
     Example:
         >>> from pathlib import Path
 
@@ -63,16 +51,33 @@ class TrainingPlan:
         3
     """
 
-    name: str
-    preset: str | None = None
-    towers: Mapping[str, TowerConfig] = field(default_factory=dict)
-    assistants: Assistants | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Recipe | None = None
-    init: str | Path | None = None
-    seed: int = 0
-    cache: Path = DEFAULT_CACHE
-    max_bytes: int = MAX_BYTES
+    name: str = field(metadata={"help": "Name of one of the five systems, or compact, which needs init."})
+    preset: str | None = field(
+        default=None, metadata={"help": "paper for the published towers; by default the compact ones."}
+    )
+    towers: Mapping[str, TowerConfig] = field(
+        default_factory=dict, metadata={"help": "Other towers, by role, in place of the preset's."}
+    )
+    assistants: Assistants | None = field(
+        default=None, metadata={"help": "Assistants in place of the offline substitutes."}
+    )
+    settings: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of the model's configuration that differ from the preset's."}
+    )
+    recipe: Recipe | None = field(
+        default=None,
+        metadata={
+            "help": "Training recipe; by default the published one with preset paper or other towers, else the "
+            "embedded head's."
+        },
+    )
+    init: str | Path | None = field(
+        default=None,
+        metadata={"help": "Head to start from: embedded, or a folder of a saved reward; by default a fresh one."},
+    )
+    seed: int = field(default=0, metadata={"help": "Random seed of initial weights and training."})
+    cache: Path = field(default=DEFAULT_CACHE, metadata={"help": "Folder of stored features."})
+    max_bytes: int = field(default=MAX_BYTES, metadata={"help": "Maximum size of the stored features in bytes."})
 
     def __post_init__(self) -> None:
         if self.name not in (*SYSTEMS, "compact"):

@@ -62,7 +62,7 @@ PREDICTED_TOGETHER = 32
 
 
 class Scoring(nn.Module):
-    """A model's `judge` with tensors in and out, which is what wrappers for several processes can pass on."""
+    """A model's `forward_head` with tensors in and out, which is what wrappers for several processes can pass on."""
 
     def __init__(self, model: TrainedModel) -> None:
         super().__init__()
@@ -79,11 +79,11 @@ class Scoring(nn.Module):
         """Quality, correspondence, correspondence to the wrong prompts, and the model's own penalty."""
         features = PromptFeatures(texts=("",) * len(next(iter(texts.values()))), index=index, tensors=texts, model="")
         seen = self.model.digest(seen)
-        output = self.model.judge(seen, features, context)
+        output = self.model.forward_head(seen, features, context)
         other = None
         if wrong is not None and output.correspondence is not None:
             features = PromptFeatures(texts=features.texts, index=wrong, tensors=texts, model="")
-            other = self.model.judge(seen, features, context).correspondence
+            other = self.model.forward_head(seen, features, context).correspondence
         penalty = output.details.get("penalty")
         return (
             output.quality,
@@ -134,7 +134,7 @@ def predict_against(
         part = rows[start : start + PREDICTED_TOGETHER]
         seen, context = source.look(model, part, device)
         seen = model.digest(seen)
-        outputs = [model.judge(seen, texts[start : start + len(part)], context) for texts in features]
+        outputs = [model.forward_head(seen, texts[start : start + len(part)], context) for texts in features]
         quality.append(outputs[0].quality.float().cpu())
         found = [output.correspondence.float().cpu() for output in outputs if output.correspondence is not None]
         if found:

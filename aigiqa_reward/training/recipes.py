@@ -1,14 +1,16 @@
-"""Settings of a training, and two for each system: as its paper trains it, and for the embedded head."""
+"""Settings of a training, and two recipes per system: as its paper trains it, and for the embedded head."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from numbers import Real
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from aigiqa_reward.utils.checks import integer, number
 
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
@@ -22,67 +24,60 @@ POINTWISE: dict[str, PointwiseLoss] = {
     "mae": F.l1_loss,
     "smooth_l1": F.smooth_l1_loss,
 }
-"""Losses of each score alone, by name; mean over the batch."""
+"""Losses per score, by name; mean over the batch."""
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is fitted to human scores.
-
-    Attributes:
-        loss: "mse", "mae" or "smooth_l1" of each score, "pairwise" for -log sigmoid((Q1 - Q2) / tau) over the batch's
-            pairs, or "none" for the margin loss alone.
-        temperature: tau of "pairwise", on the scale of scores.
-        rank_weight: of the pairwise margin loss that is added.
-        margin: of that loss, on the scale of scores.
-        mismatch_weight: of a loss that asks another prompt to fit less than an image's own; 0 leaves it out. Ours.
-        mismatch_margin: how much less, as a share of the image's own correspondence score.
-        optimizer: "adam" or "adamw".
-        learning_rate: at its highest.
-        weight_decay: of the optimizer.
-        batch_size: images a step and process.
-        epochs: at most.
-        schedule: "constant"; "cosine" down to 0 over all epochs; or "step", times `step_factor` every `step_epochs`.
-        step_epochs: of "step".
-        step_factor: of "step".
-        warmup_epochs: of linear growth before that; may be a fraction.
-        crops: drawn for each image and step; None is the model's own number.
-        train_towers: fine-tune the towers too; features then cannot be stored.
-        keep: "best" keeps the epoch that validation likes best, "last" the last one: for a schedule that ends at 0,
-            where a validation part of few prompts is the worse guide. Ours.
-        patience: epochs without a better validation after which training stops; None never stops early.
-        monitor: what validation is compared by: "srcc", or "srcc+plcc", each the mean over both aspects.
-        clip_norm: of the gradient.
-        ema: decay a step of the moving average of the weights, which is what is validated and kept; 0 keeps the weights
-            themselves. Ours.
+    """Settings of fitting a model to human scores.
 
     Example:
         >>> Recipe(loss="mse", learning_rate=1e-4, epochs=20, patience=3).schedule
         'cosine'
     """
 
-    loss: str = "mse"
-    temperature: float = 0.1
-    rank_weight: float = 0.0
-    margin: float = 0.1
-    mismatch_weight: float = 0.0
-    mismatch_margin: float = 0.5
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    batch_size: int = 32
-    epochs: int = 10
-    schedule: str = "cosine"
-    step_epochs: int = 3
-    step_factor: float = 0.1
-    warmup_epochs: float = 0.0
-    crops: int | None = None
-    train_towers: bool = False
-    keep: str = "best"
-    patience: int | None = None
-    monitor: str = "srcc"
-    clip_norm: float = 5.0
-    ema: float = 0.0
+    loss: str = _option(
+        "mse",
+        "Loss per score (mse, mae, smooth_l1), over all pairs of a batch (pairwise: -log sigmoid((Q1 - Q2) / "
+        "temperature)), or none, which leaves the margin loss.",
+    )
+    temperature: float = _option(0.1, "Temperature of the pairwise loss, in units of the scores.")
+    rank_weight: float = _option(0.0, "Weight of the pairwise margin loss.")
+    margin: float = _option(0.1, "Margin of the pairwise margin loss, in units of the scores.")
+    mismatch_weight: float = _option(
+        0.0, "Weight of a loss that pushes correspondence to another image's prompt below that to the own prompt."
+    )
+    mismatch_margin: float = _option(
+        0.5, "Margin of the mismatch loss, as a share of the image's own correspondence score."
+    )
+    optimizer: str = _option("adamw", "Optimizer: adam or adamw.")
+    learning_rate: float = _option(1e-3, "Peak learning rate.")
+    weight_decay: float = _option(0.01, "Weight decay of the optimizer.")
+    batch_size: int = _option(32, "Images per step and process.")
+    epochs: int = _option(10, "Maximum number of epochs.")
+    schedule: str = _option(
+        "cosine",
+        "Learning-rate schedule: constant, cosine (down to 0 over all epochs), or step (times step_factor every "
+        "step_epochs).",
+    )
+    step_epochs: int = _option(3, "Epochs between two drops of the step schedule.")
+    step_factor: float = _option(0.1, "Factor of each drop of the step schedule.")
+    warmup_epochs: float = _option(0.0, "Epochs of linear warmup, which may be a fraction.")
+    crops: int | None = _option(None, "Crops drawn per image and step; by default the model's number.")
+    train_towers: bool = _option(False, "Fine-tune the towers as well, without stored features.")
+    keep: str = _option("best", "Epoch to keep: best by validation, or last, for a schedule that ends at 0.")
+    patience: int | None = _option(
+        None, "Epochs without a better validation after which training stops; by default it never stops early."
+    )
+    monitor: str = _option("srcc", "Validation measure: srcc or srcc+plcc, each the mean over both aspects.")
+    clip_norm: float = _option(5.0, "Maximum gradient norm for clipping.")
+    ema: float = _option(
+        0.0, "Decay per step of the EMA of the weights, which is what is validated and kept; 0 turns it off."
+    )
 
     def __post_init__(self) -> None:
         choices = {
@@ -96,26 +91,15 @@ class Recipe:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("batch_size", "epochs", "step_epochs", "crops", "patience"):
-            value = getattr(self, name)
-            if value is None and name in ("crops", "patience"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-        positive = ("temperature", "learning_rate", "step_factor", "clip_norm")
-        shares = ("rank_weight", "margin", "mismatch_weight", "mismatch_margin", "weight_decay", "warmup_epochs", "ema")
-        for name in (*positive, *shares):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
-                raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
+            if getattr(self, name) is not None or name not in ("crops", "patience"):
+                integer(name, getattr(self, name), least=1)
+        for name in ("temperature", "learning_rate", "step_factor", "clip_norm"):
+            number(name, getattr(self, name), "above 0 and finite", lambda value: 0 < value < math.inf)
+        for name in ("rank_weight", "margin", "mismatch_weight", "mismatch_margin", "weight_decay", "warmup_epochs"):
+            number(name, getattr(self, name), "of at least 0 and finite", lambda value: 0 <= value < math.inf)
+        number("ema", self.ema, "in [0, 1)", lambda value: 0 <= value < 1)
         if not isinstance(self.train_towers, bool):
-            raise ValueError(f"train_towers: expected True or False, got {self.train_towers!r}")
-        for name in positive:
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)!r}")
-        for name in shares:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)!r}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema!r}")
+            raise TypeError(f"train_towers: expected True or False, got {self.train_towers!r}")
         if self.keep == "last" and self.patience is not None:
             raise ValueError("patience: stops at the best epoch, which keep='last' does not keep; pass keep='best'")
         if self.loss == "none" and not self.rank_weight:
@@ -156,8 +140,8 @@ PUBLISHED: dict[str, Recipe] = {
 }
 """As the papers train, or where they are silent the released code, on the published towers. Best epoch by validation.
 
-TSP-MGS lets its rate fall "every 5 epochs" by a cosine; here one cosine spans all epochs. MST-CLIPIQA's and SC-AGIQA's
-patience, which the sources do not give, were chosen here."""
+TSP-MGS lets its rate fall "every 5 epochs" by a cosine; here one cosine spans all epochs. The sources give no patience
+for MST-CLIPIQA and SC-AGIQA; those values are ours."""
 
 EMBEDDED: dict[str, Recipe] = {
     "mst_clipiqa": Recipe(rank_weight=1.0, margin=0.03, mismatch_weight=0.3, epochs=8, weight_decay=2.0, ema=0.99),
@@ -188,8 +172,8 @@ EMBEDDED: dict[str, Recipe] = {
     "cpa_iqa": Recipe(
         loss="pairwise", temperature=0.1, mismatch_weight=1.0, epochs=8, weight_decay=3.0, keep="last", ema=0.99
     ),
-    # Goes on from the embedded head, whose fit in closed form examples/train_compact holds: few and small steps.
+    # Continues from the embedded head, which examples/train_compact fits in closed form: few and small steps.
     "compact": Recipe(rank_weight=0.5, margin=0.03, learning_rate=3e-4, epochs=10, weight_decay=0.0, ema=0.9),
 }
-"""For a head on frozen features of the compact towers, chosen here by looking at AGIQA-3K's first split (seed 0), on
-which the measured figures are a little too good; CPA-IQA's at two further ones (seeds 20 and 21)."""
+"""For a head on frozen features of the compact towers. Tuned on AGIQA-3K's first split (seed 0), on which the measured
+figures are therefore a little too good; CPA-IQA's on two further ones (seeds 20 and 21)."""

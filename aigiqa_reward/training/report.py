@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ import torch
 
 from aigiqa_reward.datasets import ScoredImages, split_rows
 from aigiqa_reward.evaluation import ProtocolReport, SplitScores, group_mean_predictor, ridge_predict, score_split
-from aigiqa_reward.evaluation.report import GENERATOR, MODEL
+from aigiqa_reward.evaluation.protocol import GENERATOR, MODEL
 from aigiqa_reward.training.by_name import Trained, TrainingPlan, train_reward
 from aigiqa_reward.training.fit import predict_against
 from aigiqa_reward.training.store import FeatureStore
@@ -44,14 +44,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolSettings:
-    """How often, on which splits.
-
-    Attributes:
-        seeds: splits for the model and the controls.
-        ablation_seeds: splits for each ablation; 0 leaves them out.
-        mode: "group" keeps a prompt's images together; "random_image" and "csv" for comparison with others' figures.
-        file: of mode "csv".
-        same_generator: prefix of the generators among whose variants the gain within one is measured.
+    """Number and kind of the splits of a protocol.
 
     Example:
         >>> ProtocolSettings(seeds=2, ablation_seeds=0).describe()
@@ -60,11 +53,20 @@ class ProtocolSettings:
         ['cpa_iqa', 'ma_agiqa', 'mst_clipiqa', 'sc_agiqa', 'tsp_mgs']
     """
 
-    seeds: int = 10
-    ablation_seeds: int = 3
-    mode: Literal["group", "random_image", "csv"] = "group"
-    file: Path | None = None
-    same_generator: str | None = "sd1.5"
+    seeds: int = field(default=10, metadata={"help": "Number of random splits for the model and the controls."})
+    ablation_seeds: int = field(default=3, metadata={"help": "Number of random splits per ablation; 0 skips them."})
+    mode: Literal["group", "random_image", "csv"] = field(
+        default="group",
+        metadata={
+            "help": "Kind of split: group keeps the images of a prompt together; random_image and csv are for "
+            "comparison with published figures."
+        },
+    )
+    file: Path | None = field(default=None, metadata={"help": "File of split assignments for mode csv."})
+    same_generator: str | None = field(
+        default="sd1.5",
+        metadata={"help": "Prefix of the generators within whose variants the selection gain is also measured."},
+    )
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or not 0 <= self.ablation_seeds <= self.seeds:
@@ -245,7 +247,7 @@ def _generator_means(
 
 
 def pooled_features(store: FeatureStore) -> np.ndarray:
-    """(N, D) one vector an image for the ridge control: each of `look`'s tensors, averaged over crops and places.
+    """(N, D) one vector per image for the ridge control: the tensors of `forward_features`, averaged over crops and places.
 
     Of maps and of crops the deviation is taken as well, so that the control has what a linear head could have; an
     assistant's features (floating, one vector a question) stand side by side, its flags and words are left out.

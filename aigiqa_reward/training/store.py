@@ -146,7 +146,7 @@ class FeatureStore:
         crops: int | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """What `look` gave for these rows; of `crop_features` only `crops` of the stored crops, the same for all rows.
+        """Stored outputs of `forward_features` for these rows; of `crop_features` only `crops` crops, the same for all rows.
 
         Crops are drawn from `generator`; without one, or with `crops` None, all are read.
         """
@@ -295,7 +295,7 @@ def _fill(
 
 @torch.no_grad()
 def _look(model: TrainedModel, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    seen = dict(model.look(images))
+    seen = dict(model.forward_features(images))
     context = model.prepare(images, asked_prompts(prompts))
     return seen | {f"{CONTEXT}{name}": tensor for name, tensor in (context or {}).items()}
 
@@ -339,7 +339,7 @@ def _key(model: TrainedModel, paths: Sequence[Path]) -> str:
         if not name.startswith("head."):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     description = model.describe()
-    settings = {name: description["config"][name] for name in model.look_settings}
+    settings = {name: description["config"][name] for name in model.feature_settings}
     roles = description.get("assistants")
     parts: list[Any] = [settings, description["towers"], roles and [_identity(model, role) for role in roles]]
     for path in paths:
@@ -395,7 +395,7 @@ class LiveImages:
         contexts: list[dict[str, Tensor]] = []
         for row in rows:
             image = pixels.load(self.paths[row])[None].to(device)
-            seen.append(dict(model.look(image, generator=generator, crops=crops)))
+            seen.append(dict(model.forward_features(image, generator=generator, crops=crops)))
             with torch.no_grad():
                 contexts.append(dict(model.prepare(image, asked_prompts([self.prompts[row]])) or {}))
         return _joined(seen), _joined(contexts) or None

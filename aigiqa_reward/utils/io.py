@@ -15,16 +15,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_BYTES = 200_000_000
-"""Largest JSON or text that is read: chosen here, above what a run over half a million prompts notes; parsed, it still
-fits the memory of a small machine."""
+"""Largest JSON or text file that is read: more than the notes of a run over half a million prompts."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: it is none, is not UTF-8, or is nested deeper than can be read.
-    """
+    """Parse JSON; a ValueError also where it is nested too deep."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -32,15 +27,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: str | os.PathLike[str], *, most: int = MAX_BYTES) -> Any:
-    """The value of a JSON file, which is regular and of a bounded size.
-
-    Args:
-        path: the file.
-        most: bytes that it may hold.
+    """Read a regular JSON file of at most `most` bytes.
 
     Raises:
-        OSError: as of `read_regular`.
-        ValueError: as of `parse_json`.
+        OSError: missing, not a regular file, too large, or unreadable.
+        ValueError: not JSON.
 
     Example:
         >>> from pathlib import Path
@@ -53,16 +44,10 @@ def read_json(path: str | os.PathLike[str], *, most: int = MAX_BYTES) -> Any:
 
 
 def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
-    """The content of a regular file, which a symbolic link may lead to.
-
-    A pipe or a device in the place of a file, for which reading would wait or never end, is refused.
-
-    Args:
-        path: the file.
-        most: bytes that it may hold.
+    """Read a regular file, or a symbolic link to one, of at most `most` bytes.
 
     Raises:
-        OSError: it is not there, is no regular file, holds more, or cannot be read; with `strerror`.
+        OSError: missing, too large, unreadable, or a pipe or device, whose reading might never end; with `strerror`.
     """
     file = Path(path)
     size = file.stat().st_size
@@ -76,15 +61,15 @@ def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
 
 
 def read_arrays(path: str | os.PathLike[str], *, most: int) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name; nothing in it is unpickled.
+    """Read the arrays of an .npz file by name, without unpickling anything.
 
     Args:
         path: the file.
-        most: bytes that it may unpack to, as it says of itself; no more of a part is read than it says.
+        most: bytes that it may hold, and unpack to.
 
     Raises:
-        OSError: as of `read_regular`.
-        ValueError: it is no such file, is damaged, or unpacks to more.
+        OSError: as in `read_regular`.
+        ValueError: not an .npz file, damaged, or unpacking to more.
     """
     import numpy as np
 
@@ -101,7 +86,7 @@ def read_arrays(path: str | os.PathLike[str], *, most: int) -> dict[str, np.ndar
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that readers see the old content or the new one, never a part."""
+    """Write a file, and its folder if missing, so that readers see the old content or the new one, never a part."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:

@@ -1,7 +1,7 @@
-"""Reading and writing weight files: safetensors only, checked by hash, loaded strictly, never unpickled.
+"""Weight files: safetensors only, checked by hash, loaded strictly, never unpickled.
 
-Frozen towers are stored as int8 with one scale a row (`name` and `name.row_scale`), which is a quarter of float32; what
-was trained here is stored as float16. Both are float32 again when read.
+Frozen towers are stored as int8 with one scale per row (`name` and `name.row_scale`), a quarter of float32; weights
+that were trained here are stored as float16. Both are read as float32.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ ASSETS = Path(__file__).parent.parent / "assets"
 _SCALE = ".row_scale"
 
 MAX_WEIGHT_BYTES = 16_000_000_000
-"""Largest file that is read: chosen here, above any tower in use; so that a file of any size cannot fill the memory."""
+"""Largest weight file that is read: more than any tower in use."""
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _STORED = frozenset((*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool))
-"""Types of numbers that a model here has."""
 
 
 class WeightsError(ValueError):
@@ -36,7 +35,7 @@ class WeightsError(ValueError):
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -48,15 +47,15 @@ def read_weights(
 
     Args:
         path: the file.
-        expected_sha256: refuse the file if its hash is another.
-        most_bytes: refuse a larger file before it is read.
+        expected_sha256: the only accepted hash; None accepts any.
+        most_bytes: largest accepted size.
 
     Returns:
         Tensors by name; floating ones as float32 (float64 if stored so).
 
     Raises:
-        WeightsError: missing, not a regular file, too large, not safetensors, altered, with types of numbers that no
-            model here has, with scales that fit nothing, or with NaN/inf values.
+        WeightsError: missing, not a regular file, too large, altered, not safetensors, of a dtype that no model here
+            has, or with NaN/inf values.
     """
     file = Path(path)
     if file.suffix != ".safetensors":
@@ -67,26 +66,18 @@ def read_weights(
     data = read_checked(file, expected_sha256=expected_sha256, most_bytes=most_bytes)
     try:
         stored = load(data)
-    except KeyError as error:  # safetensors knows more types than torch has
+    except KeyError as error:  # safetensors knows more dtypes than torch has
         raise WeightsError(f"weights: {file} holds numbers of the type {error}, which no model here has") from error
     except (SafetensorError, RuntimeError) as error:  # torch refuses sizes whose product overflows
         raise WeightsError(f"weights: {file} is not a whole safetensors file ({error})") from error
-    return {name: _restored(name, stored, file) for name in stored if not _is_scale(name, stored)}
+    scales = {name + _SCALE for name in stored}
+    return {name: _restored(name, stored, file) for name in stored if name not in scales}
 
 
 def read_checked(
     path: str | os.PathLike[str], *, expected_sha256: str | None, most_bytes: int = MAX_WEIGHT_BYTES
 ) -> bytes:
-    """The bytes of a file that must be the one it was when its hash was noted.
-
-    Args:
-        path: the file.
-        expected_sha256: hexadecimal; None takes the file as it is.
-        most_bytes: refuse a larger file before it is read.
-
-    Raises:
-        WeightsError: missing, not a regular file, too large, or altered.
-    """
+    """Read a file's bytes; a WeightsError if it is missing, not a regular file, too large, or of another hash."""
     file = Path(path)
     try:
         data = read_regular(file, most=most_bytes)
@@ -100,10 +91,6 @@ def read_checked(
     return data
 
 
-def _is_scale(name: str, stored: Mapping[str, Tensor]) -> bool:
-    return name.endswith(_SCALE) and name.removesuffix(_SCALE) in stored
-
-
 def _restored(name: str, stored: Mapping[str, Tensor], file: Path) -> Tensor:
     tensor = stored[name]
     if tensor.dtype not in _STORED:
@@ -113,7 +100,7 @@ def _restored(name: str, stored: Mapping[str, Tensor], file: Path) -> Tensor:
         if tensor.ndim < 1 or scale.shape != tensor.shape[:1] or not scale.is_floating_point():
             raise WeightsError(
                 f"weights: {file} holds scales of shape {tuple(scale.shape)} for {name!r} of shape "
-                f"{tuple(tensor.shape)}; expected one for each first index"
+                f"{tuple(tensor.shape)}; expected one per row"
             )
         tensor = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
     elif tensor.dtype in (torch.float16, torch.bfloat16):
@@ -131,15 +118,15 @@ def write_weights(
     to_int8: Callable[[str, Tensor], bool] = lambda name, tensor: False,
     lossless: bool = False,
 ) -> None:
-    """Write tensors to a safetensors file in one atomic step.
+    """Write tensors to a safetensors file atomically.
 
     Args:
-        path: the file; an existing one is replaced only when the new one is whole.
+        path: the file.
         tensors: by name.
-        dtype: store floating tensors as this type; None keeps each one's own.
-        to_int8: which tensors to store as int8 with one scale for each first index.
-        lossless: store float32 tensors as float16 or int8 too where `read_weights` then gives them back equal: what
-            was read from such a file and not trained since is then as small again as it was.
+        dtype: stored type of floating tensors; None keeps each one's.
+        to_int8: whether a tensor is stored as int8 with one scale per row.
+        lossless: store float32 tensors as float16 or int8 where `read_weights` gives back equal ones, so that weights
+            which were read from such a file take no more space than before.
     """
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -157,7 +144,7 @@ def write_weights(
 
 
 def _smallest(tensor: Tensor) -> dict[str, Tensor]:
-    """The shortest form of a float32 tensor from which `_restored` makes it again, by the suffix of the name."""
+    """The smallest form of a float32 tensor that `_restored` makes equal again, by the suffix of the name."""
     half = tensor.half()
     if torch.equal(half.float(), tensor):
         return {"": half}
@@ -178,11 +165,7 @@ def _smallest(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Load a full state dict, and refuse one that does not fit in every name, shape and kind of number.
-
-    Raises:
-        WeightsError: names missing, unknown, or of another shape.
-    """
+    """Load a state dict whose names, shapes and kinds of numbers all fit; a WeightsError otherwise."""
     expected = module.state_dict()
     problems = []
     if missing := sorted(expected.keys() - tensors.keys()):

@@ -48,7 +48,7 @@ class Climber:
         `anywhere`: every second row follows a random combination of directions instead, since a head that is fitted
         another time has other weights.
         """
-        likeness, output = self.model.head.likeness, self.model.judge(seen, text, None)
+        likeness, output = self.model.head.likeness, self.model.forward_head(seen, text, None)
         statistics = self.model.statistics(seen)
         assert output.correspondence is not None
         trust = output.details["trust"].clamp_min(1e-6)
@@ -71,7 +71,7 @@ class Climber:
         kept = []
         for step in range(STEPS + 1):
             leaf = image.clone().requires_grad_()
-            seen = self.model.look(leaf)
+            seen = self.model.forward_features(leaf)
             goal = self.goals(seen, text, rows, anywhere)
             if step in KEPT:
                 kept.append({name: tensor.detach().clone() for name, tensor in seen.items()})

@@ -12,8 +12,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+from compare import evaluate
+from predictions import Predictions
 
-from aigiqa_reward.evaluation import Interval, Predictions, bootstrap_interval, evaluate, srcc
+from aigiqa_reward.evaluation import Interval, bootstrap_interval, srcc
 from aigiqa_reward.utils.io import write_atomically
 
 NORMAL = {0.5: 0.6745, 0.8: 1.2816, 0.95: 1.96}
@@ -29,7 +31,7 @@ def coverage(table: Predictions, share: float) -> Interval:
 
 
 def uncertainty(table: Predictions) -> str:
-    """What the expected deviation of quality is worth, in lines of Markdown."""
+    """How well the expected deviation of quality fits the errors, as lines of Markdown."""
     assert table.predicted_uncertainty is not None, "train.py writes it"
     error = np.abs(table.target_quality - table.predicted_quality)
     agreement = srcc(table.predicted_uncertainty, error)

@@ -48,8 +48,8 @@ class Views:
     def held_out(self, images: Tensor, rows: np.ndarray) -> Tensor:
         """Quality (B,) by the heads that never saw the prompts of these rows."""
         with looking():  # as the training looked
-            seen = {name: tensor.float() for name, tensor in self.looking.look(images).items()}
-        every = torch.stack([model.judge(seen, None, None).quality for model in self.heads])
+            seen = {name: tensor.float() for name, tensor in self.looking.forward_features(images).items()}
+        every = torch.stack([model.forward_head(seen, None, None).quality for model in self.heads])
         return every[torch.from_numpy(self.folds[rows]), torch.arange(len(rows))]
 
 

@@ -43,7 +43,7 @@ def store(
         for rows in tqdm(np.array_split(np.arange(count), -(-count // BATCH)), desc=path.stem, unit="batch"):
             images = batch(rows)
             with looking():
-                seen.append({name: tensor.float() for name, tensor in model.look(images).items()})
+                seen.append({name: tensor.float() for name, tensor in model.forward_features(images).items()})
         write_weights(path, kept | {name: torch.cat([part[name] for part in seen]) for name in seen[0]})
     return read_weights(path)
 

@@ -22,7 +22,7 @@ class Material:
     """What the towers saw, and what is known about it.
 
     Attributes:
-        scored: of N images that people scored, as `Compact.look` gives it.
+        scored: of N images that people scored, as `Compact.forward_features` gives it.
         spoilt: of S of the same images, `rows` (S,), each spoilt in one way at one of `levels` (S,).
         world: of pictures of the embedded world, with `pairs` and `levels`.
         targets: (N, 2) human scores, as shares of the best.

@@ -20,6 +20,7 @@ import torch
 from climbing import Climber
 from features import store, with_corners
 from fit_guard import Known, guard, held_out, moves, set_limits
+from predictions import Predictions
 from recipe import Recipe
 from torch import Tensor
 from train import FOLDS, export, gather, towers_only
@@ -27,7 +28,6 @@ from variations import KINDS, vary
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.datasets import ScoredImages, group_folds, read_agiqa3k
-from aigiqa_reward.evaluation import Predictions
 from aigiqa_reward.models.compact import Compact, CompactHead
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights, write_weights
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from features import clean, spoilt, store, with_corners
 from fit import Material, fit_likeness, fit_match
+from predictions import Predictions
 from recipe import Recipe
 from torch import Tensor
 from towers import stored_fine_weights
@@ -27,7 +28,6 @@ from world import CAPTIONS, pictures
 from aigiqa_reward.datasets import ScoredImages, group_folds, read_agiqa3k
 from aigiqa_reward.encoders.compact import LITE2, load_image_tower, load_text_tower
 from aigiqa_reward.encoders.timm import TimmEncoder
-from aigiqa_reward.evaluation import Predictions
 from aigiqa_reward.models.compact import Compact, CompactConfig, CompactHead
 from aigiqa_reward.rewards.specs import SPECS
 from aigiqa_reward.utils.weights import ASSETS, sha256, write_weights

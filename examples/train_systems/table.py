@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from aigiqa_reward.evaluation import OverSeeds, ProtocolReport, published_markdown
-from aigiqa_reward.evaluation.report import GENERATOR, MODEL
+from aigiqa_reward.evaluation.protocol import GENERATOR, MODEL
 from aigiqa_reward.rewards.build import SYSTEMS
 from aigiqa_reward.rewards.specs import get_spec
 from aigiqa_reward.training.report import ABLATIONS, RIDGE, SHUFFLED

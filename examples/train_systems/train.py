@@ -4,7 +4,7 @@
 
 DIR holds data.csv and images/. A tenth of the prompts chooses the epoch; nothing is held out, so what the heads reach
 is measured by `aigiqa-reward evaluate NAME --data agiqa3k:DIR`, which trains anew on each split. Prints each file's
-size and hash, which aigiqa_reward/zoo/specs.py lists.
+size and hash, which aigiqa_reward/rewards/specs.py lists.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
 from aigiqa_reward.finetuning.algorithms.draft import climb
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import Rollout, State
@@ -139,9 +139,9 @@ class Steps:
         self.tools = self._tools(rollout, arguments.checkpointed)
         self.conditioning = self._conditioning()
 
-    def _tools(self, rollout: Rollout, checkpointed: bool) -> Tools:
+    def _tools(self, rollout: Rollout, checkpointed: bool) -> TrainingContext:
         accelerator = Accelerator(cpu=self.device.type == "cpu")
-        return Tools(
+        return TrainingContext(
             rollout=rollout, lora=self.lora, reward=self.reward, accelerator=accelerator, checkpointed=checkpointed
         )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 if TYPE_CHECKING:
     from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
     from aigiqa_reward.finetuning.config import FinetuneConfig
-    from aigiqa_reward.finetuning.context import Tools
+    from aigiqa_reward.finetuning.context import TrainingContext
 
 
 class Algorithm(ABC):
@@ -53,7 +53,7 @@ class Algorithm(ABC):
         named = [entry.name for entry in fields(cast(Any, self)) if entry.init]
         return {f"{self.name}.{name}": getattr(self, name) for name in named}
 
-    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
+    def check(self, tools: TrainingContext, prompts: Sequence[str]) -> None:
         """Refuse what this algorithm cannot train.
 
         Args:
@@ -68,7 +68,7 @@ class Algorithm(ABC):
         del tools, prompts
 
     def ready(
-        self, tools: Tools, prompts: Sequence[str], folder: Path, settings: FinetuneConfig, *, progress: bool
+        self, tools: TrainingContext, prompts: Sequence[str], folder: Path, settings: FinetuneConfig, *, progress: bool
     ) -> Algorithm:
         """What trains: this, or the same with the examples that it made first.
 
@@ -84,7 +84,7 @@ class Algorithm(ABC):
         del tools, prompts, folder, settings, progress
         return self
 
-    def prepare(self, tools: Tools, batches: Sequence[Batch]) -> Memory:
+    def prepare(self, tools: TrainingContext, batches: Sequence[Batch]) -> Memory:
         """What all parts of a round's batch need before the first loss; runs without gradients.
 
         Args:
@@ -95,7 +95,7 @@ class Algorithm(ABC):
         return {}
 
     @abstractmethod
-    def losses(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """Losses of one part, one after the other; the loop goes backward through each before it asks for the next.
 
         Args:

@@ -27,7 +27,7 @@ from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome, generator_of
 from aigiqa_reward.finetuning.config import FinetuneConfig
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.pairs import Contrast, PairLatents, fingerprint, own_pairs
 from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import State
@@ -170,41 +170,45 @@ class DPO(Algorithm):
     """Diffusion-DPO on given pairs, on pairs that it makes of the pipeline's images first, or of its own as it goes.
 
     Guidance is off in the loss, as in training. The loop's `kl_coeff`, 0 by default, adds to what beta does already.
-
-    Attributes:
-        pairs: images on disk that the reward or people have compared, of `build_preference_pairs`,
-            `read_preference_pairs` or `datasets.read_pickapic`. Their prompts take the place of the training's. None
-            makes them by `build_preference_pairs` into `output_dir`/pairs before the first step, or with
-            `refresh_every` on the way.
-        beta: strength of the pull towards the reference. The paper has 2000 for SD 1.5, 5000 for SDXL (section 5.1).
-        loss: "sigmoid" as above; "hinge", max(0, 1 - inside) (Zhao et al. 2023, SLiC); "ipo", (inside / beta - 1 /
-            (2 beta))^2 (Azar et al. 2024, equation 17), which pulls `inside` to 1/2 and no further.
-        timesteps: noise levels that are drawn: "uniform", those of the model's training, as in the paper; "sampler",
-            those of the steps that the training's `sampling` takes, all that images made in as many steps depend on.
-        refresh_every: steps of the optimizer after which a round's images are sampled anew, with the adapter as it then
-            is; 0 is never. A round trains on the same rows in all its steps. With `pairs`, the first steps train on
-            those instead, other rows in each.
-        candidates: images that pairs are made of: for each prompt before the first step (`n` there), for each row of a
-            refresh, of which the best and the worst are the pair.
-        pairs_per_prompt: of pairs that are made first.
-        guidance_scales: of pairs that are made first: candidates are sampled at each, and paired with themselves.
-        reward_guidance: likewise: each is sampled with `sampling.RewardGuidance` of this scale too; 0 is without.
-        margin: least difference of a pair's rewards; a row below it counts for nothing.
     """
 
     name: ClassVar[str] = "dpo"
     kl_coeff: ClassVar[float] = 0.0
 
     pairs: PreferencePairs | None = field(default=None, repr=False)
-    beta: float = 2000.0
-    loss: Loss = "sigmoid"
-    timesteps: Timesteps = "uniform"
-    refresh_every: int = 0
-    candidates: int = 4
-    pairs_per_prompt: int = 1
-    guidance_scales: tuple[float, ...] = ()
-    reward_guidance: float = 0.0
-    margin: float = 0.0
+    beta: float = field(
+        default=2000.0,
+        metadata={"help": "Strength of the pull towards the reference model; the paper has 2000 and 5000 (SDXL)."},
+    )
+    loss: Loss = field(
+        default="sigmoid",
+        metadata={"help": "Loss of a pair: 'sigmoid' as in the paper, 'hinge' (SLiC) or 'ipo' (Azar et al. 2024)."},
+    )
+    timesteps: Timesteps = field(
+        default="uniform",
+        metadata={"help": "Noise levels to train on: 'uniform' over the model's training, or those of the 'sampler'."},
+    )
+    refresh_every: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps between samplings of new pairs from the trained model; 0 is never."},
+    )
+    candidates: int = field(
+        default=4, metadata={"help": "Images sampled per prompt, of which the best and the worst become a pair."}
+    )
+    pairs_per_prompt: int = field(
+        default=1, metadata={"help": "Pairs per prompt, for pairs that are sampled before the training."}
+    )
+    guidance_scales: tuple[float, ...] = field(
+        default=(),
+        metadata={"help": "Guidance scales to sample each noise at before the training, for pairs of one noise."},
+    )
+    reward_guidance: float = field(
+        default=0.0,
+        metadata={"help": "Scale of a reward guidance to sample each noise with once more before the training."},
+    )
+    margin: float = field(
+        default=0.0, metadata={"help": "Difference of rewards that a pair must exceed to be trained on."}
+    )
     latents: PairLatents | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -253,12 +257,12 @@ class DPO(Algorithm):
         pairs = None if self.pairs is None else fingerprint(self.pairs)
         return super().settings() | {"dpo.pairs": pairs}
 
-    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
+    def check(self, tools: TrainingContext, prompts: Sequence[str]) -> None:
         """Refuse a scheduler that does not tell what its model was trained on, or what its sampler asks of it."""
         self.noising(first_state(tools, prompts[0]))
 
     def ready(
-        self, tools: Tools, prompts: Sequence[str], folder: Path, settings: FinetuneConfig, *, progress: bool
+        self, tools: TrainingContext, prompts: Sequence[str], folder: Path, settings: FinetuneConfig, *, progress: bool
     ) -> DPO:
         """With pairs of the pipeline's own images, made into `folder`/pairs, where it is to learn from nothing else."""
         if self.pairs is not None or self.refresh_every:
@@ -284,14 +288,14 @@ class DPO(Algorithm):
 
     # ----------------------------------------------------------------------------------------- pairs
 
-    def prepare(self, tools: Tools, batches: Sequence[Batch]) -> Memory:
+    def prepare(self, tools: TrainingContext, batches: Sequence[Batch]) -> Memory:
         """Fresh pairs for the rows of a round, where it is not one on given pairs: latents, and the mean reward."""
         if not self.refresh_every or (self.pairs is not None and batches[0].step < self.refresh_every):
             return {}
         made = [self.sampled(tools, batch) for batch in batches]
         return {f"{name}.{part}": tensor for part, named in enumerate(made) for name, tensor in named.items()}
 
-    def sampled(self, tools: Tools, batch: Batch) -> dict[str, Tensor]:
+    def sampled(self, tools: TrainingContext, batch: Batch) -> dict[str, Tensor]:
         """Best and worst of each row's candidates, `winners` and `losers` (B, ...); their mean `reward` (B,).
 
         Candidates that are not finite, or whose reward is not, do not count. Where the rest differ by no more than the
@@ -308,7 +312,7 @@ class DPO(Algorithm):
         mean = totals.nanmean().nan_to_num()  # stands for a row without any, so that a checkpoint can be read
         return {"winners": winners, "losers": losers, "reward": torch.where(totals.isnan(), mean, totals).mean(dim=0)}
 
-    def candidate(self, tools: Tools, batch: Batch, place: int) -> tuple[Tensor, Tensor]:
+    def candidate(self, tools: TrainingContext, batch: Batch, place: int) -> tuple[Tensor, Tensor]:
         """Latents (B, ...) of one more image of each row, in at least float32, and their rewards (B,), or NaN."""
         latents = tools.rollout.run(tools.start(batch, f"candidate {place}")).latents
         images = tools.rollout.show(latents)
@@ -318,7 +322,7 @@ class DPO(Algorithm):
         at_least_single = torch.promote_types(latents.dtype, torch.float32)
         return latents.to(at_least_single), torch.where(whole & total.isfinite(), total, torch.nan)
 
-    def clean(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> tuple[Tensor, Tensor]:
+    def clean(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> tuple[Tensor, Tensor]:
         """Latents (B, ...) of winners and losers."""
         if memory:
             device = tools.rollout.family.device  # where a checkpoint was read is the CPU
@@ -330,7 +334,7 @@ class DPO(Algorithm):
 
     # ----------------------------------------------------------------------------------------- the loss
 
-    def losses(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """One loss.
 
         It tells `accuracy`, whether the winner gained more than the loser, ties half; `margin`, the inside of the
@@ -373,12 +377,14 @@ class DPO(Algorithm):
         return (inside / self.beta - 1 / (2 * self.beta)).square()
 
 
-def first_state(tools: Tools, prompt: str) -> State:
+def first_state(tools: TrainingContext, prompt: str) -> State:
     """One candidate before its first step: what a sampler of these arguments starts with, and its levels."""
     return tools.rollout.start(tools.encode([prompt]), [torch.Generator("cpu").manual_seed(0)])
 
 
-def denoiser(tools: Tools, batch: Batch, noised: Tensor, times: Tensor, state: State) -> Callable[[bool], Tensor]:
+def denoiser(
+    tools: TrainingContext, batch: Batch, noised: Tensor, times: Tensor, state: State
+) -> Callable[[bool], Tensor]:
     """The denoiser on 2B noised rows, winners before losers, told of the prompts and of no negative prompts.
 
     Args:

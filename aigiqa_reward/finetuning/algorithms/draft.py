@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.sampling.rollout import State
 from aigiqa_reward.sampling.schedulers import noise_level
 from aigiqa_reward.types import RewardOutput
@@ -35,11 +35,6 @@ class DRaFT(Algorithm):
 
     With classifier-free guidance both branches are in the graph: the gradient is that of the images which the pipeline
     makes with the same `guidance_scale`, at twice the cost of a step without guidance.
-
-    Attributes:
-        truncation_steps: K from 1, "all" for every step, or "random" for AlignProp's draw. More than there are steps
-            is all of them.
-        low_variance: n of DRaFT-LV, gradients beside that of the sampled image; 0 is DRaFT-K. Needs K = 1.
 
     Example:
         >>> from aigiqa_reward.finetuning import DRaFT
@@ -54,8 +49,13 @@ class DRaFT(Algorithm):
     name: ClassVar[str] = "draft"
     reward_gradient: ClassVar[bool] = True
 
-    truncation_steps: int | Literal["all", "random"] = 1
-    low_variance: int = 0
+    truncation_steps: int | Literal["all", "random"] = field(
+        default=1, metadata={"help": "Last sampling steps K that carry gradients, 'all', or 'random' as in AlignProp."}
+    )
+    low_variance: int = field(
+        default=0,
+        metadata={"help": "Extra gradients per image (n of DRaFT-LV); needs truncation_steps=1, and 0 is DRaFT-K."},
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.truncation_steps, str) and self.truncation_steps not in ("all", "random"):
@@ -79,7 +79,7 @@ class DRaFT(Algorithm):
             return int(batch.numbers("truncation").integers(1, steps + 1))
         return min(self.truncation_steps, steps)
 
-    def losses(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """One loss, or n + 1 of them for DRaFT-LV."""
         del part, memory
         state = tools.start(batch)
@@ -107,7 +107,7 @@ class DRaFT(Algorithm):
             yield (alpha * finished.float() + sigma * noise.to(finished.device)).to(finished.dtype)
 
 
-def climb(tools: Tools, state: State) -> tuple[Tensor, Tensor]:
+def climb(tools: TrainingContext, state: State) -> tuple[Tensor, Tensor]:
     """Finish sampling with gradients: latents (B, ...) and the mean distance (B,) to the reference on the way."""
     far, alone = [], state.step + 1 == state.steps
     while not state.done:
@@ -118,7 +118,7 @@ def climb(tools: Tools, state: State) -> tuple[Tensor, Tensor]:
     return state.latents, torch.stack(far).mean(dim=0) if far else state.latents.new_zeros(len(state))
 
 
-def outcome(tools: Tools, batch: Batch, images: Tensor, far: Tensor) -> Outcome:
+def outcome(tools: TrainingContext, batch: Batch, images: Tensor, far: Tensor) -> Outcome:
     """The loss -min(total, ceiling) + penalty * distance, mean over the rows; NaN for images that are not finite.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.algorithms.draft import told
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.sampling.ancestral import ANCESTRAL, StepWeights, ancestral_weights, is_last, placed, step_mean
 from aigiqa_reward.sampling.rollout import State
 from aigiqa_reward.sampling.schedulers import check_scheduler, is_flow, noise_level
@@ -162,30 +162,30 @@ def group_advantages(
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradient(Algorithm):
-    """A policy gradient on the steps of a stochastic sampler.
-
-    Attributes:
-        images_per_prompt: size of a group, whose images are compared with each other. Divides the step's whole batch.
-            1 compares the whole batch, whatever the prompts. The default is chosen here: it fits the default batch;
-            Flow-GRPO takes 24.
-        updates_per_round: steps of the optimizer on the same samples. In the first, all ratios are 1; from the
-            second on they are clipped.
-        clip_range: how far from 1 the ratio of a step may go before its gradient ends. The default is that of the
-            code of DDPO and Flow-GRPO, for the mean over the latents' dimensions (`GaussianStep.log_prob`).
-        advantage_clip: largest advantage, in standard deviations of the reward.
-        deviation: whose standard deviation divides the advantages, the group's or the batch's.
-        timestep_fraction: share in (0, 1] of the steps that are trained, drawn anew each round.
-    """
+    """A policy gradient on the steps of a stochastic sampler."""
 
     learning_rate: ClassVar[float] = 3e-4
     title: ClassVar[str]
 
-    images_per_prompt: int = 4
-    updates_per_round: int = 1
-    clip_range: float = 1e-4
-    advantage_clip: float = 10.0
-    deviation: Literal["group", "batch"] = "group"
-    timestep_fraction: float = 1.0
+    images_per_prompt: int = field(
+        default=4,
+        metadata={"help": "Images per prompt, which are compared with each other; 1 compares the whole batch."},
+    )
+    updates_per_round: int = field(default=1, metadata={"help": "Optimizer steps on the same sampled images."})
+    clip_range: float = field(
+        default=1e-4,
+        metadata={"help": "Distance from 1 at which the probability ratio of a sampling step is clipped, in (0, 1)."},
+    )
+    advantage_clip: float = field(
+        default=10.0, metadata={"help": "Largest advantage, in standard deviations of the reward."}
+    )
+    deviation: Literal["group", "batch"] = field(
+        default="group",
+        metadata={"help": "Standard deviation that divides advantages: of the prompt's 'group' or of the 'batch'."},
+    )
+    timestep_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the sampling steps to train on, in (0, 1], drawn anew each round."}
+    )
 
     def __post_init__(self) -> None:
         integer("images_per_prompt", self.images_per_prompt, least=1)
@@ -210,7 +210,7 @@ class PolicyGradient(Algorithm):
     def weights(self, scheduler: Any, step: int) -> StepWeights:
         """What the latents after step number `step` are made of."""
 
-    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
+    def check(self, tools: TrainingContext, prompts: Sequence[str]) -> None:
         """Refuse a scheduler without a stochastic sampler, and arguments of the pipeline that would go unheard."""
         super().check(tools, prompts)
         check_scheduler(tools.rollout.pipe.scheduler, need=self.title, served=ANCESTRAL)
@@ -223,7 +223,7 @@ class PolicyGradient(Algorithm):
     # ----------------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
-    def prepare(self, tools: Tools, batches: Sequence[Batch]) -> Memory:
+    def prepare(self, tools: TrainingContext, batches: Sequence[Batch]) -> Memory:
         """Sample and score this process's parts, compare them with those of all processes.
 
         Samples with pixels or scores that are not finite get advantage 0, and zeros in place of their latents. If none
@@ -270,7 +270,7 @@ class PolicyGradient(Algorithm):
         drawn = batch.numbers("timesteps").choice(noisy, size=count, replace=False)
         return sorted(int(step) for step in drawn)
 
-    def sample(self, tools: Tools, state: State, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(self, tools: TrainingContext, state: State, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Finished latents (B, ...); the latents (B, T, ...) before each step and the trained steps' log_probs (B, n).
 
         The last two are on the CPU.
@@ -293,7 +293,7 @@ class PolicyGradient(Algorithm):
         return GaussianStep(mean=mean, deviation=weights.fresh.to(mean.device))
 
     def compared(
-        self, tools: Tools, batches: Sequence[Batch], scores: Sequence[dict[str, Tensor]]
+        self, tools: TrainingContext, batches: Sequence[Batch], scores: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """Advantages of this process's rows, part after part, and what to tell of them; on the CPU."""
         device = tools.accelerator.device
@@ -334,7 +334,7 @@ class PolicyGradient(Algorithm):
 
     # ----------------------------------------------------------------------------------------- losses
 
-    def losses(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """One loss for each trained step; together they are the mean over these steps."""
         state = tools.start(batch)
         device = state.latents.device
@@ -358,7 +358,7 @@ class PolicyGradient(Algorithm):
             yield Outcome(loss=loss.mean() / len(steps), measures={**shown, **measures})
 
     def step_loss(
-        self, tools: Tools, state: State, after: Tensor, *, advantages: Tensor, old: Tensor, alive: Tensor
+        self, tools: TrainingContext, state: State, after: Tensor, *, advantages: Tensor, old: Tensor, alive: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (B,) of one step, and what to tell of it.
 
@@ -399,7 +399,7 @@ def zero_unless(alive: Tensor, values: Tensor) -> Tensor:
     return torch.where(alive.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
 
 
-def judged(tools: Tools, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
+def judged(tools: TrainingContext, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
     """What the reward says (B,) of the images as the pipeline would give them; on the CPU.
 
     An image with pixels that are not finite is not shown to the reward, a gray one is; its scores are NaN, as are those
@@ -420,9 +420,6 @@ class DDPO(PolicyGradient):
     The sampler is `ancestral_weights`: DDIM with eta, Euler ancestral, or for flow models one with equal marginals. The
     pipeline may sample with its own scheduler afterwards, with or without noise.
 
-    Attributes:
-        eta: noise of the sampler in (0, 1]; 1 as in the paper's code.
-
     Example:
         >>> from aigiqa_reward.finetuning import DDPO
         >>> DDPO(eta=1.0, images_per_prompt=4).rows_per_prompt
@@ -432,7 +429,9 @@ class DDPO(PolicyGradient):
     name: ClassVar[str] = "ddpo"
     title: ClassVar[str] = "DDPO"
 
-    eta: float = 1.0
+    eta: float = field(
+        default=1.0, metadata={"help": "Noise of the sampler, in (0, 1], as in DDIM; the paper's code uses 1."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -450,13 +449,6 @@ class FlowGRPO(PolicyGradient):
     Training samples with noise and may take few steps (the paper: 10); the pipeline samples with its own scheduler
     afterwards, without noise and with as many steps as one likes.
 
-    Attributes:
-        sampler: "sde" is the paper's Euler-Maruyama step (`flow_sde_weights`); "ancestral" is, for the same noise, the
-            step that keeps the marginals at any number of steps (`ancestral_weights`): cleaner images for the reward
-            where there are few.
-        noise_level: a of sigma_t = a sqrt(t / (1 - t)), in (0, sqrt(2)], where sqrt(2) is "ancestral" with eta=1. The
-            default is the paper's.
-
     Example:
         >>> from aigiqa_reward.finetuning import FlowGRPO
         >>> FlowGRPO(images_per_prompt=8, noise_level=0.7).sampler
@@ -466,9 +458,16 @@ class FlowGRPO(PolicyGradient):
     name: ClassVar[str] = "grpo"
     title: ClassVar[str] = "Flow-GRPO"
 
-    advantage_clip: float = 5.0
-    sampler: Literal["sde", "ancestral"] = "sde"
-    noise_level: float = 0.7
+    advantage_clip: float = field(
+        default=5.0, metadata={"help": "Largest advantage, in standard deviations of the reward."}
+    )
+    sampler: Literal["sde", "ancestral"] = field(
+        default="sde",
+        metadata={"help": "Sampling step: 'sde' as in the paper, or 'ancestral', with cleaner images in few steps."},
+    )
+    noise_level: float = field(
+        default=0.7, metadata={"help": "Noise a of sigma_t = a sqrt(t / (1 - t)), in (0, sqrt(2)]; the paper uses 0.7."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -477,7 +476,7 @@ class FlowGRPO(PolicyGradient):
         # A little above sqrt(2), for those who round.
         number("noise_level", self.noise_level, "in (0, sqrt(2)]; try 0.7", lambda value: 0 < value < 1.4143)
 
-    def check(self, tools: Tools, prompts: Sequence[str]) -> None:
+    def check(self, tools: TrainingContext, prompts: Sequence[str]) -> None:
         """Refuse models that are not of flow matching, besides what every policy gradient refuses."""
         pipe = tools.rollout.pipe
         if not is_flow(pipe.scheduler):

@@ -8,7 +8,7 @@ paper's loss on the model's training images, against drifting away, has the dist
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -16,17 +16,13 @@ import torch
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.algorithms.draft import outcome
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
-from aigiqa_reward.finetuning.context import Tools
+from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.utils.checks import number
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReFL(Algorithm):
     """Reward feedback learning.
-
-    Attributes:
-        earliest: share of the steps in [0, 1) before which no gradient is taken: there a prediction shows too little
-            of the image. The default is the paper's, whose steps are 30 to 39 of 40.
 
     Example:
         >>> from aigiqa_reward.finetuning import ReFL
@@ -37,7 +33,9 @@ class ReFL(Algorithm):
     name: ClassVar[str] = "refl"
     reward_gradient: ClassVar[bool] = True
 
-    earliest: float = 0.75
+    earliest: float = field(
+        default=0.75, metadata={"help": "Share of the sampling steps, in [0, 1), before which no step is judged."}
+    )
 
     def __post_init__(self) -> None:
         number("earliest", self.earliest, "in [0, 1), a share of the steps", lambda value: 0 <= value < 1)
@@ -47,7 +45,7 @@ class ReFL(Algorithm):
         first = min(int(self.earliest * steps), steps - 1)
         return int(batch.numbers("late step").integers(first, steps))
 
-    def losses(self, tools: Tools, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """One loss."""
         del part, memory
         state = tools.start(batch)
