@@ -7,7 +7,6 @@ contrast is turned up, so that images of different seeds look different (random 
 from __future__ import annotations
 
 import functools
-import gzip
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from open_clip.tokenizer import bytes_to_unicode, default_bpe
+from open_clip.tokenizer import SimpleTokenizer
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -184,19 +183,10 @@ def _quiet(pipe: Any) -> Any:
 
 @functools.cache
 def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """OpenAI's byte pair vocabulary, as open_clip ships it (its SimpleTokenizer builds the same list)."""
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
-    merges = [(left, right) for left, right in (line.split() for line in lines)]
-    letters = list(bytes_to_unicode().values())
-    tokens = [
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        *(left + right for left, right in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    return {token: number for number, token in enumerate(tokens)}, merges
+    """OpenAI's byte pair vocabulary, from open_clip."""
+    tokenizer = SimpleTokenizer()
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return {special.get(token, token): n for token, n in tokenizer.encoder.items()}, list(tokenizer.bpe_ranks)
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
@@ -221,7 +211,7 @@ _T5_LETTERS = "etaoinshrdlucmwfgypbvkxjqz0123456789.,'-"
 
 
 def _t5_tokenizer() -> T5Tokenizer:
-    """Unigrams of single letters: enough to tell prompts apart."""
+    """Unigrams of single letters, which distinguish prompts well enough."""
     letters = [(letter, -2.0 - place / 10) for place, letter in enumerate(_T5_LETTERS)]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=77)

@@ -14,7 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from pipelines import FAMILIES
 from pipelines_current import pipeline
 from torch import Tensor, nn
-from watched import PROMPT, STEPS, Recorder, is_left_alone, redness, sample
+from watched import PROMPT, STEPS, Recorder, assert_same, is_left_alone, redness, sample
 
 from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger
 from aigiqa_reward.sampling.guidance import RewardGuidance
@@ -33,14 +33,6 @@ def guidance_of(pipe: Any, through: bool, reward: Any = redness, **more: Any) ->
 def scheduler_state(scheduler: Any) -> dict[str, Any]:
     state = {name: value for name, value in vars(scheduler).items() if name not in ("step", "_internal_dict")}
     return copy.deepcopy(state)
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b) if not hasattr(a, "shape") else bool((a == b).all())
 
 
 AS_ASKED = {"use_resolution_binning": False, "clean_caption": False}
@@ -110,8 +102,7 @@ def test_the_schedulers_state_and_all_parameters_are_untouched(name, through):
     with guidance_of(pipe, through, reward, call=AS_ASKED if name == "sana" else {}) as guidance:
         sample(pipe, name, callback_on_step_end=MultiPipelineCallbacks([around, guidance, around]))
     for before, after in zip(states[::2], states[1::2], strict=True):
-        assert before.keys() == after.keys()
-        assert [key for key in before if not same(before[key], after[key])] == []
+        assert_same(before, after)
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
     assert all(parameter.grad is None for module in [*modules, reward] for parameter in module.parameters())
 

@@ -14,6 +14,7 @@ from diffusers import EDMEulerScheduler, StableDiffusionImg2ImgPipeline, StableD
 from pipelines import FAMILIES, FEW_STEPS
 from pipelines_current import CALL, CURRENT_FAMILIES, GUIDED, pipeline
 from torch import Tensor
+from watched import assert_same
 
 from aigiqa_reward.sampling.families import find_family
 from aigiqa_reward.sampling.rollout import Rollout, State
@@ -160,21 +161,6 @@ def test_gradients_reach_weights_that_want_them_but_not_the_prompts(sd):
 
 
 # --------------------------------------------------------------------------------------------- the pipeline stays
-
-
-def assert_same(one: Any, other: Any) -> None:
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert_same(one[name], other[name])
-    elif isinstance(one, list):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_same(left, right)
-    elif not callable(one):
-        assert one == other or one is other
 
 
 @pytest.mark.parametrize(

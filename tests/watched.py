@@ -45,3 +45,18 @@ def sample(pipe: Any, name: str = "sd", *, seed: int = 0, steps: int = STEPS, pr
 def is_left_alone(pipe: Any) -> bool:
     """Whether the pipeline's and the scheduler's own methods are unwrapped."""
     return "step" not in vars(pipe.scheduler) and "prepare_latents" not in vars(pipe)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_same(one[name], other[name])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    elif not callable(one):
+        assert one == other or one is other

@@ -21,17 +21,11 @@ ANCESTRAL = tuple(name for name in SERVED if name not in (*SEVERAL_CALLS_A_STEP,
 
 @dataclass(frozen=True, kw_only=True)
 class StepWeights:
-    """Weights of predicted clean latents x0, predicted noise eps and fresh noise in the latents after a step.
+    """Weights, each (), of the parts of the latents after a step, for the model's predictions x0 and eps."""
 
-    Attributes:
-        clean: () weight of the predicted clean latents x0.
-        told: () weight of the noise eps that the latents contain if x0 is right.
-        fresh: () weight of new noise, the std of the step.
-    """
-
-    clean: Tensor
-    told: Tensor
-    fresh: Tensor
+    clean: Tensor  # of the clean latents x0
+    told: Tensor  # of the noise eps that the latents contain if x0 is right
+    fresh: Tensor  # of new noise, the std of the step
 
 
 def is_last(scheduler: Any, step: int) -> bool:

@@ -60,25 +60,15 @@ class LoggedStep:
 
 @dataclass(frozen=True, kw_only=True)
 class SeenStep:
-    """One step as a callback sees it.
+    """One step as a callback sees it."""
 
-    Attributes:
-        index: number of the step, from 0.
-        count: number of steps in all.
-        timestep: the scheduler's entry for it.
-        sample: (B, ...) latents before the step.
-        output: (B, ...) of the model, after guidance.
-        latents: (B, ...) after the step and after the callbacks before this one.
-        final: whether the latents will be decoded: the last step, or another callback ended the sampling.
-    """
-
-    index: int
-    count: int
+    index: int  # from 0
+    count: int  # number of steps in all
     timestep: float
-    sample: Tensor
-    output: Tensor
-    latents: Tensor
-    final: bool
+    sample: Tensor  # (B, ...) latents before the step
+    output: Tensor  # (B, ...) of the model, after guidance
+    latents: Tensor  # (B, ...) after the step and after the callbacks before this one
+    final: bool  # whether the latents will be decoded: the last step, or another callback ended the sampling
 
     def clean(self, scheduler: Any) -> Tensor:
         """Return latents x0 (B, ...) predicted at this step, or the final ones, in at least float32."""

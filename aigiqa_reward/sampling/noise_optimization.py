@@ -199,26 +199,17 @@ class NoiseOptimizer:
 
 @dataclass(kw_only=True)
 class _Ascent:
-    """One call of a NoiseOptimizer.
-
-    Attributes:
-        start: one candidate at its beginning.
-        text: the prompt that the reward sees.
-        after: state of the generator that has drawn the initial noise.
-        history: totals of the images so far.
-        best: image (1, 3, H, W), its scores and its noise (1, ...), on the CPU; None without any.
-        calls: calls of the denoiser so far.
-    """
+    """One call of a NoiseOptimizer."""
 
     plan: NoiseOptimizer
     rollout: Rollout
-    start: State
+    start: State  # one candidate at its beginning
     reward: BoundReward
-    text: str
-    after: Tensor
+    text: str  # the prompt that the reward sees
+    after: Tensor  # state of the generator that has drawn the initial noise
     history: list[float] = field(default_factory=list)
-    best: tuple[Tensor, RewardOutput, Tensor] | None = None
-    calls: int = 0
+    best: tuple[Tensor, RewardOutput, Tensor] | None = None  # image (1, 3, H, W), scores and noise (1, ...), on the CPU
+    calls: int = 0  # of the denoiser
 
     @property
     def sigma(self) -> float | Tensor:

@@ -207,27 +207,16 @@ class ParticleSteering:
 
 @dataclass(kw_only=True)
 class _Particles:
-    """N particles at one step; row i of everything belongs to place i.
+    """N particles at one step; row i of everything belongs to place i."""
 
-    Attributes:
-        state: N rows. Its generators belong to places, not to lines of descent.
-        clean: (N, ...) clean latents that were predicted last.
-        ancestors: (N,) place at which each line of descent began.
-        previews: (N, k) the k previews of each line.
-        reasons: (N,) why a particle was dropped, or None.
-        log_weights: (N,) float64, not normalized.
-        log_product: (N,) sum of the logarithms of a line's potentials.
-        sizes: (steps taken, effective sample size) at each preview.
-    """
-
-    state: State
-    clean: Tensor
-    ancestors: list[int]
-    previews: list[list[Preview]]
-    reasons: list[str | None]
-    log_weights: Tensor
-    log_product: Tensor
-    sizes: list[tuple[int, float]] = field(default_factory=list)
+    state: State  # its generators belong to places, not to lines of descent
+    clean: Tensor  # (N, ...) clean latents that were predicted last
+    ancestors: list[int]  # place at which each line of descent began
+    previews: list[list[Preview]]  # of each line
+    reasons: list[str | None]  # why a particle was dropped, or None
+    log_weights: Tensor  # (N,) float64, not normalized
+    log_product: Tensor  # (N,) sum of the logarithms of a line's potentials
+    sizes: list[tuple[int, float]] = field(default_factory=list)  # (steps taken, effective sample size) per preview
 
     @property
     def alive(self) -> list[int]:
