@@ -204,7 +204,7 @@ class Renamed(StableDiffusionPipeline):
 
 
 class Rewritten(StableDiffusionPipeline):
-    """A user's own class with a loop of its own."""
+    """A user's own class with another loop."""
 
     def __call__(self, prompt: str, **arguments: Any) -> Any:
         return super().__call__(prompt, **arguments)

@@ -264,7 +264,7 @@ def test_candidates_keep_their_histories(case):
     rollout = rollout_of(case)
     start = rollout.start(rollout.encode(PROMPTS), generators())
     middle = rollout.run(start, until=start.steps // 2)
-    # A step later, solvers that call the denoiser twice a step are in the other half of one.
+    # One step later, solvers that call the denoiser twice per step are in the other half of one.
     for state in (middle, rollout.run(with_fresh_generators(middle), until=middle.step + 1)):
         picked = with_fresh_generators(state[[2, 0, 2]])
         first, last = with_fresh_generators(state[[2]]), with_fresh_generators(state[[0, 1]])

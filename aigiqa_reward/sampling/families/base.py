@@ -268,7 +268,7 @@ class Family(ABC):
     def as_started(self, latents: Tensor, scheduler: Any) -> Tensor:
         """Rescale initial latents that the pipeline has drawn, for a scheduler whose steps are set only now.
 
-        Some schedulers know their initial std only then, and the pipeline has multiplied by that of its own.
+        Some schedulers know their initial std only then, and the pipeline has multiplied by its own scheduler's.
         """
         wanted, used = (getattr(s, "init_noise_sigma", 1.0) for s in (scheduler, self.pipe.scheduler))
         return latents / used * wanted if self.scales_noise and wanted != used else latents

@@ -1,4 +1,4 @@
-"""FLUX.2: latents packed with positions of their own, normalized by the VAE's batch statistics."""
+"""FLUX.2: packed latents with explicit positions, normalized by the VAE's batch statistics."""
 
 from __future__ import annotations
 
