@@ -247,7 +247,7 @@ def _generator_means(
 
 
 def pooled_features(store: FeatureStore) -> np.ndarray:
-    """(N, D) one vector per image for the ridge control: the tensors of `forward_features`, averaged over crops and places.
+    """(N, D) one vector per image for the ridge control: features averaged over crops and places.
 
     Of maps and of crops the deviation is taken as well, so that the control has what a linear head could have; an
     assistant's features (floating, one vector a question) stand side by side, its flags and words are left out.

@@ -146,7 +146,7 @@ class FeatureStore:
         crops: int | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Stored outputs of `forward_features` for these rows; of `crop_features` only `crops` crops, the same for all rows.
+        """Return the stored features of these rows; of `crop_features` only `crops` crops, the same for all rows.
 
         Crops are drawn from `generator`; without one, or with `crops` None, all are read.
         """
