@@ -249,11 +249,11 @@ def test_detaching_cuts_the_spectrum_and_nothing_else(
 
 def test_the_anchor_is_the_likeness_of_places_and_words() -> None:
     """On the compact towers, whose places and words are in one space."""
-    model, images = build_model("sc_agiqa", settings={"anchor": True, "crops": 2}).double().eval(), draw(3, 96, 80)
-    output = model(images, model.encode_prompts(PROMPTS))
+    model, images = build_model("sc_agiqa", settings={"anchor": True, "crops": 1}).double().eval(), draw(2, 96, 80)
+    output = model(images, model.encode_prompts(PROMPTS[:2]))
     model.head.anchor.weight.data += 0.5
-    more = model(images, model.encode_prompts(PROMPTS))
-    for i, prompt in enumerate(PROMPTS):
+    more = model(images, model.encode_prompts(PROMPTS[:2]))
+    for i, prompt in enumerate(PROMPTS[:2]):
         square = F.interpolate(images[i : i + 1], (224, 187), mode="bicubic", antialias=True, align_corners=False)
         canvas = images.new_tensor(model.vision.mean).view(1, 3, 1, 1).repeat(1, 1, 224, 224)
         canvas[..., 18:205] = square
