@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from aigiqa_reward.assistants import Assistants
     from aigiqa_reward.encoders.blip import BLIPConfig
     from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-    from aigiqa_reward.encoders.timm import TimmLevelsConfig
+    from aigiqa_reward.encoders.timm import TimmConfig
 
-    TowerConfig = OpenCLIPConfig | TimmLevelsConfig | BLIPConfig
+    TowerConfig = OpenCLIPConfig | TimmConfig | BLIPConfig
 
 
 def published_towers(name: str) -> dict[str, TowerConfig]:
@@ -27,16 +27,14 @@ def published_towers(name: str) -> dict[str, TowerConfig]:
     """
     from aigiqa_reward.encoders.blip import BLIPConfig
     from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-    from aigiqa_reward.encoders.timm import TimmConfig, TimmLevelsConfig
+    from aigiqa_reward.encoders.timm import TimmConfig
 
     def clip(architecture: str) -> OpenCLIPConfig:
         return OpenCLIPConfig(architecture=architecture, pretrained="openai")
 
-    def vit(architecture: str, blocks: tuple[int, ...]) -> TimmLevelsConfig:
+    def vit(architecture: str, blocks: tuple[int, ...]) -> TimmConfig:
         half = (0.5, 0.5, 0.5)  # the statistics that timm's ViTs of the AugReg recipe were trained with
-        return TimmLevelsConfig(
-            tower=TimmConfig(architecture=architecture, mean=half, std=half, pretrained=True), blocks=blocks
-        )
+        return TimmConfig(architecture=architecture, mean=half, std=half, pretrained=True, blocks=blocks)
 
     table: dict[str, dict[str, TowerConfig]] = {
         "mst_clipiqa": {"coarse": clip("ViT-B-32"), "fine": clip("ViT-B-16")},
@@ -293,7 +291,7 @@ def _is_compact(tower: object) -> bool:
 def _load_tower(config: Any) -> Any:
     from aigiqa_reward.encoders.blip import BLIPConfig, BLIPEncoder
     from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
-    from aigiqa_reward.encoders.timm import TimmLevels, TimmLevelsConfig
+    from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
 
     if isinstance(config, OpenCLIPConfig):
         if config.pretrained is None and not config.architecture.startswith(("local-dir:", "hf-hub:")):
@@ -304,20 +302,20 @@ def _load_tower(config: Any) -> Any:
         return OpenCLIPEncoder(config)
     if isinstance(config, BLIPConfig):
         return BLIPEncoder(config)
-    if isinstance(config, TimmLevelsConfig):
-        return TimmLevels(config)
-    raise ValueError(f"towers: expected an OpenCLIPConfig, BLIPConfig or TimmLevelsConfig, got {type(config).__name__}")
+    if isinstance(config, TimmConfig):
+        return TimmEncoder(config)
+    raise ValueError(f"towers: expected an OpenCLIPConfig, BLIPConfig or TimmConfig, got {type(config).__name__}")
 
 
 def _empty_tower(description: Mapping[str, Any]) -> Any:
     from aigiqa_reward.encoders.blip import BLIPEncoder
     from aigiqa_reward.encoders.compact import CompactEncoder
     from aigiqa_reward.encoders.open_clip import OpenCLIPEncoder
-    from aigiqa_reward.encoders.timm import TimmLevels
+    from aigiqa_reward.encoders.timm import TimmEncoder
 
     if "compact" in description:
         return CompactEncoder()
-    builders: dict[str, Any] = {"model_cfg": OpenCLIPEncoder, "blip": BLIPEncoder, "tower": TimmLevels}
+    builders: dict[str, Any] = {"model_cfg": OpenCLIPEncoder, "blip": BLIPEncoder, "architecture": TimmEncoder}
     for key, builder in builders.items():
         if key in description:
             return builder.from_description(dict(description))
