@@ -1,8 +1,7 @@
-"""Helpers that give text, masks or features of a language model, never gradients, and one cache for all of them.
+"""Assistants that give text, masks or features of a language model, without gradients, and their cache.
 
-What an assistant said is held fixed while gradients flow through the rest of a model. Each loads its weights when it
-is first asked something it has not answered before. Where a model is given none, it uses the offline substitutes:
-`grid_regions` for a segmenter, `noun_phrases` for a reader of attributes.
+Their outputs are held fixed while gradients flow through the rest of a model. Weights are loaded at the first question
+that is not in the cache. Without assistants, a model uses the offline substitutes `grid_regions` and `noun_phrases`.
 """
 
 from aigiqa_reward.assistants.attributes import AttributesConfig, LLMAttributes, noun_phrases

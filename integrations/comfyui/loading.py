@@ -35,7 +35,7 @@ class RewardLoader:
         return {
             "required": {
                 "name": (
-                    [spec.name for spec in list_rewards()],
+                    list_rewards(),
                     {"default": "compact", "tooltip": "Which model judges. cpa_iqa also draws distortion maps."},
                 ),
                 "device": (
