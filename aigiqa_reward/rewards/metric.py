@@ -26,7 +26,7 @@ class RewardMetric(Metric):
     """Mean score of a reward over all images seen, as a `torchmetrics.Metric`.
 
     Args:
-        reward: a Reward or any RewardFunction.
+        reward: a Reward or any RewardFunction; it stays on its device.
         aspect: "total", "quality" or "correspondence".
         batch_size: images scored at a time.
 
@@ -51,9 +51,8 @@ class RewardMetric(Metric):
         super().__init__()
         if aspect not in ASPECTS:
             raise ValueError(f"aspect: expected one of {', '.join(ASPECTS)}, got {aspect!r}")
-        self.reward = reward
         self.aspect = aspect
-        self.batch_size = Scorer(reward, batch_size).batch_size  # checked there
+        self._scorer = Scorer(reward, batch_size)  # no submodule: a metric's checkpoint holds no weights
         self.add_state("score_sum", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -61,8 +60,7 @@ class RewardMetric(Metric):
         self, images: Sequence[ImageSource] | Tensor | np.ndarray, prompts: Sequence[str] | str | None = None
     ) -> None:
         """Add images and their prompts, in any form that `Scorer.score` takes."""
-        output = Scorer(self.reward, self.batch_size).score(images, prompts)
-        scores = getattr(output, self.aspect)
+        scores = getattr(self._scorer.score(images, prompts), self.aspect)
         if scores is None:
             raise ValueError("aspect: the reward gives no correspondence here; pass prompts, or choose another aspect")
         self.score_sum += scores.sum().to(self.score_sum)
