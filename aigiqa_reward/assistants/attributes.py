@@ -16,7 +16,6 @@ from aigiqa_reward.assistants.base import (
     load_model,
     load_part,
 )
-from aigiqa_reward.assistants.cache import AssistantCache
 from aigiqa_reward.assistants.captioner import generate_greedily, pad_on_the_left
 from aigiqa_reward.utils.checks import integer
 
@@ -196,11 +195,6 @@ class AttributesConfig(AssistantConfig):
     Attributes:
         limit: largest number of attributes per prompt.
         max_new_tokens: length at which an answer is cut; the default has room for 8 phrases of 8 English words.
-
-    Example:
-        >>> from aigiqa_reward.assistants import AttributesConfig
-        >>> AttributesConfig(path_or_id="Qwen/Qwen2.5-0.5B-Instruct", device="cpu", limit=4).limit
-        4
     """
 
     limit: int = LIMIT
@@ -221,18 +215,9 @@ class LLMAttributes(PretrainedAssistant[AttributesConfig]):
     Args:
         config: which model.
         cache: folder of answers; None asks the model every time.
-
-    Example:
-        >>> from aigiqa_reward.assistants import AttributesConfig, LLMAttributes
-        >>> reader = LLMAttributes(AttributesConfig(path_or_id="Qwen/Qwen2.5-0.5B-Instruct"))  # loads nothing yet
-        >>> reader.decompose([])
-        []
     """
 
     kind = "attributes"
-
-    def __init__(self, config: AttributesConfig, *, cache: AssistantCache | None = None) -> None:
-        super().__init__(config, cache=cache)
 
     def _recipe(self) -> dict[str, Any]:
         return {"instruction": INSTRUCTION}

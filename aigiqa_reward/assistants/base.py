@@ -20,18 +20,7 @@ from aigiqa_reward.utils.checks import integer
 
 
 class Captioner(Protocol):
-    """Describes images in words.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.assistants import Captioner
-        >>> class Fixed:
-        ...     def describe(self, images: torch.Tensor) -> list[str]:
-        ...         return ["a photo"] * len(images)
-        >>> captioner: Captioner = Fixed()
-        >>> captioner.describe(torch.rand(2, 3, 64, 64))
-        ['a photo', 'a photo']
-    """
+    """Describes images in words."""
 
     def describe(self, images: Tensor, /) -> list[str]:
         """Return one text per image of (B, 3, H, W) in [0, 1]."""
@@ -39,19 +28,7 @@ class Captioner(Protocol):
 
 
 class SemanticsReader(Protocol):
-    """Reads meaning and coherence of images as features of a language model.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.assistants import SemanticsReader
-        >>> class Means:
-        ...     width = 3
-        ...     def read(self, images: torch.Tensor) -> torch.Tensor:
-        ...         return images.mean(dim=(2, 3)).unsqueeze(1).expand(-1, 2, -1)
-        >>> reader: SemanticsReader = Means()
-        >>> reader.read(torch.rand(4, 3, 64, 64)).shape
-        torch.Size([4, 2, 3])
-    """
+    """Reads meaning and coherence of images as features of a language model."""
 
     @property
     def width(self) -> int:
@@ -64,18 +41,7 @@ class SemanticsReader(Protocol):
 
 
 class Segmenter(Protocol):
-    """Finds the regions of images.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.assistants import Segmenter, grid_regions
-        >>> class Grid:
-        ...     def segment(self, images: torch.Tensor) -> torch.Tensor:
-        ...         return grid_regions().expand(len(images), -1, -1, -1)
-        >>> segmenter: Segmenter = Grid()
-        >>> segmenter.segment(torch.rand(2, 3, 64, 64)).shape
-        torch.Size([2, 16, 64, 64])
-    """
+    """Finds the regions of images."""
 
     def segment(self, images: Tensor, /) -> Tensor:
         """Return (B, R, 64, 64) soft masks in [0, 1] of images (B, 3, H, W) in [0, 1]; unused places are zero."""
@@ -83,17 +49,7 @@ class Segmenter(Protocol):
 
 
 class AttributeReader(Protocol):
-    """Splits prompts into visual attributes.
-
-    Example:
-        >>> from aigiqa_reward.assistants import AttributeReader
-        >>> class Commas:
-        ...     def decompose(self, texts: list[str]) -> list[list[str]]:
-        ...         return [text.split(", ") for text in texts]
-        >>> reader: AttributeReader = Commas()
-        >>> reader.decompose(["a red fox, snow"])
-        [['a red fox', 'snow']]
-    """
+    """Splits prompts into visual attributes."""
 
     def decompose(self, texts: list[str], /) -> list[list[str]]:
         """Return at least one short phrase per text, in its order."""
@@ -112,16 +68,6 @@ class Assistants:
         semantics: reads the meaning of images as features (MA-AGIQA).
         segmenter: finds regions (CPA-IQA).
         attributes: splits prompts into attributes (CPA-IQA).
-
-    Example:
-        >>> from aigiqa_reward.assistants import Assistants, CaptionerConfig, LMMCaptioner
-        >>> captioner = LMMCaptioner(CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))
-        >>> Assistants(captioner=captioner).segmenter is None
-        True
-        >>> Assistants(captioner=LMMCaptioner)
-        Traceback (most recent call last):
-            ...
-        TypeError: captioner: expected an assistant with a method describe(), or None, got the ...
     """
 
     captioner: Captioner | None = None
@@ -279,7 +225,13 @@ def load_part(part: str, config: AssistantConfig, *, wanted: str, **options: Any
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ValueError(_explain(config, wanted, error)) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(
+            f"path_or_id: {config.path_or_id!r} could not be loaded as {wanted}: "
+            f"{lines[0].rstrip('.:') if lines else type(error).__name__}; pass a folder with config.json and "
+            "model.safetensors, as save_pretrained writes them (pickles are never opened), or a model's name on "
+            "the Hub, and check the revision and the network"
+        ) from error
 
 
 def load_description(config: AssistantConfig, *, mapping: str, wanted: str) -> Any:
@@ -310,26 +262,3 @@ def load_model(part: str, config: AssistantConfig, *, wanted: str) -> Any:
             f"{type(model).__name__} (first: {missing[0]}), which would be random; pass one that was saved as {wanted}"
         )
     return model.requires_grad_(False).eval().to(config.device)
-
-
-def _explain(config: AssistantConfig, wanted: str, error: Exception) -> str:
-    """Say why a model could not be loaded, and what to do."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0].rstrip(".:") if lines else type(error).__name__
-    name = f"path_or_id: {config.path_or_id!r}"
-    if config.folder is None:
-        return (
-            f"{name} is no local folder and could not be loaded from the Hub as {wanted}: {reason}; check the name, "
-            "the revision and the network, or pass a folder written by save_pretrained"
-        )
-    files = sorted(file.name for file in config.folder.iterdir())
-    if "config.json" not in files:
-        return f"{name} holds no config.json, so it is not {wanted}; pass the folder that save_pretrained wrote"
-    if not any(file.endswith(".safetensors") for file in files):
-        for file in files:
-            if file.endswith(_PICKLES):
-                return (
-                    f"{name} holds its weights as pickles only ({file}), which are never opened; convert it with "
-                    "save_pretrained, which makes model.safetensors"
-                )
-    return f"{name} could not be loaded as {wanted}: {reason}; pass one that transformers loads as such"

@@ -63,13 +63,6 @@ class AssistantCache:
     Args:
         folder: made when the first answer is stored; None for `default_folder()`.
         max_bytes: size beyond which the oldest answers are deleted, checked once per twentieth of it written.
-
-    Example:
-        >>> from aigiqa_reward.assistants import AssistantCache, AttributesConfig, LLMAttributes
-        >>> cache = AssistantCache("answers/", max_bytes=10**9)
-        >>> reader = LLMAttributes(AttributesConfig(path_or_id="Qwen/Qwen2.5-0.5B-Instruct"), cache=cache)
-        >>> cache.folder.exists()  # made with the first answer
-        False
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int = MAX_BYTES) -> None:

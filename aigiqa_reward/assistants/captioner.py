@@ -14,37 +14,26 @@ from torch import Tensor
 from aigiqa_reward import images as pixels
 from aigiqa_reward.assistants.base import (
     AssistantConfig,
+    Config,
     PretrainedAssistant,
     load_description,
     load_model,
     load_part,
 )
-from aigiqa_reward.assistants.cache import AssistantCache
 from aigiqa_reward.utils.checks import integer
 
 _WANTED = "an image-text-to-text model"
 
 
-class ImageTextModel:
+class ImageTextAssistant(PretrainedAssistant[Config]):
     """Any model of transformers' AutoModelForImageTextToText with its processor, each part loaded at first use."""
-
-    def __init__(self, config: AssistantConfig) -> None:
-        self.config = config
 
     @cached_property
     def _description(self) -> Any:
-        """The model's configuration."""
         return load_description(self.config, mapping="MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", wanted=_WANTED)
 
-    @property
-    def width(self) -> int:
-        """Width of the language model's hidden layers, from the configuration; loads no weights."""
-        text = getattr(self._description, "text_config", None) or self._description
-        return int(text.hidden_size)
-
     @cached_property
-    def processor(self) -> Any:
-        """The processor; pads on the left, so that generated text follows the question."""
+    def _processor(self) -> Any:
         _ = self._description  # refuses a model of another kind, which may have no processor
         processor = load_part("AutoProcessor", self.config, wanted=_WANTED)
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
@@ -52,20 +41,19 @@ class ImageTextModel:
                 f"path_or_id: {self.config.path_or_id!r} has no processor of images and text (found "
                 f"{type(processor).__name__}); save the model's processor into the same folder with save_pretrained"
             )
-        pad_on_the_left(processor.tokenizer)
+        pad_on_the_left(processor.tokenizer)  # so that generated text follows the question
         return processor
 
     @cached_property
-    def model(self) -> Any:
-        """The network, frozen."""
-        _ = self.processor  # before the weights, which take long to read
+    def _model(self) -> Any:
+        _ = self._processor  # before the weights, which take long to read
         return load_model("AutoModelForImageTextToText", self.config, wanted=_WANTED)
 
-    def inputs(self, images: Tensor, question: str) -> Any:
+    def _inputs(self, images: Tensor, question: str) -> Any:
         """Make the network's inputs for one question about each of the images (B, 3, H, W), on its device."""
-        model = self.model
+        model = self._model
         prompt, options = self._prompt(question)
-        features = self.processor(
+        features = self._processor(
             text=[prompt] * len(images),
             images=[[image] for image in pixels.to_pil(images)],
             padding=True,
@@ -76,7 +64,7 @@ class ImageTextModel:
 
     def _prompt(self, question: str) -> tuple[str, dict[str, bool]]:
         """Put a question in the form the model was trained on, with options for the tokenizer."""
-        processor = self.processor
+        processor = self._processor
         if getattr(processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": question}]
             prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -85,10 +73,6 @@ class ImageTextModel:
         if hasattr(processor, "num_query_tokens"):  # BLIP-2 and InstructBLIP place their image tokens themselves
             return question, {}
         return f"{getattr(processor, 'image_token', '<image>')} {question}", {}
-
-    def generate(self, inputs: Any, max_new_tokens: int) -> list[str]:
-        """Generate greedily, one text per row, without the prompt."""
-        return generate_greedily(self.model, self.processor.tokenizer, inputs, max_new_tokens)
 
 
 def pad_on_the_left(tokenizer: Any) -> None:
@@ -133,11 +117,6 @@ class CaptionerConfig(AssistantConfig):
     Attributes:
         question: question about each image.
         max_new_tokens: length at which an answer is cut; 50 English words take half the default.
-
-    Example:
-        >>> from aigiqa_reward.assistants import CaptionerConfig
-        >>> CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf", device="cuda:0", batch_size=4).max_new_tokens
-        128
     """
 
     question: str = DESCRIBE
@@ -150,7 +129,7 @@ class CaptionerConfig(AssistantConfig):
         integer("max_new_tokens", self.max_new_tokens, least=1)
 
 
-class LMMCaptioner(PretrainedAssistant[CaptionerConfig]):
+class LMMCaptioner(ImageTextAssistant[CaptionerConfig]):
     """Describes images, for SC-AGIQA's comparison of prompt and description (Text-assisted Semantic Alignment).
 
     Any transformers image-text-to-text model; decoding is greedy, so that a description depends on its image alone.
@@ -158,22 +137,9 @@ class LMMCaptioner(PretrainedAssistant[CaptionerConfig]):
     Args:
         config: which model.
         cache: folder of descriptions; None asks the model every time.
-
-    Example:
-        >>> from aigiqa_reward.assistants import Assistants, CaptionerConfig, LMMCaptioner
-        >>> captioner = LMMCaptioner(CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))  # loads nothing yet
-        >>> Assistants(captioner=captioner).captioner is captioner
-        True
     """
 
     kind = "captioner"
-
-    def __init__(self, config: CaptionerConfig, *, cache: AssistantCache | None = None) -> None:
-        super().__init__(config, cache=cache)
-
-    @cached_property
-    def _lmm(self) -> ImageTextModel:
-        return ImageTextModel(self.config)
 
     def describe(self, images: Tensor) -> list[str]:
         """Describe each image, without gradients.
@@ -190,8 +156,9 @@ class LMMCaptioner(PretrainedAssistant[CaptionerConfig]):
         pixels.check(images)
 
         def answer(rows: list[int]) -> list[str]:
-            inputs = self._lmm.inputs(images[rows], self.config.question)
-            return [" ".join(text.split()) for text in self._lmm.generate(inputs, self.config.max_new_tokens)]
+            inputs = self._inputs(images[rows], self.config.question)
+            texts = generate_greedily(self._model, self._processor.tokenizer, inputs, self.config.max_new_tokens)
+            return [" ".join(text.split()) for text in texts]
 
         return self._serve(list(images), answer, str)
 
@@ -205,17 +172,10 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticsConfig(AssistantConfig):
-    """Which image-text-to-text model reads the images; MA-AGIQA's own is mPLUG-Owl2, 4096 wide.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.assistants import SemanticsConfig
-        >>> SemanticsConfig(path_or_id="llava-hf/llava-1.5-7b-hf", dtype=torch.bfloat16).dtype
-        torch.bfloat16
-    """
+    """Which image-text-to-text model reads the images; MA-AGIQA's own is mPLUG-Owl2, 4096 wide."""
 
 
-class LMMSemantics(PretrainedAssistant[SemanticsConfig]):
+class LMMSemantics(ImageTextAssistant[SemanticsConfig]):
     """Reads images with MA-AGIQA's two questions, on meaning and coherence.
 
     For each question the model's last hidden layer is averaged over the tokens (MA-AGIQA eq. 3). That these are the
@@ -224,27 +184,15 @@ class LMMSemantics(PretrainedAssistant[SemanticsConfig]):
     Args:
         config: which model.
         cache: folder of features; None asks the model every time.
-
-    Example:
-        >>> from aigiqa_reward.assistants import Assistants, LMMSemantics, SemanticsConfig
-        >>> reader = LMMSemantics(SemanticsConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))  # loads nothing yet
-        >>> Assistants(semantics=reader).semantics is reader
-        True
     """
 
     kind = "lmm_semantics"
 
-    def __init__(self, config: SemanticsConfig, *, cache: AssistantCache | None = None) -> None:
-        super().__init__(config, cache=cache)
-
-    @cached_property
-    def _lmm(self) -> ImageTextModel:
-        return ImageTextModel(self.config)
-
     @cached_property
     def width(self) -> int:
         """Width of the features: the language model's hidden size, from its configuration; loads no weights."""
-        return self._lmm.width
+        text = getattr(self._description, "text_config", None) or self._description
+        return int(text.hidden_size)
 
     def _recipe(self) -> dict[str, Any]:
         return {"questions": QUESTIONS}
@@ -264,14 +212,14 @@ class LMMSemantics(PretrainedAssistant[SemanticsConfig]):
         pixels.check(images)
 
         def answer(rows: list[int]) -> list[Tensor]:
-            features = [self._features(self._lmm.inputs(images[rows], question)) for question in QUESTIONS]
+            features = [self._features(self._inputs(images[rows], question)) for question in QUESTIONS]
             return list(torch.stack(features, dim=1))
 
         return torch.stack(self._serve(list(images), answer, Tensor)).to(images.device)
 
     def _features(self, inputs: Any) -> Float[Tensor, "batch width"]:
         """Average the last hidden layer over the tokens that are not padding; float32, on the CPU."""
-        model = self._lmm.model
+        model = self._model
         options: dict[str, Any] = {}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             options["logits_to_keep"] = 1  # the vocabulary's logits of every token would fill the memory

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.assistants.base import AssistantConfig, PretrainedAssistant, load_model, load_part
-from aigiqa_reward.assistants.cache import AssistantCache
 from aigiqa_reward.types import Images
 from aigiqa_reward.utils.checks import integer, number
 
@@ -36,11 +35,6 @@ class SegmenterConfig(AssistantConfig):
         points_per_side: rows and columns of the grid of points, each of which asks for the object under it. SAM's
             automatic mask generator uses 32 to find everything; 8 suffice for 16 regions.
         max_overlap: largest intersection over union of two kept masks, 0.7 as in SAM's automatic mask generator.
-
-    Example:
-        >>> from aigiqa_reward.assistants import SegmenterConfig
-        >>> SegmenterConfig(path_or_id="facebook/sam-vit-base", points_per_side=16).max_regions
-        16
     """
 
     batch_size: int = 1
@@ -66,18 +60,9 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
     Args:
         config: which model.
         cache: folder of masks; None asks the model every time.
-
-    Example:
-        >>> from aigiqa_reward.assistants import Assistants, SAMSegmenter, SegmenterConfig
-        >>> segmenter = SAMSegmenter(SegmenterConfig(path_or_id="facebook/sam-vit-base"))  # loads nothing yet
-        >>> Assistants(segmenter=segmenter).segmenter is segmenter
-        True
     """
 
     kind = "segmenter"
-
-    def __init__(self, config: SegmenterConfig, *, cache: AssistantCache | None = None) -> None:
-        super().__init__(config, cache=cache)
 
     def _recipe(self) -> dict[str, Any]:
         return {"mask_size": MASK_SIZE}
