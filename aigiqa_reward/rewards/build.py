@@ -190,6 +190,7 @@ def build_model(
             be loaded.
 
     Example:
+        >>> from aigiqa_reward.rewards.build import SYSTEMS, build_model
         >>> list(SYSTEMS)
         ['mst_clipiqa', 'tsp_mgs', 'sc_agiqa', 'ma_agiqa', 'cpa_iqa']
         >>> build_model("mst_clipiqa", settings={"width": 128}).config.width
