@@ -1,4 +1,4 @@
-"""Differentiable rewards for AI-generated images: perceptual quality and correspondence to the prompt, kept apart.
+"""Differentiable rewards for AI-generated images: quality and correspondence to the prompt, scored separately.
 
 Importing this package loads none of torch, diffusers, transformers, peft, accelerate and trl: every name below is
 imported when it is first used.

@@ -20,8 +20,8 @@ from aigiqa_reward import Scorer, create_reward
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
-from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.rewards.factory import get_reward_spec
+from aigiqa_reward.rewards.reward import Reward
 
 REFERENCE = "open_clip ViT-B/16, image forward (bare tower)"
 
