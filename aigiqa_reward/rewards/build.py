@@ -15,6 +15,12 @@ from aigiqa_reward.encoders.compact import LITE2, CompactEncoder, CompactImageTo
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder, TimmLevels, TimmLevelsConfig
 from aigiqa_reward.models.base import QualityModel
+from aigiqa_reward.models.compact import Compact, CompactConfig
+from aigiqa_reward.models.cpa_iqa import CPAIQA, CPAIQAConfig
+from aigiqa_reward.models.ma_agiqa import MAAGIQA, MAAGIQAConfig
+from aigiqa_reward.models.mst_clipiqa import MSTCLIPIQA, MSTCLIPIQAConfig
+from aigiqa_reward.models.sc_agiqa import SCAGIQA, SCAGIQAConfig
+from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
 from aigiqa_reward.rewards.specs import SPECS, TOWER_FILES
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
 
@@ -28,25 +34,20 @@ def published_towers(name: str) -> dict[str, TowerConfig]:
     SC-AGIQA's BLIP has ImageReward's weights in the paper; those are a pickle in another layout (see `BLIPConfig`), so
     the default is BLIP's own.
     """
-
-    def clip(architecture: str) -> OpenCLIPConfig:
-        return OpenCLIPConfig(architecture=architecture, pretrained="openai")
-
-    def vit(architecture: str, blocks: tuple[int, ...]) -> TimmLevelsConfig:
-        half = (0.5, 0.5, 0.5)  # the statistics that timm's ViTs of the AugReg recipe were trained with
-        return TimmLevelsConfig(
-            tower=TimmConfig(architecture=architecture, mean=half, std=half, pretrained=True), blocks=blocks
-        )
-
+    b32, b16 = (OpenCLIPConfig(architecture=name, pretrained="openai") for name in ("ViT-B-32", "ViT-B-16"))
+    half = (0.5, 0.5, 0.5)  # the statistics that timm's ViTs of the AugReg recipe were trained with
+    vit16, vit8 = (
+        TimmConfig(architecture=f"vit_base_patch{side}_224", mean=half, std=half, pretrained=True) for side in (16, 8)
+    )
     table: dict[str, dict[str, TowerConfig]] = {
-        "mst_clipiqa": {"coarse": clip("ViT-B-32"), "fine": clip("ViT-B-16")},
-        "tsp_mgs": {"clip": clip("ViT-B-32")},
+        "mst_clipiqa": {"coarse": b32, "fine": b16},
+        "tsp_mgs": {"clip": b32},
         "sc_agiqa": {
-            "vision": vit("vit_base_patch16_224", (8, 9, 10, 11)),
+            "vision": TimmLevelsConfig(tower=vit16, blocks=(8, 9, 10, 11)),
             "text": BLIPConfig(path_or_id="Salesforce/blip-itm-large-coco"),
         },
-        "ma_agiqa": {"vision": vit("vit_base_patch8_224", (6, 7, 8, 9))},
-        "cpa_iqa": {"clip": clip("ViT-B-16")},
+        "ma_agiqa": {"vision": TimmLevelsConfig(tower=vit8, blocks=(6, 7, 8, 9))},
+        "cpa_iqa": {"clip": b16},
     }
     return table[name]
 
@@ -54,8 +55,8 @@ def published_towers(name: str) -> dict[str, TowerConfig]:
 MULTIMODAL_WIDTH = 1280
 """Width of the compact tower's two features that replace a multimodal model's."""
 
-_Make: TypeAlias = Callable[[Mapping[str, Any], Mapping[str, Any], Assistants], QualityModel]
-"""Makes a model from the settings of its configuration, towers by role, and assistants."""
+Settings: TypeAlias = Mapping[str, Any]
+"""Fields of a model's configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,38 +69,30 @@ class System:
         roles: names of its towers; the first is required, and is the compact one where it is embedded.
         assistants: assistants that it can use.
         needs: assistants that it requires on other towers, and whose features its embedded head cannot read.
-        make: builds the model.
+        make: builds the model from settings, towers by role, and assistants.
     """
 
-    make: _Make
-    embedded: Mapping[str, Any]
+    make: Callable[[Settings, Mapping[str, Any], Assistants], QualityModel]
+    embedded: Settings
     roles: tuple[str, ...]
-    published: Mapping[str, Any]
+    published: Settings
     assistants: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
 
 
-def _mst_clipiqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
-    from aigiqa_reward.models.mst_clipiqa import MSTCLIPIQA, MSTCLIPIQAConfig
-
+def _mst_clipiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
     return MSTCLIPIQA(MSTCLIPIQAConfig(**settings), towers["coarse"], towers.get("fine"))
 
 
-def _tsp_mgs(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
-    from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
-
+def _tsp_mgs(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
     return TSPMGS(TSPMGSConfig(**settings), towers["clip"])
 
 
-def _sc_agiqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
-    from aigiqa_reward.models.sc_agiqa import SCAGIQA, SCAGIQAConfig
-
+def _sc_agiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
     return SCAGIQA(SCAGIQAConfig(**settings), towers["vision"], towers.get("text"), assistants.captioner)
 
 
-def _ma_agiqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
-    from aigiqa_reward.models.ma_agiqa import MAAGIQA, MAAGIQAConfig
-
+def _ma_agiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
     vision, semantics = towers["vision"], assistants.semantics
     if semantics is not None:
         settings = {**settings, "semantics_width": semantics.width}
@@ -108,9 +101,7 @@ def _ma_agiqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants
     return MAAGIQA(config, vision, side=vision.level_side, matcher=matcher, semantics=semantics)
 
 
-def _cpa_iqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
-    from aigiqa_reward.models.cpa_iqa import CPAIQA, CPAIQAConfig
-
+def _cpa_iqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
     return CPAIQA(
         CPAIQAConfig(**settings),
         towers["clip"],
@@ -174,7 +165,7 @@ def build_model(
     preset: str | None = None,
     towers: Mapping[str, TowerConfig] | None = None,
     assistants: Assistants | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
 ) -> QualityModel:
     """Build one of the five systems with its towers' weights and a fresh head, to be trained.
 
@@ -232,7 +223,7 @@ def load_embedded(
     name: str,
     *,
     assistants: Assistants | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
     folder: Path = ASSETS,
 ) -> QualityModel:
     """Build a model with its embedded weights.
@@ -254,7 +245,8 @@ def load_embedded(
 
 def embedded_weights(name: str, prefix: str, folder: Path = ASSETS) -> dict[str, Tensor]:
     """Read the tensors of a system's embedded file whose names begin with `prefix`, without it."""
-    tensors = _checked(f"{name}/model.safetensors", SPECS[name].sha256, folder)
+    file = f"{name}/model.safetensors"
+    tensors = read_weights(folder / file, expected_sha256=SPECS[name].sha256[file])
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
@@ -262,8 +254,9 @@ def load_compact_encoder(folder: Path = ASSETS) -> CompactEncoder:
     """Load the compact towers as one contrastive encoder, frozen."""
     encoder = CompactEncoder()
     tensors: dict[str, Tensor] = {}
-    for file in TOWER_FILES:
-        tensors |= {f"{Path(file).stem}.{name}": tensor for name, tensor in _checked(file, TOWER_FILES, folder).items()}
+    for file, sha256 in TOWER_FILES.items():
+        read = read_weights(folder / file, expected_sha256=sha256)
+        tensors |= {f"{Path(file).stem}.{name}": tensor for name, tensor in read.items()}
     load_strictly(encoder, tensors, source=str(folder / "towers"))
     return encoder.requires_grad_(False).eval()
 
@@ -276,25 +269,19 @@ _COMPACT_PARTS = {
 """Prefix of the names of each file's tensors in the compact model."""
 
 
-def _load_compact(settings: Mapping[str, Any], folder: Path) -> QualityModel:
+def _load_compact(settings: Settings, folder: Path) -> QualityModel:
     model = _empty_compact(settings)
     tensors: dict[str, Tensor] = {}
     for file, prefix in _COMPACT_PARTS.items():
-        read = _checked(file, SPECS["compact"].sha256, folder)
+        read = read_weights(folder / file, expected_sha256=SPECS["compact"].sha256[file])
         tensors |= {prefix + name: tensor for name, tensor in read.items()}
     load_strictly(model, tensors, source=str(folder))
     return model
 
 
-def _empty_compact(settings: Mapping[str, Any]) -> QualityModel:
-    from aigiqa_reward.models.compact import Compact, CompactConfig
-
+def _empty_compact(settings: Settings) -> QualityModel:
     config = CompactConfig(**settings)
     return Compact(config, semantic=CompactImageTower(), fine=TimmEncoder(LITE2), text=CompactTextTower())
-
-
-def _checked(file: str, sha256: Mapping[str, str], folder: Path) -> dict[str, Tensor]:
-    return read_weights(folder / file, expected_sha256=sha256[file])
 
 
 def _usable_assistants(name: str, assistants: Assistants | None) -> Assistants:
@@ -324,7 +311,7 @@ def _other_towers(
     return {role: _load_tower(config) for role, config in configs.items()}
 
 
-def _make(name: str, settings: Mapping[str, Any], towers: Mapping[str, Tower], assistants: Assistants) -> QualityModel:
+def _make(name: str, settings: Settings, towers: Mapping[str, Tower], assistants: Assistants) -> QualityModel:
     for tower in towers.values():
         tower.requires_grad_(False).eval()
     try:
@@ -351,10 +338,7 @@ def _load_tower(config: TowerConfig) -> Tower:
 def _empty_tower(description: Mapping[str, Any]) -> Tower:
     if "compact" in description:
         return CompactEncoder()
-    if "model_cfg" in description:
-        return OpenCLIPEncoder.from_description(dict(description))
-    if "blip" in description:
-        return BLIPEncoder.from_description(dict(description))
-    if "tower" in description:
-        return TimmLevels.from_description(dict(description))
+    for key, tower in {"model_cfg": OpenCLIPEncoder, "blip": BLIPEncoder, "tower": TimmLevels}.items():
+        if key in description:
+            return tower.from_description(dict(description))
     raise KeyError(f"no tower is described by {sorted(description)}")

@@ -6,9 +6,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
@@ -17,6 +16,7 @@ from torch.nn.modules import module as hooks
 
 from aigiqa_reward import __version__
 from aigiqa_reward import images as pixels
+from aigiqa_reward.assistants import Assistants
 from aigiqa_reward.models.base import (
     FullPrecision,
     ModelSpec,
@@ -31,9 +31,6 @@ from aigiqa_reward.rewards.specs import SPECS
 from aigiqa_reward.types import Context, PromptFeatures, RewardOutput
 from aigiqa_reward.utils.io import read_json, write_atomically
 from aigiqa_reward.utils.weights import WeightsError, load_strictly, read_weights, write_weights
-
-if TYPE_CHECKING:
-    from aigiqa_reward.assistants import Assistants
 
 _CARD = """---
 library_name: aigiqa-reward
@@ -306,13 +303,15 @@ class Reward(nn.Module, ModelHubMixin):
         """
         hub = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
         folder = _folder(pretrained_model_name_or_path, revision, {**hub, "local_files_only": local_files_only})
-        saved = _Config.read(folder)
-        if name not in (None, saved.name):
+        saved = _read_config(folder)
+        if name not in (None, saved.spec.name):
             raise WeightsError(
-                f"weights: {pretrained_model_name_or_path} holds a {saved.name!r} reward, expected {name!r}"
+                f"weights: {pretrained_model_name_or_path} holds a {saved.spec.name!r} reward, expected {name!r}"
             )
-        shares = saved.shares_with(quality_weight=quality_weight, correspondence_weight=correspondence_weight)
-        reward = cls(_empty(folder, saved, assistants, settings or {}), SPECS[saved.name], **shares).to(saved.dtype)
+        shares = saved.shares
+        shares |= {} if quality_weight is None else {"quality_weight": quality_weight}
+        shares |= {} if correspondence_weight is None else {"correspondence_weight": correspondence_weight}
+        reward = cls(_empty(folder, saved, assistants, settings or {}), saved.spec, **shares).to(saved.dtype)
         most = sum(8 * tensor.numel() for tensor in reward.state_dict().values()) + _HEADER_BYTES
         load_strictly(reward, read_weights(folder / _WEIGHTS, most_bytes=most), source=str(folder))
         return reward
@@ -334,36 +333,30 @@ def check_aspect_weights(quality_weight: float, correspondence_weight: float) ->
         raise ValueError("quality_weight, correspondence_weight: expected at least one above 0, got 0 and 0")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Config:
+class _Saved(NamedTuple):
     """The content of a saved reward's config.json."""
 
-    name: str
+    spec: ModelSpec
     dtype: torch.dtype
     shares: dict[str, float]
     model: Mapping[str, Any]
 
-    def shares_with(self, **given: float | None) -> dict[str, float]:
-        """Replace the saved shares of the aspects by the given ones."""
-        return self.shares | {name: share for name, share in given.items() if share is not None}
 
-    @classmethod
-    def read(cls, folder: Path) -> _Config:
-        """Read config.json, which may come from anybody."""
-        try:
-            config = read_json(folder / _CONFIG, most=_CONFIG_BYTES)
-            shares = {key: float(config[key]) for key in ("quality_weight", "correspondence_weight")}
-            check_aspect_weights(**shares)
-            name = SPECS[config["name"]].name
-            return cls(name=name, dtype=_DTYPES[config["dtype"]], shares=shares, model=config["model"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            raise WeightsError(
-                f"weights: {folder}/config.json does not describe a reward ({type(error).__name__}: {error}); "
-                "expected a folder written by reward.save_pretrained"
-            ) from error
+def _read_config(folder: Path) -> _Saved:
+    """Read config.json, which may come from anybody."""
+    try:
+        config = read_json(folder / _CONFIG, most=_CONFIG_BYTES)
+        shares = {key: float(config[key]) for key in ("quality_weight", "correspondence_weight")}
+        check_aspect_weights(**shares)
+        return _Saved(SPECS[config["name"]], _DTYPES[config["dtype"]], shares, config["model"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise WeightsError(
+            f"weights: {folder}/config.json does not describe a reward ({type(error).__name__}: {error}); "
+            "expected a folder written by reward.save_pretrained"
+        ) from error
 
 
-def _empty(folder: Path, saved: _Config, assistants: Assistants | None, settings: Mapping[str, Any]) -> QualityModel:
+def _empty(folder: Path, saved: _Saved, assistants: Assistants | None, settings: Mapping[str, Any]) -> QualityModel:
     """Build the model that config.json describes, if the bytes of model.safetensors can fill it."""
     try:
         size = (folder / _WEIGHTS).stat().st_size
@@ -372,16 +365,16 @@ def _empty(folder: Path, saved: _Config, assistants: Assistants | None, settings
     try:
         description = {**saved.model, "config": {**saved.model["config"], **settings}}
         with _meta(2 * size + _SPARE):  # a number takes at least a byte
-            empty_model(saved.name, description, assistants)
+            empty_model(saved.spec.name, description, assistants)
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, which loading replaces
-            return empty_model(saved.name, description, assistants)
+            return empty_model(saved.spec.name, description, assistants)
     except _TooLarge as error:
         raise WeightsError(
-            f"weights: {folder}/config.json describes a {saved.name!r} larger than the {size:,} bytes of "
+            f"weights: {folder}/config.json describes a {saved.spec.name!r} larger than the {size:,} bytes of "
             "model.safetensors can fill; it was altered, or belongs to other weights"
         ) from error
     except Exception as error:  # a description by somebody else may break any library that builds from it
-        raise WeightsError(f"weights: {folder}/config.json does not fit {saved.name!r}: {error}") from error
+        raise WeightsError(f"weights: {folder}/config.json does not fit {saved.spec.name!r}: {error}") from error
 
 
 class _TooLarge(Exception):
