@@ -20,8 +20,7 @@ from aigiqa_reward.assistants import SAMSegmenter, SegmenterConfig, grid_regions
 from aigiqa_reward.encoders.open_clip import OpenCLIPEncoder
 from aigiqa_reward.models.cpa_iqa import COMPONENTS, CPAIQA, DISTORTIONS, UNIFORM, CPAIQAConfig, Preferences
 from aigiqa_reward.rewards.build import empty_model
-from aigiqa_reward.rewards.saved import load_reward
-from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.rewards.factory import get_reward_spec
 
 PROMPTS = ["a cat; a red hat; a blue vase", "a dog", "two apples; a cup"]
 MATRIX = Preferences(
@@ -228,8 +227,8 @@ def test_a_saved_reward_keeps_its_scenario(
     found = again(images, again.encode_prompts(prompts))
     assert torch.equal(found.quality, expected.quality)
     assert torch.allclose(found.correspondence, expected.correspondence)
-    Reward(model, get_spec("cpa_iqa")).save_pretrained(tmp_path)
-    loaded = load_reward(tmp_path)
+    Reward(model, get_reward_spec("cpa_iqa")).save_pretrained(tmp_path)
+    loaded = Reward.from_pretrained(tmp_path)
     assert torch.equal(loaded(images).quality, expected.quality), "a file may list the scenarios in another order"
 
 

@@ -12,10 +12,10 @@ from aigiqa_reward.encoders import compact
 from aigiqa_reward.encoders.compact import LITE0, load_image_tower, load_text_tower
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.encoders.timm import SmoothReLU6, TimmConfig, TimmEncoder
-from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.rewards.factory import get_reward_spec
 from aigiqa_reward.utils.weights import WeightsError
 
-SHA256 = get_spec("compact").sha256
+SHA256 = get_reward_spec("compact").sha256
 
 
 def test_smooth_relu6_is_relu6_away_from_its_corners_and_differentiable_at_them() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.compact import CompactEncoder
-from aigiqa_reward.rewards.embedded import load_compact_encoder
+from aigiqa_reward.rewards.build import load_compact_encoder
 from aigiqa_reward.toy.pictures import all_pairs, compose
 from aigiqa_reward.toy.world import caption
 

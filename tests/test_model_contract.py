@@ -36,7 +36,7 @@ SLOW = ("mst_clipiqa", "sc_agiqa", "tsp_mgs", "cpa_iqa", "ma_agiqa")
 @pytest.fixture(
     scope="module",
     params=[
-        *(pytest.param(s.name, marks=[pytest.mark.slow] * (s.name in SLOW)) for s in list_rewards()),
+        *(pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in list_rewards()),
         ZERO_SHOT,
     ],
 )

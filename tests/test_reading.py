@@ -21,7 +21,7 @@ from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.evaluation import ProtocolReport
 from aigiqa_reward.finetuning import checkpoints as finetuning
 from aigiqa_reward.models.cpa_iqa import Preferences
-from aigiqa_reward.rewards.saved import load_reward
+from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.training import checkpoints as training
 from aigiqa_reward.utils.io import parse_json, read_arrays, read_json, read_regular
 
@@ -33,7 +33,7 @@ def optimizer() -> torch.optim.Optimizer:
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "config.json": lambda file: load_reward(file.parent),
+    "config.json": lambda file: Reward.from_pretrained(file.parent),
     "p.jsonl": lambda file: read_prompts(file, "--prompts"),
     "train.json": read_imagereward,
     "r.json": ProtocolReport.load,

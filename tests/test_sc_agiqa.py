@@ -25,7 +25,7 @@ from aigiqa_reward.encoders.blip import BLIPConfig
 from aigiqa_reward.encoders.timm import TimmConfig
 from aigiqa_reward.models.sc_agiqa import AQAFP, SCAGIQA, contrast_sensitivity, frequency_weights
 from aigiqa_reward.rewards.build import build_model, empty_model
-from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.rewards.factory import get_reward_spec
 
 PROMPTS = ["a cat", "a castle in the clouds above a very long and winding river at dusk", "two red apples"]
 SAID = "A red cube on a green floor."
@@ -233,7 +233,7 @@ def test_prompt_in_quality_needs_prompts(towers: dict[str, Any], images: Tensor)
         assert torch.allclose(first, second, atol=1e-12) != inside
         assert torch.equal(model(images, None).quality, first) != inside
     with pytest.raises(ValueError, match="sc_agiqa needs one prompt per image"):
-        Reward(model, get_spec("sc_agiqa"))(images)
+        Reward(model, get_reward_spec("sc_agiqa"))(images)
 
 
 @pytest.mark.parametrize(("frequency", "through"), [("csf", True), ("csf_detached", False)])

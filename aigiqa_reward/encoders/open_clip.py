@@ -83,6 +83,7 @@ class OpenCLIPEncoder(nn.Module):
                 pretrained=config.pretrained,
                 load_weights=load_weights,
                 require_pretrained=load_weights and (schema or config.pretrained is not None),
+                device=torch.get_default_device(),  # else the CPU, also where modules are built on the meta device
             )
         except (RuntimeError, FileNotFoundError, OSError, ValueError) as error:
             raise ValueError(_explain(config, error)) from error

@@ -296,7 +296,7 @@ def _key(model: TrainedModel, paths: Sequence[Path]) -> str:
         if not name.startswith("head."):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     description = model.describe()
-    settings = {name: description["config"][name] for name in model.look_settings}
+    settings = {name: description["config"][name] for name in model.feature_settings}
     roles = description.get("assistants")
     parts: list[Any] = [settings, description["towers"], roles and [_identity(model, role) for role in roles]]
     for path in paths:
