@@ -17,8 +17,7 @@ from pipelines import FAMILIES, FEW_STEPS
 from torch import Tensor, nn
 
 from aigiqa_reward import BestOfN, BestOfNOutput, rerank
-from aigiqa_reward.rewards.ranking import Halving
-from aigiqa_reward.sampling import NothingRankedError
+from aigiqa_reward.sampling import Halving, NothingRankedError
 from aigiqa_reward.sampling.pipeline_utils import PromptMemo, is_one_prompt
 from aigiqa_reward.types import PromptFeatures, RewardOutput
 

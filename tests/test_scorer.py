@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from aigiqa_reward import CompositeReward, Reward, RewardOutput, Scorer
 from aigiqa_reward.images import load
 from aigiqa_reward.models.base import ModelOutput, ModelSpec, QualityModel
-from aigiqa_reward.rewards.scorer import ScoringError, device_of
+from aigiqa_reward.rewards.bound import device_of
+from aigiqa_reward.rewards.scorer import ScoringError
 from aigiqa_reward.types import PromptError, PromptFeatures
 
 

@@ -15,8 +15,7 @@ from pipelines_current import CURRENT_FAMILIES, GUIDED
 from torch import Tensor
 
 from aigiqa_reward import BestOfN, load_embedded_pipeline
-from aigiqa_reward.rewards.ranking import Halving, ZeroOrder
-from aigiqa_reward.sampling import NoiseOptimizer, ParticleSteering
+from aigiqa_reward.sampling import Halving, NoiseOptimizer, ParticleSteering, ZeroOrder
 from aigiqa_reward.sampling.rollout import Rollout
 
 PROMPT = "a cat on a mat"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from aigiqa_reward.rewards.ranking import Halving, TopK, ZeroOrder, rank, spread
+from aigiqa_reward.rewards.ranking import TopK, rank, spread
+from aigiqa_reward.sampling import Halving, ZeroOrder
 from aigiqa_reward.utils.checks import integer
 
 NAN = float("nan")

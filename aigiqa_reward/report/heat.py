@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.rewards.scorer import device_of
+from aigiqa_reward.rewards.bound import device_of
 from aigiqa_reward.types import RewardOutput, as_reward_output
 
 KINDS = ("auto", "distortion", "gradient")
