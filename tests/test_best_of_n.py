@@ -12,12 +12,18 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
 from PIL import Image
-from pipelines import FAMILIES, FEW_STEPS
+from pipelines import FAMILIES, FEW_STEPS, SIDE
 from torch import Tensor, nn
 
 from aigiqa_reward import BestOfN, BestOfNOutput, rerank
-from aigiqa_reward.sampling import Halving, NothingRankedError
+from aigiqa_reward.sampling import NothingRankedError
 from aigiqa_reward.sampling.pipeline_utils import PromptMemo, is_one_prompt
 from aigiqa_reward.types import PromptFeatures, RewardOutput
 
@@ -96,35 +102,23 @@ def sd() -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batch_size_changes_neither_ranking_nor_scores(family):
+def test_winners_are_the_pipelines_own_images_whatever_the_batch_size(family):
     pipe = FAMILIES[family]()
-    one, four, sixteen = (
-        make(pipe, n=7, top_k=7, batch_size=batch_size)(PROMPT, seed=3, **FEW_STEPS) for batch_size in (1, 4, 16)
-    )
-    assert one.all_seeds == four.all_seeds == sixteen.all_seeds == list(range(3, 10))
-    assert one.seeds == four.seeds == sixteen.seeds
-    for other in (four, sixteen):
-        assert other.all_scores == pytest.approx(one.all_scores, abs=1e-3)
-        assert other.scores == pytest.approx(one.scores, abs=1e-3)
+    again(pipe, 0)
+    before, state = attributes(pipe), torch.get_rng_state()
+    one, four = (make(pipe, n=5, top_k=5, batch_size=size)(PROMPT, seed=3, **FEW_STEPS) for size in (1, 4))
+    assert attributes(pipe) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one.all_seeds == four.all_seeds == list(range(3, 8))
+    assert one.seeds == four.seeds
+    assert four.all_scores == pytest.approx(one.all_scores, abs=1e-3)
     assert max(one.all_scores) - min(one.all_scores) > 0.05  # else the comparison would mean little
     assert one.scores == sorted(one.all_scores, reverse=True)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_winner_is_made_again_from_its_seed(family):
-    pipe = FAMILIES[family]()
-    alone = make(pipe, top_k=3, batch_size=1)(PROMPT, seed=11, **FEW_STEPS)
-    assert farthest(alone.images, [again(pipe, seed) for seed in alone.seeds]) == 0
-    together = make(pipe, top_k=3, batch_size=4)(PROMPT, seed=11, **FEW_STEPS)
-    assert farthest(together.images, [again(pipe, seed) for seed in together.seeds]) <= 2
-    assert np.abs(again(pipe, 11) - again(pipe, 12)).max() > 50  # seeds differ far more than that
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_are_those_of_the_images(family):
-    pipe = FAMILIES[family]()
-    out = make(pipe, n=5, top_k=5, batch_size=2)(PROMPT, **FEW_STEPS)
-    for image, score in zip(out.images, out.scores, strict=True):
+    own = [again(pipe, seed) for seed in one.seeds]
+    assert farthest(one.images, own) == 0
+    assert farthest(four.images, own) <= 2
+    assert np.abs(own[0] - own[1]).max() > 50  # seeds differ far more than that
+    for image, score in zip(four.images, four.scores, strict=True):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         assert float(corner(pixels, [PROMPT])) == pytest.approx(score, abs=1 / 255)
 
@@ -136,15 +130,21 @@ def test_the_prompt_is_encoded_once(family):
     again(pipe, 0)
     once = list(calls)
     assert len(once) >= len(text_encoders(pipe))
-    for n, batch_size in ((1, 1), (2, 1), (4, 4), (7, 3), (8, 5)):
+    for n, batch_size in ((1, 1), (4, 4), (5, 3)):
         calls.clear()
         make(pipe, n=n, batch_size=batch_size)(PROMPT, **FEW_STEPS)
         assert calls == once, (n, batch_size)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("negative", [False, True])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "negative", "count"),
+    [
+        pytest.param(f, negative, count, marks=() if negative and count == 3 else pytest.mark.slow)
+        for f in FAMILIES
+        for negative in (False, True)
+        for count in (1, 3)
+    ],
+)
 def test_remembered_encodings_change_no_bit_of_an_image(family, negative, count):
     pipe = FAMILIES[family]()
     arguments: dict[str, Any] = {**FEW_STEPS, "num_images_per_prompt": count, "output_type": "pt"}
@@ -158,11 +158,9 @@ def test_remembered_encodings_change_no_bit_of_an_image(family, negative, count)
         return pipe(PROMPT, generator=generators, **arguments).images
 
     plain = sample()
-    memo = PromptMemo(pipe)
-    with memo.installed():
-        first, second = sample(), sample()
-    assert torch.equal(first, plain)
-    assert torch.equal(second, plain)
+    with PromptMemo(pipe).installed():
+        assert torch.equal(sample(), plain)
+        assert torch.equal(sample(), plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -184,10 +182,10 @@ def test_remembered_encodings_equal_the_pipelines_own(family):
             for ours, theirs in zip(remembered, own[count], strict=True):
                 assert ours.is_contiguous()
                 assert torch.equal(ours, theirs)
-                ours.fill_(7)  # whatever a pipeline does in place must not reach the memory
+                ours.fill_(7)  # what a pipeline does in place must not reach the kept encoding
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd", pytest.param("flux", marks=pytest.mark.slow)])
 def test_prompt_embeddings_of_the_user(family):
     pipe = FAMILIES[family]()
     given: dict[str, Any] = {"device": torch.device("cpu"), "num_images_per_prompt": 1}
@@ -195,36 +193,58 @@ def test_prompt_embeddings_of_the_user(family):
         if family == "sd":
             positive, negative = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=True, **given)
             embeds = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
-        elif family == "flux":
+        else:
             positive, pooled, _ = pipe.encode_prompt(PROMPT, **given)
             embeds = {"prompt_embeds": positive, "pooled_prompt_embeds": pooled}
-        else:
-            more = {"prompt_2": None, "prompt_3": None} if family == "sd3" else {}
-            names = ("prompt_embeds", "negative_prompt_embeds")
-            names += ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-            encoded = pipe.encode_prompt(PROMPT, **more, **given)
-            embeds = dict(zip(names, encoded, strict=True))
     calls = count_forwards(text_encoders(pipe))
-    sampler = make(pipe, batch_size=4, top_k=6, reward_prompt=PROMPT)
-    out = sampler(None, **embeds, **FEW_STEPS)
+    out = make(pipe, batch_size=4, top_k=6, reward_prompt=PROMPT)(None, **embeds, **FEW_STEPS)
     assert calls == []
     from_text = make(pipe, batch_size=4, top_k=6)(PROMPT, **FEW_STEPS)
     assert out.seeds == from_text.seeds
     assert out.scores == pytest.approx(from_text.scores, abs=1e-6)
     assert farthest(out.images[:1], [again(pipe, out.seeds[0], None, **embeds)]) <= 2
+    with pytest.raises(ValueError, match="prompt_embeds: expected embeddings of one prompt"):
+        make(pipe, reward_prompt=PROMPT)(None, prompt_embeds=torch.zeros(2, 77, 32), **FEW_STEPS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_pipeline_is_left_as_it_was(family):
-    pipe = FAMILIES[family]()
-    again(pipe, 0)
-    before = attributes(pipe)
-    state = torch.get_rng_state()
-    weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
-    make(pipe, batch_size=4)(PROMPT, **FEW_STEPS)
-    assert attributes(pipe) == before
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
+def image_to_image() -> tuple[Any, dict[str, Any]]:
+    pipe = StableDiffusionImg2ImgPipeline(**pipelines.stable_diffusion().components, requires_safety_checker=False)
+    return pipe, {"image": picture(), "strength": 0.8}
+
+
+def inpainting() -> tuple[Any, dict[str, Any]]:
+    pipe = StableDiffusionInpaintPipeline(**pipelines.stable_diffusion().components, requires_safety_checker=False)
+    mask = Image.fromarray(np.full((SIDE, SIDE), 255, dtype=np.uint8))
+    return pipe, {"image": picture(), "mask_image": mask, "height": SIDE, "width": SIDE}
+
+
+def controlled() -> tuple[Any, dict[str, Any]]:
+    parts = pipelines.stable_diffusion()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        control = ControlNetModel.from_unet(parts.unet, conditioning_embedding_out_channels=(8, 16))
+        torch.nn.init.normal_(control.controlnet_down_blocks[0].weight)  # zeros would let the condition do nothing
+    pipe = StableDiffusionControlNetPipeline(**parts.components, controlnet=control, requires_safety_checker=False)
+    return pipe, {"image": picture()}
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("build", [image_to_image, inpainting, controlled])
+def test_winners_of_pipelines_with_an_image_are_made_again_from_their_seeds(build):
+    pipe, arguments = build()
+    pipe.set_progress_bar_config(disable=True)
+    arguments |= {"num_inference_steps": 3}
+    one, many = (make(pipe, n=5, top_k=2, batch_size=size)(PROMPT, seed=3, **arguments) for size in (1, 4))
+    assert one.seeds == many.seeds
+    assert max(one.all_scores) - min(one.all_scores) > 0.01
+    for seed, image in zip(one.seeds, one.images, strict=True):
+        own = pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **arguments).images[0]
+        assert np.array_equal(np.asarray(own), np.asarray(image))
+    with pytest.raises(TypeError, match=rf"^pipe: BestOfN\(pruning=\.\.\.\) .*got {type(pipe).__name__}\. Plain"):
+        make(pipe, n=4, pruning="halving")(PROMPT, **arguments)
 
 
 # --------------------------------------------------------------------------------------------- encodings
@@ -299,16 +319,13 @@ def test_arguments_reach_the_pipeline(sd):
         steps.append(step)
         return tensors
 
-    more = {"negative_prompt": "a dog", "guidance_scale": 4.0}
-    result = make(sd, n=2, batch_size=1)(PROMPT, callback_on_step_end=on_step_end, **more, **FEW_STEPS)
+    more = {"negative_prompt": "a dog", "guidance_scale": 4.0, "height": 48, "width": 24}
+    result = make(sd, n=2, batch_size=1)(PROMPT, **{**FEW_STEPS, **more, "callback_on_step_end": on_step_end})
     assert steps == [0, 1, 0, 1]
-    assert farthest(result.images, [again(sd, result.seeds[0], **more)]) == 0
-    assert np.abs(again(sd, result.seeds[0], **more) - again(sd, result.seeds[0])).max() > 2
-
-
-def test_size_reaches_the_pipeline(sd):
-    result = make(sd, n=2)(PROMPT, height=48, width=24, num_inference_steps=1)
     assert result.images[0].size == (24, 48)
+    generator = torch.Generator().manual_seed(result.seeds[0])
+    own = sd(PROMPT, generator=generator, **{**FEW_STEPS, **more}).images[0]
+    assert np.array_equal(np.asarray(own), np.asarray(result.images[0]))
 
 
 @pytest.mark.parametrize("name", ["generator", "latents", "num_images_per_prompt", "output_type", "return_dict"])
@@ -317,43 +334,34 @@ def test_arguments_that_it_sets_itself_are_refused(sd, name):
         make(sd)(PROMPT, **{name: None}, **FEW_STEPS)
 
 
-@pytest.mark.parametrize("name", ["n", "batch_size", "top_k"])
-@pytest.mark.parametrize("value", [True, 2.0, "4", None])
-def test_counts_must_be_integers(sd, name, value):
-    with pytest.raises(TypeError, match=f"^{name}: expected an integer of at least 1, got .*pass a whole"):
-        BestOfN(sd, corner, **{name: value})
-
-
-@pytest.mark.parametrize("name", ["n", "batch_size", "top_k"])
-@pytest.mark.parametrize("value", [0, -3])
-def test_counts_must_be_positive(sd, name, value):
-    with pytest.raises(ValueError, match=f"^{name}: expected an integer of at least 1, got {value}"):
-        BestOfN(sd, corner, **{name: value})
-
-
-def test_other_constructor_arguments_are_checked(sd):
-    with pytest.raises(ValueError, match=r"top_k: expected at most n=4, got 5"):
-        BestOfN(sd, corner, n=4, top_k=5)
-    with pytest.raises(ValueError, match=r"pruning: .*expected None, .halving. or a Halving, got"):
-        BestOfN(sd, corner, pruning=[8, 4])
-    with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline, got str"):
-        BestOfN("stable-diffusion", corner)
-    with pytest.raises(TypeError, match=r"reward: expected a Reward or a function.*got str"):
-        BestOfN(sd, "compact")
-    with pytest.raises(ValueError, match="reward_prompt: expected a text"):
-        BestOfN(sd, corner, reward_prompt=" ")
-    with pytest.raises(TypeError, match="reward_prompt: expected a text, got list"):
-        BestOfN(sd, corner, reward_prompt=["a cat"])
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"n": 2.0}, TypeError, "^n: expected an integer of at least 1, got .*pass a whole"),
+        ({"batch_size": True}, TypeError, "^batch_size: expected an integer of at least 1, got .*pass a whole"),
+        ({"top_k": None}, TypeError, "^top_k: expected an integer of at least 1, got .*pass a whole"),
+        ({"n": 0}, ValueError, "^n: expected an integer of at least 1, got 0"),
+        ({"n": 4, "top_k": 5}, ValueError, "top_k: expected at most n=4, got 5"),
+        ({"pruning": [8, 4]}, ValueError, "pruning: .*expected None, .halving. or a Halving, got"),
+        ({"search": "x"}, ValueError, "^search: expected .*, got 'x'$"),
+        ({"pruning": "halving", "search": "zero_order"}, ValueError, "^pruning, search: pass one of them"),
+        ({"pipe": "stable-diffusion"}, TypeError, "pipe: expected a diffusers pipeline, got str"),
+        ({"reward": "compact"}, TypeError, "reward: expected a Reward or a function.*got str"),
+        ({"reward_prompt": " "}, ValueError, "reward_prompt: expected a text"),
+        ({"reward_prompt": ["a cat"]}, TypeError, "reward_prompt: expected a text, got list"),
+    ],
+)
+def test_constructor_arguments_are_checked(sd, arguments, error, match):
+    with pytest.raises(error, match=match):
+        BestOfN(**{"pipe": sd, "reward": corner, **arguments})
 
 
 @pytest.mark.parametrize(
     ("prompt", "error", "match"),
     [
         (None, ValueError, "prompt: .*reward_prompt="),
-        ("", ValueError, "prompt: .*reward_prompt="),
         (" \n", ValueError, "prompt: .*reward_prompt="),
         (["a cat", "a dog"], TypeError, "one prompt per call.*loop"),
-        (("a cat",), TypeError, "one prompt per call.*loop"),
         (3, TypeError, "prompt: expected a text, got int"),
     ],
 )
@@ -367,34 +375,22 @@ def test_unusable_prompts_raise_before_anything_is_sampled(prompt, error, match)
     assert calls == []
 
 
-@pytest.mark.parametrize("seed", [True, 0.5, "1", None])
-def test_seed_must_be_an_integer(sd, seed):
-    with pytest.raises(TypeError, match="seed: expected an integer"):
-        make(sd)(PROMPT, seed=seed, **FEW_STEPS)
-
-
 @pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64 - 3, 2**64, 10**30])
 def test_seeds_beyond_what_a_generator_takes_are_refused(sd, seed):
     with pytest.raises(ValueError, match=r"seed: expected an integer in \[-2\*\*63, 2\*\*64 - 4\]"):
         make(sd, n=4).stream(PROMPT, seed=seed, **FEW_STEPS)
+    with pytest.raises(TypeError, match="seed: expected an integer"):
+        make(sd, n=4).stream(PROMPT, seed=0.5, **FEW_STEPS)
 
 
-@pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 4])
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 4])
 def test_the_outermost_seeds_are_those_that_a_generator_takes(sd, seed):
     out = make(sd, n=4, top_k=1)(PROMPT, seed=seed, **FEW_STEPS)
     assert out.all_seeds == [seed + i for i in range(4)]
     assert farthest(out.images, [again(sd, out.seeds[0])]) <= 2
-    pruned = make(sd, n=4, pruning=Halving(at=(0.5,), keep=0.5))(PROMPT, seed=seed, **FEW_STEPS)
-    assert pruned.all_seeds == out.all_seeds
-    assert farthest(pruned.images, [again(sd, pruned.seeds[0])]) <= 2
     for beyond in (-(2**63) - 1, 2**64):
         with pytest.raises(ValueError, match="Overflow"):
             torch.Generator().manual_seed(beyond)
-
-
-def test_embeddings_of_several_prompts_are_refused(sd):
-    with pytest.raises(ValueError, match="prompt_embeds: expected embeddings of one prompt"):
-        make(sd, reward_prompt=PROMPT)(None, prompt_embeds=torch.zeros(2, 77, 32), **FEW_STEPS)
 
 
 # --------------------------------------------------------------------------------------------- the reward's side
@@ -443,13 +439,6 @@ def test_both_aspects_are_reported(sd):
     assert out.correspondence == [out.all_correspondence[place] for place in places]
 
 
-def test_a_plain_function_reports_one_aspect(sd):
-    out = make(sd, n=3)(PROMPT, **FEW_STEPS)
-    assert out.all_quality == out.all_scores
-    assert out.correspondence is None
-    assert out.all_correspondence is None
-
-
 def test_reward_prompt_is_what_the_reward_sees_and_nothing_else(sd):
     seen: list[str] = []
 
@@ -460,7 +449,8 @@ def test_reward_prompt_is_what_the_reward_sees_and_nothing_else(sd):
     out = make(sd, n=3, reward=reward, reward_prompt="a dog")(PROMPT, **FEW_STEPS)
     assert seen == ["a dog"] * 3
     plain = make(sd, n=3)(PROMPT, **FEW_STEPS)
-    assert out.all_scores == plain.all_scores
+    assert out.all_scores == plain.all_scores == plain.all_quality
+    assert plain.correspondence is plain.all_correspondence is None  # of a reward with one aspect
     make(sd, n=1, reward=reward, reward_prompt="a dog")("", **FEW_STEPS)  # an unconditional image
 
 
@@ -476,11 +466,6 @@ def test_a_reward_is_met_on_its_own_device_and_dtype(sd):
 
     out = make(sd, n=3, batch_size=3, reward=Elsewhere())(PROMPT, **FEW_STEPS)
     assert out.seeds == [2]
-
-
-def test_a_reward_of_wrong_shape_is_told(sd):
-    with pytest.raises(ValueError, match="scores of shape"):
-        make(sd, reward=lambda images, prompts: images.mean())(PROMPT, **FEW_STEPS)
 
 
 def test_ties_go_to_the_earlier_candidate(sd):
@@ -506,7 +491,7 @@ def test_memory_does_not_grow_with_n():
     pipe = pipelines.stable_diffusion()
     before = live_images()
     while_scoring, between = {}, {}
-    for n in (4, 24):
+    for n in (4, 12):
         chunks = iter(range(n // 4, 0, -1))
 
         def reward(images: Tensor, prompts: list[str], n: int = n, chunks: Any = chunks) -> Tensor:
@@ -518,20 +503,9 @@ def test_memory_does_not_grow_with_n():
             assert len(out.images) == 1
             if len(out.all_scores) == n:
                 between[n] = live_images() - before
-    assert between == {4: 0, 24: 0}  # the winners are PIL images
-    assert while_scoring[24] == while_scoring[4]
+    assert between == {4: 0, 12: 0}  # the winners are PIL images
+    assert while_scoring[12] == while_scoring[4]
     assert 4 <= while_scoring[4] <= 8
-
-
-def test_only_winners_are_kept(sd):
-    def pictures() -> int:
-        gc.collect()
-        return sum(type(thing) is Image.Image for thing in gc.get_objects())
-
-    before = pictures()
-    out = make(sd, n=12, top_k=2)(PROMPT, **FEW_STEPS)
-    assert len(out.images) == 2
-    assert pictures() == before + 2
 
 
 def out_of_memory_over(module: nn.Module, limit: int) -> list[int]:
@@ -634,15 +608,8 @@ def test_non_finite_images_never_reach_the_reward_and_are_named():
     assert [seed for seed, score in zip(out.all_seeds, out.all_scores, strict=True) if math.isnan(score)] == bad
     assert out.seeds == [next(seed for seed in expected.seeds if seed not in bad)]
     assert all(math.isnan(out.all_quality[seed]) for seed in bad)
-
-
-def test_fewer_than_top_k_left_are_returned():
-    pipe = pipelines.stable_diffusion()
-    spoil(pipe, {0, 1})
-    with pytest.warns(UserWarning, match="only 1 of top_k=2 are returned"):
-        out = make(pipe, n=3, top_k=2)(PROMPT, **FEW_STEPS)
-    assert out.seeds == [2]
-    assert len(out.images) == len(out.scores) == 1
+    with pytest.warns(UserWarning, match=f"only {6 - len(bad)} of top_k=6 are returned"):
+        assert len(make(pipe, n=6, top_k=6)(PROMPT, **FEW_STEPS).images) == 6 - len(bad)
 
 
 def test_nothing_left_is_an_error():
@@ -850,13 +817,8 @@ def test_rerank_orders_mixed_inputs(gallery):
     assert out.all_scores == pytest.approx([0.2, 0.8, 0.4, 0.6, 0.8], abs=1 / 255)
     assert out.scores == [out.all_scores[index] for index in out.seeds]
     assert [image.size for image in out.images] == [(36, 24), (36, 24), (28, 32), (32, 28), (40, 20)]
-
-
-def test_rerank_keeps_the_best(gallery):
-    out = rerank(gallery, PROMPT, corner, top_k=2)
-    assert out.seeds == [1, 4]
-    assert len(out.images) == len(out.scores) == 2
-    assert len(out.all_scores) == 5
+    best = rerank(gallery, PROMPT, corner, top_k=2)
+    assert (best.seeds, len(best.images), best.all_scores) == ([1, 4], 2, out.all_scores)
 
 
 def test_rerank_of_a_batch_agrees_with_a_list():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +94,8 @@ class BoundReward:
         images = images.to(self.device or images.device).clamp(LOWEST, HIGHEST)
         texts = [prompts] * len(images) if isinstance(prompts, str) else prompts
         reward: Any = self.reward
-        with torch.autocast(images.device.type, enabled=False):
+        kind = images.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             images = images if images.dtype == torch.float64 else images.float()
             result = reward(images, None if texts is None else self.encode(texts))
         return as_reward_output(result, len(images))
