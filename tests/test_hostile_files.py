@@ -47,7 +47,6 @@ from aigiqa_reward.finetuning.lora import FILE
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
 from aigiqa_reward.finetuning.results import PER_IMAGE, ValidationResult
 from aigiqa_reward.models.cpa_iqa import UNIFORM, Preferences
-from aigiqa_reward.sampling.batch_run import ResultsFolder
 from aigiqa_reward.training import checkpoints as training
 from aigiqa_reward.training.store import _left_by
 from aigiqa_reward.utils.weights import read_weights
@@ -182,41 +181,6 @@ def read_report(folder: Path) -> None:
     report = ProtocolReport.load(folder / "report.json")
     report.markdown()
     report.csv()
-
-
-RECORD = {
-    "prompt": "a fox",
-    "finished": True,
-    "error": None,
-    "denoiser_calls": 20,
-    "candidates": [
-        {
-            "seed": seed,
-            "prompt": "a fox",
-            "total": seed / 4,
-            "quality": 0.5,
-            "correspondence": 0.5,
-            "error": None,
-            "prompt_index": 0,
-            "rank": 2 - seed,
-            "image": f"images/00000_seed{seed}.png",
-            "pruned": False,
-        }
-        for seed in range(2)
-    ],
-    "previews": {"0": [{"step": 1, "steps": 4, "total": 0.5, "quality": 0.5, "correspondence": None}]},
-}
-RUN = {"format": "aigiqa-reward best of n for many prompts, version 1", "settings": {"n": 2}, "prompts": ["a fox"]}
-
-
-def read_results(folder: Path) -> None:
-    results = ResultsFolder.open(folder)
-    for result in results:
-        assert result.output is None or all(isinstance(seed, int) for seed in result.output.all_seeds)
-    results.failures()
-    results.check({"n": 2})
-    results.prepare({"n": 2}, overwrite=False)
-    assert json.dumps([json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()])
 
 
 def cached(form: Any, answer: Any) -> Target:
@@ -378,16 +342,6 @@ def targets(folder: Path) -> dict[str, Target]:
         "preferences": Target(
             files={"p.json": json.dumps({name: list(row) for name, row in UNIFORM.items()}).encode()},
             read=lambda home: Preferences.load(home / "p.json"),
-        ),
-        "results": Target(
-            files={
-                "settings.json": json.dumps(RUN).encode(),
-                "prompts/00000.json": json.dumps(RECORD).encode(),
-                **{f"images/00000_seed{seed}.png": PNG for seed in range(2)},
-                "noises/00000.safetensors": save({str(seed): torch.ones(4, 8, 8) for seed in range(2)}),
-            },
-            read=read_results,
-            named="folder",
         ),
         "cached tensor": cached(TENSOR, torch.arange(12.0).view(3, 4)),
         "cached text": cached(TEXT, "an answer"),

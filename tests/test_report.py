@@ -209,7 +209,7 @@ def test_a_dropped_candidate_is_an_empty_tile_with_the_reason() -> None:
     def tile(sheet: np.ndarray) -> np.ndarray:
         return sheet[place[1] : place[3], place[0] : place[2]]
 
-    nothing = tile(sheet_of(""))
+    nothing = tile(sheet_of("\n"))
     assert (nothing == nothing[0, 0]).all()
     for reason in ("NaN or infinite pixels", "flagged by the safety checker " * 20, "x" * 500, "\n\x1b\x00 漢字"):
         written = difference(nothing, tile(sheet_of(reason)))
