@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import re
 import tracemalloc
 from dataclasses import replace
@@ -153,6 +154,17 @@ def test_a_curve_for_each_candidate_that_was_looked_at(tmp_path: Path) -> None:
     assert without.all("svg") == []
 
 
+def test_labels_of_many_steps_do_not_overlap(tmp_path: Path) -> None:
+    looks = tuple(Preview(step=step, steps=1000, total=step / 1000, quality=0.5) for step in range(10, 1000, 10))
+    result = replace(output([noise(0)], [1.0]), previews={0: looks})
+    text, _ = written(tmp_path, [("a", result)])
+    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">(\d+)</text>', text)
+    spans = sorted((float(x) - 6 * len(step), float(x) + 6 * len(step)) for x, step in labels)  # 20 px high
+    assert len(labels) > 5
+    assert max(int(step) for _, step in labels) == 1000
+    assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans))
+
+
 def test_many_prompts_take_no_more_memory_than_few(tmp_path: Path) -> None:
     def peak(count: int) -> tuple[int, int]:
         outputs = ((f"prompt {i}", output([noise(i, (160, 160))])) for i in range(count))
@@ -181,6 +193,7 @@ def test_heat_maps_are_drawn_beside_their_winner(tmp_path: Path) -> None:
     _, page = written(tmp_path, [("a", searched())], maps=maps)
     drawn = [a for a in page.all("img") if (a["alt"] or "").startswith("Map")]
     assert [a["alt"] for a in drawn] == ["Map: edge blur", "Map: flat", "Map: broken"]
+    assert sum("bright" in text for text in page.text_in("p")) == 1
     brightness = pixels_of(drawn[0]).astype(int).sum(axis=2).ravel()
     assert pixels_of(drawn[0]).shape == (3, 4, 3)
     assert (np.diff(brightness) > 0).all()

@@ -24,14 +24,6 @@ class BoundReward:
     Args:
         reward: a `Reward`, or any function f(images, prompts) -> (B,) scores.
         prompts: prompts to encode at once, so that one that the reward cannot read raises a PromptError here.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.rewards.bound import BoundReward
-        >>> bound = BoundReward(lambda images, prompts: images.mean(dim=(1, 2, 3)))
-        >>> images = torch.tensor([0.0, float("nan"), 1.0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
-        >>> bound.score(images, "a fox").total
-        tensor([0., nan, 1.])
     """
 
     def __init__(self, reward: RewardFunction, prompts: Sequence[str] = ()) -> None:
