@@ -19,12 +19,13 @@ from diffusers import (
 )
 from PIL import Image
 from pipelines import FAMILIES, FEW_STEPS, SIDE
+from test_bound import Lengths
 from torch import Tensor, nn
 
 from aigiqa_reward import BestOfN, BestOfNOutput, rerank
 from aigiqa_reward.sampling import NothingRankedError
 from aigiqa_reward.sampling.pipeline_utils import PromptMemo, is_one_prompt
-from aigiqa_reward.types import PromptFeatures, RewardOutput
+from aigiqa_reward.types import RewardOutput
 
 PROMPT = "a cat on a mat"
 
@@ -33,29 +34,6 @@ def corner(images: Tensor, prompts: list[str]) -> Tensor:
     """Redness of a corner: a reward that tells seeds apart by far more than rounding."""
     assert len(prompts) == len(images)
     return images[:, 0, :4, :4].mean(dim=(1, 2))
-
-
-class TwoAspects(nn.Module):
-    """A reward with parameters, features of its own and both aspects; remembers what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
-        self.encoded: list[list[str]] = []
-        self.seen: list[tuple[PromptFeatures, Tensor]] = []
-
-    def encode_prompts(self, prompts: list[str]) -> PromptFeatures:
-        self.encoded.append(prompts)
-        lengths = torch.tensor([[float(len(prompt))] for prompt in prompts])
-        index = torch.arange(len(prompts))
-        return PromptFeatures(texts=tuple(prompts), index=index, tensors={"length": lengths}, model="two")
-
-    def forward(self, images: Tensor, prompts: PromptFeatures) -> RewardOutput:
-        self.seen.append((prompts, images))
-        quality = corner(images, prompts.prompts) * self.scale
-        correspondence = images.std(dim=(1, 2, 3)) * prompts.rows("length")[:, 0]
-        total = quality + correspondence
-        return RewardOutput(total=total, quality=quality, correspondence=correspondence)
 
 
 def make(pipe: Any, n: int = 6, reward: Any = corner, **arguments: Any) -> BestOfN:
@@ -367,15 +345,17 @@ def test_the_outermost_seeds_are_those_that_a_generator_takes(sd, seed):
 # --------------------------------------------------------------------------------------------- the reward's side
 
 
-def test_the_rewards_prompt_is_encoded_once_and_expanded(sd):
-    reward = TwoAspects()
-    make(sd, n=7, batch_size=3, reward=reward)(PROMPT, **FEW_STEPS)
+def test_the_rewards_prompt_is_encoded_once_and_both_aspects_are_reported(sd):
+    reward = Lengths()
+    out = make(sd, n=7, top_k=2, batch_size=3, reward=reward)(PROMPT, **FEW_STEPS)
     assert reward.encoded == [[PROMPT]]
-    assert [(features.texts, len(features), len(images)) for features, images in reward.seen] == [
-        ((PROMPT,), 3, 3),
-        ((PROMPT,), 3, 3),
-        ((PROMPT,), 1, 1),
-    ]
+    assert [len(images) for images in reward.seen] == [3, 3, 1]
+    assert out.all_correspondence == [len(PROMPT)] * 7
+    assert out.all_scores == pytest.approx([quality + len(PROMPT) for quality in out.all_quality])
+    places = [out.all_seeds.index(seed) for seed in out.seeds]
+    assert out.scores == [out.all_scores[place] for place in places]
+    assert out.quality == [out.all_quality[place] for place in places]
+    assert out.correspondence == [len(PROMPT)] * 2
 
 
 def test_the_reward_is_given_float_images_in_range_without_gradients(sd):
@@ -389,19 +369,6 @@ def test_the_reward_is_given_float_images_in_range_without_gradients(sd):
     [(images, grad)] = seen
     assert (images.dtype, tuple(images.shape), grad) == (torch.float32, (2, 3, 32, 32), False)
     assert 0 <= float(images.min()) <= float(images.max()) <= 1
-
-
-def test_both_aspects_are_reported(sd):
-    reward = TwoAspects()
-    out = make(sd, n=5, top_k=2, batch_size=2, reward=reward)(PROMPT, **FEW_STEPS)
-    assert out.correspondence is not None
-    assert out.all_correspondence is not None
-    for total, quality, correspondence in zip(out.all_scores, out.all_quality, out.all_correspondence, strict=True):
-        assert total == pytest.approx(quality + correspondence)
-    places = [out.all_seeds.index(seed) for seed in out.seeds]
-    assert out.scores == [out.all_scores[place] for place in places]
-    assert out.quality == [out.all_quality[place] for place in places]
-    assert out.correspondence == [out.all_correspondence[place] for place in places]
 
 
 def test_reward_prompt_is_what_the_reward_sees_and_nothing_else(sd):
@@ -753,17 +720,13 @@ def test_rerank_orders_mixed_inputs(gallery):
 
 def test_rerank_of_a_batch_agrees_with_a_list():
     images = torch.rand(19, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    reward = TwoAspects()
-    batch = rerank(images, PROMPT, reward)
-    assert len(reward.encoded) == 1
-    assert set(reward.encoded[0]) == {PROMPT}
-    listed = rerank(list(images), PROMPT, reward)
+    reward = Lengths()
+    batch, listed = rerank(images, PROMPT, reward), rerank(list(images), PROMPT, reward)
+    assert reward.encoded == [[PROMPT]] * 2
     assert batch.all_scores == listed.all_scores
-    assert batch.seeds == listed.seeds
-    with torch.no_grad():
-        expected = reward(images, reward.encode_prompts([PROMPT]).expand(19)).total
-    assert batch.all_scores == pytest.approx(expected.tolist(), abs=1e-6)
-    assert batch.seeds == sorted(range(19), key=lambda index: -float(expected[index]))
+    expected = images.mean(dim=(1, 2, 3)) + len(PROMPT)
+    assert batch.all_scores == pytest.approx(expected.tolist(), abs=1e-5)
+    assert batch.seeds == listed.seeds == sorted(range(19), key=lambda index: -batch.all_scores[index])
 
 
 def test_rerank_without_a_prompt_ranks_by_what_the_images_are(gallery):
