@@ -13,11 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from aigiqa_reward.finetuning.batch import Batch
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.images import HIGHEST, LOWEST
-from aigiqa_reward.rewards.bound import reward_name
-from aigiqa_reward.rewards.scorer import device_of
+from aigiqa_reward.rewards.bound import BoundReward, device_of, reward_name
 from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import Prediction, Rollout, State
-from aigiqa_reward.types import RewardOutput, as_reward_output, encoded_prompts
+from aigiqa_reward.types import RewardOutput, as_reward_output
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -138,8 +137,7 @@ class TrainingContext:
     def _texts(self, prompts: Sequence[str]) -> Any:
         """Prompts as the reward takes them; those of the last call are kept."""
         if self._features[0] != tuple(prompts):
-            with torch.no_grad():
-                self._features = tuple(prompts), encoded_prompts(self.reward, prompts)
+            self._features = tuple(prompts), BoundReward(self.reward).encode(prompts)
         return self._features[1]
 
     def try_gradient(self, prompt: str) -> None:

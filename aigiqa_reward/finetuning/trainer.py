@@ -37,10 +37,9 @@ from aigiqa_reward.finetuning.optimizers import FinetuningError, Optimization, a
 from aigiqa_reward.finetuning.reporting import draw_course
 from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.validation import Validation, default_holdout
-from aigiqa_reward.rewards.bound import reward_name
+from aigiqa_reward.rewards.bound import BoundReward, reward_name
 from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.sampling.rollout import Rollout
-from aigiqa_reward.types import unreadable_prompts
 from aigiqa_reward.utils.checks import check_reward
 from aigiqa_reward.utils.run_folder import differences, reward_identity
 
@@ -431,7 +430,7 @@ def _begin(folder: Path, resume_from_checkpoint: str | Path | None) -> None:
 def _check_readable(reward: Any, argument: str, prompts: Sequence[str]) -> None:
     """Refuse before the first step what the reward would refuse in the midst of the training."""
     for start in range(0, len(prompts), _AT_ONCE):
-        for why in unreadable_prompts(reward, prompts[start : start + _AT_ONCE]).values():
+        for why in BoundReward(reward).unreadable(prompts[start : start + _AT_ONCE]).values():
             raise ValueError(f"{argument}: expected texts that the reward reads: {why.removeprefix('prompts: ')}")
 
 

@@ -19,9 +19,10 @@ from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.reporting import draw_validation
 from aigiqa_reward.finetuning.results import PER_IMAGE, SHOWN_PROMPTS, SHOWN_SEEDS, ValidationResult, picture_file
 from aigiqa_reward.models.base import check_prompts
+from aigiqa_reward.rewards.bound import device_of
 from aigiqa_reward.rewards.factory import create_reward
 from aigiqa_reward.rewards.reward import Reward
-from aigiqa_reward.rewards.scorer import Scorer, device_of
+from aigiqa_reward.rewards.scorer import Scorer
 from aigiqa_reward.rewards.specs import TOWER_FILES
 from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput
 from aigiqa_reward.utils.checks import check_reward, integer

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from aigiqa_reward.rewards.scorer import device_of
+from aigiqa_reward.rewards.bound import device_of
 from aigiqa_reward.sampling.families import SamplingOptions, family_of
 from aigiqa_reward.sampling.schedulers import SERVED, SEVERAL_CALLS_A_STEP, check_scheduler, predict_clean
 from aigiqa_reward.types import RewardOutput, as_reward_output

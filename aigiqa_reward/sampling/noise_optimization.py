@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from aigiqa_reward import images as pixels
 from aigiqa_reward.images import HIGHEST, LOWEST
 from aigiqa_reward.sampling.callbacks import BatchReward
-from aigiqa_reward.sampling.candidates import FLAGGED, NON_FINITE, BestOfNOutput, Picture, Tally, conclude, why_dropped
+from aigiqa_reward.sampling.candidates import (
+    FLAGGED,
+    NON_FINITE,
+    BestOfNOutput,
+    Picture,
+    Tally,
+    conclude,
+    judged,
+    why_dropped,
+)
 from aigiqa_reward.sampling.families import family_of
 from aigiqa_reward.sampling.rollout import Rollout, State
 from aigiqa_reward.types import RewardOutput
@@ -348,5 +357,5 @@ def _output(ascent: Ascent, seed: int, stopped: str | None) -> NoiseOptimizerOut
     else:
         image, scores, noise = ascent.best
         picture = Picture(image=pixels.to_pil(ascent.rollout.family.marked(image))[0], noise=ascent.as_passed(noise))
-        tally.add([seed], [None], scores, lambda _: picture)
+        tally.add([seed], judged(scores), lambda _: picture)
     return NoiseOptimizerOutput(**vars(tally.output()), history=ascent.history)

@@ -7,25 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from aigiqa_reward import images as pixels
+from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.ancestral import ANCESTRAL, advance
-from aigiqa_reward.sampling.candidates import (
-    BestOfNOutput,
-    Picture,
-    Preview,
-    PromptedReward,
-    Tally,
-    conclude,
-    judge,
-    scores_of,
-    why_dropped,
-)
+from aigiqa_reward.sampling.candidates import BestOfNOutput, Picture, Preview, Tally, conclude, judge
 from aigiqa_reward.sampling.families import family_of
 from aigiqa_reward.sampling.pipeline_utils import in_chunks
 from aigiqa_reward.sampling.rollout import Rollout, State
@@ -288,10 +278,12 @@ class ParticleSteering:
         check_scheduler(self.pipe.scheduler, need="ParticleSteering", served=ANCESTRAL)
         if "eta" in pipe_kwargs:
             raise ValueError("eta: expected as an argument of ParticleSteering, got it in the call; move it there")
+        judged_by = text if self.reward_prompt is None else self.reward_prompt
         run = _Run(
             plan=self,
             rollout=Rollout(self.pipe, need="ParticleSteering", **pipe_kwargs),
-            reward=PromptedReward(self.reward, text if self.reward_prompt is None else self.reward_prompt),
+            reward=BoundReward(self.reward, [judged_by]),
+            text=judged_by,
             tally=Tally(self.top_k),
             seed=seed,
         )
@@ -311,7 +303,8 @@ class _Run:
 
     plan: ParticleSteering
     rollout: Rollout
-    reward: PromptedReward
+    reward: BoundReward
+    text: str
     tally: Tally
     seed: int
 
@@ -340,7 +333,8 @@ class _Run:
 
         def work(rows: Sequence[int]) -> tuple[Tensor, Any]:
             clean = self.rollout.predict(state[rows]).clean
-            return clean, judge(self.rollout.show(clean), [False] * len(rows), self.reward) if look else None
+            shown = self.rollout.show(clean) if look else None
+            return clean, None if shown is None else judge(shown, [False] * len(rows), self.reward, self.text)
 
         previous = particles.clean
         for rows, (clean, judged) in in_chunks(particles.alive, self.plan.batch_size, work, self.rollout.pipe):
@@ -350,14 +344,12 @@ class _Run:
             self.count(len(rows))
             if judged is None:
                 continue
-            reasons, output = judged
-            for row, reason, scores in zip(rows, reasons, scores_of(output, reasons), strict=True):
-                why = why_dropped(scores.total, reason)
-                if why is not None:
-                    particles.drop(row, why)
+            for row, scores in zip(rows, judged, strict=True):
+                if scores.dropped is not None:
+                    particles.drop(row, scores.dropped)
                     continue
                 particles.rewards[row].append(scores.total)
-                particles.previews[row].append(Preview(step=state.step + 1, steps=steps, **asdict(scores)))
+                particles.previews[row].append(scores.preview(state.step + 1, steps))
         rows = particles.alive
         if look and rows:
             rewards = torch.tensor([particles.rewards[row] for row in rows], dtype=torch.float64)
@@ -378,12 +370,8 @@ class _Run:
 
         def work(rows: Sequence[int]) -> None:
             images = self.rollout.show(state.latents[list(rows)], final=True)
-            reasons, output = judge(images, self.rollout.family.flagged(images), self.reward)
-
-            def picture(row: int) -> Picture:
-                return Picture(image=pixels.to_pil(images[row : row + 1].cpu())[0])
-
-            self.tally.add([seeds[row] for row in rows], reasons, output, picture)
+            candidates = judge(images, self.rollout.family.flagged(images), self.reward, self.text)
+            self.tally.add([seeds[row] for row in rows], candidates, lambda row: Picture.of(images, row))
 
         for _ in in_chunks(rows, self.plan.batch_size, work, self.rollout.pipe):
             pass
