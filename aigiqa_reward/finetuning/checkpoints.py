@@ -150,7 +150,8 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
-        why = str(error).removeprefix("weights: ")
+        # torch's own message recommends weights_only=False.
+        why = f"{_TENSORS} is damaged" if isinstance(error, UnpicklingError) else str(error).removeprefix("weights: ")
         raise WeightsError(f"checkpoint: cannot read {path} ({why}); remove it to resume from another") from error
 
 
