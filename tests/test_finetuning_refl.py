@@ -11,6 +11,7 @@ from scipy import stats
 
 from aigiqa_reward.finetuning import ReFL
 from aigiqa_reward.finetuning.context import TrainingContext
+from aigiqa_reward.rewards.bound import BoundReward
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_the_penalty_counts_at_the_judged_step(tools: TrainingContext) -> None:
 
 
 def test_a_reward_without_gradients_is_refused(tools: TrainingContext) -> None:
-    tools.reward = lambda images, prompts: warmth(images.detach(), prompts)
-    with pytest.raises(ValueError, match=r"^reward: DRaFT and ReFL need its gradients.*DPO, DDPO or FlowGRPO"):
+    tools.bound = BoundReward(lambda images, prompts: warmth(images.detach(), prompts))
+    with pytest.raises(ValueError, match=r"^reward: .*needs its gradient.*DPO, DDPO or FlowGRPO"):
         next(ReFL().losses(tools, batch_of(), 0, {}))
-    tools.reward = warmth
+    tools.bound = BoundReward(warmth)

@@ -22,8 +22,8 @@ from aigiqa_reward.datasets.base import extra_data
 from aigiqa_reward.finetuning.batch import seed_of
 from aigiqa_reward.finetuning.checkpoints import checkpoints_in
 from aigiqa_reward.finetuning.config import FinetuneConfig
-from aigiqa_reward.finetuning.context import TrainingContext, total_of_gray
-from aigiqa_reward.rewards.bound import reward_name
+from aigiqa_reward.finetuning.context import TrainingContext
+from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder, best_of_each, checked_prompts
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.families import Family
@@ -93,11 +93,7 @@ class GuidedBestOfN(BestOfN):
         self.progress, self.scale = search.progress, scale
         with RewardGuidance(self.pipe, self.reward, prompt, scale=scale):
             pass  # what is wrong with the pipeline is said here
-        if not total_of_gray(self.reward, prompt, self.pipe.device).requires_grad:
-            raise ValueError(
-                f"reward_guidance: climbs the reward by its gradient in the images, and {reward_name(self.reward)} "
-                "gives none; leave it out, or pass guidance_scales"
-            )
+        BoundReward(self.reward).check_differentiable("reward_guidance", prompt, self.pipe.device)
 
     def _sample(self, call: Any, seeds: Sequence[int]) -> tuple[Tensor, list[Any]]:
         with RewardGuidance(self.pipe, self.reward, call.prompt, scale=self.scale) as guidance:
