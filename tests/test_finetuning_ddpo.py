@@ -225,8 +225,8 @@ def test_trained_steps_are_drawn_anew_and_alike_in_all_parts():
     for turn in range(4):
         [one, two] = batches([0, 1], [2, 3], group=2, round=turn)
         state = tools.start(one)
-        assert algorithm.trained(one, state) == algorithm.trained(two, state)
-        drawn.add(tuple(algorithm.trained(one, state)))
+        assert algorithm.trained_steps(one, state) == algorithm.trained_steps(two, state)
+        drawn.add(tuple(algorithm.trained_steps(one, state)))
     assert len(drawn) > 1
     assert all(len(steps) == 4 and list(steps) == sorted(set(steps)) and max(steps) <= 7 for steps in drawn)
 

@@ -164,7 +164,7 @@ def insides_of(dpo: DPO, tools: TrainingContext, kind: str, batch: Batch, pairs:
     """Insides (B,) in float64 by equation 14, one image at a time."""
     family = tools.rollout.family
     like = torch.stack([family.encode_images(load(file)[None])[0] for file in pairs.better])
-    levels, noise = dpo.drawn(Noising.of(tools.rollout.pipe.scheduler), batch, like)
+    levels, noise = dpo.draw(Noising.of(tools.rollout.pipe.scheduler), batch, like)
     insides = []
     for row, place in enumerate(batch.places):
         gains = []
@@ -222,7 +222,7 @@ def test_the_loss_is_the_papers(kind, pairs):
 def test_the_inside_that_ipo_wants_is_a_half():
     dpo = DPO(refresh_every=1, beta=BETA, loss="ipo")
     inside = torch.tensor([-1.0, 0.4, 0.5, 0.6], dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(dpo.of(inside).sum(), inside)
+    (gradient,) = torch.autograd.grad(dpo.pair_loss(inside).sum(), inside)
     assert gradient.sign().tolist() == [-1, -1, 0, 1]
     torch.testing.assert_close(gradient, 2 * (inside.detach() - 0.5) / BETA**2)
 
@@ -317,13 +317,13 @@ def test_fresh_pairs_are_the_brightest_and_the_darkest_candidates(kind):
         memory = dpo.prepare(tools, [batch])
         ends = [tools.rollout.run(tools.start(batch, f"candidate {place}")).latents for place in range(3)]
         found = torch.stack([brightness(tools.rollout.show(latents), []) for latents in ends])
-        bright, dark = (brightness(tools.rollout.show(memory[f"{n}.0"]), []) for n in ("winners", "losers"))
+        bright, dark = (brightness(tools.rollout.show(memory[f"{n}/0"]), []) for n in ("winners", "losers"))
     torch.testing.assert_close(bright, found.amax(dim=0))
     torch.testing.assert_close(dark, found.amin(dim=0))
-    torch.testing.assert_close(memory["reward.0"], found.mean(dim=0))
+    torch.testing.assert_close(memory["reward/0"], found.mean(dim=0))
     assert (bright > dark).all()
     result = outcome(dpo, tools, batch, memory=memory)
-    assert torch.equal(result.measures["reward"], memory["reward.0"])
+    assert torch.equal(result.measures["reward"], memory["reward/0"])
     result.loss.backward()
     assert any(float(weight.grad.abs().sum()) > 0 for weight in tools.lora.weights.values())
 
@@ -331,7 +331,7 @@ def test_fresh_pairs_are_the_brightest_and_the_darkest_candidates(kind):
 def test_fresh_pairs_come_from_the_adapter_as_it_is():
     batch, dpo = batch_of(), DPO(refresh_every=2, candidates=2)
     with torch.no_grad():
-        none, some = (dpo.prepare(tools_of("sd", away=away), [batch])["winners.0"] for away in (0.0, 0.3))
+        none, some = (dpo.prepare(tools_of("sd", away=away), [batch])["winners/0"] for away in (0.0, 0.3))
     assert (none - some).abs().max() > 1e-2
 
 
@@ -341,7 +341,7 @@ def test_parts_have_their_own_pairs():
     with torch.no_grad():
         memory = dpo.prepare(tools, parts)
         alone = dpo.prepare(tools, parts[1:])
-    torch.testing.assert_close(memory["winners.1"], alone["winners.0"])
+    torch.testing.assert_close(memory["winners/1"], alone["winners/0"])
     assert outcome(dpo, tools, parts[1], 1, memory).measures["margin"].shape == (1,)
 
 
@@ -355,7 +355,7 @@ def test_rows_without_a_preference_teach_nothing(broken):
     dpo = DPO(refresh_every=2, candidates=2, beta=BETA)
     with torch.no_grad():
         memory = dpo.prepare(tools, [batch_of()])
-    same = (memory["winners.0"] == memory["losers.0"]).flatten(1).all(dim=1).tolist()
+    same = (memory["winners/0"] == memory["losers/0"]).flatten(1).all(dim=1).tolist()
     assert same == ([True] * 3 if broken == "within the margin" else [False, True, False])
     if broken == "within the margin":
         result = outcome(dpo, tools, batch_of(), memory=memory)
@@ -372,7 +372,7 @@ def test_given_pairs_come_first_and_fresh_ones_after(pairs):
     with torch.no_grad():
         assert all(dpo.prepare(tools, [replace(batch_of(round=step), step=step)]) == {} for step in range(3))
         fresh = dpo.prepare(tools, [replace(batch_of(round=3), step=3)])
-        assert {name.partition(".")[0] for name in fresh} == {
+        assert {name.partition("/")[0] for name in fresh} == {
             "winners",
             "losers",
             "reward",

@@ -67,14 +67,14 @@ def test_low_variance_has_a_loss_for_the_image_and_for_each_noise() -> None:
 
 def test_the_random_truncation_is_uniform() -> None:
     algorithm, steps, count = DRaFT(truncation_steps="random"), 5, 1000
-    drawn = [algorithm.truncated(batch_of(step=step), steps) for step in range(count)]
+    drawn = [algorithm.kept_steps(batch_of(step=step), steps) for step in range(count)]
     counts = Counter(drawn)
     assert sorted(counts) == [1, 2, 3, 4, 5]
     assert stats.chisquare([counts[k] for k in range(1, steps + 1)]).pvalue > 0.001
     assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.1
-    others = [algorithm.truncated(batch_of((4, 5), step=step), steps) for step in range(count)]
+    others = [algorithm.kept_steps(batch_of((4, 5), step=step), steps) for step in range(count)]
     assert others == drawn, "one draw for all parts of a step"
-    assert [algorithm.truncated(batch_of(step=step, seed=1), steps) for step in range(count)] != drawn
+    assert [algorithm.kept_steps(batch_of(step=step, seed=1), steps) for step in range(count)] != drawn
 
 
 def test_the_gradient_is_that_of_the_drawn_number() -> None:
@@ -82,8 +82,8 @@ def test_the_gradient_is_that_of_the_drawn_number() -> None:
     seen = set()
     for step in range(6):
         batch = batch_of(step=step)
-        seen.add(algorithm.truncated(batch, 2))
-        expected = gradient(tools, DRaFT(truncation_steps=algorithm.truncated(batch, 2)), batch)
+        seen.add(algorithm.kept_steps(batch, 2))
+        expected = gradient(tools, DRaFT(truncation_steps=algorithm.kept_steps(batch, 2)), batch)
         assert torch.equal(gradient(tools, algorithm, batch), expected)
     assert seen == {1, 2}
 

@@ -135,7 +135,7 @@ class Toy:
         clean = clean_of_gaussian_data(latents, float(noise_level(self.scheduler, step)[1])) + theta[step]
         weights = flow_sde_weights(self.scheduler, step, SDE)
         mean = step_mean(self.scheduler, step, latents, clean, weights)
-        return GaussianStep(mean=mean, deviation=weights.fresh)
+        return GaussianStep(mean=mean, std=weights.fresh)
 
     def sample(self, theta: Tensor, count: int, seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,7 @@ from aigiqa_reward.finetuning.pairs import (
     PairLatents,
     build_preference_pairs,
     fingerprint,
-    fitted,
+    cover,
     read_preference_pairs,
 )
 from aigiqa_reward.images import load
@@ -360,7 +360,7 @@ def test_latents_are_those_of_the_files_encoded_once_within_bounds(pipe, built, 
     }
     one = 2 * expected[0][0].nbytes
     for remembered, calls in ((10 * one, 3), (2 * one, 4)):
-        latents = PairLatents(pairs, remembered=remembered)
+        latents = PairLatents(pairs, most=remembered)
         counted: list[int] = []
         hook = pipe.vae.encoder.register_forward_hook(lambda *_, counted=counted: counted.append(1))
         for places in ([0, 1], [1, 0], [2, 2], [0, 1]):  # with two remembered, 2 takes the place of 1, and 1 of 2
@@ -380,7 +380,7 @@ def test_images_of_other_sizes_are_cut_to_the_pipelines(height, width):
     ramp = torch.linspace(0, 1, max(height, width))
     image = ramp.view(-1, 1).expand(height, width) if height >= width else ramp.view(1, -1).expand(height, width)
     images = image.expand(1, 3, height, width)
-    found = fitted(images, (64, 64))
+    found = cover(images, (64, 64))
     assert found.shape == (1, 3, 64, 64)
     assert float(found.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(found.min()) >= 0

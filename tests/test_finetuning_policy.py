@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from aigiqa_reward.finetuning.algorithms.policy_gradient import (
-    DEVIATION_FLOOR,
+    STD_FLOOR,
     GaussianStep,
     clipped_surrogate,
     flow_sde_weights,
@@ -47,7 +47,7 @@ def policy_of(name: str, latents: Tensor, clean: Tensor, step: int = 2) -> Gauss
     scheduler = scheduler_of(name)
     weights = weights_of(name, scheduler, step)
     mean = step_mean(scheduler, step, latents, clean, weights)
-    return GaussianStep(mean=mean, deviation=weights.fresh)
+    return GaussianStep(mean=mean, std=weights.fresh)
 
 
 SAMPLERS = ["ddim", "euler", "flow", "flow-sde"]
@@ -61,7 +61,7 @@ REWARDS = {"x": (lambda x: x, lambda m: torch.ones_like(m)), "x^2": (lambda x: x
 def test_probability_and_divergence_are_those_of_normal_distributions():
     mean, other, latents = torch.randn(3, 4, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     deviation = torch.tensor(0.3, dtype=torch.float64)
-    policy, reference = (GaussianStep(mean=m, deviation=deviation) for m in (mean, other))
+    policy, reference = (GaussianStep(mean=m, std=deviation) for m in (mean, other))
     torch.testing.assert_close(policy.log_prob(latents), Normal(mean, deviation).log_prob(latents).mean(dim=(1, 2, 3)))
     expected = kl_divergence(Normal(mean, deviation), Normal(other, deviation)).mean(dim=(1, 2, 3))
     torch.testing.assert_close(policy.divergence(reference), expected)
@@ -70,7 +70,7 @@ def test_probability_and_divergence_are_those_of_normal_distributions():
 
 def test_draws_have_the_mean_and_the_deviation():
     noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = GaussianStep(mean=torch.full_like(noise, 1.5), deviation=torch.tensor(0.2)).draw(noise)
+    drawn = GaussianStep(mean=torch.full_like(noise, 1.5), std=torch.tensor(0.2)).draw(noise)
     assert float(drawn.mean()) == pytest.approx(1.5, abs=5 * 0.2 / math.sqrt(len(noise)))
     assert float(drawn.std()) == pytest.approx(0.2, rel=0.01)
 
@@ -126,7 +126,7 @@ def test_mean_over_dimensions_scales_the_gradient_by_their_number():
     log_prob = policy.log_prob(after)
     loss = clipped_surrogate((log_prob - log_prob.detach()).exp(), advantages, 1e-4).sum()
     (found,) = torch.autograd.grad(loss, clean, retain_graph=True)
-    joint = Normal(policy.mean, policy.deviation).log_prob(after).sum(dim=(1, 2, 3))
+    joint = Normal(policy.mean, policy.std).log_prob(after).sum(dim=(1, 2, 3))
     (plain,) = torch.autograd.grad(-(advantages * joint).sum(), clean)
     torch.testing.assert_close(found * (3 * 4 * 4), plain)
 
@@ -158,12 +158,12 @@ def test_advantages_are_standard_scores_within_groups():
     rewards = torch.rand(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = group_advantages(rewards, 4)
     for place, group in enumerate(rewards.numpy().reshape(3, 4)):
-        expected = (group - np.mean(group)) / (np.std(group) + DEVIATION_FLOOR)
+        expected = (group - np.mean(group)) / (np.std(group) + STD_FLOOR)
         np.testing.assert_allclose(found.values[4 * place : 4 * place + 4].numpy(), expected, rtol=1e-12)
     assert not found.degenerate.any()
     whole = group_advantages(rewards, 4, deviation="batch").values
     centered = rewards.numpy().reshape(3, 4) - rewards.numpy().reshape(3, 4).mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(whole, (centered / (np.std(rewards.numpy()) + DEVIATION_FLOOR)).ravel(), rtol=1e-12)
+    np.testing.assert_allclose(whole, (centered / (np.std(rewards.numpy()) + STD_FLOOR)).ravel(), rtol=1e-12)
 
 
 def test_groups_of_one_compare_the_whole_batch():
@@ -188,7 +188,7 @@ def test_rewards_that_are_not_finite_count_nowhere(deviation):
     found = group_advantages(rewards, 4, deviation=deviation)
     kept = np.array([0.1, 0.3, 0.8])
     spread = np.std(kept) if deviation == "group" else np.std([*kept, 0.5])
-    expected = (kept - kept.mean()) / (spread + DEVIATION_FLOOR)
+    expected = (kept - kept.mean()) / (spread + STD_FLOOR)
     np.testing.assert_allclose(found.values[[0, 2, 3]], expected, rtol=1e-5)
     assert found.values[[1, *range(4, 12)]].tolist() == [0.0] * 9
     assert found.degenerate.tolist() == [False] * 4 + [True] * 8

@@ -24,11 +24,11 @@ def tools() -> TrainingContext:
     [(0.75, 40, range(30, 40)), (0.0, 3, range(3)), (0.99, 3, [2]), (0.5, 1, [0]), (0.75, 5, [3, 4])],
 )
 def test_the_judged_step_is_one_of_the_late_ones(earliest: float, steps: int, expected: range) -> None:
-    drawn = [ReFL(earliest=earliest).chosen(batch_of(step=step), steps) for step in range(800)]
+    drawn = [ReFL(earliest=earliest).judged_step(batch_of(step=step), steps) for step in range(800)]
     counts = Counter(drawn)
     assert sorted(counts) == list(expected)
     assert len(counts) == 1 or stats.chisquare([counts[step] for step in expected]).pvalue > 0.001
-    assert drawn == [ReFL(earliest=earliest).chosen(batch_of((2, 3), step=step), steps) for step in range(800)]
+    assert drawn == [ReFL(earliest=earliest).judged_step(batch_of((2, 3), step=step), steps) for step in range(800)]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -37,7 +37,7 @@ def test_gradient_is_that_of_the_clean_prediction(tools: TrainingContext, judged
     """x0 = (x - sqrt(1 - a) eps) / sqrt(a), of the guided eps, from latents that are cut off the graph."""
     tools.checkpointed = checkpointed
     algorithm, pipe = ReFL(earliest=0.0), tools.rollout.pipe
-    step = next(step for step in range(50) if algorithm.chosen(batch_of(step=step), 2) == judged)
+    step = next(step for step in range(50) if algorithm.judged_step(batch_of(step=step), 2) == judged)
     batch = batch_of((0, 1), step=step)
     with torch.no_grad():
         latents = sampled(pipe, batch.prompts, noise_of(batch), scale=3.0, last=judged)
@@ -61,7 +61,7 @@ def test_only_one_prediction_has_gradients(tools: TrainingContext) -> None:
     tools.checkpointed = False
     with_gradients = []
     handle = tools.lora.denoiser.register_forward_pre_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
-    step = next(step for step in range(50) if ReFL(earliest=0.0).chosen(batch_of(step=step), 2) == 1)
+    step = next(step for step in range(50) if ReFL(earliest=0.0).judged_step(batch_of(step=step), 2) == 1)
     gradient(tools, ReFL(earliest=0.0), batch_of(step=step))
     handle.remove()
     assert with_gradients == [False, True]
