@@ -44,9 +44,7 @@ def context_of(
     for weight in lora.weights.values():
         weight.data = weight.data.to(pipe.dtype)
     stir(lora, moved)
-    return TrainingContext(
-        rollout=rollout, lora=lora, reward=reward, accelerator=Accelerator(cpu=True), **options
-    )
+    return TrainingContext(rollout=rollout, lora=lora, reward=reward, accelerator=Accelerator(cpu=True), **options)
 
 
 def changed(context: TrainingContext, **options: Any) -> TrainingContext:
@@ -110,7 +108,9 @@ def gradient(
     return take_gradient(context)
 
 
-def loss_of(algorithm: Algorithm, context: TrainingContext, parts: Sequence[Batch], memory: Mapping[str, Tensor]) -> float:
+def loss_of(
+    algorithm: Algorithm, context: TrainingContext, parts: Sequence[Batch], memory: Mapping[str, Tensor]
+) -> float:
     """The loss of a step, without gradients."""
     with torch.no_grad():
         return sum(

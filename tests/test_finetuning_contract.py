@@ -191,9 +191,12 @@ def test_settings_identify_an_algorithm_and_say_what_they_are(name: str) -> None
     kind: Any = ALGORITHMS[name]
     algorithm = kind()
     assert algorithm == kind()
-    assert algorithm.settings() == kind().settings() == json.loads(json.dumps(algorithm.settings())) | {
-        key: value for key, value in algorithm.settings().items() if isinstance(value, tuple)
-    }
+    assert (
+        algorithm.settings()
+        == kind().settings()
+        == json.loads(json.dumps(algorithm.settings()))
+        | {key: value for key, value in algorithm.settings().items() if isinstance(value, tuple)}
+    )
     for field in fields(kind):
         help_text = field.metadata.get("help")
         assert field.name == "pairs" or (help_text.endswith(".") and "\n" not in help_text)
@@ -239,7 +242,10 @@ def test_a_reward_without_gradients_is_refused_where_they_are_needed(name: str) 
     if not algorithm.reward_gradient:
         algorithm.check(context, PROMPTS)
         return
-    for refused in (lambda: algorithm.check(context, PROMPTS), lambda: next(algorithm.losses(context, batch_of(), 0, {}))):
+    for refused in (
+        lambda: algorithm.check(context, PROMPTS),
+        lambda: next(algorithm.losses(context, batch_of(), 0, {})),
+    ):
         with pytest.raises(ValueError, match=rf"^reward: {algorithm.title} needs .*numbers .*DPO, DDPO or FlowGRPO"):
             refused()
 

@@ -81,6 +81,8 @@ def test_the_penalty_counts_at_the_judged_step(tools: TrainingContext) -> None:
 
 def test_a_reward_without_gradients_is_refused(tools: TrainingContext) -> None:
     tools.bound = BoundReward(lambda images, prompts: warmth(images.detach(), prompts))
-    with pytest.raises(ValueError, match=r"^reward: .*needs its gradient.*DPO, DDPO or FlowGRPO"):
+    with pytest.raises(
+        ValueError, match=r"^reward: fine-tuning with DRaFT or ReFL needs its gradient.*DPO, DDPO or FlowGRPO"
+    ):
         next(ReFL().losses(tools, batch_of(), 0, {}))
     tools.bound = BoundReward(warmth)

@@ -33,7 +33,7 @@ from aigiqa_reward.utils.io import read_json, write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     from aigiqa_reward.finetuning.context import TrainingContext
 
@@ -106,7 +106,7 @@ class GuidedBestOfN(BestOfN):
 
 
 def build_preference_pairs(
-    pipe: DiffusionPipeline | Any,
+    pipe: DiffusionPipeline,
     reward: RewardFunction,
     prompts: Sequence[str],
     folder: str | Path,
@@ -364,7 +364,7 @@ def own_pairs(
     context: TrainingContext,
     prompts: Sequence[str],
     folder: Path,
-    settings: FinetuneConfig,
+    config: FinetuneConfig,
     *,
     progress: bool,
     **arguments: Any,
@@ -375,7 +375,7 @@ def own_pairs(
         context: Pipeline, reward and processes of the training.
         prompts: Training prompts.
         folder: Folder of the training.
-        settings: Settings of the training; its seed gives other images than those of validation.
+        config: Settings of the training; its seed gives other images than those of validation.
         progress: Whether to show a progress bar.
         **arguments: Further arguments of `build_preference_pairs`.
 
@@ -391,12 +391,12 @@ def own_pairs(
             context.reward,
             prompts,
             made,
-            seed=seed_of(settings.seed, "pairs") >> 32,
-            batch_size=settings.train_batch_size,
+            seed=seed_of(config.seed, "pairs") >> 32,
+            batch_size=config.train_batch_size,
             accelerator=context.accelerator,
             progress=progress,
             **arguments,
-            **settings.sampling,
+            **config.sampling,
         )
     except ValueError as error:
         error.add_note(f"n and top_k are DPO's candidates; to make the pairs again, remove {made}")

@@ -14,8 +14,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
-from aigiqa_reward.images import finite_rows
-from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.types import RewardOutput
 
 if TYPE_CHECKING:
@@ -67,15 +65,14 @@ class Algorithm(ABC):
     def check(self, context: TrainingContext, prompts: Sequence[str]) -> None:
         """Raise a ValueError for a scheduler, a reward or settings that this algorithm cannot train with."""
         if self.reward_gradient:
-            bound = BoundReward(context.reward)
-            bound.check_differentiable(self.title, prompts[0], context.rollout.family.device)
+            context.bound.check_differentiable(self.title, prompts[0], context.rollout.family.device)
 
     def ready(
         self,
         context: TrainingContext,
         prompts: Sequence[str],
         folder: Path,
-        settings: FinetuneConfig,
+        config: FinetuneConfig,
         *,
         progress: bool,
     ) -> Algorithm:
@@ -87,10 +84,10 @@ class Algorithm(ABC):
             context: Pipeline, reward and processes.
             prompts: Training prompts.
             folder: Folder of the training; what is made in it is found again on resuming.
-            settings: Settings of the training.
+            config: Settings of the training.
             progress: Whether to show a progress bar.
         """
-        del context, prompts, folder, settings, progress
+        del context, prompts, folder, config, progress
         return self
 
     def prepare(self, context: TrainingContext, batches: Sequence[Batch]) -> Memory:
@@ -134,12 +131,10 @@ def named_scores(scores: RewardOutput) -> dict[str, Tensor]:
 def score_latents(context: TrainingContext, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Score the images (B,) of finished latents as the pipeline would return them; see `named_scores`.
 
-    All scores of an image are NaN if its pixels or its total are not finite; the reward sees gray in place of NaN.
+    All scores of an image are NaN if its pixels or its total are not finite.
     """
-    images = context.rollout.show(latents)
-    finite = finite_rows(images)
-    scores = named_scores(context.score(where_rows(finite, images, 0.5), prompts))
-    finite = finite.to(scores["reward"].device) & scores["reward"].isfinite()
+    scores = named_scores(context.bound.score(context.rollout.show(latents), prompts))
+    finite = scores["reward"].isfinite()
     return {name: torch.where(finite.to(value.device), value, math.nan) for name, value in scores.items()}
 
 
@@ -156,6 +151,6 @@ def reward_loss(context: TrainingContext, batch: Batch, images: Tensor, kl: Tens
     if not bool(images.isfinite().all()):
         return Outcome(loss=images.new_tensor(math.nan))
     scores = context.score(images, batch.prompts)
-    BoundReward(context.reward).require_gradient(scores.total, title)
+    context.bound.require_gradient(scores.total, title)
     loss = (context.penalty * kl - context.capped(scores.total).to(images.device)).mean()
     return Outcome(loss=loss, measures=named_scores(scores) | ({"kl": kl.detach()} if context.penalty else {}))

@@ -270,7 +270,7 @@ class DPO(Algorithm):
         context: TrainingContext,
         prompts: Sequence[str],
         folder: Path,
-        settings: FinetuneConfig,
+        config: FinetuneConfig,
         *,
         progress: bool,
     ) -> DPO:
@@ -281,7 +281,7 @@ class DPO(Algorithm):
             context,
             prompts,
             folder,
-            settings,
+            config,
             n=self.candidates,
             margin=self.margin,
             progress=progress,
