@@ -111,13 +111,12 @@ def gradient(
 def loss_of(
     algorithm: Algorithm, context: TrainingContext, parts: Sequence[Batch], memory: Mapping[str, Tensor]
 ) -> float:
-    """The loss of a step, without gradients."""
-    with torch.no_grad():
-        return sum(
-            float(outcome.loss) * len(batch) / batch.size
-            for part, batch in enumerate(parts)
-            for outcome in algorithm.losses(context, batch, part, memory)
-        )
+    """The loss of a step."""
+    return sum(
+        float(outcome.loss.detach()) * len(batch) / batch.size
+        for part, batch in enumerate(parts)
+        for outcome in algorithm.losses(context, batch, part, memory)
+    )
 
 
 def flat(context: TrainingContext) -> Tensor:

@@ -67,7 +67,7 @@ def test_what_was_written_is_read_as_the_user_says(pipe: Any) -> None:
     extra: dict[str, list[Any]] = {}
     score([""] * 2, ["so </think>on white", ""], image_prompt=["a crown"] * 2, log_extra=extra.__setitem__)
     assert extra["rewrite"] == [CROWN, "a crown"]
-    with pytest.raises(ValueError, match=r"no column 'image_prompt', it gives \['original'\]"):
+    with pytest.raises(ValueError, match=r"expected a column 'image_prompt' in the dataset, got \['original'\]"):
         score([""], ["x"], original=["a crown"])
     with pytest.raises(TypeError, match=r"image_prompt\[0\]: expected a text, got list"):
         score([""], ["x"], image_prompt=[said("a crown")])
