@@ -36,11 +36,17 @@ def precise() -> Any:
 
 
 def context_of(
-    pipe: Any, reward: Any = warmth, *, moved: float = 0.3, call: Mapping[str, Any] = PLAIN, **options: Any
+    pipe: Any,
+    reward: Any = warmth,
+    *,
+    moved: float = 0.3,
+    rank: int = 2,
+    call: Mapping[str, Any] = PLAIN,
+    **options: Any,
 ) -> TrainingContext:
-    """Context with an adapter of rank 2 in the pipeline's dtype, moved away from B = 0 by normal numbers."""
+    """Context with an adapter in the pipeline's dtype, moved away from B = 0 by normal numbers."""
     rollout = Rollout(pipe, **call)
-    lora = LoRA(rollout.family, rank=2)
+    lora = LoRA(rollout.family, rank=rank)
     for weight in lora.weights.values():
         weight.data = weight.data.to(pipe.dtype)
     stir(lora, moved)

@@ -131,14 +131,14 @@ def test_clipped_surrogate_is_that_of_ppo(ratio, advantage, value, slope):
 
 def test_advantages_are_standard_scores_within_groups():
     rewards = torch.rand(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = group_advantages(rewards, 4)
+    found, degenerate = group_advantages(rewards, 4)
     for place, group in enumerate(rewards.numpy().reshape(3, 4)):
         expected = (group - np.mean(group)) / (np.std(group) + STD_FLOOR)
-        np.testing.assert_allclose(found.values[4 * place : 4 * place + 4].numpy(), expected, rtol=1e-12)
-    assert not found.degenerate.any()
-    assert torch.equal(group_advantages(rewards, 1).values, group_advantages(rewards, 12).values), "one group"
-    assert group_advantages(rewards, 4, limit=0.5).values.abs().max() == 0.5
-    whole = group_advantages(rewards, 4, deviation="batch").values
+        np.testing.assert_allclose(found[4 * place : 4 * place + 4].numpy(), expected, rtol=1e-12)
+    assert not degenerate.any()
+    assert torch.equal(group_advantages(rewards, 1)[0], group_advantages(rewards, 12)[0]), "one group"
+    assert group_advantages(rewards, 4, limit=0.5)[0].abs().max() == 0.5
+    whole = group_advantages(rewards, 4, deviation="batch")[0]
     centered = rewards.numpy().reshape(3, 4) - rewards.numpy().reshape(3, 4).mean(axis=1, keepdims=True)
     np.testing.assert_allclose(whole, (centered / (np.std(rewards.numpy()) + STD_FLOOR)).ravel(), rtol=1e-12)
 
@@ -147,23 +147,23 @@ def test_advantages_are_standard_scores_within_groups():
 def test_a_group_of_equals_has_no_advantages(deviation):
     equal = torch.tensor([0.3, 0.3 + 3e-8, 0.3, 0.3])
     rewards = torch.cat([equal, torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.zeros(4)])
-    found = group_advantages(rewards, 4, deviation=deviation)
-    assert found.values[:4].tolist() == found.values[8:].tolist() == [0.0] * 4
-    assert found.values[4:8].abs().min() > 0.1
-    assert found.degenerate.tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    found, degenerate = group_advantages(rewards, 4, deviation=deviation)
+    assert found[:4].tolist() == found[8:].tolist() == [0.0] * 4
+    assert found[4:8].abs().min() > 0.1
+    assert degenerate.tolist() == [True] * 4 + [False] * 4 + [True] * 4
 
 
 @pytest.mark.parametrize("deviation", ["group", "batch"])
 def test_rewards_that_are_not_finite_count_nowhere(deviation):
     nan, inf = math.nan, math.inf
     rewards = torch.tensor([0.1, nan, 0.3, 0.8, inf, nan, 0.5, -inf, nan, nan, nan, nan])
-    found = group_advantages(rewards, 4, deviation=deviation)
+    found, degenerate = group_advantages(rewards, 4, deviation=deviation)
     kept = np.array([0.1, 0.3, 0.8])
     spread = np.std(kept) if deviation == "group" else np.std([*kept, 0.5])
     expected = (kept - kept.mean()) / (spread + STD_FLOOR)
-    np.testing.assert_allclose(found.values[[0, 2, 3]], expected, rtol=1e-5)
-    assert found.values[[1, *range(4, 12)]].tolist() == [0.0] * 9
-    assert found.degenerate.tolist() == [False] * 4 + [True] * 8
+    np.testing.assert_allclose(found[[0, 2, 3]], expected, rtol=1e-5)
+    assert found[[1, *range(4, 12)]].tolist() == [0.0] * 9
+    assert degenerate.tolist() == [False] * 4 + [True] * 8
 
 
 # --------------------------------------------------------------------------------------------- the flow's SDE
@@ -330,7 +330,7 @@ def test_flow_grpo_takes_a_flow_to_where_its_reward_is_highest():
     for turn in range(80):
         old = theta.detach().clone()
         path = toy.sample(old, 256, seed=turn)
-        advantages = group_advantages(-((path[-1][:, 0] - target) ** 2), 16, limit=5.0).values
+        advantages = group_advantages(-((path[-1][:, 0] - target) ** 2), 16, limit=5.0)[0]
         for _ in range(2):
             optimizer.zero_grad()
             surrogate(toy, theta, path, advantages, old).mean().backward()

@@ -107,23 +107,10 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> T
     return -torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Advantages:
-    """Differences of samples from their group.
-
-    Attributes:
-        values: (N,) float64; 0 for samples without a finite reward and in degenerate groups.
-        degenerate: (N,) whether the group has equal rewards only, or fewer than two finite ones.
-    """
-
-    values: Tensor
-    degenerate: Tensor
-
-
 def group_advantages(
     rewards: Tensor, size: int, *, deviation: Literal["group", "batch"] = "group", limit: float = math.inf
-) -> Advantages:
-    """Return rewards minus the mean of their group, divided by a standard deviation and clipped to [-limit, limit].
+) -> tuple[Tensor, Tensor]:
+    """Subtract the mean of their group from rewards, divide by a standard deviation and clip to [-limit, limit].
 
     Flow-GRPO and DDPO's per-prompt statistics divide by the std of the group (DDPO's code keeps statistics over several
     rounds). The std of the batch, `global_std` in Flow-GRPO's code, does not amplify differences between near equals.
@@ -133,6 +120,10 @@ def group_advantages(
         size: Size of a group, a divisor of N. 1 makes all N one group: DDPO without per-prompt statistics.
         deviation: Which standard deviation (of the population) divides.
         limit: Largest advantage.
+
+    Returns:
+        Advantages (N,) float64, 0 for samples without a finite reward and in degenerate groups; and (N,) whether the
+        group is degenerate: equal rewards only, or fewer than two finite ones.
     """
     values = rewards.double().reshape(-1, size if size > 1 else len(rewards))
     finite = values.isfinite()
@@ -146,7 +137,7 @@ def group_advantages(
     else:
         spread = values[finite].std(correction=0) if bool(finite.any()) else values.new_zeros(())
     result = torch.where(degenerate, 0.0, centered / (spread + STD_FLOOR)).clamp(-limit, limit)
-    return Advantages(values=result.flatten(), degenerate=degenerate.expand_as(values).flatten())
+    return result.flatten(), degenerate.expand_as(values).flatten()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +292,7 @@ class PolicyGradient(Algorithm):
         for name in scores[0]:
             own = torch.cat([part[name] for part in scores])
             tables[name] = context.gather(own.to(device)).cpu().double()[order]
-        advantages = group_advantages(
+        advantages, degenerate = group_advantages(
             context.capped(tables["reward"]),
             self.images_per_prompt,
             deviation=self.deviation,
@@ -309,7 +300,7 @@ class PolicyGradient(Algorithm):
         )
         # If all rewards are broken, the loop stops at a loss that is NaN.
         broken = 0.0 if bool(tables["reward"].isfinite().any()) else math.nan
-        result = {"advantages": advantages.values[rows] + broken, "degenerate": advantages.degenerate[rows]}
+        result = {"advantages": advantages[rows] + broken, "degenerate": degenerate[rows]}
         for name, table in tables.items():  # the mean in place of NaN, so that logged means are those of the others
             mean = table[table.isfinite()].mean().nan_to_num()
             result[name] = torch.where(table.isfinite(), table, mean)[rows]
