@@ -121,7 +121,7 @@ def test_pairs_within_the_margin_are_left_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n: 2 there, 3 now") as refused:
         plain(tmp_path / "a", DPO(candidates=3), resume="latest", max_train_steps=1)
     assert refused.value.__notes__ == [
-        f"n and top_k are DPO's candidates; to make the pairs anew, remove {tmp_path / 'a' / 'pairs'}"
+        f"n and top_k are DPO's candidates; to make the pairs again, remove {tmp_path / 'a' / 'pairs'}"
     ]
     table = read_parquet(tmp_path / "a" / "pairs" / PAIRS)
     apart = sorted(table["winner_reward"] - table["loser_reward"])

@@ -144,14 +144,6 @@ class TrainingContext:
         """Score images (B, 3, H, W), differentiably and in the reward's precision."""
         return self.bound(images, prompts)
 
-    def try_gradient(self, prompt: str) -> None:
-        """Refuse a reward without gradients, by its score of a gray image."""
-        self.bound.check_differentiable(_NEEDED_BY, prompt, self.rollout.family.device)
-
-    def require_gradient(self, total: Tensor) -> None:
-        """Refuse scores (B,) of images with gradients that have none themselves."""
-        self.bound.require_gradient(total, _NEEDED_BY)
-
     def capped(self, total: Tensor) -> Tensor:
         """Clamp totals (B,) to the ceiling, so that the gradient above it is zero."""
         return total if self.ceiling is None else total.clamp(max=self.ceiling)
@@ -162,6 +154,3 @@ class TrainingContext:
         """Gather the rows of all processes, (B,) to (processes * B,), in the order of the processes."""
         gathered: Any = self.accelerator.gather(values)
         return gathered
-
-
-_NEEDED_BY = "fine-tuning with DRaFT or ReFL"
