@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +24,6 @@ class BoundReward:
     Args:
         reward: a `Reward`, or any function f(images, prompts) -> (B,) scores.
         prompts: prompts to encode at once, so that one that the reward cannot read raises a PromptError here.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.rewards.bound import BoundReward
-        >>> bound = BoundReward(lambda images, prompts: images.mean(dim=(1, 2, 3)))
-        >>> images = torch.tensor([0.0, float("nan"), 1.0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
-        >>> bound.score(images, "a fox").total
-        tensor([0., nan, 1.])
     """
 
     def __init__(self, reward: RewardFunction, prompts: Sequence[str] = ()) -> None:
@@ -93,7 +86,8 @@ class BoundReward:
         images = images.to(self.device or images.device).clamp(LOWEST, HIGHEST)
         texts = [prompts] * len(images) if isinstance(prompts, str) else prompts
         reward: Any = self.reward
-        with torch.autocast(images.device.type, enabled=False):
+        kind = images.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             images = images if images.dtype == torch.float64 else images.float()
             result = reward(images, None if texts is None else self.encode(texts))
         return as_reward_output(result, len(images))

@@ -29,17 +29,6 @@ class ScoredImage:
         index: place in the inputs.
         output: scores, a batch of one on the CPU; None if the image or its prompt could not be read.
         error: reason why not; None if it could.
-
-    Example:
-        >>> from PIL import Image
-        >>> from aigiqa_reward import Scorer, create_reward
-
-        >>> inputs = [Image.new("RGB", (64, 64), "red"), "missing.png"]
-        >>> results: list[ScoredImage] = list(Scorer(create_reward("compact")).stream(inputs))
-        >>> for result in results:
-        ...     print(result.index, result.output is not None, result.error)
-        0 True None
-        1 False missing.png: no such file
     """
 
     index: int

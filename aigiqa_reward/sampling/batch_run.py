@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
@@ -194,7 +195,7 @@ class ResultsFolder:
             return None
         try:
             output = self._output(index, record) if record["candidates"] else None
-        except Exception:  # damaged: readers of images and safetensors raise errors of their own
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError):  # an image or a noise is damaged
             return None
         return PromptResult(
             index=index, prompt=record["prompt"], finished=record["finished"], error=record["error"], output=output
