@@ -255,7 +255,7 @@ def test_with_few_steps_the_ancestral_sampler_is_less_noisy():
             amount = SDE if sampler == "sde" else SDE / math.sqrt(2)
             weights = (flow_sde_weights if sampler == "sde" else ancestral_weights)(scheduler, step, amount)
             time = float(noise_level(scheduler, step)[1])
-            noises[sampler] = math.hypot(float(weights.told) * deviation / time, float(weights.fresh))
+            noises[sampler] = math.hypot(float(weights.eps) * deviation / time, float(weights.fresh))
     assert noises["ancestral"] == pytest.approx(0.1, rel=1e-4)
     assert noises["sde"] > 0.13
 

@@ -24,7 +24,7 @@ class StepWeights:
     """Weights, each (), of the parts of the latents after a step, for the model's predictions x0 and eps."""
 
     clean: Tensor  # of the clean latents x0
-    told: Tensor  # of the noise eps that the latents contain if x0 is right
+    eps: Tensor  # of the noise eps that the latents contain if x0 is right
     fresh: Tensor  # of new noise, the std of the step
 
 
@@ -57,7 +57,7 @@ def ancestral_weights(scheduler: Any, step: int, eta: float) -> StepWeights:
         next_alpha, next_sigma = noise_level(scheduler, step + 1)
     kept = alpha * next_sigma / (next_alpha * sigma)
     tau = eta * next_sigma * (1 - kept**2).clamp(min=0).sqrt()
-    return StepWeights(clean=next_alpha, told=(next_sigma**2 - tau**2).clamp(min=0).sqrt(), fresh=tau)
+    return StepWeights(clean=next_alpha, eps=(next_sigma**2 - tau**2).clamp(min=0).sqrt(), fresh=tau)
 
 
 def step_mean(scheduler: Any, step: int, latents: Tensor, clean: Tensor, weights: StepWeights) -> Tensor:
@@ -73,7 +73,7 @@ def step_mean(scheduler: Any, step: int, latents: Tensor, clean: Tensor, weights
     alpha, sigma = (value.to(latents.device) for value in noise_level(scheduler, step))
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
     clean = clean.to(x.dtype)
-    return weights.clean.to(x.device) * clean + weights.told.to(x.device) * (x - alpha * clean) / sigma
+    return weights.clean.to(x.device) * clean + weights.eps.to(x.device) * (x - alpha * clean) / sigma
 
 
 def ancestral_step(scheduler: Any, step: int, latents: Tensor, clean: Tensor, eta: float, noise: Tensor) -> Tensor:

@@ -91,12 +91,12 @@ def flow_sde_weights(scheduler: Any, step: int, amount: float) -> StepWeights:
     """
     _, time = noise_level(scheduler, step)
     if is_last(scheduler, step):
-        return StepWeights(clean=torch.ones_like(time), told=torch.zeros_like(time), fresh=torch.zeros_like(time))
+        return StepWeights(clean=torch.ones_like(time), eps=torch.zeros_like(time), fresh=torch.zeros_like(time))
     _, after = noise_level(scheduler, step + 1)
     length = time - after
     rest = 1 - time if float(1 - time) > float(length) / 10 else 1 - after
     variance = amount**2 * time / rest * length
-    return StepWeights(clean=1 - after, told=after - variance / (2 * time), fresh=variance.sqrt())
+    return StepWeights(clean=1 - after, eps=after - variance / (2 * time), fresh=variance.sqrt())
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
