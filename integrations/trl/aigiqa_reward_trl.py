@@ -7,7 +7,7 @@
     scorer = PromptScorer(pipe, create_reward("compact"), batch_size=8, num_inference_steps=20)
     trainer = GRPOTrainer(model, reward_funcs=RewriteReward(scorer), train_dataset=dataset, args=config)
 
-Each row of the dataset has `prompt`, which asks the language model for a rewrite, and `original`, the prompt to rewrite.
+Each row of the dataset has `prompt`, the request for a rewrite, and `original`, the prompt to rewrite.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["RewriteReward"]
 class RewriteReward:
     """Reward function for GRPOTrainer: the completion is a rewrite, and the score of its image is the reward.
 
-    Correspondence is scored against the original prompt, so that a rewrite gains nothing by asking for something easier.
+    Correspondence is scored against the original prompt, so a rewrite gains nothing by asking for something easier.
     All rewrites of a step share their noise. With several processes, each has its own pipeline, reward and cache of
     scores, and scores its own completions. Rewards are totals of the reward, or
       - `floor` for a rewrite that is blank, that the reward cannot read where it has to, or whose images the safety
