@@ -1,4 +1,4 @@
-"""Benchmarks with human scores, one a file, and splits that keep a prompt's images together."""
+"""Benchmarks with human scores, one per file, and splits that keep the images of a prompt together."""
 
 from aigiqa_reward.datasets.agiqa1k import read_agiqa1k
 from aigiqa_reward.datasets.agiqa3k import read_agiqa3k

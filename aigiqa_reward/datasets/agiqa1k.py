@@ -16,18 +16,15 @@ from aigiqa_reward.datasets.base import (
     find_table,
     generators_of,
     image_folder,
-    numbers,
     read_xlsx,
-    refuse_absent,
-    refuse_repeats,
-    unpublished,
+    scored_images,
 )
 
 _TABLE = "AIGC_MOS_Zscore.xlsx"
 _OTHER_SCORES = "AIGC_all.csv"
 _NAME = re.compile(r"(?P<generator>deepai|dreamStudio)_\d+_\d+_[01]_[01]\.jpg")
 _PUBLISHED_TWICE = "dreamStudio_8_9_1_1.jpg"
-"""The published table's last two rows bear this name, with the scores 0.44 and 2.08."""
+"""Name of the published table's last two rows, whose scores are 0.44 and 2.08."""
 
 
 def read_agiqa1k(folder: str | os.PathLike[str]) -> ScoredImages:
@@ -44,11 +41,10 @@ def read_agiqa1k(folder: str | os.PathLike[str]) -> ScoredImages:
     count their own selection of objects.
 
     The published table has 1,080 rows, of which the last two have one name, `dreamStudio_8_9_1_1.jpg`, with two
-    scores. Whose they are is not on record, so both are left out and 1,078 images remain; any other name that is
-    repeated is an error.
+    scores. Both are left out, so that 1,078 images remain; any other name that is repeated is an error.
 
     Args:
-        folder: holds the table, with the columns Image, Prompt and MOS, and the images, in `file` (as in the
+        folder: folder of the table, with the columns Image, Prompt and MOS, and of the images, in `file` (as in the
             published archive) or `images`. `AIGC_all.csv` beside it holds other scores and is not read.
 
     Returns:
@@ -56,8 +52,6 @@ def read_agiqa1k(folder: str | os.PathLike[str]) -> ScoredImages:
 
     Raises:
         ImportError: the extra `data` is not installed.
-        ValueError: a file, column or image is missing, a name is repeated, a name or prompt has another form, or a
-            score is not a number.
 
     Example:
         >>> import pandas
@@ -75,25 +69,18 @@ def read_agiqa1k(folder: str | os.PathLike[str]) -> ScoredImages:
     rows = read_xlsx(table, ("Image", "Prompt", "MOS"))
     if sum(row["Image"] == _PUBLISHED_TWICE for row in rows) == 2:
         rows = [row for row in rows if row["Image"] != _PUBLISHED_TWICE]
-    generators = generators_of(rows, "Image", _NAME, "{deepai or dreamStudio}_{object}_{object}_{place}_{style}.jpg")
-    refuse_repeats(rows, "Image")
-    paths = tuple(image_folder(root, "file", "images") / row["Image"] for row in rows)
-    refuse_absent(paths, table.name)
-    return ScoredImages(
-        names=tuple(row["Image"] for row in rows),
-        paths=paths,
-        prompts=tuple(row["Prompt"] for row in rows),
-        generators=generators,
-        quality=numbers(rows, "MOS"),
-        quality_std=unpublished(len(rows)),
-        correspondence=unpublished(len(rows)),
-        correspondence_std=unpublished(len(rows)),
-        groups=tuple(_object_pair(row) for row in rows),
+    return scored_images(
+        rows,
+        image_folder(root, "file", "images"),
+        name="Image",
+        prompt="Prompt",
+        scores={"quality": "MOS"},
+        generators=generators_of(rows, "Image", _NAME, "{deepai or dreamStudio}_{object}_{object}_{place}_{style}.jpg"),
+        groups=[_object_pair(row) for row in rows],
     )
 
 
 def _remedy(root: Path) -> str:
-    """What to say where the table is missing and other scores lie in its place."""
     if not (root / _OTHER_SCORES).is_file():
         return ""
     return (

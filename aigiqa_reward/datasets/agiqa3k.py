@@ -10,17 +10,14 @@ import os
 import re
 from pathlib import Path
 
-from aigiqa_reward.datasets.base import (
-    ScoredImages,
-    find_table,
-    generators_of,
-    numbers,
-    read_csv,
-    refuse_absent,
-    refuse_repeats,
-)
+from aigiqa_reward.datasets.base import ScoredImages, find_table, generators_of, read_csv, scored_images
 
-_COLUMNS = ("name", "prompt", "mos_quality", "std_quality", "mos_align", "std_align")
+_SCORES = {
+    "quality": "mos_quality",
+    "quality_std": "std_quality",
+    "correspondence": "mos_align",
+    "correspondence_std": "std_align",
+}
 _NAME = re.compile(r"(?P<generator>[^/\\]+)_\d+\.jpg")
 
 
@@ -31,15 +28,11 @@ def read_agiqa3k(folder: str | os.PathLike[str]) -> ScoredImages:
     generator of an image is its file name less `_{index}.jpg`: `sd1.5_highcorr`, `AttnGAN_normal`.
 
     Args:
-        folder: holds `data.csv`, with the published columns name, prompt, adj1, adj2, style, mos_quality,
-            std_quality, mos_align and std_align (adjectives and style are not used), and `images`.
+        folder: folder of `data.csv`, with the published columns name, prompt, adj1, adj2, style, mos_quality,
+            std_quality, mos_align and std_align (adjectives and style are not used), and of `images`.
 
     Returns:
         The images in the order of the file.
-
-    Raises:
-        ValueError: a file, column or image is missing, a name is repeated or of another form, or a score is
-            not a number.
 
     Example:
         >>> from pathlib import Path
@@ -55,19 +48,7 @@ def read_agiqa3k(folder: str | os.PathLike[str]) -> ScoredImages:
         (('sd1.5_normal',), array([3.1]), array([4.]))
     """
     root = Path(folder)
-    rows = read_csv(find_table(root, "data.csv", "AGIQA-3K's data.csv and images/"), _COLUMNS)
+    table = find_table(root, "data.csv", "AGIQA-3K's data.csv and images/")
+    rows = read_csv(table, ("name", "prompt", *_SCORES.values()))
     generators = generators_of(rows, "name", _NAME, "{generator}_{index}.jpg")
-    refuse_repeats(rows, "name")
-    names = tuple(row["name"] for row in rows)
-    paths = tuple(root / "images" / name for name in names)
-    refuse_absent(paths, "data.csv")
-    return ScoredImages(
-        names=names,
-        paths=paths,
-        prompts=tuple(row["prompt"] for row in rows),
-        generators=generators,
-        quality=numbers(rows, "mos_quality"),
-        quality_std=numbers(rows, "std_quality"),
-        correspondence=numbers(rows, "mos_align"),
-        correspondence_std=numbers(rows, "std_align"),
-    )
+    return scored_images(rows, root / "images", scores=_SCORES, generators=generators)

@@ -7,13 +7,15 @@ https://github.com/wangjiarui153/AIGCIQA2023.
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from aigiqa_reward.datasets.base import ScoredImages, find_table, read_sheet, refuse_absent, unpublished
+from aigiqa_reward.datasets.base import ScoredImages, find_table, read_sheet, refuse_absent
+from aigiqa_reward.utils.io import read_regular
 
 _GENERATORS = ("Controlnet", "DALLE", "Glide", "Lafite", "stable-diffusion", "Unidiffuser")
 _PROMPTS = 100
@@ -21,7 +23,7 @@ _IMAGES_PER_PROMPT = 4
 _COUNT = len(_GENERATORS) * _PROMPTS * _IMAGES_PER_PROMPT
 _PROMPT_TABLE = "AIGCIQA2023_Prompts.xlsx"
 _ARRAY_BYTES = 1_000_000
-"""Largest file of scores: chosen here; 2,400 of them take 20 kB, and a compressed file may unpack to a thousandfold."""
+"""Largest file of scores; the published ones have 20 kB."""
 
 _NUMBER = {"quality": 1, "authenticity": 2, "correspondence": 3}
 
@@ -37,19 +39,17 @@ def read_aigciqa2023(
     authenticity and correspondence.
 
     Args:
-        folder: holds `DATA/MOS/mosz1.mat` to `mosz3.mat`, key MOSz, (2400, 1); `Image/allimg/0.png` to `2399.png`;
+        folder: folder of `DATA/MOS/mosz1.mat` to `mosz3.mat`, key MOSz, (2400, 1); `Image/allimg/0.png` to `2399.png`;
             and `AIGCIQA2023_Prompts.xlsx`, which lies beside the archive in the benchmark's repository: 100 rows
             without a header, the prompt in the third column. Where a copy has `DATA/STD/SD1.mat` to `SD3.mat`, key
             SD, they are the deviations between raters; elsewhere those are NaN.
-        perspective: which score fills `quality`. `ScoredImages` has one place for what is judged without the
-            prompt; read the folder twice to have both.
+        perspective: score that fills `quality`; read the folder twice to have both.
 
     Returns:
         The 2,400 images in their published order.
 
     Raises:
         ImportError: the extra `data` is not installed.
-        ValueError: no such perspective; a file or image is missing, or an array or the prompts have another shape.
 
     Example:
         >>> import pandas
@@ -72,15 +72,15 @@ def read_aigciqa2023(
         raise ValueError(f"perspective: expected 'quality' or 'authenticity', got {perspective!r}")
     root = Path(folder)
     prompts = _read_prompts(root)
-    by_image = [(m, p) for m in range(len(_GENERATORS)) for p in range(_PROMPTS) for _ in range(_IMAGES_PER_PROMPT)]
+    by_image = [(m, p) for m in _GENERATORS for p in prompts for _ in range(_IMAGES_PER_PROMPT)]
     names = tuple(f"{image}.png" for image in range(_COUNT))
     paths = tuple(root / "Image" / "allimg" / name for name in names)
-    refuse_absent(paths, "the benchmark", remedy="put all the published images there")
+    refuse_absent(paths, "the benchmark", argument="folder", remedy="put all the published images there")
     return ScoredImages(
         names=names,
         paths=paths,
-        prompts=tuple(prompts[p] for _, p in by_image),
-        generators=tuple(_GENERATORS[m] for m, _ in by_image),
+        prompts=tuple(prompt for _, prompt in by_image),
+        generators=tuple(generator for generator, _ in by_image),
         quality=_read_scores(root, perspective),
         quality_std=_read_deviations(root, perspective),
         correspondence=_read_scores(root, "correspondence"),
@@ -98,15 +98,9 @@ def _read_prompts(root: Path) -> list[str]:
             f"{len(rows)} rows of {len(rows[0]) if rows else 0}"
         )
     prompts = [cells[2] for cells in rows]
-    lines: dict[str, int] = {}
     for line, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
-            raise ValueError(f"{table}, line {line}: expected a prompt in the third column, got a blank cell")
-        if prompt in lines:
-            raise ValueError(
-                f"{table}, line {line}: expected {_PROMPTS} prompts, got that of line {lines[prompt]} again"
-            )
-        lines[prompt] = line
+        if not prompt.strip() or prompt in prompts[: line - 1]:
+            raise ValueError(f"{table}, line {line}: expected a new prompt in the third column, got {prompt!r}")
     return prompts
 
 
@@ -116,33 +110,25 @@ def _read_scores(root: Path, perspective: str) -> np.ndarray:
 
 def _read_deviations(root: Path, perspective: str) -> np.ndarray:
     if not (root / "DATA" / "STD").is_dir():
-        return unpublished(_COUNT)
+        return np.full(_COUNT, np.nan)
     return _read_array(root, f"DATA/STD/SD{_NUMBER[perspective]}.mat", "SD")
 
 
 def _read_array(root: Path, name: str, key: str) -> np.ndarray:
-    """The (2400,) float64 numbers of a MATLAB file."""
-    from scipy.io import loadmat, whosmat
+    """Read the (2400,) float64 numbers of a MATLAB file."""
+    from scipy.io import loadmat
 
     file = find_table(root, name, "AIGCIQA2023's DATA/ and Image/")
-    if file.stat().st_size > _ARRAY_BYTES:
-        raise ValueError(
-            f"{file}: expected at most {_ARRAY_BYTES:,} bytes, got {file.stat().st_size:,}; take the published file"
-        )
     try:
-        shapes = {name: shape for name, shape, _ in whosmat(file)}  # before what it says it holds is made room for
-        content = loadmat(file, variable_names=[key]) if shapes.get(key) == (_COUNT, 1) else shapes
+        content = loadmat(io.BytesIO(read_regular(file, most=_ARRAY_BYTES)))
     except Exception as error:  # scipy raises several kinds, NotImplementedError for a newer format among them
         raise ValueError(
             f"{file}: expected a MATLAB file, as published, got {type(error).__name__}: {error}"
         ) from error
-    if key not in content:
-        found = ", ".join(name for name in content if not name.startswith("__")) or "nothing"
-        raise ValueError(f"{file}: expected an array {key}, got {found}; take the published file")
-    array = content[key]
+    array = content.get(key)
     if not isinstance(array, np.ndarray) or array.shape != (_COUNT, 1) or array.dtype.kind not in "fiu":
-        found = f"shape {array}" if isinstance(array, tuple) else f"{array.dtype} of shape {array.shape}"
-        raise ValueError(f"{file}: expected {key} to hold ({_COUNT}, 1) numbers, got {found}")
+        found = {name: np.shape(value) for name, value in content.items() if not name.startswith("__")}
+        raise ValueError(f"{file}: expected an array {key} of ({_COUNT}, 1) numbers, got {found}")
     values = array[:, 0].astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):

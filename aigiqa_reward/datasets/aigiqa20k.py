@@ -18,11 +18,8 @@ from aigiqa_reward.datasets.base import (
     generators_of,
     image_folder,
     number_or_nan,
-    numbers,
     read_csv,
-    refuse_absent,
-    refuse_repeats,
-    unpublished,
+    scored_images,
 )
 
 _COLUMNS = ("name", "prompt", "mos")
@@ -34,19 +31,15 @@ def read_aigiqa20k(folder: str | os.PathLike[str]) -> ScoredImages:
 
     The file may list any part of the benchmark; the published one lists 14,000 images. Scores stay as published,
     mean opinion scores of 0 to 5. A rater gave one score for quality and alignment with the prompt together: it is
-    put into `quality`, and `correspondence` is NaN, because no model of either can be held against it alone. The
-    generator of an image is its file name less `_{index}.png`: `DALLE2`, `LCM_SD1.5`.
+    put into `quality`, and `correspondence` is NaN. The generator of an image is its file name less `_{index}.png`:
+    `DALLE2`, `LCM_SD1.5`.
 
     Args:
-        folder: holds `info_train.csv`, with the columns name, prompt and mos, or those three without a header (some
-            copies: a number in the third cell of the first line tells), and the images.
+        folder: folder of `info_train.csv`, with the columns name, prompt and mos, or those three without a header
+            (recognized by a number in the third cell of the first line), and of the images.
 
     Returns:
         The images in the order of the file.
-
-    Raises:
-        ValueError: a file, column or image is missing, a name is repeated or of another form, or a score is
-            not a number.
 
     Example:
         >>> from pathlib import Path
@@ -65,19 +58,7 @@ def read_aigiqa20k(folder: str | os.PathLike[str]) -> ScoredImages:
     table = find_table(root, "info_train.csv", "AIGIQA-20K's info_train.csv and train/")
     rows = read_csv(table, _COLUMNS, header=None if _has_header(table) else _COLUMNS)
     generators = generators_of(rows, "name", _NAME, "{generator}_{index}.png")
-    refuse_repeats(rows, "name")
-    paths = tuple(image_folder(root, "train", "images") / row["name"] for row in rows)
-    refuse_absent(paths, table.name)
-    return ScoredImages(
-        names=tuple(row["name"] for row in rows),
-        paths=paths,
-        prompts=tuple(row["prompt"] for row in rows),
-        generators=generators,
-        quality=numbers(rows, "mos"),
-        quality_std=unpublished(len(rows)),
-        correspondence=unpublished(len(rows)),
-        correspondence_std=unpublished(len(rows)),
-    )
+    return scored_images(rows, image_folder(root, "train", "images"), scores={"quality": "mos"}, generators=generators)
 
 
 def _has_header(table: Path) -> bool:
@@ -85,5 +66,5 @@ def _has_header(table: Path) -> bool:
         try:
             first = next(csv.reader(file), [])
         except csv.Error:
-            return True  # `read_csv` says what is wrong
+            return True  # `read_csv` reports what is wrong
     return len(first) != len(_COLUMNS) or math.isnan(number_or_nan(first[-1]))

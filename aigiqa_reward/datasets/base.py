@@ -1,39 +1,41 @@
-"""What the readers share: rows of published tables, and errors that say in which file and line to look."""
+"""Tables of human scores and preferences, and what their readers share: rows, images and errors with file and line."""
 
 from __future__ import annotations
 
 import csv
 import importlib
+import io
 import math
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+from aigiqa_reward.utils.io import read_regular
+
+MAX_SHEET_BYTES, MAX_SHEET_ROWS = 20_000_000, 100_000
+"""Bounds of an .xlsx file and of its rows; the benchmarks' sheets have 1,080 rows at most."""
+
+_SCORES = ("quality", "quality_std", "correspondence", "correspondence_std")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoredImages:
-    """N images with their human scores, in the benchmark's own units, higher is better. Row i is image i.
+    """N images with their human scores, in the benchmark's units, higher is better. Row i is image i.
 
     Attributes:
-        names: the benchmark's name of each image, length N.
-        paths: its file.
-        prompts: the prompt it was made from.
-        generators: the generator, and variant, that made it.
-        quality: (N,) float64, mean opinion score of perceptual quality.
-        quality_std: (N,) float64, deviation between raters.
-        correspondence: (N,) float64, mean opinion score of correspondence to the prompt.
-        correspondence_std: (N,) float64, deviation between raters.
-        groups: what a split must keep on one side; left out or None, the prompts.
-
-    A benchmark that did not publish a score holds NaN in its place.
-
-    Raises:
-        ValueError: unequal lengths.
+        names: name of each image in the benchmark, length N.
+        paths: file of each image.
+        prompts: prompt that each image was made from.
+        generators: generator, and variant, that made each image.
+        quality: (N,) float64, mean opinion score of perceptual quality; NaN where the benchmark has none.
+        quality_std: (N,) float64, standard deviation between raters, or NaN.
+        correspondence: (N,) float64, mean opinion score of correspondence to the prompt, or NaN.
+        correspondence_std: (N,) float64, standard deviation between raters, or NaN.
+        groups: group of each image that a split must keep on one side; by default the prompts.
 
     Example:
         >>> from pathlib import Path
@@ -64,13 +66,7 @@ class ScoredImages:
     groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _groups_or_prompts(self)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if len(value) != len(self.names) or (isinstance(value, np.ndarray) and value.ndim != 1):
-                raise ValueError(
-                    f"{field.name}: expected {len(self.names)} entries, one an image, got shape {np.shape(value)}"
-                )
+        _check_lengths(self)
 
     def __len__(self) -> int:
         """Number of images N."""
@@ -78,32 +74,17 @@ class ScoredImages:
 
     @property
     def has_quality(self) -> bool:
-        """Whether any image has a score of quality."""
+        """Whether any image has a quality score."""
         return bool(np.any(~np.isnan(self.quality)))
 
     @property
     def has_correspondence(self) -> bool:
-        """Whether any image has a score of correspondence."""
+        """Whether any image has a correspondence score."""
         return bool(np.any(~np.isnan(self.correspondence)))
 
     def subset(self, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> ScoredImages:
-        """The images that `rows` names: a boolean mask (N,), or row numbers in the order wanted.
-
-        Raises:
-            ValueError: a mask of another length, or row numbers that do not exist.
-        """
-        index = _row_numbers(rows, len(self))
-        return ScoredImages(
-            names=tuple(self.names[i] for i in index),
-            paths=tuple(self.paths[i] for i in index),
-            prompts=tuple(self.prompts[i] for i in index),
-            generators=tuple(self.generators[i] for i in index),
-            quality=self.quality[index],
-            quality_std=self.quality_std[index],
-            correspondence=self.correspondence[index],
-            correspondence_std=self.correspondence_std[index],
-            groups=tuple(self.groups[i] for i in index),
-        )
+        """Select images by a boolean mask (N,), or by row numbers in the order wanted."""
+        return _subset(self, rows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,13 +92,10 @@ class PreferencePairs:
     """N choices of people between two images of one prompt. Row i is choice i; ties are left out.
 
     Attributes:
-        prompts: the prompt that both images were made from, length N.
-        better: the file of the image that was preferred.
-        worse: the file of the other.
-        groups: what a split must keep on one side; left out or None, the prompts.
-
-    Raises:
-        ValueError: unequal lengths, or an image preferred to itself.
+        prompts: prompt that both images were made from, length N.
+        better: file of the preferred image.
+        worse: file of the other.
+        groups: group of each pair that a split must keep on one side; by default the prompts.
 
     Example:
         >>> from pathlib import Path
@@ -133,11 +111,7 @@ class PreferencePairs:
     groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _groups_or_prompts(self)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if len(value) != len(self.prompts):
-                raise ValueError(f"{field.name}: expected {len(self.prompts)} entries, one a pair, got {len(value)}")
+        _check_lengths(self)
         for row, (better, worse) in enumerate(zip(self.better, self.worse, strict=True)):
             if better == worse:
                 raise ValueError(f"better, worse: expected two images, got {str(better)!r} twice at row {row}")
@@ -147,43 +121,41 @@ class PreferencePairs:
         return len(self.prompts)
 
     def subset(self, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> PreferencePairs:
-        """The pairs that `rows` names: a boolean mask (N,), or row numbers in the order wanted.
-
-        Raises:
-            ValueError: a mask of another length, or row numbers that do not exist.
-        """
-        index = _row_numbers(rows, len(self))
-        return PreferencePairs(
-            prompts=tuple(self.prompts[i] for i in index),
-            better=tuple(self.better[i] for i in index),
-            worse=tuple(self.worse[i] for i in index),
-            groups=tuple(self.groups[i] for i in index),
-        )
+        """Select pairs by a boolean mask (N,), or by row numbers in the order wanted."""
+        return _subset(self, rows)
 
 
-def _groups_or_prompts(table: ScoredImages | PreferencePairs) -> None:
+_Table = TypeVar("_Table", ScoredImages, PreferencePairs)
+
+
+def _check_lengths(table: ScoredImages | PreferencePairs) -> None:
     if not table.groups:
         object.__setattr__(table, "groups", table.prompts)
+    for field in fields(table):
+        value = getattr(table, field.name)
+        if len(value) != len(table) or (isinstance(value, np.ndarray) and value.ndim != 1):
+            raise ValueError(f"{field.name}: expected {len(table)} entries, one per row, got shape {np.shape(value)}")
 
 
-def _row_numbers(rows: np.ndarray | Sequence[int] | Sequence[bool], count: int) -> np.ndarray:
-    """A mask or row numbers as row numbers of a table of `count` rows."""
-    index = np.asarray(rows)
-    if index.dtype == bool:
-        if index.shape != (count,):
-            raise ValueError(f"rows: expected a mask of shape ({count},), got {index.shape}")
-        return np.flatnonzero(index)
-    if index.size == 0:
-        return np.zeros(0, dtype=np.int64)
-    if index.ndim != 1 or index.dtype.kind not in "iu":
-        raise ValueError(f"rows: expected a boolean mask or row numbers, got {index.dtype} of shape {index.shape}")
-    if index.min() < -count or index.max() >= count:
-        raise ValueError(f"rows: expected numbers below {count}, got {int(index.min())} to {int(index.max())}")
-    return index
+def _subset(table: _Table, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> _Table:
+    index, count = np.asarray(rows), len(table)
+    if index.dtype == bool and index.shape == (count,):
+        index = np.flatnonzero(index)
+    elif index.size == 0:
+        index = np.zeros(0, dtype=np.int64)
+    elif index.ndim != 1 or index.dtype.kind not in "iu" or index.min() < -count or index.max() >= count:
+        raise ValueError(
+            f"rows: expected a boolean mask of shape ({count},) or row numbers below {count}, got {index.dtype} of "
+            f"shape {index.shape}"
+        )
+    values = {field.name: getattr(table, field.name) for field in fields(table)}
+    return replace(
+        table,
+        **{n: v[index] if isinstance(v, np.ndarray) else tuple(v[i] for i in index) for n, v in values.items()},
+    )
 
 
-_SHEET_BYTES, _SHEET_ROWS, _SHEET_COLUMNS = 100_000_000, 100_000, 256
-"""Most that an .xlsx file unpacks to, and its sheet holds: chosen here; the benchmarks' tables have 1,080 rows."""
+# --------------------------------------------------------------------------------------------- rows of a table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +163,9 @@ class Row:
     """One row of a table, its cells as text.
 
     Attributes:
-        table: the file.
-        line: the number of the row's last line in the file, or of its row in a sheet; the first is 1.
-        cells: the text of each column; a blank cell is "".
+        table: file of the table.
+        line: number of the row's last line in the file, or of its row in a sheet; the first is 1.
+        cells: text of each column; a blank cell is "".
     """
 
     table: Path
@@ -204,11 +176,7 @@ class Row:
         return self.cells[column]
 
     def number(self, column: str) -> float:
-        """The cell as a finite number.
-
-        Raises:
-            ValueError: the cell is none.
-        """
+        """Return the cell as a finite number."""
         value = number_or_nan(self[column])
         if not math.isfinite(value):
             raise self.error(
@@ -217,22 +185,18 @@ class Row:
         return value
 
     def text(self, column: str) -> str:
-        """The cell, which must not be blank.
-
-        Raises:
-            ValueError: the cell is blank.
-        """
+        """Return the cell, which must not be blank."""
         if not self[column].strip():
             raise self.error(f"expected a text in column {column}, got a blank cell; fill it or remove the row")
         return self[column]
 
     def error(self, message: str) -> ValueError:
-        """An error that says where this row is."""
+        """Make an error that names the file and the line."""
         return ValueError(f"{self.table}, line {self.line}: {message}")
 
 
 def number_or_nan(text: str) -> float:
-    """The number that a cell holds, or NaN; underscores, which Python allows within one, are none."""
+    """Return the number in a cell, or NaN; underscores, which Python allows within one, are no part of a number."""
     try:
         return math.nan if "_" in text else float(text)
     except ValueError:
@@ -240,11 +204,7 @@ def number_or_nan(text: str) -> float:
 
 
 def find_table(folder: Path, name: str, expected: str, remedy: str = "") -> Path:
-    """The file `name` in a benchmark's folder.
-
-    Raises:
-        ValueError: it is not there; says what was expected in the folder and adds the remedy.
-    """
+    """Return the file `name` in a benchmark's folder, which should hold what `expected` says."""
     table = folder / name
     if not table.is_file():
         raise ValueError(f"folder: expected {expected} in {str(folder)!r}, but there is no {name}{remedy}")
@@ -254,16 +214,13 @@ def find_table(folder: Path, name: str, expected: str, remedy: str = "") -> Path
 def read_csv(
     table: Path, columns: Sequence[str], *, expected: str = "the published columns", header: Sequence[str] | None = None
 ) -> list[Row]:
-    """The rows of a CSV file in UTF-8, with or without a byte-order mark.
+    """Read the rows of a CSV file in UTF-8, with or without a byte-order mark.
 
     Args:
-        table: the file.
-        columns: that must be there; others are kept as well.
-        expected: what the columns are, for the error.
-        header: names of the columns of a file that does not begin with them.
-
-    Raises:
-        ValueError: a column is missing, there is no row, a row has too many cells, or the file is no such text.
+        table: file to read.
+        columns: required columns; others are kept as well.
+        expected: description of the columns for the error.
+        header: column names of a file whose first line does not hold them.
     """
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
@@ -283,12 +240,7 @@ def read_csv(
 
 
 def read_xlsx(table: Path, columns: Sequence[str]) -> list[Row]:
-    """The rows of the first sheet of an .xlsx file, whose first row names the columns.
-
-    Raises:
-        ImportError: the extra `data` is not installed.
-        ValueError: a column is missing, there is no row, or the file is no such sheet.
-    """
+    """Read the rows of the first sheet of an .xlsx file, whose first row names the columns."""
     header, *lines = read_sheet(table) or [[]]
     _require_columns(table, columns, header, "the published columns")
     rows = [
@@ -299,74 +251,99 @@ def read_xlsx(table: Path, columns: Sequence[str]) -> list[Row]:
 
 
 def read_sheet(table: Path) -> list[list[str]]:
-    """The cells of the first sheet of an .xlsx file as text, row by row, all rows equally long; a blank cell is "".
-
-    Raises:
-        ImportError: the extra `data` is not installed.
-        ValueError: the file is no such sheet.
-    """
+    """Read the cells of the first sheet of an .xlsx file as text, row by row; a blank cell is ""."""
     pandas = extra_data("pandas", f"reading {table.name}")
-    openpyxl = extra_data("openpyxl", f"reading {table.name}")
+    extra_data("openpyxl", f"reading {table.name}")
     try:
-        _refuse_bombs(table, openpyxl)
-        sheet = pandas.read_excel(table, header=None, dtype=object, keep_default_na=False, engine="openpyxl")
+        data = io.BytesIO(read_regular(table, most=MAX_SHEET_BYTES))
+        sheet = pandas.read_excel(
+            data, header=None, nrows=MAX_SHEET_ROWS, dtype=object, keep_default_na=False, engine="openpyxl"
+        )
     except Exception as error:  # openpyxl lets through what zipfile and its XML parser raise
         raise ValueError(f"{table}: expected an .xlsx sheet, got {type(error).__name__}: {error}") from error
     return [[str(cell) for cell in cells] for cells in sheet.itertuples(index=False)]
 
 
-def _refuse_bombs(table: Path, openpyxl: Any) -> None:
-    """Look at a sheet's size before it is read as a whole, since one cell far out makes a table of all before it.
-
-    Raises:
-        ValueError: it unpacks to more bytes, or has more rows or columns, than any benchmark's table.
-    """
-    with zipfile.ZipFile(table) as archive:
-        unpacked = sum(part.file_size for part in archive.infolist())  # no more of a part is ever read than it says
-    if unpacked > _SHEET_BYTES:
-        raise ValueError(f"a file that unpacks to {unpacked:,} bytes; expected at most {_SHEET_BYTES:,}")
-    book = openpyxl.load_workbook(table, read_only=True, data_only=True)
-    try:
-        for number, row in enumerate(book.worksheets[0].iter_rows(values_only=True), start=1):
-            if number > _SHEET_ROWS or len(row) > _SHEET_COLUMNS:
-                raise ValueError(f"a sheet of more than {_SHEET_ROWS:,} rows or {_SHEET_COLUMNS} columns")
-    finally:
-        book.close()
-
-
 def extra_data(module: str, purpose: str) -> Any:
-    """A module of the extra `data`.
-
-    Raises:
-        ImportError: it is not installed; says what brings it.
-    """
+    """Import a module of the extra `data`."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f'{purpose} needs {module}; pip install "aigiqa-reward[data]"') from error
 
 
-def generators_of(rows: Sequence[Row], column: str, name: re.Pattern[str], form: str) -> tuple[str, ...]:
-    """The group `generator` of each row's image name.
+def _require_columns(table: Path, columns: Sequence[str], header: Sequence[str], expected: str) -> None:
+    if twice := sorted({column for column in columns if list(header).count(column) > 1}):
+        raise ValueError(f"{table}: expected each column once, got {', '.join(twice)} several times; remove the others")
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise ValueError(
+            f"{table}: no column {', '.join(missing)}; expected {expected} "
+            f"{', '.join(columns)}, got {', '.join(filter(None, header)) or 'an empty file'}"
+        )
 
-    Raises:
-        ValueError: a name does not match; says the form it should have.
+
+def _not_empty(table: Path, rows: list[Row]) -> list[Row]:
+    if not rows:
+        raise ValueError(f"{table}: expected a row per image, got the header alone")
+    return rows
+
+
+# --------------------------------------------------------------------------------------------- images of a table
+
+
+def scored_images(
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    name: str = "name",
+    prompt: str = "prompt",
+    scores: Mapping[str, str],
+    generators: Sequence[str],
+    groups: Sequence[str] = (),
+    argument: str = "folder",
+    remedy: str = "put the published images there, or list only those present",
+) -> ScoredImages:
+    """Build scored images from the rows of a table; no image is opened.
+
+    Args:
+        rows: rows of the table, one per image.
+        folder: folder that the image paths are relative to.
+        name: column of the images' paths, none of which may be repeated.
+        prompt: column of the prompts.
+        scores: column of each score by its field of `ScoredImages`; a score without a column is NaN.
+        generators: generator of each image.
+        groups: group of each image; empty for the prompts.
+        argument: argument to name where images are absent.
+        remedy: what to do about it.
     """
+    refuse_repeats(rows, name)
+    names = tuple(row[name] for row in rows)
+    paths = tuple(folder / image for image in names)
+    refuse_absent(paths, rows[0].table.name, argument=argument, remedy=remedy)
+    columns = {
+        field: np.array([row.number(scores[field]) for row in rows]) if field in scores else np.full(len(rows), np.nan)
+        for field in _SCORES
+    }
+    prompts = tuple(row[prompt] for row in rows)
+    return ScoredImages(
+        names=names, paths=paths, prompts=prompts, generators=tuple(generators), groups=tuple(groups), **columns
+    )
+
+
+def generators_of(rows: Sequence[Row], column: str, name: re.Pattern[str], form: str) -> list[str]:
+    """Return the group `generator` of each row's image name, which must match `name`."""
     generators = []
     for row in rows:
         match = name.fullmatch(row[column])
         if match is None:
             raise row.error(f"expected a name of the form {form}, got {row[column]!r}")
         generators.append(match["generator"])
-    return tuple(generators)
+    return generators
 
 
 def refuse_repeats(rows: Sequence[Row], column: str) -> None:
-    """Check that no two rows have the same cell.
-
-    Raises:
-        ValueError: two have.
-    """
+    """Raise an error if two rows have the same cell."""
     seen: set[str] = set()
     for row in rows:
         if row[column] in seen:
@@ -375,21 +352,12 @@ def refuse_repeats(rows: Sequence[Row], column: str) -> None:
 
 
 def image_folder(folder: Path, *names: str) -> Path:
-    """The first of the folders that is there, or else the first of the names."""
+    """Return the first of the folders that exists, or else the first of the names."""
     return next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
 
 
-def refuse_absent(
-    paths: Sequence[Path],
-    listed_by: str,
-    argument: str = "folder",
-    remedy: str = "put the published images there, or list only those present",
-) -> None:
-    """Check that all images are files.
-
-    Raises:
-        ValueError: some are not; says how many and names the first.
-    """
+def refuse_absent(paths: Sequence[Path], listed_by: str, *, argument: str, remedy: str) -> None:
+    """Raise an error if images are not there, with their number and the first of them."""
     absent = [path for path in paths if not _is_file(path)]
     if absent:
         raise ValueError(
@@ -403,34 +371,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # such as a name that is too long
         return False
-
-
-def numbers(rows: Sequence[Row], column: str) -> np.ndarray:
-    """A column as (N,) float64.
-
-    Raises:
-        ValueError: a cell is not a finite number.
-    """
-    return np.array([row.number(column) for row in rows], dtype=np.float64)
-
-
-def unpublished(count: int) -> np.ndarray:
-    """(N,) NaN, in place of a score that the benchmark does not have."""
-    return np.full(count, np.nan)
-
-
-def _require_columns(table: Path, columns: Sequence[str], header: Sequence[str], expected: str) -> None:
-    if twice := sorted({column for column in columns if list(header).count(column) > 1}):
-        raise ValueError(f"{table}: expected each column once, got {', '.join(twice)} several times; remove the others")
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise ValueError(
-            f"{table}: no column {', '.join(missing)}; expected {expected} "
-            f"{', '.join(columns)}, got {', '.join(header) or 'an empty file'}"
-        )
-
-
-def _not_empty(table: Path, rows: list[Row]) -> list[Row]:
-    if not rows:
-        raise ValueError(f"{table}: expected a row per image, got the header alone")
-    return rows

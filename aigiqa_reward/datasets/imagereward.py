@@ -7,7 +7,6 @@ Source: J. Xu et al., "ImageReward: Learning and Evaluating Human Preferences fo
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from aigiqa_reward.utils.io import read_json
 
 _FIELDS = ("id", "prompt", "generations", "ranking")
 _MOST_IMAGES = 100
-"""Of one entry: chosen here; the published ones have 4 to 9."""
+"""Most images of an entry; the published ones have 4 to 9."""
 
 
 def read_imagereward(path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None) -> PreferencePairs:
@@ -28,16 +27,12 @@ def read_imagereward(path: str | os.PathLike[str], *, images: str | os.PathLike[
     pair is its prompt, which a few entries share.
 
     Args:
-        path: the JSON file (`train.json`, `valid.json`, `test.json`), or a folder that holds `train.json`.
-        images: the folder that the entries' image paths start from. None: the folder named like the file,
+        path: JSON file (`train.json`, `valid.json`, `test.json`), or a folder with `train.json`.
+        images: folder that the entries' image paths are relative to. None: the folder named like the file,
             `test_images` for `test.json`, or else `images`, beside the file.
 
     Returns:
         The pairs in the order of the file.
-
-    Raises:
-        ValueError: a file, field or image is missing, an id or image is repeated, a rank is not a number, ranks and
-            images differ in number, or no two images differ in rank.
 
     Example:
         >>> import json
@@ -60,30 +55,26 @@ def read_imagereward(path: str | os.PathLike[str], *, images: str | os.PathLike[
             "file itself for another part"
         )
     root = image_folder(file.parent, f"{file.stem}_images", "images") if images is None else Path(images)
-    prompts: list[str] = []
-    better: list[Path] = []
-    worse: list[Path] = []
+    pairs: list[tuple[str, Path, Path]] = []
     for prompt, generations, ranking in _read_entries(file):
-        for first, second in combinations(range(len(generations)), 2):
-            if ranking[first] == ranking[second]:
-                continue
-            won, lost = (first, second) if ranking[first] < ranking[second] else (second, first)
-            prompts.append(prompt)
-            better.append(root / generations[won])
-            worse.append(root / generations[lost])
-    if not prompts:
+        for (first, rank), (second, other) in combinations(zip(generations, ranking, strict=True), 2):
+            if rank != other:
+                better, worse = (first, second) if rank < other else (second, first)
+                pairs.append((prompt, root / better, root / worse))
+    if not pairs:
         raise ValueError(f"{file}: expected images of different ranks in at least one entry, got none")
+    prompts, better, worse = zip(*pairs, strict=True)
     refuse_absent(
         list(dict.fromkeys(better + worse)),
         file.name,
         argument="images",
         remedy="name the folder they are in by images=",
     )
-    return PreferencePairs(prompts=tuple(prompts), better=tuple(better), worse=tuple(worse))
+    return PreferencePairs(prompts=prompts, better=better, worse=worse)
 
 
 def _read_entries(file: Path) -> list[tuple[str, list[str], list[float]]]:
-    """Prompt, images and ranks of every entry, checked."""
+    """Read prompt, images and ranks of every entry."""
     try:
         entries = read_json(file)
     except ValueError as error:
@@ -115,7 +106,7 @@ def _check_entry(entry: dict[str, Any], where: str) -> tuple[str, list[str], lis
     _check_list(ranking, (int, float), "ranking", "numbers", where)
     if len(generations) != len(ranking):
         raise ValueError(
-            f"{where}: expected one rank an image, got {len(ranking)} for {len(generations)}; remove the entry"
+            f"{where}: expected one rank per image, got {len(ranking)} for {len(generations)}; remove the entry"
         )
     if len(generations) > _MOST_IMAGES:  # they are compared two by two
         raise ValueError(f"{where}: expected at most {_MOST_IMAGES} images, got {len(generations)}; remove the entry")
@@ -125,9 +116,7 @@ def _check_entry(entry: dict[str, Any], where: str) -> tuple[str, list[str], lis
     return prompt, generations, ranking
 
 
-def _check_list(value: Any, kind: Any, field: str, expected: str, where: str) -> None:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"{where}: expected {field} to be a list of {expected}, got {value!r}")
-    for item in value:
+def _check_list(value: Any, kind: type | tuple[type, ...], field: str, expected: str, where: str) -> None:
+    for item in value if isinstance(value, list) else [None]:
         if not isinstance(item, kind) or isinstance(item, bool) or item != item:
-            raise ValueError(f"{where}: expected {field} to be a list of {expected}, got {item!r} in it")
+            raise ValueError(f"{where}: expected {field} to be a list of {expected}, got {value!r:.200}")

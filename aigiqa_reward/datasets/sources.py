@@ -1,4 +1,4 @@
-"""Benchmarks by name, so that a command takes its data as one word, NAME:PATH."""
+"""Benchmarks by name, so that a command takes its data as NAME:PATH."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Source:
     """A benchmark that can be read by name.
 
     Attributes:
-        reader: takes the path.
-        path: what the path is, in words.
+        reader: function that reads the path.
+        path: description of the path.
 
     Example:
         >>> from aigiqa_reward.datasets import SOURCES, Source
@@ -45,21 +45,17 @@ SOURCES: dict[str, Source] = {
     "pickapic": Source(reader=read_pickapic, path="a parquet file, or a folder of those of one part"),
     "csv": Source(reader=read_table, path="a CSV file with the columns path, prompt and quality or correspondence"),
 }
-"""Name of a benchmark -> its reader. `csv` is a table of anyone's own."""
+"""Readers by the name of the benchmark. `csv` is for one's own scores."""
 
 
 def read_data(source: str) -> ScoredImages | PreferencePairs:
-    """Read a benchmark that is named in one word, as `agiqa3k:data/agiqa3k`.
+    """Read a benchmark given as NAME:PATH, such as `agiqa3k:data/agiqa3k`.
 
     Args:
-        source: NAME:PATH, the name one of `SOURCES`; a path may begin with ~.
+        source: NAME:PATH with a name of `SOURCES`; a path may begin with ~.
 
     Returns:
         Images with scores, or pairs of images (imagereward, pickapic).
-
-    Raises:
-        ImportError: the reader needs the extra `data`.
-        ValueError: the form is another, there is no such name, or what the reader of that name raises.
 
     Example:
         >>> from PIL import Image

@@ -1,4 +1,4 @@
-"""Splits that keep groups whole: with a prompt on both sides, a score would measure memory of the prompt."""
+"""Splits that keep groups whole, since with a prompt on both sides a score would measure memory of the prompt."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import numpy as np
 from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages, read_csv, refuse_repeats
 
 TEST_FRACTION = 0.2
-"""Of the groups: 80/20, as in the published protocols."""
+"""Share of the groups: 80/20, as in the published protocols."""
 
 VALIDATION_FRACTION = 0.1
-"""Of the groups that are not test, for the choice of an epoch: chosen here, since the published protocols choose it on
-the test part."""
+"""Share of the other groups that chooses the epoch; the published protocols choose it on the test part."""
 
 _MODES = ("group", "random_image", "csv")
 _PARTS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -29,11 +28,8 @@ class Split:
 
     Attributes:
         train: int64 row numbers, ascending.
-        validation: those that choose an epoch.
-        test: those that are only reported.
-
-    Raises:
-        ValueError: a part is not of row numbers, or a row is in two of them or twice in one.
+        validation: rows that choose the epoch.
+        test: rows that are only reported.
 
     Example:
         >>> import numpy as np
@@ -67,27 +63,18 @@ def split_rows(
     seed: int,
     file: str | os.PathLike[str] | None = None,
 ) -> Split:
-    """Divide images, or pairs, into what trains, what chooses an epoch and what is reported.
-
-    A split depends on the groups (or the file) and the seed alone.
+    """Split images, or pairs, into train, validation and test, by the groups (or the file) and the seed alone.
 
     Args:
-        images: the benchmark.
+        images: images or pairs.
         mode: `group`: 20 % of the groups are test, 10 % of the others validation, and no group is on two sides.
-            `random_image`: the same over single rows. It is there for comparison with published figures that were
-            split so: prompts of the test part are then seen in training as well.
+            `random_image`: the same over single rows, for comparison with published figures that were split so:
+            prompts of the test part are then seen in training as well.
             `csv`: the parts that `file` assigns.
-        seed: of the draws; in mode `csv` used only where the file has no validation rows.
-        file: with mode `csv`: the columns name (as in `images.names`) and split, which is train, validation (or val)
-            or test. It lists every image, and may list others. Without validation rows, 10 % of the groups of the
-            train rows are drawn.
-
-    Returns:
-        The row numbers of each part.
-
-    Raises:
-        ValueError: no such mode, a file without mode `csv` or the other way round, fewer than three groups, or a
-            file that lacks an image or a part, or has another form.
+        seed: random seed; in mode `csv` used only where the file has no validation rows.
+        file: CSV file for mode `csv`, with the columns name (as in `images.names`) and split: train, validation (or
+            val) or test. It lists every image, and may list others. Without validation rows, 10 % of the groups of
+            the train rows are drawn.
 
     Example:
         >>> from pathlib import Path
@@ -112,7 +99,7 @@ def split_rows(
     count = len(np.unique(groups))
     if count < 3:
         raise ValueError(
-            f"images: expected at least 3 {'groups' if mode == 'group' else 'rows'}, one a part, got {count}"
+            f"images: expected at least 3 {'groups' if mode == 'group' else 'rows'}, one per part, got {count}"
         )
     test = group_split(groups, TEST_FRACTION, seed)
     return _with_validation(groups, np.flatnonzero(~test), np.flatnonzero(test), seed)
@@ -125,16 +112,13 @@ def group_folds(groups: Sequence[str] | Sequence[int] | np.ndarray, folds: int, 
     far. The fold of a group depends on the groups, their sizes and the seed, not on the order of the rows.
 
     Args:
-        groups: (N,) the group of each row, such as its prompt.
+        groups: (N,) group of each row, such as its prompt.
         folds: number of folds, from 2 to the number of groups.
-        seed: of the shuffle.
+        seed: random seed of the shuffle.
 
     Returns:
         (N,) int64, the fold of each row, 0 to folds - 1. The largest fold exceeds the smallest by at most the
         rows of one group.
-
-    Raises:
-        ValueError: no rows, or `folds` out of range.
 
     Example:
         >>> from aigiqa_reward.datasets import group_folds
@@ -159,15 +143,12 @@ def group_split(groups: Sequence[str] | Sequence[int] | np.ndarray, fraction: fl
     """Draw a fraction of the groups, such as the prompts to hold out.
 
     Args:
-        groups: (N,) the group of each row.
-        fraction: of the groups, between 0 and 1; rounded to whole groups, and at least one on either side.
-        seed: of the draw.
+        groups: (N,) group of each row.
+        fraction: share of the groups, between 0 and 1; rounded to whole groups, and at least one on either side.
+        seed: random seed of the draw.
 
     Returns:
         (N,) bool, True for the rows of the drawn groups.
-
-    Raises:
-        ValueError: `fraction` out of range, or fewer than two groups.
 
     Example:
         >>> from aigiqa_reward.datasets import group_split
@@ -186,10 +167,10 @@ def group_split(groups: Sequence[str] | Sequence[int] | np.ndarray, fraction: fl
 
 
 def _groups(groups: Sequence[str] | Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Groups as integers (N,), and the number of rows of each."""
+    """Return groups as integers (N,), and the number of rows of each."""
     array = np.asarray(groups)
     if array.ndim != 1 or len(array) == 0:
-        raise ValueError(f"groups: expected one label a row, at least one, got shape {array.shape}")
+        raise ValueError(f"groups: expected one label per row, at least one, got shape {array.shape}")
     _, codes, sizes = np.unique(array, return_inverse=True, return_counts=True)
     return codes, sizes
 
@@ -201,7 +182,7 @@ def _with_validation(groups: np.ndarray, rest: np.ndarray, test: np.ndarray, see
 
 
 def _assigned_split(images: ScoredImages | PreferencePairs, file: Path, seed: int) -> Split:
-    """The parts that a file assigns."""
+    """Return the parts that a file assigns."""
     if not isinstance(images, ScoredImages):
         raise ValueError("mode: 'csv' lists images by name, and pairs have none; take mode 'group'")
     if not file.is_file():
