@@ -1,9 +1,10 @@
-"""One training, from a name and human scores to a reward in a folder."""
+"""Train one system, from a name and human scores to a reward in a folder."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from aigiqa_reward.training.fit import FitResult, fit, predict
 from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
 from aigiqa_reward.training.store import MAX_BYTES, FeatureStore, LiveImages, store_features
 from aigiqa_reward.training.tasks import PairTask, ScoreTask, Task
-from aigiqa_reward.utils.io import write_atomically
+from aigiqa_reward.utils.run_folder import write_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_CACHE = Path("~/.cache/aigiqa-reward/features").expanduser()
-"""Where features are kept unless another folder is given."""
+"""Default folder of stored features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class TrainingPlan:
             raise ValueError(f"name: expected one of {', '.join(SYSTEMS)} or compact, got {self.name!r}")
         if self.name == "compact" and self.init is None:
             raise ValueError(
-                "init: the compact reward is fitted afresh by examples/train_compact; here it goes on from "
+                "init: the compact reward is fitted afresh by examples/train_compact; here it continues from "
                 "init='embedded' (--init embedded), or from a folder with a saved one"
             )
         if self.init is not None and (self.preset is not None or self.towers):
@@ -98,28 +99,21 @@ class TrainingPlan:
         return PUBLISHED[self.name] if self.preset == "paper" or self.towers else EMBEDDED[self.name]
 
     def build(self) -> TrainedModel:
-        """The model before training; initial weights are drawn from `seed`."""
+        """Build the model before training, with initial weights drawn from `seed`."""
+        given: dict[str, Any] = {"assistants": self.assistants, "settings": self.settings}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             if self.init is None:
-                model = build_model(
-                    self.name,
-                    preset=self.preset,
-                    towers=self.towers,
-                    assistants=self.assistants,
-                    settings=self.settings,
-                )
+                model = build_model(self.name, preset=self.preset, towers=self.towers, **given)
             elif self.init == "embedded":
-                model = load_embedded(self.name, assistants=self.assistants, settings=self.settings)
+                model = load_embedded(self.name, **given)
             else:
-                model = load_reward(
-                    self.init, expected=self.name, assistants=self.assistants, settings=self.settings
-                ).model
+                model = load_reward(self.init, expected=self.name, **given).model
         assert isinstance(model, TrainedModel), "every system has a head"
         return model
 
     def calibration(self) -> dict[str, Tensor]:
-        """The map onto the human scale that a training without scores goes on with; without `init`, the identity."""
+        """Return the map onto the human scale for a training without scores; without `init`, the identity."""
         if self.init is None:
             return Calibration().state_dict()
         if self.init == "embedded":
@@ -130,12 +124,12 @@ class TrainingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a training left.
+    """Result of `train_reward`.
 
     Attributes:
-        reward: calibrated to the scale of the training's scores, 1 = the best human score of the training part.
-        task: what it was fitted to.
-        source: features or images it was fitted on.
+        reward: reward calibrated to the scale of the training's scores, 1 = the best human score of the training part.
+        task: task that it was fitted to.
+        source: features or images that it was fitted on.
         result: epochs, validation, images that could not be read.
     """
 
@@ -146,7 +140,7 @@ class Trained:
 
 
 def whole_split(data: ScoredImages | PreferencePairs, *, seed: int = 0) -> Split:
-    """Everything to train on, less a tenth of the groups to choose the epoch by; nothing is held out to report on.
+    """Take everything to train on, except a tenth of the groups that chooses the epoch; the test part is empty.
 
     Example:
         >>> from pathlib import Path
@@ -171,71 +165,72 @@ def train_reward(
     *,
     accelerator: Accelerator | None = None,
     progress: bool = True,
+    hub_model_id: str | None = None,
 ) -> Trained:
-    """Train a system, and save it as a reward in `folder`; a further call goes on where one was interrupted.
+    """Train a system and save it as a reward in `folder`; a further call resumes an interrupted training.
 
     Args:
         plan: what to train and how.
         data: human scores, or preferences.
-        split: rows of it.
-        folder: gets `checkpoint`, the reward's own files, and `training.json`; None keeps nothing.
+        split: rows of the data.
+        folder: folder for `checkpoint`, the reward and `training.json`; None keeps nothing.
         accelerator: device, precision and processes.
-        progress: show bars on stderr.
-
-    Raises:
-        ValueError: what `build_model`, `store_features` and `fit` raise.
+        progress: whether to show bars on stderr.
+        hub_model_id: repository "owner/name" on the Hugging Face Hub to upload the reward to; None uploads nothing.
     """
+    if hub_model_id is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", hub_model_id):
+        raise ValueError(f"hub_model_id: expected owner/name, got {hub_model_id!r}")
     model, recipe = plan.build(), plan.chosen_recipe
     if accelerator is not None:
         model.to(accelerator.device)
     task: Task = ScoreTask.of(data, split.train) if isinstance(data, ScoredImages) else PairTask(data)
-    task.check_validation(split.validation)  # before the features are computed; fit asks those readable
+    task.check_validation(split.validation)  # before the features are computed; fit checks the readable ones
     source: FeatureStore | LiveImages
     if recipe.train_towers:
         source = LiveImages(task.paths, task.prompts, progress=progress)
     else:
         source = _stored(plan, model, task, accelerator, progress)
-    result = fit(
-        model,
-        task,
-        split,
-        recipe,
-        source,
-        folder,
-        seed=plan.seed,
-        initialize=plan.init is None,
-        accelerator=accelerator,
-        progress=progress,
-    )
+    given: dict[str, Any] = {"seed": plan.seed, "initialize": plan.init is None}
+    result = fit(model, task, split, recipe, source, folder, accelerator=accelerator, progress=progress, **given)
     reward = Reward(model, get_spec(plan.name))
     if isinstance(task, PairTask):
         reward.calibration.load_state_dict(plan.calibration())
-    elif isinstance(task, ScoreTask) and recipe.loss in ("pairwise", "none"):
+    elif recipe.loss in ("pairwise", "none"):
         calibrate(reward, task, source, task.usable(split.train, source.readable))
-    if folder is not None and (accelerator is None or accelerator.is_main_process):
-        reward.save_pretrained(folder)
-        record = {
-            "plan": {"name": plan.name, "preset": plan.preset, "settings": dict(plan.settings), "seed": plan.seed},
-            "recipe": asdict(recipe),
-            "result": asdict(replace(result, unreadable=())),
-            "unreadable": [{"path": str(entry.path), "reason": entry.reason} for entry in result.unreadable],
-        }
-        write_atomically(folder / "training.json", json.dumps(record, indent=2, default=str).encode())
+    if accelerator is None or accelerator.is_main_process:
+        if folder is not None:
+            reward.save_pretrained(folder)
+            _write_record(folder, plan, result)
+        if hub_model_id is not None:
+            _upload(reward, hub_model_id, folder)
     return Trained(reward=reward, task=task, source=source, result=result)
+
+
+def _write_record(folder: Path, plan: TrainingPlan, result: FitResult) -> None:
+    record = {
+        "plan": {"name": plan.name, "preset": plan.preset, "settings": dict(plan.settings), "seed": plan.seed},
+        "recipe": asdict(plan.chosen_recipe),
+        "result": asdict(replace(result, unreadable=())),
+        "unreadable": [{"path": str(entry.path), "reason": entry.reason} for entry in result.unreadable],
+    }
+    write_json(folder / "training.json", record)
+
+
+def _upload(reward: Reward, hub_model_id: str, folder: Path | None) -> None:
+    try:
+        reward.push_to_hub(hub_model_id)
+    except (OSError, ValueError) as error:  # all errors of huggingface_hub are one of the two
+        saved = "" if folder is None else f"the reward is saved in {folder}, but "
+        raise OSError(f"hub_model_id: {saved}it was not uploaded to {hub_model_id}: {error}") from error
 
 
 def _stored(
     plan: TrainingPlan, model: TrainedModel, task: Task, accelerator: Accelerator | None, progress: bool
 ) -> FeatureStore:
-    """Features, computed by the first process while the others wait."""
-
-    def store(show: bool) -> FeatureStore:
+    """Compute features in the first process while the others wait."""
+    with nullcontext() if accelerator is None else accelerator.main_process_first():
+        show = progress and (accelerator is None or accelerator.is_main_process)
         return store_features(model, task.paths, task.prompts, plan.cache, max_bytes=plan.max_bytes, progress=show)
-
-    if accelerator is None:
-        return store(progress)
-    with accelerator.main_process_first():
-        return store(progress and accelerator.is_main_process)
 
 
 def calibrate(reward: Reward, task: ScoreTask, source: FeatureStore | LiveImages, rows: np.ndarray) -> None:

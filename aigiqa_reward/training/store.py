@@ -1,4 +1,4 @@
-"""Features computed at each step, for trainings that change the towers or draw crops anew."""
+"""Images of a training as the towers see them: features stored on disk, or computed anew at each step."""
 
 from __future__ import annotations
 
@@ -22,91 +22,17 @@ from tqdm import tqdm
 from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import TrainedModel, distinct_prompts
 from aigiqa_reward.types import PromptFeatures
-from aigiqa_reward.utils.io import read_json, write_atomically
-
-
-class ArrayWriter:
-    """Arrays of N rows, made when the first features say their shapes, or opened where they are.
-
-    Sequences, whose length (the second dimension) differs between batches, are padded with zeros to the longest.
-
-    Args:
-        home: folder of the arrays.
-        count: N.
-        max_bytes: of all arrays together.
-    """
-
-    def __init__(self, home: Path, count: int, max_bytes: int) -> None:
-        self.home, self.count, self.max_bytes = home, count, max_bytes
-        self.arrays: dict[str, Any] = {}
-
-    def write(self, rows: Sequence[int], features: Mapping[str, Tensor]) -> None:
-        """Store the features of some rows.
-
-        Raises:
-            ValueError: they are beyond float16, or the arrays beyond `max_bytes` or the disk.
-        """
-        stored = {name: _storable(name, tensor) for name, tensor in features.items()}
-        self._make_room(stored)
-        for name, values in stored.items():
-            if values.shape[1:] == self.arrays[name].shape[1:]:
-                self.arrays[name][rows] = values
-            else:
-                self.arrays[name][rows] = 0
-                self.arrays[name][rows, : values.shape[1]] = values
-
-    def _make_room(self, stored: Mapping[str, np.ndarray]) -> None:
-        """Make or lengthen the arrays that do not take these values."""
-        for name in stored.keys() - self.arrays.keys():
-            if (path := self.home / f"{name}.npy").exists():
-                self.arrays[name] = np.lib.format.open_memmap(path, "r+")
-        short = [name for name, values in stored.items() if not self._takes(name, values)]
-        shapes = {name: (self.count, *stored[name].shape[1:]) for name in short}
-        added = sum(int(np.prod(shapes[name])) * stored[name].itemsize for name in short)
-        total = added + sum(array.nbytes for name, array in self.arrays.items() if name not in short)
-        room = shutil.disk_usage(self.home).free
-        if added and (total > self.max_bytes or added > room):
-            raise ValueError(
-                f"max_bytes: the features of {self.count} images take {total / 1e9:.1f} GB, allowed are "
-                f"{self.max_bytes / 1e9:.1f} GB and free {room / 1e9:.1f} GB; allow more, score fewer crops, or train "
-                "with train_towers=True, which keeps none"
-            )
-        for name in short:
-            path = self.home / f"{name}.npy"
-            fresh = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", stored[name].dtype, shapes[name])
-            if name in self.arrays:
-                fresh[:, : self.arrays[name].shape[1]] = self.arrays[name]
-                fresh.flush()
-            path.with_suffix(".part").replace(path)
-            self.arrays[name] = fresh
-
-    def _takes(self, name: str, values: np.ndarray) -> bool:
-        if name not in self.arrays:
-            return False
-        there = self.arrays[name].shape
-        return values.ndim < 2 or values.shape[1] <= there[1] or values.shape[2:] != there[2:]
-
-    def flush(self) -> None:
-        """Write down what is still in memory."""
-        for array in self.arrays.values():
-            array.flush()
-
-
-def _storable(name: str, tensor: Tensor) -> np.ndarray:
-    stored = tensor.half() if tensor.is_floating_point() else tensor
-    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
-        raise ValueError(
-            f"model: its feature {name!r} has values beyond float16, so features cannot be stored; "
-            "train with train_towers=True, which keeps none"
-        )
-    return stored.cpu().numpy()
-
+from aigiqa_reward.utils.io import read_json
+from aigiqa_reward.utils.run_folder import write_json
 
 MAX_BYTES = 20_000_000_000
-"""Largest store that is written without being asked: chosen here, a fiftieth of a common disk."""
+"""Default bound of a store's size."""
 
 CONTEXT = "context."
-"""Prefix of what assistants said, among the names of a store."""
+"""Prefix of the assistants' outputs among the names of a store."""
+
+_NOTED_EVERY = 64
+"""Images after which the progress of a store is written."""
 
 
 @dataclass(frozen=True)
@@ -121,44 +47,20 @@ class FeatureStore:
     """Features of N images, as float16 arrays in a folder.
 
     Attributes:
-        arrays: by name, (N, ...) each; those of assistants begin with `context.`.
+        arrays: arrays (N, ...) by name; names of assistants' outputs begin with `context.`.
         readable: (N,) bool.
-        unreadable: the images that are not, and why.
+        unreadable: images that could not be read, and why.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], unreadable: Sequence[tuple[int, Unreadable]]) -> None:
         self.arrays = dict(arrays)
-        count = len(next(iter(self.arrays.values())))
-        self.readable = np.ones(count, dtype=bool)
+        self.readable = np.ones(len(next(iter(self.arrays.values()))), dtype=bool)
         self.readable[[row for row, _ in unreadable]] = False
         self.unreadable = tuple(entry for _, entry in unreadable)
 
     def __len__(self) -> int:
         """Number of images N."""
         return len(self.readable)
-
-    def seen(
-        self,
-        rows: np.ndarray,
-        device: torch.device,
-        *,
-        crop_features: Sequence[str] = (),
-        crops: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Stored outputs of `forward_features` for these rows; of `crop_features` only `crops` crops, the same for all rows.
-
-        Crops are drawn from `generator`; without one, or with `crops` None, all are read.
-        """
-        chosen = None
-        if generator is not None and crops is not None and crop_features:
-            count = self.arrays[crop_features[0]].shape[1]
-            chosen = torch.randperm(count, generator=generator)[:crops].numpy()
-        return {
-            name: self._rows(name, rows, device, chosen if name in crop_features else None)
-            for name in self.arrays
-            if not name.startswith(CONTEXT)
-        }
 
     def look(
         self,
@@ -169,20 +71,26 @@ class FeatureStore:
         generator: torch.Generator | None = None,
         crops: int | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """Features and context of rows; with a generator, of crops that it draws."""
-        seen = self.seen(rows, device, crop_features=model.crop_features, crops=crops, generator=generator)
-        return seen, self.context(rows, device)
+        """Read what the model's `forward_features` and `prepare` gave for these rows; without assistants, the second is None.
 
-    def context(self, rows: np.ndarray, device: torch.device) -> dict[str, Tensor] | None:
-        """What `prepare` gave for these rows; None for a model without assistants."""
-        names = [name for name in self.arrays if name.startswith(CONTEXT)]
-        return {name.removeprefix(CONTEXT): self._rows(name, rows, device) for name in names} or None
-
-    def _rows(self, name: str, rows: np.ndarray, device: torch.device, crops: np.ndarray | None = None) -> Tensor:
-        array = self.arrays[name]
-        picked = array[rows] if crops is None else array[np.asarray(rows)[:, None], crops[None]]
-        tensor = torch.from_numpy(picked).to(device)
-        return tensor.float() if tensor.is_floating_point() else tensor
+        With a generator and a number of crops, so many of the stored crops are drawn, the same for all rows.
+        """
+        chosen = None
+        if generator is not None and crops is not None and model.crop_features:
+            count = self.arrays[model.crop_features[0]].shape[1]
+            chosen = torch.randperm(count, generator=generator)[:crops].numpy()
+        seen: dict[str, Tensor] = {}
+        context: dict[str, Tensor] = {}
+        for name, array in self.arrays.items():
+            drawn = chosen is not None and name in model.crop_features
+            picked = array[np.asarray(rows)[:, None], chosen] if drawn else array[rows]
+            tensor = torch.from_numpy(picked).to(device)
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            if name.startswith(CONTEXT):
+                context[name.removeprefix(CONTEXT)] = tensor
+            else:
+                seen[name] = tensor
+        return seen, context or None
 
 
 def store_features(
@@ -195,40 +103,34 @@ def store_features(
     batch_size: int = 8,
     progress: bool = True,
 ) -> FeatureStore:
-    """Compute the features of images into a folder of their own below `folder`, going on where a call was interrupted.
+    """Compute the features of images into a subfolder of `folder`, resuming an interrupted call.
 
-    Images that cannot be read are left out and listed. The folder's name is a hash of the towers' weights, of the
+    Images that cannot be read are left out and listed. The subfolder's name is a hash of the towers' weights, of the
     settings that change what they see, of the assistants, and of the images' paths, sizes and times of change. A second
-    process that wants the same features waits for the first; what is damaged is computed again.
+    process that wants the same features waits for the first; damaged files are computed again.
 
     Args:
-        model: whose towers look.
-        paths: N images.
-        prompts: of each.
-        folder: for all stores.
-        max_bytes: refuse to write more.
-        batch_size: images of one size looked at together.
-        progress: show a bar on stderr.
-
-    Raises:
-        ValueError: the store would be larger than `max_bytes`, no image can be read, or features overflow float16.
+        model: model whose towers look.
+        paths: files of the N images.
+        prompts: prompt of each image.
+        folder: folder of all stores.
+        max_bytes: largest size of a store.
+        batch_size: number of images of one size per forward pass.
+        progress: whether to show a bar on stderr.
     """
     home = folder / f"{model.name}-{_key(model, paths)[:16]}"
     home.mkdir(parents=True, exist_ok=True)
-    with _alone(home, progress):
-        state = _left_by(home, len(paths))
+    with _locked(home, progress):
+        state = _earlier(home, len(paths))
         _fill(model, paths, prompts, home, state, max_bytes, batch_size, progress)
         unreadable = [(row, Unreadable(paths[row], reason)) for row, reason in state["unreadable"]]
-        if len(unreadable) == len(paths):
-            raise ValueError(
-                f"paths: none of the {len(paths)} images can be read; the first: {unreadable[0][1].reason}"
-            )
+        _refuse_none(paths, [entry for _, entry in unreadable])
         arrays = {name: open_memmap(home / f"{name}.npy", "r") for name in state["arrays"]}
     return FeatureStore(arrays, unreadable)
 
 
 @contextmanager
-def _alone(home: Path, show: bool) -> Iterator[None]:
+def _locked(home: Path, show: bool) -> Iterator[None]:
     """Let one process at a time into a folder; the lock of a killed one is free."""
     lock = FileLock(home / ".lock")
     try:
@@ -243,23 +145,19 @@ def _alone(home: Path, show: bool) -> Iterator[None]:
         lock.release()
 
 
-def _left_by(home: Path, count: int) -> dict[str, Any]:
-    """How far the last call came: images done, unreadable ones, names of arrays; nothing if anything is not whole."""
+def _earlier(home: Path, count: int) -> dict[str, Any]:
+    """Read the progress of an earlier call, with the names of its arrays; none if a file is damaged."""
     try:
         state = read_json(home / "progress.json")
-        done, names = int(state["done"]), [str(name) for name in state["arrays"]]
-        if any(Path(name).name != name for name in names):
-            raise ValueError("not names of arrays in this folder")
-        unreadable = [[int(row), str(reason)] for row, reason in state["unreadable"]]
-        if not names or {len(open_memmap(home / f"{name}.npy", "r")) for name in names} != {count}:
-            raise ValueError("not the arrays of these images")
-        if not 0 < done <= count or any(not 0 <= row < done for row, _ in unreadable):
+        names, rows = state["arrays"], [row for row, _ in state["unreadable"]]
+        lengths = {len(open_memmap(home / f"{Path(name).name}.npy", "r")) for name in names}
+        if lengths != {count} or not 0 < state["done"] <= count or max(rows, default=0) >= state["done"]:
             raise ValueError("not the progress of these images")
-    except Exception:  # numpy lets through what Python's tokenizer says of a damaged header
+    except Exception:  # numpy raises what Python's tokenizer does for a damaged header
         for file in home.glob("*.npy"):
             file.unlink()
         return {"done": 0, "unreadable": [], "arrays": []}
-    return {"done": done, "unreadable": unreadable, "arrays": names}
+    return state
 
 
 def _fill(
@@ -272,25 +170,45 @@ def _fill(
     batch_size: int,
     progress: bool,
 ) -> None:
-    """Compute what is not there yet, writing down how far it came every 64 images."""
+    """Compute what is missing, and write the progress every 64 images."""
     device = next(model.parameters()).device
     model.eval()
-    writer = ArrayWriter(home, len(paths), max_bytes)
-    rows = range(state["done"], len(paths))
+    writer = _ArrayWriter(home, len(paths), max_bytes)
     bar = tqdm(
         total=len(paths), initial=state["done"], desc=f"{model.name} features", unit="image", disable=not progress
     )
     with bar:
-        for batch in _batches(paths, rows, batch_size, state["unreadable"]):
-            if batch.images:
-                stack = torch.stack(batch.images).to(device)
-                writer.write(batch.rows, _look(model, stack, [prompts[row] for row in batch.rows]))
+        for rows, images, end in _batches(paths, state["done"], batch_size, state["unreadable"]):
+            if rows:
+                seen = _look(model, torch.stack(images).to(device), [prompts[row] for row in rows])
+                writer.write(rows, seen)
                 state["arrays"] = sorted(writer.arrays)
-            state["done"] = batch.end
-            if state["arrays"] and (batch.end % 64 < batch_size or batch.end == len(paths)):
+            state["done"] = end
+            if state["arrays"] and (end % _NOTED_EVERY < batch_size or end == len(paths)):
                 writer.flush()
-                write_atomically(home / "progress.json", json.dumps(state).encode())
-            bar.update(batch.end - bar.n)
+                write_json(home / "progress.json", state)
+            bar.update(end - bar.n)
+
+
+def _batches(
+    paths: Sequence[Path], start: int, size: int, unreadable: list[Any]
+) -> Iterator[tuple[list[int], list[Tensor], int]]:
+    """Yield rows and images of neighbors of one size, and the first row not yet seen; list unreadable ones."""
+    rows: list[int] = []
+    images: list[Tensor] = []
+    for row in range(start, len(paths)):
+        try:
+            image = pixels.load(paths[row])
+        except pixels.ImageError as error:
+            unreadable.append([row, str(error)])
+            continue
+        if images and (len(images) == size or image.shape != images[0].shape):
+            yield rows, images, row
+            rows, images = [], []
+        rows.append(row)
+        images.append(image)
+    if start < len(paths):
+        yield rows, images, len(paths)
 
 
 @torch.no_grad()
@@ -301,36 +219,75 @@ def _look(model: TrainedModel, images: Tensor, prompts: Sequence[str]) -> dict[s
 
 
 def asked_prompts(prompts: Sequence[str]) -> PromptFeatures:
-    """Prompts for assistants, which read words and no features."""
+    """Return prompts for assistants, which read words and no features."""
     texts, index = distinct_prompts(prompts)
     return PromptFeatures(texts=texts, index=index, tensors={}, model="")
 
 
-@dataclass
-class _Batch:
-    rows: list[int]
-    images: list[Tensor]
-    end: int
+class _ArrayWriter:
+    """Arrays of N rows in files, made when the first features show their shapes, or opened if they exist.
+
+    Sequences, whose length (the second dimension) differs between batches, are padded with zeros to the longest.
+    """
+
+    def __init__(self, home: Path, count: int, max_bytes: int) -> None:
+        self.home, self.count, self.max_bytes = home, count, max_bytes
+        self.arrays: dict[str, Any] = {}
+
+    def write(self, rows: Sequence[int], features: Mapping[str, Tensor]) -> None:
+        """Store the features of some rows."""
+        stored = {name: _storable(name, tensor) for name, tensor in features.items()}
+        self._make_room(stored)
+        for name, values in stored.items():
+            array = self.arrays[name]
+            if values.shape[1:] == array.shape[1:]:
+                array[rows] = values
+            else:
+                array[rows] = 0
+                array[rows, : values.shape[1]] = values
+
+    def _make_room(self, stored: Mapping[str, np.ndarray]) -> None:
+        """Make or lengthen the arrays that these values do not fit into."""
+        for name in stored.keys() - self.arrays.keys():
+            if (path := self.home / f"{name}.npy").exists():
+                self.arrays[name] = open_memmap(path, "r+")
+        short = [name for name, values in stored.items() if not self._fits(name, values)]
+        shapes = {name: (self.count, *stored[name].shape[1:]) for name in short}
+        added = sum(int(np.prod(shapes[name])) * stored[name].itemsize for name in short)
+        total = added + sum(array.nbytes for name, array in self.arrays.items() if name not in short)
+        free = shutil.disk_usage(self.home).free
+        if added and (total > self.max_bytes or added > free):
+            raise ValueError(
+                f"max_bytes: the features of {self.count} images take {total / 1e9:.1f} GB, allowed are "
+                f"{self.max_bytes / 1e9:.1f} GB and free {free / 1e9:.1f} GB; allow more, score fewer crops, or train "
+                "with train_towers=True, which stores none"
+            )
+        for name in short:
+            path = self.home / f"{name}.npy"
+            fresh = open_memmap(path.with_suffix(".part"), "w+", stored[name].dtype, shapes[name])
+            if name in self.arrays:
+                fresh[:, : self.arrays[name].shape[1]] = self.arrays[name]
+                fresh.flush()
+            path.with_suffix(".part").replace(path)
+            self.arrays[name] = fresh
+
+    def _fits(self, name: str, values: np.ndarray) -> bool:
+        return name in self.arrays and (values.ndim < 2 or values.shape[1] <= self.arrays[name].shape[1])
+
+    def flush(self) -> None:
+        """Write out what is still in memory."""
+        for array in self.arrays.values():
+            array.flush()
 
 
-def _batches(paths: Sequence[Path], rows: Sequence[int], size: int, unreadable: list[Any]) -> Iterator[_Batch]:
-    """Neighboring images of one size, at most `size` together; unreadable ones are added to the list."""
-    batch = _Batch([], [], rows[0] if len(rows) else 0)
-    for row in rows:
-        try:
-            image = pixels.load(paths[row])
-        except pixels.ImageError as error:
-            unreadable.append([row, str(error)])
-            image = None
-        if image is not None and batch.images and (len(batch.images) == size or image.shape != batch.images[0].shape):
-            yield batch
-            batch = _Batch([], [], row)
-        if image is not None:
-            batch.rows.append(row)
-            batch.images.append(image)
-        batch.end = row + 1
-    if batch.end > (rows[0] if len(rows) else 0):
-        yield batch
+def _storable(name: str, tensor: Tensor) -> np.ndarray:
+    stored = tensor.half() if tensor.is_floating_point() else tensor
+    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+        raise ValueError(
+            f"model: its feature {name!r} has values beyond float16, so features cannot be stored; "
+            "train with train_towers=True, which stores none"
+        )
+    return stored.cpu().numpy()
 
 
 def _key(model: TrainedModel, paths: Sequence[Path]) -> str:
@@ -350,17 +307,22 @@ def _key(model: TrainedModel, paths: Sequence[Path]) -> str:
 
 
 def _identity(model: TrainedModel, role: str) -> list[str]:
-    """What determines an assistant's answers: what it says of itself, else its class."""
+    """Return what determines an assistant's answers: its `identity`, or else its class."""
     assistant = getattr(model, role)
     return [role, str(getattr(assistant, "identity", type(assistant).__qualname__))]
 
 
+def _refuse_none(paths: Sequence[Path], unreadable: Sequence[Unreadable]) -> None:
+    if len(unreadable) == len(paths):
+        raise ValueError(f"paths: none of the {len(paths)} images can be read; the first: {unreadable[0].reason}")
+
+
 class LiveImages:
-    """Images read from disk at each step; what `FeatureStore` reads from disk, its `look` computes.
+    """Images read from disk at each step, for trainings that change the towers; its `look` computes the features.
 
     Attributes:
         readable: (N,) bool.
-        unreadable: the images that are not, and why.
+        unreadable: images that could not be read, and why.
     """
 
     def __init__(self, paths: Sequence[Path], prompts: Sequence[str], *, progress: bool = True) -> None:
@@ -374,8 +336,7 @@ class LiveImages:
                 self.readable[row] = False
                 problems.append(Unreadable(path, str(error)))
         self.unreadable = tuple(problems)
-        if not self.readable.any():
-            raise ValueError(f"paths: none of the {len(paths)} images can be read; the first: {problems[0].reason}")
+        _refuse_none(paths, problems)
 
     def __len__(self) -> int:
         """Number of images N."""
@@ -390,7 +351,7 @@ class LiveImages:
         generator: torch.Generator | None = None,
         crops: int | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """What the model's towers see of these rows, with gradients, and what its assistants say."""
+        """Compute what the model's towers see of these rows, with gradients, and its assistants' outputs."""
         seen: list[dict[str, Tensor]] = []
         contexts: list[dict[str, Tensor]] = []
         for row in rows:
@@ -406,7 +367,7 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Tensors (1, ...) as one; sequences, which may differ in length, are padded with zeros to the longest."""
+    """Concatenate tensors (1, ...); sequences, which may differ in length, are padded with zeros to the longest."""
     longest = max((row.shape[1] for row in rows if row.ndim > 1), default=0)
     padded = [
         row

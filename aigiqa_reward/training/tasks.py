@@ -1,9 +1,10 @@
-"""What a model is fitted to: human scores of images, or which of two images people preferred."""
+"""Tasks that a model is fitted to: human scores of images, or which of two images people preferred."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -20,12 +21,12 @@ from aigiqa_reward.training.recipes import POINTWISE, Recipe
 def pairwise_margin_loss(
     predicted: Float[Tensor, " batch"], target: Float[Tensor, " batch"], *, margin: float = 0.1
 ) -> Float[Tensor, ""]:
-    """Mean over the pairs with different targets of relu(-sign(y_i - y_j) (p_i - p_j) + margin) (MST-CLIPIQA).
+    """Average relu(-sign(y_i - y_j) (p_i - p_j) + margin) over the pairs with different targets (MST-CLIPIQA).
 
     Args:
         predicted: scores, higher is better.
         target: human scores.
-        margin: how far apart a pair should be, in units of `predicted`.
+        margin: required distance of a pair, in units of `predicted`.
 
     Returns:
         A scalar; 0 if all targets are equal.
@@ -38,7 +39,7 @@ def pairwise_margin_loss(
 def preference_loss(
     better: Float[Tensor, " pairs"], worse: Float[Tensor, " pairs"], *, temperature: float = 1.0
 ) -> Float[Tensor, ""]:
-    """Mean of -log sigmoid((Q1 - Q2) / tau) over pairs of which people preferred the first (CPA-IQA; Bradley-Terry).
+    """Average -log sigmoid((Q1 - Q2) / tau) over pairs of which people preferred the first (CPA-IQA; Bradley-Terry).
 
     Args:
         better: scores of the preferred images.
@@ -51,51 +52,17 @@ def preference_loss(
 def pairwise_preference_loss(
     predicted: Float[Tensor, " batch"], target: Float[Tensor, " batch"], *, temperature: float = 1.0
 ) -> Float[Tensor, ""]:
-    """`preference_loss` over every pair of a batch whose targets differ; 0 if all are equal."""
+    """Apply `preference_loss` to every pair of a batch whose targets differ; 0 if all are equal."""
     first, second = torch.nonzero(target[:, None] > target[None], as_tuple=True)
     if len(first) == 0:
         return predicted.sum() * 0
     return preference_loss(predicted[first], predicted[second], temperature=temperature)
 
 
-Scores = tuple[Tensor, Tensor | None]
+Scores: TypeAlias = tuple[Tensor, Tensor | None]
 """Quality (B,) and correspondence (B,), or None where a model has none."""
 
-
-class Task(Protocol):
-    """Examples of a training: what images they need, what they cost, how a validation is judged."""
-
-    @property
-    def paths(self) -> list:
-        """Of all images."""
-        ...
-
-    @property
-    def prompts(self) -> list[str]:
-        """Of all images."""
-        ...
-
-    def rows(self, examples: np.ndarray) -> np.ndarray:
-        """Rows of images that these examples need, in the order `loss` expects."""
-        ...
-
-    def usable(self, examples: np.ndarray, readable: np.ndarray) -> np.ndarray:
-        """The examples all of whose images are readable."""
-        ...
-
-    def check_validation(self, examples: np.ndarray) -> None:
-        """Refuse examples that `measure` could not judge, before anything is trained."""
-        ...
-
-    def loss(self, scores: Scores, examples: np.ndarray, recipe: Recipe) -> Tensor:
-        """Of the scores of `rows(examples)`."""
-        ...
-
-    def measure(
-        self, quality: np.ndarray, correspondence: np.ndarray | None, examples: np.ndarray, monitor: str
-    ) -> float:
-        """How well the scores of `rows(examples)` agree with people; higher is better."""
-        ...
+_Values = TypeVar("_Values", Tensor, np.ndarray)
 
 
 @dataclass
@@ -103,7 +70,7 @@ class ScoreTask:
     """Mean opinion scores, as shares of the best one in the training part.
 
     Attributes:
-        images: with their scores.
+        images: images with their scores.
         targets: (N, 2) quality and correspondence on the models' scale; NaN where people gave none.
     """
 
@@ -112,11 +79,7 @@ class ScoreTask:
 
     @classmethod
     def of(cls, images: ScoredImages, train: np.ndarray) -> ScoreTask:
-        """Scores over their maximum on the rows of the training part, so that 1 is the best human score there.
-
-        Raises:
-            ValueError: the best score there is not above 0, as with scores that were standardized.
-        """
+        """Divide scores by their maximum on the rows of the training part, so that 1 is the best human score there."""
         raw = np.stack([images.quality, images.correspondence], axis=1)
         highest = np.array([np.nanmax(column[train]) if np.isfinite(column[train]).any() else 1.0 for column in raw.T])
         for aspect, best in zip(("quality", "correspondence"), highest, strict=True):
@@ -128,31 +91,31 @@ class ScoreTask:
         return cls(images, raw / highest)
 
     @property
-    def paths(self) -> list:
-        """Of all images."""
+    def paths(self) -> list[Path]:
+        """Files of all images."""
         return list(self.images.paths)
 
     @property
     def prompts(self) -> list[str]:
-        """Of all images."""
+        """Prompts of all images."""
         return list(self.images.prompts)
 
     def means(self, examples: np.ndarray) -> tuple[float, float]:
-        """Mean quality and correspondence of these images; 0.5 where people gave none."""
+        """Return mean quality and correspondence of these images; 0.5 where people gave none."""
         columns = (column[np.isfinite(column)] for column in self.targets[examples].T)
         quality, correspondence = (float(column.mean()) if len(column) else 0.5 for column in columns)
         return quality, correspondence
 
     def rows(self, examples: np.ndarray) -> np.ndarray:
-        """An example is an image."""
+        """Return the images of examples, which are the same."""
         return examples
 
     def usable(self, examples: np.ndarray, readable: np.ndarray) -> np.ndarray:
-        """Those whose image is readable."""
+        """Return the examples whose image is readable."""
         return examples[readable[examples]]
 
     def check_validation(self, examples: np.ndarray) -> None:
-        """A rank correlation needs a few scored images."""
+        """Refuse too few scored images for a rank correlation."""
         scored = int(np.isfinite(self.targets[examples]).sum(axis=0).max(initial=0))
         if scored < MIN_ROWS:
             raise ValueError(
@@ -161,7 +124,7 @@ class ScoreTask:
             )
 
     def loss(self, scores: Scores, examples: np.ndarray, recipe: Recipe) -> Tensor:
-        """The recipe's loss of each aspect that people scored, added."""
+        """Sum the recipe's losses of the aspects that people scored."""
         total = scores[0].sum() * 0
         for predicted, column in zip(scores, self.targets.T, strict=True):
             target = torch.as_tensor(column[examples], dtype=torch.float32)
@@ -174,7 +137,7 @@ class ScoreTask:
     def measure(
         self, quality: np.ndarray, correspondence: np.ndarray | None, examples: np.ndarray, monitor: str
     ) -> float:
-        """Mean over the aspects of SRCC, or of SRCC + PLCC."""
+        """Average SRCC, or SRCC + PLCC, over the aspects."""
         values = []
         for predicted, column in zip((quality, correspondence), self.targets.T, strict=True):
             known = np.isfinite(column[examples])
@@ -209,7 +172,7 @@ class PairTask:
     def __post_init__(self) -> None:
         images = sorted({*self.pairs.better, *self.pairs.worse})
         place = {path: row for row, path in enumerate(images)}
-        # An image may stand in pairs of one prompt only: its prompt is that of any of its pairs.
+        # All pairs of an image have one prompt.
         prompt_of = dict(zip(self.pairs.better, self.pairs.prompts, strict=True))
         prompt_of |= dict(zip(self.pairs.worse, self.pairs.prompts, strict=True))
         self.paths = images
@@ -218,31 +181,33 @@ class PairTask:
         self._worse = np.array([place[path] for path in self.pairs.worse])
 
     def rows(self, examples: np.ndarray) -> np.ndarray:
-        """The preferred images of the pairs, then the others."""
+        """Return the preferred images of the pairs, then the others."""
         return np.concatenate([self._better[examples], self._worse[examples]])
 
     def usable(self, examples: np.ndarray, readable: np.ndarray) -> np.ndarray:
-        """Pairs of which both images are readable."""
+        """Return the pairs whose images are both readable."""
         return examples[readable[self._better[examples]] & readable[self._worse[examples]]]
 
     def check_validation(self, examples: np.ndarray) -> None:
-        """One pair can be judged."""
+        """Accept any number of pairs."""
         del examples
 
     def loss(self, scores: Scores, examples: np.ndarray, recipe: Recipe) -> Tensor:
-        """-log sigmoid of the difference, whatever the recipe's loss for scores is."""
+        """Apply `preference_loss`, whatever the recipe's loss for scores is."""
         better, worse = _total(*scores).chunk(2)
         return preference_loss(better, worse, temperature=recipe.temperature)
 
     def measure(
         self, quality: np.ndarray, correspondence: np.ndarray | None, examples: np.ndarray, monitor: str
     ) -> float:
-        """Share of the pairs in which the preferred image scores higher."""
+        """Return the share of the pairs in which the preferred image scores higher."""
         del examples, monitor
-        total = quality if correspondence is None else (quality + correspondence) / 2
-        better, worse = np.split(total, 2)
+        better, worse = np.split(_total(quality, correspondence), 2)
         return float(np.mean(better > worse))
 
 
-def _total(quality: Tensor, correspondence: Tensor | None) -> Tensor:
+def _total(quality: _Values, correspondence: _Values | None) -> _Values:
     return quality if correspondence is None else (quality + correspondence) / 2
+
+
+Task: TypeAlias = ScoreTask | PairTask
