@@ -104,12 +104,12 @@ def _check_entry(entry: dict[str, Any], where: str) -> tuple[str, list[str], lis
         raise ValueError(f"{where}: expected prompt to be a text, got {prompt!r}")
     _check_list(generations, str, "generations", "image paths", where)
     _check_list(ranking, (int, float), "ranking", "numbers", where)
+    if len(generations) > _MOST_IMAGES:  # they are compared two by two
+        raise ValueError(f"{where}: expected at most {_MOST_IMAGES} images, got {len(generations)}; remove the entry")
     if len(generations) != len(ranking):
         raise ValueError(
             f"{where}: expected one rank per image, got {len(ranking)} for {len(generations)}; remove the entry"
         )
-    if len(generations) > _MOST_IMAGES:  # they are compared two by two
-        raise ValueError(f"{where}: expected at most {_MOST_IMAGES} images, got {len(generations)}; remove the entry")
     repeated = [name for name in generations if generations.count(name) > 1]
     if repeated:
         raise ValueError(f"{where}: {repeated[0]!r} is listed twice; keep one of the two")
