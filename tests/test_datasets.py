@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ Rows = list[dict[str, Any]]
 
 def touch(folder: Path, names: list[str]) -> None:
     """Make empty files: no reader opens an image."""
-    for name in names:
-        if "\0" not in name and len(name) < 200:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).touch()
+    files = [folder / name for name in names if len(name) < 200]
+    for parent in {file.parent for file in files} | {folder}:
+        parent.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        file.touch()
 
 
 def write_csv(file: Path, rows: Rows, columns: list[str] | None = None) -> Path:
@@ -328,7 +330,7 @@ def test_a_wrong_cell_is_placed(tmp_path: Path, name: str, message: str, column:
         ("csv", "scores.csv", b"path,prompt\na/1.png,p\n", "no column quality or correspondence; .*got path, prompt"),
         ("csv", "scores.csv", b"path,prompt,quality,path\na/1.png,p,1,b\n", "each column once, got path several times"),
         ("aigiqa20k", "info_train.csv", b"DALLE2_0000.png,a cat\n", "no column name, prompt, mos"),
-        ("aigiqa20k", "info_train.csv", b"name,prompt,mos\nDALLE2_0000.png,a cat, asleep,1\n", "line 2: .* 3 cells, got 4"),
+        ("aigiqa20k", "info_train.csv", b"name,prompt,mos\nDALLE2_0000.png,a, b,1\n", "line 2: .* 3 cells, got 4"),
         ("aigiqa20k", "info_train.csv", b"name,prompt,mos\nDALLE2_0000.png,caf\xe9,1\n", "CSV file in UTF-8"),
         ("aigiqa20k", "info_train.csv", b"x" * 200_000, r"info_train\.csv: expected a CSV file"),
         ("agiqa1k", "AIGC_MOS_Zscore.xlsx", b"Image,Prompt,MOS", r"expected an \.xlsx sheet, got BadZipFile"),
@@ -438,21 +440,23 @@ def write_prompts(folder: Path, prompts: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared_aigciqa2023(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_aigciqa2023(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Score k of image i is k + i / 2400, its deviation k."""
     folder = tmp_path_factory.mktemp("aigciqa2023")
-    touch(folder / "allimg", [f"{i}.png" for i in range(2400)])
+    for k in (1, 2, 3):
+        write_scores(folder / f"own/DATA/MOS/mosz{k}.mat", k + np.arange(2400)[:, None] / 2400)
+        write_scores(folder / f"own/DATA/STD/SD{k}.mat", np.full((2400, 1), float(k)), "SD")
+    touch(folder / "Image" / "allimg", [f"{i}.png" for i in range(2400)])
+    write_prompts(folder / "own", [f"prompt {p}" for p in range(100)])
     return folder
 
 
 @pytest.fixture
-def aigciqa2023(tmp_path: Path, shared_aigciqa2023: Path) -> Path:
-    """Score k of image i is k + i / 2400, its deviation k."""
-    for k in (1, 2, 3):
-        write_scores(tmp_path / f"DATA/MOS/mosz{k}.mat", k + np.arange(2400)[:, None] / 2400)
-        write_scores(tmp_path / f"DATA/STD/SD{k}.mat", np.full((2400, 1), float(k)), "SD")
-    (tmp_path / "Image").symlink_to(shared_aigciqa2023, target_is_directory=True)
-    write_prompts(tmp_path, [f"prompt {p}" for p in range(100)])
-    return tmp_path
+def aigciqa2023(tmp_path: Path, whole_aigciqa2023: Path) -> Path:
+    """A copy to change, with the same images."""
+    shutil.copytree(whole_aigciqa2023 / "own", tmp_path / "data")
+    (tmp_path / "data" / "Image").symlink_to(whole_aigciqa2023 / "Image", target_is_directory=True)
+    return tmp_path / "data"
 
 
 def test_aigciqa2023_finds_prompt_and_generator_of_each_image(aigciqa2023: Path) -> None:

@@ -1,3 +1,5 @@
+"""Correlations, selection gain, controls and bootstrap intervals against scipy, loops and least squares."""
+
 from __future__ import annotations
 
 import math
@@ -7,7 +9,6 @@ import pytest
 from scipy import stats
 
 from aigiqa_reward.evaluation import (
-    Interval,
     Logistic4,
     bootstrap_interval,
     bootstrap_intervals,
@@ -25,7 +26,7 @@ from aigiqa_reward.evaluation import (
 # --------------------------------------------------------------------------------------------- correlations
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_correlations_agree_with_scipy_with_ties(seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = rng.normal(size=80).round(1)
@@ -39,21 +40,16 @@ def test_correlations_agree_with_scipy_with_ties(seed: int) -> None:
     assert found.krcc == pytest.approx(greater.sum() / untied, abs=1e-12)  # tau-b, from its definition
 
 
-def test_fit_is_at_least_as_good_as_a_line_and_measured_in_target_units() -> None:
+def test_fit_is_at_least_as_good_as_a_line_and_its_sign_is_in_srcc_only() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=200)
     y = 3 * x + rng.normal(size=200)
     found = correlations(100 * x + 7, y)
     line = np.polyval(np.polyfit(x, y, 1), x)
-    assert found.rmse <= math.sqrt(np.mean((line - y) ** 2)) * 1.001
+    assert found.rmse <= math.sqrt(np.mean((line - y) ** 2)) * 1.001  # in the target's units
     assert found.plcc_fitted >= found.plcc - 1e-3
-
-
-def test_reversed_predictor_has_its_sign_in_srcc_only() -> None:
-    x = np.random.default_rng(0).normal(size=50)
     found = correlations(-x, 1 / (1 + np.exp(-x)))
-    assert found.srcc == pytest.approx(-1)
-    assert found.krcc == pytest.approx(-1)
+    assert (found.srcc, found.krcc) == (pytest.approx(-1), pytest.approx(-1))
     assert found.plcc < -0.9
     assert found.plcc_fitted == pytest.approx(1, abs=1e-6)
 
@@ -101,13 +97,6 @@ def test_logistic_recovers_the_curve_that_made_the_data(true: Logistic4) -> None
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-4, abs=1e-4), name
 
 
-def test_logistic_reaches_the_noise_of_the_data() -> None:
-    rng = np.random.default_rng(1)
-    true = Logistic4(b1=5.0, b2=1.0, b3=0.0, b4=0.5)
-    x = rng.normal(size=2000)
-    assert correlations(x, true(x) + 0.3 * rng.normal(size=2000)).rmse == pytest.approx(0.3, abs=0.02)
-
-
 # --------------------------------------------------------------------------------------------- selection gain
 
 
@@ -123,7 +112,7 @@ def loop_gain(predicted: np.ndarray, target: np.ndarray, groups: np.ndarray) -> 
     return picked / possible
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_selection_gain_agrees_with_loops_on_uneven_groups_with_ties(seed: int) -> None:
     rng = np.random.default_rng(seed)
     groups = np.array([f"g{i}" for i in rng.integers(0, 15, size=100)])
@@ -192,7 +181,7 @@ def unbalanced_design(seed: int, rows: int = 300) -> tuple[np.ndarray, np.ndarra
     return first, second, rng.normal(size=8)[first] + 5 * rng.normal(size=30)[second] + 100
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_centering_removes_additive_effects_exactly(seed: int) -> None:
     first, second, effects = unbalanced_design(seed)
     noise = np.random.default_rng(seed + 100).normal(size=len(effects))
@@ -217,7 +206,7 @@ def test_centered_srcc_sees_only_what_the_effects_do_not_explain() -> None:
         centered(signal, first[:5])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_centered_srcc_does_not_break_ties_by_rounding(seed: int) -> None:
     """Oracle: a balanced design in whole numbers, 35 times the residuals, of which many are equal."""
     rows, columns = np.repeat(np.arange(5), 7), np.tile(np.arange(7), 5)
@@ -238,12 +227,12 @@ def test_centered_srcc_does_not_break_ties_by_rounding(seed: int) -> None:
 
 def test_bootstrap_interval_covers_a_known_mean() -> None:
     rng = np.random.default_rng(0)
-    groups, covered, trials = np.repeat(np.arange(50), 4), 0, 300
+    groups, covered, trials = np.repeat(np.arange(50), 4), 0, 100
     for trial in range(trials):
         values = 2.0 + rng.normal(size=50)[groups] + 0.5 * rng.normal(size=200)  # alike within a group
-        found = bootstrap_interval(lambda rows, _, v=values: float(v[rows].mean()), groups, repeats=200, seed=trial)
+        found = bootstrap_interval(lambda rows, _, v=values: float(v[rows].mean()), groups, repeats=100, seed=trial)
         covered += found.low <= 2.0 <= found.high
-    assert 0.90 <= covered / trials <= 0.98  # resampling rows instead of groups would cover about 0.65
+    assert 0.86 <= covered / trials <= 0.99  # resampling rows instead of groups would cover about 0.65
 
 
 def test_a_group_drawn_twice_is_two_groups_with_all_its_rows() -> None:
@@ -288,7 +277,3 @@ def test_bootstrap_is_seeded_and_paired() -> None:
             bootstrap_intervals(both, groups, **wrong)
     with pytest.raises(ValueError, match="groups"):
         bootstrap_intervals(both, [])
-
-
-def test_interval_prints_for_a_table() -> None:
-    assert str(Interval(estimate=0.5, low=-0.25, high=0.75)) == "0.500 [-0.250, 0.750]"

@@ -1,3 +1,5 @@
+"""Scores of splits, their summary over seeds, and the ridge control, against scipy, loops and least squares."""
+
 from __future__ import annotations
 
 import csv
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from test_evaluation import loop_gain
 
 from aigiqa_reward.evaluation import (
     PUBLISHED,
@@ -58,22 +61,11 @@ def report(*scores: SplitScores) -> ProtocolReport:
 # --------------------------------------------------------------------------------------------- one split
 
 
-def loop_gain(predicted: np.ndarray, target: np.ndarray, groups: list[str]) -> float:
-    picked = possible = 0.0
-    for group in set(groups):
-        rows = [i for i in range(len(groups)) if groups[i] == group]
-        top = max(predicted[i] for i in rows)
-        tied = [target[i] for i in rows if predicted[i] == top]
-        mean = sum(target[i] for i in rows) / len(rows)
-        picked, possible = picked + sum(tied) / len(tied) - mean, possible + max(target[i] for i in rows) - mean
-    return picked / possible
-
-
 def dummies(*groupings: list[str]) -> np.ndarray:
     return np.hstack([np.array(labels)[:, None] == np.unique(labels) for labels in groupings]).astype(float)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_scores_of_a_split_agree_with_scipy_loops_and_least_squares(seed: int) -> None:
     split = make_split(seed)
     x, y, prompts = split["predicted"], split["target"], split["prompts"]
@@ -86,9 +78,9 @@ def test_scores_of_a_split_agree_with_scipy_loops_and_least_squares(seed: int) -
     fitted = fit_logistic4(x, y)(x)
     assert found.plcc_fitted == pytest.approx(stats.pearsonr(fitted, y)[0])
     assert found.rmse == pytest.approx(math.sqrt(np.mean((fitted - y) ** 2)))
-    assert found.gain == pytest.approx(loop_gain(x, y, prompts))
+    assert found.gain == pytest.approx(loop_gain(x, y, np.array(prompts)))
     inside = [i for i in range(len(x)) if split["generators"][i].startswith("sd1.5")]
-    assert found.gain_within == pytest.approx(loop_gain(x[inside], y[inside], [prompts[i] for i in inside]))
+    assert found.gain_within == pytest.approx(loop_gain(x[inside], y[inside], np.array(prompts)[inside]))
     design = dummies(prompts, split["generators"])
     untied = x + 0.01 * np.random.default_rng(seed).normal(size=len(x))  # rounding would part ties of what is left
     left = [values - design @ np.linalg.lstsq(design, values, rcond=None)[0] for values in (untied, y)]
@@ -98,34 +90,33 @@ def test_scores_of_a_split_agree_with_scipy_loops_and_least_squares(seed: int) -
     assert found.right_prompt_auc == pytest.approx(sum(wins) / len(wins))
 
 
-def test_what_a_split_cannot_tell_is_nan() -> None:
+def test_undefined_measures_are_nan() -> None:
     split = make_split()
-    rows = len(split["target"])
-    found = score_split(0, "model", task="quality", **split)
-    assert math.isnan(found.right_prompt_auc)
-    assert not any(math.isnan(getattr(found, name)) for name in MEASURES[:-1])
-    flat = score_split(0, "constant", task="quality", **{**split, "predicted": np.full(rows, 0.3)})
-    assert all(math.isnan(getattr(flat, name)) for name in (*CORRELATIONS, "centered_srcc"))
-    assert (flat.gain, flat.gain_within, flat.rmse) == (0.0, 0.0, pytest.approx(split["target"].std()))
-    even = score_split(0, "model", task="quality", **{**split, "target": np.full(rows, 3.0)})
-    assert all(math.isnan(getattr(even, name)) for name in (*CORRELATIONS, "centered_srcc", "gain", "gain_within"))
+    rows, found = len(split["target"]), score_split(0, "model", task="quality", **split)
+
+    def undefined(**changes: Any) -> set[str]:
+        scores = score_split(0, "model", task="quality", **{**split, **changes})
+        return {name for name in MEASURES if math.isnan(getattr(scores, name))}
+
+    assert undefined() == {"right_prompt_auc"}
+    alike = {*CORRELATIONS, "centered_srcc", "right_prompt_auc"}
+    assert undefined(predicted=np.full(rows, 0.3)) == alike
+    assert undefined(target=np.full(rows, 3.0)) == {*alike, "gain", "gain_within"}
     for other in ("glide", None):
-        without = score_split(0, "model", task="quality", **split, same_generator=other)
-        assert math.isnan(without.gain_within)
-        assert without.gain == found.gain
-    alone = score_split(0, "model", task="quality", **{**split, "prompts": [str(i) for i in range(rows)]})
-    assert all(math.isnan(value) for value in (alone.centered_srcc, alone.gain, alone.gain_within))
-    assert alone.srcc == found.srcc
+        assert undefined(same_generator=other) == {"gain_within", "right_prompt_auc"}
+    alone = {"centered_srcc", "gain", "gain_within", "right_prompt_auc"}
+    assert undefined(prompts=[str(i) for i in range(rows)]) == alone
     of_generator = [len(name) + ord(name[0]) for name in split["generators"]]
-    known = score_split(0, "generator", task="quality", **{**split, "predicted": of_generator})
-    assert math.isnan(known.centered_srcc)
-    assert known.srcc == pytest.approx(stats.spearmanr(of_generator, split["target"])[0])
+    assert undefined(predicted=of_generator) == {"centered_srcc", "right_prompt_auc"}
+    flat = score_split(0, "constant", task="quality", **{**split, "predicted": np.full(rows, 0.3)})
+    assert (flat.gain, flat.gain_within, flat.rmse) == (0.0, 0.0, pytest.approx(split["target"].std()))
+    assert found.gain == score_split(0, "model", task="quality", **split, same_generator=None).gain
 
 
 def test_centering_is_refused_where_nothing_would_be_left_or_nothing_removed() -> None:
     rng = np.random.default_rng(0)
     decided = set()
-    for rows in rng.integers(5, 14, size=24):
+    for rows in rng.integers(5, 14, size=10):
         prompts, generators = ([str(i) for i in rng.integers(0, count, size=rows)] for count in (4, 3))
         x, y = rng.normal(size=rows), rng.normal(size=rows)
         found = score_split(
@@ -180,17 +171,8 @@ def test_malformed_splits_are_refused(changes: dict[str, Any], message: str) -> 
         "generators": ["x", "y", "x"],
         **changes,
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         score_split(given.pop("seed"), given.pop("predictor"), **given)
-
-
-def test_scores_are_finite_or_nan_and_of_some_images() -> None:
-    with pytest.raises(ValueError, match="gain: expected a finite number"):
-        entry(0, gain=math.inf)
-    with pytest.raises(ValueError, match="images: expected at least one"):
-        entry(0, images=0)
-    given = entry(np.int64(3), srcc=np.float32(0.25))  # pyright: ignore[reportArgumentType]
-    assert json.loads(json.dumps(given.as_dict()))["seed"] == 3
 
 
 # --------------------------------------------------------------------------------------------- all seeds
@@ -255,23 +237,16 @@ def test_difference_pairs_seeds() -> None:
         apart.difference("quality", "model", "gate")
 
 
-def test_a_report_grows_and_an_interrupted_run_resumes(tmp_path: Path) -> None:
+def test_a_report_grows(tmp_path: Path) -> None:
     path = tmp_path / "protocol.json"
-    empty = report()
-    assert empty.summary() == ()
-    empty.save(path)
-    scored = []
-    for _ in range(2):  # the second run finds all seeds done
-        for seed in range(4):
-            found = ProtocolReport.load(path)
-            if not found.done(seed, "model", "quality"):
-                scored.append(seed)
-                found.with_scores([entry(seed), entry(seed, task="correspondence")]).save(path)
-    assert scored == [0, 1, 2, 3]
+    report().save(path)
+    for seed in range(3):
+        found = ProtocolReport.load(path)
+        assert not found.done(seed, "model", "quality")
+        found.with_scores([entry(seed), entry(seed, task="correspondence")]).save(path)
     found = ProtocolReport.load(path)
-    assert len(found.scores) == 8
-    assert not found.done(0, "ridge", "quality")
-    assert empty.scores == ()
+    assert len(found.scores) == 6
+    assert found.done(2, "model", "quality") and not found.done(0, "ridge", "quality")
     assert [file.name for file in tmp_path.iterdir()] == ["protocol.json"]
     with pytest.raises(ValueError, match=r"scores: .*\(2, 'model', 'quality'\) again"):
         found.with_scores([entry(2)])
@@ -282,43 +257,43 @@ def test_reports_round_trip_with_every_digit(tmp_path: Path) -> None:
     before = report(
         score_split(7, "gate -> mean, größer", task="correspondence", **split),
         score_split(7, "constant", task="quality", **{**split, "predicted": np.zeros(len(split["target"]))}),
+        entry(np.int64(3), srcc=np.float32(0.25)),  # pyright: ignore[reportArgumentType]
     )
     path = before.save(tmp_path / "new" / "protocol.json")
     after = ProtocolReport.load(str(path))
     assert (after.title, after.protocol) == (before.title, before.protocol)
     for one, two in zip(before.scores, after.scores, strict=True):
-        for field in fields(SplitScores):
-            old, new = getattr(one, field.name), getattr(two, field.name)
+        for old, new in zip(vars(one).values(), vars(two).values(), strict=True):
             assert type(old) is type(new)
-            assert old == new or (math.isnan(old) and math.isnan(new)), field.name
+            assert old == new or (math.isnan(old) and math.isnan(new))
     assert json.loads(path.read_text(encoding="utf-8")) == before.as_dict()
     assert "NaN" not in path.read_text()
 
 
-def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+def test_faulty_reports_and_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "protocol.json"
     with pytest.raises(ValueError, match="no file"):
         ProtocolReport.load(path)
     with pytest.raises(ValueError, match=r"ends in \.json"):
         report().save(tmp_path / "protocol.csv")
     good = report(entry(0)).as_dict()
+    scores = good["scores"][0]
     for content, message in (
         ("{", "not a file of ProtocolReport.save"),
         ("[]", "not a file of ProtocolReport.save"),
-        ("{}", "not a file of ProtocolReport.save"),
-        (json.dumps({**good, "format": 2}), "format 1 .* got 2"),
+        (json.dumps({**good, "format": 2}), "format 1, got 2"),
         (json.dumps({**good, "extra": 1}), "extra"),
-        (json.dumps({**good, "scores": [{"seed": 1}]}), "does not hold a protocol report"),
-        (json.dumps({**good, "scores": [{**good["scores"][0], "srcc": "high"}]}), "does not hold a protocol report"),
-        (json.dumps({**good, "scores": good["scores"] * 2}), "again"),
+        (json.dumps({**good, "scores": [{"seed": 1}]}), "not a file of ProtocolReport.save"),
+        (json.dumps({**good, "scores": [{**scores, "srcc": "high"}]}), "not a file of ProtocolReport.save"),
+        (json.dumps({**good, "scores": [{**scores, "gain": 1e999}]}), "gain: expected a finite number"),
+        (json.dumps({**good, "scores": [{**scores, "images": 0}]}), "images: expected an integer of at least 1"),
+        (json.dumps({**good, "scores": [scores] * 2}), "again"),
+        (json.dumps({**good, "title": ""}), "title: expected one line"),
+        (json.dumps({**good, "protocol": None}), "protocol: expected a text, got None"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             ProtocolReport.load(path)
-    with pytest.raises(ValueError, match="title: expected one line"):
-        ProtocolReport(title="", protocol="")
-    with pytest.raises(ValueError, match="protocol: expected a text, got None"):
-        ProtocolReport(title="t", protocol=None)  # pyright: ignore[reportArgumentType]
 
 
 def test_csv_is_tidy_and_exact() -> None:
@@ -360,7 +335,7 @@ def test_markdown_has_a_table_a_task_and_says_what_is_missing() -> None:
     assert report().markdown().endswith("No seed has been scored.\n")
 
 
-def test_every_measure_stands_in_its_column() -> None:
+def test_every_measure_is_in_its_column() -> None:
     places = {name: place / 10 for place, name in enumerate(MEASURES)}
     line = report(entry(0, **places)).markdown().splitlines()[8]
     shown = [cell.strip() for cell in line.split("|")[2:-1]]
@@ -422,8 +397,7 @@ def by_hand(x: np.ndarray, y: np.ndarray, t: np.ndarray, groups: list[str], pena
     return augmented(x, y, t, min(errors, key=lambda penalty: errors[penalty]))
 
 
-@pytest.mark.parametrize(("rows", "width"), [(60, 8), (40, 90), (30, 30), (41, 1)])
-@pytest.mark.parametrize("noise", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize(("rows", "width", "noise"), [(60, 8, 0.1), (40, 90, 3.0), (30, 30, 30.0), (41, 1, 3.0)])
 def test_ridge_agrees_with_augmented_least_squares(rows: int, width: int, noise: float) -> None:
     rng = np.random.default_rng(rows + width)
     x = rng.normal(size=(rows, width)) * rng.uniform(0.1, 10, size=width) + rng.normal(size=width)
@@ -454,18 +428,8 @@ def test_ridge_ignores_units_and_constant_features() -> None:
     assert ridge_predict(x, y, t[:0], groups_train=groups).shape == (0,)
 
 
-def test_ridge_learns_a_line_and_shrinks_noise() -> None:
-    rng = np.random.default_rng(0)
-    x, t, groups = rng.normal(size=(300, 10)), rng.normal(size=(100, 10)), np.arange(300) // 6
-    weights = rng.normal(size=10)
-    assert ridge_predict(x, x @ weights, t, groups_train=groups) == pytest.approx(t @ weights, abs=0.02)
-    noise = rng.normal(size=300)
-    assert ridge_predict(x, noise, t, groups_train=groups).std() < 0.1
-    assert stats.spearmanr(ridge_predict(x, x @ weights + noise, t, groups_train=groups), t @ weights)[0] > 0.95
-
-
 def test_ridge_chooses_by_groups_not_by_rows() -> None:
-    """Features that only tell the group apart predict other rows of it, and no other group."""
+    """Features that only identify the group predict other rows of it, and no other group."""
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(20), 10)
     x = np.eye(20)[groups] + 1e-3 * rng.normal(size=(200, 20))
@@ -482,7 +446,7 @@ def test_ridge_chooses_by_groups_not_by_rows() -> None:
         ({"features_train": np.zeros((5, 2))}, "equal lengths, got 5 and 6"),
         ({"features_train": np.full((6, 2), np.nan)}, "features_train: expected finite numbers"),
         ({"features_test": np.zeros((3, 4))}, "features_test: expected 2 columns .* got 4"),
-        ({"features_test": np.full((3, 2), np.inf)}, "features_test: expected finite numbers, .* the first 0"),
+        ({"features_test": np.full((3, 2), np.inf)}, "features_test: expected finite numbers, .* the first row 0"),
         ({"target_train": [1, 2, 3, 4, 5, np.nan]}, "target_train: .*row 5"),
         ({"groups_train": [0, 1]}, "groups_train: expected 6 labels"),
         ({"groups_train": [0] * 6}, "groups_train: expected at least two groups"),
@@ -502,6 +466,7 @@ def test_ridge_refuses_malformed_input(changes: dict[str, Any], message: str) ->
         ridge_predict(**given)
 
 
+@pytest.mark.slow
 def test_measuring_loads_no_torch() -> None:
     code = "import sys, aigiqa_reward.evaluation; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

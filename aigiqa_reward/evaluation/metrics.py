@@ -36,7 +36,7 @@ def numbers(values: Numbers, argument: str) -> np.ndarray:
 
 def check_finite(array: np.ndarray, argument: str) -> np.ndarray:
     """Return an array (N, ...), checked to hold finite numbers."""
-    bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
     if len(bad):
         raise ValueError(
             f"{argument}: expected finite numbers, got NaN or infinite ones in {len(bad)} rows, the first "
