@@ -149,12 +149,12 @@ def test_prompts_that_are_held_out_are_not_seen_as_wrong_ones_either(bench: Benc
     assert not changed(*trained)
 
 
-def test_one_prompt_has_no_other_to_be_held_against(bench: Bench) -> None:
+def test_one_prompt_has_no_wrong_one(bench: Bench) -> None:
     task = ScoreTask.of(replace(bench.images, prompts=("a red house",) * len(bench.images)), bench.split.train)
     found = []
     for weight in (0.0, 0.5):
         model = tiny_model("mst_clipiqa", bench.clip)
-        bench.fit(model, replace(QUICK, mismatch_weight=weight, epochs=2), task=task)
+        bench.fit(model, replace(QUICK, mismatch_weight=weight, epochs=1), task=task)
         found.append(weights(model))
     assert not changed(*found)
 
@@ -250,7 +250,7 @@ def test_the_seed_decides_everything_and_global_randomness_is_left_alone(bench: 
     assert changed(found[0][1], found[2][1])
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 16, 1000])
+@pytest.mark.parametrize("batch_size", [7, 1000])
 def test_every_epoch_shows_every_example_once(bench: Bench, batch_size: int) -> None:
     model = tiny_model("mst_clipiqa", bench.clip)
     source, part = bench.source(model), bench.split.train[:33]
@@ -266,13 +266,14 @@ def test_every_epoch_shows_every_example_once(bench: Bench, batch_size: int) -> 
     assert len(seen) == 2 * max(1, 33 // batch_size)
     assert np.ptp([len(step) for step in seen]) <= 1
     rows = np.concatenate(seen)
-    expected = source.seen(part, torch.device("cpu"))["coarse"].numpy()
+    expected = source.look(model, part, torch.device("cpu"))[0]["coarse"].numpy()
     assert Counter(map(bytes, rows)) == Counter(map(bytes, np.concatenate([expected, expected])))
 
 
 def test_early_stopping_keeps_the_best_epoch(bench: Bench) -> None:
     model = tiny_model("mst_clipiqa", bench.clip)
-    result = bench.fit(model, replace(QUICK, learning_rate=0.03, epochs=60, patience=3, schedule="constant"))
+    recipe = replace(QUICK, learning_rate=0.03, epochs=60, patience=3, schedule="constant")
+    result = bench.fit(model, recipe)
     values = [entry["validation"] for entry in result.history]
     assert result.stopped_early
     assert len(values) == result.best_epoch + 3 < 60
@@ -282,16 +283,11 @@ def test_early_stopping_keeps_the_best_epoch(bench: Bench) -> None:
     people = bench.images.quality[rows], bench.images.correspondence[rows]
     measured = np.mean([spearmanr(x, y)[0] for x, y in zip(scores, people, strict=True)])
     assert measured == pytest.approx(result.best), "the weights are those of that epoch"
-
-
-def test_the_last_epoch_is_kept_where_the_recipe_says_so(bench: Bench) -> None:
-    recipe = replace(QUICK, learning_rate=0.03, epochs=12, schedule="constant")
-    best, last = (tiny_model("mst_clipiqa", bench.clip) for _ in range(2))
-    first, second = bench.fit(best, recipe), bench.fit(last, replace(recipe, keep="last"))
-    assert [entry["validation"] for entry in first.history] == [entry["validation"] for entry in second.history]
-    assert (second.best_epoch, second.best) == (12, second.history[-1]["validation"])
-    assert first.best_epoch < 12, "else the comparison would mean nothing"
-    assert any(not torch.equal(a, b) for a, b in zip(best.head.parameters(), last.head.parameters(), strict=True))
+    last = tiny_model("mst_clipiqa", bench.clip)
+    second = bench.fit(last, replace(recipe, epochs=len(values), patience=None, keep="last"))
+    assert [entry["validation"] for entry in second.history] == values
+    assert (second.best_epoch, second.best) == (len(values), values[-1])
+    assert any(not torch.equal(a, b) for a, b in zip(model.head.parameters(), last.head.parameters(), strict=True))
 
 
 # --------------------------------------------------------------------------------------------- refusals

@@ -1,4 +1,4 @@
-"""Losses, rates and recipes, held against loops, scipy and torch.distributions."""
+"""Losses, rates and recipes against loops, scipy and torch.distributions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from aigiqa_reward.datasets import PreferencePairs, ScoredImages
 from aigiqa_reward.rewards.build import SYSTEMS
-from aigiqa_reward.training.fit import RunningSRCC, rate
+from aigiqa_reward.training.fit import _RunningSRCC, rate
 from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
 from aigiqa_reward.training.tasks import (
     POINTWISE,
@@ -54,10 +54,9 @@ def bradley_terry_by_loops(predicted: list[float], target: list[float], temperat
     return sum(terms) / len(terms) if terms else 0.0
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("count", [1, 2, 9])
-def test_pairwise_losses_equal_their_sums(count: int, seed: int) -> None:
-    predicted, target = scores(count, seed), (scores(count, seed + 50) * 4).round()  # with ties
+def test_pairwise_losses_equal_their_sums(count: int) -> None:
+    predicted, target = scores(count, 0), (scores(count, 50) * 4).round()  # with ties
     for value in (0.0, 0.1, 0.7):
         expected = margin_by_loops(predicted.tolist(), target.tolist(), value)
         assert float(pairwise_margin_loss(predicted, target, margin=value)) == pytest.approx(expected, abs=1e-12)
@@ -67,20 +66,14 @@ def test_pairwise_losses_equal_their_sums(count: int, seed: int) -> None:
         assert float(found) == pytest.approx(expected, abs=1e-12)
 
 
-def test_preference_loss_of_given_pairs_and_of_extreme_differences() -> None:
-    better, worse = scores(6, 0), scores(6, 1)
-    for temperature in (0.1, 1.0):
-        logits = (better - worse) / temperature
-        expected = -torch.distributions.Bernoulli(logits=logits).log_prob(torch.ones(6).double()).mean()
-        assert float(preference_loss(better, worse, temperature=temperature)) == pytest.approx(float(expected))
-    assert float(preference_loss(-torch.ones(1) * 1e4, torch.ones(1) * 1e4)) == pytest.approx(2e4)
-
-
-def test_pointwise_losses_equal_numpy() -> None:
+def test_losses_of_scores_and_of_given_pairs_equal_numpy_and_bernoulli() -> None:
     predicted, target = scores(7, 0) * 3, scores(7, 1)
     error = (predicted - target).numpy()
     expected = {"mse": (error**2).mean(), "mae": np.abs(error).mean(), "smooth_l1": huber(1.0, error).mean()}
     assert {name: float(loss(predicted, target)) for name, loss in POINTWISE.items()} == pytest.approx(expected)
+    wins = torch.distributions.Bernoulli(logits=(predicted - target) / 0.1).log_prob(torch.ones(7).double())
+    assert float(preference_loss(predicted, target, temperature=0.1)) == pytest.approx(-float(wins.mean()))
+    assert float(preference_loss(-torch.ones(1) * 1e4, torch.ones(1) * 1e4)) == pytest.approx(2e4)
 
 
 ALL: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -128,13 +121,9 @@ def test_targets_are_shares_of_the_best_training_score() -> None:
     task = ScoreTask.of(scored([1.0, 2.0, 8.0], [3.0, NAN, 6.0]), np.array([0, 1]))
     assert np.array_equal(task.targets, [[0.5, 1.0], [1.0, NAN], [4.0, 2.0]], equal_nan=True)
     assert np.isnan(ScoreTask.of(scored([1.0, 2.0], [NAN, NAN]), np.array([0, 1])).targets[:, 1]).all()
-
-
-@pytest.mark.parametrize("best", [0.0, -1.0])
-def test_scores_without_a_positive_best_one_are_refused(best: float) -> None:
-    """Divided by a negative best score, the order of images would turn round."""
-    with pytest.raises(ValueError, match="quality: expected a best training score above 0"):
-        ScoreTask.of(scored([best, -2.0, -3.0], [1.0, 1.0, 2.0]), np.arange(3))
+    for best in (0.0, -1.0):  # divided by a negative best score, the order of images would turn round
+        with pytest.raises(ValueError, match="quality: expected a best training score above 0"):
+            ScoreTask.of(scored([best, -2.0, -3.0], [1.0, 1.0, 2.0]), np.arange(3))
 
 
 @pytest.mark.parametrize("loss", ["mse", "mae", "smooth_l1", "pairwise", "none"])
@@ -180,7 +169,7 @@ def test_validation_is_the_mean_over_the_scored_aspects() -> None:
 def test_the_running_figure_leaves_out_images_that_nobody_scored() -> None:
     quality = [NAN] * 9 + [1.0, 2.0, 3.0]
     task = ScoreTask.of(scored(quality, [NAN] * 12), np.arange(12))
-    running = RunningSRCC(task)
+    running = _RunningSRCC(task)
     for _ in range(10):
         running.add(torch.zeros(3), np.array([0, 1, 2]))
     assert running.srcc == "-"
@@ -215,72 +204,45 @@ def test_preferences_pull_their_images_apart_and_count_what_was_ordered_right() 
 
 
 INVALID: dict[str, tuple[object, ...]] = {
-    "loss": ("huber", "", None, 1),
-    "optimizer": ("sgd", "Adam", None),
-    "schedule": ("linear", None),
-    "monitor": ("loss", "plcc", None),
-    "keep": ("first", None),
-    **dict.fromkeys(("batch_size", "epochs", "step_epochs"), (0, -1, 1.5, True, None, "8")),
-    **dict.fromkeys(("crops", "patience"), (0, -1, 2.0, True, "8")),
-    **dict.fromkeys(("temperature", "learning_rate", "step_factor", "clip_norm"), (0.0, -1.0, NAN, math.inf)),
+    **dict.fromkeys(("loss", "optimizer", "schedule", "monitor", "keep"), ("other", None)),
+    **dict.fromkeys(("batch_size", "epochs", "step_epochs"), (0, 1.5, True, None, "8")),
+    **dict.fromkeys(("crops", "patience"), (0, 2.0)),
+    **dict.fromkeys(("temperature", "learning_rate", "step_factor", "clip_norm"), (0.0, NAN, math.inf, "1")),
     **dict.fromkeys(
         ("rank_weight", "margin", "mismatch_weight", "mismatch_margin", "weight_decay", "warmup_epochs"),
         (-0.1, NAN, math.inf),
     ),
     "ema": (-0.1, 1.0, NAN),
+    "train_towers": (1,),
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in INVALID.items() for value in values])
-def test_an_invalid_setting_is_named(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected .*{value!r}".replace("+", r"\+")):
-        Recipe(**{name: value})  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_setting_is_named(name: str) -> None:
+    for value in INVALID[name]:
+        with pytest.raises((ValueError, TypeError), match=f"^{name}: expected .*{value!r}"):
+            Recipe(**{name: value})  # pyright: ignore[reportArgumentType]
 
 
-def test_a_recipe_that_trains_nothing_is_refused() -> None:
+def test_settings_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^loss: 'none' leaves nothing"):
         Recipe(loss="none")
     assert Recipe(loss="none", rank_weight=1.0).rank_weight == 1.0
-
-
-def test_patience_and_keeping_the_last_epoch_exclude_each_other() -> None:
     with pytest.raises(ValueError, match=r"^patience: .*keep='best'"):
         Recipe(keep="last", patience=3)
 
 
-PAPERS = {  # as the papers list them; what no source gives is not held here
+ADAMW = {"optimizer": "adamw", "train_towers": True}
+PAPERS: dict[str, dict[str, object]] = {  # as the papers list them; values that no source gives are left out
     "mst_clipiqa": {"loss": "mse", "rank_weight": 1.0, "margin": 0.1, "epochs": 20, "train_towers": False},
-    "tsp_mgs": {
-        "loss": "mae",
-        "optimizer": "adamw",
-        "learning_rate": 5e-6,
-        "weight_decay": 5e-4,
-        "batch_size": 16,
-        "epochs": 20,
-        "crops": 8,
-        "train_towers": True,
-    },
-    "sc_agiqa": {
-        "loss": "smooth_l1",
-        "learning_rate": 1e-5,
-        "weight_decay": 0.05,
-        "schedule": "step",
-        "step_epochs": 3,
-        "step_factor": 0.1,
-        "warmup_epochs": 3,
-        "crops": 3,
-    },
-    "ma_agiqa": {
-        "loss": "mse",
-        "optimizer": "adam",
-        "learning_rate": 1e-5,
-        "weight_decay": 1e-5,
-        "batch_size": 8,
-        "epochs": 30,
-        "monitor": "srcc+plcc",
-    },
+    "tsp_mgs": {**ADAMW, "loss": "mae", "learning_rate": 5e-6, "weight_decay": 5e-4, "batch_size": 16, "crops": 8},
+    "sc_agiqa": {**ADAMW, "loss": "smooth_l1", "learning_rate": 1e-5, "weight_decay": 0.05, "schedule": "step"},
+    "ma_agiqa": {"loss": "mse", "optimizer": "adam", "learning_rate": 1e-5, "weight_decay": 1e-5, "batch_size": 8},
     "cpa_iqa": {"loss": "pairwise"},
 }
+PAPERS["tsp_mgs"]["epochs"] = 20
+PAPERS["sc_agiqa"] |= {"step_epochs": 3, "step_factor": 0.1, "warmup_epochs": 3, "crops": 3}
+PAPERS["ma_agiqa"] |= {"epochs": 30, "monitor": "srcc+plcc"}
 
 
 @pytest.mark.parametrize("name", PAPERS)

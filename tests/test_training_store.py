@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from aigiqa_reward.rewards.build import build_model
 from aigiqa_reward.training.store import FeatureStore, LiveImages, asked_prompts, store_features
 
 CPU = torch.device("cpu")
+NO_CROPS: Any = SimpleNamespace(crop_features=())
 FLOAT16 = {"rtol": 2**-10, "atol": 1e-6}  # twice what rounding to 11 significant bits may change
 
 
@@ -36,7 +38,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ScoredImages:
-    """160 images of one size: a store of them is written down after every 64."""
+    """160 images of one size: the progress of a store of them is written every 64."""
     return write_scored_images(tmp_path_factory.mktemp("data"), prompts=20, images=8)
 
 
@@ -77,7 +79,7 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 def assert_holds(found: FeatureStore, features: dict[str, torch.Tensor], rows: Any = None) -> None:
     """That these are the features of all images, or of these rows."""
-    seen = found.seen(np.arange(len(found)) if rows is None else np.asarray(rows), CPU)
+    seen, _ = found.look(NO_CROPS, np.arange(len(found)) if rows is None else np.asarray(rows), CPU)
     assert {tensor.dtype for tensor in seen.values()} == {torch.float32}
     torch.testing.assert_close(seen, features, **FLOAT16)
 
@@ -92,7 +94,7 @@ def test_features_are_what_the_towers_see_in_any_order(
     assert_holds(found, features)
     mixed = [7, 0, 7, 159]
     assert_holds(found, {name: tensor[mixed] for name, tensor in features.items()}, mixed)
-    assert found.context(np.arange(2), CPU) is None
+    assert found.look(NO_CROPS, np.arange(2), CPU)[1] is None
     assert found.readable.all() and not found.unreadable
 
 
@@ -102,7 +104,7 @@ def test_images_of_many_sizes_and_crops(images: ScoredImages, clip: Path, tmp_pa
         Image.open(part.paths[row]).resize(size).save(part.paths[row])
     model = tiny_model("tsp_mgs", clip)
     found = store(model, part, tmp_path / "store", batch_size=4)
-    assert found.seen(np.arange(9), CPU)["crops"].shape == (9, 3, 32)
+    assert found.look(model, np.arange(9), CPU)[0]["crops"].shape == (9, 3, 32)
     assert_holds(found, directly(model, part.paths))
     live = LiveImages(part.paths, part.prompts, progress=False)
     assert_holds(found, live.look(model, np.array([8, 1]), CPU, generator=None, crops=None)[0], [8, 1])
@@ -129,7 +131,7 @@ def test_descriptions_of_any_length_are_kept_and_belong_to_their_captioner(
     found = store(model, part, tmp_path / "store", batch_size=2)
     rows = np.arange(len(part))
     live = LiveImages(part.paths, part.prompts, progress=False).look(model, rows, CPU, generator=None, crops=None)[1]
-    for context in (found.context(rows, CPU), live):
+    for context in (found.look(model, rows, CPU)[1], live):
         assert context is not None
         lengths = context["description_mask"].sum(dim=1)
         assert lengths.tolist() == [1 + int(level / 255 * 40) for level in (40, 200, 90, 10, 255, 120)]
@@ -205,37 +207,26 @@ def test_of_two_processes_one_computes_and_both_have_it_all(
     assert not shown
 
 
-def damages() -> dict[str, Callable[[Path], object]]:
-    progress: dict[str, object] = {
-        "empty": "",
-        "cut": '{"done": 6, "unre',
-        "another": "[]",
-        "words": {"done": "six", "unreadable": [], "arrays": ["coarse", "fine"]},
-        "beyond": {"done": 7, "unreadable": [], "arrays": ["coarse", "fine"]},
-        "nameless": {"done": 6, "unreadable": [], "arrays": []},
-        "ahead": {"done": 3, "unreadable": [[5, "no"]], "arrays": ["coarse", "fine"]},
-    }
-    written = {
-        name: lambda home, text=text: (home / "progress.json").write_text(
-            text if isinstance(text, str) else json.dumps(text)
-        )
-        for name, text in progress.items()
-    }
-    return written | {
-        "no progress": lambda home: (home / "progress.json").unlink(),
-        "no array": lambda home: (home / "fine.npy").unlink(),
-        "cut array": lambda home: (home / "fine.npy").write_bytes((home / "fine.npy").read_bytes()[:-100]),
-        "empty array": lambda home: (home / "fine.npy").write_bytes(b""),
-        "short array": lambda home: np.save(home / "fine.npy", np.zeros((5, 32), np.float16)),
-    }
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda home: (home / "progress.json").write_text(""),
+    "words": lambda home: (home / "progress.json").write_text('{"done": "six", "unreadable": [], "arrays": ["fine"]}'),
+    "beyond": lambda home: (home / "progress.json").write_text('{"done": 7, "unreadable": [], "arrays": ["fine"]}'),
+    "ahead": lambda home: (home / "progress.json").write_text(
+        '{"done": 3, "unreadable": [[5, ""]], "arrays": ["fine"]}'
+    ),
+    "no progress": lambda home: (home / "progress.json").unlink(),
+    "no array": lambda home: (home / "fine.npy").unlink(),
+    "cut array": lambda home: (home / "fine.npy").write_bytes((home / "fine.npy").read_bytes()[:-100]),
+    "short array": lambda home: np.save(home / "fine.npy", np.zeros((5, 32), np.float16)),
+}
 
 
-@pytest.mark.parametrize("name", damages())
-def test_what_is_damaged_is_computed_again(name: str, images: ScoredImages, clip: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "cut array")) for n in DAMAGES])
+def test_a_damaged_store_is_computed_again(name: str, images: ScoredImages, clip: Path, tmp_path: Path) -> None:
     part, model = images.subset(np.arange(6)), tiny_model("mst_clipiqa", clip)
     store(model, part, tmp_path)
     (home,) = tmp_path.iterdir()
-    damages()[name](home)
+    DAMAGES[name](home)
     assert_holds(store(model, part, tmp_path), directly(model, part.paths))
     assert list(tmp_path.iterdir()) == [home]
 

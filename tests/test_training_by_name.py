@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from aigiqa_reward.datasets import PreferencePairs, ScoredImages, split_rows
 from aigiqa_reward.evaluation import ProtocolReport
 from aigiqa_reward.rewards.specs import get_spec
 from aigiqa_reward.training import report as protocol
-from aigiqa_reward.training.by_name import TrainingPlan, calibrate, whole_split
+from aigiqa_reward.training.by_name import Trained, TrainingPlan, calibrate, whole_split
 from aigiqa_reward.training.by_name import train_reward as train
 from aigiqa_reward.training.fit import predict
 from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
@@ -60,9 +60,21 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Planned:
     return planned
 
 
+@pytest.fixture(scope="module")
+def trained(images: ScoredImages, plan: Planned, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
+    """A reward that was trained for 12 epochs, and its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    longer = plan(recipe=replace(QUICK, epochs=12))
+    return train(longer, images, split_rows(images, seed=0), folder, progress=False), folder
+
+
 def raw_scores(trained: Any, rows: np.ndarray) -> list[np.ndarray]:
     scores = predict(trained.reward.model, trained.task.prompts, trained.source, rows, progress=False)
     return [part for part in scores if part is not None]
+
+
+def every(images: ScoredImages) -> np.ndarray:
+    return np.arange(len(images))
 
 
 def outputs(reward: Reward, images: ScoredImages) -> list[np.ndarray]:
@@ -75,27 +87,26 @@ def outputs(reward: Reward, images: ScoredImages) -> list[np.ndarray]:
 
 
 def test_a_trained_reward_loads_with_the_scores_it_was_judged_by(
-    images: ScoredImages, plan: Planned, tmp_path: Path
+    images: ScoredImages, plan: Planned, trained: tuple[Trained, Path]
 ) -> None:
-    split = split_rows(images, seed=0)
-    longer = plan(recipe=replace(QUICK, epochs=20))
-    trained = train(longer, images, split, tmp_path, progress=False)
-    loaded = create_reward("mst_clipiqa", weights=tmp_path)
-    found, expected = outputs(loaded, images), raw_scores(trained, np.arange(len(images)))
+    split, (first, folder) = split_rows(images, seed=0), trained
+    found, expected = outputs(create_reward("mst_clipiqa", weights=folder), images), raw_scores(first, every(images))
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-3)  # the features of the second were stored as float16
-    for x, y in zip(found, outputs(trained.reward, images), strict=True):
+    for x, y in zip(found, outputs(first.reward, images), strict=True):
         np.testing.assert_array_equal(x, y)
-    best = images.quality[split.train].max(), images.correspondence[split.train].max()
-    for x, scores, most in zip(found, (images.quality, images.correspondence), best, strict=True):
+    for x, scores in zip(found, (images.quality, images.correspondence), strict=True):
         assert spearmanr(x[split.test], scores[split.test])[0] > 0.5
-        shares = scores[split.train] / most  # 1 is the best human score
+        shares = scores[split.train] / scores[split.train].max()  # 1 is the best human score
         assert np.abs(x[split.train] - shares).mean() < np.abs(shares.mean() - shares).mean() / 1.5
-    again = train(longer, images, split, tmp_path, progress=False)
-    assert again.result == trained.result
-    written = {file.name for file in tmp_path.iterdir()}
-    assert written >= {"checkpoint", "config.json", "model.safetensors", "training.json"}
-    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".json", ".safetensors", ".md"}
+    longer = plan(recipe=replace(QUICK, epochs=12))
+    assert train(longer, images, split, folder, progress=False).result == first.result, "there is nothing left to do"
+    assert {file.name for file in folder.iterdir()} >= {
+        "checkpoint",
+        "config.json",
+        "model.safetensors",
+        "training.json",
+    }
 
 
 def test_the_record_says_what_was_done(images: ScoredImages, plan: Planned, tmp_path: Path) -> None:
@@ -114,6 +125,7 @@ def test_the_record_says_what_was_done(images: ScoredImages, plan: Planned, tmp_
     assert "not an image" in record["unreadable"][0]["reason"]
 
 
+@pytest.mark.slow
 def test_fine_tuned_towers_are_saved_as_they_score(images: ScoredImages, plan: Planned, tmp_path: Path) -> None:
     recipe = Recipe(
         loss="mae", learning_rate=2e-3, batch_size=8, epochs=3, schedule="constant", crops=2, train_towers=True
@@ -125,13 +137,13 @@ def test_fine_tuned_towers_are_saved_as_they_score(images: ScoredImages, plan: P
         np.testing.assert_array_equal(x, y)
 
 
-def test_a_trained_reward_can_be_trained_further(images: ScoredImages, plan: Planned, tmp_path: Path) -> None:
-    split = split_rows(images, seed=0)
-    first = train(plan(), images, split, tmp_path / "first", progress=False)
+def test_a_trained_reward_can_be_trained_further(
+    images: ScoredImages, plan: Planned, trained: tuple[Trained, Path]
+) -> None:
     still = replace(QUICK, learning_rate=1e-12, epochs=1)
-    further = plan(towers={}, settings={}, init=tmp_path / "first", recipe=still)
-    second = train(further, images, split, tmp_path / "second", progress=False)
-    for x, y in zip(outputs(second.reward, images), outputs(first.reward, images), strict=True):
+    further = plan(towers={}, settings={}, init=trained[1], recipe=still)
+    second = train(further, images, split_rows(images, seed=0), None, progress=False)
+    for x, y in zip(outputs(second.reward, images), outputs(trained[0].reward, images), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
@@ -170,7 +182,7 @@ def test_preferences_keep_the_scale_of_the_reward_they_refine(
     assert torch.equal(embedded["quality"], create_reward("cpa_iqa").calibration.quality)
 
 
-def test_too_few_images_to_choose_the_epoch_by_are_told_before_features_are_computed(
+def test_too_few_images_to_choose_the_epoch_by_are_refused_before_features_are_computed(
     images: ScoredImages, plan: Planned, tmp_path: Path
 ) -> None:
     few = images.subset(np.arange(18))
@@ -179,15 +191,29 @@ def test_too_few_images_to_choose_the_epoch_by_are_told_before_features_are_comp
     assert not (tmp_path / "store").exists()
 
 
-def test_calibration_never_turns_the_order_round(images: ScoredImages, plan: Planned) -> None:
-    trained = train(plan(), images, split_rows(images, seed=0), None, progress=False)
-    assert isinstance(trained.task, ScoreTask)
-    reversed_task = ScoreTask(images, 1.2 - trained.task.targets)
-    for raw, target in zip(raw_scores(trained, np.arange(len(images))), reversed_task.targets.T, strict=True):
+def test_calibration_never_turns_the_order_round(images: ScoredImages, trained: tuple[Trained, Path]) -> None:
+    first, rows = trained[0], every(images)
+    assert isinstance(first.task, ScoreTask)
+    reversed_task = ScoreTask(images, 1.2 - first.task.targets)
+    for raw, target in zip(raw_scores(first, rows), reversed_task.targets.T, strict=True):
         assert linregress(raw, target).slope < 0
-    calibrate(trained.reward, reversed_task, trained.source, np.arange(len(images)))
-    assert trained.reward.calibration.quality.tolist() == [1.0, 0.0]
-    assert trained.reward.calibration.correspondence.tolist() == [1.0, 0.0]
+    reward = Reward(first.reward.model, get_spec("mst_clipiqa"))
+    calibrate(reward, reversed_task, first.source, rows)
+    assert reward.calibration.quality.tolist() == reward.calibration.correspondence.tolist() == [1.0, 0.0]
+
+
+def test_a_failed_upload_says_that_the_reward_is_saved(
+    images: ScoredImages, plan: Planned, trained: tuple[Trained, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(reward: Reward, repo: str) -> None:
+        raise OSError(f"401 for {repo}")
+
+    monkeypatch.setattr(Reward, "push_to_hub", refuse)
+    longer, split = plan(recipe=replace(QUICK, epochs=12)), split_rows(images, seed=0)
+    with pytest.raises(OSError, match=rf"hub_model_id: .* saved in {trained[1]}, .* me/mine: 401 for me/mine"):
+        train(longer, images, split, trained[1], progress=False, hub_model_id="me/mine")
+    with pytest.raises(ValueError, match="hub_model_id: expected owner/name, got 'mine'"):
+        train(longer, images, split, None, hub_model_id="mine")
 
 
 # --------------------------------------------------------------------------------------------- plans and splits
@@ -228,6 +254,8 @@ def test_the_recipe_follows_from_the_towers(plan: Planned) -> None:
     assert TrainingPlan(name="tsp_mgs", preset="paper").chosen_recipe == PUBLISHED["tsp_mgs"]
     assert plan("tsp_mgs", recipe=None).chosen_recipe == PUBLISHED["tsp_mgs"]
     assert plan("tsp_mgs").chosen_recipe == QUICK
+    for options in (Recipe, TrainingPlan, ProtocolSettings):
+        assert all(field.metadata["help"].endswith(".") for field in fields(options))
 
 
 def test_the_seed_draws_the_head_and_leaves_global_randomness_alone(plan: Planned) -> None:
@@ -279,28 +307,26 @@ def test_a_protocol_that_is_interrupted_trains_nothing_twice(
 def test_the_report_holds_the_model_its_controls_and_its_ablation(
     images: ScoredImages, plan: Planned, tmp_path: Path
 ) -> None:
-    report = run_protocol(plan(), images, SETTINGS, tmp_path, title="blur", progress=False)
-    shared = {(seed, name) for seed in (0, 1) for name in (MODEL, RIDGE, GENERATOR)} | {(0, ABLATION)}
-    for task, entries in (("quality", shared), ("correspondence", shared | {(0, SHUFFLED), (1, SHUFFLED)})):
-        found = {(entry.seed, entry.predictor): entry for entry in report.scores if entry.task == task}
-        assert found.keys() == entries
-        for seed in (0, 1):
-            split, kept = split_rows(images, seed=seed), np.load(tmp_path / f"seed{seed}.npz")
-            assert kept["rows"].tolist() == split.test.tolist()
-            target = getattr(images, task)
-            assert found[seed, MODEL].srcc == pytest.approx(spearmanr(kept[task], target[split.test])[0])
-            generators = np.array(images.generators)
-            means = {g: target[split.train][generators[split.train] == g].mean() for g in set(generators)}
-            expected = spearmanr([means[generators[row]] for row in split.test], target[split.test])[0]
-            assert found[seed, GENERATOR].srcc == pytest.approx(expected)
-            if task == "correspondence":
-                wrong = kept["wrong_prompt_correspondence"]
-                assert found[seed, SHUFFLED].srcc == pytest.approx(spearmanr(wrong[:, 0], target[split.test])[0])
-                above = [own > other for own, row in zip(kept[task], wrong, strict=True) for other in row]
-                assert found[seed, MODEL].right_prompt_auc == pytest.approx(np.mean(above), abs=0.01)
-    assert found[0, MODEL].srcc > 0.5 > abs(found[0, RIDGE].srcc), "the image alone does not say which color is meant"
+    settings = replace(SETTINGS, seeds=1)
+    report = run_protocol(plan(), images, settings, tmp_path, title="blur", progress=False)
+    split, kept = split_rows(images, seed=0), np.load(tmp_path / "seed0.npz")
+    assert kept["rows"].tolist() == split.test.tolist()
+    wrong = kept["wrong_prompt_correspondence"]
+    for task, more in (("quality", set()), ("correspondence", {SHUFFLED})):
+        found = {entry.predictor: entry for entry in report.scores if entry.task == task}
+        assert found.keys() == {MODEL, RIDGE, GENERATOR, ABLATION} | more
+        target, generators = getattr(images, task), np.array(images.generators)
+        assert found[MODEL].srcc == pytest.approx(spearmanr(kept[task], target[split.test])[0])
+        means = {g: target[split.train][generators[split.train] == g].mean() for g in set(generators)}
+        expected = spearmanr([means[generators[row]] for row in split.test], target[split.test])[0]
+        assert found[GENERATOR].srcc == pytest.approx(expected)
+    assert found[SHUFFLED].srcc == pytest.approx(spearmanr(wrong[:, 0], target[split.test])[0])
+    above = [own > other for own, row in zip(kept["correspondence"], wrong, strict=True) for other in row]
+    assert found[MODEL].right_prompt_auc == pytest.approx(np.mean(above), abs=0.01)
+    assert found[MODEL].srcc > 0.5 > abs(found[RIDGE].srcc), "the image alone does not say which color is meant"
 
 
+@pytest.mark.slow
 def test_scores_of_one_aspect_are_reported_and_not_computed_again(
     images: ScoredImages, plan: Planned, tmp_path: Path
 ) -> None:
