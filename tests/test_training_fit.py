@@ -124,7 +124,7 @@ def test_other_prompts_are_pushed_below_an_images_own(bench: Bench) -> None:
 
     def gap(weight: float) -> float:
         model = tiny_model("mst_clipiqa", bench.clip)
-        bench.fit(model, replace(QUICK, epochs=10, mismatch_weight=weight), split=split)
+        bench.fit(model, replace(QUICK, epochs=14, mismatch_weight=weight), split=split)
         own, other = (predict(model, p, bench.source(model), split.test, progress=False)[1] for p in prompts)
         return float(np.mean(own - other))
 
