@@ -268,7 +268,7 @@ def test_every_epoch_shows_every_example_once(bench: Bench, batch_size: int) -> 
     assert len(seen) == 2 * max(1, 33 // batch_size)
     assert np.ptp([len(step) for step in seen]) <= 1
     rows = np.concatenate(seen)
-    expected = source.look(model, part, torch.device("cpu"))[0]["coarse"].numpy()
+    expected = source.features(model, part, torch.device("cpu"))[0]["coarse"].numpy()
     assert Counter(map(bytes, rows)) == Counter(map(bytes, np.concatenate([expected, expected])))
 
 

@@ -55,7 +55,9 @@ def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what zipfile and its unpickler do
-        raise WeightsError(f"checkpoint: {file} is damaged ({type(error).__name__}); remove it to start again") from error
+        raise WeightsError(
+            f"checkpoint: {file} is damaged ({type(error).__name__}); remove it to start again"
+        ) from error
 
 
 def trained_state(module: nn.Module, *, towers: bool) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class FeatureStore:
         """Number of images N."""
         return len(self.readable)
 
-    def look(
+    def features(
         self,
         model: TrainedModel,
         rows: np.ndarray,
@@ -110,7 +110,7 @@ def store_features(
     process that wants the same features waits for the first; damaged files are computed again.
 
     Args:
-        model: model whose towers look.
+        model: model whose towers compute them.
         paths: files of the N images.
         prompts: prompt of each image.
         folder: folder of all stores.
@@ -180,7 +180,7 @@ def _fill(
     with bar:
         for rows, images, end in _batches(paths, state["done"], batch_size, state["unreadable"]):
             if rows:
-                seen = _look(model, torch.stack(images).to(device), [prompts[row] for row in rows])
+                seen = _features(model, torch.stack(images).to(device), [prompts[row] for row in rows])
                 writer.write(rows, seen)
                 state["arrays"] = sorted(writer.arrays)
             state["done"] = end
@@ -212,7 +212,7 @@ def _batches(
 
 
 @torch.no_grad()
-def _look(model: TrainedModel, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+def _features(model: TrainedModel, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     seen = dict(model.forward_features(images))
     context = model.prepare(images, asked_prompts(prompts))
     return seen | {f"{CONTEXT}{name}": tensor for name, tensor in (context or {}).items()}
@@ -318,7 +318,7 @@ def _refuse_none(paths: Sequence[Path], unreadable: Sequence[Unreadable]) -> Non
 
 
 class LiveImages:
-    """Images read from disk at each step, for trainings that change the towers; its `look` computes the features.
+    """Images read from disk at each step, for trainings that change the towers; its `features` computes them.
 
     Attributes:
         readable: (N,) bool.
@@ -342,7 +342,7 @@ class LiveImages:
         """Number of images N."""
         return len(self.paths)
 
-    def look(
+    def features(
         self,
         model: TrainedModel,
         rows: np.ndarray,
