@@ -1,7 +1,7 @@
-"""Differentiable rewards for AI-generated images: perceptual quality and correspondence to the prompt, scored separately.
+"""Differentiable rewards for AI-generated images: quality and correspondence to the prompt, scored separately.
 
-Importing this package loads none of diffusers, transformers, peft, accelerate and trl: every name below is imported
-when it is first used.
+Importing this package loads none of torch, diffusers, transformers, peft, accelerate and trl: every name below is
+imported when it is first used.
 """
 
 from __future__ import annotations
@@ -13,27 +13,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from aigiqa_reward.rewards.composite import CompositeReward
-    from aigiqa_reward.rewards.factory import create_reward
+    from aigiqa_reward.rewards.factory import create_reward, get_reward_spec, list_rewards
+    from aigiqa_reward.rewards.metric import RewardMetric
     from aigiqa_reward.rewards.reward import Reward
     from aigiqa_reward.rewards.scorer import Scorer
-    from aigiqa_reward.rewards.specs import list_rewards
     from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput, rerank
     from aigiqa_reward.toy.pipeline import load_embedded_pipeline
     from aigiqa_reward.types import RewardFunction, RewardOutput
-
-_EXPORTS = {
-    "BestOfN": "aigiqa_reward.sampling.best_of_n",
-    "BestOfNOutput": "aigiqa_reward.sampling.best_of_n",
-    "CompositeReward": "aigiqa_reward.rewards.composite",
-    "Reward": "aigiqa_reward.rewards.reward",
-    "RewardFunction": "aigiqa_reward.types",
-    "RewardOutput": "aigiqa_reward.types",
-    "Scorer": "aigiqa_reward.rewards.scorer",
-    "create_reward": "aigiqa_reward.rewards.factory",
-    "list_rewards": "aigiqa_reward.rewards.factory",
-    "load_embedded_pipeline": "aigiqa_reward.toy.pipeline",
-    "rerank": "aigiqa_reward.sampling.best_of_n",
-}
 
 __all__ = [
     "BestOfN",
@@ -41,19 +27,33 @@ __all__ = [
     "CompositeReward",
     "Reward",
     "RewardFunction",
+    "RewardMetric",
     "RewardOutput",
     "Scorer",
     "create_reward",
+    "get_reward_spec",
     "list_rewards",
     "load_embedded_pipeline",
     "rerank",
 ]
 
+_MODULES = {
+    "rewards.composite": "CompositeReward",
+    "rewards.factory": "create_reward get_reward_spec list_rewards",
+    "rewards.metric": "RewardMetric",
+    "rewards.reward": "Reward",
+    "rewards.scorer": "Scorer",
+    "sampling.best_of_n": "BestOfN BestOfNOutput rerank",
+    "toy.pipeline": "load_embedded_pipeline",
+    "types": "RewardFunction RewardOutput",
+}
+
 
 def __getattr__(name: str) -> object:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'aigiqa_reward' has no attribute {name!r}")
+    for module, names in _MODULES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,9 @@
-"""The vocabulary that every part of the library shares: images, prompt features, rewards and their outputs."""
+"""Types that every part of the library shares: images, prompt features, rewards and their outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -11,21 +11,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 Images: TypeAlias = Float[Tensor, "batch 3 height width"]
-"""The one image type inside the library: RGB, nominally in [0, 1], on the device it is needed on."""
+"""Images inside the library: RGB, nominally in [0, 1]."""
 
 Scores: TypeAlias = Float[Tensor, " batch"]
-"""One number an image; higher is better."""
+"""One number per image; higher is better."""
 
 Context: TypeAlias = Mapping[str, Tensor]
-"""What assistants said about a batch (captions' features, masks, ...), held fixed in gradients. Row i is image i."""
+"""Outputs of assistants for a batch (features of captions, masks, ...), constants for gradients; row i is image i."""
 
 
 class PromptError(ValueError):
-    r"""A prompt in which a text tower finds no word, such as one of zero-width spaces alone.
+    r"""A prompt in which a text encoder finds no word, such as one of zero-width spaces only.
 
     Args:
         prompt: the text.
-        argument: the name to use in the message.
+        argument: name of the argument, for the message.
 
     Example:
         >>> from aigiqa_reward import create_reward
@@ -48,12 +48,12 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFeatures:
-    """Prompts as one model sees them: each distinct prompt encoded once, and which row uses which.
+    """Prompts encoded by one model: each distinct prompt once, and which row uses which.
 
     Attributes:
-        texts: the distinct prompts, in order of first appearance, length P.
-        index: (B,) integer; row i of a batch uses `texts[index[i]]`.
-        tensors: named features of the distinct prompts, each of shape (P, ...). Their names belong to the model.
+        texts: (P,) distinct prompts, in order of first appearance.
+        index: (B,) integers; row i of a batch uses `texts[index[i]]`.
+        tensors: features of the distinct prompts by the model's names, each (P, ...).
         model: name of the model that made them; another model refuses them.
 
     Example:
@@ -72,11 +72,11 @@ class PromptFeatures:
     model: str
 
     def __len__(self) -> int:
-        """Number of rows B, one an image."""
+        """Number of rows B, one per image."""
         return int(self.index.shape[0])
 
     def __getitem__(self, rows: slice | Tensor) -> PromptFeatures:
-        """The same features for a subset of the rows."""
+        """Return the features of a subset of the rows."""
         return replace(self, index=self.index[rows])
 
     @property
@@ -85,11 +85,7 @@ class PromptFeatures:
         return [self.texts[i] for i in self.index.tolist()]
 
     def expand(self, count: int) -> PromptFeatures:
-        """Repeat one row `count` times: one prompt for a whole batch of images.
-
-        Raises:
-            ValueError: if there is not exactly one row.
-        """
+        """Repeat the only row `count` times: one prompt for a whole batch of images."""
         if len(self) != 1:
             raise ValueError(
                 f"expand: expected features of exactly one prompt, got {len(self)} rows; "
@@ -98,24 +94,24 @@ class PromptFeatures:
         return replace(self, index=self.index.expand(count))
 
     def to(self, device: torch.device | str) -> PromptFeatures:
-        """The same features on another device."""
+        """Return the features on another device."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return replace(self, index=self.index.to(device), tensors=tensors)
 
     def rows(self, name: str) -> Tensor:
-        """The named feature of every row, shape (B, ...)."""
+        """Return the named feature of every row, (B, ...)."""
         return self.tensors[name][self.index]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOutput:
-    """What a reward says of a batch. Higher is better everywhere.
+    """Scores of a batch. Higher is better everywhere.
 
     Attributes:
-        total: (B,) the number to maximize.
-        quality: (B,) perceptual quality. On a calibrated reward 1 is the benchmark's best human score; never clamped.
-        correspondence: (B,) correspondence to the prompt on the same scale, or None without prompts.
-        details: named tensors of the model (gates, scores of crops, maps, ...), first dimension B.
+        total: (B,) number to maximize.
+        quality: (B,) perceptual quality. For a calibrated reward 1 is the benchmark's best human score; never clamped.
+        correspondence: (B,) correspondence to the prompt on the same scale; None without prompts.
+        details: tensors of the model by name (gates, scores of crops, maps, ...), first dimension B.
 
     Example:
         >>> import torch
@@ -139,22 +135,22 @@ class RewardOutput:
         return int(self.total.shape[0])
 
     def __getitem__(self, rows: slice | Tensor) -> RewardOutput:
-        """The output of a subset of the rows."""
+        """Return the output of a subset of the rows."""
         return self._map(lambda tensor: tensor[rows])
 
     def __iter__(self) -> Iterator[Any]:
-        """Refused: unpacking or looping over an output would silently mean something else to every reader."""
+        """Refuse to be unpacked or looped over, which every reader would understand differently."""
         raise TypeError("RewardOutput is not iterable: use .total, .quality, .correspondence or .details")
 
     def to(self, device: torch.device | str) -> RewardOutput:
-        """The same output on another device."""
+        """Return the output on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def detach(self) -> RewardOutput:
-        """The same numbers, cut off the graph."""
+        """Return the output without its graph."""
         return self._map(Tensor.detach)
 
-    def _map(self, function: Any) -> RewardOutput:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> RewardOutput:
         return RewardOutput(
             total=function(self.total),
             quality=function(self.quality),
@@ -164,28 +160,29 @@ class RewardOutput:
 
     @staticmethod
     def cat(outputs: Sequence[RewardOutput]) -> RewardOutput:
-        """Join the outputs of consecutive batches of the same reward.
+        """Join the outputs of consecutive batches of one reward.
 
-        Details are joined where every output has them with equal trailing shape, and left out otherwise
-        (a model may give maps of the images' own sizes).
+        Details that are missing in one of them, or differ in size (maps of the images' own sizes), are left out.
         """
         if not outputs:
             raise ValueError("cat: expected at least one RewardOutput, got none")
-        joined: dict[str, Any] = {}
-        for name in (f.name for f in fields(RewardOutput) if f.name != "details"):
-            parts = [getattr(output, name) for output in outputs]
-            joined[name] = None if any(part is None for part in parts) else torch.cat(parts)
+        correspondence = [output.correspondence for output in outputs if output.correspondence is not None]
         details = {}
         for name in outputs[0].details:
             parts = [output.details[name] for output in outputs if name in output.details]
             if len(parts) == len(outputs) and len({part.shape[1:] for part in parts}) == 1:
                 details[name] = torch.cat(parts)
-        return RewardOutput(**joined, details=details)
+        return RewardOutput(
+            total=torch.cat([output.total for output in outputs]),
+            quality=torch.cat([output.quality for output in outputs]),
+            correspondence=torch.cat(correspondence) if len(correspondence) == len(outputs) else None,
+            details=details,
+        )
 
 
 @runtime_checkable
 class RewardFunction(Protocol):
-    """Anything called with images (B, 3, H, W) in [0, 1] and B prompts that returns (B,) scores, higher is better.
+    """A function of images (B, 3, H, W) in [0, 1] and B prompts that returns (B,) scores, higher is better.
 
     Example:
         >>> import torch
@@ -203,16 +200,12 @@ class RewardFunction(Protocol):
 
 
 def as_reward_output(result: Tensor | RewardOutput, batch: int, *, source: str = "the reward") -> RewardOutput:
-    """Give a RewardFunction's result one type, and refuse one that does not hold a score for every image.
+    """Convert what a RewardFunction returned to a RewardOutput, and check that it has one score per image.
 
     Args:
-        result: what the function returned.
-        batch: number of images it was called with.
-        source: how to name the function in an error.
-
-    Raises:
-        TypeError: if the result is neither a tensor nor a RewardOutput.
-        ValueError: if it does not hold exactly `batch` scores.
+        result: return value of the function.
+        batch: number of images that it was called with.
+        source: name of the function, for errors.
     """
     if isinstance(result, Tensor):
         result = RewardOutput(total=result, quality=result)
@@ -225,52 +218,6 @@ def as_reward_output(result: Tensor | RewardOutput, batch: int, *, source: str =
         if scores is not None and tuple(scores.shape) != (batch,):
             raise ValueError(
                 f"{source} returned {'scores' if name == 'total' else name} of shape {tuple(scores.shape)} for {batch} "
-                f"images; expected ({batch},): one score an image, in the images' order"
+                f"images; expected ({batch},): one score per image, in the images' order"
             )
     return result
-
-
-def encoded_prompts(reward: Any, prompts: Sequence[str]) -> PromptFeatures | list[str]:
-    """Prompts as a reward is best given them: what its `encode_prompts` makes of them, or the texts themselves.
-
-    Args:
-        reward: a Reward or any RewardFunction. A method of that name which gives something else is its own affair.
-        prompts: texts, not blank.
-
-    Raises:
-        PromptError: it cannot read one of them.
-
-    Example:
-        >>> encoded_prompts(lambda images, prompts: images.mean(dim=(1, 2, 3)), ["a fox"])
-        ['a fox']
-    """
-    encode = getattr(reward, "encode_prompts", None)
-    found = encode(list(prompts)) if callable(encode) else None
-    return found if isinstance(found, PromptFeatures) else list(prompts)
-
-
-def unreadable_prompts(reward: Any, prompts: Sequence[str]) -> dict[str, str]:
-    r"""Why a reward cannot read some prompts, by prompt.
-
-    Args:
-        reward: a Reward or any RewardFunction; of one without `encode_prompts` nothing is known beforehand.
-        prompts: texts, not blank.
-
-    Example:
-        >>> from aigiqa_reward import create_reward
-
-        >>> list(unreadable_prompts(create_reward("compact"), ["a fox", "\u200b", "a cat"]))
-        ['\u200b']
-    """
-    found: dict[str, str] = {}
-    left = list(dict.fromkeys(prompts)) if hasattr(reward, "encode_prompts") else []
-    while left:
-        try:
-            reward.encode_prompts(left)
-            break
-        except PromptError as error:
-            if error.prompt not in left:
-                raise
-            left.remove(error.prompt)
-            found[error.prompt] = str(error)
-    return found

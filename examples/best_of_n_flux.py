@@ -1,8 +1,8 @@
-"""Best of N with FLUX.1 [schnell]: four steps a candidate, parts of the model in turn on the GPU, several prompts.
+"""Best of N with FLUX.1 [schnell] for several prompts: four steps per candidate, with model CPU offload.
 
 python examples/best_of_n_flux.py "a red fox in the snow" "a teapot made of glass"
 
-Interrupted, it goes on with the first prompt that is not finished; under torchrun the prompts are shared out:
+The same call resumes an interrupted run; under torchrun the processes share the prompts:
 torchrun --nproc_per_node 4 examples/best_of_n_flux.py ...
 """
 

@@ -1,4 +1,4 @@
-"""Best of N with Stable Diffusion 1.5: all go some of the way, the best previews go on: about half the work.
+"""Best of N with Stable Diffusion 1.5 and pruning: candidates with poor previews are dropped early, at half the cost.
 
 python examples/best_of_n_sd15.py "a red fox in the snow" --n 16
 """
@@ -41,7 +41,7 @@ def main(
     result = search(prompt, seed=0, num_inference_steps=steps, guidance_scale=guidance_scale)
     out.mkdir(parents=True, exist_ok=True)
     for seed, image in zip(result.seeds, result.images, strict=True):
-        image.save(out / f"seed{seed}.png")  # the seed alone makes the image again
+        image.save(out / f"seed{seed}.png")  # the seed reproduces the image
     write_page([(prompt, result)], out / "index.html")
     plain = n * steps
     print(f"best: seed {result.seeds[0]}, reward {result.scores[0]:.3f}")

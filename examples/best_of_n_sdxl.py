@@ -1,4 +1,4 @@
-"""Best of N with Stable Diffusion XL: four good pictures that look different, with a say in what good means.
+"""Best of N with Stable Diffusion XL: four good images that differ, with weights for quality and correspondence.
 
 python examples/best_of_n_sdxl.py "a lighthouse in a storm, oil painting" --quality-weight 0.7
 """

@@ -1,9 +1,9 @@
-"""Fine-tune FLUX.1 [dev] with Flow-GRPO, by a reward of which only the numbers are used.
+"""Fine-tune FLUX.1 [dev] with Flow-GRPO by a reward without gradients.
 
 python examples/finetune_flux_grpo.py prompts.txt        # one prompt a line
 
-`score` may be anything that judges images: a detector, a text reader, a service. Here it is the compact reward plus a
-wish for dark pictures. Training samples few steps with noise; the pipeline then samples as ever.
+`score` may be any function of images and prompts: a detector, OCR, a web service. Here it is the compact reward with a
+preference for dark images. Training samples few steps with noise; the trained pipeline samples as usual.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(
         """Images (B, 3, H, W) in [0, 1] and their prompts to scores (B,)."""
         return judge(images, prompts).total - 0.1 * images.mean(dim=(1, 2, 3))
 
-    settings = FinetuneConfig(
+    config = FinetuneConfig(
         rank=32,
         train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
@@ -58,7 +58,7 @@ def main(
         sampling={"num_inference_steps": sampling_steps, "guidance_scale": 3.5, "height": side, "width": side},
     )
     algorithm = FlowGRPO(images_per_prompt=images_per_prompt, timestep_fraction=0.6)
-    result = finetune(pipe, score, prompts, algorithm, out, settings, resume_from_checkpoint="latest")
+    result = finetune(pipe, score, prompts, algorithm, out, config, resume_from_checkpoint="latest")
     rewards = [line["reward"] for line in result.history if "reward" in line]
     print(f"mean reward of the samples: {rewards[0]:.4f} in the first step, {rewards[-1]:.4f} in the last")
     print(f"pipe.load_lora_weights({str(out)!r})")

@@ -1,9 +1,9 @@
-"""Fine-tune Stable Diffusion 1.5 with Diffusion-DPO, on pairs of its own images that the reward has compared.
+"""Fine-tune Stable Diffusion 1.5 with Diffusion-DPO on pairs of its own images, compared by the reward.
 
 python examples/finetune_sd15_dpo.py prompts.txt        # one prompt a line
 
-The reward's gradient is not needed: any function f(images, prompts) -> scores will do. The same call goes on where an
-earlier one was interrupted, in the pairs as in the training.
+The reward needs no gradient: any function f(images, prompts) -> scores will do. The same call resumes an interrupted
+run, both the sampling of pairs and the training.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     reward = create_reward("compact", device=pipe.device)
     sampling = {"num_inference_steps": sampling_steps, "guidance_scale": guidance_scale}
-    held_out = max(len(prompts) // 10, 1)  # the first prompts are watched, the others trained on
+    held_out = max(len(prompts) // 10, 1)  # the first prompts are for validation
     pairs = build_preference_pairs(pipe, reward, prompts[held_out:], out / "pairs", n=n, margin=margin, **sampling)
     print(f"{len(pairs)} pairs of {len(prompts) - held_out} prompts")
-    settings = FinetuneConfig(
+    config = FinetuneConfig(
         train_batch_size=4,
         gradient_accumulation_steps=4,
         max_train_steps=steps,
@@ -55,10 +55,10 @@ def main(
     result = finetune(
         pipe,
         reward,
-        [],  # the pairs bring their prompts
-        DPO(pairs=pairs, beta=beta),
+        pairs,
+        DPO(beta=beta),
         out / "lora",
-        settings,
+        config,
         validation_prompts=prompts[:held_out],
         resume_from_checkpoint="latest",
     )

@@ -2,7 +2,7 @@
 
 python examples/finetune_sdxl_draft.py prompts.txt validation.txt        # one prompt a line
 
-Interrupted, it goes on from its last checkpoint; several GPUs share each step under accelerate launch or torchrun.
+The same call resumes from the last checkpoint; under accelerate launch or torchrun several GPUs share each step.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def main(
     pipe: Any = None,
 ) -> FinetuneResult:
     pipe = pipe or load()
-    settings = FinetuneConfig(
+    config = FinetuneConfig(
         rank=rank,
         train_batch_size=1,
-        gradient_accumulation_steps=images,  # of one image each
+        gradient_accumulation_steps=images,  # one image each
         gradient_checkpointing=True,
         mixed_precision="bf16",
         max_train_steps=steps,
@@ -57,7 +57,7 @@ def main(
         prompts,
         DRaFT(truncation_steps=1),
         out,
-        settings,
+        config,
         validation_prompts=validation_prompts,
         resume_from_checkpoint="latest",
     )

@@ -1,6 +1,6 @@
-"""Teach a language model to rewrite prompts so that an image generator makes better images of them (trl's GRPO).
+"""Train a language model to rewrite prompts so that an image generator makes better images from them (trl's GRPO).
 
-The image is judged against the original prompt. `pip install ".[trl]" ./integrations/trl`, then
+Images are scored against the original prompt. `pip install ".[trl]" ./integrations/trl`, then
 
 python examples/optimize_prompts_grpo.py prompts.txt        # one prompt a line; or accelerate launch examples/...
 """

@@ -1,6 +1,6 @@
-"""A block for Modular Diffusers that puts the images of a pipeline into the order that a reward likes.
+"""A block for Modular Diffusers that ranks the images of a pipeline by a reward.
 
-It goes after the block that decodes, and takes what is there anyway: the images and the prompt.
+Insert it after the block that decodes; its inputs are the images and the prompt.
 
     blocks = ModularPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0").blocks
     blocks.sub_blocks.insert("rerank", RerankBlock(), len(blocks.sub_blocks))
@@ -36,16 +36,16 @@ class RerankBlock(ModularPipelineBlocks):
     def inputs(self) -> list[InputParam]:
         return [
             InputParam("images", required=True, description="PIL images, or a tensor (B, 3, H, W) in [0, 1]"),
-            InputParam("prompt", required=True, type_hint=str, description="the one prompt that they all show"),
-            InputParam("top_k", type_hint=int, description="how many to keep; all without it"),
+            InputParam("prompt", required=True, type_hint=str, description="the prompt of all images"),
+            InputParam("top_k", type_hint=int, description="number of images to keep, by default all"),
         ]
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
         return [
             OutputParam("images", type_hint=list, description="PIL images, best first"),
-            OutputParam("scores", type_hint=list, description="their totals, best first"),
-            OutputParam("ranking", type_hint=list, description="their places among the given images, from 0"),
+            OutputParam("scores", type_hint=list, description="total scores, best first"),
+            OutputParam("ranking", type_hint=list, description="indices among the given images, best first"),
         ]
 
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
@@ -63,7 +63,7 @@ class RerankBlock(ModularPipelineBlocks):
 
 
 def main(images: Any, prompt: str, *, top_k: int | None = None, reward: Reward | None = None) -> Any:
-    """The block as a pipeline of its own."""
+    """Run the block alone."""
     pipe = RerankBlock().init_pipeline()
     pipe.update_components(reward=reward or create_reward("compact"))
     return pipe(images=images, prompt=prompt, top_k=top_k)

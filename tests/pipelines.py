@@ -7,7 +7,6 @@ contrast is turned up, so that images of different seeds look different (random 
 from __future__ import annotations
 
 import functools
-import gzip
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from open_clip.tokenizer import bytes_to_unicode, default_bpe
+from open_clip.tokenizer import SimpleTokenizer
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -48,110 +47,116 @@ FEW_STEPS = {"height": SIDE, "width": SIDE, "num_inference_steps": 2}
 """Arguments of every call in the tests."""
 
 
+def _seeded(seed: int) -> Callable[[Any], Any]:
+    """Let a builder draw its weights from `seed`, and its pipeline show no progress bar."""
+
+    def decorate(build: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(build)
+        def built(**options: Any) -> Any:
+            with _weights_of(seed=seed):
+                return _quiet(build(**options))
+
+        return built
+
+    return decorate
+
+
+@_seeded(0)
 def stable_diffusion(*, safety_checker: bool = False) -> StableDiffusionPipeline:
     """CLIP text encoder, UNet, DDIM. With `safety_checker`, a real one whose thresholds flag nothing."""
-    with _weights_of(seed=0):
-        return _quiet(
-            StableDiffusionPipeline(
-                tokenizer=_clip_tokenizer(),
-                text_encoder=CLIPTextModel(_clip_config()).eval(),
-                unet=_unet(cross_attention_dim=32),
-                vae=_vae(),
-                scheduler=DDIMScheduler(
-                    beta_start=0.00085,
-                    beta_end=0.012,
-                    beta_schedule="scaled_linear",
-                    clip_sample=False,
-                    set_alpha_to_one=False,
-                    steps_offset=1,
-                ),
-                safety_checker=_safety_checker() if safety_checker else None,
-                feature_extractor=CLIPImageProcessor(size=30, crop_size=30) if safety_checker else None,
-                requires_safety_checker=safety_checker,
-            )
-        )
+    return StableDiffusionPipeline(
+        tokenizer=_clip_tokenizer(),
+        text_encoder=CLIPTextModel(_clip_config()).eval(),
+        unet=_unet(cross_attention_dim=32),
+        vae=_vae(),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=_safety_checker() if safety_checker else None,
+        feature_extractor=CLIPImageProcessor(size=30, crop_size=30) if safety_checker else None,
+        requires_safety_checker=safety_checker,
+    )
 
 
+@_seeded(1)
 def stable_diffusion_xl() -> StableDiffusionXLPipeline:
     """Two CLIP text encoders, UNet with pooled text and size conditioning, Euler."""
-    with _weights_of(seed=1):
-        conditioning = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 32,
-        }
-        return _quiet(
-            StableDiffusionXLPipeline(
-                tokenizer=_clip_tokenizer(),
-                tokenizer_2=_clip_tokenizer(),
-                text_encoder=CLIPTextModel(_clip_config()).eval(),
-                text_encoder_2=CLIPTextModelWithProjection(_clip_config()).eval(),
-                unet=_unet(cross_attention_dim=64, **conditioning),
-                vae=_vae(),
-                scheduler=EulerDiscreteScheduler(
-                    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-                ),
-                add_watermarker=False,
-            )
-        )
+    conditioning = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+    }
+    return StableDiffusionXLPipeline(
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_clip_tokenizer(),
+        text_encoder=CLIPTextModel(_clip_config()).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config()).eval(),
+        unet=_unet(cross_attention_dim=64, **conditioning),
+        vae=_vae(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        add_watermarker=False,
+    )
 
 
+@_seeded(2)
 def stable_diffusion_3() -> StableDiffusion3Pipeline:
     """Two CLIP text encoders and T5, joint transformer, flow matching."""
-    with _weights_of(seed=2):
-        return _quiet(
-            StableDiffusion3Pipeline(
-                tokenizer=_clip_tokenizer(),
-                tokenizer_2=_clip_tokenizer(),
-                tokenizer_3=_t5_tokenizer(),
-                text_encoder=CLIPTextModelWithProjection(_clip_config()).eval(),
-                text_encoder_2=CLIPTextModelWithProjection(_clip_config()).eval(),
-                text_encoder_3=_t5(width=64),
-                transformer=SD3Transformer2DModel(
-                    sample_size=SIDE // 2,
-                    patch_size=2,
-                    in_channels=4,
-                    num_layers=2,
-                    attention_head_dim=8,
-                    num_attention_heads=4,
-                    caption_projection_dim=32,
-                    joint_attention_dim=64,
-                    pooled_projection_dim=64,
-                    out_channels=4,
-                ).eval(),
-                vae=_vae(shift_factor=0.1),
-                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            )
-        )
+    return StableDiffusion3Pipeline(
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_clip_tokenizer(),
+        tokenizer_3=_t5_tokenizer(),
+        text_encoder=CLIPTextModelWithProjection(_clip_config()).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config()).eval(),
+        text_encoder_3=_t5(width=64),
+        transformer=SD3Transformer2DModel(
+            sample_size=SIDE // 2,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_projection_dim=32,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            out_channels=4,
+        ).eval(),
+        vae=_vae(shift_factor=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
 
 
+@_seeded(3)
 def flux() -> FluxPipeline:
     """CLIP for the pooled text, T5 for the tokens, packed and shifted latents, embedded guidance."""
-    with _weights_of(seed=3):
-        return _quiet(
-            FluxPipeline(
-                tokenizer=_clip_tokenizer(),
-                tokenizer_2=_t5_tokenizer(),
-                text_encoder=CLIPTextModel(_clip_config()).eval(),
-                text_encoder_2=_t5(width=32),
-                transformer=FluxTransformer2DModel(
-                    in_channels=16,
-                    num_layers=1,
-                    num_single_layers=1,
-                    attention_head_dim=16,
-                    num_attention_heads=2,
-                    joint_attention_dim=32,
-                    pooled_projection_dim=32,
-                    guidance_embeds=True,
-                    axes_dims_rope=(4, 4, 8),
-                ).eval(),
-                vae=_vae(shift_factor=0.1),
-                scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-            )
-        )
+    return FluxPipeline(
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_t5_tokenizer(),
+        text_encoder=CLIPTextModel(_clip_config()).eval(),
+        text_encoder_2=_t5(width=32),
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        ).eval(),
+        vae=_vae(shift_factor=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )
 
 
-FAMILIES: dict[str, Callable[[], Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "sd": stable_diffusion,
     "sdxl": stable_diffusion_xl,
     "sd3": stable_diffusion_3,
@@ -178,19 +183,10 @@ def _quiet(pipe: Any) -> Any:
 
 @functools.cache
 def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """OpenAI's byte pair vocabulary, as open_clip ships it (its SimpleTokenizer builds the same list)."""
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
-    merges = [(left, right) for left, right in (line.split() for line in lines)]
-    letters = list(bytes_to_unicode().values())
-    tokens = [
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        *(left + right for left, right in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    return {token: number for number, token in enumerate(tokens)}, merges
+    """OpenAI's byte pair vocabulary, from open_clip."""
+    tokenizer = SimpleTokenizer()
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return {special.get(token, token): n for token, n in tokenizer.encoder.items()}, list(tokenizer.bpe_ranks)
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
@@ -215,7 +211,7 @@ _T5_LETTERS = "etaoinshrdlucmwfgypbvkxjqz0123456789.,'-"
 
 
 def _t5_tokenizer() -> T5Tokenizer:
-    """Unigrams of single letters: enough to tell prompts apart."""
+    """Unigrams of single letters, which distinguish prompts well enough."""
     letters = [(letter, -2.0 - place / 10) for place, letter in enumerate(_T5_LETTERS)]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=77)
@@ -244,16 +240,18 @@ def _unet(*, cross_attention_dim: int, **conditioning: Any) -> UNet2DConditionMo
     ).eval()
 
 
+_AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": SIDE,
+}
+
+
 def _vae(**config: Any) -> AutoencoderKL:
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIDE,
-        **config,
-    ).eval()
+    vae = AutoencoderKL(**_AUTOENCODER, **config).eval()
     vae.decoder.conv_out.weight.data *= 2
     return vae
 

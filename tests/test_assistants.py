@@ -1,3 +1,5 @@
+"""Assistants on tiny models: answers, batches, cache, identity, errors."""
+
 from __future__ import annotations
 
 import json
@@ -14,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_layering import loaded_by
 from tiny_transformers import (
     WIDTH,
     tiny_tokenizer,
@@ -41,7 +42,7 @@ from aigiqa_reward.assistants import (
     noun_phrases,
 )
 from aigiqa_reward.assistants.captioner import DESCRIBE, QUESTIONS
-from aigiqa_reward.assistants.segmenter import distinct, grid_points
+from aigiqa_reward.assistants.segmenter import distinct
 
 SAID = "A red cube on a green floor."
 LISTED = "1. two cats\n2. **red sofa**\n- oil painting\n"
@@ -100,7 +101,7 @@ KINDS = {
             CaptionerConfig(path_or_id=str(folders.llava), max_new_tokens=12, **options), cache=cache
         ),
         ask=lambda assistant, images: assistant.describe(images),
-        network=lambda assistant: assistant._lmm.model,
+        network=lambda assistant: assistant._model,
         rows="input_ids",
     ),
     "semantics": Kind(
@@ -108,7 +109,7 @@ KINDS = {
             SemanticsConfig(path_or_id=str(folders.llava), **options), cache=cache
         ),
         ask=lambda assistant, images: assistant.read(images),
-        network=lambda assistant: assistant._lmm.model,
+        network=lambda assistant: assistant._model,
         rows="pixel_values",
     ),
     "segmenter": Kind(
@@ -169,7 +170,7 @@ def test_a_known_row_is_not_asked_again(kind, folders, images, tmp_path):
         assert seen == []
     later = kind.make(folders, AssistantCache(tmp_path))  # another session
     assert same(kind.ask(later, images[:3]), first)
-    assert not {"_model", "_processor", "_tokenizer", "_lmm"} & vars(later).keys()  # and no weights were loaded
+    assert not {"_model", "_processor", "_tokenizer"} & vars(later).keys()  # and no weights were loaded
 
 
 def test_only_missing_rows_are_asked_together_and_order_is_kept(kind, folders, images, tmp_path):
@@ -187,24 +188,17 @@ def test_only_missing_rows_are_asked_together_and_order_is_kept(kind, folders, i
         assert len({str(row) for row in rest}) == 5  # rows differ, so that their order shows
 
 
-def test_an_answer_does_not_depend_on_batch_mates(kind, folders, images):
+def test_an_answer_depends_on_its_row_alone_and_draws_nothing(kind, folders, images):
     one, two = kind.make(folders, batch_size=1), kind.make(folders, batch_size=2)
-    alone = [kind.ask(one, image[None]) for image in images]
-    together = kind.ask(two, images)
-    for row, answer in enumerate(alone):
-        if isinstance(answer, Tensor):
-            torch.testing.assert_close(answer[0], together[row], atol=1e-5, rtol=1e-5)
-        else:
-            assert answer[0] == together[row]
-
-
-def test_answers_are_the_same_every_time(kind, folders, images):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = kind.ask(kind.make(folders), images[:2])
-    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
-    torch.manual_seed(1)
-    assert same(kind.ask(kind.make(folders), images[:2]), first)
+    alone = [kind.ask(one, image[None]) for image in images]
+    assert torch.equal(torch.get_rng_state(), state)
+    for row, answer in enumerate(kind.ask(two, images)):
+        if isinstance(answer, Tensor):
+            torch.testing.assert_close(answer, alone[row][0], atol=1e-5, rtol=1e-5)
+        else:
+            assert answer == alone[row][0]
 
 
 def test_no_gradient_is_kept(kind, folders, images):
@@ -224,7 +218,7 @@ def test_no_gradient_is_kept(kind, folders, images):
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_images_of_any_precision_give_one_answer(kind, folders, images, dtype):
     pixels = (images[:2] * 255).round() / 256  # exact in every type
     assistant = kind.make(folders)
@@ -234,6 +228,7 @@ def test_images_of_any_precision_give_one_answer(kind, folders, images, dtype):
         assert answer.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_work(kind, folders, images, dtype):
     assistant = kind.make(folders, dtype=dtype)
@@ -252,15 +247,6 @@ def test_a_progress_bar_is_shown_of_more_than_a_few(kind, folders, images, capsy
     shown = capsys.readouterr()
     assert f"{assistant.kind}:" in shown.err
     assert not shown.out
-
-
-def test_importing_and_making_assistants_loads_no_transformers():
-    made = (
-        "import aigiqa_reward.assistants as a; "
-        "s = a.SAMSegmenter(a.SegmenterConfig(path_or_id='some/model'), cache=a.AssistantCache()); s.identity; "
-        "a.grid_regions(); a.noun_phrases('a cat')"
-    )
-    assert not loaded_by(made) & {"transformers", "tokenizers", "huggingface_hub", "PIL"}
 
 
 # --------------------------------------------------------------------------------------------- identity
@@ -283,17 +269,16 @@ def test_identity_changes_with_everything_that_changes_the_answer(folders, name)
     elsewhere = type(base)(replace(base.config, device="cuda:1", batch_size=3))
     assert elsewhere.identity == base.identity
     assert json.loads(base.identity)["kind"] == base.kind
+    if name == "semantics":  # the questions are part of it, and another assistant of the same model has another one
+        assert json.loads(base.identity)["questions"] == list(QUESTIONS)
+        assert base.identity != KINDS["captioner"].make(folders).identity
 
 
-def test_identities_of_two_kinds_of_one_model_differ(folders):
-    config = {"path_or_id": str(folders.llava)}
-    one, other = LMMCaptioner(CaptionerConfig(**config)), LMMSemantics(SemanticsConfig(**config))
-    assert one.identity != other.identity
-    assert json.loads(other.identity)["questions"] == list(QUESTIONS)
-
-
-def test_a_folder_trained_further_is_another_model(folders, images, tmp_path):
+def test_a_folder_is_one_model_by_any_name_until_it_is_trained_further(folders, images, tmp_path, monkeypatch):
     folder = shutil.copytree(folders.llava, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    named = LMMSemantics(SemanticsConfig(path_or_id="model"))
+    assert named.identity == LMMSemantics(SemanticsConfig(path_or_id=str(folder))).identity
     cache = AssistantCache(tmp_path / "cache")
     before = LMMSemantics(SemanticsConfig(path_or_id=str(folder)), cache=cache)
     features = before.read(images[:1])
@@ -302,12 +287,6 @@ def test_a_folder_trained_further_is_another_model(folders, images, tmp_path):
     assert after.identity != before.identity
     assert not torch.equal(after.read(images[:1]), features)
     assert torch.equal(before.read(images[:1]), features)
-
-
-def test_a_folder_is_one_model_by_any_name(folders, monkeypatch):
-    monkeypatch.chdir(folders.llava.parent)
-    one = LMMSemantics(SemanticsConfig(path_or_id="llava"))
-    assert one.identity == LMMSemantics(SemanticsConfig(path_or_id=str(folders.llava))).identity
 
 
 # --------------------------------------------------------------------------------------------- captioner
@@ -340,17 +319,15 @@ def test_a_description_is_the_greedy_answer_to_the_question(folders, images):
         prompt = f"USER: <image>\n{DESCRIBE} ASSISTANT:"
         inputs = processor(text=prompt, images=picture, return_tensors="pt")
         assert processor.tokenizer.decode(greedy(model, inputs, 6)) == text
+    other = CaptionerConfig(path_or_id=str(folders.llava), max_new_tokens=6, question="Which colors are there?")
+    assert LMMCaptioner(other).describe(images) != described
 
 
-def test_a_question_of_ones_own_is_asked(folders, images):
-    config = CaptionerConfig(path_or_id=str(folders.llava), max_new_tokens=6)
-    other = replace(config, question="Which colors are there?")
-    assert LMMCaptioner(config).describe(images) != LMMCaptioner(other).describe(images)
-
-
-def test_a_processor_that_places_image_tokens_itself_is_not_given_more(folders, images):
+def test_a_model_that_places_image_tokens_itself_is_asked_but_not_for_hidden_layers(folders, images):
     captioner = LMMCaptioner(CaptionerConfig(path_or_id=str(folders.blip2), max_new_tokens=3))
     assert len(captioner.describe(images[:2])) == 2
+    with pytest.raises(ValueError, match=r"path_or_id: .*Blip2.*hidden layer.*pass a decoder-only"):
+        LMMSemantics(SemanticsConfig(path_or_id=str(folders.blip2))).read(images[:1])
 
 
 def test_a_sampling_model_is_made_to_answer_greedily(folders, images, tmp_path):
@@ -384,7 +361,7 @@ def test_features_are_the_mean_of_the_last_hidden_layer_under_each_question(fold
 
 def test_padding_is_left_out_of_the_mean(folders, images):
     reader = LMMSemantics(SemanticsConfig(path_or_id=str(folders.llava)))
-    short, long = (reader._lmm.inputs(images[:1], question) for question in ("Why?", "What is the matter here?"))
+    short, long = (reader._inputs(images[:1], question) for question in ("Why?", "What is the matter here?"))
     room = long["input_ids"].shape[1] - short["input_ids"].shape[1]
     padded = {"pixel_values": short["pixel_values"]}
     padded["input_ids"] = nn.functional.pad(short["input_ids"], (room, 0), value=tiny_tokenizer().eos_token_id)
@@ -401,11 +378,6 @@ def test_width_is_read_from_the_configuration_without_weights(folders, tmp_path)
     settings["text_config"]["hidden_size"] = 64
     (folder / "config.json").write_text(json.dumps(settings))
     assert LMMSemantics(SemanticsConfig(path_or_id=str(folder))).width == 64
-
-
-def test_a_model_that_hides_its_language_models_layers_is_refused(folders, images):
-    with pytest.raises(ValueError, match=r"path_or_id: .*Blip2.*hidden layer.*pass a decoder-only"):
-        LMMSemantics(SemanticsConfig(path_or_id=str(folders.blip2))).read(images[:1])
 
 
 # --------------------------------------------------------------------------------------------- segmenter
@@ -426,7 +398,7 @@ def suppressed(masks: np.ndarray, scores: np.ndarray, count: int, most: float) -
     return kept
 
 
-@pytest.mark.parametrize("size", [(64, 64), (32, 64), (96, 48)], ids=str)
+@pytest.mark.parametrize("size", [(32, 64), (96, 48)], ids=str)
 def test_regions_are_sams_best_distinct_masks_of_the_image_without_its_padding(folders, size):
     image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     config = SegmenterConfig(path_or_id=str(folders.sam), points_per_side=5, max_overlap=0.8)
@@ -448,16 +420,6 @@ def test_regions_are_sams_best_distinct_masks_of_the_image_without_its_padding(f
     assert not found[len(kept) :].any()
 
 
-def test_fewer_regions_are_the_first_ones(folders, images):
-    config = SegmenterConfig(path_or_id=str(folders.sam), max_overlap=1.0)
-    many = SAMSegmenter(config).segment(images[:2])
-    few = SAMSegmenter(replace(config, max_regions=2)).segment(images[:2])
-    assert many.shape == (2, 16, 64, 64)
-    assert torch.equal(few, many[:, :2])
-    assert bool((many.amax(dim=(2, 3)) > 0.5).all())  # as many as asked for, where overlap does not matter
-    assert 0 <= float(many.min()) <= float(many.max()) <= 1
-
-
 def test_distinct_masks_are_kept_from_the_best_down():
     left, right = torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
     left[:, :2], right[:, 2:] = True, True
@@ -473,30 +435,17 @@ def test_distinct_masks_are_kept_from_the_best_down():
     assert distinct(empty[None], scores[:1], count=4, max_overlap=0.5) == []
 
 
-def test_points_are_the_centers_of_equal_parts():
-    points = grid_points(20, 40, 2)
-    assert points.tolist() == [[10, 5], [30, 5], [10, 15], [30, 15]]  # (x, y)
-
-
-@pytest.mark.parametrize(("rows", "columns", "size"), [(4, 4, 64), (1, 1, 64), (3, 5, 64), (2, 8, 16), (7, 7, 7)])
+@pytest.mark.parametrize(("rows", "columns", "size"), [(4, 4, 64), (3, 5, 64), (7, 7, 7)])
 def test_a_grid_covers_the_image_once(rows, columns, size):
     regions = grid_regions(rows, columns, size)
     assert regions.shape == (rows * columns, size, size)
     assert torch.equal(regions.sum(dim=0), torch.ones(size, size))
     assert set(regions.unique().tolist()) <= {0.0, 1.0}
-    areas = regions.sum(dim=(1, 2))
-    assert areas.max() <= (size // rows + 1) * (size // columns + 1)
     for index, region in enumerate(regions):  # each is its rows' and columns' rectangle, in reading order
         row, column = divmod(index, columns)
         y, x = (axis.float().mean() / size for axis in torch.nonzero(region, as_tuple=True))
         assert row / rows <= y <= (row + 1) / rows
         assert column / columns <= x <= (column + 1) / columns
-
-
-@pytest.mark.parametrize("options", [{"rows": 0}, {"columns": 65}, {"rows": 9, "size": 8}])
-def test_a_grid_with_empty_cells_is_refused(options):
-    with pytest.raises(ValueError, match=r"(rows|columns): expected"):
-        grid_regions(**options)
 
 
 # --------------------------------------------------------------------------------------------- attributes
@@ -541,28 +490,22 @@ def test_an_answer_that_is_no_list_falls_back_to_noun_phrases(folders, tmp_path)
             assert reader.decompose(texts) == [noun_phrases(text) for text in texts]
 
 
-@pytest.mark.parametrize("texts", ["a cat", [1, 2], [None]])
-def test_texts_that_are_no_list_of_prompts_are_refused(folders, texts):
-    with pytest.raises(TypeError, match=r"texts: expected a list of prompts, got .*pass \[prompt\]"):
-        LLMAttributes(AttributesConfig(path_or_id=str(folders.llama))).decompose(texts)
-
-
 # --------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("name", ["captioner", "semantics", "segmenter"])
-@pytest.mark.parametrize(
-    ("pixels", "message"),
-    [
+def test_what_is_no_input_is_refused_before_a_model_is_loaded(name):
+    assistant = KINDS[name].make(Folders(*[Path("nowhere")] * 7))
+    for pixels, message in (
         (torch.zeros(3, 32, 32), "4 dimensions"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "floating-point"),
-        (torch.full((1, 3, 32, 32), 255.0), "divide 8-bit values by 255"),
-    ],
-)
-def test_images_that_are_none_are_refused_before_a_model_is_loaded(name, pixels, message):
-    assistant = KINDS[name].make(Folders(*[Path("nowhere")] * 7))
-    with pytest.raises((TypeError, ValueError), match=f"images: .*{message}"):
-        KINDS[name].ask(assistant, pixels)
+        (torch.full((1, 3, 32, 32), 255.0), r"values in \[0, 1\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"images: .*{message}"):
+            KINDS[name].ask(assistant, pixels)
+    for texts in ("a cat", [1, 2]):
+        with pytest.raises(TypeError, match=r"texts: expected a list of prompts, got .*pass \[prompt\]"):
+            LLMAttributes(AttributesConfig(path_or_id="nowhere")).decompose(texts)
 
 
 def describe(folder: Path | str, images: Tensor, **options: Any) -> list[str]:
@@ -587,14 +530,6 @@ def headless(folder: Path) -> Path:
     return folder
 
 
-def reshaped(folder: Path) -> Path:
-    tensors = load_file(folder / "model.safetensors")
-    [name] = [name for name in tensors if "lm_head" in name]
-    tensors[name] = tensors[name][:5].clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 def truncated(folder: Path) -> Path:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
@@ -602,13 +537,10 @@ def truncated(folder: Path) -> Path:
 
 
 BROKEN = {
-    "no config": (lambda folder: without(folder, "config.json"), "holds no config.json.*save_pretrained"),
-    "pickles": (pickled, r"pickles only \(pytorch_model.bin\), which are never opened"),
+    "no config": (lambda folder: without(folder, "config.json"), "could not be loaded.*with config.json"),
+    "pickles": (pickled, "could not be loaded.*model.safetensors.*pickles are never opened"),
     "a part of the weights": (truncated, "could not be loaded as an image-text-to-text model"),
     "missing weights": (headless, r"lacks 1 weights .*lm_head.weight.*would be random"),
-    "weights of another shape": (reshaped, "could not be loaded as an image-text-to-text model"),
-    "no processor": (lambda folder: without(folder, "processor_config.json"), "could not be loaded"),
-    "no tokenizer": (lambda folder: without(folder, "tokenizer.json", "tokenizer_config.json"), "could not be loaded"),
 }
 
 
@@ -649,10 +581,11 @@ def test_a_model_of_another_kind_is_refused(folders, images, name, model, messag
 
 def test_a_name_that_the_hub_cannot_give_says_so(images, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"path_or_id: 'nobody/nothing' is no folder here.*check the name.*network"):
-        describe("nobody/nothing", images)
-    with pytest.raises(ValueError, match=r"path_or_id: '\./no/such/folder' is no folder here"):
-        describe("./no/such/folder", images)
+    for name in ("nobody/nothing", "./no/such/folder"):
+        with pytest.raises(
+            ValueError, match=f"path_or_id: '{name}' could not be loaded.*check the revision and the net"
+        ):
+            describe(name, images)
 
 
 def test_a_device_that_is_not_there_is_named(folders, images):
@@ -668,9 +601,8 @@ def test_a_device_that_is_not_there_is_named(folders, images):
         (CaptionerConfig, {"path_or_id": " "}, "path_or_id: expected a folder or a model's name"),
         (CaptionerConfig, {"path_or_id": "weights.pt"}, "path_or_id: .*pickled checkpoints are never opened"),
         (CaptionerConfig, {"device": "banana"}, "device: expected a torch device"),
-        (CaptionerConfig, {"dtype": "float16"}, "dtype: expected a floating torch.dtype"),
         (CaptionerConfig, {"dtype": torch.int8}, "dtype: expected a floating torch.dtype"),
-        (CaptionerConfig, {"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+        (SemanticsConfig, {"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
         (CaptionerConfig, {"question": " "}, "question: expected a text"),
         (CaptionerConfig, {"max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1"),
         (AttributesConfig, {"limit": 0}, "limit: expected an integer of at least 1"),
@@ -678,22 +610,20 @@ def test_a_device_that_is_not_there_is_named(folders, images):
         (SegmenterConfig, {"max_regions": 0}, "max_regions: expected an integer of at least 1"),
         (SegmenterConfig, {"points_per_side": True}, "points_per_side: expected an integer of at least 1"),
         (SegmenterConfig, {"max_overlap": 1.1}, r"max_overlap: expected .* in \[0, 1\], got 1.1"),
-        (SemanticsConfig, {"batch_size": -1}, "batch_size: expected an integer of at least 1"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(config, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         config(**{"path_or_id": "some/model", **options})
 
 
+@pytest.mark.parametrize("options", [{"rows": 0}, {"columns": 65}, {"rows": 9, "size": 8}])
+def test_a_grid_with_empty_cells_is_refused(options):
+    with pytest.raises(ValueError, match=r"(rows|columns): expected"):
+        grid_regions(**options)
+
+
 # --------------------------------------------------------------------------------------------- roles
-
-
-def test_assistants_play_their_roles(folders):
-    made = {name: kind.make(folders) for name, kind in KINDS.items()}
-    assistants = Assistants(**made)
-    assert assistants.semantics is made["semantics"]
-    assert Assistants() == Assistants(captioner=None, semantics=None, segmenter=None, attributes=None)
 
 
 def test_an_assistant_in_another_role_is_refused(folders):
@@ -702,9 +632,3 @@ def test_an_assistant_in_another_role_is_refused(folders):
         Assistants(segmenter=captioner)
     with pytest.raises(TypeError, match=r"captioner: expected .*got the class LMMCaptioner"):
         Assistants(captioner=LMMCaptioner)
-
-
-def test_files_of_the_models_are_left_as_they_were(folders, images):
-    before = {path: path.stat().st_mtime_ns for path in folders.llava.iterdir()}
-    describe(folders.llava, images)
-    assert {path: path.stat().st_mtime_ns for path in folders.llava.iterdir()} == before

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+
 import pytest
 
 from aigiqa_reward.assistants import noun_phrases
@@ -58,18 +60,11 @@ def test_repetitions_in_any_case_are_left_out_and_the_first_are_taken():
     many = ", ".join(f"thing{number}" for number in range(20))
     assert noun_phrases(many) == [f"thing{number}" for number in range(8)]
     assert noun_phrases(many, limit=2) == ["thing0", "thing1"]
-
-
-@pytest.mark.parametrize("limit", [0, -1, 1.5, True])
-def test_a_limit_that_leaves_nothing_is_refused(limit):
     with pytest.raises(ValueError, match="limit: expected an integer of at least 1"):
-        noun_phrases("a cat", limit=limit)
+        noun_phrases("a cat", limit=0)
 
 
-def test_what_every_prompt_of_a_benchmark_gives(agiqa3k):
-    """Phrases are cut out of the prompt in its order, hold no article, and are neither none nor too many."""
-    import csv
-
+def test_phrases_of_a_benchmarks_prompts_are_cut_out_without_articles(agiqa3k):
     with (agiqa3k / "data.csv").open(encoding="utf-8") as file:
         prompts = sorted({row["prompt"] for row in csv.DictReader(file)})
     for prompt in prompts:

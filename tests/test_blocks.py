@@ -1,4 +1,4 @@
-"""Parts that several systems share, held against plain numpy."""
+"""Modules that several systems share, compared with plain numpy."""
 
 from __future__ import annotations
 
@@ -45,17 +45,9 @@ def test_smooth_maximum_lies_between_mean_and_maximum() -> None:
     assert np.allclose(found, plain, atol=1e-12)
     assert (found > values.mean(dim=1)).all()
     assert (found < values.max(dim=1).values).all()
-
-
-def test_smooth_maximum_of_equal_and_of_repeated_values() -> None:
-    values = rows(5, 3)
-    assert torch.allclose(smooth_maximum(values[:, :1].expand(-1, 4), dim=1), values[:, 0])
-    assert torch.allclose(smooth_maximum(values, dim=1), smooth_maximum(values.repeat(1, 3), dim=1))
-    assert torch.allclose(smooth_maximum(values, dim=1), smooth_maximum(values.T, dim=0))
-    used = torch.tensor([True, False, True]).expand(5, -1)
+    assert torch.allclose(found, smooth_maximum(values.T, dim=0))
+    used = torch.tensor([True, False] * 3 + [True]).expand(200, -1)
     assert torch.allclose(smooth_maximum(values, 1, used), smooth_maximum(values[:, ::2], dim=1))
-    far = torch.tensor([[0.0, 0.0, 100.0]], dtype=torch.float64)  # a clear winner: the maximum less log(n) / s
-    assert torch.allclose(smooth_maximum(far, dim=1), torch.tensor(100 - np.log(3) / 10))
 
 
 def test_levels_are_softmax_shares_and_span_from_0_to_their_number() -> None:
@@ -100,15 +92,10 @@ def test_standardize_takes_each_channels_mean_and_deviation(shape: tuple[int, ..
     deviation = channels.std(axis=0, ddof=1)
     plain = (channels - channels.mean(axis=0)) / (deviation + 0.1 * deviation.mean() + 1e-6)
     assert np.allclose(np.moveaxis(array(module(values)), axis, -1).reshape(-1, 5), plain)
-
-
-def test_standardize_does_not_blow_up_a_silent_channel() -> None:
-    values = rows(100, 2)
-    values[:, 1] = 1e-9 * values[:, 0]
-    module = Standardize(2).double()
-    module.fit(values)
-    assert module(values)[:, 1].abs().max() < 1e-6
-    assert torch.isfinite(module(torch.ones(3, 2).double())).all()
+    silent = torch.cat([values, 0 * values], dim=axis)
+    module = Standardize(10, axis=axis).double()
+    module.fit(silent)
+    assert torch.isfinite(module(silent + 1)).all(), "a silent channel does not divide by 0"
 
 
 def test_full_precision_is_never_lowered_however_deep_it_sits() -> None:
@@ -133,7 +120,7 @@ def test_gated_fusion_is_its_equation() -> None:
     assert np.allclose(array(found), g * linear(fusion.coarse, c) + (1 - g) * linear(fusion.fine, f))
 
 
-@pytest.mark.parametrize(("count", "top"), [(4, 3), (4, 1), (5, 5), (1, 1)])
+@pytest.mark.parametrize(("count", "top"), [(4, 3), (5, 5), (1, 1)])
 def test_experts_answer_by_the_best_of_the_gate(count: int, top: int) -> None:
     experts = double(lambda: Experts(6, 7, experts=count, top=top))
     h = rows(20, 6)
@@ -149,22 +136,13 @@ def test_experts_answer_by_the_best_of_the_gate(count: int, top: int) -> None:
         assert np.isclose(array(found[i]), sum(s * answers[k] for s, k in zip(shares, best, strict=True)))
 
 
-def test_one_expert_is_a_plain_head_and_start_at_sets_all_answers() -> None:
-    single = double(lambda: Experts(6, 7, experts=1, top=1))
-    h = rows(9, 6)
-    assert torch.allclose(single(h)[0], single.experts[0](h)[:, 0])
-    several = double(lambda: Experts(6, 7))
+def test_start_at_sets_the_experts_biases() -> None:
+    several, h = double(lambda: Experts(6, 7)), rows(9, 6)
     several.start_at(0.625)
     with torch.no_grad():
         for expert in several.experts:
             expert[3].weight.zero_()
     assert torch.allclose(several(h)[0], torch.full((9,), 0.625, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("top", [0, 5])
-def test_experts_cannot_take_more_than_there_are(top: int) -> None:
-    with pytest.raises(ValueError, match="top: expected from 1 to experts=4"):
-        Experts(4, 4, experts=4, top=top)
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -195,7 +173,9 @@ def test_prompt_attention_is_its_equation_over_the_words_kept() -> None:
         assert np.allclose(array(found[i]), plain)
 
 
-def test_attention_needs_widths_that_its_heads_divide() -> None:
+def test_widths_and_counts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="top: expected from 1 to experts=4"):
+        Experts(4, 4, experts=4, top=5)
     with pytest.raises(ValueError, match="width: expected a multiple of heads=8, got 12"):
         CrossAttention(12, 8)
     with pytest.raises(ValueError, match="rank: expected a multiple of heads=8, got 12"):

@@ -9,18 +9,23 @@ import pytest
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks
 from pipelines import FAMILIES
+from pipelines_current import pipeline
 from torch import Tensor
-from watched import PROMPT, STEPS, Recorder, is_left_alone, pipeline, redness, sample
+from watched import PROMPT, STEPS, Recorder, is_left_alone, redness, sample
 
 from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger
 
-LOGGED = ("sd", "sdxl", "sd3", "flux", "flux_2", "flux_2_klein", "qwen_image", "z_image", "sana")
+
+def families(*names: str, slow: tuple[str, ...]) -> Any:
+    """Parameters `name`; the latter are slow."""
+    params = [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+    return pytest.mark.parametrize("name", params)
 
 
 # --------------------------------------------------------------------------------------------- RewardLogger
 
 
-@pytest.mark.parametrize("name", LOGGED)
+@families("sd", "flux", "qwen_image", "sana", slow=("sdxl", "sd3", "flux_2", "flux_2_klein", "z_image"))
 def test_the_last_entry_is_about_the_image_and_the_image_is_untouched(name):
     pipe, reward = pipeline(name), Recorder()
     alone = sample(pipe, name)
@@ -38,7 +43,7 @@ def test_the_last_entry_is_about_the_image_and_the_image_is_untouched(name):
     assert last.correspondence == pytest.approx([3 * e for e in expected], abs=3e-3)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+@families("sdxl", "sd3", slow=("sd",))
 def test_with_a_perfect_denoiser_every_preview_is_the_known_image(name):
     pipe, reward = pipeline(name), Recorder()
     shape = sample(pipe, name, steps=1, output_type="latent").shape
@@ -81,7 +86,7 @@ def test_every_third_step_and_the_last():
 # --------------------------------------------------------------------------------------------- EarlyExit
 
 
-@pytest.mark.parametrize("name", ["sd", "flux", "z_image", "sana"])
+@families("sd", "flux", slow=("z_image", "sana"))
 def test_early_exit_saves_calls_and_the_preview_is_the_image(name):
     pipe, reward, calls = pipeline(name), Recorder(), []
     denoiser = pipe.unet if name == "sd" else pipe.transformer
@@ -111,16 +116,14 @@ def test_early_exit_keeps_the_latents_type():
     assert exit_.exited_at is not None
 
 
-def test_all_images_must_be_good():
+@pytest.mark.parametrize(
+    ("scores", "above", "exited_at"), [([0.0, 1.0], 0.0, 0), ([0.0, 1.0], 0.5, None), ([1.0, torch.nan], 0.5, None)]
+)
+def test_all_images_must_be_good(scores, above, exited_at):
     pipe = pipeline("sd")
-
-    def graded(images: Tensor, prompts: list[str]) -> Tensor:
-        return torch.arange(len(images)).float()
-
-    for above, exited_at in ((0.0, 0), (0.5, None)):
-        with EarlyExit(pipe, graded, PROMPT, above=above, first=0.0) as exit_:
-            sample(pipe, num_images_per_prompt=2, callback_on_step_end=exit_)
-        assert exit_.exited_at == exited_at
+    with EarlyExit(pipe, lambda images, prompts: torch.tensor(scores), PROMPT, above=above, first=0.0) as exit_:
+        sample(pipe, steps=2, num_images_per_prompt=2, callback_on_step_end=exit_)
+    assert exit_.exited_at == exited_at
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 from commands import ENVIRONMENT, command, interrupt, lines, only_error, run
 from PIL import Image
 
-from aigiqa_reward import Reward, Scorer, __version__, create_reward, list_rewards
+from aigiqa_reward import Reward, Scorer, __version__, create_reward, get_reward_spec, list_rewards
 from aigiqa_reward.cli.output import Format, Row, render, scored
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 
@@ -471,7 +471,7 @@ def test_rank_never_overwrites_an_image_it_ranks(tiny: list[str], tmp_path: Path
 
 
 def test_rewards_lists_all() -> None:
-    specs = list_rewards()
+    specs = [get_reward_spec(name) for name in list_rewards()]
     rows = lines(run("rewards", "--format", "jsonl").stdout)
     assert [row["name"] for row in rows] == [spec.name for spec in specs]
     assert [row["paper"] for row in rows] == [spec.paper for spec in specs]

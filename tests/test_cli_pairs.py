@@ -28,7 +28,7 @@ from finetune_commands import (
 from aigiqa_reward import create_reward
 from aigiqa_reward.cli.pairs import pairs
 from aigiqa_reward.finetuning import DPO, FinetuneConfig, build_preference_pairs, finetune, read_preference_pairs
-from aigiqa_reward.utils.run_folder import weights_digest
+from aigiqa_reward.utils.run_folder import reward_identity
 
 
 @pytest.fixture(scope="module")
@@ -174,5 +174,5 @@ def test_defaults_are_those_of_the_library() -> None:
 
 
 def test_settings_note_the_reward_on_disk(room: Path, made: Path) -> None:
-    noted = json.loads((made / "settings.json").read_text())["settings"]["reward_weights"]
-    assert noted == weights_digest(create_reward("tsp_mgs", weights=room / "judge"))
+    noted = json.loads((made / "settings.json").read_text())["reward"]
+    assert noted == reward_identity(create_reward("tsp_mgs", weights=room / "judge"))

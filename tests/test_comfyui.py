@@ -107,8 +107,8 @@ specification.loader.exec_module(importlib.util.module_from_spec(specification))
 """
     result = run(code, tmp_path)
     assert result.returncode == 1
-    told, install = result.stderr.splitlines()[-1], "python -m pip install ./aigiqa-reward"
-    assert install in told and install in (PACK / "README.md").read_text()
+    for text in (result.stderr.splitlines()[-1], (PACK / "README.md").read_text()):
+        assert "python -m pip install ./aigiqa-reward" in text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,6 +144,7 @@ def test_its_pyproject_names_no_torch_and_what_the_registry_wants():
     assert {"PublisherId", "DisplayName", "requires-comfyui"} <= registry.keys()
 
 
+@pytest.mark.slow
 def test_a_wheel_of_it_holds_all_and_imports_without_comfyui(tmp_path):
     pytest.importorskip("hatchling", reason="hatchling, which builds the pack, is not installed")
     build = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
@@ -169,7 +170,7 @@ print(*entry.load().NODE_CLASS_MAPPINGS, "comfy" in sys.modules, "diffusers" in 
 # --------------------------------------------------------------------------------------------- scoring
 
 
-def test_scores_are_the_rewards_own(loaded, pictures, expected):
+def test_scores_are_the_rewards_own_and_quality_without_a_prompt(loaded, pictures, expected):
     totals, report, heat = node("AIGIQAScore").score(loaded, pictures, PROMPT, "off")
     assert heat is None  # outside ComfyUI; within it an ExecutionBlocker
     rows = json.loads(report)
@@ -179,13 +180,9 @@ def test_scores_are_the_rewards_own(loaded, pictures, expected):
     uncertainty = [row["details"]["uncertainty"] for row in rows]
     assert uncertainty == pytest.approx(expected.details["uncertainty"].tolist(), abs=1e-5)
     assert [(row["index"], row["prompt"], row["heat_map"]) for row in rows] == [(i, PROMPT, None) for i in range(5)]
-
-
-def test_one_image_and_an_empty_prompt_give_quality_alone(loaded, pictures, expected):
-    [total], report, _ = node("AIGIQAScore").score(loaded, pictures[2:3], " \n", "off")
-    [row] = json.loads(report)
-    assert total == pytest.approx(float(expected.quality[2]), abs=1e-5)
-    assert row["correspondence"] is row["prompt"] is None
+    [alone], report, _ = node("AIGIQAScore").score(loaded, pictures[2:3], " \n", "off")
+    assert alone == pytest.approx(float(expected.quality[2]), abs=1e-5)
+    assert json.loads(report)[0]["correspondence"] is json.loads(report)[0]["prompt"] is None
 
 
 def test_heat_maps_of_any_reward_are_gradients(loaded, pictures):
@@ -215,7 +212,7 @@ def by_numpy(images: Tensor, prompts: list[str]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("reward", "reason"),
-    [(without_graph, "no gradient passes"), (by_numpy, "numpy"), (lambda i, p: i[:, 0, 0, 0] * 0, "0")],
+    [(without_graph, "no gradient passes"), (by_numpy, "numpy")],
 )
 def test_a_reward_without_gradients_is_scored_without_a_heat_map(reward, reason):
     images = gray(0.5, 0.7)
@@ -226,6 +223,8 @@ def test_a_reward_without_gradients_is_scored_without_a_heat_map(reward, reason)
         assert row["heat_map"] is None and reason in row["heat_map_error"]
     with pytest.raises((ValueError, RuntimeError), match=reason):
         node("AIGIQAScore").score(reward, images, PROMPT, "gradient")
+    with pytest.raises(ValueError, match=r"gives no distortion maps.*cpa_iqa"):
+        node("AIGIQAScore").score(reward, images, PROMPT, "distortion")
 
 
 def test_what_a_prompt_is_warned_of_is_logged_in_each_run(loaded, pictures, caplog):
@@ -239,11 +238,6 @@ def test_what_a_prompt_is_warned_of_is_logged_in_each_run(loaded, pictures, capl
             assert caplog.text.count("not in Latin script") == 1
 
 
-def test_distortion_maps_of_a_reward_without_are_an_error():
-    with pytest.raises(ValueError, match=r"gives no distortion maps.*cpa_iqa"):
-        node("AIGIQAScore").score(brightness, gray(0.5), PROMPT, "distortion")
-
-
 def test_images_that_cannot_be_scored_are_named_and_nothing_is_returned():
     broken = gray(0.1, 0.2, 0.3)
     broken[1, 5, 5] = torch.nan
@@ -255,10 +249,8 @@ def test_images_that_cannot_be_scored_are_named_and_nothing_is_returned():
     ("images", "prompt", "error", "message"),
     [
         ({"samples": torch.zeros(1, 4, 8, 8)}, "x", TypeError, "expected an IMAGE.*got dict; decode latents first"),
-        ("image.png", "x", TypeError, "expected an IMAGE.*got str"),
         (torch.zeros(1, 16, 16, 3, dtype=torch.uint8), "x", TypeError, "float tensor.*got torch.uint8"),
         (torch.zeros(1, 3, 16, 16), "x", ValueError, r"expected an IMAGE \(B, H, W, 3\), got shape \(1, 3, 16, 16\)"),
-        (torch.zeros(16, 16, 3), "x", ValueError, r"got shape \(16, 16, 3\)"),
         (torch.zeros(0, 16, 16, 3), "x", ValueError, "at least one image, got none"),
         (torch.zeros(1, 8, 16, 3), "x", ValueError, "image 0: .*at least 16 px, got 16 x 8"),
         (torch.zeros(1, 16, 16, 3), ["x"], TypeError, "prompt: expected a text, got list"),
@@ -267,9 +259,6 @@ def test_images_that_cannot_be_scored_are_named_and_nothing_is_returned():
 def test_wrong_inputs_are_refused_by_name(images, prompt, error, message):
     with pytest.raises(error, match=message):
         node("AIGIQAScore").score(brightness, images, prompt)
-
-
-def test_a_socket_that_brings_no_reward_is_refused():
     with pytest.raises(TypeError, match=r"reward: expected the output of Load Reward \(AIGIQA\), got str"):
         node("AIGIQAScore").score("compact", gray(0.5))
 
@@ -293,7 +282,7 @@ def test_the_best_come_first_as_they_came_in(loaded, pictures, expected):
     assert latent is None
 
 
-@pytest.mark.parametrize(("top_k", "order"), [(1, [1]), (2, [1, 3]), (9, [1, 3, 2, 0, 4]), (0, [1, 3, 2, 0, 4])])
+@pytest.mark.parametrize(("top_k", "order"), [(2, [1, 3]), (9, [1, 3, 2, 0, 4]), (0, [1, 3, 2, 0, 4])])
 def test_top_k_is_a_limit_and_0_is_none(top_k, order):
     images = gray(0.3, 0.9, 0.5, 0.9, 0.1)
     images[3] = images[1]  # a tie goes to the earlier
@@ -309,8 +298,6 @@ def test_images_of_several_sizes_compete_and_come_out_as_a_list():
     assert indices == [2, 1]
     assert [tuple(image.shape) for image in ranked] == [(1, 30, 17, 3), (1, 16, 20, 3)]
     assert torch.equal(ranked[0], tall)
-    [winner], *_ = select([wide, tall], top_k=1)
-    assert torch.equal(winner, tall)
 
 
 def test_with_a_prompt_for_each_batch_each_has_its_winner():
@@ -347,25 +334,24 @@ def test_a_batch_without_a_sound_image_leaves_the_others_theirs(caplog):
         select([nothing, nothing], prompt=("a", "b"))
 
 
-@pytest.mark.parametrize("aspect", ["total", "correspondence"])
-def test_without_a_sound_image_the_filter_stops_or_says_why(aspect):
+def test_without_a_sound_image_the_filter_stops_or_says_why():
     nothing = torch.full((1, 16, 20, 3), torch.nan)
-    assert keep([nothing], 0.5, aspect=aspect, if_none="stop") == (None,) * 4
+    assert keep([nothing], 0.5, aspect="correspondence", if_none="stop") == (None,) * 4
     for otherwise in ("error", "best"):
         with pytest.raises(ValueError, match=r"images: none of the 1 candidates could be ranked.*--fp32-vae"):
-            keep([nothing], 0.5, aspect=aspect, if_none=otherwise)
+            keep([nothing], 0.5, if_none=otherwise)
 
 
 @pytest.mark.parametrize("value", [255, -1, -2])
-def test_values_out_of_range_are_told_in_words_of_comfyui(value, caplog):
+def test_values_out_of_range_are_explained_in_words_of_comfyui(value, caplog):
     images = gray(0.1, 0.9)
     images[1, 2, 2] = value
     with pytest.raises(ValueError, match=r"image 1: .*got \[.*an IMAGE holds values in \[0, 1\]") as caught:
         node("AIGIQAScore").score(brightness, images)
     assert select([images], top_k=0)[3] == [0]
     assert "an IMAGE holds values in [0, 1]" in caplog.text
-    for told in (str(caught.value), caplog.text):
-        assert not any(word in told for word in ("validate", "from_vae", "255)", "mean and a deviation"))
+    for text in (str(caught.value), caplog.text):
+        assert not any(word in text for word in ("validate", "from_vae", "255)", "mean and a deviation"))
 
 
 def test_one_value_where_one_is_needed():
@@ -407,9 +393,7 @@ def test_fewer_masks_than_latents_are_repeated_as_samplers_do(masks, rows):
     ("shape", "same"),
     [
         ((4, 64, 66), True),  # 512 x 528 px
-        ((4, 65, 64), True),
         ((4, 65, 65), False),  # 520 x 520 px
-        ((4, 65, 66), False),
         ((16, 65, 65), True),
     ],
 )
@@ -442,14 +426,12 @@ def test_latents_of_several_sizes_come_as_a_list():
         ({"samples": SAMPLES[:2]}, ValueError, "a row for each of the 3 images, got 2"),
         (SAMPLES, TypeError, "expected a LATENT.*got Tensor"),
         ({"noise_mask": MASKS}, TypeError, "expected a LATENT.*got dict"),
-        ({"samples": [SAMPLES]}, TypeError, "got samples of list"),
         (
             {"samples": SAMPLES, "batch_index": [0, 1]},
             ValueError,
             "a batch_index with .* of its 3 rows, got 2",
         ),
         ({"samples": torch.zeros(1, 16, 3, 2, 2)}, ValueError, "got 1; a video's LATENT is one row for all its frames"),
-        ({"samples": torch.zeros(0, 4, 2, 2)}, ValueError, "a row for each of the 3 images, got 0"),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(latent, error, message):
@@ -472,7 +454,7 @@ def test_what_scores_enough_passes_in_its_order():
 
 
 @pytest.mark.parametrize(("aspect", "passing"), [("total", [2]), ("quality", [0]), ("correspondence", [1])])
-def test_the_aspect_says_which_score_is_held_against_the_threshold(aspect, passing):
+def test_the_aspect_says_which_score_is_compared_to_the_threshold(aspect, passing):
     def reward(images: Tensor, prompts: list[str]) -> RewardOutput:
         red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
         return RewardOutput(total=blue, quality=red, correspondence=green)
@@ -483,15 +465,11 @@ def test_the_aspect_says_which_score_is_held_against_the_threshold(aspect, passi
     assert keep([images], 0.5, aspect=aspect, reward=reward)[3] == passing
 
 
-def test_where_none_passes_the_error_says_by_how_much():
+def test_where_none_passes_it_fails_by_how_much_or_passes_the_best_or_nothing():
     images = gray(0.3, 0.9, 0.5)
     best = f"{float(images[1].mean()):.3f}"
     with pytest.raises(ValueError, match=f"no image passes: the best total is {re.escape(best)}, below 0.990; lower"):
         keep([images], 0.99)
-
-
-def test_where_none_passes_the_best_may_go_on_or_nothing():
-    images = gray(0.3, 0.9, 0.5)
     images[2] = torch.nan
     [kept], _, _, indices = keep([images], 0.99, if_none="best")
     assert indices == [1]
@@ -499,16 +477,14 @@ def test_where_none_passes_the_best_may_go_on_or_nothing():
     assert keep([images], 0.99, if_none="stop") == (None,) * 4
 
 
-def test_correspondence_without_a_prompt_cannot_be_held_against_anything(loaded, pictures):
-    with pytest.raises(ValueError, match="aspect: correspondence needs a prompt"):
-        keep([pictures[:1]], 0.1, aspect="correspondence", reward=loaded, prompt=[""])
-
-
-@pytest.mark.parametrize("wrong", [{"aspect": "beauty"}, {"if_none": "blank"}])
-def test_an_unknown_choice_is_refused(wrong):
-    [(name, value)] = wrong.items()
-    with pytest.raises(ValueError, match=f"{name}: expected one of .*got '{value}'"):
-        keep([IMAGES], 0.1, **wrong)
+def test_an_unknown_choice_or_a_missing_prompt_is_refused(loaded, pictures):
+    for wrong, message in (
+        ({"aspect": "beauty"}, "aspect: expected one of .*got 'beauty'"),
+        ({"if_none": "blank"}, "if_none: expected one of .*got 'blank'"),
+        ({"aspect": "correspondence", "reward": loaded, "prompt": [""]}, "aspect: correspondence needs a prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            keep([pictures[:1]], 0.1, **wrong)
 
 
 # --------------------------------------------------------------------------------------------- contact sheets
@@ -551,7 +527,6 @@ def test_a_sheet_for_each_prompt_and_none_without_images():
         ({"name": "compct"}, "did you mean 'compact'"),
         ({"device": "tpu"}, "device: expected one of auto, cpu"),
         ({"dtype": "int8"}, "dtype: expected one of float32"),
-        ({"weights": "/no/such/folder"}, "weights"),
         ({"weights": '"/no/such/folder"'}, "weights: expected a folder.*got '/no/such/folder'"),
         ({"weights": "~/no-such-folder"}, "weights: expected a folder.*got '~/no-such-folder'"),
     ],
@@ -637,24 +612,4 @@ def test_a_workflow_holds_declared_nodes_inputs_and_links(path):
 
 
 def test_workflows_use_every_node():
-    assert len(WORKFLOWS) == 2
     assert {node["class_type"] for path in WORKFLOWS for node in read_workflow(path).values()} > set(NAMES)
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        (lambda node: node.update(class_type="AIGIQASelectWorst"), "no node AIGIQASelectWorst"),
-        (lambda node: node["inputs"].pop("top_k"), "lacks top_k"),
-        (lambda node: node["inputs"].update(k=1), "has no input k"),
-        (lambda node: node["inputs"].update(top_k="1"), "'1' is no INT"),
-        (lambda node: node["inputs"].update(prompt=["0", 0]), "no node 0"),
-        (lambda node: node["inputs"].update(images=node["inputs"]["reward"]), "into IMAGE"),
-        (lambda node: node["inputs"].update(reward=[node["inputs"]["reward"][0], 1]), "has no output 1"),
-    ],
-)
-def test_a_broken_workflow_is_found(change, fault):
-    workflow = read_workflow(PACK / "workflows" / "rank_images.json")
-    [selecting] = [node for node in workflow.values() if node["class_type"] == "AIGIQASelectBest"]
-    change(selecting)
-    assert any(fault in found for found in workflow_faults(workflow, NODES))

@@ -1,4 +1,4 @@
-"""The compact model: what its streams look at, and that its scores mean something on real images."""
+"""The compact model: its crops, and its scores on real images."""
 
 from __future__ import annotations
 
@@ -29,12 +29,9 @@ def reward() -> Reward:
     return create_reward("compact")
 
 
-@pytest.mark.parametrize(
-    ("size", "count"), [((512, 512), 4), ((512, 910), 8), ((300, 900), 12), ((16, 2048), 16), ((2048, 2048), 4)]
-)
+@pytest.mark.parametrize(("size", "count"), [((512, 512), 4), ((300, 900), 12), ((16, 2048), 16), ((2048, 2048), 4)])
 def test_longer_images_get_more_crops(reward: Reward, size: tuple[int, int], count: int) -> None:
-    crops = reward.model.crops(torch.rand(1, 3, *size))
-    assert crops.shape == (1, count, 3, 224, 224)
+    assert reward.model.crops(torch.rand(1, 3, *size)).shape == (1, count, 3, 224, 224)
 
 
 def test_crops_are_native_pixels_up_to_512(reward: Reward) -> None:
@@ -44,22 +41,20 @@ def test_crops_are_native_pixels_up_to_512(reward: Reward) -> None:
     assert torch.equal(crops[0, -1], image[0, :, -224:, -224:])
     large = torch.rand(1, 3, 1024, 1024)
     assert torch.equal(reward.model.crops(large), reward.model.crops(pixels.resize(large, (512, 512))))
+    small = torch.rand(2, 3, 64, 64)
+    crops = reward.model.crops(small)
+    assert crops.shape == (2, 1, 3, 224, 224)
+    assert torch.equal(pixels.even_crops(small, 224, 4), crops.expand(-1, 4, -1, -1, -1))
 
 
 def test_crops_count_by_their_mean_statistics(reward: Reward) -> None:
     """Four different quarters of 448 px are the four crops, in any order."""
     quarters = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    image = pixels_of(quarters)
+    image = torch.cat([torch.cat(list(pair), dim=2) for pair in quarters.chunk(2)], dim=1)[None]
     with torch.no_grad():
         seen = reward.model.forward_features(image)
         alone = torch.stack([reward.model.fine.statistics(quarter[None])[0] for quarter in quarters])
     torch.testing.assert_close(seen["crops"][0], alone.mean(dim=0), rtol=1e-4, atol=1e-4)
-
-
-def pixels_of(quarters: torch.Tensor) -> torch.Tensor:
-    """(4, 3, h, w) to one image (1, 3, 2h, 2w)."""
-    rows = [torch.cat(list(pair), dim=2) for pair in quarters.chunk(2)]
-    return torch.cat(rows, dim=1)[None]
 
 
 def test_worse_generators_and_degradations_score_lower(reward: Reward) -> None:
@@ -83,6 +78,7 @@ def test_the_right_prompt_fits_better_than_others(reward: Reward) -> None:
     assert int(scores.argmax()) == 0
 
 
+@pytest.mark.slow
 def test_scores_follow_human_scores_on_its_benchmark(reward: Reward, agiqa3k: Path) -> None:
     """The weights in the package are whole: these images were in training, so this says nothing of new ones."""
     from aigiqa_reward.datasets import read_agiqa3k
@@ -94,17 +90,9 @@ def test_scores_follow_human_scores_on_its_benchmark(reward: Reward, agiqa3k: Pa
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match="crops: expected an integer of at least 1, got 0"):
-        CompactConfig(crops=0)
-    with pytest.raises(ValueError, match="crops"):
-        CompactConfig(crops=1.5)  # type: ignore[arg-type]
-
-
-def test_small_squares_are_one_crop_which_is_all_four(reward: Reward) -> None:
-    image = torch.rand(2, 3, 64, 64)
-    crops = reward.model.crops(image)
-    assert crops.shape == (2, 1, 3, 224, 224)
-    assert torch.equal(pixels.even_crops(image, 224, 4), crops.expand(-1, 4, -1, -1, -1))
+    for crops in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"crops: expected an integer of at least 1, got {crops}"):
+            CompactConfig(crops=crops)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------------- the embedded world
@@ -118,7 +106,7 @@ def unseen() -> np.ndarray:
 
 def test_the_right_caption_of_eight_is_preferred(reward: Reward, unseen: np.ndarray) -> None:
     """Wrong in the color, in the thing, and in both; the full figure is examples/train_compact/evaluate_world.py's."""
-    pairs = unseen[::4]
+    pairs = unseen[::6]
     pictures = compose(pairs, np.random.default_rng(77))
     nouns, colors = pairs.T
     captions = [(nouns, colors), (nouns, (colors + 2) % 8), (nouns, (colors + 5) % 8)]
@@ -142,9 +130,9 @@ def test_the_right_caption_of_eight_is_preferred(reward: Reward, unseen: np.ndar
     ],
 )
 def test_quality_falls_as_degradation_grows(reward: Reward, unseen: np.ndarray, column: int) -> None:
-    pictures = compose(unseen[::8], np.random.default_rng(78))
+    pictures = compose(unseen[::16], np.random.default_rng(78))
     qualities = []
-    for level in (0.0, 0.33, 0.67, 1.0):
+    for level in (0.0, 0.5, 1.0):
         levels = torch.zeros(len(pictures), 3)
         levels[:, column] = level
         degraded = degrade(pictures, levels, torch.Generator().manual_seed(column))
@@ -178,21 +166,21 @@ def test_uncertainty_is_a_deviation_on_the_scale_of_quality(reward: Reward) -> N
     torch.testing.assert_close(after.details["uncertainty"], 2 * before.details["uncertainty"])
 
 
-@pytest.mark.parametrize("name", ["uncertainty", "out_of_distribution"])
-def test_details_have_the_gradient_that_differences_tell(name: str) -> None:
+def test_details_have_the_gradient_of_finite_differences() -> None:
     reward = create_reward("compact", dtype=torch.float64)
     image = pixels.resize(pixels.load(EXAMPLES / "sushi_sd15_normal.jpg")[None].double(), (96, 96)).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(image).details[name].sum(), image)
-    step = 1e-5 * gradient / gradient.norm()
-    with torch.no_grad():
-        up, down = (reward(image + sign * step).details[name].sum() for sign in (1, -1))
-    assert float((up - down) / 2e-5) == pytest.approx(float(gradient.norm()), rel=1e-3)
+    details = reward(image).details
+    for name in ("uncertainty", "out_of_distribution"):
+        (gradient,) = torch.autograd.grad(details[name].sum(), image, retain_graph=True)
+        step = 1e-5 * gradient / gradient.norm()
+        with torch.no_grad():
+            up, down = (reward(image + sign * step).details[name].sum() for sign in (1, -1))
+        assert float((up - down) / 2e-5) == pytest.approx(float(gradient.norm()), rel=1e-3)
 
 
 def test_noise_is_out_of_distribution_and_scored_images_are_not(reward: Reward) -> None:
-    files = sorted(EXAMPLES.glob("*.jpg"))
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(2, 3, 512, 512, generator=generator)
+    files = sorted(EXAMPLES.glob("*.jpg"))[::2]
+    noise = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         known = torch.cat([reward(pixels.load(file)[None]).details["out_of_distribution"] for file in files])
         strange = reward(noise).details["out_of_distribution"]
@@ -201,7 +189,7 @@ def test_noise_is_out_of_distribution_and_scored_images_are_not(reward: Reward) 
     assert strange.min() > known.max()
 
 
-def test_held_out_intervals_hold_what_they_say() -> None:
+def test_held_out_intervals_have_their_coverage() -> None:
     """On the predictions in the repository: 80 % intervals, 2,385 images of which no model saw the prompt."""
     with np.load(EXAMPLES.parent / "train_compact" / "predictions.npz", allow_pickle=False) as table:
         standard = np.abs(table["target_quality"] - table["predicted_quality"]) / table["predicted_uncertainty"]
@@ -234,10 +222,10 @@ def test_trust_falls_beyond_its_limit_only(reward: Reward) -> None:
 
 
 def test_images_and_pictures_are_trusted_and_scores_are_multiplied(reward: Reward, unseen: np.ndarray) -> None:
-    files = sorted(EXAMPLES.glob("*.jpg"))[::2]
+    files = sorted(EXAMPLES.glob("*.jpg"))[::4]
     with torch.no_grad():
         trust = torch.cat([reward(pixels.load(file)[None]).details["trust"] for file in files])
-        pictures = reward(compose(unseen[:8], np.random.default_rng(5))).details["trust"]
+        pictures = reward(compose(unseen[:4], np.random.default_rng(5))).details["trust"]
         whole = pixels.load(files[0])[None]
         before = reward(whole, ["sushi"])
         half = create_reward("compact")
@@ -265,7 +253,7 @@ def test_the_guard_holds_an_ascent_back(reward: Reward) -> None:
     assert held < 0.75 * free
 
 
-# --------------------------------------------------------------------------------------------- one's own scores
+# --------------------------------------------------------------------------------------------- own scores
 
 
 @pytest.mark.slow

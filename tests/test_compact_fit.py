@@ -1,4 +1,4 @@
-"""How the embedded reward is fitted: closed forms against plain numpy, and spoilt images that are spoilt."""
+"""The fit of the embedded reward: closed forms against plain numpy, and degraded images."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import zscore
 from torch import Tensor, nn
 
-from aigiqa_reward import CompositeReward, RewardOutput, Scorer, rerank
+from aigiqa_reward import CompositeReward, RewardOutput
 from aigiqa_reward.models.base import distinct_prompts
 from aigiqa_reward.types import PromptFeatures
 
@@ -133,21 +133,16 @@ def test_scores_that_are_not_numbers_are_not_hidden_by_a_rank():
     assert np.isnan(rank_of([float("nan"), 1.0], [0, 1, 1])).tolist() == [True, False]
 
 
-def test_no_weights_weigh_all_alike(sample, images):
-    members = {"brightness": brightness, "contrast": contrast}
-    both = CompositeReward.with_reference(members, sample, ["a cat"] * 40)(images, PROMPTS).total
-    alone = [
-        CompositeReward.with_reference({name: member}, sample, ["a cat"] * 40)(images, PROMPTS).total
-        for name, member in members.items()
-    ]
-    torch.testing.assert_close(both, (alone[0] + alone[1]) / 2)
-
-
-def test_weights_count_by_their_proportions(sample, images):
+def test_weights_count_by_their_proportions_and_are_equal_unless_given(sample, images):
     composite = compose(sample, "zscore")
     reference = {name: module.totals for name, module in composite.reference.items()}
-    larger = CompositeReward(MEMBERS, weights={n: 10 * w for n, w in WEIGHTS.items()}, reference=reference)
-    torch.testing.assert_close(larger(images, PROMPTS).total, composite(images, PROMPTS).total)
+
+    def total(**options: Any) -> Tensor:
+        return CompositeReward(MEMBERS, reference=reference, **options)(images, PROMPTS).total
+
+    tenfold = {name: 10 * weight for name, weight in WEIGHTS.items()}
+    torch.testing.assert_close(total(weights=tenfold), composite(images, PROMPTS).total)
+    torch.testing.assert_close(total(), total(weights=dict.fromkeys(MEMBERS, 7)))
 
 
 def test_quality_and_correspondence_are_the_members_own(sample, images):
@@ -168,12 +163,6 @@ def test_each_row_is_scored_alone(sample, images, combine):
     for row in range(5):
         alone = composite(images[row : row + 1], PROMPTS[row : row + 1])
         torch.testing.assert_close(alone.total, whole.total[row : row + 1], atol=1e-5, rtol=1e-5)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    permuted = composite(images[order], [PROMPTS[row] for row in order])
-    torch.testing.assert_close(permuted.total, whole.total[order], atol=1e-5, rtol=1e-5)
-    other = images.clone()
-    other[1:] = 0.5
-    torch.testing.assert_close(composite(other, PROMPTS).total[0], whole.total[0], atol=1e-5, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------- gradients and numbers
@@ -210,8 +199,9 @@ def test_gradients_of_ranks_are_finite_at_the_ends_and_at_ties():
     assert scores.grad[0] == scores.grad[3] == scores.grad[4] == 0
 
 
-@pytest.mark.parametrize("combine", ["zscore", "rank"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize(
+    ("combine", "dtype"), [("zscore", torch.bfloat16), ("rank", torch.float16), ("rank", torch.int64)]
+)
 def test_coarse_totals_are_scaled_in_float32(combine, dtype):
     values = torch.tensor([1, 2, 6]).to(dtype)
     reference = torch.tensor([0.0, 3.1, 7.3])
@@ -226,24 +216,18 @@ def test_coarse_totals_are_scaled_in_float32(combine, dtype):
     assert torch.equal(results[0].total, results[1].total)
 
 
-def test_members_of_different_precision_add_up(images):
-    members = {"float32": brightness, "float64": lambda images, prompts: images.double().mean(dim=(1, 2, 3))}
-    reference = dict.fromkeys(members, torch.tensor([0.1, 0.4, 0.9]))
-    for combine in ("zscore", "rank"):
-        total = CompositeReward(members, combine=combine, reference=reference)(images).total
-        alone = CompositeReward({"s": brightness}, combine=combine, reference={"s": reference["float32"]})(images).total
-        torch.testing.assert_close(total, alone.double(), atol=1e-5, rtol=0)
-
-
 # --------------------------------------------------------------------------------------------- as a module
 
 
-def test_modules_among_the_members_move_and_are_saved_with_it(sample):
+def test_modules_among_the_members_move_and_are_cast_with_it_and_the_reference_stays_float32(sample):
     composite = compose(sample, "zscore", {"brightness": brightness, "conv": Conv()})
     names = {name for name, _ in composite.named_parameters()}
     assert names == {"member_modules.conv.weight"}
     assert composite.to("meta").members["conv"].weight.device.type == "meta"
     assert composite.reference["brightness"].totals.device.type == "meta"
+    half = compose(sample, "zscore", {"conv": Conv()}).half()
+    assert half.members["conv"].weight.dtype == torch.float16
+    assert half.reference["conv"].totals.dtype == torch.float32
 
 
 def test_a_state_dict_restores_the_reference_and_the_members(sample, images):
@@ -252,16 +236,6 @@ def test_a_state_dict_restores_the_reference_and_the_members(sample, images):
     target = CompositeReward(members, weights=WEIGHTS, reference={name: torch.linspace(0, 1, 40) for name in members})
     target.load_state_dict(source.state_dict())
     assert torch.equal(target(images, PROMPTS).total, source(images, PROMPTS).total)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_reference_stays_float32_when_the_members_are_cast(sample, dtype):
-    composite = compose(sample, "zscore", {"conv": Conv()}).to(dtype)
-    assert composite.members["conv"].weight.dtype == dtype
-    for module in composite.reference.values():
-        assert module.totals.dtype == torch.float32
-    fitting = compose(sample, "zscore", {"conv": Conv()})
-    assert torch.equal(composite.reference["conv"].totals, fitting.reference["conv"].totals)
 
 
 def test_images_are_checked_and_validation_can_be_skipped(sample, images):
@@ -282,15 +256,6 @@ def test_a_reference_without_prompts_serves_calls_without_them(sample):
     members = [two_scales(sample, None), contrast(sample, None)]
     expected = sum(zscore(member.double().numpy(), ddof=1) for member in members) / 2
     assert totals.double().numpy() == pytest.approx(expected, abs=1e-4)
-
-
-def test_composites_nest(sample, images):
-    inner = compose(sample, "rank")
-    reference = {"inner": torch.tensor([0.0, 1.0, 2.0])}
-    outer = CompositeReward({"inner": inner}, reference=reference)
-    expected = inner(images, PROMPTS)
-    torch.testing.assert_close(outer(images, PROMPTS).total, expected.total - 1)
-    torch.testing.assert_close(outer(images, PROMPTS).correspondence, expected.correspondence)
 
 
 class Reader:
@@ -321,6 +286,7 @@ def test_prompts_are_encoded_once_for_all_members_and_the_rest_sees_strings(imag
     outer = CompositeReward(
         {"inner": inner, "brightness": brightness}, reference={"inner": torch.rand(9), "brightness": torch.rand(9)}
     )
+    torch.testing.assert_close(outer(images, PROMPTS).correspondence, inner(images, PROMPTS).correspondence)
     for composite in (inner, outer):
         expected = composite(images, PROMPTS).total
         reader.read.clear()
@@ -330,15 +296,6 @@ def test_prompts_are_encoded_once_for_all_members_and_the_rest_sees_strings(imag
         alone = composite.encode_prompts(PROMPTS[1:2])
         torch.testing.assert_close(composite(images, alone.expand(5)).total[1], expected[1])
         assert reader.read == [["a cat", "a dog", "a bird", "a fish"], ["a dog"]]
-
-
-def test_best_of_n_and_scorer_have_a_composite_read_its_prompt_once(images):
-    reader = Reader()
-    composite = CompositeReward({"reader": reader}, reference={"reader": torch.rand(9)})
-    ranked = rerank(images, "a cat", composite)
-    assert ranked.seeds == brightness(images, []).argsort(descending=True).tolist()
-    Scorer(composite, batch_size=2).score(images, "a cat")
-    assert reader.read == [["a cat"], ["a cat"]]
 
 
 def test_features_of_another_reward_or_another_number_are_refused(images):
@@ -369,20 +326,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"reference: .*each of \['a', 'b'\], got \['a'\]",
     ),
-    "reference of others": (
-        {"reference": {**GOOD, "c": GOOD["a"]}},
-        ValueError,
-        "reference: expected an entry for each",
-    ),
     "reference too small": ({"reference": {**GOOD, "b": torch.rand(1)}}, ValueError, r"reference\['b'\].*at least 2"),
     "reference constant": ({"reference": {**GOOD, "b": torch.ones(9)}}, ValueError, r"reference\['b'\].*not all equal"),
     "reference NaN": ({"reference": {**GOOD, "b": torch.tensor([1, float("nan")])}}, ValueError, r"\['b'\].*finite"),
     "reference list": ({"reference": {**GOOD, "b": [1.0, 2.0]}}, TypeError, r"\['b'\]: expected a tensor.*got list"),
     "weight missing": ({"weights": {"a": 1}}, ValueError, r"weights: expected an entry for each.*got \['a'\]"),
     "zero weight": ({"weights": {"a": 1, "b": 0}}, ValueError, "weights: expected finite numbers above 0.*'b': 0"),
-    "negative weight": ({"weights": {"a": 1, "b": -1}}, ValueError, "weights: expected finite numbers above 0"),
     "infinite weight": ({"weights": {"a": 1, "b": float("inf")}}, ValueError, "weights: expected finite numbers"),
-    "NaN weight": ({"weights": {"a": 1, "b": float("nan")}}, ValueError, "weights: expected finite numbers"),
     "weight in words": ({"weights": {"a": 1, "b": "2"}}, ValueError, "weights: expected finite numbers"),
     "dotted name": ({"members": {"v1.5": brightness}, "reference": {"v1.5": GOOD["a"]}}, ValueError, "another name"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-import aigiqa_reward
 from aigiqa_reward import load_embedded_pipeline
 from aigiqa_reward.toy.degradations import DEGRADATIONS, blur, degrade, noise, warp
 from aigiqa_reward.toy.judge import Judge, load_judge
@@ -29,7 +28,7 @@ from aigiqa_reward.toy.world import (
     is_held_out,
     read_subject,
 )
-from aigiqa_reward.utils.weights import ASSETS, WeightsError
+from aigiqa_reward.utils.weights import WeightsError
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +38,8 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def pairs() -> np.ndarray:
-    """A thing and a color for each of 512 pictures: every pair once, those held out from the generator as well."""
-    return np.concatenate([all_pairs(held_out=False), all_pairs(held_out=True)])
+    """Every second pair of thing and color, those held out from the generator as well."""
+    return np.concatenate([all_pairs(held_out=False), all_pairs(held_out=True)])[::2]
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +56,10 @@ def mean_channel_error(picture: torch.Tensor, color: int) -> float:
 # --------------------------------------------------------------------------------------------- words
 
 
-def test_the_world_is_as_large_as_it_says():
-    assert len(NOUNS) == len(set(NOUNS)) == 64
-    assert len(COLOR_NAMES) == 8
-
-
-@pytest.mark.parametrize("wording", range(len(WORDINGS)))
-def test_every_caption_is_read_back(wording: int):
-    for noun in range(len(NOUNS)):
-        for color in range(len(COLOR_NAMES)):
-            assert read_subject(caption(noun, color, wording)) == Subject(noun=noun, color=color)
+def test_every_caption_is_read_back():
+    assert (len(set(NOUNS)), len(COLOR_NAMES)) == (64, 8)
+    for noun, color, wording in itertools.product(range(0, 64, 3), range(8), range(len(WORDINGS))):
+        assert read_subject(caption(noun, color, wording)) == Subject(noun=noun, color=color)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +96,7 @@ def test_each_thing_has_one_held_out_color_and_each_color_eight_things():
 # --------------------------------------------------------------------------------------------- pictures
 
 
-def test_pictures_are_made_again_from_their_generator_and_stand_on_their_color(pairs: np.ndarray):
+def test_pictures_repeat_with_their_generator_and_have_their_color(pairs: np.ndarray):
     first, again = (compose(pairs[:32], np.random.default_rng(5)) for _ in range(2))
     assert first.shape == (32, 3, SIDE, SIDE)
     assert torch.equal(first, again)
@@ -114,11 +107,10 @@ def test_pictures_are_made_again_from_their_generator_and_stand_on_their_color(p
 
 
 def test_degradations_do_nothing_at_level_0_and_more_at_higher_levels(pictures: torch.Tensor):
-    images = pictures[:64]
-    generator = torch.Generator().manual_seed(0)
-    assert torch.allclose(degrade(images, torch.zeros(64, 3), generator), images, atol=1e-5)
+    images, generator = pictures[:16], torch.Generator().manual_seed(0)
+    assert torch.allclose(degrade(images, torch.zeros(16, 3), generator), images, atol=1e-5)
     for change in (blur, lambda x, level: noise(x, level, generator), lambda x, level: warp(x, level, generator)):
-        errors = [float((change(images, torch.full((64,), level)) - images).square().mean()) for level in (0.2, 0.5, 1)]
+        errors = [float((change(images, torch.full((16,), level)) - images).square().mean()) for level in (0.2, 0.5, 1)]
         assert 1e-5 < errors[0] < errors[1] < errors[2]
 
 
@@ -146,13 +138,13 @@ def test_the_judge_measures_degradation(judge: Judge, pictures: torch.Tensor, co
     generator = torch.Generator().manual_seed(column)
     measured = []
     some = pictures[::8]
-    for level in (0.0, 0.3, 0.6, 0.9):
+    for level in (0.0, 0.45, 0.9):
         levels = torch.zeros(len(some), len(DEGRADATIONS))
         levels[:, column] = level
         measured.append(float(judge.examine(degrade(some, levels, generator)).degradation[:, column].mean()))
     assert measured == sorted(measured)
     assert measured[0] < 0.1
-    assert measured[3] > measured[0] + 0.3
+    assert measured[2] > measured[0] + 0.3
 
 
 def test_the_judge_takes_any_size_and_gives_each_picture_its_own_score(judge: Judge, pictures: torch.Tensor):
@@ -160,9 +152,6 @@ def test_the_judge_takes_any_size_and_gives_each_picture_its_own_score(judge: Ju
     assert torch.equal(judge.examine(large).nouns.argmax(1), judge.examine(pictures[:4]).nouns.argmax(1))
     together, alone = judge.examine(pictures[:4]).nouns, judge.examine(pictures[2:3]).nouns
     assert torch.allclose(together[2:3], alone, atol=1e-4)
-
-
-def test_gradients_of_the_judge_reach_the_pixels(judge: Judge, pictures: torch.Tensor):
     images = pictures[:2].clone().requires_grad_()
     judge(images, ["a bus on red", "a key on blue"]).total.sum().backward()
     assert images.grad is not None
@@ -185,13 +174,6 @@ def test_prompts_that_the_judge_cannot_read(judge: Judge, prompts: Any, error: t
         judge(torch.rand(1, 3, 64, 64), prompts)
 
 
-def test_the_judge_is_small_and_shares_nothing_with_a_reward():
-    file = ASSETS / "judge" / "model.safetensors"
-    assert file.stat().st_size <= 3e6
-    ours = {type(part).__module__ for part in Judge().modules() if type(part).__module__.startswith("aigiqa")}
-    assert ours == {"aigiqa_reward.toy.judge"}
-
-
 # --------------------------------------------------------------------------------------------- generator
 
 
@@ -200,20 +182,12 @@ def pipe() -> StableDiffusionPipeline:
     return load_embedded_pipeline()
 
 
-def test_there_is_one_pipeline_in_the_package_and_it_is_small():
-    package = Path(aigiqa_reward.__file__).parent
-    assert [file.parent for file in package.rglob("model_index.json")] == [GENERATOR]
-    assert sum(file.stat().st_size for file in GENERATOR.rglob("*") if file.is_file()) <= 20e6
-    weights = {file.suffix for file in GENERATOR.rglob("*") if file.stat().st_size > 100_000}
-    assert weights == {".safetensors"}
-    assert not any("_name_or_path" in file.read_text() for file in GENERATOR.rglob("*.json"))
-    assert json.loads((GENERATOR / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
-
-
 def test_plain_from_pretrained_loads_the_same_in_one_dtype(pipe: StableDiffusionPipeline):
     plain = StableDiffusionPipeline.from_pretrained(GENERATOR)
     parts = {name: part for name, part in plain.components.items() if isinstance(part, torch.nn.Module)}
     assert parts.keys() == {"vae", "text_encoder", "unet"}
+    words = {word for name in (*NOUNS, *COLOR_NAMES) for word in name.replace("-", " - ").split()}
+    assert all(plain.tokenizer.tokenize(word) == [f"{word}</w>"] for word in words - {"-"}), "a token per word"
     for name, part in parts.items():
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
         for key, tensor in getattr(pipe, name).state_dict().items():
@@ -223,8 +197,6 @@ def test_plain_from_pretrained_loads_the_same_in_one_dtype(pipe: StableDiffusion
 def test_pipelines_in_half_precision_and_errors():
     pipe = load_embedded_pipeline(dtype=torch.bfloat16)
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
-    image = pipe("a key on red", num_inference_steps=2, output_type="pt").images
-    assert bool(torch.isfinite(image).all())
     with pytest.raises(TypeError, match="dtype: expected a floating-point type"):
         load_embedded_pipeline(dtype=torch.int8)
 
@@ -240,6 +212,7 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytes
         load_embedded_pipeline()
 
 
+@pytest.mark.slow
 def test_samples_show_what_the_prompt_says(pipe: StableDiffusionPipeline, judge: Judge):
     """One sample of each of 8 trained pairs; the full figure is examples/train_generator/evaluate.py's."""
     chosen = np.random.default_rng(2).permutation(all_pairs(held_out=False))[:8]
@@ -250,12 +223,6 @@ def test_samples_show_what_the_prompt_says(pipe: StableDiffusionPipeline, judge:
     noun, color = judge.recognizes(images, prompts)
     assert int(noun.sum()) >= 7
     assert int(color.sum()) >= 7
-
-
-def test_every_word_of_the_world_is_a_token_of_its_own(pipe: StableDiffusionPipeline):
-    words = {word for name in (*NOUNS, *COLOR_NAMES) for word in name.replace("-", " - ").split()}
-    for word in words - {"-"}:
-        assert pipe.tokenizer.tokenize(word) == [f"{word}</w>"]
 
 
 def test_samples_follow_seed_and_prompt(pipe: StableDiffusionPipeline):

@@ -1,4 +1,4 @@
-"""BLIP as an encoder: it computes what transformers computes, reads what BLIP reads, and lets gradients through."""
+"""BLIP as an encoder: against transformers, with gradients, and what it refuses."""
 
 from __future__ import annotations
 
@@ -61,21 +61,13 @@ def test_states_are_those_of_the_published_class(folder: Path, encoder: BLIPEnco
     assert torch.equal(features["mask"], tokens.attention_mask.bool())
     seen = encoder.look(images)
     assert torch.allclose(seen, expected.last_hidden_state, atol=1e-5)
-    assert torch.allclose(encoder.ground(seen, **features), expected.question_embeds, atol=1e-5)
-
-
-def test_widths_are_those_of_the_tensors(encoder: BLIPEncoder) -> None:
-    features = encoder.read(TEXTS)
-    seen = encoder.look(draw_images())
+    states = encoder.ground(seen, **features)
+    assert torch.allclose(states, expected.question_embeds, atol=1e-5)
     assert seen.shape == (2, 1 + 4 * 4, encoder.vision_width)
-    assert encoder.ground(seen, **features).shape == (*features["text"].shape, encoder.grounded_width)
-    assert encoder.grounded_width == encoder.width
+    assert states.shape[2] == encoder.grounded_width == encoder.width
     assert encoder.image_size == 32
-
-
-def test_every_word_depends_on_the_image(encoder: BLIPEncoder) -> None:
-    states = grounded(encoder, draw_images(), TEXTS[:1] * 2)
-    assert ((states[0] - states[1]).norm(dim=-1) > 1e-3 * states[0].norm(dim=-1)).all()
+    same = grounded(encoder, images, TEXTS[:1] * 2)
+    assert ((same[0] - same[1]).norm(dim=-1) > 1e-3 * same[0].norm(dim=-1)).all(), "every word depends on the image"
 
 
 def test_pixel_gradient_is_that_of_finite_differences(encoder: BLIPEncoder) -> None:
@@ -92,26 +84,17 @@ def test_pixel_gradient_is_that_of_finite_differences(encoder: BLIPEncoder) -> N
     assert (gradient.flatten(1).norm(dim=1) > 1e-3).all()
 
 
-def test_padding_changes_no_word(encoder: BLIPEncoder) -> None:
-    encoder.double()
-    images = draw_images(1)
-    alone, padded = encoder.read(TEXTS[:1]), encoder.read(TEXTS)
-    seen = encoder.look(images)
-    expected = encoder.ground(seen, **alone)
-    states = encoder.ground(seen, padded["text"][:1], padded["mask"][:1])
-    words = padded["mask"][0]
-    assert int(words.sum()) == alone["text"].shape[1] < len(words)
-    assert torch.allclose(states[0, words], expected[0], atol=1e-12)
-
-
-def test_rows_are_independent(encoder: BLIPEncoder) -> None:
+def test_rows_do_not_depend_on_padding_or_each_other(encoder: BLIPEncoder) -> None:
     encoder.double()
     images, features = draw_images(), encoder.read(TEXTS)
     together = encoder.ground(encoder.look(images), **features)
     for i in range(2):
-        row = slice(i, i + 1)
-        alone = encoder.ground(encoder.look(images[row]), features["text"][row], features["mask"][row])
-        assert torch.allclose(together[row], alone, atol=1e-12)
+        alone = encoder.read(TEXTS[i : i + 1])
+        states = encoder.ground(encoder.look(images[i : i + 1]), **alone)
+        words = features["mask"][i]
+        assert int(words.sum()) == alone["text"].shape[1]
+        assert torch.allclose(together[i, words], states[0], atol=1e-12)
+    assert not features["mask"].all()
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
@@ -126,14 +109,6 @@ def test_outputs_never_fall_below_float32(encoder: BLIPEncoder, weights: torch.d
 
 
 # --------------------------------------------------------------------------------------------------- what it reads
-
-
-def test_a_text_starts_and_ends_as_bert_marks_it(encoder: BLIPEncoder) -> None:
-    features = encoder.read(TEXTS)
-    tokens = [encoder.tokenizer.id_to_token(token) for token in features["text"][0].tolist()]
-    assert tokens[:5] == ["[CLS]", "a", "red", "apple", "[SEP]"]
-    assert set(tokens[5:]) == {"[PAD]"}
-    assert features["mask"][0].tolist() == [True] * 5 + [False] * (len(tokens) - 5)
 
 
 def test_padding_and_truncation_of_a_tokenizer_file_are_not_followed(encoder: BLIPEncoder, broken: Path) -> None:
@@ -171,9 +146,6 @@ def test_unreadable_texts_are_refused(
 ) -> None:
     with pytest.raises(error, match=f"texts: .*{message}"):
         encoder.read(texts)
-
-
-def test_images_of_another_size_are_refused(encoder: BLIPEncoder) -> None:
     with pytest.raises(ValueError, match=r"images: expected 32 x 32 px, got 24 x 24"):
         encoder.look(draw_images(side=24))
 
@@ -191,15 +163,9 @@ def test_a_description_builds_the_same_encoder_without_the_folder(tmp_path: Path
     assert not torch.equal(again.look(draw_images()), encoder.look(draw_images()))
     load_strictly(again, encoder.state_dict(), source="the first")
     assert json.dumps(again.describe()) == written
-    assert again.window == 40
+    assert again.config.window == 40
     assert all(torch.equal(again.read(TEXTS)[name], tensor) for name, tensor in encoder.read(TEXTS).items())
     assert torch.equal(grounded(again, draw_images(), TEXTS), grounded(encoder, draw_images(), TEXTS))
-
-
-def test_weights_stored_in_half_precision_are_read_as_float32(folder: Path, broken: Path) -> None:
-    BlipForImageTextRetrieval.from_pretrained(folder).half().save_pretrained(broken)
-    encoder = BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
-    assert {tensor.dtype for tensor in encoder.parameters()} == {torch.float32}
 
 
 def change_weights(folder: Path, *, drop: str | None = None, add: dict[str, Tensor] | None = None) -> None:
@@ -208,12 +174,14 @@ def change_weights(folder: Path, *, drop: str | None = None, add: dict[str, Tens
     save_file({**tensors, **(add or {})}, path, metadata={"format": "pt"})
 
 
-def test_heads_and_counters_that_play_no_part_may_be_missing_or_left_over(encoder: BLIPEncoder, broken: Path) -> None:
-    change_weights(
-        broken, drop="itm_head.", add={"text_encoder.embeddings.position_ids": torch.arange(512).view(1, -1)}
-    )
+def test_unused_heads_and_counters_may_be_missing_or_left_over(encoder: BLIPEncoder, broken: Path) -> None:
+    BlipForImageTextRetrieval.from_pretrained(broken).half().save_pretrained(broken)
+    counters = {"text_encoder.embeddings.position_ids": torch.arange(512).view(1, -1)}
+    change_weights(broken, drop="itm_head.", add=counters)
     again = BLIPEncoder(BLIPConfig(path_or_id=str(broken))).eval()
-    assert torch.equal(grounded(again, draw_images(), TEXTS), grounded(encoder, draw_images(), TEXTS))
+    assert {tensor.dtype for tensor in again.parameters()} == {torch.float32}
+    expected = grounded(encoder, draw_images(), TEXTS)
+    assert torch.allclose(grounded(again, draw_images(), TEXTS), expected, atol=0.05)
 
 
 def test_missing_and_unknown_weights_are_refused(broken: Path) -> None:
@@ -225,24 +193,17 @@ def test_missing_and_unknown_weights_are_refused(broken: Path) -> None:
         BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
 
 
-def test_weights_of_another_shape_are_refused(broken: Path) -> None:
-    name = "vision_model.embeddings.position_embedding"
-    change_weights(broken, drop=name, add={name: torch.zeros(1, 5, 32)})
-    with pytest.raises(ValueError, match="path_or_id: cannot load"):
-        BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
-
-
-def test_a_folder_with_pickled_weights_only_is_refused(broken: Path) -> None:
-    torch.save(load_file(broken / "model.safetensors"), broken / "pytorch_model.bin")
-    (broken / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"cannot load.*expected a folder.*model.safetensors"):
-        BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
-
-
-def test_a_damaged_file_is_refused(broken: Path) -> None:
-    path = broken / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="path_or_id: cannot load"):
+@pytest.mark.parametrize("damage", ["another shape", "pickled only", "cut short"])
+def test_weights_that_cannot_be_read_are_refused(damage: str, broken: Path) -> None:
+    path, name = broken / "model.safetensors", "vision_model.embeddings.position_embedding"
+    if damage == "another shape":
+        change_weights(broken, drop=name, add={name: torch.zeros(1, 5, 32)})
+    elif damage == "cut short":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        torch.save(load_file(path), broken / "pytorch_model.bin")
+        path.unlink()
+    with pytest.raises(ValueError, match=r"path_or_id: cannot load.*expected a folder.*model.safetensors"):
         BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.compact import CompactEncoder
-from aigiqa_reward.rewards.embedded import load_compact_encoder
+from aigiqa_reward.rewards.build import load_compact_encoder
 from aigiqa_reward.toy.pictures import all_pairs, compose
 from aigiqa_reward.toy.world import caption
 
@@ -64,17 +64,16 @@ def test_the_learned_part_of_the_mean_place_is_that_of_the_pooled_features(
     assert torch.equal(fresh(torch.rand(2, 1280), torch.ones(2, 384)), torch.ones(2, 384)), "it starts at nothing"
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 100), (224, 224), (75, 330)])
-def test_any_size_from_32_px_has_a_place_for_32_x_32(encoder: CompactEncoder, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(32, 32), (33, 100), (75, 330)])
+def test_any_size_from_32_px_has_a_place_per_32_px(encoder: CompactEncoder, size: tuple[int, int]) -> None:
     image = draw(1, *size)
     rows, columns = (-(-side // 32) for side in size)
+    features, levels = encoder.observe(image)
+    assert torch.allclose(features, encoder.image.encoder(image))
+    assert torch.allclose(levels, encoder.levels(image))
     assert encoder.encode_map(image).shape == (1, encoder.width, rows, columns)
     assert encoder.look(image).shape == (1, rows * columns, encoder.width)
-    assert encoder.encode_image(image).shape == (1, encoder.width)
-    levels = encoder.levels(image)
     assert levels.shape == (1, encoder.level_channels, rows, columns)
-    assert levels.dtype == torch.float64
-    assert torch.isfinite(levels).all()
 
 
 def test_levels_are_three_stages_on_the_coarsest_grid(encoder: CompactEncoder) -> None:
@@ -92,12 +91,6 @@ def test_levels_are_three_stages_on_the_coarsest_grid(encoder: CompactEncoder) -
         assert torch.allclose(found, expected)
 
 
-def test_observing_is_both_maps_in_one_pass(encoder: CompactEncoder, images: Tensor) -> None:
-    features, levels = encoder.observe(images)
-    assert torch.allclose(features, encoder.image.encoder(images))
-    assert torch.allclose(levels, encoder.levels(images))
-
-
 def test_a_place_sees_what_lies_there(encoder: CompactEncoder) -> None:
     """Sushi beside gray: of the two halves' places, those of the sushi are nearer to its text."""
     sushi = pixels.resize(pixels.load(EXAMPLES / "sushi_xl22_normal.jpg")[None].double(), (224, 224))
@@ -110,12 +103,12 @@ def test_a_place_sees_what_lies_there(encoder: CompactEncoder) -> None:
 
 @torch.no_grad()
 def test_unseen_pictures_are_nearest_to_their_own_captions() -> None:
-    """Pairs of thing and color that the map was never trained on; a guess finds 1 of the 32."""
-    encoder, unseen = load_compact_encoder(), all_pairs(held_out=True)[::2]
+    """Pairs of thing and color that the map was never trained on; a guess finds 1 of the 16."""
+    encoder, unseen = load_compact_encoder(), all_pairs(held_out=True)[::4]
     pictures = pixels.resize(compose(unseen, np.random.default_rng(5)), (256, 256))
     texts = encoder.encode_text([caption(*pair) for pair in unseen.tolist()])
     likeness = torch.cosine_similarity(encoder.encode_image(pictures)[:, None], texts[None], dim=2)
-    assert (likeness.argmax(dim=1) == torch.arange(32)).double().mean() > 0.9
+    assert (likeness.argmax(dim=1) == torch.arange(16)).double().mean() > 0.9
 
 
 # ------------------------------------------------------------------------------------------------ texts
@@ -134,8 +127,10 @@ def test_words_mean_about_what_their_text_means(encoder: CompactEncoder) -> None
         assert torch.allclose(alone[0], words[i, mask[i]], atol=1e-9), "padding changes no word"
 
 
-def test_grounded_words_are_their_equation_and_ignore_padding(encoder: CompactEncoder, images: Tensor) -> None:
+def test_grounded_words_are_their_equation_without_padding(encoder: CompactEncoder, images: Tensor) -> None:
     seen, read = encoder.look(images), encoder.read(TEXTS[:2])
+    places = torch.randn(2, 3, 384, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda seen: encoder.ground(seen, **read), places, fast_mode=True, atol=1e-4)
     found = encoder.ground(seen, **read)
     assert found.shape == (*read["mask"].shape, encoder.grounded_width)
     assert not read["mask"].all()
@@ -149,12 +144,6 @@ def test_grounded_words_are_their_equation_and_ignore_padding(encoder: CompactEn
             taken = shares @ places
             plain = np.concatenate([taken, word * taken * np.sqrt(384)])
             assert np.allclose(array(found[b, k]), plain)
-
-
-def test_grounding_is_differentiable_in_the_image(encoder: CompactEncoder) -> None:
-    read = encoder.read(TEXTS[:1])
-    places = torch.randn(1, 3, 384, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda seen: encoder.ground(seen, **read), places, fast_mode=True, atol=1e-4)
 
 
 def test_precision_never_falls_below_float32(encoder: CompactEncoder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
-from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder, TimmLevels, TimmLevelsConfig
+from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
 from aigiqa_reward.utils.weights import WeightsError, load_strictly
 
 VIT = TimmConfig(architecture="vit_tiny_patch16_224", image_size=48)
@@ -26,10 +27,10 @@ def draw_images(count: int = 2, height: int = 32, width: int = 32) -> Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def frozen(config: TimmConfig) -> TimmEncoder:
+def frozen(config: TimmConfig, *blocks: int) -> TimmEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)
-        return TimmEncoder(config).requires_grad_(False).eval().double()
+        return TimmEncoder(replace(config, blocks=blocks)).requires_grad_(False).eval().double()
 
 
 # ------------------------------------------------------------------------------------------------------- open_clip
@@ -103,13 +104,6 @@ def write_clip_config(folder: Path, **vision: object) -> OpenCLIPConfig:
     return OpenCLIPConfig(architecture=f"local-dir:{folder}")
 
 
-def test_the_map_of_a_tower_that_averages_has_its_embedding_as_mean(tmp_path: Path) -> None:
-    config = write_clip_config(tmp_path, pool_type="avg")
-    encoder = OpenCLIPEncoder(config, load_weights=False).requires_grad_(False).eval().double()
-    images = draw_images()
-    assert torch.allclose(encoder.encode_map(images).mean(dim=(2, 3)), encoder.encode_image(images), atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("vision", "kind"),
     [
@@ -132,19 +126,12 @@ def test_the_maps_pixel_gradient_is_that_of_finite_differences(clip: OpenCLIPEnc
     assert torch.autograd.grad(clip.encode_map(images).square().sum(), images)[0].norm() > 1e-3
 
 
-def test_features_are_projected_already(clip: OpenCLIPEncoder) -> None:
-    images = draw_images().float()
-    features = clip.features(images)
-    assert not clip.any_size
-    assert torch.equal(clip.project(features), clip.encode_image(images))
-    assert features.shape[1] == clip.feature_width
-    assert clip.project(features).shape[1] == clip.width == clip.encode_text(["a cat"]).shape[1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_open_clip_outputs_never_fall_below_float32(clip: OpenCLIPEncoder, dtype: torch.dtype) -> None:
-    clip.to(dtype)
-    images = draw_images().to(dtype)
+def test_open_clip_outputs_never_fall_below_float32(clip: OpenCLIPEncoder) -> None:
+    features = clip.features(draw_images().float())
+    assert torch.equal(clip.project(features), clip.encode_image(draw_images().float()))
+    assert features.shape[1] == clip.feature_width == clip.width == clip.encode_text(["a cat"]).shape[1]
+    clip.to(torch.bfloat16)
+    images = draw_images().bfloat16()
     assert {clip.encode_map(images).dtype, clip.encode_image(images).dtype} == {torch.float32}
 
 
@@ -165,72 +152,57 @@ def recorded(encoder: TimmEncoder, images: Tensor) -> list[Tensor]:
 
 
 def test_levels_of_a_vit_are_its_blocks_patches_in_order() -> None:
-    encoder, images = frozen(VIT), draw_images(height=48, width=48)
-    found = encoder.levels(images, [-4, -3, -1])
-    assert found.shape == (2, 3 * 192, 3, 3)
-    assert encoder.level_channels([-4, -3, -1]) == 3 * 192
+    encoder, images = frozen(VIT, -4, -3, -1), draw_images(height=48, width=48)
+    found = encoder.levels(images)
+    assert found.shape == (2, encoder.level_channels, encoder.level_side, encoder.level_side) == (2, 3 * 192, 3, 3)
     outputs = recorded(encoder, images)
     for place, block in enumerate((8, 9, 11)):
         tokens = outputs[block][:, 1:]  # the first is the class token
         level = found[:, place * 192 : (place + 1) * 192]
-        for i in range(3):
-            for j in range(3):
-                assert torch.allclose(level[:, :, i, j], tokens[:, 3 * i + j], atol=1e-10)
-    assert torch.equal(found, encoder.levels(images, [8, 9, 11]))
+        assert torch.allclose(level.flatten(2).transpose(1, 2), tokens, atol=1e-10)
 
 
 def test_levels_of_a_convolutional_model_are_brought_to_the_last_grid() -> None:
-    encoder, images = frozen(LITE0), draw_images(height=64, width=96)
-    found = encoder.levels(images, [1, 2, 4])
-    assert found.shape == (2, 24 + 40 + 320, 2, 3)
-    assert encoder.level_channels([1, 2, 4]) == 24 + 40 + 320
+    encoder, images = frozen(LITE0, 1, 2, 4), draw_images(height=64, width=96)
+    found = encoder.levels(images)
+    assert found.shape == (2, encoder.level_channels, 2, 3) == (2, 24 + 40 + 320, 2, 3)
     stages = {output.shape[1]: output for output in recorded(encoder, images)}
     expected = []
     for channels in (24, 40, 320):
         cells = stages[channels].unflatten(2, (2, -1)).unflatten(4, (3, -1))
         expected.append(cells.mean(dim=(3, 5)))
     assert torch.allclose(found, torch.cat(expected, dim=1), atol=1e-10)
+    assert (encoder.image_size, encoder.level_side) == (224, 7)
+    assert encoder.levels(draw_images(height=75, width=101)).shape == (2, 24 + 40 + 320, 3, 4)
 
 
-def test_levels_take_images_of_any_size_where_the_model_does() -> None:
-    encoder = frozen(LITE0)
-    assert encoder.image_size is None
-    assert encoder.levels(draw_images(height=75, width=101), [0, 4]).shape == (2, 16 + 320, 3, 4)
-
-
-@pytest.mark.parametrize(("config", "blocks"), [(VIT, [-2, -1]), (LITE0, [2, 4])])
-def test_the_levels_pixel_gradient_is_that_of_finite_differences(config: TimmConfig, blocks: list[int]) -> None:
-    encoder = frozen(config)
+@pytest.mark.parametrize(("config", "blocks"), [(VIT, (-2, -1)), (LITE0, (2, 4))])
+def test_the_levels_pixel_gradient_is_that_of_finite_differences(config: TimmConfig, blocks: tuple[int, ...]) -> None:
+    encoder = frozen(config, *blocks)
     images = draw_images(1, 48, 48).requires_grad_()
-    assert torch.autograd.gradcheck(lambda batch: encoder.levels(batch, blocks), images, fast_mode=True, atol=1e-4)
-    assert torch.autograd.grad(encoder.levels(images, blocks).square().sum(), images)[0].norm() > 1e-6
+    assert torch.autograd.gradcheck(encoder.levels, images, fast_mode=True, atol=1e-4)
+    assert torch.autograd.grad(encoder.levels(images).square().sum(), images)[0].norm() > 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_levels_never_fall_below_float32(dtype: torch.dtype) -> None:
-    images = draw_images(height=48, width=48)
-    encoder = frozen(VIT)
-    assert encoder.levels(images, [-1]).dtype == encoder(images).dtype == torch.float64
-    encoder.to(dtype)
-    assert encoder.levels(images.to(dtype), [-1]).dtype == encoder(images.to(dtype)).dtype == torch.float32
+def test_levels_never_fall_below_float32() -> None:
+    images, encoder = draw_images(height=48, width=48), frozen(VIT, -1)
+    assert encoder.levels(images).dtype == encoder(images).dtype == torch.float64
+    encoder.bfloat16()
+    assert encoder.levels(images.bfloat16()).dtype == encoder(images.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("blocks", [[], [12], [-13], [3, 3], [4, 3], [-1, 0], [11, -1]])
-def test_blocks_that_cannot_be_given_are_refused(blocks: list[int]) -> None:
-    encoder = TimmEncoder(VIT)
+@pytest.mark.parametrize("blocks", [(12,), (-13,), (3, 3), (4, 3), (-1, 0), (11, -1)])
+def test_blocks_that_cannot_be_given_are_refused(blocks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="blocks: expected"):
-        encoder.levels(draw_images(height=48, width=48).float(), blocks)
-    with pytest.raises(ValueError, match="blocks: expected"):
-        encoder.level_channels(blocks)
+        TimmEncoder(replace(VIT, blocks=blocks))
 
 
 def test_images_of_another_size_than_the_models_are_refused() -> None:
-    encoder = TimmEncoder(VIT)
+    encoder = TimmEncoder(replace(VIT, blocks=(-1,)))
     assert encoder.image_size == 48
-    images = draw_images(height=48, width=64).float()
-    for call in (encoder.forward, lambda images: encoder.levels(images, [-1])):
+    for call in (encoder.forward, encoder.levels):
         with pytest.raises(ValueError, match=r"images: 'vit_tiny_patch16_224' takes 48 x 48 px, got 48 x 64"):
-            call(images)
+            call(draw_images(height=48, width=64).float())
 
 
 def test_sizes_that_cannot_be_built_are_refused() -> None:
@@ -242,39 +214,15 @@ def test_sizes_that_cannot_be_built_are_refused() -> None:
 
 @pytest.mark.parametrize("config", [VIT, LITE0, TimmConfig(architecture="resnet18", mean=(0.5, 0.5, 0.5))])
 def test_a_description_builds_the_same_model(config: TimmConfig) -> None:
-    encoder = frozen(config)
+    encoder = frozen(config, 1, -1)
     again = TimmEncoder.from_description(json.loads(json.dumps(encoder.describe()))).eval().double()
-    assert again.config == config
+    assert again.config == encoder.config
     load_strictly(again, encoder.state_dict(), source="the first")
     images = draw_images(1, 48, 48)
-    assert torch.equal(again.levels(images, [1, -1]), encoder.levels(images, [1, -1]))
+    assert torch.equal(again.levels(images), encoder.levels(images))
 
 
-def test_a_description_holds_no_trace_of_where_the_weights_came_from(tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), path)
-    description = TimmEncoder(TimmConfig(architecture="resnet10t", weights=str(path))).describe()
-    assert not {"weights", "pretrained"} & description.keys()
-    assert str(tmp_path) not in json.dumps(description)
-
-
-@pytest.mark.parametrize(
-    ("tower", "blocks"), [(VIT, (8, -1)), (TimmConfig(architecture=VIT.architecture, image_size=60), (11,))]
-)
-def test_chosen_blocks_state_the_shape_of_their_map(tower: TimmConfig, blocks: tuple[int, ...]) -> None:
-    chosen = TimmLevels(TimmLevelsConfig(tower=tower, blocks=blocks)).eval()
-    images = draw_images(1, chosen.image_size, chosen.image_size).float()
-    with torch.no_grad():
-        found = chosen.levels(images)
-    assert found.shape == (1, chosen.level_channels, chosen.level_side, chosen.level_side)
-    again = TimmLevels.from_description(json.loads(json.dumps(chosen.describe()))).eval()
-    assert again.config == chosen.config
-    load_strictly(again, chosen.state_dict(), source="the first")
-    with torch.no_grad():
-        assert torch.equal(again.levels(images), found)
-
-
-@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "tf_efficientnet_lite0", "resnet10t"])
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "resnet10t"])
 def test_weights_with_their_classifier_are_read_from_a_file(architecture: str, tmp_path: Path) -> None:
     published, path = timm.create_model(architecture, num_classes=7).eval(), tmp_path / "weights.safetensors"
     save_file(published.state_dict(), path)
@@ -285,6 +233,9 @@ def test_weights_with_their_classifier_are_read_from_a_file(architecture: str, t
         expected = published.forward_features((images - mean) / std)
         found = encoder(images)
     assert torch.allclose(found, expected if expected.ndim == 4 else expected.transpose(1, 2), atol=1e-5)
+    description = encoder.describe()
+    assert not {"weights", "pretrained"} & description.keys()
+    assert str(tmp_path) not in json.dumps(description)
 
 
 @pytest.mark.parametrize(

@@ -1,42 +1,30 @@
-"""The examples of fine-tuning, run as they stand with tiny pipelines of the classes that they are for."""
+"""The examples of fine-tuning and of prompt optimization, run with tiny models of the classes that they are for."""
 
 from __future__ import annotations
 
 import json
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pipelines
 import pytest
 import torch
 from commands import run
+from safetensors.torch import load_file
+from tiny_language_models import qwen_3, word_tokenizer
+
+from aigiqa_reward import load_embedded_pipeline
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PROMPTS = ["a red apple", "a blue car", "a penguin", "two frogs"]
 WATCHED = ["a cat", "a dog"]
-SMALL = {"height": 32, "width": 32, "num_inference_steps": 2}
+FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-
-
-def drawn(pipe: Any) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    made = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="np", **SMALL)
-    return torch.from_numpy(made.images)
-
-
-def assert_it_loads(build: Callable[[], Any], folder: Path) -> None:
-    """The weights of a folder change what a pipeline draws that never was trained."""
-    pipe = build()
-    before = drawn(pipe)
-    pipe.load_lora_weights(str(folder))
-    assert not torch.equal(drawn(pipe), before)
 
 
 @pytest.mark.slow
@@ -49,9 +37,9 @@ def test_sdxl_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (result.steps, result.folder) == (2, tmp_path)
     seen = {line["step"]: line["validation"] for line in result.history if "validation" in line}
     assert sorted(seen) == [0, 1, 2]
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in ("reward", "holdout"):
-        assert f"{name}: {seen[0][name]:.4f} before, {seen[result.kept_step][name]:.4f} after" in told
+        assert f"{name}: {seen[0][name]:.4f} before, {seen[result.kept_step][name]:.4f} after" in printed
     state = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())["settings"]
     assert (state["batch"], state["draft.truncation_steps"], state["holdout_reward"]) == (2, 1, "auto")
 
@@ -63,13 +51,13 @@ def test_sd15_dpo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = {"n": 2, "steps": 2, "sampling_steps": 2, "guidance_scale": 2.0, "margin": 0.0}
     result = finetune_sd15_dpo.main(PROMPTS, tmp_path, **few, pipe=pipelines.stable_diffusion())
     assert result.steps == 2
-    told = capsys.readouterr().out
-    assert "3 pairs of 3 prompts" in told
+    printed = capsys.readouterr().out
+    assert "3 pairs of 3 prompts" in printed
     accuracy = [line["accuracy"] for line in result.history if "accuracy" in line]
     assert accuracy[0] == 0.5, "before the first step both images gained nothing"
-    assert f"1/2 before: {sum(accuracy) / 2:.3f} in the last steps" in told
+    assert f"1/2 before: {sum(accuracy) / 2:.3f} in the last steps" in printed
     assert len([*(tmp_path / "pairs" / "images").iterdir()]) == 6
-    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "lora" / FILE).is_file()
 
 
 def test_flux_grpo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +67,7 @@ def test_flux_grpo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = finetune_flux_grpo.main(PROMPTS, tmp_path, **few, pipe=pipelines.flux())
     rewards = [line["reward"] for line in result.history]
     assert f"{rewards[0]:.4f} in the first step, {rewards[1]:.4f} in the last" in capsys.readouterr().out
-    assert_it_loads(pipelines.flux, tmp_path)
+    assert any(bool(weight.any()) for name, weight in load_file(tmp_path / FILE).items() if "lora_B" in name)
 
 
 @pytest.mark.slow
@@ -100,7 +88,36 @@ def test_the_sdxl_settings_for_the_command_line(tmp_path: Path) -> None:
     assert list((tmp_path / "lora" / "logs").rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("name", ["finetune_sdxl_draft", "finetune_sd15_dpo", "finetune_flux_grpo"])
+@pytest.mark.slow
+def test_optimize_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trl", reason="needs aigiqa-reward[trl]")
+    import optimize_prompts_grpo as example
+
+    tokenizer = word_tokenizer([*example.TASK.split(), *" ".join(PROMPTS).split(), "on", "white"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rewards = example.main(
+            PROMPTS[:2],
+            tmp_path,
+            steps=2,
+            rewrites=2,
+            sampling_steps=2,
+            guidance_scale=1.0,
+            pipe=load_embedded_pipeline(),
+            writer=qwen_3(tokenizer, layers=1),
+            tokenizer=tokenizer,
+            length=3,
+            learning_rate=0.01,
+        )
+    assert len(rewards) == 2
+    assert f"{rewards[0]:.4f} in the first step, {rewards[1]:.4f} in the last" in capsys.readouterr().out
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(bool(weight.abs().max() > 0) for name, weight in weights.items() if "lora_B" in name), "B starts at 0"
+
+
+@pytest.mark.parametrize(
+    "name", ["finetune_sdxl_draft", "finetune_sd15_dpo", "finetune_flux_grpo", "optimize_prompts_grpo"]
+)
 def test_each_is_short_and_explains_itself(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

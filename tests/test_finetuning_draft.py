@@ -1,18 +1,34 @@
-"""DRaFT's gradients against finite differences, a second sampler, and each other."""
+"""DRaFT, DRaFT-LV, AlignProp and ReFL: gradients against finite differences and against a second sampler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pipelines
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from finetuned import CALL, GUIDED, batch_of, decoded, flat, gradient, noise_of, precise, put, sampled, tools_of, warmth
+from algorithm_runs import (
+    GUIDED,
+    PLAIN,
+    batch_of,
+    changed,
+    context_of,
+    directions,
+    gradient,
+    precise,
+    slope,
+)
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from finetuned import warmth
+from peak_memory import Peak
+from scipy import stats
 from torch import Tensor
 
-from aigiqa_reward.finetuning import DRaFT
+from aigiqa_reward.finetuning import DRaFT, ReFL
+from aigiqa_reward.finetuning.batch import Batch, generator_of
 from aigiqa_reward.finetuning.context import TrainingContext
 
 STEPS = 2
@@ -21,133 +37,152 @@ STEPS = 2
 @pytest.fixture(scope="module")
 def double() -> TrainingContext:
     """Stable Diffusion in float64 with a random adapter."""
-    return tools_of(precise(), double=True)
+    return context_of(precise())
 
 
 @pytest.fixture(scope="module")
 def guided() -> TrainingContext:
-    return tools_of(precise(), double=True, call=GUIDED)
+    return context_of(precise(), call=GUIDED)
 
 
-def with_options(tools: TrainingContext, **options: Any) -> TrainingContext:
-    """The same pipeline and adapter."""
-    kept = {name: getattr(tools, name) for name in ("rollout", "lora", "reward", "accelerator")}
-    return TrainingContext(**{**kept, **options})
+# ------------------------------------------------------------------------------------------------ a second sampler
 
 
-def slopes(tools: TrainingContext, function: Callable[[], float], count: int = 2) -> list[tuple[Tensor, float]]:
-    """Directions in the space of the adapter's weights, and central differences along them."""
-    start, small, found = flat(tools), 1e-4, []
-    for seed in range(count):
-        direction = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed), dtype=start.dtype)
-        values = []
-        for sign in (1, -1):
-            put(tools, start + sign * small * direction)
-            values.append(function())
-        put(tools, start)
-        found.append((direction, (values[0] - values[1]) / (2 * small)))
-    return found
+def noise_of(batch: Batch) -> Tensor:
+    generators = [generator_of(batch.seed, "noise", batch.round, row) for row in batch.rows]
+    return torch.cat([torch.randn((1, 4, 16, 16), generator=g, dtype=torch.float64) for g in generators])
+
+
+def text(pipe: Any, prompts: Iterable[str]) -> Tensor:
+    tokens = pipe.tokenizer(list(prompts), padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return pipe.text_encoder(tokens)[0]
+
+
+def denoised(pipe: Any, latents: Tensor, time: Tensor, prompts: Iterable[str], scale: float) -> Tensor:
+    output = pipe.unet(latents, time, encoder_hidden_states=text(pipe, prompts)).sample
+    if scale > 1:
+        blank = pipe.unet(latents, time, encoder_hidden_states=text(pipe, [""] * len(latents))).sample
+        output = blank + scale * (output - blank)
+    return output
+
+
+def sampled(context: TrainingContext, batch: Batch, latents: Tensor, first: int = 0, last: int = STEPS) -> Tensor:
+    """Latents after steps `first` to `last - 1`, by unet and scheduler and nothing of ours."""
+    pipe = context.rollout.pipe
+    pipe.scheduler.set_timesteps(STEPS)
+    for time in pipe.scheduler.timesteps[first:last]:
+        output = denoised(pipe, latents, time, batch.prompts, context.rollout.family.guidance)
+        latents = pipe.scheduler.step(output, time, latents).prev_sample
+    return latents
+
+
+def loss_at(context: TrainingContext, batch: Batch, latents: Tensor) -> Tensor:
+    vae = context.rollout.pipe.vae
+    images = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(-0.5, 1.5)
+    return -warmth(images, [*batch.prompts]).mean()
+
+
+def flat_gradient(context: TrainingContext, loss: Tensor) -> Tensor:
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(context.lora.weights.values()))])
 
 
 # ------------------------------------------------------------------------------------------------ the gradient
 
 
-@pytest.mark.parametrize("kept", [1, 2])
-@pytest.mark.parametrize("which", ["double", "guided"])
+@pytest.mark.parametrize("kept", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", [pytest.param("double", marks=pytest.mark.slow), "guided"])
 def test_gradient_is_that_of_finite_differences(which: str, kept: int, request: pytest.FixtureRequest) -> None:
     """Of the loss by another sampler, whose prefix has the adapter as it is and whose rest the one that is moved."""
-    tools: TrainingContext = request.getfixturevalue(which)
-    pipe, batch = tools.rollout.pipe, batch_of()
-    scale = tools.rollout.family.guidance
+    context: TrainingContext = request.getfixturevalue(which)
+    batch = batch_of()
+    found = gradient(context, DRaFT(truncation_steps=kept), batch)
     with torch.no_grad():
-        before = sampled(pipe, batch.prompts, noise_of(batch), scale=scale, last=STEPS - kept)
-
-        def loss() -> float:
-            after = sampled(pipe, batch.prompts, before, scale=scale, first=STEPS - kept)
-            return -float(warmth(decoded(pipe, after), [*batch.prompts]).mean())
-
-        expected = slopes(tools, loss)
-    found = gradient(tools, DRaFT(truncation_steps=kept), batch)
-    for direction, slope in expected:
-        assert float(found @ direction) == pytest.approx(slope, rel=1e-5) != 0
-    again = gradient(with_options(tools, checkpointed=True), DRaFT(truncation_steps=kept), batch)
-    torch.testing.assert_close(again, found, rtol=1e-10, atol=1e-10 * float(found.norm()))
+        before = sampled(context, batch, noise_of(batch), last=STEPS - kept)
+        for direction in directions(context):
+            expected = slope(
+                context,
+                lambda: float(loss_at(context, batch, sampled(context, batch, before, first=STEPS - kept))),
+                direction,
+            )
+            assert float(found @ direction) == pytest.approx(expected, rel=1e-5) != 0
 
 
-@pytest.mark.parametrize("which", ["double", "guided"])
-def test_all_steps_are_full_backpropagation(which: str, request: pytest.FixtureRequest) -> None:
-    tools: TrainingContext = request.getfixturevalue(which)
-    pipe, batch = tools.rollout.pipe, batch_of((0, 1))
-    scale = tools.rollout.family.guidance
-    images = decoded(pipe, sampled(pipe, batch.prompts, noise_of(batch), scale=scale))
-    expected = torch.autograd.grad(-warmth(images, [*batch.prompts]).mean(), list(tools.lora.weights.values()))
-    joined = torch.cat([part.flatten() for part in expected])
-    for steps in ("all", STEPS, STEPS + 5):
-        found = gradient(tools, DRaFT(truncation_steps=steps), batch)
-        torch.testing.assert_close(found, joined, rtol=1e-8, atol=1e-10 * float(joined.norm()))
-    assert not torch.allclose(gradient(tools, DRaFT(), batch), joined, rtol=1e-2)
+@pytest.mark.parametrize("which", ["double", pytest.param("guided", marks=pytest.mark.slow)])
+def test_gradients_are_those_of_backpropagation_from_the_prefix(which: str, request: pytest.FixtureRequest) -> None:
+    context: TrainingContext = request.getfixturevalue(which)
+    batch = batch_of((0, 1))
+    whole = flat_gradient(context, loss_at(context, batch, sampled(context, batch, noise_of(batch))))
+    prefix = sampled(context, batch, noise_of(batch), last=1).detach()
+    last = flat_gradient(context, loss_at(context, batch, sampled(context, batch, prefix, first=1)))
+    assert not torch.allclose(whole, last, rtol=1e-2)
+    for steps, expected in (("all", whole), (STEPS + 5, whole), (1, last)):
+        found = gradient(context, DRaFT(truncation_steps=steps), batch)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10 * float(expected.norm()))
 
 
-def test_one_step_is_backpropagation_from_a_detached_prefix(double: TrainingContext) -> None:
-    pipe, batch = double.rollout.pipe, batch_of((0, 1))
-    prefix = sampled(pipe, batch.prompts, noise_of(batch), scale=1.0, last=1).detach()
-    images = decoded(pipe, sampled(pipe, batch.prompts, prefix, scale=1.0, first=1))
-    expected = torch.autograd.grad(-warmth(images, [*batch.prompts]).mean(), list(double.lora.weights.values()))
-    joined = torch.cat([part.flatten() for part in expected])
-    torch.testing.assert_close(gradient(double, DRaFT(), batch), joined, rtol=1e-8, atol=1e-10 * float(joined.norm()))
+@pytest.mark.parametrize("judged", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_refl_has_the_gradient_of_the_clean_prediction(guided: TrainingContext, judged: int) -> None:
+    """x0 = (x - sqrt(1 - a) eps) / sqrt(a), of the guided eps, from latents that are cut off the graph."""
+    algorithm, pipe = ReFL(earliest=0.0), guided.rollout.pipe
+    batch = next(
+        batch for step in range(50) if algorithm.judged_step(batch := batch_of((0, 1), round=step), 2) == judged
+    )
+    with torch.no_grad():
+        latents = sampled(guided, batch, noise_of(batch), last=judged)
+    time = pipe.scheduler.timesteps[judged]
+    kept = pipe.scheduler.alphas_cumprod[time].double()
+    clean = (latents - (1 - kept).sqrt() * denoised(pipe, latents, time, batch.prompts, 3.0)) / kept.sqrt()
+    loss = loss_at(guided, batch, clean)
+    expected = flat_gradient(guided, loss)
+    (outcome,) = algorithm.losses(guided, batch, 0, {})
+    assert float(outcome.loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    torch.testing.assert_close(
+        gradient(guided, algorithm, batch), expected, rtol=1e-4, atol=1e-6 * float(expected.norm())
+    )
 
 
-def test_parts_of_a_batch_add_up_to_it(double: TrainingContext) -> None:
-    whole = gradient(double, DRaFT(), batch_of(range(3)))
-    parts = [gradient(double, DRaFT(), batch_of([row])) for row in range(3)]
-    torch.testing.assert_close(whole, torch.stack(parts).mean(dim=0), rtol=1e-9, atol=1e-12 * float(whole.norm()))
+@pytest.mark.parametrize(
+    ("earliest", "steps", "expected"),
+    [(0.75, 40, range(30, 40)), (0.0, 3, range(3)), (0.99, 3, [2]), (0.5, 1, [0]), (0.75, 5, [3, 4])],
+)
+def test_refl_judges_one_of_the_late_steps(earliest: float, steps: int, expected: range) -> None:
+    drawn = [ReFL(earliest=earliest).judged_step(batch_of(round=step), steps) for step in range(800)]
+    counts = Counter(drawn)
+    assert sorted(counts) == list(expected)
+    assert len(counts) == 1 or stats.chisquare([counts[step] for step in expected]).pvalue > 0.001
+    assert drawn == [ReFL(earliest=earliest).judged_step(batch_of((2, 3), round=step), steps) for step in range(800)]
 
 
-# ------------------------------------------------------------------------------------------------ checkpointing
-
-
-class Calls:
-    """How often the denoiser and the schedulers' `step` are called."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tools: TrainingContext) -> None:
-        self.denoised, self.stepped = 0, 0
-        kind = type(tools.rollout.pipe.scheduler)
-        step = kind.step
-
-        def counted(*arguments: Any, **named: Any) -> Any:
-            self.stepped += 1
-            return step(*arguments, **named)
-
-        monkeypatch.setattr(kind, "step", counted)
-        self.handle = tools.lora.denoiser.register_forward_pre_hook(self._denoise)
-
-    def _denoise(self, *_: Any) -> None:
-        self.denoised += 1
-
-
-def test_checkpointed_steps_are_denoised_again_but_never_stepped_again(
+def test_only_the_kept_steps_have_gradients_and_no_step_is_taken_twice(
     double: TrainingContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tools, calls = with_options(double, checkpointed=True), Calls(monkeypatch, double)
-    (outcome,) = DRaFT(truncation_steps="all").losses(tools, batch_of(), 0, {})
-    assert (calls.denoised, calls.stepped) == (STEPS, STEPS)
-    outcome.loss.backward()
-    assert (calls.denoised, calls.stepped) == (2 * STEPS, STEPS)
-    calls.handle.remove()
+    calls: list[bool] = []
+    kind, stepped = type(double.rollout.pipe.scheduler), []
+    step = kind.step
+    monkeypatch.setattr(kind, "step", lambda *given, **named: stepped.append(1) or step(*given, **named))
+    handle = double.lora.denoiser.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    gradient(double, DRaFT(), batch_of())
+    assert calls == [False, True]
+    calls.clear(), stepped.clear()
+    gradient(changed(double, checkpointed=True), DRaFT(truncation_steps="all"), batch_of())
+    handle.remove()
+    assert (len(calls), len(stepped)) == (2 * STEPS, STEPS), "denoised again in the backward pass, but not stepped"
 
 
-@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize(
+    "scheduler", [DPMSolverMultistepScheduler, pytest.param(EulerDiscreteScheduler, marks=pytest.mark.slow)]
+)
 def test_checkpointing_changes_no_gradient(scheduler: Any) -> None:
     """Also with a history in the scheduler, with the denoiser's own checkpoints within ours, and with a penalty."""
     pipe = precise()
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    plain = tools_of(pipe, double=True, call={**CALL, "num_inference_steps": 3}, penalty=0.3)
+    plain = context_of(pipe, call={**PLAIN, "num_inference_steps": 3}, penalty=0.3)
     algorithm, batch = DRaFT(truncation_steps=2), batch_of()
     expected = gradient(plain, algorithm, batch)
-    for enable in (lambda: None, lambda: pipe.unet.enable_gradient_checkpointing(plain.lora.checkpoint)):
-        enable()
-        found = gradient(with_options(plain, penalty=0.3, checkpointed=True), algorithm, batch)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.norm()))
+    pipe.unet.enable_gradient_checkpointing(plain.lora.checkpoint)
+    found = gradient(changed(plain, penalty=0.3, checkpointed=True), algorithm, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.norm()))
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -158,84 +193,138 @@ def test_a_ceiling_ends_the_gradient(double: TrainingContext) -> None:
     (outcome,) = DRaFT().losses(double, batch, 0, {})
     low, high = sorted(outcome.measures["reward"].tolist())
     assert low < high
-    between = with_options(double, ceiling=(low + high) / 2)
-    lower = int(outcome.measures["reward"].argmin())
-    only = gradient(double, DRaFT(), batch_of([lower])) / 2
+    between = changed(double, ceiling=(low + high) / 2)
+    only = gradient(double, DRaFT(), batch_of([int(outcome.measures["reward"].argmin())])) / 2
     torch.testing.assert_close(gradient(between, DRaFT(), batch), only, rtol=1e-9, atol=1e-12 * float(only.norm()))
-    assert float(gradient(with_options(double, ceiling=low - 1), DRaFT(), batch).abs().max()) == 0
     (capped,) = DRaFT().losses(between, batch, 0, {})
-    assert capped.measures["reward"].tolist() == outcome.measures["reward"].tolist(), "what is told is not capped"
-    assert float(capped.loss.detach()) == pytest.approx(-(low + between.ceiling) / 2)
+    assert capped.measures["reward"].tolist() == outcome.measures["reward"].tolist(), "what is logged is not capped"
+    assert float(capped.loss.detach()) == pytest.approx(-(low + (low + high) / 2) / 2)
 
 
-def test_the_penalty_is_nothing_at_the_start() -> None:
-    tools = tools_of(pipelines.stable_diffusion(), stirred=False, penalty=2.0)
-    (outcome,) = DRaFT(truncation_steps="all").losses(tools, batch_of((0, 1)), 0, {})
-    assert outcome.measures["kl"].tolist() == [0, 0]
-    torch.testing.assert_close(outcome.loss, -outcome.measures["reward"].mean())
-    (free,) = DRaFT().losses(with_options(tools, penalty=0.0), batch_of(), 0, {})
-    assert "kl" not in free.measures, "what is not computed is not told"
-
-
-@pytest.mark.parametrize("kept", [1, 2])
-def test_the_penalty_is_the_mean_square_of_what_the_adapter_changes(double: TrainingContext, kept: int) -> None:
+def test_the_penalty_is_the_mean_square_of_what_the_adapter_changes(double: TrainingContext) -> None:
     """By differences too: the latents of a later step depend on the adapter, and so does the reference there."""
-    tools = with_options(double, penalty=5.0, reward=lambda images, prompts: 0 * images.mean(dim=(1, 2, 3)))
-    pipe, batch = tools.rollout.pipe, batch_of()
+    context = changed(double, penalty=5.0, reward=lambda images, prompts: 0 * images.mean(dim=(1, 2, 3)))
+    pipe, batch = context.rollout.pipe, batch_of()
 
     def loss() -> float:
-        latents, found = before, []
-        for place, time in list(enumerate(pipe.scheduler.timesteps))[STEPS - kept :]:
-            output, own = outputs(tools, latents, time, batch.prompts)
-            found.append(float((output - own).square().mean()))
-            latents = sampled(pipe, batch.prompts, latents, scale=1.0, first=place, last=place + 1)
+        latents, found = noise_of(batch), []
+        for place, time in enumerate(pipe.scheduler.timesteps):
+            output = denoised(pipe, latents, time, batch.prompts, 1.0)
+            pipe.unet.disable_adapters()
+            found.append(float((output - denoised(pipe, latents, time, batch.prompts, 1.0)).square().mean()))
+            pipe.unet.enable_adapters()
+            latents = sampled(context, batch, latents, first=place, last=place + 1)
         return 5.0 * sum(found) / len(found)
 
+    algorithm = DRaFT(truncation_steps="all")
+    (outcome,) = algorithm.losses(context, batch, 0, {})
+    found = gradient(context, algorithm, batch)
     with torch.no_grad():
-        before = sampled(pipe, batch.prompts, noise_of(batch), scale=1.0, last=STEPS - kept)
-        expected, value = slopes(tools, loss), loss()
-    (outcome,) = DRaFT(truncation_steps=kept).losses(tools, batch, 0, {})
-    assert float(outcome.loss.detach()) == pytest.approx(value, rel=1e-9) != 0
-    found = gradient(tools, DRaFT(truncation_steps=kept), batch)
-    for direction, slope in expected:
-        assert float(found @ direction) == pytest.approx(slope, rel=1e-5)
-
-
-def outputs(tools: TrainingContext, latents: Tensor, time: Tensor, prompts: Any) -> tuple[Tensor, Tensor]:
-    """The denoiser's with the adapter and, by peft's own switch, without."""
-    from finetuned import text
-
-    unet, states = tools.rollout.pipe.unet, text(tools.rollout.pipe, prompts)
-    with_adapter = unet(latents, time, encoder_hidden_states=states).sample
-    unet.disable_adapters()
-    without = unet(latents, time, encoder_hidden_states=states).sample
-    unet.enable_adapters()
-    return with_adapter, without
+        assert float(outcome.loss.detach()) == pytest.approx(loss(), rel=1e-9) != 0
+        for direction in directions(context):
+            assert float(found @ direction) == pytest.approx(slope(context, loss, direction), rel=1e-5)
 
 
 def test_images_that_are_not_finite_are_a_loss_that_is_not() -> None:
     """A Reward refuses to look at them, with an error that would not say which step it was."""
-    tools = tools_of(pipelines.stable_diffusion(), lambda images, prompts: pytest.fail("was shown NaN"))
-    tools.rollout.pipe.vae.decoder.register_forward_hook(lambda module, given, output: output * float("nan"))
-    (outcome,) = DRaFT().losses(tools, batch_of(), 0, {})
-    assert bool(outcome.loss.isnan())
+    context = context_of(pipelines.stable_diffusion(), lambda images, prompts: pytest.fail("was shown NaN"))
+    context.rollout.pipe.vae.decoder.register_forward_hook(lambda module, given, output: output * float("nan"))
+    for algorithm in (DRaFT(), ReFL()):
+        (outcome,) = algorithm.losses(context, batch_of(), 0, {})
+        assert bool(outcome.loss.isnan())
 
 
-def test_another_algorithm_is_named_to_rewards_without_gradients(double: TrainingContext) -> None:
-    def numbers(images: Tensor, prompts: list[str]) -> Tensor:
-        return warmth(images.detach(), prompts)
-
-    for penalty in (0.0, 1.0):
-        tools = with_options(double, reward=numbers, penalty=penalty)
-        with pytest.raises(ValueError, match=r"^reward: .*numbers gives none.*DPO, DDPO or FlowGRPO"):
-            next(DRaFT().losses(tools, batch_of(), 0, {}))
+# ------------------------------------------------------------------------------------------------ the variants
 
 
-def test_bad_settings_are_told() -> None:
-    for steps in (0, -1, 1.5, "some", True):
-        with pytest.raises((TypeError, ValueError), match=r"^truncation_steps: expected"):
-            DRaFT(truncation_steps=steps)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"^low_variance: expected"):
-        DRaFT(low_variance=-1)
-    with pytest.raises(ValueError, match=r"^low_variance: DRaFT-LV .* needs truncation_steps=1, got 2"):
-        DRaFT(truncation_steps=2, low_variance=2)
+@pytest.mark.slow
+def test_low_variance_is_the_mean_over_fresh_noise() -> None:
+    """From pure noise to the image in one step: noise for the finished latents is then as good as the first.
+
+    So DRaFT-LV with n = 4 is the mean of five independent draws of DRaFT-1: its expectation, a fifth of its variance.
+    """
+    pipe = pipelines.stable_diffusion()
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config,
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+    call = {**PLAIN, "num_inference_steps": 1}
+    context = context_of(pipe, lambda images, prompts: images.mean(dim=(1, 2, 3)), call=call)
+    draws = 20
+    one, low = (
+        torch.stack([gradient(context, algorithm, batch_of(round=r, seed=seed)) for r in range(draws)]).double()
+        for seed, algorithm in enumerate((DRaFT(), DRaFT(low_variance=4)))
+    )
+    variance = [float(samples.var(dim=0).sum()) for samples in (one, low)]
+    assert 0.1 < variance[1] / variance[0] < 0.4
+    assert float((one.mean(dim=0) - low.mean(dim=0)).square().sum()) < 3 * sum(variance) / draws
+    without = float((one.mean(dim=0) - 5 * low.mean(dim=0)).square().sum())
+    assert without > 3 * sum(variance) / draws, "a sum in place of the mean would be seen"
+
+
+def test_low_variance_has_a_loss_for_the_image_and_for_each_noise(double: TrainingContext) -> None:
+    batch = batch_of((0, 1))
+    outcomes = list(DRaFT(low_variance=3).losses(double, batch, 0, {}))
+    rewards = torch.stack([outcome.measures["reward"] for outcome in outcomes])
+    (plain,) = DRaFT().losses(double, batch, 0, {})
+    assert torch.equal(rewards[0], plain.measures["reward"])
+    assert len({float(reward) for reward in rewards[:, 0]}) == len(outcomes) == 4
+    torch.testing.assert_close(sum(outcome.loss.detach() for outcome in outcomes), -rewards.mean())
+
+
+def test_the_random_truncation_is_uniform_and_its_gradient_that_of_the_drawn_number(double: TrainingContext) -> None:
+    algorithm, steps, count = DRaFT(truncation_steps="random"), 5, 1000
+    drawn = [algorithm.kept_steps(batch_of(round=step), steps) for step in range(count)]
+    counts = Counter(drawn)
+    assert sorted(counts) == [1, 2, 3, 4, 5]
+    assert stats.chisquare([counts[k] for k in range(1, steps + 1)]).pvalue > 0.001
+    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.1
+    others = [algorithm.kept_steps(batch_of((4, 5), round=step), steps) for step in range(count)]
+    assert others == drawn, "one draw for all parts of a step"
+    for kept in (1, 2):
+        batch = next(b for step in range(20) if algorithm.kept_steps(b := batch_of(round=step), STEPS) == kept)
+        expected = gradient(double, DRaFT(truncation_steps=kept), batch)
+        assert torch.equal(gradient(double, algorithm, batch), expected)
+
+
+# ------------------------------------------------------------------------------------------------ precision, memory
+
+
+def test_scores_and_texts_have_their_own_precision() -> None:
+    """Autocast changes neither what the reward gets nor what the text encoders give, whichever asks first."""
+    seen = []
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        seen.append((images.dtype, (images[0, 0] @ images[0, 1]).dtype))
+        return warmth(images, prompts)
+
+    first, second = (context_of(pipelines.stable_diffusion(), reward) for _ in range(2))
+    plain = first.encode(["a", "b"]).positive["encoder_hidden_states"]
+    with torch.autocast("cpu", torch.bfloat16):
+        for context in (second, context_of(precise(), reward)):
+            context.score(context.decode(context.start(batch_of()).latents), batch_of().prompts)
+        cast = second.encode(["b", "a", "b"]).positive["encoder_hidden_states"]
+    assert seen == [(torch.float32, torch.float32), (torch.float64, torch.float64)]
+    assert torch.equal(cast, plain[[1, 0, 1]])
+
+
+def peak(steps: int, *, checkpointed: bool) -> int:
+    call = {**PLAIN, "num_inference_steps": steps}
+    context = context_of(pipelines.stable_diffusion(), call=call, checkpointed=checkpointed)
+    context.encode(batch_of().prompts)
+    with Peak() as counter:
+        gradient(context, DRaFT(truncation_steps="all"), batch_of())
+    return counter.most
+
+
+@pytest.mark.parametrize("steps", [(1, 3), pytest.param((10, 25, 50), marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_steps(steps: tuple[int, ...]) -> None:
+    """But for what the sampler keeps of each step: a few latents of 4 x 16 x 16 numbers."""
+    latents = 4 * 4 * 16 * 16
+    first, *others = (peak(count, checkpointed=True) for count in steps)
+    for count, found in zip(steps[1:], others, strict=True):
+        assert found - 12 * latents * (count - steps[0]) < 1.1 * first
+    if steps[0] == 1:
+        assert peak(3, checkpointed=False) > 2 * first, "and this can fail"

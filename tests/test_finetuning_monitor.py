@@ -12,6 +12,7 @@ from scipy import stats
 from validated import made_up
 
 from aigiqa_reward.finetuning.early_stopping import Monitor, paired
+from aigiqa_reward.utils.run_folder import to_json
 
 P, S = 8, 4
 
@@ -40,6 +41,13 @@ def run(seed: int, holdouts: list[float], rewards: list[float], monitor: Monitor
     return monitor
 
 
+def resumed(monitor: Monitor) -> Monitor:
+    """A monitor with the state of another, by way of a JSON file."""
+    other = Monitor()
+    other.load(json.loads(to_json(monitor.state())))
+    return other
+
+
 RISING = [0.3 * i for i in range(10)]
 HACKED = [0.0, 0.3, 0.6, 0.9, 0.2, -0.4, -1.0, -1.6, -2.2, -2.8]
 
@@ -54,19 +62,20 @@ def test_hacking_is_stopped_after_the_patience_and_the_best_is_kept() -> None:
         assert "(step 30)" in monitor.stop
 
 
-def test_a_longer_patience_stops_later() -> None:
+def test_what_is_no_hacking_does_not_stop() -> None:
+    up_and_down = [0.0, 0.5, -1.0, 0.6, -1.0, 0.7, -1.0, 0.8, -1.0, 0.9]
+    assert run(0, up_and_down, RISING).stop is None
+    assert run(0, HACKED, [-value for value in RISING]).stop is None, "both fall"
+    for seed in range(10):
+        monitor = run(seed, RISING, RISING)
+        assert (monitor.stop, monitor.best_step) == (None, 90)
     assert run(0, HACKED, RISING, Monitor(patience=4)).last_step == 70
-
-
-def test_a_single_bad_validation_does_not_stop() -> None:
-    holdouts = [0.0, 0.5, -1.0, 0.6, -1.0, 0.7, -1.0, 0.8, -1.0, 0.9]
-    assert run(0, holdouts, RISING).stop is None
 
 
 @pytest.mark.parametrize("rewards", [[0.0] * 10, RISING], ids=["nothing changes", "the reward rises"])
 def test_noise_alone_seldom_stops(rewards: list[float]) -> None:
-    stopped = sum(run(seed, [0.0] * 10, rewards).stop is not None for seed in range(200))
-    assert stopped <= 10
+    stopped = sum(run(seed, [0.0] * 10, rewards).stop is not None for seed in range(80))
+    assert stopped <= 4
 
 
 def test_the_usual_bound_would_stop_on_noise() -> None:
@@ -78,19 +87,8 @@ def test_the_usual_bound_would_stop_on_noise() -> None:
             rise, _, _ = paired(result.reward, self._best["reward"])
             return rise > 0 and fall < -1.645 * error
 
-    stopped = sum(run(seed, [0.0] * 10, RISING, Usual()).stop is not None for seed in range(200))
-    assert stopped > 30
-
-
-def test_both_rising_does_not_stop() -> None:
-    for seed in range(20):
-        monitor = run(seed, RISING, RISING)
-        assert monitor.stop is None
-        assert monitor.best_step == 90
-
-
-def test_both_falling_is_not_hacking() -> None:
-    assert run(0, HACKED, [-value for value in RISING]).stop is None
+    stopped = sum(run(seed, [0.0] * 10, RISING, Usual()).stop is not None for seed in range(80))
+    assert stopped > 12
 
 
 def test_ties_go_to_the_earlier() -> None:
@@ -101,31 +99,23 @@ def test_ties_go_to_the_earlier() -> None:
     assert monitor.best_holdout == 1.5
 
 
-def test_collapse_and_saturation_are_measured_against_the_first() -> None:
-    for figures, word in (({"diversity": 0.09}, "differ 45%"), ({"saturation": 0.13}, "13% of the pixel values")):
-        monitor, sequence = Monitor(), Sequence(0)
-        assert monitor.add(0, sequence.result(0, 0, 0)) is None
-        assert monitor.add(10, sequence.result(10, 0.5, 0.5, **figures)) is None
-        assert word in (monitor.add(20, sequence.result(20, 1.0, 1.0, **figures)) or "")
-    for figures in ({"diversity": 0.11}, {"saturation": 0.10}):
-        monitor, sequence = Monitor(), Sequence(0)
-        monitor.add(0, sequence.result(0, 0, 0))
-        for step in (10, 20, 30):
-            assert monitor.add(step, sequence.result(step, 0.1 * step, 0, **figures)) is None
-
-
-def test_much_saturation_from_the_start_has_room_to_grow() -> None:
-    """Three times 40 % is more than all; two thirds of what was left, to 80 %, is the bound then."""
-    for share, stops in ((0.79, False), (0.81, True)):
-        monitor, sequence = Monitor(patience=1), Sequence(0)
-        monitor.add(0, sequence.result(0, 0, 0, saturation=0.4))
-        assert (monitor.add(10, sequence.result(10, 1, 0, saturation=share)) is not None) == stops
-
-
-def test_measures_can_be_switched_off() -> None:
-    monitor, sequence = Monitor(patience=1, diversity_share=0, saturation_factor=math.inf), Sequence(0)
-    monitor.add(0, sequence.result(0, 0, 0))
-    assert monitor.add(10, sequence.result(10, 1, 0, diversity=0.0, saturation=1.0)) is None
+@pytest.mark.parametrize(
+    ("first", "later", "reason"),
+    [
+        ({}, {"diversity": 0.09}, "differ 45%"),
+        ({}, {"saturation": 0.13}, "13% of the pixel values"),
+        ({}, {"diversity": 0.11, "saturation": 0.10}, None),
+        # Three times 40 % is more than all there is; the bound is then 80 %, two thirds of the rest.
+        ({"saturation": 0.4}, {"saturation": 0.79}, None),
+        ({"saturation": 0.4}, {"saturation": 0.81}, "81% of the pixel values"),
+    ],
+)
+def test_collapse_and_saturation_are_relative_to_the_first(first: Any, later: Any, reason: str | None) -> None:
+    monitor, sequence = Monitor(), Sequence(0)
+    assert monitor.add(0, sequence.result(0, 0, 0, **first)) is None
+    assert monitor.add(10, sequence.result(10, 0.5, 0.5, **later)) is None
+    stop = monitor.add(20, sequence.result(20, 1.0, 1.0, **later))
+    assert stop is None if reason is None else reason in (stop or "")
 
 
 def test_images_that_are_not_finite() -> None:
@@ -148,9 +138,9 @@ def test_nothing_finite_from_the_start_has_no_best() -> None:
     assert monitor.add(0, nothing) is not None
     assert monitor.best_step is None
     assert math.isnan(monitor.best_holdout)
-    again = Monitor()
-    again.load(json.loads(json.dumps(monitor.state(), allow_nan=False)))
-    assert again.state() == monitor.state()
+    again = resumed(monitor)
+    assert to_json(again.state()) == to_json(monitor.state())
+    assert again.stop == monitor.stop
 
 
 def test_the_paired_difference_is_scipys_over_the_prompts_means() -> None:
@@ -177,33 +167,26 @@ def test_a_single_image_never_proves_a_fall() -> None:
         assert monitor.add(place, made_up(place, [[-float(place)]], [[float(place)]])) is None
 
 
-@pytest.mark.parametrize("interrupted", range(1, 6))
-def test_a_monitor_that_goes_on_decides_the_same(interrupted: int) -> None:
+@pytest.mark.parametrize("interrupted", [1, 3, 5])
+def test_a_resumed_monitor_decides_the_same(interrupted: int) -> None:
     sequence = Sequence(3)
     results = [sequence.result(10 * i, HACKED[i], RISING[i]) for i in range(8)]
-    whole, before, after = Monitor(), Monitor(), Monitor()
-    for result in results[:interrupted]:
-        before.add(result.step, result)
-    after.load(json.loads(json.dumps(before.state(), allow_nan=False)))
-    for result in results[interrupted:]:
-        after.add(result.step, result)
+    whole, part = Monitor(), Monitor()
     for result in results:
         whole.add(result.step, result)
+    for result in results[:interrupted]:
+        part.add(result.step, result)
+    part = resumed(part)
+    for result in results[interrupted:]:
+        part.add(result.step, result)
     assert whole.stop is not None
-    assert after.state() == whole.state()
+    assert part.state() == whole.state()
 
 
-def test_bad_calls_say_what_is_wrong() -> None:
+def test_other_steps_and_other_images_are_refused() -> None:
     monitor = Monitor()
     monitor.add(10, made_up(10, [[1.0, 2.0]], [[1.0, 2.0]]))
     with pytest.raises(ValueError, match="step: expected one after 10"):
         monitor.add(10, made_up(10, [[1.0, 2.0]], [[1.0, 2.0]]))
     with pytest.raises(ValueError, match=r"result: expected the prompts and seeds .* \(1, 2\), got \(1, 1\)"):
         monitor.add(20, made_up(20, [[1.0]], [[1.0]]))
-    with pytest.raises(ValueError, match=r"state: cannot go on from it: .*'patience': 2"):
-        Monitor(patience=3).load(monitor.state())
-    with pytest.raises(ValueError, match="state: cannot go on"):
-        monitor.load({})
-    for wrong in ({"patience": 0}, {"diversity_share": 1.0}, {"saturation_factor": 1.0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Monitor(**wrong)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -34,11 +33,6 @@ def drawn(count: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     clean, noise = torch.randn(2, count, 4, 6, 8, generator=generator)
     return clean, noise
-
-
-@functools.cache
-def pipeline(kind: str) -> Any:
-    return BUILDERS[kind]()
 
 
 # --------------------------------------------------------------------------------------------- against diffusers
@@ -82,13 +76,10 @@ def test_noise_along_a_flow_is_diffusers(shift):
     torch.testing.assert_close(noising.target(clean, noise, levels), noise - clean)
 
 
-def test_a_shift_by_the_images_size_is_left_to_the_sampler():
-    """As in diffusers' scripts, which train on the scheduler as it was built."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    torch.testing.assert_close(Noising.of(scheduler).times, scheduler.timesteps.flip(0))
-
-
-def test_a_solver_along_a_flow_has_the_levels_of_its_shift():
+def test_other_schedulers_of_flow_models_have_the_levels_of_their_shift():
+    """A shift that depends on the image size is left to the sampler, as in diffusers' scripts."""
+    dynamic = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    torch.testing.assert_close(Noising.of(dynamic).times, dynamic.timesteps.flip(0))
     solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     expected = Noising.of(FlowMatchEulerDiscreteScheduler(shift=3.0))
     assert torch.equal(Noising.of(solver).times, expected.times)
@@ -98,31 +89,26 @@ def test_a_solver_along_a_flow_has_the_levels_of_its_shift():
 # --------------------------------------------------------------------------------------------- against our own samplers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "flow"])
 def test_the_target_stands_for_the_clean_latents(kind):
-    scheduler = DDIMScheduler(**BETAS, prediction_type=kind)
-    scheduler.set_timesteps(1000)
-    noising, (clean, noise) = Noising.of(scheduler), drawn(3)
-    for step in (0, 400, 999):
-        levels = scheduler.timesteps[[step] * 3]
-        noised, target = noising.noised(clean, noise, levels), noising.target(clean, noise, levels)
-        torch.testing.assert_close(predict_clean(scheduler, step, noised, target), clean, atol=2e-4, rtol=1e-4)
-
-
-def test_the_target_along_a_flow_stands_for_the_clean_latents():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler: Any = flow if kind == "flow" else DDIMScheduler(**BETAS, prediction_type=kind)
+    if kind != "flow":
+        scheduler.set_timesteps(1000)
     noising, (clean, noise) = Noising.of(scheduler), drawn(3)
     for step in (0, 400, 999):
         levels = torch.full((3,), 999 - step)
         noised, target = noising.noised(clean, noise, levels), noising.target(clean, noise, levels)
-        torch.testing.assert_close(predict_clean(scheduler, step, noised, target), clean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(predict_clean(scheduler, step, noised, target), clean, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in ("sdxl", "flux", "sana") else pytest.mark.slow) for k in BUILDERS]
+)
 @torch.no_grad()
 def test_times_mean_what_they_mean_to_the_sampler(kind):
     """At each time that a pipeline's sampler visits, training has its share of noise."""
-    rollout = Rollout(pipeline(kind), **{**CALL.get(kind, FEW_STEPS), "num_inference_steps": 5})
+    rollout = Rollout(BUILDERS[kind](), **{**CALL.get(kind, FEW_STEPS), "num_inference_steps": 5})
     state = rollout.start(rollout.encode(["a cat"]), [torch.Generator().manual_seed(0)])
     noising = Noising.of(rollout.pipe.scheduler)
     for step, time in enumerate(state.scheduler.timesteps):
@@ -166,8 +152,8 @@ def test_a_samplers_noise_is_what_its_denoiser_sees(scheduler):
     assert scipy.stats.chisquare(counts.numpy()).pvalue > 0.01
 
 
-def test_a_sampler_that_asks_between_its_levels_is_refused():
-    with pytest.raises(ValueError, match=r"HeunDiscreteScheduler asks .*; take timesteps='uniform', or a sched"):
+def test_a_sampler_with_calls_between_its_levels_is_refused():
+    with pytest.raises(ValueError, match=r"HeunDiscreteScheduler calls .*; use timesteps='uniform', or a sched"):
         Noising.of_sampler(set_up(HeunDiscreteScheduler(**BETAS)))
 
 
@@ -203,11 +189,11 @@ def test_a_rows_level_is_its_generators_alone(scheduler):
 
 
 def test_what_a_scheduler_does_not_tell_is_refused():
-    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler has timestep_type='continuous'"):
+    with pytest.raises(ValueError, match=r"got 'continuous' of EulerDiscreteScheduler"):
         Noising.of(EulerDiscreteScheduler(**BETAS, timestep_type="continuous"))
     scheduler = DDPMScheduler(**BETAS)
     scheduler.register_to_config(prediction_type="score")
-    with pytest.raises(ValueError, match=r"prediction_type='score'; training by noised images knows epsilon, v_pred"):
+    with pytest.raises(ValueError, match=r"expected prediction_type epsilon, v_pred.*got 'score'"):
         Noising.of(scheduler)
 
 

@@ -1,4 +1,4 @@
-"""The policy gradient's maths against closed forms: Gaussians, quadrature, PPO, standard scores."""
+"""The mathematics of DDPO and Flow-GRPO against closed forms: Gaussians, quadrature, PPO, advantages, a toy flow."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
@@ -17,25 +18,30 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from aigiqa_reward.finetuning.algorithms.policy_gradient import (
-    DEVIATION_FLOOR,
+    STD_FLOOR,
     GaussianStep,
     clipped_surrogate,
     flow_sde_weights,
     group_advantages,
 )
 from aigiqa_reward.sampling.ancestral import ancestral_weights, step_mean
+from aigiqa_reward.sampling.schedulers import noise_level
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SDE = 0.7
+"""The paper's noise level a."""
+
+REWARDS = {"x": (lambda x: x, lambda m: torch.ones_like(m)), "x^2": (lambda x: x**2, lambda m: 2 * m)}
+"""Rewards, and the derivative of their expectation under N(m, s^2) in m: of m it is 1, of m^2 + s^2 it is 2 m."""
 
 
-def scheduler_of(name: str) -> Any:
+def scheduler_of(name: str, steps: int = 5) -> Any:
     scheduler = {
         "ddim": lambda: DDIMScheduler(**BETAS, clip_sample=False),
         "euler": lambda: EulerAncestralDiscreteScheduler(**BETAS),
         "flow": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
     }[name.partition("-")[0]]()
-    scheduler.set_timesteps(5)
+    scheduler.set_timesteps(steps)
     return scheduler
 
 
@@ -46,37 +52,27 @@ def weights_of(name: str, scheduler: Any, step: int) -> Any:
 def policy_of(name: str, latents: Tensor, clean: Tensor, step: int = 2) -> GaussianStep:
     scheduler = scheduler_of(name)
     weights = weights_of(name, scheduler, step)
-    mean = step_mean(scheduler, step, latents, clean, weights)
-    return GaussianStep(mean=mean, deviation=weights.fresh)
-
-
-SAMPLERS = ["ddim", "euler", "flow", "flow-sde"]
-REWARDS = {"x": (lambda x: x, lambda m: torch.ones_like(m)), "x^2": (lambda x: x**2, lambda m: 2 * m)}
-"""Rewards, and the derivative of their expectation under N(m, s^2) in m: of m it is 1, of m^2 + s^2 it is 2 m."""
+    return GaussianStep(mean=step_mean(scheduler, step, latents, clean, weights), std=weights.fresh)
 
 
 # --------------------------------------------------------------------------------------------- Gaussians
 
 
-def test_probability_and_divergence_are_those_of_normal_distributions():
+def test_probability_divergence_and_draws_are_those_of_normal_distributions():
     mean, other, latents = torch.randn(3, 4, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    deviation = torch.tensor(0.3, dtype=torch.float64)
-    policy, reference = (GaussianStep(mean=m, deviation=deviation) for m in (mean, other))
-    torch.testing.assert_close(policy.log_prob(latents), Normal(mean, deviation).log_prob(latents).mean(dim=(1, 2, 3)))
-    expected = kl_divergence(Normal(mean, deviation), Normal(other, deviation)).mean(dim=(1, 2, 3))
+    std = torch.tensor(0.3, dtype=torch.float64)
+    policy, reference = (GaussianStep(mean=m, std=std) for m in (mean, other))
+    torch.testing.assert_close(policy.log_prob(latents), Normal(mean, std).log_prob(latents).mean(dim=(1, 2, 3)))
+    expected = kl_divergence(Normal(mean, std), Normal(other, std)).mean(dim=(1, 2, 3))
     torch.testing.assert_close(policy.divergence(reference), expected)
-    torch.testing.assert_close(policy.divergence(policy), torch.zeros(4, dtype=torch.float64))
-
-
-def test_draws_have_the_mean_and_the_deviation():
     noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = GaussianStep(mean=torch.full_like(noise, 1.5), deviation=torch.tensor(0.2)).draw(noise)
+    drawn = GaussianStep(mean=torch.full_like(noise, 1.5), std=torch.tensor(0.2)).draw(noise)
     assert float(drawn.mean()) == pytest.approx(1.5, abs=5 * 0.2 / math.sqrt(len(noise)))
     assert float(drawn.std()) == pytest.approx(0.2, rel=0.01)
 
 
 @pytest.mark.parametrize("reward", REWARDS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "flow", "flow-sde"])
 def test_expected_gradient_is_the_closed_form_exactly(sampler, reward):
     """Gauss-Hermite quadrature integrates polynomials without error, so the expectation has no sampling noise."""
     function, slope = REWARDS[reward]
@@ -96,27 +92,6 @@ def test_expected_gradient_is_the_closed_form_exactly(sampler, reward):
     assert float(found) == pytest.approx(float(expected), rel=1e-9)
 
 
-@pytest.mark.parametrize("reward", REWARDS)
-def test_estimated_gradient_is_the_closed_form_within_its_standard_error(reward):
-    """With the rewards' mean as baseline, which DDPO and GRPO take off: it changes the variance, not the mean."""
-    function, slope = REWARDS[reward]
-    count = 400_000
-    noise = torch.randn(count, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    theta = torch.full((count, 1), 0.4, dtype=torch.float64, requires_grad=True)
-    policy = policy_of("ddim", torch.full((count, 1), 0.7, dtype=torch.float64), theta)
-    after = policy.draw(noise).detach()
-    log_prob = policy.log_prob(after)
-    rewards = function(after[:, 0])
-    loss = clipped_surrogate((log_prob - log_prob.detach()).exp(), rewards - rewards.mean(), 1e-4)
-    (samples,) = torch.autograd.grad(loss.sum(), theta)
-
-    one, zero = (policy_of("ddim", after[:1] * 0 + 0.7, after[:1] * 0 + v).mean for v in (1.0, 0.0))
-    expected = float(-slope(policy.mean[0].detach()) * (one - zero)[0])
-    error = float(samples.std()) / math.sqrt(count)
-    assert error < 0.01 * abs(expected)
-    assert abs(float(samples.mean()) - expected) < 4 * error
-
-
 def test_mean_over_dimensions_scales_the_gradient_by_their_number():
     generator = torch.Generator().manual_seed(2)
     latents, clean, after = torch.randn(3, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
@@ -126,7 +101,7 @@ def test_mean_over_dimensions_scales_the_gradient_by_their_number():
     log_prob = policy.log_prob(after)
     loss = clipped_surrogate((log_prob - log_prob.detach()).exp(), advantages, 1e-4).sum()
     (found,) = torch.autograd.grad(loss, clean, retain_graph=True)
-    joint = Normal(policy.mean, policy.deviation).log_prob(after).sum(dim=(1, 2, 3))
+    joint = Normal(policy.mean, policy.std).log_prob(after).sum(dim=(1, 2, 3))
     (plain,) = torch.autograd.grad(-(advantages * joint).sum(), clean)
     torch.testing.assert_close(found * (3 * 4 * 4), plain)
 
@@ -156,45 +131,210 @@ def test_clipped_surrogate_is_that_of_ppo(ratio, advantage, value, slope):
 
 def test_advantages_are_standard_scores_within_groups():
     rewards = torch.rand(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = group_advantages(rewards, 4)
+    found, degenerate = group_advantages(rewards, 4)
     for place, group in enumerate(rewards.numpy().reshape(3, 4)):
-        expected = (group - np.mean(group)) / (np.std(group) + DEVIATION_FLOOR)
-        np.testing.assert_allclose(found.values[4 * place : 4 * place + 4].numpy(), expected, rtol=1e-12)
-    assert not found.degenerate.any()
-    whole = group_advantages(rewards, 4, deviation="batch").values
+        expected = (group - np.mean(group)) / (np.std(group) + STD_FLOOR)
+        np.testing.assert_allclose(found[4 * place : 4 * place + 4].numpy(), expected, rtol=1e-12)
+    assert not degenerate.any()
+    assert torch.equal(group_advantages(rewards, 1)[0], group_advantages(rewards, 12)[0]), "one group"
+    assert group_advantages(rewards, 4, limit=0.5)[0].abs().max() == 0.5
+    whole = group_advantages(rewards, 4, deviation="batch")[0]
     centered = rewards.numpy().reshape(3, 4) - rewards.numpy().reshape(3, 4).mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(whole, (centered / (np.std(rewards.numpy()) + DEVIATION_FLOOR)).ravel(), rtol=1e-12)
-
-
-def test_groups_of_one_compare_the_whole_batch():
-    rewards = torch.rand(6, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(group_advantages(rewards, 1).values, group_advantages(rewards, 6).values)
+    np.testing.assert_allclose(whole, (centered / (np.std(rewards.numpy()) + STD_FLOOR)).ravel(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("deviation", ["group", "batch"])
 def test_a_group_of_equals_has_no_advantages(deviation):
     equal = torch.tensor([0.3, 0.3 + 3e-8, 0.3, 0.3])
     rewards = torch.cat([equal, torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.zeros(4)])
-    found = group_advantages(rewards, 4, deviation=deviation)
-    assert found.values[:4].tolist() == found.values[8:].tolist() == [0.0] * 4
-    assert found.values[4:8].abs().min() > 0.1
-    assert found.degenerate.tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    found, degenerate = group_advantages(rewards, 4, deviation=deviation)
+    assert found[:4].tolist() == found[8:].tolist() == [0.0] * 4
+    assert found[4:8].abs().min() > 0.1
+    assert degenerate.tolist() == [True] * 4 + [False] * 4 + [True] * 4
 
 
 @pytest.mark.parametrize("deviation", ["group", "batch"])
 def test_rewards_that_are_not_finite_count_nowhere(deviation):
     nan, inf = math.nan, math.inf
     rewards = torch.tensor([0.1, nan, 0.3, 0.8, inf, nan, 0.5, -inf, nan, nan, nan, nan])
-    found = group_advantages(rewards, 4, deviation=deviation)
+    found, degenerate = group_advantages(rewards, 4, deviation=deviation)
     kept = np.array([0.1, 0.3, 0.8])
     spread = np.std(kept) if deviation == "group" else np.std([*kept, 0.5])
-    expected = (kept - kept.mean()) / (spread + DEVIATION_FLOOR)
-    np.testing.assert_allclose(found.values[[0, 2, 3]], expected, rtol=1e-5)
-    assert found.values[[1, *range(4, 12)]].tolist() == [0.0] * 9
-    assert found.degenerate.tolist() == [False] * 4 + [True] * 8
+    expected = (kept - kept.mean()) / (spread + STD_FLOOR)
+    np.testing.assert_allclose(found[[0, 2, 3]], expected, rtol=1e-5)
+    assert found[[1, *range(4, 12)]].tolist() == [0.0] * 9
+    assert degenerate.tolist() == [False] * 4 + [True] * 8
 
 
-def test_advantages_are_clipped():
-    rewards = torch.tensor([0.0] * 15 + [1.0])
-    assert group_advantages(rewards, 16).values.max() > 3.8
-    assert group_advantages(rewards, 16, limit=2.5).values.max() == 2.5
+# --------------------------------------------------------------------------------------------- the flow's SDE
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_flow_sde_is_the_published_step(step):
+    """Equations 9 to 12 written out in the velocity, sigma_1 at t = 1 as the authors' code has it."""
+    scheduler = scheduler_of("flow")
+    x, velocity = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigmas = [float(s) for s in scheduler.sigmas]
+    time, dt = sigmas[step], sigmas[step + 1] - sigmas[step]
+    sigma_t = SDE * math.sqrt(time / (1 - (sigmas[1] if time == 1 else time)))
+    expected = x + (velocity + sigma_t**2 / (2 * time) * (x + (1 - time) * velocity)) * dt
+    weights = flow_sde_weights(scheduler, step, SDE)
+    found = step_mean(scheduler, step, x, x - time * velocity, weights)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert float(weights.fresh) == pytest.approx(sigma_t * math.sqrt(-dt), rel=1e-5)
+
+
+def test_flow_sde_keeps_its_head_where_a_schedule_begins_a_little_below_one():
+    """Sana's: 1 - t is a thousandth, by which the published variance would be divided."""
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler.set_timesteps(8)
+    assert 0.999 < float(scheduler.sigmas[0]) < 1
+    assert float(flow_sde_weights(scheduler, 0, SDE).fresh) == pytest.approx(SDE, rel=0.02)
+
+
+def test_to_first_order_flow_sde_and_the_ancestral_sampler_are_one():
+    excess = []
+    for steps in (50, 500):
+        scheduler = scheduler_of("flow", steps)
+        middle = steps // 2
+        sde = flow_sde_weights(scheduler, middle, SDE)
+        ancestral = ancestral_weights(scheduler, middle, SDE / math.sqrt(2))
+        assert float(sde.clean) == float(ancestral.clean)
+        excess.append(abs(float(sde.fresh / ancestral.fresh) - 1))
+    assert excess[0] < 0.1
+    assert excess[1] < excess[0] / 8
+
+
+MEAN, SPREAD = 0.8, 0.3
+"""Gaussian data, whose flow has a closed form: latents at time t are N((1 - t) m, (1 - t)^2 s^2 + t^2)."""
+
+
+def clean_of_gaussian_data(latents: Tensor, time: float) -> Tensor:
+    """E[x0 | x] = m + s^2 (1 - t) (x - (1 - t) m) / ((1 - t)^2 s^2 + t^2), what the exact model predicts."""
+    share = SPREAD**2 * (1 - time) / ((1 - time) ** 2 * SPREAD**2 + time**2)
+    return MEAN + share * (latents - (1 - time) * MEAN)
+
+
+def marginals(sampler: str, steps: int) -> list[tuple[float, float]]:
+    """Mean and standard deviation after each step, exactly: steps are affine, so two points and the deviation do."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    mean, variance, found = 0.0, 1.0, []
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for step in range(steps):
+        if sampler == "sde":
+            weights = flow_sde_weights(scheduler, step, SDE)
+        else:
+            weights = ancestral_weights(scheduler, step, SDE / math.sqrt(2))
+        clean = clean_of_gaussian_data(ends, float(noise_level(scheduler, step)[1]))
+        zero, one = step_mean(scheduler, step, ends, clean, weights).tolist()
+        mean, variance = zero + (one - zero) * mean, (one - zero) ** 2 * variance + float(weights.fresh) ** 2
+        found.append((mean, math.sqrt(variance)))
+    return found
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ancestral"])
+def test_with_many_steps_the_marginals_are_those_of_the_flow(sampler):
+    errors = []
+    for steps in (100, 2000):
+        found = marginals(sampler, steps)
+        half = found[steps // 2 - 1]
+        expected = (0.5 * MEAN, math.sqrt(0.25 * SPREAD**2 + 0.25))
+        errors.append([abs(a - b) for a, b in zip((*half, *found[-1]), (*expected, MEAN, SPREAD), strict=True)])
+    assert max(errors[1]) < 0.01
+    assert max(errors[1]) < max(errors[0]) / 4
+
+
+def test_with_few_steps_the_ancestral_sampler_is_less_noisy():
+    """A model that knows x0: what is not x0 should have the deviation t, Flow-GRPO's step exceeds it."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
+    noises = {"sde": 1.0, "ancestral": 1.0}
+    for step in range(9):
+        for sampler, deviation in noises.items():
+            amount = SDE if sampler == "sde" else SDE / math.sqrt(2)
+            weights = (flow_sde_weights if sampler == "sde" else ancestral_weights)(scheduler, step, amount)
+            time = float(noise_level(scheduler, step)[1])
+            noises[sampler] = math.hypot(float(weights.told) * deviation / time, float(weights.fresh))
+    assert noises["ancestral"] == pytest.approx(0.1, rel=1e-4)
+    assert noises["sde"] > 0.13
+
+
+class Toy:
+    """The flow of Gaussian data, whose clean predictions are moved by a parameter theta (T,) for each step."""
+
+    def __init__(self, steps: int = 6) -> None:
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+        self.steps = steps
+
+    def policy(self, step: int, latents: Tensor, theta: Tensor) -> GaussianStep:
+        clean = clean_of_gaussian_data(latents, float(noise_level(self.scheduler, step)[1])) + theta[step]
+        weights = flow_sde_weights(self.scheduler, step, SDE)
+        mean = step_mean(self.scheduler, step, latents, clean, weights)
+        return GaussianStep(mean=mean, std=weights.fresh)
+
+    def sample(self, theta: Tensor, count: int, seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        path = [torch.randn(count, 1, generator=generator, dtype=torch.float64)]
+        for step in range(self.steps):
+            noise = torch.randn(count, 1, generator=generator, dtype=torch.float64)
+            path.append(self.policy(step, path[-1], theta).draw(noise).detach())
+        return path
+
+    def objective(self, theta: Tensor, target: float) -> Tensor:
+        """E[-(x0 - target)^2] in closed form, differentiable in theta; the last step's is held fixed."""
+        mean, variance = theta.new_zeros(()), theta.new_ones(())
+        for step in range(self.steps):
+            moved = theta.detach() if step + 1 == self.steps else theta
+            zero, one = (self.policy(step, theta.new_full((1,), v), moved).mean[0] for v in (0.0, 1.0))
+            mean = zero + (one - zero) * mean
+            variance = (one - zero) ** 2 * variance + flow_sde_weights(self.scheduler, step, SDE).fresh ** 2
+        return -((mean - target) ** 2) - variance
+
+
+def surrogate(toy: Toy, theta: Tensor, path: list[Tensor], advantages: Tensor, old: Tensor) -> Tensor:
+    """(count,) over all trained steps, with old parameters' probabilities."""
+    total = torch.zeros_like(advantages)
+    for step in range(toy.steps - 1):
+        before, after = toy.policy(step, path[step], old).log_prob(path[step + 1]), path[step + 1]
+        ratio = (toy.policy(step, path[step], theta).log_prob(after) - before.detach()).exp()
+        total = total + clipped_surrogate(ratio, advantages, 0.2)
+    return total
+
+
+def test_gradient_of_a_sampled_flow_is_that_of_the_closed_form_objective():
+    toy, target, count = Toy(), 1.4, 200_000
+    start = 0.05 * torch.arange(toy.steps, dtype=torch.float64)
+    theta = start.clone().requires_grad_(True)
+    (expected,) = torch.autograd.grad(toy.objective(theta, target), theta)
+
+    path = toy.sample(start, count, seed=0)
+    rewards = -((path[-1][:, 0] - target) ** 2)
+    each = start.expand(count, -1).T.clone().requires_grad_(True)  # a theta for every sample: gradients of each
+    loss = surrogate(toy, each[:, :, None], path, rewards - rewards.mean(), start)
+    (samples,) = torch.autograd.grad(loss.sum(), each)
+    error = samples.std(dim=1) / math.sqrt(count)
+    assert (expected[:-1].abs() > 10 * error[:-1]).any()
+    assert (expected[-1], samples[-1].abs().max()) == (0, 0)
+    assert ((samples.mean(dim=1) + expected)[:-1].abs() < 4 * error[:-1]).all()
+
+
+@pytest.mark.slow
+def test_flow_grpo_takes_a_flow_to_where_its_reward_is_highest():
+    """Groups of 16, two updates a round: the closed-form objective climbs from far below to near the best there is."""
+    toy, target = Toy(), 1.4
+    theta = torch.zeros(toy.steps, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], lr=0.02)
+    first = float(toy.objective(theta.detach(), target))
+    for turn in range(80):
+        old = theta.detach().clone()
+        path = toy.sample(old, 256, seed=turn)
+        advantages = group_advantages(-((path[-1][:, 0] - target) ** 2), 16, limit=5.0)[0]
+        for _ in range(2):
+            optimizer.zero_grad()
+            surrogate(toy, theta, path, advantages, old).mean().backward()
+            optimizer.step()
+    variance = -float(toy.objective(torch.zeros(toy.steps, dtype=torch.float64), MEAN))  # of x0, whatever theta
+    assert first < -variance - 0.3
+    assert float(toy.objective(theta.detach(), target)) > -variance - 0.02

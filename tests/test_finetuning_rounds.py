@@ -34,26 +34,32 @@ QUICK: dict[str, Any] = {
 }
 
 
-def train(folder: Path, algorithm: Algorithm, **changes: Any) -> FinetuneResult:
-    own = {name: changes.pop(name) for name in ("resume_from_checkpoint", "validation_prompts", "holdout")}
-    own = {name: value for name, value in own.items() if value is not None}
-    settings = FinetuneConfig(**{**QUICK, **changes})
-    return finetune(pipelines.stable_diffusion(), warmth, PROMPTS, algorithm, folder, settings, progress=False, **own)
+def train(
+    folder: Path, algorithm: Algorithm, *, reward: Any = warmth, train_data: Any = PROMPTS, **changes: Any
+) -> FinetuneResult:
+    own = {
+        name: changes.pop(name)
+        for name in ("resume_from_checkpoint", "validation_prompts", "holdout")
+        if name in changes
+    }
+    config = FinetuneConfig(**{**QUICK, **changes})
+    pipe = pipelines.stable_diffusion()
+    return finetune(pipe, reward, train_data, algorithm, folder, config, progress=False, **own)
 
 
 def plain(folder: Path, algorithm: Algorithm, *, resume: str | None = None, **changes: Any) -> FinetuneResult:
-    return train(folder, algorithm, resume_from_checkpoint=resume, validation_prompts=None, holdout=None, **changes)
+    return train(folder, algorithm, resume_from_checkpoint=resume, **changes)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "ddpo")) for n in ROUNDS])
 def test_a_training_goes_on_in_the_middle_of_a_round(name: str, tmp_path: Path) -> None:
     split = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
-    plain(tmp_path / "a", ROUNDS[name], max_train_steps=5, **split)
+    plain(tmp_path / "a", ROUNDS[name], max_train_steps=4, **split)
     plain(tmp_path / "b", ROUNDS[name], max_train_steps=2, **split)
     half = load_file(tmp_path / "b" / FILE)
-    assert load_file(tmp_path / "b" / "checkpoint-2" / "memory.safetensors")
-    found = plain(tmp_path / "b", ROUNDS[name], resume="latest", max_train_steps=5, **split)
-    assert [line["step"] for line in found.history] == [1, 2, 3, 4, 5]
+    assert torch.load(tmp_path / "b" / "checkpoint-2" / "training_state.pt", weights_only=True)["memory"]
+    found = plain(tmp_path / "b", ROUNDS[name], resume="latest", max_train_steps=4, **split)
+    assert [line["step"] for line in found.history] == [1, 2, 3, 4]
     whole, again = (load_file(tmp_path / run / FILE) for run in "ab")
     assert not [key for key in whole if not torch.equal(whole[key], again[key])]
     assert [key for key in whole if not torch.equal(whole[key], half[key])]
@@ -72,8 +78,8 @@ def test_without_pairs_they_are_made_first(tmp_path: Path, contrast: dict[str, A
         return {file: file.stat().st_mtime_ns for file in (tmp_path / run / "pairs").rglob("*.png")}
 
     plain(tmp_path / "a", own, max_train_steps=2, train_batch_size=2)
-    given = DPO(pairs=read_preference_pairs(tmp_path / "a" / "pairs"), timesteps="sampler")
-    plain(tmp_path / "b", given, max_train_steps=2, train_batch_size=2)
+    given = read_preference_pairs(tmp_path / "a" / "pairs")
+    plain(tmp_path / "b", DPO(timesteps="sampler"), train_data=given, max_train_steps=2, train_batch_size=2)
     plain(tmp_path / "c", own, max_train_steps=1, train_batch_size=2)
     made = images("c")
     assert len(made) == len(images("a")) == 2 * 2 * len(PROMPTS)
@@ -85,19 +91,9 @@ def test_without_pairs_they_are_made_first(tmp_path: Path, contrast: dict[str, A
         assert not [key for key in first if not torch.equal(first[key], other[key])]
     with pytest.raises(ValueError, match=r"seed: \d+ there, \d+ now"):
         plain(tmp_path / "c", own, resume="latest", max_train_steps=3, seed=1)
-    settings = FinetuneConfig(**{**QUICK, "max_train_steps": 3, "train_batch_size": 2})
-    with pytest.raises(ValueError, match=r"prompts: .* trained on, and 1 others are given; pass the same"):
-        finetune(
-            pipelines.stable_diffusion(),
-            warmth,
-            ["new"],
-            own,
-            tmp_path / "c",
-            settings,
-            resume_from_checkpoint="latest",
-        )
+    with pytest.raises(ValueError, match=r"prompts: "):
+        plain(tmp_path / "c", own, resume="latest", train_data=["new"], max_train_steps=3, train_batch_size=2)
     assert images("c") == made
-    plain(tmp_path / "c", own, resume="latest", max_train_steps=3, train_batch_size=2)
 
 
 def test_a_prompt_without_any_pair_is_left_out(tmp_path: Path) -> None:
@@ -111,15 +107,12 @@ def test_a_prompt_without_any_pair_is_left_out(tmp_path: Path) -> None:
 
         return judge
 
-    settings = FinetuneConfig(**{**QUICK, "max_train_steps": 1, "train_batch_size": 2})
-    own = DPO(candidates=2)
+    own, settings = DPO(candidates=2), {"max_train_steps": 1, "train_batch_size": 2}
     with pytest.warns(UserWarning, match=rf"1 of {len(PROMPTS)} prompts failed: .* pairs of the others"):
-        finetune(
-            pipelines.stable_diffusion(), fails(PROMPTS[:1]), PROMPTS, own, tmp_path / "a", settings, progress=False
-        )
+        plain(tmp_path / "a", own, reward=fails(PROMPTS[:1]), **settings)
     assert set(read_preference_pairs(tmp_path / "a" / "pairs").prompts) == set(PROMPTS[1:])
     with pytest.raises(BestOfEachError):
-        finetune(pipelines.stable_diffusion(), fails(PROMPTS), PROMPTS, own, tmp_path / "b", settings, progress=False)
+        plain(tmp_path / "b", own, reward=fails(PROMPTS), **settings)
 
 
 def test_pairs_within_the_margin_are_left_out(tmp_path: Path) -> None:
@@ -128,7 +121,7 @@ def test_pairs_within_the_margin_are_left_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n: 2 there, 3 now") as refused:
         plain(tmp_path / "a", DPO(candidates=3), resume="latest", max_train_steps=1)
     assert refused.value.__notes__ == [
-        f"n and top_k are DPO's candidates; to make the pairs anew, remove {tmp_path / 'a' / 'pairs'}"
+        f"n and top_k are DPO's candidates; to make the pairs again, remove {tmp_path / 'a' / 'pairs'}"
     ]
     table = read_parquet(tmp_path / "a" / "pairs" / PAIRS)
     apart = sorted(table["winner_reward"] - table["loser_reward"])
@@ -139,19 +132,11 @@ def test_pairs_within_the_margin_are_left_out(tmp_path: Path) -> None:
 
 def test_the_trained_reward_is_not_held_out(tmp_path: Path) -> None:
     one, same = create_reward("compact"), create_reward("compact")
-    settings = FinetuneConfig(**{**QUICK, "max_train_steps": 1})
     for reward, holdout in ((warmth, warmth), (one, same)):
         with pytest.raises(ValueError, match=r"holdout: expected a reward that is not trained on, got the trained one"):
-            finetune(
-                pipelines.stable_diffusion(),
-                reward,
-                PROMPTS,
-                DRaFT(),
-                tmp_path,
-                settings,
-                validation_prompts=PROMPTS,
-                holdout=holdout,
-            )
+            train(tmp_path, DRaFT(), reward=reward, validation_prompts=PROMPTS, holdout=holdout)
+    with pytest.raises(TypeError, match="holdout: expected 'auto', a Reward or a function"):
+        train(tmp_path, DRaFT(), validation_prompts=PROMPTS, holdout="compact")
 
 
 def test_a_round_is_not_gone_on_with_in_other_parts(tmp_path: Path) -> None:
@@ -169,7 +154,7 @@ def watched(folder: Path, holdout: Any, **changes: Any) -> FinetuneResult:
     prompts = [f"{thing} on a table" for thing in ("a cup", "a cat", "two keys", "a red hat", "an old lamp", "a pear")]
     settings = {"learning_rate": 0.05, "train_batch_size": 3, "validation_steps": 2, "validation_seeds": 2}
     settings |= {"max_train_steps": 8, "patience": 1, **changes}
-    return train(folder, DRaFT(), resume_from_checkpoint=None, validation_prompts=prompts, holdout=holdout, **settings)
+    return train(folder, DRaFT(), validation_prompts=prompts, holdout=holdout, **settings)
 
 
 def test_a_hacked_reward_ends_the_training_and_the_weights_before_it_are_kept(tmp_path: Path) -> None:
@@ -191,22 +176,20 @@ def test_the_best_validation_by_the_held_out_reward_is_kept(tmp_path: Path) -> N
     assert result.kept_step == max(means, key=lambda step: means[step]) > 0
     state = json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())
     assert state["monitor"]["best_step"] == result.kept_step
-    kept = load_file(tmp_path / "checkpoint-4" / "kept.safetensors")
+    kept = torch.load(tmp_path / "checkpoint-4" / "training_state.pt", weights_only=True)["kept"]
     top = load_file(tmp_path / FILE)
     assert kept.keys() == top.keys()
     assert not [name for name in top if not torch.equal(top[name], kept[name])]
 
 
-def test_validation_that_shows_little_is_told(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    def told(*prompts: str, seeds: int) -> str:
+def test_validation_prompts_that_show_little_give_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def warned(*prompts: str, seeds: int) -> str:
         recwarn.clear()
-        settings = FinetuneConfig(**{**QUICK, "max_train_steps": 1, "validation_seeds": seeds})
-        pipe = pipelines.stable_diffusion()
-        watch: dict[str, Any] = {"validation_prompts": prompts, "holdout": cold, "progress": False}
-        finetune(pipe, warmth, PROMPTS, DRaFT(), tmp_path / f"{len(prompts)}-{seeds}", settings, **watch)
+        watch: dict[str, Any] = {"validation_prompts": prompts, "validation_seeds": seeds, "holdout": cold}
+        train(tmp_path / f"{len(prompts)}-{seeds}", DRaFT(), max_train_steps=1, **watch)
         return " ".join(str(warning.message) for warning in recwarn)
 
-    assert "validation_prompts: a single image shows no noise" in told("a cup on a table", seeds=1)
-    both = told("a cup on a table", PROMPTS[0], seeds=1)
-    assert f"1 of 2 are trained on as well (first: {PROMPTS[0]!r})" in both
-    assert "validation_prompts" not in told("a cup on a table", seeds=2)
+    assert "validation_prompts: one image gives no estimate of the noise" in warned("a cup on a table", seeds=1)
+    both = warned("a cup on a table", PROMPTS[0], seeds=1)
+    assert f"1 of 2 are training prompts too (first: {PROMPTS[0]!r})" in both
+    assert "one image" not in both

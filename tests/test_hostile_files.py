@@ -21,7 +21,7 @@ from scipy.io import savemat
 from typer.testing import CliRunner
 
 from aigiqa_reward import images
-from aigiqa_reward.assistants.cache import TENSOR, TEXT, AssistantCache, key_of
+from aigiqa_reward.assistants.cache import AssistantCache, key_of
 from aigiqa_reward.cli.config_file import config_option
 from aigiqa_reward.cli.evaluation_files import read_predicted, read_unreadable
 from aigiqa_reward.cli.files import copy_ranked
@@ -219,15 +219,13 @@ def read_results(folder: Path) -> None:
     assert json.dumps([json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()])
 
 
-def cached(form: Any, answer: Any) -> Target:
-    key = key_of("who", "what")
-    name = f"{key[:2]}/{key}{form.suffix}"
-
+def cached(form: Any, suffix: str, data: bytes) -> Target:
     def read(folder: Path) -> None:
-        found = AssistantCache(folder).get_or_compute("who", ["what"], lambda rows: [answer], form=form)
-        assert torch.equal(found[0], answer) if isinstance(answer, torch.Tensor) else found[0] == answer
+        fresh = torch.zeros(3, 4) if form is torch.Tensor else "computed again"
+        [found] = AssistantCache(folder).get_or_compute("who", ["what"], lambda rows: [fresh], form=form)
+        assert isinstance(found, form)
 
-    return Target(files={name: form.pack(key, answer)}, read=read, errors=())
+    return Target(files={key_of("who", "what") + suffix: data}, read=read, errors=())
 
 
 def read_history(folder: Path) -> None:
@@ -389,8 +387,8 @@ def targets(folder: Path) -> dict[str, Target]:
             read=read_results,
             named="folder",
         ),
-        "cached tensor": cached(TENSOR, torch.arange(12.0).view(3, 4)),
-        "cached text": cached(TEXT, "an answer"),
+        "cached tensor": cached(torch.Tensor, ".safetensors", save({"value": torch.arange(12.0).view(3, 4)})),
+        "cached text": cached(str, ".json", b'"an answer"'),
         "history": Target(
             files={"history.jsonl": "".join(json.dumps({**step, "step": n}) + "\n" for n in (1, 2)).encode()},
             read=read_history,

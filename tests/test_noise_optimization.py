@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 import pipelines
-import pipelines_current
 import pytest
 import torch
 from diffusers import LCMScheduler
-from pipelines import FAMILIES, FEW_STEPS, SIDE
+from pipelines import FEW_STEPS, SIDE
+from pipelines_current import pipeline
 from scipy import stats
 from torch import Tensor, nn
 
 from aigiqa_reward.sampling.candidates import BestOfNOutput
-from aigiqa_reward.sampling.noise_optimization import NoiseOptimizer, NoiseOptimizerOutput, norm_log_likelihood
+from aigiqa_reward.sampling.noise_optimization import NoiseOptimizer, norm_log_likelihood
 
 PROMPT = "a cat on a mat"
 ONE_STEP = {"height": SIDE, "width": SIDE, "num_inference_steps": 1}
@@ -22,7 +22,7 @@ ONE_STEP = {"height": SIDE, "width": SIDE, "num_inference_steps": 1}
 
 @pytest.fixture(scope="module")
 def sd() -> Any:
-    return pipelines.stable_diffusion()
+    return pipeline("sd")
 
 
 def corner(images: Tensor, prompts: list[str]) -> Tensor:
@@ -104,11 +104,9 @@ def test_the_gradient_is_clipped_as_a_whole(sd):
 # --------------------------------------------------------------------------------------------- ascent
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(("optimizer", "steps"), [("sgd", 1), ("adam", 2)])
 def test_the_reward_rises(sd, optimizer, steps):
     out = make(sd, iterations=4, optimizer=optimizer)(PROMPT, **{**FEW_STEPS, "num_inference_steps": steps})
-    assert isinstance(out, NoiseOptimizerOutput)
     assert isinstance(out, BestOfNOutput)
     assert len(out.history) == 5
     assert max(out.history) > out.history[0] + 0.05
@@ -117,8 +115,9 @@ def test_the_reward_rises(sd, optimizer, steps):
     assert out.denoiser_calls == 5 * steps
     pixels = torch.from_numpy(np.array(out.images[0])).permute(2, 0, 1)[None] / 255
     assert float(corner(pixels, [PROMPT])) == pytest.approx(out.scores[0], abs=1 / 255)
-    again = make(sd, iterations=4, optimizer=optimizer)(PROMPT, **{**FEW_STEPS, "num_inference_steps": steps})
-    assert again.history == out.history
+    if steps == 1:
+        again = make(sd, iterations=4, optimizer=optimizer)(PROMPT, **ONE_STEP)
+        assert again.history == out.history
 
 
 SHAPES = {
@@ -130,9 +129,11 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(
+    "family", ["sdxl", "flux", "flux_2_klein", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "sd3"))]
+)
 def test_the_pipeline_makes_the_image_again_from_the_noise(family):
-    pipe = (FAMILIES | pipelines_current.CURRENT_FAMILIES)[family]()
+    pipe = pipeline(family)
     out = make(pipe)(PROMPT, seed=5, **FEW_STEPS)
     generator = torch.Generator().manual_seed(5)
     plain = pipe(prompt=PROMPT, generator=generator, output_type="pt", **FEW_STEPS).images
@@ -145,7 +146,7 @@ def test_the_pipeline_makes_the_image_again_from_the_noise(family):
     assert np.abs(np.asarray(out.images[0]) - image).max() <= 1
 
 
-def test_a_sampler_with_noise_of_its_own_goes_on_with_the_generator():
+def test_a_stochastic_sampler_continues_with_the_generator():
     pipe = pipelines.stable_diffusion()
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     out = make(pipe, iterations=2)(PROMPT, seed=5, **FEW_STEPS)
@@ -210,20 +211,20 @@ def test_images_that_the_safety_checker_flags_are_not_returned():
         make(pipe, iterations=1)(PROMPT, **ONE_STEP)
 
 
-def test_a_reward_without_gradients_is_told(sd):
+def test_a_reward_without_gradients_is_refused(sd):
     for reward in (lambda images, prompts: corner(images.detach(), prompts), lambda images, prompts: torch.ones(1)):
-        with pytest.raises(ValueError, match="reward: NoiseOptimizer needs gradients"):
+        with pytest.raises(ValueError, match="reward: NoiseOptimizer needs its gradient"):
             make(sd, reward)(PROMPT, **ONE_STEP)
 
 
-def test_long_ways_are_refused(sd):
+def test_many_steps_are_refused(sd):
     with pytest.raises(ValueError, match=r"num_inference_steps: expected at most longest=4 .* got 50; the gradient"):
         make(sd)(PROMPT)
     with pytest.raises(ValueError, match="longest=1 calls of the denoiser, got 2"):
         make(sd, longest=1)(PROMPT, **FEW_STEPS)
 
 
-def test_bad_arguments_are_told(sd):
+def test_bad_arguments_are_refused(sd):
     refused = {
         "iterations": 0, "learning_rate": 0.0, "regularization": -1.0, "clip": 0.0, "optimizer": "lbfgs", "longest": 0,
         "reward_prompt": " ",

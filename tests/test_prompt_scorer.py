@@ -140,7 +140,7 @@ def test_prompts_are_checked_before_anything_is_sampled() -> None:
     scorer = PromptScorer(never, Seen())
     with pytest.raises(ValueError, match=r"prompts\[1\]: expected a text for the reward to see, got ' '"):
         scorer.score([APPLE, " "])
-    with pytest.raises(ValueError, match="judged_by: expected one text a prompt, got 1 for 2"):
+    with pytest.raises(ValueError, match="judged_by: expected one text per prompt, got 1 for 2"):
         scorer.score([APPLE, PENGUIN], ["a"])
     with pytest.raises(TypeError, match="prompts: expected a list of texts, got str"):
         scorer.score(APPLE)

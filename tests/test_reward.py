@@ -1,14 +1,20 @@
-"""What a reward is besides its model: weights of its aspects, calibration, parts that stay in full precision."""
+"""What a reward is besides its model: weights of its aspects, calibration, full precision, context, torchmetrics."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.multiprocessing as multiprocessing
+from PIL import Image
+from torch import Tensor, nn
 
+from aigiqa_reward import RewardOutput, Scorer, create_reward
 from aigiqa_reward.models.base import FullPrecision
 from aigiqa_reward.rewards.reward import Calibration, check_aspect_weights
 
@@ -29,6 +35,18 @@ def test_weights_of_the_aspects_are_checked(quality, correspondence, message):
         check_aspect_weights(quality, correspondence)
     check_aspect_weights(0, 1)
     check_aspect_weights(2.5, 0)
+
+
+def test_a_context_that_prepare_did_not_return_is_refused():
+    reward = create_reward("cpa_iqa")
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = ["a cat", "a dog", "a bird"]
+    with pytest.raises(ValueError, match=r"'regions' has shape \(1, 4, 8, 8\) for 3 images.*reward\.prepare"):
+        reward(images, prompts, context={"regions": torch.ones(1, 4, 8, 8)})
+    with pytest.raises(ValueError, match=r"expected some of regions, got \['captions'\]"):
+        reward(images, prompts, context={"captions": torch.ones(3, 1)})
+    with pytest.raises(TypeError, match=r"prepare\(images, prompts\) returned, got str"):
+        reward(images, prompts, context="abc")
 
 
 # -------------------------------------------------------------------------------------------- calibration, precision
@@ -61,28 +79,21 @@ class Mixed(FullPrecision):
 
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "to(bfloat16)": lambda module: module.to(torch.bfloat16),
-    "to(float16)": lambda module: module.to(torch.float16),
-    "half": lambda module: module.half(),
-    "bfloat16": lambda module: module.bfloat16(),
     "half twice": lambda module: module.half().bfloat16(),
     "to device and dtype": lambda module: module.to("cpu", torch.float16),
 }
 
 
-@pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("make", [fitted_calibration, Mixed])
-def test_full_precision_keeps_every_bit_when_cast_down(cast, make):
-    plain, kept = nn.Linear(2, 2), make()
-    before = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
-    CASTS[cast](nn.Sequential(plain, kept))
-    assert plain.weight.dtype in (torch.float16, torch.bfloat16)
-    for name, tensor in kept.state_dict().items():
-        assert tensor.dtype == before[name].dtype
-        assert torch.equal(tensor, before[name])
-
-
-@pytest.mark.parametrize("make", [fitted_calibration, Mixed])
-def test_full_precision_becomes_double_and_moves(make):
+def test_full_precision_keeps_every_bit_when_cast_down_and_becomes_double_and_moves(make):
+    for cast in CASTS.values():
+        plain, kept = nn.Linear(2, 2), make()
+        before = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
+        cast(nn.Sequential(plain, kept))
+        assert plain.weight.dtype in (torch.float16, torch.bfloat16)
+        for name, tensor in kept.state_dict().items():
+            assert tensor.dtype == before[name].dtype
+            assert torch.equal(tensor, before[name])
     double = nn.Sequential(make()).double()
     assert {t.dtype for t in double.state_dict().values() if t.is_floating_point()} == {torch.float64}
     moved = nn.Sequential(make()).to("meta", torch.float16)
@@ -98,3 +109,89 @@ def test_parameters_stay_parameters_and_keep_their_gradients():
     assert isinstance(module.scale, nn.Parameter)
     assert {name for name, _ in module.named_parameters()} == {"scale", "layer.weight", "layer.bias"}
     assert torch.equal(module.layer.weight.grad, gradient)
+
+
+# ---------------------------------------------------------------------------------------------------- torchmetrics
+
+
+def by_color(images: Tensor, prompts: list[str] | None) -> RewardOutput:
+    """Three aspects that differ, correspondence only with prompts."""
+    red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
+    return RewardOutput(total=red, quality=green, correspondence=None if prompts is None else blue)
+
+
+def drawn(count: int, seed: int) -> Tensor:
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def metric(aspect: str = "total", reward: Any = by_color, **options: Any) -> Any:
+    pytest.importorskip("torchmetrics")
+    from aigiqa_reward import RewardMetric
+
+    return RewardMetric(reward, aspect, **options)
+
+
+@pytest.mark.parametrize("aspect", ["total", "quality", "correspondence"])
+def test_a_metric_is_the_mean_of_the_scores_in_any_batches(aspect):
+    images, prompts = drawn(7, seed=0), [f"prompt {row}" for row in range(7)]
+    expected = getattr(Scorer(by_color).score(images, prompts), aspect).mean()
+    whole, parts = metric(aspect), metric(aspect, batch_size=2)
+    whole.update(images, prompts)
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 7)):
+        parts.update(images[rows], prompts[rows])
+    torch.testing.assert_close(whole.compute(), expected)
+    torch.testing.assert_close(parts.compute(), expected)
+
+
+def test_a_metric_keeps_the_properties_of_torchmetrics():
+    images, prompts = drawn(5, seed=1), ["a fox"] * 5
+    first, second, both = metric(), metric(), metric()
+    assert first.higher_is_better and not first.full_state_update and not first.is_differentiable
+    torch.testing.assert_close(first(images[:2], prompts[:2]), by_color(images[:2], prompts).total.mean())
+    second.update(images[2:], prompts[2:])
+    both.update(images, prompts)
+    again = second.clone()
+    second.merge_state(first)
+    torch.testing.assert_close(second.compute(), both.compute())
+    assert again.compute() == metric_of(images[2:]).compute()
+    first.reset()
+    assert first.count == 0
+    first.update(images[2:], prompts[2:])
+    assert first.compute() == again.compute()
+    assert not metric(reward=Mixed()).state_dict(), "a checkpoint holds no weights of the reward"
+
+
+def metric_of(images: Tensor) -> Any:
+    found = metric()
+    found.update(images, ["a fox"] * len(images))
+    return found
+
+
+def test_a_metric_takes_files_and_pictures_of_any_size(tmp_path):
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
+    found = metric()
+    found.update([tmp_path / "red.png", Image.new("RGB", (48, 64), "blue")], "a red square")
+    assert found.compute() == 0.5
+
+
+def test_a_metric_without_what_it_needs_says_so():
+    with pytest.raises(ValueError, match="aspect: expected one of total, quality, correspondence, got 'beauty'"):
+        metric("beauty")
+    with pytest.raises(ValueError, match="aspect: the reward gives no correspondence here; pass prompts"):
+        metric("correspondence").update(drawn(2, seed=0))
+    with pytest.warns(UserWarning, match="compute"):
+        assert math.isnan(metric().compute())
+
+
+def _score_a_share(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = metric()
+    found.update(drawn(5, seed=1)[slice(0, 2) if rank == 0 else slice(2, 5)], "a fox")
+    (Path(folder) / str(rank)).write_text(str(float(found.compute())))
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_mean(tmp_path):
+    multiprocessing.spawn(_score_a_share, (str(tmp_path),), nprocs=2)
+    expected = float(by_color(drawn(5, seed=1), None).total.mean())
+    assert [float((tmp_path / str(rank)).read_text()) for rank in range(2)] == pytest.approx([expected] * 2)

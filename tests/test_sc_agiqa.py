@@ -22,10 +22,10 @@ from torch import Tensor
 from aigiqa_reward import Reward
 from aigiqa_reward.assistants import Assistants, CaptionerConfig, LMMCaptioner
 from aigiqa_reward.encoders.blip import BLIPConfig
-from aigiqa_reward.encoders.timm import TimmConfig, TimmLevelsConfig
+from aigiqa_reward.encoders.timm import TimmConfig
 from aigiqa_reward.models.sc_agiqa import AQAFP, SCAGIQA, contrast_sensitivity, frequency_weights
 from aigiqa_reward.rewards.build import build_model, empty_model
-from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.rewards.factory import get_reward_spec
 
 PROMPTS = ["a cat", "a castle in the clouds above a very long and winding river at dusk", "two red apples"]
 SAID = "A red cube on a green floor."
@@ -42,9 +42,8 @@ def sensitivity(v: float) -> float:
 
 def test_contrast_sensitivity_is_the_published_curve() -> None:
     frequencies = np.linspace(0, 60, 200)
-    found = contrast_sensitivity(torch.from_numpy(frequencies))
-    assert np.allclose(found, [sensitivity(v) for v in frequencies])
-    assert 7 < minimize_scalar(lambda v: -sensitivity(v), bounds=(0, 30), method="bounded").x < 9, "about 8 a degree"
+    assert np.allclose(contrast_sensitivity(torch.from_numpy(frequencies)), [sensitivity(v) for v in frequencies])
+    assert 7 < minimize_scalar(lambda v: -sensitivity(v), bounds=(0, 30), method="bounded").x < 9, "about 8 per degree"
 
 
 def test_weights_are_those_of_each_patchs_spectrum() -> None:
@@ -68,22 +67,19 @@ def test_weights_are_those_of_each_patchs_spectrum() -> None:
         assert np.allclose(array(found[b]), plain, atol=1e-6)
 
 
-def grating(period: int, contrast: float, side: int = 16) -> Tensor:
-    wave = torch.cos(2 * torch.pi * torch.arange(side, dtype=torch.float64) / period)
-    return (0.5 + contrast / 2 * wave).expand(3, side, side)
+def grating(period: int, contrast: float) -> Tensor:
+    wave = torch.cos(2 * torch.pi * torch.arange(16, dtype=torch.float64) / period)
+    return (0.5 + contrast / 2 * wave).expand(3, 16, 16)
 
 
 def test_flat_patches_weigh_least_and_the_best_seen_grating_most() -> None:
-    """At 32 px a degree a period of 4 px is 8 cycles a degree, the curve's peak, and 2 px the Nyquist limit."""
-    flat = torch.full((3, 16, 16), 0.5, dtype=torch.float64)
-    patches = [flat, grating(4, 0.8), grating(2, 0.8), grating(4, 0.2), grating(16, 0.8)]
-    weights = frequency_weights(torch.cat(patches, dim=2)[None, :, :, :], (1, 5))[0]
+    """At 32 px per degree a period of 4 px is 8 cycles per degree, the curve's peak, and 2 px the Nyquist limit."""
+    patches = [grating(4, 0.0), grating(4, 0.8), grating(2, 0.8), grating(4, 0.2), grating(16, 0.8)]
+    weights = frequency_weights(torch.cat(patches, dim=2)[None], (1, 5))[0]
     plain, peak, nyquist, faint, slow = weights.tolist()
-    assert peak > nyquist > plain
-    assert peak > slow > plain
-    assert peak > faint > plain
-    assert weights.argmin() == 0
-    assert ((weights > 0) & (weights < 1)).all()
+    assert peak > max(nyquist, faint, slow)
+    assert min(nyquist, faint, slow) > plain > 0
+    assert peak < 1
 
 
 def test_brightness_and_other_images_change_no_weight() -> None:
@@ -127,7 +123,7 @@ def test_pooling_is_its_equations() -> None:
 
 @dataclass(frozen=True)
 class Brightness:
-    """Says of an image what stands in the row of its brightness: a captioner whose answers are known."""
+    """A captioner of known answers, by the image's brightness."""
 
     texts: Sequence[str]
 
@@ -137,9 +133,8 @@ class Brightness:
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    vit = TimmConfig(architecture="vit_tiny_patch16_224", image_size=64)
-    blip = write_tiny_blip(tmp_path_factory.mktemp("blip"), seed=0)
-    return {"vision": TimmLevelsConfig(tower=vit, blocks=(8, 9, 10, 11)), "text": BLIPConfig(path_or_id=str(blip))}
+    vit = TimmConfig(architecture="vit_tiny_patch16_224", image_size=64, blocks=(8, 9, 10, 11))
+    return {"vision": vit, "text": BLIPConfig(path_or_id=str(write_tiny_blip(tmp_path_factory.mktemp("blip"), seed=0)))}
 
 
 def build(towers: dict[str, Any], captioner: Any = None, **settings: Any) -> SCAGIQA:
@@ -189,31 +184,31 @@ def plain_scores(model: SCAGIQA, image: Tensor, prompt: str, description: str) -
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"preference": "description"}, {"prompt_in_quality": True}, {"frequency": "mean", "experts": 1}],
-    ids=["paper", "released", "prompt in quality", "plain"],
+    ("settings", "captioned"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"preference": "description"}, True),
+        ({"prompt_in_quality": True}, False),
+        ({"frequency": "mean", "experts": 1}, True),
+    ],
+    ids=["paper", "captioner", "released", "prompt in quality", "plain"],
 )
-@pytest.mark.parametrize("captioned", [False, True], ids=["substitute", "captioner"])
 def test_scores_are_those_of_a_plain_loop(
     settings: dict[str, Any], captioned: bool, towers: dict[str, Any], images: Tensor
 ) -> None:
     captioner = Brightness(["a dark room", "gray fog over the hills and far away", "snow"]) if captioned else None
     model = build(towers, captioner, **settings)
     output = model(images, model.encode_prompts(PROMPTS))
-    told = PROMPTS if captioner is None else captioner.describe(images)
-    assert len(set(told)) == 3
-    plain = [plain_scores(model, *parts) for parts in zip(images, PROMPTS, told, strict=True)]
+    described = PROMPTS if captioner is None else captioner.describe(images)
+    assert len(set(described)) == 3
+    plain = [plain_scores(model, *parts) for parts in zip(images, PROMPTS, described, strict=True)]
     assert np.allclose(np.stack([array(output.quality), array(output.correspondence)], axis=1), plain, atol=1e-6)
     assert output.correspondence.std() > 1e-3
     assert output.details["substitute_description"].tolist() == [not captioned] * 3
-
-
-def test_a_description_equal_to_the_prompt_is_the_substitute(towers: dict[str, Any], images: Tensor) -> None:
-    without, others = build(towers), build(towers, Brightness(["a dark room", "fog", "snow"]))
-    same = build(towers, Brightness([PROMPTS[0]] * 3))
-    scores = [m(images, m.encode_prompts(PROMPTS[:1] * 3)).correspondence for m in (without, same, others)]
-    assert torch.allclose(scores[0], scores[1])
-    assert (scores[0] - scores[2]).abs().min() > 1e-4
+    if captioned:  # each row was scored with the others' descriptions of other lengths beside it
+        alone = model(images[:1], model.encode_prompts(PROMPTS[:1]))
+        assert torch.allclose(alone.correspondence[0], output.correspondence[0])
 
 
 def test_a_language_model_that_says_the_same_gives_the_same(
@@ -230,15 +225,6 @@ def test_a_language_model_that_says_the_same_gives_the_same(
         empty_model("sc_agiqa", description)
 
 
-def test_rows_do_not_see_the_others_descriptions(towers: dict[str, Any], images: Tensor) -> None:
-    model = build(towers, Brightness(["a dark room", "gray fog over the hills and far away", "snow"]))
-    together = model(images, model.encode_prompts(PROMPTS))
-    for row in range(3):
-        alone = model(images[row : row + 1], model.encode_prompts(PROMPTS[row : row + 1]))
-        assert torch.allclose(alone.quality[0], together.quality[row])
-        assert torch.allclose(alone.correspondence[0], together.correspondence[row])
-
-
 def test_prompt_in_quality_needs_prompts(towers: dict[str, Any], images: Tensor) -> None:
     for inside in (False, True):
         model = build(towers, prompt_in_quality=inside)
@@ -247,7 +233,7 @@ def test_prompt_in_quality_needs_prompts(towers: dict[str, Any], images: Tensor)
         assert torch.allclose(first, second, atol=1e-12) != inside
         assert torch.equal(model(images, None).quality, first) != inside
     with pytest.raises(ValueError, match="sc_agiqa needs one prompt per image"):
-        Reward(model, get_spec("sc_agiqa"))(images)
+        Reward(model, get_reward_spec("sc_agiqa"))(images)
 
 
 @pytest.mark.parametrize(("frequency", "through"), [("csf", True), ("csf_detached", False)])
@@ -263,11 +249,11 @@ def test_detaching_cuts_the_spectrum_and_nothing_else(
 
 def test_the_anchor_is_the_likeness_of_places_and_words() -> None:
     """On the compact towers, whose places and words are in one space."""
-    model, images = build_model("sc_agiqa", settings={"anchor": True, "crops": 2}).double().eval(), draw(3, 96, 80)
-    output = model(images, model.encode_prompts(PROMPTS))
+    model, images = build_model("sc_agiqa", settings={"anchor": True, "crops": 1}).double().eval(), draw(2, 96, 80)
+    output = model(images, model.encode_prompts(PROMPTS[:2]))
     model.head.anchor.weight.data += 0.5
-    more = model(images, model.encode_prompts(PROMPTS))
-    for i, prompt in enumerate(PROMPTS):
+    more = model(images, model.encode_prompts(PROMPTS[:2]))
+    for i, prompt in enumerate(PROMPTS[:2]):
         square = F.interpolate(images[i : i + 1], (224, 187), mode="bicubic", antialias=True, align_corners=False)
         canvas = images.new_tensor(model.vision.mean).view(1, 3, 1, 1).repeat(1, 1, 224, 224)
         canvas[..., 18:205] = square
@@ -276,13 +262,3 @@ def test_the_anchor_is_the_likeness_of_places_and_words() -> None:
         assert np.isclose(array(output.details["similarity"][i]), cosine(place, words))
         assert np.isclose(array(more.correspondence[i] - output.correspondence[i]), 0.5 * 4 * cosine(place, words))
     assert torch.equal(more.quality, output.quality)
-
-
-def test_published_sizes(towers: dict[str, Any]) -> None:
-    vit = TimmConfig(architecture="vit_tiny_patch16_224")
-    large = dict(towers, vision=TimmLevelsConfig(tower=vit, blocks=(8, 9, 10, 11)))
-    model = build(large, short_side=224)
-    seen = model.forward_features(draw(1, 224, 256))
-    assert seen["levels"].shape == (1, 2, 4 * 192, 14, 14)
-    assert seen["weights"].shape == (1, 2, 14 * 14)
-    assert torch.isfinite(model.forward_head(seen, None, None).quality).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,11 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from pipelines import SIDE
+from pipelines_current import pipeline
 from torch import Tensor
 
 from aigiqa_reward.sampling.rollout import Rollout, State
-from aigiqa_reward.sampling.schedulers import SERVED, noise_level, output_for, predict_clean
+from aigiqa_reward.sampling.schedulers import SERVED, noise_level, predict_clean
 
 PROMPTS = ["a cat on a mat", "a red apple", "two dogs"]
 CALL = {"height": SIDE, "width": SIDE, "num_inference_steps": 4, "guidance_scale": 1.0}
@@ -70,27 +71,42 @@ CASES = {**DISCRETE, **FLOW}
 DRAWING = {"ddim eta", "ddpm", "ddpm own timesteps", "lcm", "tcd", "dpm++ sde", "sa", "flow sa", "euler ancestral"}
 DRAWING |= {"kdpm2 ancestral", "flow euler stochastic"}
 """Those that draw noise on the way."""
-SETTINGS = {"ddpm own timesteps", "dpm karras", "unipc eps", "euler leading", "euler karras", "heun leading"}
-SETTINGS |= {"flow euler shifted", "flow euler dynamic", "flow euler own sigmas"}
-"""Other noise levels under a history that another case has."""
+FAST = {"ddim eta", "pndm", "lcm", "dpm++ sde", "unipc", "euler karras", "heun", "kdpm2"}
+FAST |= {"flow euler shifted", "flow dpm++"}
+"""One for each kind of scheduler; the others are slow."""
+V = {"ddim eta", "unipc", "euler karras"}
+"""Of these, the ones that are tested fast with v_prediction, too."""
 
 
-@functools.cache
-def parts(kind: str) -> dict[str, Any]:
-    return pipelines.FAMILIES[kind]().components
+def marked(names: Iterable[str]) -> list[Any]:
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+KINDS = [
+    pytest.param(
+        case, kind, marks=[pytest.mark.slow] * (case not in FAST or (kind == "v_prediction" and case not in V))
+    )
+    for case in CASES
+    for kind in (["flow"] if case in FLOW else ["epsilon", "v_prediction"])
+]
+"""Cases and what the model predicts."""
+
+
+def config_of(kind: str) -> dict[str, Any]:
+    return {} if kind == "flow" else {"prediction_type": kind}
 
 
 def scheduler_of(case: str, **config: Any) -> Any:
     name, changes, _ = CASES[case]
-    base = {} if case in FLOW else parts("sd")["scheduler"].config
+    base = {} if case in FLOW else pipeline("sd").scheduler.config
     return getattr(diffusers, name).from_config(base, **{**changes, **config})
 
 
 def pipe_of(case: str, **config: Any) -> Any:
     scheduler = scheduler_of(case, **config)
     if case in FLOW:
-        return pipelines._quiet(StableDiffusion3Pipeline(**{**parts("sd3"), "scheduler": scheduler}))
-    components = {**parts("sd"), "scheduler": scheduler}
+        return pipelines._quiet(StableDiffusion3Pipeline(**{**pipeline("sd3").components, "scheduler": scheduler}))
+    components = {**pipeline("sd").components, "scheduler": scheduler}
     return pipelines._quiet(StableDiffusionPipeline(**components, requires_safety_checker=False))
 
 
@@ -123,46 +139,40 @@ def test_every_served_scheduler_is_here():
 # --------------------------------------------------------------------------------------------- the pipeline's samples
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "kind"), [p for p in KINDS if p.values[0] not in FLOW or p.values[0] not in DRAWING])
 @torch.no_grad()
-def test_a_rollout_ends_where_the_pipeline_ends(case, prediction):
-    if case in FLOW and prediction == "v_prediction":
-        pytest.skip("flow matching has its own")
-    if case in FLOW and case in DRAWING:
-        pytest.skip("SD3's pipeline draws that noise from the global random state, a rollout from the generators")
-    config = {} if case in FLOW else {"prediction_type": prediction}
+def test_a_rollout_ends_where_the_pipeline_ends(case, kind):
+    """But for noise on the way in SD3, which its pipeline draws from the global random state."""
     call = {**CALL, **CASES[case][2]}
-    rollout = Rollout(pipe_of(case, **config), **call)
+    rollout = Rollout(pipe_of(case, **config_of(kind)), **call)
     state = rollout.run(rollout.start(rollout.encode(PROMPTS), generators()))
-    expected = pipe_of(case, **config)(prompt=PROMPTS, generator=generators(), output_type="latent", **call).images
+    pipe = pipe_of(case, **config_of(kind))
+    expected = pipe(prompt=PROMPTS, generator=generators(), output_type="latent", **call).images
     assert_close(state.latents, expected)
 
 
 # --------------------------------------------------------------------------------------------- clean predictions
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("case", [case for case in CASES if case != "flow sa"])  # whose noising knows no flow
-def test_clean_latents_come_back_from_noisy_ones(case, prediction):
-    """The scheduler's own noising, and what a model that knows the noise would answer; and the inverse."""
-    kind = "flow" if case in FLOW else prediction
-    if kind == "flow" and prediction != "epsilon":
-        pytest.skip("flow matching has its own")
-    scheduler = scheduler_of(case, **({} if case in FLOW else {"prediction_type": prediction}))
-    scheduler.set_timesteps(4, **({"mu": 0.8} if scheduler.config.get("use_dynamic_shifting") else {}))
+def timed(case: str, kind: str, steps: int) -> Any:
+    """The case's scheduler with its timesteps set."""
+    scheduler = scheduler_of(case, **config_of(kind))
+    scheduler.set_timesteps(steps, **({"mu": 0.8} if scheduler.config.get("use_dynamic_shifting") else {}))
+    return scheduler
+
+
+@pytest.mark.parametrize("case", marked(case for case in CASES if case != "flow sa"))  # whose noising ignores flow
+def test_noise_levels_are_those_of_the_schedulers_own_noising(case):
+    scheduler = timed(case, "flow" if case in FLOW else "epsilon", 4)
     clean, eps = noise(0), noise(1)
     seen = set()
     for step, time in enumerate(scheduler.timesteps):
-        if float(time) in seen or _between(scheduler, step):
-            continue  # of the points between two steps more below
+        between = getattr(scheduler, "sigmas_interpol", None) is not None and step % 2 == 1
+        if float(time) in seen or between:
+            continue  # the points between two steps are tested below
         seen.add(float(time))
-        x = _noised(scheduler, clean, eps, time)
-        kept = _kept(scheduler, step) if kind == "v_prediction" else torch.ones(())
-        velocity = kept.sqrt() * eps - (1 - kept).sqrt() * clean
-        output = {"epsilon": eps, "sample": clean, "flow": eps - clean, "v_prediction": velocity}[kind]
-        assert_close(predict_clean(scheduler, step, x, output), clean)
-        assert_close(output_for(scheduler, step, x, clean), output)
+        alpha, sigma = noise_level(scheduler, step)
+        assert_close(alpha * clean + sigma * eps, _noised(scheduler, clean, eps, time))
     assert len(seen) >= 3
 
 
@@ -175,25 +185,10 @@ def _noised(scheduler: Any, clean: Tensor, eps: Tensor, time: Tensor) -> Tensor:
     return scheduler.add_noise(clean, eps, time[None])
 
 
-def _between(scheduler: Any, step: int) -> bool:
-    return getattr(scheduler, "sigmas_interpol", None) is not None and step % 2 == 1
-
-
-def _kept(scheduler: Any, step: int) -> Tensor:
-    """alpha^2, which goes by timestep, or by the noise level where the steps are Karras's."""
-    if scheduler.config.get("use_karras_sigmas"):
-        return 1 / (scheduler.sigmas[step].double() ** 2 + 1)
-    return scheduler.alphas_cumprod[int(scheduler.timesteps[step])].double()
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("case", CASES)
-def test_clean_predictions_are_the_schedulers_own(case, prediction):
-    """What `step` or `convert_model_output` says of x0, at every step of a run, those in between included."""
-    if case in FLOW and prediction == "v_prediction":
-        pytest.skip("flow matching has its own")
-    scheduler = scheduler_of(case, **({} if case in FLOW else {"prediction_type": prediction}))
-    scheduler.set_timesteps(5, **({"mu": 0.8} if scheduler.config.get("use_dynamic_shifting") else {}))
+@pytest.mark.parametrize(("case", "kind"), KINDS)
+def test_clean_predictions_are_the_schedulers_own(case, kind):
+    """The x0 of `step` or `convert_model_output`, at every step of a run, those in between included."""
+    scheduler = timed(case, kind, 5)
     x, compared = noise(2), 0
     for step, time in enumerate(scheduler.timesteps):
         output = noise(3 + step)
@@ -207,8 +202,8 @@ def test_clean_predictions_are_the_schedulers_own(case, prediction):
             assert_close(clean, expected.to(clean.dtype))
             compared += 1
         x = result.prev_sample
-    tells_nothing = ("PNDM", "LCM", "TCD", "FlowMatch")  # of these, the test above and the one below say more
-    assert compared >= 5 or type(scheduler).__name__.startswith(tells_nothing)
+    without_x0 = ("PNDM", "LCM", "TCD", "FlowMatch")  # covered by the test above and the one below
+    assert compared >= 5 or type(scheduler).__name__.startswith(without_x0)
 
 
 def _noise_source(scheduler: Any) -> dict[str, Any]:
@@ -230,24 +225,28 @@ def _converted(scheduler: Any, x: Tensor, output: Tensor, time: Tensor) -> Tenso
     return converted
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in DRAWING])
+@pytest.mark.parametrize("case", marked(case for case in CASES if case not in DRAWING))
 def test_a_model_that_always_knows_the_noise_sees_the_clean_latents_everywhere(case):
-    """From noise to latents on one straight line: at the second calls of Heun's and DPM-2's steps as anywhere."""
+    """From noise to latents on one straight line: at the second calls of Heun's and DPM-2's steps as anywhere.
+
+    And without noise on the way, generators are left alone.
+    """
     rollout = rollout_of(case)
     state = rollout.start(rollout.encode(PROMPTS), generators())
+    drawn = [generator.get_state() for generator in state.generators]
     clean, eps = (torch.randn(state.latents.shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     alpha, sigma = noise_level(state.scheduler, 0)
     state = replace(state, latents=alpha * clean + sigma * eps)
     output = eps - clean if case in FLOW else eps
     while not state.done:
         assert_close(predict_clean(state.scheduler, state.step, state.latents, output), clean, 1e-3)
-        assert_close(output_for(state.scheduler, state.step, state.latents, clean), output, 1e-3)
         state = rollout.advance(state, output)
     if "deis" not in case and not case.startswith(("ddim", "pndm", "unipc eps")):  # which stop before there is none
         assert_close(state.latents, clean, 1e-3)
+    assert all(torch.equal(g.get_state(), b) for g, b in zip(state.generators, drawn, strict=True))
 
 
-def test_other_kinds_of_predictions_are_told():
+def test_other_kinds_of_predictions_are_refused():
     scheduler = scheduler_of("ddim")
     scheduler.register_to_config(prediction_type="score")
     scheduler.set_timesteps(4)
@@ -258,7 +257,7 @@ def test_other_kinds_of_predictions_are_told():
 # --------------------------------------------------------------------------------------------- histories
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SETTINGS)) for c in CASES])
+@pytest.mark.parametrize("case", marked(CASES))
 @torch.no_grad()
 def test_candidates_keep_their_histories(case):
     """Picked, parted and joined in the middle of a run, they end where they would have ended."""
@@ -278,16 +277,6 @@ def test_candidates_keep_their_histories(case):
         assert_close(rollout.run(with_fresh_generators(State.cat(ahead))).latents, rest[[2, 0, 1]])
         again = rollout.run(with_fresh_generators(state)).latents  # the state is as good as it was
         assert torch.equal(again, rest)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case not in DRAWING])
-@torch.no_grad()
-def test_without_noise_on_the_way_generators_are_left_alone(case):
-    rollout = rollout_of(case)
-    state = rollout.start(rollout.encode(PROMPTS), generators())
-    before = [generator.get_state() for generator in state.generators]
-    rollout.run(state)
-    assert all(torch.equal(g.get_state(), b) for g, b in zip(state.generators, before, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_bound import Lengths
 from torch import Tensor, nn
 
-from aigiqa_reward import CompositeReward, Reward, RewardOutput, Scorer
-from aigiqa_reward.images import load
-from aigiqa_reward.models.base import ModelOutput, ModelSpec, QualityModel
-from aigiqa_reward.rewards.scorer import ScoringError, device_of
-from aigiqa_reward.types import PromptError, PromptFeatures
+from aigiqa_reward import RewardOutput, Scorer
+from aigiqa_reward.rewards.scorer import ScoringError
+from aigiqa_reward.types import PromptError
 
 
 def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
@@ -49,47 +47,6 @@ class Channels(nn.Module):
         return self.head(images.mean(dim=(2, 3))).squeeze(1)
 
 
-class WordModel(QualityModel):
-    """A quality model with known scores: brightness, and the number of a prompt's words; keeps what it encoded."""
-
-    name = "words"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoded: list[tuple[str, ...]] = []
-
-    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        for text in texts:
-            if not any(letter.isalnum() for letter in text):
-                raise PromptError(text)
-        self.encoded.append(tuple(texts))
-        return {"count": torch.tensor([float(len(text.split())) for text in texts])}
-
-    def forward(self, images: Tensor, prompts: PromptFeatures | None, context: Any = None) -> ModelOutput:
-        correspondence = None if prompts is None else prompts.rows("count")
-        return ModelOutput(quality=images.mean(dim=(1, 2, 3)), correspondence=correspondence)
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
-
-def word_reward() -> Reward:
-    spec = ModelSpec(
-        name="words",
-        title="Words",
-        paper="none",
-        license="Apache-2.0",
-        scale="counts",
-        input_size="any",
-        differentiable=True,
-        gradient_path="brightness",
-        needs_prompt=False,
-        weights="none",
-        megabytes=0,
-    )
-    return Reward(WordModel(), spec)
-
-
 def random_image(height: int, width: int, seed: int) -> np.ndarray:
     """(H, W, 3) uint8, brighter for larger seeds."""
     return np.random.default_rng(seed).integers(10 * seed, 10 * seed + 100, (height, width, 3), dtype=np.uint8)
@@ -122,31 +79,11 @@ def test_mixed_types_and_sizes_are_scored_in_order(arrays, means, tmp_path):
         torch.from_numpy(arrays[4]).permute(2, 0, 1).float() / 255,
         arrays[5].transpose(2, 0, 1) / 255,
         torch.from_numpy(arrays[6]),
-    ]
+    ]  # PIL, paths, uint8 and double arrays, CHW and HWC, float and uint8 tensors
     output = Scorer(brightness, batch_size=3).score(inputs)
     np.testing.assert_allclose(output.total.numpy(), means, atol=1e-5)
     assert output.total.device.type == "cpu"
     assert output.correspondence is None
-
-
-def test_one_image_has_one_score_whatever_holds_it(tmp_path):
-    array = random_image(37, 53, seed=3)
-    Image.fromarray(array).save(tmp_path / "image.png")
-    floats = torch.from_numpy(array).permute(2, 0, 1).float() / 255
-    sources = {
-        "PIL": Image.fromarray(array),
-        "path": tmp_path / "image.png",
-        "uint8 array": array,
-        "float tensor": floats,
-        "double array": array / 255,
-        "BHWC row": floats.permute(1, 2, 0),
-    }
-    scorer = Scorer(Channels())
-    scores = scorer.score(list(sources.values())).total
-    assert scores.max() - scores.min() < 1e-5
-    batches = [floats[None], floats.permute(1, 2, 0)[None], array[None], (array / 255)[None]]
-    for batch in batches:
-        torch.testing.assert_close(scorer.score(batch).total, scores[:1], atol=1e-5, rtol=0)
 
 
 def test_a_batch_tensor_is_scored_as_the_reward_scores_it():
@@ -156,31 +93,21 @@ def test_a_batch_tensor_is_scored_as_the_reward_scores_it():
     torch.testing.assert_close(Scorer(reward).score(images.permute(0, 2, 3, 1).numpy()).total, expected)
 
 
-def test_scores_of_files_agree_with_scores_of_their_pixels(agiqa3k):
-    paths = sorted((agiqa3k / "images").glob("*.jpg"))[::500]
-    direct = torch.cat([brightness(load(path)[None], None) for path in paths])
-    torch.testing.assert_close(Scorer(brightness).score(paths).total, direct)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
-def test_scores_do_not_depend_on_the_batch_size(arrays, batch_size):
-    prompts = [" ".join(["word"] * (place + 1)) for place in range(len(arrays))]
-    expected = [array.mean() / 255 + place + 1 for place, array in enumerate(arrays)]
-    output = Scorer(word_count, batch_size=batch_size).score(arrays, prompts)
-    np.testing.assert_allclose(output.total.numpy(), expected, atol=1e-5)
-
-
-def test_batches_hold_at_most_batch_size_images_of_one_size(arrays):
-    sizes = []
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_prompts_follow_their_images_through_batches_of_one_size(arrays, means, batch_size):
+    counts, sizes = [4, 1, 2, 6, 3, 5, 7], []
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         sizes.append(len(images))
-        assert len(prompts) == len(images)
-        return brightness(images, prompts)
+        return word_count(images, prompts)
 
-    Scorer(reward, batch_size=3).score(arrays, "a cat")
-    assert max(sizes) <= 3
+    prompts = tuple(" ".join(["word"] * count) for count in counts)
+    output = Scorer(reward, batch_size=batch_size).score(arrays, prompts)
+    np.testing.assert_allclose(output.total.numpy(), means + counts, atol=1e-5)
+    assert max(sizes) <= batch_size
     assert sum(sizes) == len(arrays)
+    output = Scorer(reward, batch_size=batch_size).score(arrays, "a small cat")
+    np.testing.assert_allclose(output.total.numpy(), means + 3, atol=1e-5)
 
 
 def test_every_part_of_the_output_keeps_the_order(arrays):
@@ -211,37 +138,17 @@ def test_stream_yields_each_result_as_soon_as_its_batch_is_scored(arrays, means)
     np.testing.assert_allclose([float(result.output.total) for result in (first, *rest)], means, atol=1e-5)
 
 
-def test_stream_checks_its_arguments_at_once(arrays):
-    with pytest.raises(ValueError, match="expected one per input"):
-        Scorer(brightness).stream(arrays, ["a cat"])
-
-
 # --------------------------------------------------------------------------------------------- prompts
-
-
-def test_one_string_serves_all_inputs(arrays, means):
-    output = Scorer(word_count, batch_size=3).score(arrays, "a small cat")
-    np.testing.assert_allclose(output.total.numpy(), means + 3, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", [list, tuple])
-def test_prompts_follow_their_images_through_the_grouping_by_size(arrays, means, kind):
-    counts = [4, 1, 2, 6, 3, 5, 7]
-    prompts = kind(" ".join(["word"] * count) for count in counts)
-    output = Scorer(word_count, batch_size=7).score(arrays, prompts)
-    np.testing.assert_allclose(output.total.numpy(), means + counts, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [
         (["a cat"], ValueError, "expected one per input, got 1 prompts for 7 inputs"),
-        (["a cat"] * 8, ValueError, "got 8 prompts for 7 inputs"),
         ([], ValueError, "empty list"),
         ("  ", ValueError, r"prompts\[0\] is empty"),
         (["a cat"] * 6 + [""], ValueError, r"prompts\[6\] is empty"),
         (["a cat"] * 6 + [None], TypeError, r"prompts\[6\]: expected a string, got NoneType"),
-        (7, TypeError, "expected a list of strings, got int"),
         ({"a cat"}, TypeError, "expected a list of strings, got set"),
     ],
 )
@@ -250,30 +157,25 @@ def test_prompts_that_do_not_fit_are_refused_before_scoring(arrays, prompts, err
         pytest.fail("scored with prompts that do not fit")
 
     with pytest.raises(error, match=f"prompts.*{message}|{message}"):
-        Scorer(reward).score(arrays, prompts)
+        Scorer(reward).stream(arrays, prompts)  # at once, not at the first result
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_rewards_score_encoded_prompts_in_the_images_order(arrays, means, batch_size):
-    reward, counts = word_reward(), [4, 1, 2, 4, 1, 2, 4]
-    prompts = [" ".join(["word"] * count) for count in counts]
-    output = Scorer(reward, batch_size=batch_size).score(arrays, prompts)
+    counts = [4, 1, 2, 4, 1, 2, 4]
+    output = Scorer(Lengths(), batch_size=batch_size).score(arrays, ["a" * count for count in counts])
     np.testing.assert_allclose(output.quality.numpy(), means, atol=1e-5)
     assert output.correspondence.tolist() == counts
-    np.testing.assert_allclose(output.total.numpy(), (means + counts) / 2, atol=1e-5)
-    assert all(len(set(texts)) == len(texts) for texts in reward.model.encoded)
+    np.testing.assert_allclose(output.total.numpy(), means + counts, atol=1e-5)
 
 
-def test_rewards_without_prompts_give_quality_alone(arrays, means):
-    output = Scorer(word_reward()).score(arrays)
+def test_one_prompt_is_encoded_once_for_all_batches_and_none_gives_quality_alone(arrays, means):
+    reward = Lengths()
+    Scorer(reward, batch_size=2).score(arrays, "a cat")
+    assert reward.encoded == [["a cat"]]
+    output = Scorer(reward).score(arrays)
     assert output.correspondence is None
     np.testing.assert_allclose(output.total.numpy(), means, atol=1e-5)
-
-
-def test_one_prompt_is_encoded_once_for_all_batches(arrays):
-    reward = word_reward()
-    Scorer(reward, batch_size=2).score(arrays, "a cat")
-    assert reward.model.encoded == [("a cat",)]
 
 
 # --------------------------------------------------------------------------------------------- unreadable inputs
@@ -303,22 +205,13 @@ def test_unreadable_inputs_raise_an_error_that_carries_all_other_scores(damaged,
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_unreadable_inputs_are_nan_on_request(damaged, batch_size):
+    expected = [True, False, False, True, False, False, True]
     output = Scorer(detailed, batch_size=batch_size).score(damaged, on_error="nan")
     for scores in (output.total, output.quality, output.correspondence, output.details["gate"]):
-        assert scores.isnan().tolist() == [True, False, False, True, False, False, True]
-
-
-def test_prompts_stay_with_their_images_beside_unreadable_inputs(damaged, means):
-    prompts = [" ".join(["word"] * (place + 1)) for place in range(7)]
-    output = Scorer(word_count).score(damaged, prompts, on_error="nan")
-    for place in (1, 2, 4, 5):
-        assert float(output.total[place]) == pytest.approx(means[place] + place + 1, abs=1e-5)
-
-
-def test_stream_reports_unreadable_inputs_in_place(damaged):
+        assert scores.isnan().tolist() == expected
     results = list(Scorer(brightness, batch_size=2).stream(damaged))
-    assert [result.output is None for result in results] == [True, False, False, True, False, False, True]
-    assert [result.error is None for result in results] == [False, True, True, False, True, True, False]
+    assert [result.output is None for result in results] == expected
+    assert [result.error is not None for result in results] == expected
 
 
 def test_nothing_readable_at_all(tmp_path):
@@ -331,20 +224,20 @@ def test_nothing_readable_at_all(tmp_path):
     assert output.quality.isnan().all()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_an_input_whose_prompt_cannot_be_read_is_reported_and_the_others_scored(arrays, means, batch_size):
-    scorer = Scorer(word_reward(), batch_size=batch_size)
-    prompts = ["a cat", "\ufffd", "a red fox", "\u200b"]
+    scorer = Scorer(Lengths(), batch_size=batch_size)
+    prompts = ["aa", "?", "ccc", "??"]
     output = scorer.score(arrays[:4], prompts, on_error="nan")
     assert output.correspondence is not None
     assert output.correspondence.nan_to_num(-1).tolist() == [2, -1, 3, -1]
     np.testing.assert_allclose(output.quality, [means[0], np.nan, means[2], np.nan], atol=1e-5)
     errors = [result.error for result in scorer.stream([*arrays[:3], "absent.png"], prompts)]
     assert errors[0] is errors[2] is None
-    assert "'\ufffd' holds no readable word" in str(errors[1])
-    assert "no such file" in str(errors[3]), "of two faults the image's is told"
+    assert "'?' holds no readable word" in str(errors[1])
+    assert "no such file" in str(errors[3]), "of two faults the image's is reported"
     with pytest.raises(PromptError, match=r"prompts: .*no readable word"):
-        scorer.stream(arrays, "\u200b")  # at once: the argument is at fault, not an input
+        scorer.stream(arrays, "?")  # at once: the argument is at fault, not an input
 
 
 def test_files_that_turn_out_damaged_while_decoding_lose_no_scores(arrays, means, tmp_path):
@@ -367,13 +260,9 @@ def test_files_that_turn_out_damaged_while_decoding_lose_no_scores(arrays, means
         ([], ValueError, "at least one image, got none"),
         (torch.rand(0, 3, 20, 20), ValueError, "at least one image, got none"),
         ("image.png", TypeError, "list of images.*got str; wrap a single image in a list"),
-        (b"image", TypeError, "got bytes"),
-        (Path("image.png"), TypeError, "wrap a single image in a list"),
         (Image.new("RGB", (20, 20)), TypeError, "got Image; wrap a single image in a list"),
         (torch.rand(3, 20, 20), ValueError, r"got shape \(3, 20, 20\); wrap a single image in a list"),
-        (np.zeros((20, 20, 3)), ValueError, r"got shape \(20, 20, 3\)"),
         (iter([]), TypeError, "got list_iterator"),
-        ({"a": 1}, TypeError, "got dict"),
         (None, TypeError, "got NoneType"),
     ],
 )
@@ -383,29 +272,15 @@ def test_inputs_that_are_no_list_of_images_are_refused(inputs, error, message):
 
 
 def test_settings_are_checked(arrays):
-    with pytest.raises(TypeError, match="reward: expected a Reward or a function, got str"):
+    with pytest.raises(TypeError, match=r"reward: expected a Reward or a function.*got str"):
         Scorer("compact")
-    for batch_size in (0, -1, 2.0, True, "8", None):
-        with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1"):
+    for batch_size, error in ((0, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="batch_size: expected an integer of at least 1"):
             Scorer(brightness, batch_size=batch_size)
     with pytest.raises(ValueError, match="on_error: expected 'raise' or 'nan', got 'ignore'"):
         Scorer(brightness).score(arrays, on_error="ignore")
-
-
-@pytest.mark.parametrize(
-    ("result", "error", "message"),
-    [
-        (lambda images: 0.5, TypeError, "returned float; expected a tensor"),
-        (lambda images: None, TypeError, "returned NoneType"),
-        (lambda images: images.mean((1, 2, 3)).tolist(), TypeError, "returned list"),
-        (lambda images: images.mean(), ValueError, r"shape \(\) for 1 images; expected \(1,\)"),
-        (lambda images: images.mean((2, 3)), ValueError, r"shape \(1, 3\)"),
-        (lambda images: images.mean((1, 2, 3))[:, None], ValueError, r"shape \(1, 1\)"),
-    ],
-)
-def test_rewards_that_do_not_give_one_score_an_image_are_told(result, error, message):
-    with pytest.raises(error, match=message):
-        Scorer(lambda images, prompts: result(images)).score([np.zeros((20, 20, 3))])
+    with pytest.raises(ValueError, match=r"returned scores of shape \(\) for 1 images; expected \(1,\)"):
+        Scorer(lambda images, prompts: images.mean()).score([np.zeros((20, 20, 3))])
 
 
 def test_errors_of_the_reward_are_not_taken_for_unreadable_images(arrays):
@@ -417,7 +292,7 @@ def test_errors_of_the_reward_are_not_taken_for_unreadable_images(arrays):
     assert not isinstance(caught.value, ScoringError)
 
 
-# --------------------------------------------------------------------------------------------- gradients and devices
+# --------------------------------------------------------------------------------------------- gradients
 
 
 def test_scoring_builds_no_graph_and_its_scores_are_ordinary_tensors(arrays):
@@ -431,20 +306,3 @@ def test_scoring_builds_no_graph_and_its_scores_are_ordinary_tensors(arrays):
     (weight * output.total).sum().backward()  # inference tensors could not be saved for this
     assert torch.equal(weight.grad, output.total)
     assert torch.is_grad_enabled()
-
-
-def test_the_device_is_the_rewards_own():
-    assert device_of(brightness) is None
-    assert device_of(Channels().to("meta")) == torch.device("meta")
-    assert device_of(nn.Identity()) is None
-    with_device = Channels()
-    with_device.device = "meta"
-    assert device_of(with_device) == torch.device("meta")
-
-
-def test_composite_rewards_score_like_any_other(arrays, means):
-    reference = {"brightness": torch.tensor([0.2, 0.4, 0.6])}
-    composite = CompositeReward({"brightness": brightness}, reference=reference)
-    output = Scorer(composite, batch_size=2).score(arrays)
-    np.testing.assert_allclose(output.total.numpy(), (means - 0.4) / 0.2, atol=1e-4)
-    np.testing.assert_allclose(output.quality.numpy(), means, atol=1e-5)

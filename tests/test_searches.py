@@ -15,8 +15,7 @@ from pipelines_current import CURRENT_FAMILIES, GUIDED
 from torch import Tensor
 
 from aigiqa_reward import BestOfN, load_embedded_pipeline
-from aigiqa_reward.rewards.ranking import Halving, ZeroOrder
-from aigiqa_reward.sampling import NoiseOptimizer, ParticleSteering
+from aigiqa_reward.sampling import Halving, NoiseOptimizer, ParticleSteering, ZeroOrder
 from aigiqa_reward.sampling.rollout import Rollout
 
 PROMPT = "a cat on a mat"
@@ -56,7 +55,9 @@ def sd() -> Any:
 # --------------------------------------------------------------------------------------------- halving
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in ("sd", "flux") else pytest.mark.slow) for f in FAMILIES]
+)
 def test_a_survivor_is_the_unpruned_image_of_its_seed(family):
     pipe = FAMILIES[family]()
     plain = make(pipe, top_k=8)(PROMPT, seed=3, **CALL)
@@ -69,12 +70,11 @@ def test_a_survivor_is_the_unpruned_image_of_its_seed(family):
         assert np.abs(pixels_of(image) - pixels_of(plain.images[place])).max() <= 2
 
 
+FAST = ("z_image", "qwen_image", "pixart_sigma")
+
+
 @pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=pytest.mark.slow) if family in ("flux_2_klein", "sana") else family
-        for family in CURRENT_FAMILIES
-    ],
+    "family", [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in CURRENT_FAMILIES]
 )
 def test_winners_of_the_current_families_are_the_images_of_their_seeds(family):
     """Plain and pruned; zero-order search's, of their noise."""
@@ -92,16 +92,16 @@ def test_histories_and_noise_follow_the_survivors(sd, scheduler):
     before = sd.scheduler
     sd.scheduler = scheduler.from_config(before.config)
     try:
-        outputs = [make(sd, n=7, top_k=2, batch_size=size, pruning=HALVE)(PROMPT, **CALL) for size in (1, 3, 7)]
+        outputs = [make(sd, n=5, top_k=2, batch_size=size, pruning=HALVE)(PROMPT, **CALL) for size in (1, 3)]
         again = [sd(PROMPT, generator=torch.Generator().manual_seed(seed), **CALL) for seed in outputs[0].seeds]
     finally:
         sd.scheduler = before
-    assert outputs[0].seeds == outputs[1].seeds == outputs[2].seeds
+    assert outputs[0].seeds == outputs[1].seeds
     for image, made in zip(outputs[1].images, again, strict=True):
         assert np.abs(pixels_of(image) - pixels_of(made.images[0])).max() <= 2
 
 
-def test_previews_are_the_decoded_clean_latents_and_decide_who_goes_on(sd):
+def test_previews_are_the_decoded_clean_latents_and_decide_what_is_kept(sd):
     call = {**CALL, "guidance_scale": 1.0}
     found = make(sd, pruning=HALVE, batch_size=3)(PROMPT, seed=5, **call)
     rollout = Rollout(sd, **call)
@@ -134,7 +134,7 @@ def test_calls_are_what_the_plan_says_and_what_the_denoiser_saw():
     assert found.denoiser_calls < 0.6 * 16 * 6
 
 
-def test_candidates_with_bad_previews_are_dropped_and_the_others_go_on(sd):
+def test_candidates_with_bad_previews_are_dropped_and_the_others_continue(sd):
     def blind(images: Tensor, prompts: list[str]) -> Tensor:
         scores = corner(images, prompts)
         return torch.where(scores == scores.max(), torch.inf, scores)  # one of each chunk of 4, 4, and then 3
@@ -148,7 +148,7 @@ def test_candidates_with_bad_previews_are_dropped_and_the_others_go_on(sd):
     before = held()
     stream = make(sd, reward=blind, pruning=Halving(at=(0.5,), keep=0.5), batch_size=4).stream(PROMPT, **CALL)
     outputs = [next(stream) for _ in range(3)]
-    assert held() == before + 2  # of the two that were pruned, which may have to go on
+    assert held() == before + 2  # of the two that were pruned, which may have to continue
     with pytest.warns(UserWarning, match=r"3 of 8 candidates were dropped \(seed \d+, \d+, \d+: the reward gave inf\)"):
         outputs += stream
     assert len(outputs) == 3
@@ -255,7 +255,7 @@ def test_final_images_bear_the_watermark_of_the_pipeline_and_previews_do_not(sea
 # --------------------------------------------------------------------------------------------- zero order
 
 
-def test_zero_order_search_goes_on_from_the_best_noise(sd, monkeypatch):
+def test_zero_order_search_continues_from_the_best_noise(sd, monkeypatch):
     plan = ZeroOrder(neighbors=3, radius=0.3)
     found = make(sd, n=9, top_k=9, search=plan, batch_size=2)(PROMPT, seed=4, **CALL)
     assert found.noises is not None
@@ -319,7 +319,7 @@ def test_diverse_winners_are_among_the_best_and_farther_apart():
 # --------------------------------------------------------------------------------------------- refusals
 
 
-def test_what_our_loop_cannot_serve_is_refused_by_name(sd):
+def test_what_our_loop_does_not_support_is_refused_by_name(sd):
     with pytest.raises(ValueError, match=r"^ip_adapter_image: .*plain best of N"):
         make(sd, pruning="halving")(PROMPT, ip_adapter_image=object(), **CALL)
     with pytest.raises(ValueError, match=r"^prompt: BestOfN\(pruning=\.\.\.\) encodes"):
@@ -333,16 +333,3 @@ def test_what_our_loop_cannot_serve_is_refused_by_name(sd):
             make(sd, pruning="halving")(PROMPT, **CALL)
     finally:
         sd.scheduler = before
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"), [("pruning", "half"), ("pruning", 0.5), ("search", None), ("search", "x")]
-)
-def test_unknown_plans_are_named(sd, argument, value):
-    with pytest.raises(ValueError, match=rf"^{argument}: expected .*, got {value!r}$"):
-        make(sd, **{argument: value})
-
-
-def test_pruning_and_zero_order_search_exclude_each_other(sd):
-    with pytest.raises(ValueError, match=r"^pruning, search: pass one of them"):
-        make(sd, pruning="halving", search="zero_order")

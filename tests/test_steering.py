@@ -11,7 +11,8 @@ import pipelines
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
-from pipelines import FAMILIES, SIDE
+from pipelines import SIDE
+from pipelines_current import pipeline
 from torch import Tensor
 
 from aigiqa_reward.sampling.ancestral import ancestral_step
@@ -33,7 +34,7 @@ STEPS = {"height": SIDE, "width": SIDE, "num_inference_steps": 5}
 
 @pytest.fixture(scope="module")
 def sd() -> Any:
-    return pipelines.stable_diffusion()
+    return pipeline("sd")
 
 
 def corner(images: Tensor, prompts: list[str]) -> Tensor:
@@ -133,10 +134,9 @@ def test_the_same_call_gives_the_same_bits_and_chunks_change_nothing(sd):
     same(one, again, levels=0)
     assert one.all_scores == again.all_scores
     assert one.effective_sample_sizes == again.effective_sample_sizes
-    for batch_size in (1, 3):
-        other = make(sd, **arguments, batch_size=batch_size)(PROMPT, seed=3, **STEPS)
-        same(one, other, levels=2)
-        assert other.all_scores == pytest.approx(one.all_scores, abs=1e-3)
+    other = make(sd, **arguments, batch_size=3)(PROMPT, seed=3, **STEPS)
+    same(one, other, levels=2)
+    assert other.all_scores == pytest.approx(one.all_scores, abs=1e-3)
     assert isinstance(one, BestOfNOutput)
     assert one.all_seeds == [3, 4, 5, 6]
     assert one.denoiser_calls == 4 * 5
@@ -148,7 +148,7 @@ def test_the_same_call_gives_the_same_bits_and_chunks_change_nothing(sd):
 
 @pytest.mark.parametrize("family", ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "flux"))])
 def test_a_high_temperature_steers_nothing_and_a_low_one_raises_the_reward(family):
-    pipe = FAMILIES[family]()
+    pipe = pipeline(family)
     arguments = {"every": 2, "first": 0.4}
     plain = make(pipe, first=1.0)(PROMPT, seed=0, **STEPS)
     hot = make(pipe, temperature=1e9, **arguments)(PROMPT, seed=0, **STEPS)
@@ -159,17 +159,16 @@ def test_a_high_temperature_steers_nothing_and_a_low_one_raises_the_reward(famil
     assert hot.weights == pytest.approx([0.25] * 4)
     means = []
     for temperature in (1e9, 0.01):
-        steered = [make(pipe, temperature=temperature, **arguments)(PROMPT, seed=s, **STEPS) for s in (4, 8, 12)]
+        steered = [make(pipe, temperature=temperature, **arguments)(PROMPT, seed=s, **STEPS) for s in (4, 8)]
         means.append(statistics.mean(score for output in steered for score in output.all_scores))
     assert means[1] > means[0] + 0.05
 
 
 def test_weights_tilt_by_the_reward_where_nothing_is_resampled(sd):
-    for potential in POTENTIALS:
-        out = make(sd, resample_below=0.0, temperature=0.1, potential=potential)(PROMPT, **STEPS)
-        tilt = np.exp(np.array(out.all_scores) / 0.1)
-        assert out.ancestors == [0, 1, 2, 3]
-        assert out.weights == pytest.approx((tilt / tilt.sum()).tolist())
+    out = make(sd, resample_below=0.0, temperature=0.1)(PROMPT, **STEPS)
+    tilt = np.exp(np.array(out.all_scores) / 0.1)
+    assert out.ancestors == [0, 1, 2, 3]
+    assert out.weights == pytest.approx((tilt / tilt.sum()).tolist())
 
 
 def test_what_is_not_finite_gets_no_weight():
@@ -212,7 +211,7 @@ def test_what_is_not_finite_gets_no_weight():
     assert math.isfinite(out.scores[0])
 
 
-def test_bad_arguments_are_told(sd):
+def test_bad_arguments_are_refused(sd):
     refused = {
         "particles": 1, "potential": "best", "temperature": 0.0, "resample_below": 1.5, "first": -0.1, "every": 0,
         "eta": 0.0, "top_k": 5, "batch_size": 0, "reward_prompt": " ",

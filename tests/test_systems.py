@@ -1,4 +1,4 @@
-"""What each of the five systems owes, trained or not, on the compact towers: rows, gradients, precision, prompts."""
+"""The contract of the five systems on the compact towers: rows, gradients, precision, prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEWER_CROPS: dict[str, dict[str, Any]] = {
     "ma_agiqa": {"crops": 2, "short_side": 256, "resolution": 256},
     "cpa_iqa": {"side": 224},
 }
-"""So that a pass takes a fraction of a second; what is computed is the same."""
+"""Settings that make a pass fast."""
 
 OTHERWISE: dict[str, Any] = {
     "fusion": "mean",
@@ -45,15 +45,15 @@ OTHERWISE: dict[str, Any] = {
     "grid": 2,
     "scenario": "poster",
 }
-"""Settings of some system that play no part before its head."""
+"""Settings that do not change the towers' features."""
 
 NEARBY = {"crops": 1, "resolution": 32, "short_side": -32, "side": -32, "coarse_side": -32, "fine_side": -32}
-"""Settings of some system that change what its towers see, and a step to another value."""
+"""Settings that change the towers' features, and a difference to another value."""
 
 
 @lru_cache(maxsize=1)
 def heads() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Description and weights of a model of each name, moved away from its start and standardized as in training."""
+    """Description and weights of each model, moved away from its start and standardized as in training."""
     made = {}
     for name, settings in FEWER_CROPS.items():
         with torch.random.fork_rng(devices=[]):
@@ -72,7 +72,7 @@ def heads() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> TrainedModel:
-    """The model as it comes back from its description, by way of JSON, and its weights."""
+    """The model, rebuilt from its description, by way of JSON, and its weights."""
     description, weights = heads()[name]
     with torch.random.fork_rng(devices=[]):
         model = empty_model(name, json.loads(json.dumps(description)))
@@ -124,7 +124,7 @@ def test_pixel_gradient_equals_central_differences(exact: TrainedModel) -> None:
             assert abs(float(numeric - analytic)) <= 1e-4 * abs(float(analytic)) + 1e-8
 
 
-def test_each_aspect_reaches_the_pixels_and_assistants_are_held_fixed(model: TrainedModel) -> None:
+def test_each_aspect_reaches_the_pixels_and_contexts_have_no_gradient(model: TrainedModel) -> None:
     images = scenes(1, 64, 64).requires_grad_()
     output = score(model, images, PROMPTS[:1])
     assert output.correspondence is not None
@@ -140,7 +140,7 @@ def test_each_aspect_reaches_the_pixels_and_assistants_are_held_fixed(model: Tra
 
 
 def test_training_reaches_every_part_of_the_head(model: TrainedModel) -> None:
-    """On what the towers see, as trainings do; towers stay out of the graph."""
+    """From stored features, as trainings do; the towers stay out of the graph."""
     trained = build(model.name)
     trained.head.requires_grad_(True)
     images = scenes(3, 80, 96)
@@ -154,8 +154,8 @@ def test_training_reaches_every_part_of_the_head(model: TrainedModel) -> None:
     loss.backward()
     silent = {name for name, p in trained.head.named_parameters() if p.grad is None or not p.grad.any()}
     idle = {name.split(".experts.")[0] + name.split(".experts.")[1][0] for name in silent if ".experts." in name}
-    assert len(idle) <= 2, "of four experts of each aspect three answer"
-    # TSP-MGS reads the words for quality only where it is told to.
+    assert len(idle) <= 2, "of four experts per aspect three answer"
+    # TSP-MGS reads the words for quality only with words_in_quality.
     assert {name for name in silent if ".experts." not in name} <= {"adapters.quality.words"}
     assert all(p.grad is None for name, p in trained.named_parameters() if not name.startswith("head."))
 
@@ -164,37 +164,29 @@ def test_training_reaches_every_part_of_the_head(model: TrainedModel) -> None:
 
 
 @torch.no_grad()
-def test_rows_do_not_see_their_batch_mates(model: TrainedModel) -> None:
-    images = scenes(3, 80, 112)
+def test_rows_do_not_depend_on_their_batch(model: TrainedModel) -> None:
+    images, order = scenes(3, 80, 112), torch.tensor([2, 0, 1])
     together = tensors(score(model, images, PROMPTS))
     assert all(len(value) == 3 for value in together.values()), "first dimension B"
     assert together["quality"].std() > 1e-4
     assert together["correspondence"].std() > 1e-4
-    for row in range(3):
-        alone = tensors(score(model, images[row : row + 1], PROMPTS[row : row + 1]))
-        assert alone.keys() == together.keys()
-        for name, value in alone.items():
-            assert torch.allclose(value[0].float(), together[name][row].float(), rtol=1e-3, atol=1e-4), name
-
-
-@torch.no_grad()
-def test_permuting_the_batch_permutes_everything(model: TrainedModel) -> None:
-    images, order = scenes(3, 64, 64), torch.tensor([2, 0, 1])
-    straight = tensors(score(model, images, PROMPTS))
     permuted = tensors(score(model, images[order], [PROMPTS[i] for i in order]))
-    for name, value in straight.items():
+    alone = tensors(score(model, images[1:2], PROMPTS[1:2]))
+    assert alone.keys() == together.keys()
+    for name, value in together.items():
+        assert torch.allclose(value[1].float(), alone[name][0].float(), rtol=1e-3, atol=1e-4), name
         assert torch.allclose(value[order].float(), permuted[name].float(), rtol=1e-3, atol=1e-4), name
 
 
 @torch.no_grad()
-def test_quality_stands_without_prompts_and_does_not_hear_them(model: TrainedModel) -> None:
+def test_quality_does_not_depend_on_prompts(model: TrainedModel) -> None:
     images = scenes(1, 96, 96).expand(2, -1, -1, -1)
     without = score(model, images, None)
-    heard = score(model, images, PROMPTS[:2])
+    second = score(model, images, PROMPTS[:2])
     assert without.correspondence is None
-    assert torch.allclose(without.quality, heard.quality, atol=1e-6)
-    assert heard.correspondence is not None
-    assert abs(float(heard.correspondence[0] - heard.correspondence[1])) > 1e-4
+    assert torch.allclose(without.quality, second.quality, atol=1e-6)
+    assert second.correspondence is not None
+    assert abs(float(second.correspondence[0] - second.correspondence[1])) > 1e-4
     assert not model.needs_prompts
 
 
@@ -226,17 +218,15 @@ def test_heads_of_half_precision_towers_stay_at_float32(model: TrainedModel) -> 
         assert torch.isfinite(value.float()).all(), name
 
 
-# ------------------------------------------------------------------------------------------------ look and judge
+# ------------------------------------------------------------------------------------------------ features and head
 
 
 @torch.no_grad()
-def test_what_was_looked_at_can_be_stored_and_judged_later(model: TrainedModel) -> None:
+def test_features_can_be_stored_and_scored_later(model: TrainedModel) -> None:
     images = scenes(2, 96, 72)
     prompts = model.encode_prompts(PROMPTS[:2])
     context = model.prepare(images, prompts)
-    seen = {
-        name: tensor.half().float() for name, tensor in model.forward_features(images).items()
-    }  # as stores keep them
+    seen = {name: tensor.half().float() for name, tensor in model.forward_features(images).items()}  # as in stores
     later, direct = model.forward_head(seen, prompts, context), model(images, prompts)
     assert torch.allclose(later.quality, direct.quality, rtol=0.02, atol=0.02)
     assert torch.allclose(later.correspondence, direct.correspondence, rtol=0.02, atol=0.02)
@@ -259,11 +249,11 @@ def test_a_digest_serves_any_prompt(model: TrainedModel) -> None:
 
 
 @torch.no_grad()
-def test_look_settings_are_those_that_change_what_is_looked_at(model: TrainedModel) -> None:
-    """Stored features are told apart by them, so none may be missing."""
+def test_feature_settings_are_those_that_change_the_features(model: TrainedModel) -> None:
+    """Stored features are identified by them, so none may be missing."""
     views, config = [scenes(1, 96, 80), scenes(1, 300, 280)], model.config
 
-    def look(**changes: Any) -> list[Tensor]:
+    def features(**changes: Any) -> list[Tensor]:
         model.config = replace(config, **changes)
         seen = [tensor for images in views for tensor in model.forward_features(images).values()]
         model.config = config
@@ -272,11 +262,11 @@ def test_look_settings_are_those_that_change_what_is_looked_at(model: TrainedMod
     def same(first: list[Tensor], second: list[Tensor]) -> bool:
         return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
-    before, names = look(), {field.name for field in dataclasses.fields(config)}
+    before, names = features(), {field.name for field in dataclasses.fields(config)}
     assert set(model.feature_settings) <= names & NEARBY.keys()
-    assert same(look(**{name: OTHERWISE[name] for name in names & OTHERWISE.keys()}), before)
+    assert same(features(**{name: OTHERWISE[name] for name in names & OTHERWISE.keys()}), before)
     for name in names & NEARBY.keys():
-        after = look(**{name: getattr(config, name) + NEARBY[name]})
+        after = features(**{name: getattr(config, name) + NEARBY[name]})
         assert same(after, before) != (name in model.feature_settings), name
 
 

@@ -18,7 +18,7 @@ from scored_images import SMALL, tiny_tower, write_scored_images
 from aigiqa_reward import Reward, Scorer, create_reward
 from aigiqa_reward.datasets import PreferencePairs, ScoredImages, split_rows
 from aigiqa_reward.evaluation import ProtocolReport
-from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.rewards.factory import get_reward_spec
 from aigiqa_reward.training import report as protocol
 from aigiqa_reward.training.by_name import Trained, TrainingPlan, calibrate, whole_split
 from aigiqa_reward.training.by_name import train_reward as train
@@ -165,7 +165,7 @@ def test_losses_of_order_alone_end_on_the_human_scale(images: ScoredImages, plan
 def test_preferences_keep_the_scale_of_the_reward_they_refine(
     images: ScoredImages, plan: Planned, tmp_path: Path
 ) -> None:
-    reward = Reward(plan().build(), get_spec("mst_clipiqa"))
+    reward = Reward(plan().build(), get_reward_spec("mst_clipiqa"))
     reward.calibration.quality.copy_(torch.tensor([0.2, 0.5]))
     reward.calibration.correspondence.copy_(torch.tensor([0.1, 0.3]))
     reward.save_pretrained(tmp_path / "former")
@@ -197,7 +197,7 @@ def test_calibration_never_turns_the_order_round(images: ScoredImages, trained: 
     reversed_task = ScoreTask(images, 1.2 - first.task.targets)
     for raw, target in zip(raw_scores(first, rows), reversed_task.targets.T, strict=True):
         assert linregress(raw, target).slope < 0
-    reward = Reward(first.reward.model, get_spec("mst_clipiqa"))
+    reward = Reward(first.reward.model, get_reward_spec("mst_clipiqa"))
     calibrate(reward, reversed_task, first.source, rows)
     assert reward.calibration.quality.tolist() == reward.calibration.correspondence.tolist() == [1.0, 0.0]
 
@@ -242,7 +242,7 @@ def test_plans_that_cannot_be_followed_are_refused(plan: Planned, tmp_path: Path
     ):
         with pytest.raises(ValueError, match=message):
             TrainingPlan(**arguments)
-    Reward(plan().build(), get_spec("mst_clipiqa")).save_pretrained(tmp_path)
+    Reward(plan().build(), get_reward_spec("mst_clipiqa")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a 'mst_clipiqa' reward, expected 'tsp_mgs'"):
         TrainingPlan(name="tsp_mgs", init=tmp_path).build()
     with pytest.raises(ValueError, match=r"seeds, ablation_seeds: .*got 2 and 3"):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +63,7 @@ def test_what_was_written_is_read_as_the_user_says(pipe: Any) -> None:
     extra: dict[str, list[Any]] = {}
     score([""] * 2, ["so </think>on white", ""], image_prompt=["a crown"] * 2, log_extra=extra.__setitem__)
     assert extra["rewrite"] == [CROWN, "a crown"]
-    with pytest.raises(ValueError, match=r"no column 'image_prompt', it gives \['original'\]"):
+    with pytest.raises(ValueError, match=r"expected a column 'image_prompt' in the dataset, got \['original'\]"):
         score([""], ["x"], original=["a crown"])
     with pytest.raises(TypeError, match=r"image_prompt\[0\]: expected a text, got list"):
         score([""], ["x"], image_prompt=[said("a crown")])
@@ -180,7 +176,7 @@ def train(reward: RewriteReward, folder: Path, *, conversational: bool = False, 
         disable_tqdm=True,
         logging_steps=1,
         max_steps=steps,
-        per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", "1")),
+        per_device_train_batch_size=4,
         num_generations=2,
         max_completion_length=4,
         learning_rate=0.01,
@@ -261,51 +257,3 @@ def test_it_learns_to_ask_for_what_the_reward_likes_of_things_it_never_saw_too(
     print("before", before, "after", after, "best", best)
     for first, last, most in zip(before, after, best, strict=True):
         assert last > (first + most) / 2
-
-
-SCRIPT = """
-import json, os, sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-import test_trl_rewrites as t
-scorer = t.PromptScorer(t.load_embedded_pipeline(), t.Seen(), **t.SETTINGS)
-run = t.train(t.RewriteReward(scorer), Path(sys.argv[1]))
-rank = os.environ["RANK"]
-Path(sys.argv[1], "rank" + rank + ".json").write_text(json.dumps([run.log, run.steps]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_two_processes_judge_their_own_completions(pipe: Any, tmp_path: Path) -> None:
-    pytest.importorskip("trl", reason="needs aigiqa-reward[trl]")
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(paths=sys.path))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            str(script),
-            str(tmp_path),
-        ],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    (log, first), (_, second) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
-    logged = [line for line in log if "rewards/image_reward/mean" in line]
-    assert len(logged) == 2
-    for line, *shares in zip(logged, first, second, strict=True):
-        assert [len(share["completions"]) for share in shares] == [2, 2]
-        completions = [text for share in shares for text in share["completions"]]
-        originals = [text for share in shares for text in share["original"]]
-        score = RewriteReward(PromptScorer(pipe, Seen(), **SETTINGS))
-        expected = score(completions, completions, original=originals)
-        assert all(one is not None for one in expected)
-        assert line["rewards/image_reward/mean"] == pytest.approx(sum(one or 0.0 for one in expected) / 4, abs=5e-3)

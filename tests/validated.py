@@ -50,7 +50,7 @@ def validate(folder: Path | None = None) -> ValidationResult:
     """Of the embedded generator by plain functions."""
     torch.set_num_threads(1)
     tools = tools_of(load_embedded_pipeline())
-    validation = Validation(tools, PROMPTS, seeds=SEEDS, holdout=brightness, folder=folder, batch_size=2)
+    validation = Validation(tools, PROMPTS, brightness, seeds=SEEDS, folder=folder, batch_size=2)
     return validation.run(7)
 
 

@@ -1,8 +1,37 @@
-"""Helpers that give text, masks or features of a language model, never gradients, and one cache for all of them.
+"""Assistants that give text, masks or features of a language model, without gradients, and their cache.
 
-What an assistant said is held fixed while gradients flow through the rest of a model. Each loads its weights when it
-is first asked something it has not answered before. Where a model is given none, it uses the offline substitutes:
-`grid_regions` for a segmenter, `noun_phrases` for a reader of attributes.
+Their outputs are held fixed while gradients flow through the rest of a model. Weights are loaded at the first question
+that is not in the cache. Without assistants, a model uses the offline substitutes `grid_regions` and `noun_phrases`.
+
+Example:
+    >>> from aigiqa_reward.assistants import *
+    >>> cache = AssistantCache("answers/", max_bytes=10**9)  # makes its folder with the first answer
+    >>> captioner = LMMCaptioner(CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf", batch_size=4), cache=cache)
+    >>> semantics = LMMSemantics(SemanticsConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))  # loads nothing yet
+    >>> segmenter = SAMSegmenter(SegmenterConfig(path_or_id="facebook/sam-vit-base", points_per_side=16))
+    >>> attributes = LLMAttributes(AttributesConfig(path_or_id="Qwen/Qwen2.5-0.5B-Instruct", limit=4))
+    >>> Assistants(captioner=captioner, segmenter=segmenter).semantics is None
+    True
+
+Any object with the method of a role is an assistant as well:
+
+    >>> import torch
+    >>> class Own:
+    ...     width = 3
+    ...     def describe(self, images: torch.Tensor) -> list[str]:
+    ...         return ["a photo"] * len(images)
+    ...     def read(self, images: torch.Tensor) -> torch.Tensor:
+    ...         return images.mean(dim=(2, 3)).unsqueeze(1).expand(-1, 2, -1)
+    ...     def segment(self, images: torch.Tensor) -> torch.Tensor:
+    ...         return torch.ones(len(images), 1, 64, 64)
+    ...     def decompose(self, texts: list[str]) -> list[list[str]]:
+    ...         return [text.split(", ") for text in texts]
+    >>> own_captioner: Captioner = Own()
+    >>> own_semantics: SemanticsReader = Own()
+    >>> own_segmenter: Segmenter = Own()
+    >>> own_attributes: AttributeReader = Own()
+    >>> own_attributes.decompose(["a red fox, snow"])
+    [['a red fox', 'snow']]
 """
 
 from aigiqa_reward.assistants.attributes import AttributesConfig, LLMAttributes, noun_phrases

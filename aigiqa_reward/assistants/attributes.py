@@ -1,4 +1,4 @@
-"""A prompt's visual attributes, one by one, by a language model or, without it, by rule."""
+"""The visual attributes of a prompt, by a language model or, without it, by rule."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from typing import Any
 from aigiqa_reward.assistants.base import (
     AssistantConfig,
     PretrainedAssistant,
-    check_at_least,
     load_description,
     load_model,
     load_part,
 )
-from aigiqa_reward.assistants.cache import TEXT, AssistantCache
 from aigiqa_reward.assistants.captioner import generate_greedily, pad_on_the_left
+from aigiqa_reward.utils.checks import integer
 
 LIMIT = 8
-"""Attributes a prompt at most. Chosen here: CPA-IQA leaves k open, and longer lists name the same things again."""
+"""Largest number of attributes per prompt. CPA-IQA leaves k open; longer lists repeat themselves."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -45,7 +44,7 @@ _BETWEEN = (
     # being and having, modals
     | _words("is are was were am be been being has have had having will would can could should may might must")
 )
-"""Words that stand between noun phrases and belong to none."""
+"""Words between noun phrases that belong to none."""
 
 _ACTIONS = _words(
     "wearing wears sitting sits standing holding holds carrying carries riding rides eating eats drinking drinks "
@@ -57,14 +56,14 @@ _ACTIONS = _words(
     "swarming dropping sticking says saying reads reflecting enjoying having doing getting performing "
     "cooking working talking posing crouching kneeling perching gathering"
 )
-"""Verbs that stand between noun phrases, unless a noun follows at once that they may describe (`_MAY_DESCRIBE`)."""
+"""Verbs between noun phrases, unless a noun follows at once that they may describe (`_MAY_DESCRIBE`)."""
 
 _MAY_DESCRIBE = _words(
     "sleeping dancing singing flying floating running jumping leaping swimming smiling laughing crying screaming "
     "howling hanging rising falling growing hovering exploding emerging sitting standing walking reading writing "
     "playing fighting working cooking kneeling crouching climbing waving glowing driving"
 )
-"""Of these, the ones that stand before a noun as its adjective: a dancing woman, a flying car."""
+"""Those of them that can be the adjective of a noun: a dancing woman, a flying car."""
 
 _NOUNS_IN_ING = _words(
     "painting drawing building lighting clothing rendering engraving etching carving shading morning evening "
@@ -84,7 +83,7 @@ _FRAMES = _words(
     "photo photograph picture image pic style middle center centre side back kind type sort pair bunch piece number "
     "couple view"
 )
-"""Words that say nothing before `of`: a photo of, in the style of."""
+"""Words without content before `of`: a photo of, in the style of."""
 
 _LINKS = re.compile(
     r"\b(next to|close to|in front of|on top of|out of|full of|made out of|because of|instead of|such as|as well as|"
@@ -103,28 +102,26 @@ _EDGES = " \t'\"`´‘’“”«»*_~#.:!?-–—"
 
 
 def noun_phrases(text: str, limit: int = LIMIT) -> list[str]:
-    """What a prompt names: the offline substitute for a language model's attributes.
+    """Extract the noun phrases of a prompt, the offline substitute for a language model's attributes.
 
-    By rule: the text is cut at punctuation, prepositions, conjunctions, pronouns, forms of being and having, and verbs
+    The text is cut at punctuation, prepositions, conjunctions, pronouns, forms of being and having, and verbs
     such as wearing, sitting, holding; determiners and empty frames ("a photo of", "in the style of") are dropped.
     The rules are for English; a text in another language is cut at its punctuation.
 
     Args:
-        text: a prompt.
-        limit: largest number of phrases, the first ones.
+        text: prompt.
+        limit: largest number of phrases; the first ones are kept.
 
     Returns:
-        1 to `limit` phrases in the text's order, none twice in any letter case; the text itself if nothing is left.
-
-    Raises:
-        ValueError: `limit` is below 1.
+        1 to `limit` phrases in the text's order, without repetitions in any letter case; the text itself if nothing is
+        left.
 
     Example:
         >>> from aigiqa_reward.assistants import noun_phrases
         >>> noun_phrases("a photo of a red fox sitting in the snow, oil painting")
         ['red fox', 'snow', 'oil painting']
     """
-    check_at_least("limit", limit, 1)
+    integer("limit", limit, least=1)
     found: dict[str, str] = {}
     cleaned = _LINKS.sub(" with ", _WEIGHT.sub("", _FLAG.sub(" ", text)))
     for number, segment in enumerate(_BREAKS.split(cleaned)):
@@ -144,7 +141,7 @@ def _without_command(words: list[str]) -> list[str]:
 
 
 def _phrases(words: list[str]) -> Iterator[str]:
-    """The noun phrases of words between two punctuation marks."""
+    """Yield the noun phrases of words between two punctuation marks."""
     phrase: list[str] = []
     for place, word in enumerate(words):
         following = words[place + 1].lower() if place + 1 < len(words) else ""
@@ -160,7 +157,7 @@ def _phrases(words: list[str]) -> Iterator[str]:
 
 
 def _separates(word: str, following: str, *, first: bool) -> bool:
-    """Whether a word belongs to no noun phrase, given the next one and whether it would begin a phrase."""
+    """Decide whether a word belongs to no noun phrase, by the next word and whether it would begin a phrase."""
     if word in _BETWEEN:
         return True
     ends = not following or following in _BETWEEN or following in _DETERMINERS
@@ -174,7 +171,7 @@ def _separates(word: str, following: str, *, first: bool) -> bool:
 
 
 def _whole(phrase: list[str], separator: str) -> Iterator[str]:
-    """A finished phrase, unless it is empty or a frame for what follows."""
+    """Yield a finished phrase, unless it is empty or a frame for what follows."""
     if phrase and not (separator == "of" and len(phrase) == 1 and phrase[0].lower() in _FRAMES):
         yield " ".join(phrase)
 
@@ -183,26 +180,21 @@ INSTRUCTION = (
     "List what must be visible in an image made from the prompt below: objects, their attributes, the style. "
     "Write at most {limit} short phrases in English, one a line, and nothing else.\n\nPrompt: {prompt}\nPhrases:\n"
 )
-"""CPA-IQA says that a language model takes the prompt apart into latent attributes; this wording is ours."""
+"""CPA-IQA has a language model split the prompt into latent attributes; this wording is ours."""
 
 _LONGEST = 8
-"""Words of the longest phrase that counts as an attribute; a longer line is taken for a sentence. Chosen here."""
+"""Words of the longest phrase that counts as an attribute; a longer line is taken for a sentence."""
 
 _WANTED = "a causal language model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttributesConfig(AssistantConfig):
-    """Which causal language model takes prompts apart, and how.
+    """Which causal language model splits prompts, and how.
 
     Attributes:
-        limit: attributes a prompt at most.
-        max_new_tokens: length at which an answer is cut. Chosen here: 8 phrases of 8 English words, with room.
-
-    Example:
-        >>> from aigiqa_reward.assistants import AttributesConfig
-        >>> AttributesConfig(path_or_id="Qwen/Qwen2.5-0.5B-Instruct", device="cpu", limit=4).limit
-        4
+        limit: largest number of attributes per prompt.
+        max_new_tokens: length at which an answer is cut; the default has room for 8 phrases of 8 English words.
     """
 
     limit: int = LIMIT
@@ -210,31 +202,22 @@ class AttributesConfig(AssistantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("limit", self.limit, 1)
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        integer("limit", self.limit, least=1)
+        integer("max_new_tokens", self.max_new_tokens, least=1)
 
 
 class LLMAttributes(PretrainedAssistant[AttributesConfig]):
-    """Takes prompts apart into short visual attributes, for CPA-IQA's implicit alignment.
+    """Splits prompts into short visual attributes, for CPA-IQA's implicit alignment.
 
     Any transformers causal language model, best one tuned to follow instructions; decoding is greedy. The cache keeps
-    the model's answers as they were given.
+    the model's answers unparsed.
 
     Args:
         config: which model.
-        cache: where answers are kept; None asks the model every time.
-
-    Example:
-        >>> from aigiqa_reward.assistants import AttributesConfig, LLMAttributes
-        >>> reader = LLMAttributes(AttributesConfig(path_or_id="Qwen/Qwen2.5-0.5B-Instruct"))  # loads nothing yet
-        >>> reader.decompose([])
-        []
+        cache: folder of answers; None asks the model every time.
     """
 
     kind = "attributes"
-
-    def __init__(self, config: AttributesConfig, *, cache: AssistantCache | None = None) -> None:
-        super().__init__(config, cache=cache)
 
     def _recipe(self) -> dict[str, Any]:
         return {"instruction": INSTRUCTION}
@@ -251,31 +234,23 @@ class LLMAttributes(PretrainedAssistant[AttributesConfig]):
         return tokenizer
 
     def decompose(self, texts: list[str]) -> list[list[str]]:
-        """The visual attributes of each prompt.
+        """Split each of N prompts into 1 to `limit` short phrases.
 
-        Args:
-            texts: N prompts.
-
-        Returns:
-            N lists of 1 to `limit` short phrases.
-
-        Warns:
-            UserWarning: once a call, if answers held no such phrases; those prompts' noun phrases stand in.
+        Prompts whose answer held no such phrases get their noun phrases, with a warning.
 
         Raises:
-            TypeError: one text instead of a list, or an item that is not a text.
             ValueError: the model cannot be loaded.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"texts: expected a list of prompts, got {texts!r:.80}; pass [prompt] for one")
         if not texts:
             return []
-        answers = self._serve(texts, lambda rows: self._ask([texts[row] for row in rows]), TEXT)
+        answers = self._serve(texts, lambda rows: self._ask([texts[row] for row in rows]), str)
         attributes = [parse_attributes(answer, self.config.limit) for answer in answers]
         if unread := [text for text, found in zip(texts, attributes, strict=True) if not found]:
             warnings.warn(
                 f"{self.config.path_or_id} gave no list of phrases for {len(unread)} of {len(texts)} prompts (first: "
-                f"{unread[0]!r:.80}); their noun phrases stand in. A model tuned to follow instructions answers better",
+                f"{unread[0]!r:.80}); their noun phrases are used. A model tuned to follow instructions answers better",
                 UserWarning,
                 stacklevel=2,
             )
@@ -294,28 +269,25 @@ class LLMAttributes(PretrainedAssistant[AttributesConfig]):
 
 
 _BULLET = re.compile(r"^\s*([-–—*•·>+]+\s*|\(?(\d{1,2}|[a-zA-Z])[.):]\s+|\(?\d{1,2}[.)](?!\d))+")
-_EDGES_attributes = " \t'\"`“”‘’*_.,;"
+_AROUND = " \t'\"`“”‘’*_.,;"
 
 
 def parse_attributes(answer: str, limit: int = LIMIT) -> list[str]:
-    """The phrases of a language model's answer: one a line, with or without bullets, numbers, quotes or emphasis.
+    """Parse the phrases of a language model's answer: one per line, with or without bullets, numbers, quotes, emphasis.
 
     Headings (lines that end with a colon), sentences (more than 8 words), repetitions and a reasoning model's thoughts
-    are left out; a single line is cut at its commas. What follows a line that begins with "Prompt:" is another
-    question, which models not tuned to follow instructions like to ask themselves.
-
-    Returns:
-        At most `limit` phrases; none if the answer holds none.
+    are left out; a single line is cut at its commas. The answer ends before a line that begins with "Prompt:", since
+    models not tuned to follow instructions continue with another question.
     """
     lines: list[str] = []
     spoken = answer.rpartition("</think>")[2].partition("<think>")[0]
     for line in spoken.splitlines():
         if line.strip().lower().startswith("prompt:"):
             break
-        if (text := _BULLET.sub("", line).strip(_EDGES_attributes)) and not text.endswith((":", "!")):
+        if (text := _BULLET.sub("", line).strip(_AROUND)) and not text.endswith((":", "!")):
             lines.append(text)
     if len(lines) == 1:
-        lines = [part.strip(_EDGES_attributes) for part in re.split(r"[,;]", lines[0])]
+        lines = [part.strip(_AROUND) for part in re.split(r"[,;]", lines[0])]
     found: dict[str, str] = {}
     for line in lines:
         if any(character.isalpha() for character in line) and len(line.split()) <= _LONGEST:

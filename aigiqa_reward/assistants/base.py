@@ -1,6 +1,6 @@
-"""What all assistants share: which model, an identity, loading at first use, batches, the cache.
+"""The contract of each assistant, and what the pretrained ones share: identity, loading at first use, batches, cache.
 
-Weights are read from safetensors only and a repository's own code is never run.
+Weights are read from safetensors only, and a repository's code is never run.
 """
 
 from __future__ import annotations
@@ -15,42 +15,20 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from aigiqa_reward.assistants.cache import AssistantCache, Content, Form, Value
+from aigiqa_reward.assistants.cache import AssistantCache, Content, Value
+from aigiqa_reward.utils.checks import integer
 
 
 class Captioner(Protocol):
-    """Says in words what images show.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.assistants import Captioner
-        >>> class Fixed:
-        ...     def describe(self, images: torch.Tensor) -> list[str]:
-        ...         return ["a photo"] * len(images)
-        >>> captioner: Captioner = Fixed()
-        >>> captioner.describe(torch.rand(2, 3, 64, 64))
-        ['a photo', 'a photo']
-    """
+    """Describes images in words."""
 
     def describe(self, images: Tensor, /) -> list[str]:
-        """One text an image of (B, 3, H, W) in [0, 1]."""
+        """Return one text per image of (B, 3, H, W) in [0, 1]."""
         ...
 
 
 class SemanticsReader(Protocol):
-    """Reads images' meaning and coherence as features of a language model.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.assistants import SemanticsReader
-        >>> class Means:
-        ...     width = 3
-        ...     def read(self, images: torch.Tensor) -> torch.Tensor:
-        ...         return images.mean(dim=(2, 3)).unsqueeze(1).expand(-1, 2, -1)
-        >>> reader: SemanticsReader = Means()
-        >>> reader.read(torch.rand(4, 3, 64, 64)).shape
-        torch.Size([4, 2, 3])
-    """
+    """Reads meaning and coherence of images as features of a language model."""
 
     @property
     def width(self) -> int:
@@ -58,44 +36,23 @@ class SemanticsReader(Protocol):
         ...
 
     def read(self, images: Tensor, /) -> Tensor:
-        """(B, 2, width) float32 features of images (B, 3, H, W) in [0, 1]."""
+        """Return (B, 2, width) float32 features of images (B, 3, H, W) in [0, 1]."""
         ...
 
 
 class Segmenter(Protocol):
-    """Finds the regions of images.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.assistants import Segmenter, grid_regions
-        >>> class Grid:
-        ...     def segment(self, images: torch.Tensor) -> torch.Tensor:
-        ...         return grid_regions().expand(len(images), -1, -1, -1)
-        >>> segmenter: Segmenter = Grid()
-        >>> segmenter.segment(torch.rand(2, 3, 64, 64)).shape
-        torch.Size([2, 16, 64, 64])
-    """
+    """Finds the regions of images."""
 
     def segment(self, images: Tensor, /) -> Tensor:
-        """(B, R, 64, 64) soft masks in [0, 1] of images (B, 3, H, W) in [0, 1]; unused places are zero."""
+        """Return (B, R, 64, 64) soft masks in [0, 1] of images (B, 3, H, W) in [0, 1]; unused places are zero."""
         ...
 
 
 class AttributeReader(Protocol):
-    """Takes prompts apart into visual attributes.
-
-    Example:
-        >>> from aigiqa_reward.assistants import AttributeReader
-        >>> class Commas:
-        ...     def decompose(self, texts: list[str]) -> list[list[str]]:
-        ...         return [text.split(", ") for text in texts]
-        >>> reader: AttributeReader = Commas()
-        >>> reader.decompose(["a red fox, snow"])
-        [['a red fox', 'snow']]
-    """
+    """Splits prompts into visual attributes."""
 
     def decompose(self, texts: list[str], /) -> list[list[str]]:
-        """At least one short phrase a text, in its order."""
+        """Return at least one short phrase per text, in its order."""
         ...
 
 
@@ -104,26 +61,13 @@ _METHODS = {"captioner": "describe", "semantics": "read", "segmenter": "segment"
 
 @dataclass(frozen=True, kw_only=True)
 class Assistants:
-    """The helpers a model is given; for each that is None it uses its offline substitute, and says so in `details`.
+    """The assistants of a model; where one is None the model uses its offline substitute and says so in `details`.
 
     Attributes:
         captioner: describes images (SC-AGIQA).
-        semantics: reads images' meaning as features (MA-AGIQA).
+        semantics: reads the meaning of images as features (MA-AGIQA).
         segmenter: finds regions (CPA-IQA).
-        attributes: takes prompts apart (CPA-IQA).
-
-    Raises:
-        TypeError: an assistant without the method of its role, or a class instead of an assistant.
-
-    Example:
-        >>> from aigiqa_reward.assistants import Assistants, CaptionerConfig, LMMCaptioner
-        >>> captioner = LMMCaptioner(CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))
-        >>> Assistants(captioner=captioner).segmenter is None  # the offline substitute stands in
-        True
-        >>> Assistants(captioner=LMMCaptioner)
-        Traceback (most recent call last):
-            ...
-        TypeError: captioner: expected an assistant with a method describe(), or None, got the ...
+        attributes: splits prompts into attributes (CPA-IQA).
     """
 
     captioner: Captioner | None = None
@@ -132,15 +76,14 @@ class Assistants:
     attributes: AttributeReader | None = None
 
     def __post_init__(self) -> None:
-        for role in (f.name for f in fields(self)):
-            assistant, method = getattr(self, role), _METHODS[role]
-            if isinstance(assistant, type) or (
-                assistant is not None and not callable(getattr(assistant, method, None))
-            ):
-                given = f"the class {assistant.__name__}" if isinstance(assistant, type) else type(assistant).__name__
+        for role, method in _METHODS.items():
+            assistant = getattr(self, role)
+            is_class = isinstance(assistant, type)
+            if is_class or (assistant is not None and not callable(getattr(assistant, method, None))):
+                given = f"the class {assistant.__name__}" if is_class else type(assistant).__name__
                 raise TypeError(
                     f"{role}: expected an assistant with a method {method}(), or None, got {given}; "
-                    "aigiqa_reward.assistants holds one for every role"
+                    "aigiqa_reward.assistants has one for every role"
                 )
 
 
@@ -150,7 +93,7 @@ _NOT_IN_ANSWER = ("device", "batch_size")
 """Fields of a configuration on which no answer depends."""
 
 _FEW = 4
-"""Up to so many answers are computed without a progress bar. Chosen here."""
+"""Up to this many answers are computed without a progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +101,12 @@ class AssistantConfig:
     """Which pretrained model, and where it runs.
 
     Attributes:
-        path_or_id: a folder written by save_pretrained, or a model's name on the Hub.
-        revision: the Hub's commit, tag or branch; None for the default branch. Pin it: cached answers are those of the
-            name and revision given here, and a branch that moves on does not make them unknown.
-        device: where the model runs; images may lie elsewhere.
-        dtype: of the weights.
-        batch_size: rows a forward pass.
+        path_or_id: folder written by save_pretrained, or name of a model on the Hub.
+        revision: commit, tag or branch on the Hub; None for the default branch. Pin it: the cache knows answers by this
+            revision, and does not notice when a branch moves.
+        device: device of the model; images may be on another.
+        dtype: dtype of the weights.
+        batch_size: rows per forward pass.
     """
 
     path_or_id: str
@@ -178,7 +121,7 @@ class AssistantConfig:
         if Path(self.path_or_id).suffix in _PICKLES:
             raise ValueError(
                 f"path_or_id: expected a folder or a model's name on the Hub, got {self.path_or_id!r}; pickled "
-                "checkpoints are never opened: write it anew with save_pretrained, which makes model.safetensors"
+                "checkpoints are never opened: convert it with save_pretrained, which makes model.safetensors"
             )
         try:
             torch.device(self.device)
@@ -188,7 +131,7 @@ class AssistantConfig:
             ) from error
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating torch.dtype such as torch.bfloat16, got {self.dtype!r}")
-        check_at_least("batch_size", self.batch_size, 1)
+        integer("batch_size", self.batch_size, least=1)
 
     @property
     def folder(self) -> Path | None:
@@ -197,25 +140,19 @@ class AssistantConfig:
         return folder if folder.is_dir() else None
 
 
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Refuse a setting that is not an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-
-
 Config = TypeVar("Config", bound=AssistantConfig)
 
 
 class PretrainedAssistant(Generic[Config]):
-    """A pretrained model that is asked for text, masks or features, without gradients.
+    """A pretrained model that gives text, masks or features, without gradients.
 
     Args:
         config: which model, and its settings.
-        cache: where answers are kept; None asks the model every time.
+        cache: folder of answers; None asks the model every time.
     """
 
     kind: ClassVar[str]
-    """Name of the assistant, in identities and progress bars."""
+    """Name in identities and progress bars."""
 
     def __init__(self, config: Config, *, cache: AssistantCache | None = None) -> None:
         self.config = config
@@ -223,11 +160,10 @@ class PretrainedAssistant(Generic[Config]):
 
     @cached_property
     def identity(self) -> str:
-        """JSON of all that determines an answer besides the content asked about.
+        """JSON of everything that determines an answer besides the content.
 
-        It holds the kind, the model, the revision, the dtype and the settings. For a local folder it also holds the
-        names, sizes and times of its files, so that weights trained further are another model. Read once, before the
-        weights are loaded.
+        It holds the kind, the model, the revision, the dtype and the settings, and for a local folder the names, sizes
+        and times of its files, so that weights trained further count as another model.
         """
         settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name not in _NOT_IN_ANSWER}
         settings["dtype"] = str(self.config.dtype).removeprefix("torch.")
@@ -237,13 +173,13 @@ class PretrainedAssistant(Generic[Config]):
         return json.dumps({"kind": self.kind, **settings, **self._recipe()}, sort_keys=True)
 
     def _recipe(self) -> dict[str, Any]:
-        """What else of this assistant determines an answer: fixed questions, instructions, sizes."""
+        """Return what else determines an answer: fixed questions, instructions, sizes."""
         return {}
 
     def _serve(
-        self, contents: Sequence[Content], answer: Callable[[list[int]], Sequence[Value]], form: Form[Value]
+        self, contents: Sequence[Content], answer: Callable[[list[int]], Sequence[Value]], form: type[Value]
     ) -> list[Value]:
-        """The answer to each row, from the cache or from `answer`, which is given at most `batch_size` rows a time."""
+        """Return the answer to each row, from the cache or from `answer`, which gets at most `batch_size` rows."""
         from tqdm.auto import tqdm
 
         def compute(rows: list[int]) -> Iterator[Value]:
@@ -272,11 +208,11 @@ def load_part(part: str, config: AssistantConfig, *, wanted: str, **options: Any
     Args:
         part: name of the class, such as "AutoProcessor".
         config: which model.
-        wanted: the kind of model, as an error names it: "an image-text-to-text model".
-        **options: passed on to from_pretrained.
+        wanted: kind of model, for errors: "an image-text-to-text model".
+        **options: passed to from_pretrained.
 
     Raises:
-        ValueError: the model cannot be found, read or used; the message says why, and what to do.
+        ValueError: the model cannot be found, read or used; with the reason and a remedy.
     """
     import transformers
     from safetensors import SafetensorError
@@ -289,15 +225,17 @@ def load_part(part: str, config: AssistantConfig, *, wanted: str, **options: Any
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ValueError(_explain(config, wanted, error)) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(
+            f"path_or_id: {config.path_or_id!r} could not be loaded as {wanted}: "
+            f"{lines[0].rstrip('.:') if lines else type(error).__name__}; pass a folder with config.json and "
+            "model.safetensors, as save_pretrained writes them (pickles are never opened), or a model's name on "
+            "the Hub, and check the revision and the network"
+        ) from error
 
 
 def load_description(config: AssistantConfig, *, mapping: str, wanted: str) -> Any:
-    """Load a model's configuration, if it is one of the kinds in a mapping of transformers; reads no weights.
-
-    Raises:
-        ValueError: as `load_part`; also for a model of another kind.
-    """
+    """Load a model's configuration, and refuse one that is not in a mapping of transformers; reads no weights."""
     import transformers
 
     description = load_part("AutoConfig", config, wanted=wanted)
@@ -310,11 +248,7 @@ def load_description(config: AssistantConfig, *, mapping: str, wanted: str) -> A
 
 
 def load_model(part: str, config: AssistantConfig, *, wanted: str) -> Any:
-    """Load a network with all its weights, frozen, in evaluation mode and on its device.
-
-    Raises:
-        ValueError: as `load_part`; also for a device that is not there, or weights that are missing in the checkpoint.
-    """
+    """Load a network with all its weights, frozen, in evaluation mode and on its device."""
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
@@ -328,27 +262,3 @@ def load_model(part: str, config: AssistantConfig, *, wanted: str) -> Any:
             f"{type(model).__name__} (first: {missing[0]}), which would be random; pass one that was saved as {wanted}"
         )
     return model.requires_grad_(False).eval().to(config.device)
-
-
-def _explain(config: AssistantConfig, wanted: str, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0].rstrip(".:") if lines else type(error).__name__
-    name, folder = config.path_or_id, config.folder
-    if folder is None:
-        return (
-            f"path_or_id: {name!r} is no folder here and could not be loaded from the Hub as {wanted}: {reason}; check "
-            "the name, the revision and the network, or pass a folder written by save_pretrained"
-        )
-    files = [file.name for file in folder.iterdir()]
-    if "config.json" not in files:
-        return (
-            f"path_or_id: {name!r} holds no config.json, so it is not {wanted}; pass the folder itself that "
-            "save_pretrained wrote"
-        )
-    pickles = sorted(file for file in files if file.endswith(_PICKLES))
-    if pickles and not any(file.endswith(".safetensors") for file in files):
-        return (
-            f"path_or_id: {name!r} holds its weights as pickles only ({pickles[0]}), which are never opened; write it "
-            "anew with save_pretrained, which makes model.safetensors"
-        )
-    return f"path_or_id: {name!r} could not be loaded as {wanted}: {reason}; pass one that transformers loads as such"

@@ -1,4 +1,4 @@
-"""What a language model that sees thinks of an image's meaning, as features."""
+"""Descriptions and semantic features of images, by an image-text-to-text model."""
 
 from __future__ import annotations
 
@@ -14,61 +14,46 @@ from torch import Tensor
 from aigiqa_reward import images as pixels
 from aigiqa_reward.assistants.base import (
     AssistantConfig,
+    Config,
     PretrainedAssistant,
-    check_at_least,
     load_description,
     load_model,
     load_part,
 )
-from aigiqa_reward.assistants.cache import TENSOR, TEXT, AssistantCache
+from aigiqa_reward.utils.checks import integer
 
 _WANTED = "an image-text-to-text model"
 
 
-class ImageTextModel:
-    """A model that reads an image and a question, each of its parts loaded at first use.
-
-    Any model that transformers' AutoModelForImageTextToText loads, with the processor that was saved beside it.
-    """
-
-    def __init__(self, config: AssistantConfig) -> None:
-        self.config = config
+class ImageTextAssistant(PretrainedAssistant[Config]):
+    """Any model of transformers' AutoModelForImageTextToText with its processor, each part loaded at first use."""
 
     @cached_property
     def _description(self) -> Any:
-        """The model's configuration, of the wanted kind."""
         return load_description(self.config, mapping="MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", wanted=_WANTED)
 
-    @property
-    def width(self) -> int:
-        """Width of the language model's hidden layers, from the configuration; loads no weights."""
-        text = getattr(self._description, "text_config", None) or self._description
-        return int(text.hidden_size)
-
     @cached_property
-    def processor(self) -> Any:
-        """What makes the network's inputs; pads on the left, so that generated text follows the question."""
+    def _processor(self) -> Any:
         _ = self._description  # refuses a model of another kind, which may have no processor
         processor = load_part("AutoProcessor", self.config, wanted=_WANTED)
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
             raise ValueError(
-                f"path_or_id: {self.config.path_or_id!r} brings no processor of images and text (found "
+                f"path_or_id: {self.config.path_or_id!r} has no processor of images and text (found "
                 f"{type(processor).__name__}); save the model's processor into the same folder with save_pretrained"
             )
-        pad_on_the_left(processor.tokenizer)
+        pad_on_the_left(processor.tokenizer)  # so that generated text follows the question
         return processor
 
     @cached_property
-    def model(self) -> Any:
-        """The network, frozen."""
-        _ = self.processor  # before the weights, which take long to read
+    def _model(self) -> Any:
+        _ = self._processor  # before the weights, which take long to read
         return load_model("AutoModelForImageTextToText", self.config, wanted=_WANTED)
 
-    def inputs(self, images: Tensor, question: str) -> Any:
-        """The network's inputs for one question about each of the images (B, 3, H, W), on its device."""
-        model = self.model
+    def _inputs(self, images: Tensor, question: str) -> Any:
+        """Make the network's inputs for one question about each of the images (B, 3, H, W), on its device."""
+        model = self._model
         prompt, options = self._prompt(question)
-        features = self.processor(
+        features = self._processor(
             text=[prompt] * len(images),
             images=[[image] for image in pixels.to_pil(images)],
             padding=True,
@@ -78,8 +63,8 @@ class ImageTextModel:
         return features.to(model.device, dtype=model.dtype)
 
     def _prompt(self, question: str) -> tuple[str, dict[str, bool]]:
-        """A question in the form the model was trained on, and how it is to be tokenized."""
-        processor = self.processor
+        """Put a question in the form the model was trained on, with options for the tokenizer."""
+        processor = self._processor
         if getattr(processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": question}]
             prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -89,22 +74,18 @@ class ImageTextModel:
             return question, {}
         return f"{getattr(processor, 'image_token', '<image>')} {question}", {}
 
-    def generate(self, inputs: Any, max_new_tokens: int) -> list[str]:
-        """Greedy continuations, one a row, without the prompt."""
-        return generate_greedily(self.model, self.processor.tokenizer, inputs, max_new_tokens)
-
 
 def pad_on_the_left(tokenizer: Any) -> None:
-    """Let rows of unequal length end together; a tokenizer without padding uses its end token, which is masked."""
+    """Pad on the left; a tokenizer without padding token uses its end token, which is masked."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
 def generate_greedily(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[str]:
-    """Text that a model finds likeliest word by word, one a row, without the prompt.
+    """Generate greedily, one text per row, without the prompt.
 
-    The model's own generation settings hold (end tokens, a repetition penalty), except that nothing is drawn.
+    The model's generation settings hold (end tokens, a repetition penalty), except for those of sampling.
     """
     tokens = model.generate(
         **inputs,
@@ -134,13 +115,8 @@ class CaptionerConfig(AssistantConfig):
     """Which image-text-to-text model describes, and how.
 
     Attributes:
-        question: what it is asked about each image.
-        max_new_tokens: length at which an answer is cut. Chosen here: twice what 50 English words take.
-
-    Example:
-        >>> from aigiqa_reward.assistants import CaptionerConfig
-        >>> CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf", device="cuda:0", batch_size=4).max_new_tokens
-        128
+        question: question about each image.
+        max_new_tokens: length at which an answer is cut; 50 English words take half the default.
     """
 
     question: str = DESCRIBE
@@ -150,36 +126,23 @@ class CaptionerConfig(AssistantConfig):
         super().__post_init__()
         if not self.question.strip():
             raise ValueError("question: expected a text, got an empty one; leave it out for the default")
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        integer("max_new_tokens", self.max_new_tokens, least=1)
 
 
-class LMMCaptioner(PretrainedAssistant[CaptionerConfig]):
+class LMMCaptioner(ImageTextAssistant[CaptionerConfig]):
     """Describes images, for SC-AGIQA's comparison of prompt and description (Text-assisted Semantic Alignment).
 
     Any transformers image-text-to-text model; decoding is greedy, so that a description depends on its image alone.
 
     Args:
         config: which model.
-        cache: where descriptions are kept; None asks the model every time.
-
-    Example:
-        >>> from aigiqa_reward.assistants import Assistants, CaptionerConfig, LMMCaptioner
-        >>> captioner = LMMCaptioner(CaptionerConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))  # loads nothing yet
-        >>> Assistants(captioner=captioner).captioner is captioner
-        True
+        cache: folder of descriptions; None asks the model every time.
     """
 
     kind = "captioner"
 
-    def __init__(self, config: CaptionerConfig, *, cache: AssistantCache | None = None) -> None:
-        super().__init__(config, cache=cache)
-
-    @cached_property
-    def _lmm(self) -> ImageTextModel:
-        return ImageTextModel(self.config)
-
     def describe(self, images: Tensor) -> list[str]:
-        """One description an image, without gradients.
+        """Describe each image, without gradients.
 
         Args:
             images: (B, 3, H, W) in [0, 1]; the model sees them rounded to 8 bits.
@@ -188,16 +151,16 @@ class LMMCaptioner(PretrainedAssistant[CaptionerConfig]):
             B texts, white space collapsed.
 
         Raises:
-            TypeError: `images` is not a floating-point tensor.
-            ValueError: images of a wrong shape or range; or the model cannot be loaded.
+            ValueError: the model cannot be loaded.
         """
         pixels.check(images)
 
         def answer(rows: list[int]) -> list[str]:
-            inputs = self._lmm.inputs(images[rows], self.config.question)
-            return [" ".join(text.split()) for text in self._lmm.generate(inputs, self.config.max_new_tokens)]
+            inputs = self._inputs(images[rows], self.config.question)
+            texts = generate_greedily(self._model, self._processor.tokenizer, inputs, self.config.max_new_tokens)
+            return [" ".join(text.split()) for text in texts]
 
-        return self._serve(list(images), answer, TEXT)
+        return self._serve(list(images), answer, str)
 
 
 QUESTIONS = (
@@ -209,52 +172,33 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticsConfig(AssistantConfig):
-    """Which image-text-to-text model reads the images; MA-AGIQA's own is mPLUG-Owl2, 4096 wide.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.assistants import SemanticsConfig
-        >>> SemanticsConfig(path_or_id="llava-hf/llava-1.5-7b-hf", dtype=torch.bfloat16).dtype
-        torch.bfloat16
-    """
+    """Which image-text-to-text model reads the images; MA-AGIQA's own is mPLUG-Owl2, 4096 wide."""
 
 
-class LMMSemantics(PretrainedAssistant[SemanticsConfig]):
-    """Reads images with MA-AGIQA's two questions: is there meaning, and does it cohere.
+class LMMSemantics(ImageTextAssistant[SemanticsConfig]):
+    """Reads images with MA-AGIQA's two questions, on meaning and coherence.
 
-    Of each question the model's last hidden layer is averaged over the tokens (MA-AGIQA eq. 3). That these are the
+    For each question the model's last hidden layer is averaged over the tokens (MA-AGIQA eq. 3). That these are the
     tokens of image and question, and not of a generated answer, is our inference from the equation.
 
     Args:
         config: which model.
-        cache: where features are kept; None asks the model every time.
-
-    Example:
-        >>> from aigiqa_reward.assistants import Assistants, LMMSemantics, SemanticsConfig
-        >>> reader = LMMSemantics(SemanticsConfig(path_or_id="llava-hf/llava-1.5-7b-hf"))  # loads nothing yet
-        >>> Assistants(semantics=reader).semantics is reader
-        True
+        cache: folder of features; None asks the model every time.
     """
 
     kind = "lmm_semantics"
 
-    def __init__(self, config: SemanticsConfig, *, cache: AssistantCache | None = None) -> None:
-        super().__init__(config, cache=cache)
-
-    @cached_property
-    def _lmm(self) -> ImageTextModel:
-        return ImageTextModel(self.config)
-
     @cached_property
     def width(self) -> int:
         """Width of the features: the language model's hidden size, from its configuration; loads no weights."""
-        return self._lmm.width
+        text = getattr(self._description, "text_config", None) or self._description
+        return int(text.hidden_size)
 
     def _recipe(self) -> dict[str, Any]:
         return {"questions": QUESTIONS}
 
     def read(self, images: Tensor) -> Float[Tensor, "batch 2 width"]:
-        """The features of each image under each question, without gradients.
+        """Compute the features of each image under each question, without gradients.
 
         Args:
             images: (B, 3, H, W) in [0, 1]; the model sees them rounded to 8 bits.
@@ -263,30 +207,29 @@ class LMMSemantics(PretrainedAssistant[SemanticsConfig]):
             (B, 2, width) float32 on the images' device: lack of meaningful content, then violations of coherence.
 
         Raises:
-            TypeError: `images` is not a floating-point tensor.
-            ValueError: images of a wrong shape or range; or the model cannot be loaded, or shows no hidden layers.
+            ValueError: the model cannot be loaded, or does not return its hidden layers.
         """
         pixels.check(images)
 
         def answer(rows: list[int]) -> list[Tensor]:
-            features = [self._features(self._lmm.inputs(images[rows], question)) for question in QUESTIONS]
+            features = [self._features(self._inputs(images[rows], question)) for question in QUESTIONS]
             return list(torch.stack(features, dim=1))
 
-        return torch.stack(self._serve(list(images), answer, TENSOR)).to(images.device)
+        return torch.stack(self._serve(list(images), answer, Tensor)).to(images.device)
 
     def _features(self, inputs: Any) -> Float[Tensor, "batch width"]:
-        """Mean of the last hidden layer over the tokens that are not padding; float32, on the CPU."""
-        model = self._lmm.model
+        """Average the last hidden layer over the tokens that are not padding; float32, on the CPU."""
+        model = self._model
         options: dict[str, Any] = {}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            options["logits_to_keep"] = 1  # the vocabulary's logits of every token would fill the memory for nothing
+            options["logits_to_keep"] = 1  # the vocabulary's logits of every token would fill the memory
         output = model(**inputs, output_hidden_states=True, return_dict=True, use_cache=False, **options)
         layers, mask = getattr(output, "hidden_states", None), inputs["attention_mask"]
         if not layers or layers[-1].shape[:2] != mask.shape:
             raise ValueError(
-                f"path_or_id: {self.config.path_or_id!r} ({type(model).__name__}) does not show its language model's "
-                "hidden layer for every token; pass a decoder-only image-text-to-text model, such as a LLaVA or a "
-                "Qwen-VL"
+                f"path_or_id: {self.config.path_or_id!r} ({type(model).__name__}) does not return its language "
+                "model's hidden layer for every token; pass a decoder-only image-text-to-text model, such as LLaVA "
+                "or Qwen-VL"
             )
         weights = mask[:, :, None].float()
         return ((layers[-1].float() * weights).sum(dim=1) / weights.sum(dim=1)).cpu()

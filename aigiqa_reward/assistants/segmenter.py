@@ -12,15 +12,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.assistants.base import AssistantConfig, PretrainedAssistant, check_at_least, load_model, load_part
-from aigiqa_reward.assistants.cache import TENSOR, AssistantCache
+from aigiqa_reward.assistants.base import AssistantConfig, PretrainedAssistant, load_model, load_part
 from aigiqa_reward.types import Images
+from aigiqa_reward.utils.checks import integer, number
 
 MASK_SIZE = 64
-"""Rows and columns of a mask over the whole image. Chosen here: a quarter of SAM's own, several cells a CLIP patch."""
+"""Rows and columns of a mask over the whole image: a quarter of SAM's, several cells per CLIP patch."""
 
 _POINTS_AT_ONCE = 64
-"""Points a pass of the mask decoder, as SAM's automatic mask generator (points_per_batch)."""
+"""Points per pass of the mask decoder, as in SAM's automatic mask generator (points_per_batch)."""
 
 _WANTED = "a Segment Anything model (SamModel)"
 
@@ -30,16 +30,11 @@ class SegmenterConfig(AssistantConfig):
     """Which SAM, and which of its masks are kept.
 
     Attributes:
-        batch_size: images a forward pass; 1, since SAM works at 1024 x 1024 px.
-        max_regions: masks an image (CPA-IQA: at most 16).
-        points_per_side: rows and columns of the grid of points, each of which asks for the object under it. Chosen
-            here: 64 points suffice for 16 regions; SAM's automatic mask generator uses 32 a side to find everything.
-        max_overlap: largest intersection over union of two kept masks; SAM's automatic mask generator uses 0.7.
-
-    Example:
-        >>> from aigiqa_reward.assistants import SegmenterConfig
-        >>> SegmenterConfig(path_or_id="facebook/sam-vit-base", points_per_side=16).max_regions
-        16
+        batch_size: images per forward pass; 1, since SAM works at 1024 x 1024 px.
+        max_regions: masks per image (CPA-IQA: at most 16).
+        points_per_side: rows and columns of the grid of points, each of which asks for the object under it. SAM's
+            automatic mask generator uses 32 to find everything; 8 suffice for 16 regions.
+        max_overlap: largest intersection over union of two kept masks, 0.7 as in SAM's automatic mask generator.
     """
 
     batch_size: int = 1
@@ -49,10 +44,9 @@ class SegmenterConfig(AssistantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("max_regions", self.max_regions, 1)
-        check_at_least("points_per_side", self.points_per_side, 1)
-        if not 0 <= self.max_overlap <= 1:
-            raise ValueError(f"max_overlap: expected an intersection over union in [0, 1], got {self.max_overlap}")
+        integer("max_regions", self.max_regions, least=1)
+        integer("points_per_side", self.points_per_side, least=1)
+        number("max_overlap", self.max_overlap, "in [0, 1]", lambda overlap: 0 <= overlap <= 1)
 
 
 class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
@@ -65,19 +59,10 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
 
     Args:
         config: which model.
-        cache: where masks are kept; None asks the model every time.
-
-    Example:
-        >>> from aigiqa_reward.assistants import Assistants, SAMSegmenter, SegmenterConfig
-        >>> segmenter = SAMSegmenter(SegmenterConfig(path_or_id="facebook/sam-vit-base"))  # loads nothing yet
-        >>> Assistants(segmenter=segmenter).segmenter is segmenter
-        True
+        cache: folder of masks; None asks the model every time.
     """
 
     kind = "segmenter"
-
-    def __init__(self, config: SegmenterConfig, *, cache: AssistantCache | None = None) -> None:
-        super().__init__(config, cache=cache)
 
     def _recipe(self) -> dict[str, Any]:
         return {"mask_size": MASK_SIZE}
@@ -97,7 +82,7 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
         return load_part("SamProcessor", self.config, wanted=_WANTED)
 
     def segment(self, images: Tensor) -> Float[Tensor, "batch regions 64 64"]:
-        """The regions of each image, without gradients.
+        """Find the regions of each image, without gradients.
 
         Args:
             images: (B, 3, H, W) in [0, 1]; the model sees them rounded to 8 bits.
@@ -107,8 +92,7 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
             its aspect, from the highest predicted quality down; places without a region are zero everywhere.
 
         Raises:
-            TypeError: `images` is not a floating-point tensor.
-            ValueError: images of a wrong shape or range; or the model cannot be loaded, or is no SAM.
+            ValueError: the model cannot be loaded, or is no SAM.
         """
         pixels.check(images)
 
@@ -116,10 +100,10 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
             masks, scores = self._candidates(images[rows])
             return [self._regions(*candidates) for candidates in zip(masks, scores, strict=True)]
 
-        return torch.stack(self._serve(list(images), answer, TENSOR)).to(images.device)
+        return torch.stack(self._serve(list(images), answer, Tensor)).to(images.device)
 
     def _candidates(self, images: Images) -> tuple[Float[Tensor, "batch points 64 64"], Float[Tensor, "batch points"]]:
-        """The best mask of every point, and its predicted intersection over union; float32, on the CPU."""
+        """Return the best mask of every point and its predicted intersection over union; float32, on the CPU."""
         model, device, dtype = self._model, self.config.device, self.config.dtype
         points = grid_points(images.shape[2], images.shape[3], self.config.points_per_side)
         inputs = self._processor(
@@ -139,7 +123,7 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
     def _regions(
         self, masks: Float[Tensor, "points 64 64"], scores: Float[Tensor, " points"]
     ) -> Float[Tensor, "regions 64 64"]:
-        """The best distinct masks, in as many places as regions are wanted."""
+        """Keep the best distinct masks, padded with zeros to `max_regions`."""
         kept = distinct(masks > 0.5, scores, count=self.config.max_regions, max_overlap=self.config.max_overlap)
         regions = masks.new_zeros(self.config.max_regions, *masks.shape[1:])
         regions[: len(kept)] = masks[kept]
@@ -147,7 +131,7 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
 
 
 def _over_image(logits: Tensor, content: Tensor, padded: torch.Size) -> Float[Tensor, "batch points 64 64"]:
-    """The part of SAM's low-resolution logits that shows the image, without its padding, as a 64 x 64 map.
+    """Resize the part of SAM's low-resolution logits that shows the image, without its padding, to 64 x 64.
 
     Args:
         logits: (B, N, h, w) over the padded input, which has the image at its top left.
@@ -163,7 +147,7 @@ def _over_image(logits: Tensor, content: Tensor, padded: torch.Size) -> Float[Te
 
 
 def grid_points(height: int, width: int, per_side: int) -> Float[Tensor, "points 2"]:
-    """Centers (x, y), in px, of `per_side` x `per_side` equal parts of an image, row by row."""
+    """Return the centers (x, y), in px, of `per_side` x `per_side` equal parts of an image, row by row."""
     steps = (torch.arange(per_side, dtype=torch.float64) + 0.5) / per_side
     y, x = torch.meshgrid(steps * height, steps * width, indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)
@@ -172,16 +156,12 @@ def grid_points(height: int, width: int, per_side: int) -> Float[Tensor, "points
 def distinct(
     masks: Bool[Tensor, "masks height width"], scores: Float[Tensor, " masks"], *, count: int, max_overlap: float
 ) -> list[int]:
-    """Greedy non-maximum suppression: from the highest score down, masks that overlap none kept before too much.
+    """Keep masks from the highest score down that overlap none kept before by more than `max_overlap`.
 
-    Args:
-        masks: N masks; empty ones are never kept.
-        scores: (N,); of equal ones the earlier mask goes first.
-        count: largest number to keep.
-        max_overlap: largest intersection over union with a mask kept before.
+    Empty masks are never kept; of equal scores the earlier goes first.
 
     Returns:
-        Indices of the kept masks, highest score first.
+        Indices of at most `count` masks, highest score first.
     """
     flat = masks.flatten(1).float()
     areas = flat.sum(dim=1)
@@ -197,19 +177,16 @@ def distinct(
 
 
 def grid_regions(rows: int = 4, columns: int = 4, size: int = MASK_SIZE) -> Float[Tensor, "regions size size"]:
-    """A regular grid in place of SAM's regions: offline, the same for every image.
+    """Make a regular grid in place of SAM's regions: offline, the same for every image.
 
     Args:
-        rows: of the grid.
-        columns: of the grid.
+        rows: rows of the grid, at most `size`.
+        columns: columns of the grid, at most `size`.
         size: rows and columns of a mask.
 
     Returns:
         (rows * columns, size, size) float32, row by row: 1 in the cell, 0 elsewhere; together the masks cover the
         image once.
-
-    Raises:
-        ValueError: fewer than one row or column, or more of them than the masks have cells.
 
     Example:
         >>> from aigiqa_reward.assistants import grid_regions
@@ -218,8 +195,7 @@ def grid_regions(rows: int = 4, columns: int = 4, size: int = MASK_SIZE) -> Floa
         (torch.Size([4, 64, 64]), True)
     """
     for name, value in (("rows", rows), ("columns", columns)):
-        check_at_least(name, value, 1)
-        if value > size:
+        if integer(name, value, least=1) > size:
             raise ValueError(f"{name}: expected at most size = {size}, got {value}; a cell would be empty")
     cells = torch.arange(size)
     in_row = F.one_hot(cells * rows // size, rows).T.float()

@@ -166,9 +166,9 @@ def rewards(
     form: Annotated[ListFormat, typer.Option("--format", help="A table to read, or JSON Lines.")] = ListFormat.TABLE,
 ) -> None:
     """List the rewards: paper, license, scale, gradients, prompts, input size, weights."""
-    from aigiqa_reward import list_rewards
+    from aigiqa_reward import get_reward_spec, list_rewards
 
-    emit(render_specs(list_rewards(), form, terminal=sys.stdout.isatty()))
+    emit(render_specs([get_reward_spec(name) for name in list_rewards()], form, terminal=sys.stdout.isatty()))
 
 
 for _command in (demo, best_of_n, finetune, pairs, scenarios, train, evaluate):

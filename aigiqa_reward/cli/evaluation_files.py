@@ -37,10 +37,10 @@ def benchmark_of(data: str) -> str | None:
 
 def title_of(model: str, data: str, kind: str) -> str:
     """One line: the system, the benchmark or the table's file name, and what kind of the system it is."""
-    from aigiqa_reward.rewards.specs import get_spec
+    from aigiqa_reward import get_reward_spec
 
     name, _, path = data.partition(":")
-    return printable(f"{get_spec(model).title} on {_BENCHMARKS.get(name) or Path(path).name} ({kind})")
+    return printable(f"{get_reward_spec(model).title} on {_BENCHMARKS.get(name) or Path(path).name} ({kind})")
 
 
 def read_predicted(file: Path, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -65,10 +65,10 @@ def make_plan(
     """
     chosen = parse_settings(settings)
     with usage_errors():
-        from aigiqa_reward.rewards.specs import get_spec
+        from aigiqa_reward import get_reward_spec
         from aigiqa_reward.training.by_name import TrainingPlan
 
-        get_spec(model)
+        get_reward_spec(model)
         plan = TrainingPlan(
             name=model,
             preset=preset,

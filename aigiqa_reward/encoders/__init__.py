@@ -1,4 +1,4 @@
-"""Frozen pretrained towers, one file a library; a configuration says which weights, and loads none by itself.
+"""Pretrained towers, one file per library; a configuration names the weights and loads none.
 
 Example:
     >>> from aigiqa_reward.encoders.blip import BLIPConfig

@@ -1,18 +1,47 @@
-"""What every text tower owes its user: say which words it did not read."""
+"""Reading of texts that every text tower shares, with warnings about words that it does not use."""
 
 from __future__ import annotations
 
 import unicodedata
 import warnings
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from aigiqa_reward.types import PromptError
+
+
+def read_tokens(
+    tokenizer: Tokenizer, texts: Sequence[str], window: int, *, tower: str, argument: str, padding: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return token ids (P, L) of P texts and a mask (P, L) that is False at padding.
+
+    A text longer than `window` tokens keeps its first words and the end token, with a warning.
+    """
+    rows = []
+    for text in texts:
+        warn_if_not_latin(text, tower=tower)
+        encoding = tokenizer.encode(text)
+        if len(encoding.ids) <= 2:  # start and end
+            raise PromptError(text, argument)
+        ids = encoding.ids
+        if len(ids) > window:
+            warn_dropped(text, text[encoding.offsets[window - 1][0] :].strip(), window, tower=tower)
+            ids = ids[: window - 1] + ids[-1:]
+        rows.append(ids)
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+    return ids, torch.tensor([[place < len(row) for place in range(length)] for row in rows])
 
 
 def warn_dropped(text: str, dropped: str, limit: int, *, tower: str) -> None:
-    """Warn that a prompt is longer than a tower's window, naming what was left out."""
+    """Warn that a prompt is longer than a tower's window, naming the dropped words."""
     shown = dropped if len(dropped) <= 120 else f"{dropped[:60]} ... {dropped[-55:]}"
     warnings.warn(
         f"prompt of {len(text.split())} words exceeds {tower}'s window of {limit} tokens; "
         f"these last words were dropped: {shown!r}",
-        UserWarning,
         stacklevel=2,
     )
 
@@ -25,6 +54,5 @@ def warn_if_not_latin(text: str, *, tower: str) -> None:
         warnings.warn(
             f"prompt {text[:40]!r} is mostly not in Latin script; {tower} was trained on English text, "
             "so its correspondence score means little: pass an English reward prompt",
-            UserWarning,
             stacklevel=2,
         )

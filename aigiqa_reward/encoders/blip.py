@@ -1,8 +1,8 @@
-"""BLIP as an encoder of texts that look at an image: each word's state after cross-attention to the patches.
+"""BLIP as an encoder of texts that attend to an image: each word's state after cross-attention to the patches.
 
 Li et al., "BLIP: Bootstrapping language-image pre-training for unified vision-language understanding and generation",
 2022, as transformers builds it. ImageReward (Xu et al. 2023) is this model, a ViT-L/16 at 224 px, fine-tuned on human
-preferences; SC-AGIQA compares prompt and description by the states it gives.
+preferences; SC-AGIQA compares prompt and description by these states.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.encoders._text import warn_dropped, warn_if_not_latin
-from aigiqa_reward.types import Images, PromptError
+from aigiqa_reward.encoders._text import read_tokens
+from aigiqa_reward.types import Images
 from aigiqa_reward.utils.io import MAX_BYTES, read_regular
 
 _CONFIG_FILE, _TOKENIZER_FILE = "config.json", "tokenizer.json"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 _UNUSED = ("itm_head.", "vision_proj.", "text_proj.")
-"""Heads of the retrieval model that play no part in the states of words; ImageReward has not all of them."""
+"""Heads of the retrieval model that do not affect the words' states; ImageReward lacks some of them."""
 
 _REMEDY = (
     "expected a folder or Hub id of a transformers BlipForImageTextRetrieval with config.json, model.safetensors and "
@@ -38,15 +38,14 @@ _REMEDY = (
 
 @dataclass(frozen=True, kw_only=True)
 class BLIPConfig:
-    """Which BLIP model, and how much of a text it reads.
+    """Choice of a BLIP model.
 
     Attributes:
-        path_or_id: a folder written by `BlipForImageTextRetrieval.save_pretrained` and its tokenizer's, or the Hub id
+        path_or_id: folder written by `BlipForImageTextRetrieval.save_pretrained` and its tokenizer's, or the Hub id
             owner/name of one.
         revision: branch, tag or commit of a Hub id; None for a folder.
-        window: tokens of a text that are read, with the start and end tokens. ImageReward and the code of SC-AGIQA read
-            35, which cuts a description of 50 words in half; 128 was chosen here because it holds one, and because
-            BERT, whose positions these are, was trained on 512.
+        window: most tokens of a text, start and end included. ImageReward and the code of SC-AGIQA use 35, which cuts a
+            description of 50 words in half; 128 holds one, within the 512 positions that BERT was trained on.
     """
 
     path_or_id: str
@@ -65,7 +64,7 @@ class BLIPConfig:
 
 
 class BLIPEncoder(nn.Module):
-    """Images as patches, and texts read with an eye on them; frozen by its owner, differentiable in the pixels.
+    """BLIP's image tower and image-grounded text encoder; differentiable in the pixels.
 
     `ground(look(images), **read(texts))` gives the state of every word of text i, conditioned on image i.
 
@@ -74,16 +73,14 @@ class BLIPEncoder(nn.Module):
         load_weights: False leaves the weights random, to be filled from a saved reward.
 
     Attributes:
-        image_size: side in px of the images it takes.
-        mean: channel means of its pretraining images, in [0, 1]: CLIP's, which BLIP took over.
-        std: channel deviations of its pretraining images.
-        width: width of a word's state, also by the name `grounded_width`.
-        vision_width: width of what `look` returns.
-        window: tokens of a text that are read, with the start and end tokens.
+        image_size: side in px of the images.
+        mean, std: statistics of the pretraining images: CLIP's, which BLIP took over.
+        width, grounded_width: width of a word's state.
+        vision_width: width of the states from `look`.
 
     Raises:
-        ValueError: no such folder or Hub id, another kind of model, no safetensors, weights missing or left over, no
-            tokenizer or another vocabulary's, no cross-attention, or a window beyond the positions.
+        ValueError: another kind of model, no safetensors, weights missing or left over, no tokenizer or another
+            vocabulary's, no cross-attention, or a window beyond the positions.
     """
 
     mean = (0.48145466, 0.4578275, 0.40821073)
@@ -100,41 +97,31 @@ class BLIPEncoder(nn.Module):
         self.vision: Any = model.vision_model
         self.text: Any = model.text_encoder
         self.image_size = int(vision.image_size)
-        self.width = int(text.hidden_size)
+        self.width = self.grounded_width = int(text.hidden_size)
         self.vision_width = int(vision.hidden_size)
-        self.window = config.window
-        self._description = _without_origin(json.loads(architecture.to_json_string()))
+        origin = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+        described = json.loads(architecture.to_json_string())
+        self._description = {name: value for name, value in described.items() if name not in origin}
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> BLIPEncoder:
-        """Build the model that `describe` described, tokenizer included, with weights still to be loaded."""
+        """Build a model, tokenizer included, from the output of `describe`, with random weights."""
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / _CONFIG_FILE).write_text(json.dumps(description["blip"]), encoding="utf-8")
             (Path(folder) / _TOKENIZER_FILE).write_text(description["tokenizer"], encoding="utf-8")
             return cls(BLIPConfig(path_or_id=folder, window=description["window"]), load_weights=False)
 
     def describe(self) -> dict[str, Any]:
-        """What builds this encoder again without the Hub, as JSON: configuration, tokenizer and window; no weights."""
-        return {"blip": self._description, "tokenizer": self.tokenizer.to_str(), "window": self.window}
-
-    @property
-    def grounded_width(self) -> int:
-        """Width of the states of `ground`."""
-        return self.width
+        """Return configuration, tokenizer and window as JSON."""
+        return {"blip": self._description, "tokenizer": self.tokenizer.to_str(), "window": self.config.window}
 
     def look(self, images: Images) -> Float[Tensor, "batch patches vision_width"]:
-        """The states of the class token and the patches, row by row, after the final norm.
-
-        Args:
-            images: (B, 3, S, S) in [0, 1], of `image_size` px a side.
+        """Encode images in [0, 1] of `image_size` px: the class token and the patches after the final norm.
 
         Returns:
-            (B, 1 + patches, `vision_width`), at least float32.
-
-        Raises:
-            ValueError: images of another size, which transformers would read with the wrong positions.
+            (B, 1 + patches, vision_width), at least float32.
         """
-        if images.shape[2:] != (self.image_size, self.image_size):
+        if images.shape[2:] != (self.image_size, self.image_size):  # transformers would use the wrong positions
             raise ValueError(
                 f"images: expected {self.image_size} x {self.image_size} px, got {images.shape[2]} x {images.shape[3]}"
                 "; resize or crop them first"
@@ -144,46 +131,27 @@ class BLIPEncoder(nn.Module):
         return seen.to(torch.promote_types(images.dtype, torch.float32))
 
     def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Tokens of P texts; warns of words beyond the window and of scripts other than Latin.
+        """Tokenize texts as [CLS], word pieces, [SEP]; warns of words beyond the window and of other scripts.
 
-        A text is [CLS], its word pieces, [SEP]. BLIP's training put [ENC] in the place of [CLS] before cross-attention;
-        its published matching model, transformers, ImageReward (in training as well) and SC-AGIQA keep [CLS], and so
-        does this.
-
-        Args:
-            texts: prompts or descriptions.
+        BLIP's training put [ENC] in the place of [CLS] before cross-attention; its published matching model,
+        transformers, ImageReward (in training as well) and SC-AGIQA keep [CLS], as here.
 
         Returns:
-            On the weights' device, with L the longest text's length, at most `window`: "text" (P, L) int64, the ids of
-            the tokens, and "mask" (P, L), True at tokens, start and end among them, False at padding.
+            "text" (P, L) int64, the token ids, and "mask" (P, L), False at padding, on the weights' device.
 
         Raises:
-            TypeError: one string instead of several.
-            ValueError: no texts.
-            PromptError: one without a readable word.
+            PromptError: a text without a readable word.
         """
         if isinstance(texts, str):
             raise TypeError(f"texts: expected a list of strings, got one string; pass [{texts[:40]!r}]")
         if not texts:
             raise ValueError("texts: expected at least one, got none")
-        rows = [self._tokens(text) for text in texts]
-        length = max(len(row) for row in rows)
         padding = int(self.text.config.pad_token_id or 0)
-        ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
-        mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
+        ids, mask = read_tokens(
+            self.tokenizer, texts, self.config.window, tower="BLIP", argument="texts", padding=padding
+        )
         device = self.vision.embeddings.class_embedding.device
         return {"text": ids.to(device), "mask": mask.to(device)}
-
-    def _tokens(self, text: str) -> list[int]:
-        warn_if_not_latin(text, tower="BLIP")
-        encoding = self.tokenizer.encode(text)
-        if len(encoding.ids) <= 2:
-            raise PromptError(text, "texts")
-        if len(encoding.ids) <= self.window:
-            return encoding.ids
-        cut = encoding.offsets[self.window - 1][0]
-        warn_dropped(text, text[cut:].strip(), self.window, tower="BLIP")
-        return encoding.ids[: self.window - 1] + encoding.ids[-1:]
 
     def ground(
         self,
@@ -191,15 +159,15 @@ class BLIPEncoder(nn.Module):
         text: Int[Tensor, "batch length"],
         mask: Bool[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length width"]:
-        """The state of each token of text i, conditioned on image i by cross-attention in every layer.
+        """Compute the state of each token of text i, conditioned on image i by cross-attention in every layer.
 
         Args:
-            seen: what `look` returned; gradients flow through it.
-            text: rows of "text" from `read`, one an image.
+            seen: output of `look`; gradients flow through it.
+            text: rows of "text" from `read`, one per image.
             mask: rows of "mask" from `read`; padding changes no other state, and its own states mean nothing.
 
         Returns:
-            (B, L, `width`), at least float32.
+            (B, L, width), at least float32.
         """
         weight = self.text.embeddings.word_embeddings.weight
         states = self.text(
@@ -218,7 +186,7 @@ def _architecture(config: BLIPConfig) -> Any:
     try:
         found = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(_failed(config, error)) from error
+        raise _failed(config, error) from error
     if not isinstance(found, BlipConfig):
         raise ValueError(f"path_or_id: {source!r} holds a {found.model_type!r} model, expected 'blip'; {_REMEDY}")
     return found
@@ -233,14 +201,14 @@ def _tokenizer(config: BLIPConfig) -> Tokenizer:
         tokenizer = Tokenizer.from_str(read_regular(file, most=MAX_BYTES).decode("utf-8"))
         tokenizer.encode("\N{SNOWMAN}")  # fails where its token for unknown words is none of its vocabulary
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(_failed(config, error)) from error
+        raise _failed(config, error) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _check_fit(config: BLIPConfig, text: Any, tokenizer: Tokenizer) -> None:
-    """Refuse a text tower that cannot look at images, read this vocabulary, or read this far."""
+    """Refuse a text tower that has no cross-attention, another vocabulary, or too few positions."""
     if not text.is_decoder:
         raise ValueError(
             f"path_or_id: the text tower of {config.path_or_id!r} has no cross-attention (is_decoder is false in "
@@ -256,7 +224,7 @@ def _check_fit(config: BLIPConfig, text: Any, tokenizer: Tokenizer) -> None:
 
 
 def _model(config: BLIPConfig, architecture: Any, load_weights: bool) -> Any:
-    """The model, with its weights from safetensors: all of them and no others."""
+    """The model, with all of its weights and no others from safetensors."""
     from transformers import BlipForImageTextRetrieval
 
     if not load_weights:
@@ -272,7 +240,7 @@ def _model(config: BLIPConfig, architecture: Any, load_weights: bool) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # from OSError to safetensors' own, by what is wrong with the files
-        raise ValueError(_failed(config, error)) from error
+        raise _failed(config, error) from error
     missing, unknown = _counted(report["missing_keys"], _UNUSED), _counted(report["unexpected_keys"], ())
     named = {"missing": missing, "unknown": unknown}
     problems = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in named.items() if names]
@@ -284,16 +252,10 @@ def _model(config: BLIPConfig, architecture: Any, load_weights: bool) -> Any:
 
 
 def _counted(names: Collection[str], unused: tuple[str, ...]) -> list[str]:
-    """Names of weights that matter, sorted; `position_ids` are counters that old files hold and no model reads."""
+    """Weights that matter, sorted; `position_ids` are counters in old files that no model reads."""
     return sorted(name for name in names if not name.startswith(unused) and not name.endswith("position_ids"))
 
 
-def _without_origin(description: dict[str, Any]) -> dict[str, Any]:
-    """A config.json without where it came from: folder, version of transformers and storage type."""
-    origin = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-    return {name: value for name, value in description.items() if name not in origin}
-
-
-def _failed(config: BLIPConfig, error: Exception) -> str:
+def _failed(config: BLIPConfig, error: Exception) -> ValueError:
     first_line = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-    return f"path_or_id: cannot load {config.path_or_id!r}: {first_line}; {_REMEDY}"
+    return ValueError(f"path_or_id: cannot load {config.path_or_id!r}: {first_line}; {_REMEDY}")

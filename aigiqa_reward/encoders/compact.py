@@ -1,22 +1,22 @@
 """The embedded towers as one contrastive encoder: images, places of an image, texts and words in one space.
 
-The space is the text tower's, less what all images and all texts share. An image comes into it by its ImageNet classes
-(see `encoders.compact`) and by a linear map of low rank that was trained contrastively on the embedded world:
+The space is the text tower's, minus what all images and all texts share. An image enters it by its ImageNet classes
+(`CompactImageTower`) and by a linear map of low rank that was trained contrastively on the embedded world:
 
     e(x) = c(x) / |c(x)| - c0 + W_o W_i (x - m) / s,    c(x) = softmax(classifier(x)) N,    t = text - t0,
 
 with the pooled features x, the class names' embeddings N and means c0, t0. The same map at each place of the feature
-map gives the place's embedding, and each word's state, scaled by the length of its text's mean state, the word's.
-No prompt and no human score of any benchmark was used; the pixels of all AGIQA-3K images at hand were, for the means
-and to keep the learned map small on images unlike the world's: on its splits the towers have seen the test images.
+map gives the place's embedding. A word's embedding is its state over the norm of its text's mean state, minus t0.
+No prompt and no human score of any benchmark was used; but the pixels of all AGIQA-3K images were, for the means and
+to keep the learned map small on images unlike the world's: the towers have seen the test images of its splits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,9 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from aigiqa_reward.encoders._text import warn_dropped, warn_if_not_latin
+from aigiqa_reward.encoders._text import read_tokens
 from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
-from aigiqa_reward.types import Images, PromptError
+from aigiqa_reward.types import Images
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_checked, read_weights
 
 _Tower = TypeVar("_Tower", bound=nn.Module)
@@ -39,45 +39,42 @@ _TOKENIZER_SHA256 = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f4115
 
 _MEAN, _STD = 127 / 255, 128 / 255
 LITE0 = TimmConfig(
-    architecture="tf_efficientnet_lite0", mean=(_MEAN, _MEAN, _MEAN), std=(_STD, _STD, _STD), smooth=0.02
+    architecture="tf_efficientnet_lite0",
+    mean=(_MEAN, _MEAN, _MEAN),
+    std=(_STD, _STD, _STD),
+    smooth=0.02,
+    blocks=(2, 3, 4),
 )
 """EfficientNet-Lite0 as TensorFlow published it: inputs are (x - 127) / 128 on 8-bit values.
 
-Its ReLU6 corners are rounded, so that the pixel gradient predicts what a small step does. The half width was chosen
-here: it changes no quality score by more than 0.002, and central differences agree with the gradient to 1e-5.
+Its ReLU6 corners are rounded, so that the pixel gradient predicts the effect of a small step. This half width changes
+no quality score by more than 0.002, and central differences agree with the gradient to 1e-5. The blocks are the stages
+whose maps `levels` joins: strides 8, 16 and 32.
 """
-
 
 LITE2 = replace(LITE0, architecture="tf_efficientnet_lite2")
 """EfficientNet-Lite2, published with the same inputs."""
 
 
-@dataclass(frozen=True)
-class ImageFeatures:
-    """What the image tower sees.
+class ImageFeatures(NamedTuple):
+    """Output of the image tower: (B, 1280) pooled features, and (B, 384) unit vectors in the text tower's space."""
 
-    Attributes:
-        pooled: (B, 1280) mean of the last feature map.
-        semantic: (B, 384) the image in the text tower's space, unit length.
-    """
-
-    pooled: Float[Tensor, "batch width"]
-    semantic: Float[Tensor, "batch semantic_width"]
+    pooled: Tensor
+    semantic: Tensor
 
 
-@dataclass(frozen=True)
-class TextFeatures:
-    """What the text tower reads.
+class TextFeatures(NamedTuple):
+    """Output of the text tower.
 
     Attributes:
         tokens: (P, L, 384) states of the words, without the start and end tokens.
-        mask: (P, L) True where a token is a word's, not padding.
+        mask: (P, L) False at padding.
         pooled: (P, 384) sentence embedding, unit length.
     """
 
-    tokens: Float[Tensor, "texts length width"]
-    mask: Bool[Tensor, "texts length"]
-    pooled: Float[Tensor, "texts width"]
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
 
 
 class CompactImageTower(nn.Module):
@@ -93,21 +90,15 @@ class CompactImageTower(nn.Module):
         self.register_buffer("class_names", torch.zeros(self.classes, self.semantic_width))
         self.class_names: Tensor
 
-    @property
-    def width(self) -> int:
-        """Width of the pooled features."""
-        return self.encoder.width
-
     def forward(self, images: Images) -> ImageFeatures:
-        """Pooled features and the place of the image among texts."""
+        """Compute pooled features and the image's place among texts."""
         pooled = self.encoder.pool(self.encoder(images))
         return ImageFeatures(pooled, self.place(pooled))
 
-    def place(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch semantic_width"]:
-        """Where an image of these pooled features lies among texts; unit length."""
+    def place(self, pooled: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch semantic_width"]:
+        """Compute the place among texts of pooled features: the class names' mean by probability, unit length."""
         logits = self.classifier(pooled.to(self.classifier.weight.dtype)).to(pooled.dtype)
-        semantic = logits.softmax(dim=-1) @ self.class_names.to(pooled.dtype)
-        return F.normalize(semantic, dim=-1)
+        return F.normalize(logits.softmax(dim=-1) @ self.class_names.to(pooled.dtype), dim=-1)
 
 
 class CompactTextTower(nn.Module):
@@ -115,7 +106,7 @@ class CompactTextTower(nn.Module):
 
     width = 384
     window = 128
-    """Tokens read, of the 512 the positions allow: as the sentence encoder was trained."""
+    """Most tokens of a text, of 512 positions: as the sentence encoder was trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,27 +127,13 @@ class CompactTextTower(nn.Module):
         return tokenizer
 
     def encode(self, texts: Sequence[str]) -> TextFeatures:
-        """Read texts; warns of what lies beyond the window and of scripts it was not trained on."""
-        rows = [self._tokens(text) for text in texts]
-        length = max(len(row) for row in rows)
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-        mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
+        """Encode texts; warns of words beyond the window and of scripts it was not trained on."""
+        ids, mask = read_tokens(self.tokenizer, texts, self.window, tower="the compact text tower", argument="prompts")
         device = self.words.weight.device
         return self(ids.to(device), mask.to(device))
 
-    def _tokens(self, text: str) -> list[int]:
-        warn_if_not_latin(text, tower="the compact text tower")
-        encoding = self.tokenizer.encode(text)
-        if len(encoding.ids) <= 2:
-            raise PromptError(text)
-        if len(encoding.ids) <= self.window:
-            return encoding.ids
-        cut = encoding.offsets[self.window - 1][0]
-        warn_dropped(text, text[cut:].strip(), self.window, tower="the compact text tower")
-        return encoding.ids[: self.window - 1] + encoding.ids[-1:]
-
     def forward(self, ids: Int[Tensor, "texts tokens"], mask: Bool[Tensor, "texts tokens"]) -> TextFeatures:
-        """States of token ids (with start and end tokens) where `mask` is True."""
+        """Encode token ids (with start and end tokens) where `mask` is True."""
         places = torch.arange(ids.shape[1], device=ids.device)
         states = self.norm(self.words(ids) + self.positions(places))
         states = self.layers(states, src_key_padding_mask=~mask)
@@ -171,12 +148,12 @@ class CompactTextTower(nn.Module):
 
 
 def load_image_tower(*, sha256: str) -> CompactImageTower:
-    """The embedded image tower, frozen, in evaluation mode."""
+    """Load the embedded image tower, frozen, in evaluation mode."""
     return _loaded(CompactImageTower(), "image.safetensors", sha256)
 
 
 def load_text_tower(*, sha256: str) -> CompactTextTower:
-    """The embedded text tower, frozen, in evaluation mode."""
+    """Load the embedded text tower, frozen, in evaluation mode."""
     return _loaded(CompactTextTower(), "text.safetensors", sha256)
 
 
@@ -186,11 +163,11 @@ def _loaded(tower: _Tower, name: str, sha256: str) -> _Tower:
 
 
 RANK = 64
-"""Of the trained map: chosen here, no less than the 63 + 7 directions of the world's things and colors by much."""
+"""Rank of the trained map; the world's things and colors differ in 63 + 7 directions."""
 
 
 class Alignment(nn.Module):
-    """The trained part: how features and texts come into the joint space."""
+    """The trained map from features and texts into the joint space."""
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
@@ -198,23 +175,19 @@ class Alignment(nn.Module):
         self.place_out = nn.Linear(RANK, width, bias=False)
         nn.init.zeros_(self.place_out.weight)
         self.log_scale = nn.Parameter(torch.tensor(20.0).log())
-        for name, length in (
-            ("feature_mean", features),
-            ("feature_std", features),
-            ("semantic_mean", width),
-            ("text_mean", width),
-        ):
-            self.register_buffer(name, torch.zeros(length))
+        self.register_buffer("feature_mean", torch.zeros(features))
+        self.register_buffer("feature_std", torch.ones(features))
+        self.register_buffer("semantic_mean", torch.zeros(width))
+        self.register_buffer("text_mean", torch.zeros(width))
         self.feature_std: Tensor
         self.feature_mean: Tensor
         self.semantic_mean: Tensor
         self.text_mean: Tensor
-        nn.init.ones_(self.feature_std)
 
     def forward(
         self, features: Float[Tensor, "*batch features"], semantic: Float[Tensor, "*batch embedding"]
     ) -> Float[Tensor, "*batch embedding"]:
-        """The joint embedding of features whose class names say `semantic`; not normalized."""
+        """Compute the joint embedding, not normalized, of features whose place among texts is `semantic`."""
         dtype = features.dtype
         centered = (features - self.feature_mean.to(dtype)) / self.feature_std.to(dtype)
         learned = F.linear(F.linear(centered, self.place_in.weight.to(dtype)), self.place_out.weight.to(dtype))
@@ -222,43 +195,31 @@ class Alignment(nn.Module):
 
 
 class CompactEncoder(nn.Module):
-    """EfficientNet-Lite0 and MiniLM-L6 as a contrastive encoder, 29 MB, offline; for images of any size from 32 px."""
+    """EfficientNet-Lite0 and MiniLM-L6 as a contrastive encoder, 29 MB, offline; for images of any size from 32 px.
+
+    Attributes:
+        width: width d of the joint space; its embeddings are not normalized.
+        feature_width: width of the pooled features.
+        level_channels: channels of `levels`.
+        grounded_width: width of the states from `ground`.
+    """
 
     image_size = 224
     any_size = True
-    mean = (127 / 255, 127 / 255, 127 / 255)
-    level_blocks = (2, 3, 4)
-    """Stages whose maps `levels` joins: strides 8, 16 and 32."""
+    mean = (_MEAN, _MEAN, _MEAN)
+    level_side = image_size // 32
 
     def __init__(self) -> None:
         super().__init__()
         self.image = CompactImageTower()
         self.text = CompactTextTower()
-        self.alignment = Alignment(self.image.width, self.text.width)
+        self.feature_width, self.width = self.image.encoder.width, self.text.width
+        self.level_channels, self.grounded_width = self.image.encoder.level_channels, 2 * self.width
+        self.alignment = Alignment(self.feature_width, self.width)
 
     def describe(self) -> dict[str, Any]:
-        """The towers are always the embedded ones' architectures."""
+        """Return the names of the embedded towers' architectures."""
         return {"compact": "EfficientNet-Lite0 and MiniLM-L6"}
-
-    @property
-    def width(self) -> int:
-        """Width d of the joint space."""
-        return self.text.width
-
-    @property
-    def feature_width(self) -> int:
-        """Width of the features before the joint space."""
-        return self.image.width
-
-    @property
-    def level_channels(self) -> int:
-        """Channels of `levels`."""
-        return self.image.encoder.level_channels(self.level_blocks)
-
-    @property
-    def level_side(self) -> int:
-        """Rows and columns of `levels` on images of `image_size`."""
-        return self.image_size // 32
 
     @property
     def logit_scale(self) -> float:
@@ -266,65 +227,58 @@ class CompactEncoder(nn.Module):
         return float(self.alignment.log_scale.detach().float().exp())
 
     def feature_map(self, images: Images) -> Float[Tensor, "batch features rows columns"]:
-        """Features of each place, one for 32 x 32 px, of images in [0, 1]."""
+        """Compute the features of each place of 32 x 32 px, of images in [0, 1]."""
         return self.image.encoder(images)
 
     def features(self, images: Images) -> Float[Tensor, "batch features"]:
-        """Pooled features of images in [0, 1]."""
+        """Compute the pooled features of images in [0, 1]."""
         return self.image.encoder.pool(self.feature_map(images))
 
     def project(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch embedding"]:
-        """Features to joint embeddings; not normalized."""
-        logits = self.image.classifier(features.to(self.image.classifier.weight.dtype)).to(features.dtype)
-        semantic = logits.softmax(dim=-1) @ self.image.class_names.to(features.dtype)
-        return self.alignment(features, F.normalize(semantic, dim=-1))
+        """Project features into the joint space."""
+        return self.alignment(features, self.image.place(features))
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
-        """Images to joint embeddings; not normalized."""
+        """Embed images in [0, 1]."""
         return self.project(self.features(images))
 
     def encode_map(self, images: Images) -> Float[Tensor, "batch embedding rows columns"]:
-        """The joint embedding of each place, one for 32 x 32 px."""
+        """Embed each place of 32 x 32 px."""
         return self.project(self.feature_map(images).movedim(1, -1)).movedim(-1, 1)
 
     def levels(self, images: Images) -> Float[Tensor, "batch channels rows columns"]:
-        """Maps of three depths on the grid of the coarsest, one place for 32 x 32 px."""
-        return self.image.encoder.levels(images, self.level_blocks)
+        """Compute the maps of three depths, one place per 32 x 32 px."""
+        return self.image.encoder.levels(images)
 
     def observe(
         self, images: Images
     ) -> tuple[Float[Tensor, "batch features rows columns"], Float[Tensor, "batch channels level_rows level_columns"]]:
-        """`feature_map` and `levels` of the same images, in one pass."""
-        return self.image.encoder.observe(images, self.level_blocks)
+        """Compute `feature_map` and `levels` in one pass."""
+        return self.image.encoder.observe(images)
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts embedding"]:
-        """Texts to joint embeddings; not normalized."""
+        """Embed texts."""
         pooled = self.text.encode(texts).pooled
         return pooled - self.alignment.text_mean.to(pooled.dtype)
 
     def encode_words(
         self, texts: Sequence[str]
     ) -> tuple[Float[Tensor, "texts length embedding"], Bool[Tensor, "texts length"]]:
-        """Each word's joint embedding, and which places hold words; their mean is about the text's embedding."""
+        """Embed the words of texts, whose mean is about the text's embedding; with a mask that is False at padding."""
         read = self.text.encode(texts)
         kept = read.mask[..., None].to(read.tokens.dtype)
         mean = (read.tokens * kept).sum(dim=1) / kept.sum(dim=1)
         scaled = read.tokens / mean.norm(dim=-1)[:, None, None]
         return scaled - self.alignment.text_mean.to(scaled.dtype), read.mask
 
-    # What SC-AGIQA asks of BLIP: a text read in sight of an image.
-
-    @property
-    def grounded_width(self) -> int:
-        """Width of `ground`'s states."""
-        return 2 * self.width
+    # SC-AGIQA's image-grounded text encoder, in place of BLIP's.
 
     def look(self, images: Images) -> Float[Tensor, "batch places embedding"]:
-        """What `ground` needs of an image: the joint embedding of each place."""
+        """Embed each place, as `ground` takes it."""
         return self.encode_map(images).flatten(2).transpose(1, 2)
 
     def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What `ground` needs of texts: `text` (P, L, d), their words, and `mask` (P, L)."""
+        """Embed words, as `ground` takes them: `text` (P, L, d) and `mask` (P, L)."""
         words, mask = self.encode_words(texts)
         return {"text": words, "mask": mask}
 
@@ -334,10 +288,9 @@ class CompactEncoder(nn.Module):
         text: Float[Tensor, "batch length embedding"],
         mask: Bool[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length grounded"]:
-        """What the image shows at the places nearest to each word, and how the two agree.
+        """Compare each word with the places nearest to it, without further weights (ours, not the paper's).
 
-        o_k = sum_p softmax_p(s cos(T_k, M_p)) M_p, and the states are [o_k; sqrt(d) T_k * o_k]. Without weights of its
-        own; it stands for BLIP's image-grounded text encoder (ours, not the paper's).
+        o_k = sum_p softmax_p(s cos(T_k, M_p)) M_p, and the states are [o_k; sqrt(d) T_k * o_k].
         """
         similarity = F.normalize(text, dim=-1) @ F.normalize(seen, dim=-1).transpose(1, 2)
         attended = (self.logit_scale * similarity).softmax(dim=-1) @ seen

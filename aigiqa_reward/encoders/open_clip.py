@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -25,12 +26,12 @@ _CONFIG_FILE = "open_clip_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class OpenCLIPConfig:
-    """Which open_clip model.
+    """Choice of an open_clip model.
 
     Attributes:
-        architecture: a name from `open_clip.list_models()`, or `local-dir:PATH` of a folder with open_clip_config.json.
-        pretrained: a published tag ("openai", "laion2b_s34b_b79k", ...), fetched from the Hub, or the path of a
-            .safetensors file; None for a local-dir, which brings its own.
+        architecture: name from `open_clip.list_models()`, or `local-dir:PATH` of a folder with open_clip_config.json.
+        pretrained: published tag ("openai", "laion2b_s34b_b79k", ...), fetched from the Hub, or path of a .safetensors
+            file; None for a local-dir, which holds its own weights.
 
     Example:
         >>> OpenCLIPConfig(architecture="ViT-L-14", pretrained="laion2b_s32b_b82k").architecture
@@ -49,20 +50,18 @@ class OpenCLIPConfig:
 
 
 class OpenCLIPEncoder(nn.Module):
-    """Images and texts in one space, by an open_clip model with its own text transformer.
+    """An open_clip model with its own text transformer as a contrastive encoder; outputs are at least float32.
 
     Args:
         config: which model.
         load_weights: False leaves the weights random, to be filled from a saved reward.
 
     Attributes:
-        image_size: side in px of the images it takes.
-        mean: channel means of its pretraining images, in [0, 1].
-        std: channel deviations of its pretraining images.
-        any_size: whether it takes images of other sizes as well; never.
-        width: width of the joint space.
-        feature_width: width of `features`, the same here.
-        window: tokens of a text it reads, with the start and end tokens.
+        image_size: side in px of its images.
+        mean, std: statistics of its pretraining images, in [0, 1].
+        any_size: whether images of other sizes are accepted.
+        width, feature_width: width of the joint space; its embeddings are not normalized.
+        window: most tokens of a text, start and end included.
 
     Raises:
         ValueError: unknown architecture or tag, missing file, weights that do not fit, or a text tower whose word
@@ -84,6 +83,7 @@ class OpenCLIPEncoder(nn.Module):
                 pretrained=config.pretrained,
                 load_weights=load_weights,
                 require_pretrained=load_weights and (schema or config.pretrained is not None),
+                device=torch.get_default_device(),  # else the CPU, also where modules are built on the meta device
             )
         except (RuntimeError, FileNotFoundError, OSError, ValueError) as error:
             raise ValueError(_explain(config, error)) from error
@@ -100,8 +100,8 @@ class OpenCLIPEncoder(nn.Module):
         tokenizer = open_clip.get_tokenizer(config.architecture)
         if not isinstance(tokenizer, open_clip.SimpleTokenizer):
             raise ValueError(
-                f"architecture: {config.architecture!r} does not read CLIP's own vocabulary, so its words cannot be "
-                "told from padding; choose a CLIP model such as ViT-B-32 or ViT-L-14"
+                f"architecture: {config.architecture!r} has another vocabulary than CLIP, so its words cannot be "
+                "distinguished from padding; choose a CLIP model such as ViT-B-32 or ViT-L-14"
             )
         self.tokenizer = tokenizer
         self.window: int = tokenizer.context_length or 77
@@ -114,16 +114,12 @@ class OpenCLIPEncoder(nn.Module):
 
     @property
     def _text(self) -> Any:
-        """The module that holds the text transformer: the model itself, or a part of it."""
+        """The module with the text transformer: the model itself, or a part of it."""
         return self.clip if hasattr(self.clip, "token_embedding") else self.clip.text
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> OpenCLIPEncoder:
-        """Build the architecture that `describe` described, with weights still to be loaded.
-
-        Raises:
-            ValueError: it names models of other libraries, which they would look for on the Hub.
-        """
+        """Build a model from the output of `describe`, with random weights; names of the Hub are refused."""
         text = description["model_cfg"].get("text_cfg", {})
         named = [name for name, value in text.items() if name.startswith("hf_") and value]
         timm_model = str(description["model_cfg"].get("vision_cfg", {}).get("timm_model_name") or "")
@@ -136,7 +132,7 @@ class OpenCLIPEncoder(nn.Module):
         return encoder
 
     def describe(self) -> dict[str, Any]:
-        """The content of an open_clip_config.json that builds this architecture."""
+        """Return the content of an open_clip_config.json that builds this architecture."""
         return self.description
 
     @property
@@ -145,23 +141,23 @@ class OpenCLIPEncoder(nn.Module):
         return float(self.clip.logit_scale.detach().float().exp())
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
-        """Embed [0, 1] images of `image_size` px a side; not normalized; at least float32."""
+        """Embed images in [0, 1] of `image_size` px."""
         weight = self.clip.logit_scale
         inputs = pixels.normalize(images, self.mean, self.std).to(weight.dtype)
         return self.clip.encode_image(inputs).to(torch.promote_types(images.dtype, torch.float32))
 
     def features(self, images: Images) -> Float[Tensor, "batch feature_width"]:
-        """What is worth keeping of an image: `encode_image`, since open_clip pools and projects in one step."""
+        """Return `encode_image`, since open_clip pools and projects at once."""
         return self.encode_image(images)
 
     def project(self, features: Float[Tensor, "*batch feature_width"]) -> Float[Tensor, "*batch embedding"]:
-        """Bring `features` into the joint space, where they are already."""
+        """Return `features`, which are in the joint space."""
         return features
 
     def encode_map(self, images: Images) -> Float[Tensor, "batch embedding rows columns"]:
-        """Each patch of [0, 1] images of `image_size` px a side in the joint space, as a map; not normalized.
+        """Embed each patch of images in [0, 1] of `image_size` px.
 
-        The last block's patch tokens take the class token's way: the final norm, then the projection. At least float32.
+        The last block's patch tokens take the class token's way: the final norm, then the projection.
 
         Raises:
             ValueError: the image tower is not a VisionTransformer of open_clip, or pools its tokens by attention.
@@ -183,15 +179,15 @@ class OpenCLIPEncoder(nn.Module):
         return patches.to(torch.promote_types(images.dtype, torch.float32))
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
-        """Embed texts; not normalized; at least float32."""
+        """Embed texts."""
         return _at_least_float32(self.clip.encode_text(self._tokenize(texts)))
 
     def encode_words(
         self, texts: Sequence[str]
     ) -> tuple[Float[Tensor, "texts length width"], Bool[Tensor, "texts length"]]:
-        """Each word's state after the final norm, projected into the joint space, and which places hold words.
+        """Embed words: the states after the final norm, projected; the mask is False at start, end and padding.
 
-        Start, end and padding tokens are masked out. Warns of words beyond the window and of scripts other than Latin.
+        Warns of words beyond the window and of scripts other than Latin.
         """
         for text in texts:
             self._warn(text)
@@ -252,8 +248,6 @@ def _architecture(config: OpenCLIPConfig) -> dict[str, Any]:
 
 
 def _explain(config: OpenCLIPConfig, error: Exception) -> str:
-    import difflib
-
     import open_clip
 
     names = open_clip.list_models()

@@ -1,4 +1,4 @@
-"""Reward fine-tuning of diffusers pipelines with LoRA: one loop, and a small file of maths for each algorithm.
+"""Reward fine-tuning of diffusers pipelines with LoRA: one training loop, one file of mathematics per algorithm.
 
 Example:
     >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -8,8 +8,8 @@ Example:
     >>> pipe, reward = load_embedded_pipeline(), create_reward("compact")
     >>> prompts = ["a red apple on a blue background", "a cat on a green background"]
     >>> sampling = {"num_inference_steps": 2, "guidance_scale": 1.0}
-    >>> settings = FinetuneConfig(max_train_steps=2, train_batch_size=2, sampling=sampling)
-    >>> result: FinetuneResult = finetune(pipe, reward, prompts, DRaFT(), "draft/", settings, progress=False)
+    >>> config = FinetuneConfig(max_train_steps=2, train_batch_size=2, sampling=sampling)
+    >>> result: FinetuneResult = finetune(pipe, reward, prompts, DRaFT(), "draft/", config, progress=False)
     >>> result.steps, result.stopped, len(result.history)
     (2, None, 2)
     >>> fresh = load_embedded_pipeline()
@@ -21,7 +21,7 @@ Example:
     >>> pairs = build_preference_pairs(pipe, reward, prompts, "pairs/", n=2, progress=False, **sampling)
     >>> pairs.prompts == read_preference_pairs("pairs/").prompts
     True
-    >>> finetune(pipe, reward, [], DPO(pairs=pairs), "dpo/", settings, progress=False).steps
+    >>> finetune(pipe, reward, pairs, DPO(), "dpo/", config, progress=False).steps
     2
 """
 
@@ -30,6 +30,7 @@ from aigiqa_reward.finetuning.algorithms.dpo import DPO
 from aigiqa_reward.finetuning.algorithms.draft import DRaFT
 from aigiqa_reward.finetuning.algorithms.policy_gradient import DDPO, FlowGRPO
 from aigiqa_reward.finetuning.algorithms.refl import ReFL
+from aigiqa_reward.finetuning.callbacks import TrainingCallback
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.optimizers import FinetuningError
 from aigiqa_reward.finetuning.pairs import build_preference_pairs, read_preference_pairs
@@ -37,7 +38,7 @@ from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.trainer import finetune
 
 ALGORITHMS: dict[str, type[Algorithm]] = {kind.name: kind for kind in (DRaFT, ReFL, DPO, DDPO, FlowGRPO)}
-"""By the names that the command line has for them."""
+"""Algorithms by their names on the command line."""
 
 __all__ = [
     "ALGORITHMS",
@@ -49,6 +50,7 @@ __all__ = [
     "FinetuningError",
     "FlowGRPO",
     "ReFL",
+    "TrainingCallback",
     "build_preference_pairs",
     "finetune",
     "read_preference_pairs",

@@ -1,4 +1,4 @@
-"""Which prompts a step's batch holds, and which of its rows a process takes."""
+"""The rows of an optimizer step: their prompts, their seeds, their losses, and which process takes which."""
 
 from __future__ import annotations
 
@@ -6,48 +6,44 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 def seed_of(seed: int, purpose: str, *place: int) -> int:
-    """A seed in [0, 2^63) for one purpose at one place, unlike that of any other."""
+    """Derive a seed in [0, 2^63) for one purpose and place, different from that of any other."""
     text = f"{seed}/{purpose}/{'/'.join(map(str, place))}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def generator_of(seed: int, purpose: str, *place: int) -> torch.Generator:
-    """Torch's randomness, on the CPU."""
+    """Make a CPU generator with the seed of `seed_of`."""
     return torch.Generator("cpu").manual_seed(seed_of(seed, purpose, *place))
 
 
 def numbers_of(seed: int, purpose: str, *place: int) -> np.random.Generator:
-    """NumPy's randomness."""
+    """Make a NumPy generator with the seed of `seed_of`."""
     return np.random.default_rng(seed_of(seed, purpose, *place))
 
 
 Memory = Mapping[str, Tensor]
-"""What an algorithm keeps from one step to the next within a round: named tensors, saved with a checkpoint."""
+"""Named tensors that an algorithm keeps from step to step within a round; saved with a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The part of a step's batch that goes through the denoiser at once.
+    """The rows of one forward pass of the denoiser.
 
     Attributes:
         prompts: (B,) texts.
-        places: (B,) index of each row's prompt in the training's list of prompts, or of the algorithm's examples.
-        rows: (B,) their places in the step's whole batch, over all parts and processes.
-        round: number of the round that the rows belong to; the step's own, but for algorithms of several steps a round.
-        step: number of the optimizer's step, from 0.
-        size: rows of the step's whole batch.
-        seed: of the training.
+        places: (B,) index of each row's prompt in the training prompts, or in the algorithm's examples.
+        rows: (B,) index of each row in the batch of the whole step, over accumulation steps and processes.
+        round: round that the rows belong to; equals `step` except for algorithms with several steps per round.
+        step: optimizer step, from 0.
+        size: number of rows in the batch of the whole step.
+        seed: seed of the training.
     """
 
     prompts: tuple[str, ...]
@@ -59,26 +55,24 @@ class Batch:
     seed: int
 
     def __len__(self) -> int:
-        """Number of rows B."""
         return len(self.rows)
 
     def generators(self, purpose: str) -> list[torch.Generator]:
-        """(B,) one for each row, equal in every step of a round."""
+        """Make one generator per row, the same in every step of a round."""
         return [generator_of(self.seed, purpose, self.round, row) for row in self.rows]
 
     def numbers(self, purpose: str) -> np.random.Generator:
-        """One for all rows of the step, equal in all parts and processes."""
+        """Make one generator for all rows of the step, the same in all of its batches and processes."""
         return numbers_of(self.seed, purpose, self.step)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A loss, and what to tell of it.
+    """A loss and the numbers to log with it.
 
     Attributes:
-        loss: () mean over the rows of a batch. The losses that an algorithm yields for a batch add up.
-        measures: named (B,) or () numbers without gradients for progress bar, history and trackers. Means over the
-            whole batch are shown; a name that is yielded several times for a batch is averaged too.
+        loss: () mean over the rows of a batch. The losses that an algorithm yields for one batch are added up.
+        measures: named (B,) or () tensors without gradients. Their means over the whole batch are logged.
     """
 
     loss: Tensor
@@ -87,16 +81,16 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Prompts in a random order, all of them once before one comes again.
+    """The order of the training prompts: shuffled, each prompt once per epoch.
 
     Attributes:
-        prompts: to train on.
-        part_size: rows that go through the denoiser at once.
-        parts: of each process in a step.
+        prompts: training prompts.
+        part_size: rows per forward pass of the denoiser.
+        parts: forward passes per step and process (gradient accumulation).
         processes: number of processes.
-        rows_per_prompt: rows in a row with the same prompt.
-        round_of: the round of a step of the optimizer; all steps of one have the same rows.
-        seed: of the order.
+        rows_per_prompt: consecutive rows with the same prompt.
+        round_of: maps an optimizer step to its round; all steps of a round have the same rows.
+        seed: seed of the order.
     """
 
     prompts: Sequence[str]
@@ -110,39 +104,35 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.size % self.rows_per_prompt:
             raise ValueError(
-                f"train_batch_size: expected a step's batch ({self.part_size} rows x {self.parts} accumulation steps x "
-                f"{self.processes} processes = {self.size}) to be a multiple of the {self.rows_per_prompt} images of a "
-                "prompt; change train_batch_size, gradient_accumulation_steps or the number of images a prompt"
+                f"train_batch_size: expected the batch of a step ({self.part_size} rows x {self.parts} accumulation "
+                f"steps x {self.processes} processes = {self.size}) to be a multiple of the {self.rows_per_prompt} "
+                "images per prompt; change train_batch_size, gradient_accumulation_steps or the number of images per "
+                "prompt"
             )
 
     @property
     def size(self) -> int:
-        """Rows of a step's whole batch."""
+        """Number of rows in the batch of a whole step."""
         return self.part_size * self.parts * self.processes
 
     def batches(self, step: int, process: int = 0) -> list[Batch]:
-        """The parts of a step's batch that a process takes, every `processes`-th."""
+        """Return the batches of a step that one process takes: every `processes`-th."""
+        return [self._batch(step, part * self.processes + process) for part in range(self.parts)]
+
+    def _batch(self, step: int, number: int) -> Batch:
         round_ = self.round_of(step)
-        slots = self.size // self.rows_per_prompt
-        order = [self._place(round_ * slots + slot) for slot in range(slots)]
-        found = []
-        for part in range(self.parts):
-            first = (part * self.processes + process) * self.part_size
-            rows = tuple(range(first, first + self.part_size))
-            places = tuple(order[row // self.rows_per_prompt] for row in rows)
-            prompts = tuple(self.prompts[place] for place in places)
-            found.append(
-                Batch(
-                    prompts=prompts,
-                    places=places,
-                    rows=rows,
-                    round=round_,
-                    step=step,
-                    size=self.size,
-                    seed=self.seed,
-                )
-            )
-        return found
+        rows = tuple(range(number * self.part_size, (number + 1) * self.part_size))
+        first = round_ * (self.size // self.rows_per_prompt)
+        places = tuple(self._place(first + row // self.rows_per_prompt) for row in rows)
+        return Batch(
+            prompts=tuple(self.prompts[place] for place in places),
+            places=places,
+            rows=rows,
+            round=round_,
+            step=step,
+            size=self.size,
+            seed=self.seed,
+        )
 
     def _place(self, slot: int) -> int:
         epoch, place = divmod(slot, len(self.prompts))

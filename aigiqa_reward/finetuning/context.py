@@ -1,4 +1,4 @@
-"""What an algorithm works with: the pipeline's parts, the reward, the reference model, the other processes."""
+"""The parts of a training that algorithms use: pipeline, adapter, reward, reference model, processes."""
 
 from __future__ import annotations
 
@@ -12,32 +12,29 @@ from torch.utils.checkpoint import checkpoint
 
 from aigiqa_reward.finetuning.batch import Batch
 from aigiqa_reward.finetuning.lora import LoRA
-from aigiqa_reward.images import HIGHEST, LOWEST
-from aigiqa_reward.rewards.bound import reward_name
-from aigiqa_reward.rewards.scorer import device_of
+from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import Prediction, Rollout, State
-from aigiqa_reward.types import RewardOutput, as_reward_output, encoded_prompts
+from aigiqa_reward.types import RewardFunction, RewardOutput
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-
 REMEMBERED = 512
-"""Prompts whose conditioning is kept. Chosen here: at FLUX's 4 MB a prompt, 2 GB."""
+"""Number of prompts whose conditioning is cached: 2 GB at FLUX's 4 MB per prompt."""
 
 
 class TrainingContext:
-    """What an algorithm works with.
+    """Pipeline, adapter, reward and processes of a training.
 
     Args:
-        rollout: of the pipeline, with the arguments that training samples with.
+        rollout: sampler over the pipeline's parts, with the arguments that training samples with.
         lora: the trained adapter.
-        reward: a Reward or any RewardFunction; frozen.
+        reward: a Reward or any RewardFunction, frozen.
         accelerator: device, precision and processes.
-        checkpointed: keep no activations of denoiser and decoder for the backward pass, compute them again there.
-        ceiling: total beyond which an image is not pushed further; None is no ceiling.
-        penalty: weight of the distance to the reference model, `kl_coeff`.
+        checkpointed: whether to recompute activations of denoiser and decoder in the backward pass.
+        ceiling: total above which an image gets no gradient; None for no ceiling.
+        penalty: weight of the KL penalty, `kl_coeff`.
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class TrainingContext:
         *,
         rollout: Rollout,
         lora: LoRA,
-        reward: Any,
+        reward: RewardFunction,
         accelerator: Accelerator,
         checkpointed: bool = False,
         ceiling: float | None = None,
@@ -53,48 +50,43 @@ class TrainingContext:
     ) -> None:
         self.rollout = rollout
         self.lora = lora
-        self.reward = reward
+        self.bound = BoundReward(reward)
         self.accelerator = accelerator
         self.checkpointed = checkpointed
         self.ceiling = ceiling
         self.penalty = penalty
         self._conditionings: dict[str, Conditioning] = {}
-        self._features: tuple[tuple[str, ...], Any] = ((), None)
 
     # ----------------------------------------------------------------------------------------- the generator
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning (B rows) of B prompts, each distinct one encoded once, in the text encoders' own precision."""
+        """Encode B prompts, each distinct one once, in the precision of the text encoders."""
         distinct = dict.fromkeys(prompts)
-        found = {prompt: known for prompt in distinct if (known := self._conditionings.get(prompt)) is not None}
+        found = {prompt: known for prompt in distinct if (known := self._conditionings.pop(prompt, None)) is not None}
         with torch.autocast(self.rollout.family.device.type, enabled=False):
             found |= {prompt: self.rollout.encode([prompt]) for prompt in distinct if prompt not in found}
-        for prompt in found:
-            self._conditionings.pop(prompt, None)  # so that the one used last is dropped last
-        self._conditionings |= found
+        self._conditionings |= found  # at the end: the least recently used come first
         while len(self._conditionings) > REMEMBERED:
             del self._conditionings[next(iter(self._conditionings))]
         return Conditioning.cat([found[prompt] for prompt in prompts])
 
     def start(self, batch: Batch, purpose: str = "noise") -> State:
-        """Noise for the rows of a batch, each from a generator of its own, which also serves a stochastic sampler."""
+        """Draw noise for the rows of a batch, each with its own generator."""
         return self.rollout.start(self.encode(batch.prompts), batch.generators(purpose))
 
     def predict(self, state: State, *, alone: bool = False) -> Prediction:
-        """The denoiser's prediction, checkpointed as a whole where that is wanted and there are gradients.
+        """Run the denoiser, with its activations recomputed in the backward pass if `checkpointed`.
 
         Args:
-            state: not done.
-            alone: there is no other step with gradients, so that a denoiser that checkpoints its blocks needs no more.
+            state: state with at least one step left.
+            alone: whether no other step has gradients, so that a denoiser that checkpoints its blocks needs no
+                checkpoint around the whole.
         """
         blocks = alone and bool(getattr(self.lora.denoiser, "is_gradient_checkpointing", False))
         return self.rollout.predict(state, checkpointed=self.checkpointed and torch.is_grad_enabled() and not blocks)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), not clamped; differentiable, checkpointed where that is wanted.
-
-        A decoder that checkpoints its own blocks keeps less than one that is computed again as a whole.
-        """
+        """Decode latents to images (B, 3, H, W), differentiable and not clamped; recomputed if `checkpointed`."""
         blocks = bool(getattr(self.rollout.pipe.vae, "is_gradient_checkpointing", False))
         if self.checkpointed and torch.is_grad_enabled() and not blocks:
             images: Any = checkpoint(self.rollout.decode, latents, use_reentrant=False)
@@ -103,15 +95,15 @@ class TrainingContext:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The pipeline without the trained adapter, without gradients."""
+        """Context without the trained adapter and without gradients: the reference model."""
         with torch.no_grad(), self.lora.off():
             yield
 
     def distance(self, state: State, prediction: Prediction) -> Tensor:
-        """(B,) mean square of what the adapter changed in the model's output.
+        """Return the mean squared difference (B,) between a prediction and the reference model's.
 
-        The Kullback-Leibler divergence between a sampler's step and the reference's is this times a factor that
-        depends on the step alone. Where the latents depend on the adapter, the reference's output does too.
+        The KL divergence between the two sampling steps is this times a factor that depends only on the step. Where
+        the latents depend on the adapter, the gradient also flows through the reference model's prediction.
         """
         if torch.is_grad_enabled() and state.latents.requires_grad:
             with self.lora.off():
@@ -124,63 +116,41 @@ class TrainingContext:
         changed = prediction.output.to(least) - own.to(least)
         return changed.square().flatten(1).mean(dim=1)
 
+    @contextmanager
+    def gradient_checkpointing(self) -> Iterator[None]:
+        """Context in which denoiser and decoder recompute their blocks, if `checkpointed` or already enabled."""
+        denoiser, decoder = self.lora.denoiser, self.rollout.pipe.vae
+        modules = [m for part in (denoiser, decoder) for m in part.modules() if hasattr(m, "gradient_checkpointing")]
+        before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in modules]
+        if self.checkpointed or getattr(denoiser, "is_gradient_checkpointing", False):
+            # Recomputed blocks must see the adapter's scale of the forward pass: `distance` runs some without it.
+            denoiser.enable_gradient_checkpointing(self.lora.checkpoint)
+        if self.checkpointed and getattr(decoder, "_supports_gradient_checkpointing", False):
+            decoder.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            for module, (wanted, how) in zip(modules, before, strict=True):
+                module.gradient_checkpointing, module._gradient_checkpointing_func = wanted, how
+
     # ----------------------------------------------------------------------------------------- the reward
 
+    @property
+    def reward(self) -> RewardFunction:
+        """The reward without its encoded prompts."""
+        return self.bound.reward
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Scores (B,) of images that may leave [0, 1] a little; differentiable, in the reward's own precision."""
-        device = device_of(self.reward) or images.device
-        # A Reward refuses pixels far outside of [0, 1]; out there they show no difference.
-        images = images.clamp(LOWEST, HIGHEST).to(device)
-        with torch.autocast(images.device.type, enabled=False):
-            images = images if images.dtype == torch.float64 else images.float()
-            return as_reward_output(self.reward(images, self._texts(prompts)), len(images))
-
-    def _texts(self, prompts: Sequence[str]) -> Any:
-        """Prompts as the reward takes them; those of the last call are kept."""
-        if self._features[0] != tuple(prompts):
-            with torch.no_grad():
-                self._features = tuple(prompts), encoded_prompts(self.reward, prompts)
-        return self._features[1]
-
-    def try_gradient(self, prompt: str) -> None:
-        """Refuse a reward without gradients, by a gray image of a prompt; see `require_gradient`."""
-        self.require_gradient(total_of_gray(self.reward, prompt, self.rollout.family.device))
-
-    def require_gradient(self, total: Tensor) -> None:
-        """Refuse a reward without gradients.
-
-        Args:
-            total: (B,) that it gave of images with gradients.
-
-        Raises:
-            ValueError: names the algorithms that take it.
-        """
-        if not total.requires_grad:
-            raise ValueError(
-                f"reward: DRaFT and ReFL need its gradients in the images, and {reward_name(self.reward)} gives none; "
-                "differentiate it (no torch.no_grad, detach, numpy or PIL inside), or take an algorithm for rewards "
-                "without gradients: DPO, DDPO or FlowGRPO"
-            )
+        """Score images (B, 3, H, W), differentiably and in the reward's precision."""
+        return self.bound(images, prompts)
 
     def capped(self, total: Tensor) -> Tensor:
-        """Totals (B,) whose gradient ends at the ceiling."""
+        """Clamp totals (B,) to the ceiling, so that the gradient above it is zero."""
         return total if self.ceiling is None else total.clamp(max=self.ceiling)
 
     # ----------------------------------------------------------------------------------------- processes
 
     def gather(self, values: Tensor) -> Tensor:
-        """Rows of all processes, (B,) to (processes * B,), process after process."""
+        """Gather the rows of all processes, (B,) to (processes * B,), in the order of the processes."""
         gathered: Any = self.accelerator.gather(values)
         return gathered
-
-
-def total_of_gray(reward: Any, prompt: str, device: torch.device) -> Tensor:
-    """A reward's total (1,) of a gray image of a prompt, to see whether it has a gradient in the image.
-
-    Args:
-        reward: a Reward or any RewardFunction.
-        prompt: one that it is going to be asked about: it may know no other.
-        device: of the image, where the reward does not say on which it is.
-    """
-    gray = torch.full((1, 3, 64, 64), 0.5, device=device_of(reward) or device, requires_grad=True)
-    return as_reward_output(reward(gray, [prompt]), 1).total

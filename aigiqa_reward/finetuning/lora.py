@@ -1,7 +1,7 @@
-"""The LoRA layers that a fine-tuning trains: put onto a denoiser, switched off, written in diffusers' format.
+"""The trained LoRA adapter: added to a denoiser, switched off, saved in diffusers' format.
 
-Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models": a frozen layer W gets beside it (alpha / r) B A
-with A (r, in) and B (out, r); B starts at zero, so that the untrained adapter changes nothing.
+Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models": a frozen layer W gets an addition (alpha / r) B A
+with A (r, in) and B (out, r). B starts at zero, so that the untrained adapter changes nothing.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ ADAPTER = "reward"
 """Name of the trained adapter in the pipeline."""
 
 FILE = "pytorch_lora_weights.safetensors"
-"""Where `pipe.load_lora_weights(folder)` looks."""
+"""File that `pipe.load_lora_weights(folder)` loads."""
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 JOINT_ATTENTION = (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
-"""The attention's projections, as in diffusers' own LoRA scripts: UNets, and transformers that mix text and image."""
+"""Attention projections, as in diffusers' LoRA scripts: of UNets, and of transformers with joint attention."""
 
 
 class LoRA:
-    """One trained adapter on a pipeline's denoiser.
+    """One trained adapter on a pipeline's denoiser, in float32. All other weights of the pipeline are frozen.
 
     Args:
-        family: of the pipeline. Its denoiser gets the adapter, in float32; all else of the pipeline is frozen.
-        rank: r, at least 1.
-        alpha: scale of the adapter times r; None is r.
-        targets: ends of the names of layers to adapt; None is the attention's projections.
-        seed: of A's initial values, normal with deviation 1 / r.
+        family: adapter to the pipeline.
+        rank: LoRA rank r.
+        alpha: scale of the adapter times r; None for r.
+        targets: name endings of the layers to adapt; None for the attention projections.
+        seed: seed of the initial values of A, normal with standard deviation 1 / r.
 
     Raises:
-        ValueError: no layer has such a name, or the pipeline holds an adapter of this name already.
+        ValueError: no layer has such a name, or the pipeline already has an adapter named "reward".
     """
 
     def __init__(
@@ -59,34 +59,35 @@ class LoRA:
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        # torch.compile(pipe.unet) puts a module around it, whose names nobody else knows.
+        # torch.compile(pipe.unet) wraps the module, which changes the names of its parameters.
         self.denoiser: Any = getattr(family.denoiser, "_orig_mod", family.denoiser)
         self.prefix = family.denoiser_name
-        self._pipe = family.pipe
         if ADAPTER in getattr(self.denoiser, "peft_config", {}):
             raise ValueError(
-                f"pipe: its {self.prefix} holds an adapter named {ADAPTER!r} already, of an earlier training; load the "
-                f"pipeline anew, or call pipe.delete_adapters({ADAPTER!r}) (pipe.fuse_lora() first keeps what it does)"
+                f"pipe: expected no adapter named {ADAPTER!r} on its {self.prefix}, found one of an earlier training; "
+                f"call pipe.delete_adapters({ADAPTER!r}), or pipe.fuse_lora() first to keep its effect"
             )
         names = tuple(targets) if targets is not None else self._attention()
         self._check(names)
-        _freeze(family.pipe)
+        for module in family.pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
         config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(names))  # pyright: ignore[reportArgumentType]
-        others = (
-            list(getattr(self.denoiser, "active_adapters", list)()) if hasattr(self.denoiser, "peft_config") else []
-        )
+        others = list(self.denoiser.active_adapters()) if hasattr(self.denoiser, "peft_config") else []
         self.denoiser.add_adapter(config, adapter_name=ADAPTER)
         self._layers: list[Any] = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
         for layer in self._layers:
-            layer.set_adapter([*others, ADAPTER])  # the denoiser's own method would set their scales back to 1
+            layer.set_adapter([*others, ADAPTER])  # the denoiser's set_adapter would reset their scales to 1
         for name, weight in self.denoiser.named_parameters():
             weight.requires_grad_(f".{ADAPTER}." in name)
+        self._initialize(rank, seed)
+
+    def _initialize(self, rank: int, seed: int) -> None:
         with torch.no_grad():
             for place, (name, weight) in enumerate(self.weights.items()):
                 weight.data = weight.data.float()
                 if "lora_A" in name:
-                    drawn = torch.randn(weight.shape, generator=generator_of(seed, "lora", place))
-                    weight.copy_(drawn / rank)
+                    weight.copy_(torch.randn(weight.shape, generator=generator_of(seed, "lora", place)) / rank)
 
     def _attention(self) -> tuple[str, ...]:
         kinds = {name.rpartition(".")[2] for name, _ in self.denoiser.named_modules()}
@@ -108,20 +109,16 @@ class LoRA:
         """The trained parameters by their names in the denoiser."""
         return {name: weight for name, weight in self.denoiser.named_parameters() if f".{ADAPTER}." in name}
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Without this adapter: the pipeline as it was before, other adapters included."""
-        with self.scaled(0.0):
-            yield
+    def off(self) -> AbstractContextManager[None]:
+        """Context without this adapter; other adapters stay active."""
+        return self.scaled(0.0)
 
-    @contextmanager
-    def scaled(self, factor: float) -> Iterator[None]:
-        """With this adapter's scale times `factor`."""
-        with self._at([{**s, ADAPTER: s[ADAPTER] * factor} if ADAPTER in s else s for s in self._scales()]):
-            yield
+    def scaled(self, factor: float) -> AbstractContextManager[None]:
+        """Context with this adapter's scale times `factor`."""
+        return self._at([{**s, ADAPTER: s[ADAPTER] * factor} if ADAPTER in s else s for s in self._scales()])
 
     def checkpoint(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function, and for the backward pass again, with the adapters' scales as they are now."""
+        """Call a function with gradient checkpointing; its second run sees the adapters' scales of the first."""
         scales = self._scales()
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -144,39 +141,37 @@ class LoRA:
                 layer.scaling.update(scale)
 
     def remove(self) -> None:
-        """Take the adapter off the pipeline."""
+        """Remove the adapter from the pipeline."""
         self.denoiser.delete_adapters(ADAPTER)
 
     # ----------------------------------------------------------------------------------------- files
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the weights, by the names that diffusers' files have."""
+        """Return a copy of the weights by their names in diffusers' files."""
         return {self._stored(name): w.detach().clone() for name, w in self.weights.items()}
 
     def load(self, state: Mapping[str, Tensor], *, source: str = "the checkpoint") -> None:
-        """Take weights back.
+        """Copy weights of `state()` into the adapter.
 
         Raises:
-            WeightsError: they are of another adapter.
+            WeightsError: the weights are of an adapter with another rank or other layers.
         """
         expected = {self._stored(name): weight for name, weight in self.weights.items()}
-        wrong = {n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape}
-        wrong |= expected.keys() ^ state.keys()
-        if wrong:
+        if {n: w.shape for n, w in expected.items()} != {n: w.shape for n, w in state.items()}:
             raise WeightsError(
-                f"weights: {source} is of another adapter: {len(wrong)} names missing, unknown or of another shape "
-                f"(first: {min(wrong)}); rank and target_modules must be those that it was trained with"
+                f"weights: {source} is of another adapter, with other names or shapes; pass the rank and "
+                "target_modules that it was trained with"
             )
         with torch.no_grad():
             for name, weight in expected.items():
                 weight.copy_(state[name])
 
     def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
-        """Write `pytorch_lora_weights.safetensors`, whole or not at all, for `pipe.load_lora_weights(folder)`.
+        """Write the weights for `pipe.load_lora_weights(folder)`, atomically.
 
         Args:
-            folder: where to put it.
-            state: of `state()`; None is what the weights are now.
+            folder: target folder.
+            state: weights of `state()`; None for the current ones.
         """
         config = self.denoiser.peft_config[ADAPTER].to_dict()
         metadata = {f"{self.prefix}.{name}": _plain(value) for name, value in config.items()}
@@ -189,21 +184,14 @@ class LoRA:
         return folder / FILE
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        """What `write` wrote."""
+        """Read the weights that `write` wrote."""
         return read_weights(folder / FILE)
 
     def _stored(self, name: str) -> str:
         return f"{self.prefix}.{name.replace(f'.{ADAPTER}.', '.')}"
 
 
-def _freeze(pipe: Any) -> None:
-    for module in pipe.components.values():
-        if isinstance(module, nn.Module):
-            module.requires_grad_(False).eval()
-
-
 def _plain(value: Any) -> Any:
-    """A setting of peft's as JSON has it."""
     if isinstance(value, set | frozenset):
         return sorted(value)
     return value if value is None or isinstance(value, bool | int | float | str | list | dict) else str(value)

@@ -1,10 +1,10 @@
-"""Gradients to weights: the optimizer, its learning rate, the moving average, the sum over processes."""
+"""From gradients to weights: optimizer, learning rate schedule, EMA, reduction over processes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,16 @@ from torch import Tensor
 
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.lora import LoRA
-from aigiqa_reward.training.fit import WeightAverage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-
 MOST_SKIPPED = 20
-"""Steps in a row that fp16 may skip. Chosen here: each halves the scale of the gradients, from 2^16 down to below 1."""
+"""Consecutive steps that fp16 may skip: each halves the gradient scale, from 2^16 down to below 1."""
 
 
 class FinetuningError(RuntimeError):
-    """A training that cannot go on. What it had is on disk.
+    """A training that cannot continue; its weights are on disk.
 
     Example:
         >>> from aigiqa_reward import load_embedded_pipeline
@@ -32,92 +30,103 @@ class FinetuningError(RuntimeError):
         >>> def broken(images, prompts):
         ...     return images.mean(dim=(1, 2, 3)) * float("nan")
         >>> pipe, prompts = load_embedded_pipeline(), ["a red apple on a blue background"]
-        >>> settings = FinetuneConfig(max_train_steps=1, train_batch_size=1, sampling={"num_inference_steps": 1})
+        >>> config = FinetuneConfig(max_train_steps=1, train_batch_size=1, sampling={"num_inference_steps": 1})
         >>> try:
-        ...     finetune(pipe, broken, prompts, DRaFT(), "broken/", settings, holdout=None, progress=False)
+        ...     finetune(pipe, broken, prompts, DRaFT(), "broken/", config, progress=False)
         ... except FinetuningError as error:
         ...     print("nan" in str(error).lower())
         True
     """
 
 
-def accelerator_of(settings: FinetuneConfig, folder: Path, device: torch.device, report_to: str | None) -> Accelerator:
-    """Device, precision and processes of a training.
+def accelerator_of(config: FinetuneConfig, folder: Path, device: torch.device, report_to: str | None) -> Accelerator:
+    """Create the accelerator of a training.
 
     Raises:
-        ValueError: fp16 on a CPU, which scales no gradients; an optimizer that is not installed.
+        ValueError: fp16 on a CPU, where no gradients are scaled, or an optimizer that is not installed.
     """
-    if settings.mixed_precision == "fp16" and device.type == "cpu":
-        raise ValueError("mixed_precision: fp16 is not for the CPU; take 'bf16' or 'no'")
-    if settings.use_8bit_adam:
-        _adamw_8bit()  # refused before anything is sampled
+    if config.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision: expected bf16 or no on a CPU, got fp16; pass mixed_precision='bf16'")
+    if config.use_8bit_adam:
+        _adamw_8bit()  # a missing package must raise before anything is sampled
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
-    # Accelerate refuses a second precision in one process: forget that of an earlier training, not the processes.
-    if AcceleratorState._shared_state.get("_mixed_precision") not in (None, settings.mixed_precision):
+    # Accelerate refuses a second precision in one process: forget the earlier one, but not the processes.
+    if AcceleratorState._shared_state.get("_mixed_precision") not in (None, config.mixed_precision):
         AcceleratorState._reset_state()
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=settings.mixed_precision,
-        # The loop adds up parts itself; a number that `accelerate launch` was given would divide its losses again.
+        mixed_precision=config.mixed_precision,
+        # The trainer accumulates by itself; a number from `accelerate launch` would divide the losses again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
-        # A cast that was cached under no_grad, in the steps before the last K, would cut the gradient off.
+        # A cast cached under no_grad, in the steps before the last K, would cut off the gradient.
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
 
 
 class Optimization:
-    """AdamW on the adapter's weights.
+    """AdamW on the adapter's weights, with learning rate schedule and EMA.
 
-    The adapter is not wrapped for distributed training: its gradients are few and come from several calls of the
-    denoiser, so they are summed over the processes once a step.
+    The adapter is not wrapped for distributed training: its gradients are small and come from several calls of the
+    denoiser, so they are summed over the processes once per step.
 
     Args:
-        lora: what to train.
+        lora: adapter to train.
         accelerator: device, precision and processes.
-        settings: of the training.
-        learning_rate: the highest.
+        config: settings of the training.
+        learning_rate: peak learning rate.
     """
 
-    def __init__(self, lora: LoRA, accelerator: Accelerator, settings: FinetuneConfig, learning_rate: float) -> None:
+    def __init__(self, lora: LoRA, accelerator: Accelerator, config: FinetuneConfig, learning_rate: float) -> None:
         from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
 
-        self.lora, self.accelerator, self.settings = lora, accelerator, settings
+        self.accelerator, self.config = accelerator, config
         self.weights = list(lora.weights.values())
-        kind = _adamw_8bit() if settings.use_8bit_adam else torch.optim.AdamW
-        self.inner: torch.optim.Optimizer = kind(self.weights, lr=learning_rate, weight_decay=settings.weight_decay)
+        kind = _adamw_8bit() if config.use_8bit_adam else torch.optim.AdamW
+        self.inner: torch.optim.Optimizer = kind(self.weights, lr=learning_rate, weight_decay=config.weight_decay)
         self.rates = get_scheduler(
-            settings.lr_scheduler,
+            config.lr_scheduler,
             self.inner,
-            num_warmup_steps=settings.lr_warmup_steps,
-            num_training_steps=settings.max_train_steps,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
         )
         self.optimizer: Any = accelerator.prepare(self.inner)
-        self.average = WeightAverage(lora.denoiser, settings.ema_decay)
+        # By default the first update would replace the average; with -1 the decay of update n is (1 + n) / (10 + n).
+        self.ema = EMAModel(self.weights, decay=config.ema_decay, update_after_step=-1) if config.ema_decay else None
         self._skipped = 0
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         return float(self.rates.get_last_lr()[0])
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The mixed precision of denoiser and decoder."""
-        return self.accelerator.autocast() if self.settings.mixed_precision != "no" else nullcontext()
+        """Context with the mixed precision of denoiser and decoder."""
+        return self.accelerator.autocast() if self.config.mixed_precision != "no" else nullcontext()
 
-    def averaged(self) -> AbstractContextManager[Any]:
-        """The adapter with the moving average in place of its weights, where there is one."""
-        return self.average.applied(self.lora.denoiser) if self.average.weights else nullcontext()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context with the EMA in place of the adapter's weights, if there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.weights)
+        self.ema.copy_to(self.weights)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.weights)
 
     def gather(self, *, finite: bool, asked: bool) -> bool:
-        """Sum the gradients of all processes; whether somebody asked to stop.
+        """Sum the gradients of all processes, and return whether any process was asked to stop.
 
         Args:
-            finite: whether this process's losses were.
+            finite: whether this process's losses were finite.
             asked: whether this process was asked to stop.
 
         Raises:
@@ -135,12 +144,12 @@ class Optimization:
         return bool(flags[1] > 0)
 
     def step(self) -> float:
-        """Take a step with the gradients that there are, and drop them; their length before clipping.
+        """Take an optimizer step, and return the gradient norm before clipping.
 
         Raises:
-            FinetuningError: it is NaN or infinite, which only fp16 may be, whose scale is then lowered.
+            FinetuningError: the norm is NaN or infinite, which only fp16 may be, where it lowers the gradient scale.
         """
-        norm = self.accelerator.clip_grad_norm_(self.weights, self.settings.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.weights, self.config.max_grad_norm)
         length = math.nan if norm is None else float(norm)
         if not math.isfinite(length) and self.accelerator.scaler is None:
             raise FinetuningError(f"the gradient became NaN or infinite; {self._remedy()}")
@@ -152,11 +161,12 @@ class Optimization:
             raise FinetuningError(f"the gradient was NaN or infinite {self._skipped} times in a row; {self._remedy()}")
         if not skipped:
             self.rates.step()
-            self.average.update(self.lora.denoiser)
+            if self.ema is not None:
+                self.ema.step(self.weights)
         return length
 
     def means(self, numbers: Mapping[str, list[Tensor]]) -> dict[str, float]:
-        """Means over the parts and processes of what was measured."""
+        """Average logged numbers over the batches of a step and over processes."""
         names = sorted(numbers)
         means: Any = torch.stack([torch.stack(numbers[name]).mean() for name in names])
         if self.accelerator.num_processes > 1:
@@ -165,28 +175,29 @@ class Optimization:
 
     # ----------------------------------------------------------------------------------------- checkpoints
 
-    def numbers(self) -> dict[str, Any]:
-        """What a checkpoint needs beside weights and moments, as JSON has it."""
+    def state(self) -> dict[str, Any]:
+        """Return the state of optimizer, learning rate, EMA and gradient scaler, for `torch.save`."""
         scaler = self.accelerator.scaler
         return {
-            "rates": {name: value for name, value in self.rates.state_dict().items() if name != "lr_lambdas"},
-            "average_steps": self.average.steps,
-            "scaler": {} if scaler is None else scaler.state_dict(),
+            "optimizer": self.inner.state_dict(),
+            "lr_scheduler": self.rates.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
         }
 
-    def restore(self, numbers: Mapping[str, Any], average: Mapping[str, Tensor]) -> None:
-        """Go on from `numbers` and the moving average of a checkpoint."""
-        self.average.weights = {name: tensor.to(self.weights[0].device) for name, tensor in average.items()}
-        self.average.steps = numbers["average_steps"]
-        self.rates.load_state_dict({**numbers["rates"], "lr_lambdas": [None] * len(self.inner.param_groups)})
-        for group, rate in zip(self.inner.param_groups, self.rates.get_last_lr(), strict=True):
-            group["lr"] = rate
-        if self.accelerator.scaler is not None and numbers["scaler"]:
-            self.accelerator.scaler.load_state_dict(numbers["scaler"])
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.inner.load_state_dict(state["optimizer"])
+        self.rates.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.weights[0].device)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _remedy(self) -> str:
-        text = f"lower learning_rate ({self.learning_rate:g}) or max_grad_norm ({self.settings.max_grad_norm:g})"
-        return f"{text}, and take mixed_precision='bf16'" if self.settings.mixed_precision == "fp16" else text
+        text = f"lower learning_rate ({self.learning_rate:g}) or max_grad_norm ({self.config.max_grad_norm:g})"
+        return f"{text}, and take mixed_precision='bf16'" if self.config.mixed_precision == "fp16" else text
 
 
 def _adamw_8bit() -> Any:

@@ -1,70 +1,67 @@
-"""Images of the same prompts and seeds again and again during a training, judged by the trained reward and another."""
+"""Validation of a training: images of fixed prompts and seeds, scored by the trained and a held-out reward."""
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.compact import CompactImageTower, load_image_tower
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.reporting import draw_validation
 from aigiqa_reward.finetuning.results import PER_IMAGE, SHOWN_PROMPTS, SHOWN_SEEDS, ValidationResult, picture_file
-from aigiqa_reward.models.base import check_prompts
+from aigiqa_reward.images import finite_rows, resize
+from aigiqa_reward.rewards.bound import BoundReward, device_of
 from aigiqa_reward.rewards.factory import create_reward
 from aigiqa_reward.rewards.reward import Reward
-from aigiqa_reward.rewards.scorer import Scorer, device_of
 from aigiqa_reward.rewards.specs import TOWER_FILES
-from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput
-from aigiqa_reward.utils.checks import check_reward, integer
+from aigiqa_reward.types import RewardFunction
+
+# --------------------------------------------------------------------------------------------- measures
 
 _END = 0.5 / 255
-"""Values as near to 0 or 1 as this, or beyond, are the first or the last of 8 bits."""
+"""Distance from 0 or 1 within which a value becomes the first or last of 8 bits."""
 
 _SIDE = 224
 """Side in px of the square in which the tower compares images: that of its training."""
 
 
 def saturation(decoded: Tensor) -> Tensor:
-    """Share in [0, 1] of pixel values at the ends of the range or beyond; (B, 3, H, W) as decoded, before clamping.
+    """Return the share (B,) of pixel values at the ends of the range, of images (B, 3, H, W) before clamping.
 
-    An overdriven decoder is how images most often cheat a reward: burnt colors, hard outlines.
+    Overdriven decoders are the most frequent form of reward hacking: burnt colors, hard outlines.
     """
     return ((decoded <= _END) | (decoded >= 1 - _END)).double().flatten(1).mean(dim=1)
 
 
 def chroma(images: Tensor) -> Tensor:
-    """Mean distance from gray of images (B, 3, H, W) in [0, 1]: of (R - G, (R + G) / 2 - B).
+    """Return the mean length (B,) of the opponent colors (R - G, (R + G) / 2 - B) of images (B, 3, H, W).
 
-    The opponent colors of Hasler & Süsstrunk 2003, "Measuring Colorfulness in Natural Images".
+    Hasler & Süsstrunk 2003, "Measuring Colorfulness in Natural Images".
     """
     red, green, blue = images.double().unbind(dim=1)
     return torch.hypot(red - green, (red + green) / 2 - blue).flatten(1).mean(dim=1)
 
 
 def contrast(images: Tensor) -> Tensor:
-    """Standard deviation over an image's luma (Rec. 601); (B, 3, H, W) in [0, 1]."""
+    """Return the standard deviation (B,) of the luma (Rec. 601) of images (B, 3, H, W)."""
     red, green, blue = images.double().unbind(dim=1)
     return (0.299 * red + 0.587 * green + 0.114 * blue).flatten(1).std(dim=1, correction=0)
 
 
 class Looks:
-    """What images show, as vectors to be compared: the embedded image tower's features.
+    """Feature vectors of images, from the embedded image tower, to measure how much images differ.
 
-    Chosen because they are always there and cheap (EfficientNet-Lite0, 0.4 GFLOP an image), and because they change
-    with what is shown rather than with pixels: noise laid over equal images does not pass for variety, as it would
-    with a distance of pixels.
+    The tower needs no download and little compute (EfficientNet-Lite0, 0.4 GFLOP per image). Unlike a distance between
+    pixels it does not count noise as diversity.
 
     Args:
-        device: where to compute.
+        device: device of the tower.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -77,285 +74,182 @@ class Looks:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, width) float32 of unit length, of images (B, 3, H, W) in [0, 1]."""
+        """Return features (B, width) float32 of unit length, of images (B, 3, H, W) in [0, 1]."""
         device = next(self.tower.parameters()).device
-        squares = pixels.resize(images.to(device).float(), (_SIDE, _SIDE))
+        squares = resize(images.to(device).float(), (_SIDE, _SIDE))
         return F.normalize(self.tower(squares).pooled.float(), dim=1)
 
 
 def diversity(looks: Tensor) -> float:
-    """Mean cosine distance in [0, 2] over the pairs of n images of one prompt; NaN for fewer than two.
-
-    Args:
-        looks: (n, width) of unit length.
-    """
+    """Return the mean cosine distance in [0, 2] over all pairs of unit vectors (n, width); NaN for fewer than two."""
     count = len(looks)
     if count < 2:
         return float("nan")
     first, second = torch.triu_indices(count, count, offset=1)
-    # Half the square of the difference is the cosine distance of unit vectors, and 0 for equal ones to the last bit.
+    # Half the squared difference is the cosine distance of unit vectors, and exactly 0 for equal ones.
     return float(((looks[first] - looks[second]).double().square().sum(dim=1) / 2).mean())
 
 
-def colors(images: Tensor, decoded: Tensor) -> Mapping[str, Tensor]:
-    """The measures of single images: what a file shows, (B, 3, H, W) in [0, 1], and what the decoder gave."""
-    return {"saturation": saturation(decoded), "chroma": chroma(images), "contrast": contrast(images)}
-
+# --------------------------------------------------------------------------------------------- the held-out reward
 
 CANDIDATES = ("compact", "mst_clipiqa", "tsp_mgs", "sc_agiqa", "cpa_iqa", "ma_agiqa")
-"""Embedded systems that may be held out, the first that the trained reward does not use is. Chosen here: the two that
-agree best with people and cost least stand first, then by cost."""
+"""Embedded systems in the order in which they are held out: the two cheapest that agree best with people, then by cost.
+"""
 
 
-_HOLDERS = ("__self__", "__func__", "func", "args", "keywords")
-"""What a bound method and a `functools.partial` keep."""
+def default_holdout(reward: RewardFunction, device: torch.device | None = None) -> Reward:
+    """Create an embedded system that is not trained on, whose total is quality alone.
 
-
-class QualityAlone:
-    """A reward's quality as the total; its correspondence is told beside and counts for nothing.
-
-    Quality of an embedded system does not depend on the prompt, so no text branch has a say.
-
-    Args:
-        reward: an embedded system.
-    """
-
-    def __init__(self, reward: Reward) -> None:
-        self.reward = reward
-
-    @property
-    def name(self) -> str:
-        """The system's name in the zoo."""
-        return self.reward.name
-
-    @property
-    def device(self) -> torch.device:
-        """Where images must be."""
-        return self.reward.device
-
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
-        """As the reward does, for its correspondence."""
-        return self.reward.encode_prompts(prompts)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None = None) -> RewardOutput:
-        """Scores (B,) of images (B, 3, H, W) in [0, 1]; `total` is the quality."""
-        output = self.reward(images, prompts)
-        return RewardOutput(total=output.quality, quality=output.quality, correspondence=output.correspondence)
-
-
-def default_holdout(reward: Any, device: torch.device | None = None) -> QualityAlone:
-    """A second embedded system, offline, to judge what is trained on `reward`.
-
-    It is `compact`; `mst_clipiqa` where that is the trained one; for a composite of both the next one.
-
-    What it can see: an image that only the trained head likes. Every system has a head of its own, fitted apart.
-    What it cannot see: correspondence, since all embedded systems read prompts with one text tower, whose faults they
-    share; pictures that have become good and no longer show the prompt keep their held-out reward. Its correspondence
-    stands beside in the figures, and no decision uses it. Nor does it see what deceives the image tower
-    (EfficientNet-Lite0) that they share as well, `compact` beside a second one. A reward of your own, by people's
-    preferences or on other towers, sees more.
+    It is `compact`, or the first of CANDIDATES that is not part of the trained reward. It detects images that only the
+    trained head likes, since every system has its own head. It does not detect a loss of correspondence, since all
+    embedded systems share one text tower: its correspondence is reported, but does not enter the total. Nor does it
+    detect what exploits a shared image tower. A reward from human preferences or on other towers detects more.
 
     Args:
-        reward: the trained reward. Every Reward within a module (a CompositeReward, a wrapper of your own) is found,
-            and what a function or an object of yours refers to.
-        device: where to put the second system, where the trained reward does not say on which it is.
-
-    Returns:
-        The second system, on the trained reward's device.
+        reward: the trained reward. The embedded systems in a module (a CompositeReward, a wrapper module) are found,
+            those that a plain function calls are not: pass `holdout` for such a function.
+        device: device for the system if the trained reward names none.
 
     Raises:
         ValueError: the trained reward uses every embedded system.
     """
-    used = {part.name for part in _rewards_in(reward)}
+    parts = reward.modules() if isinstance(reward, nn.Module) else ()
+    used = {part.name for part in parts if isinstance(part, Reward)}
     left = [name for name in CANDIDATES if name not in used]
     if not left:
         raise ValueError(
-            "holdout: the trained reward uses every embedded system, so that none is left to be held out; pass a "
-            "reward or a function f(images, prompts) of your own as holdout"
+            "holdout: expected an embedded system that the trained reward does not use, and it uses all of them; pass "
+            "another reward or function f(images, prompts) as holdout"
         )
-    return QualityAlone(create_reward(left[0], device=device_of(reward) or device))
+    device = device_of(reward) or device
+    return create_reward(left[0], quality_weight=1.0, correspondence_weight=0.0, device=device)
 
 
-def _rewards_in(found: Any, depth: int = 3) -> Iterator[Reward]:
-    """Rewards that are part of a module, or that a function or another object refers to."""
-    if isinstance(found, nn.Module):
-        yield from (part for part in found.modules() if isinstance(part, Reward))
-    elif depth and not (inspect.ismodule(found) or inspect.isclass(found)):
-        for other in _referred_to(found):
-            yield from _rewards_in(other, depth - 1)
-
-
-def _referred_to(found: Any) -> list[Any]:
-    if isinstance(found, list | tuple | set):
-        return list(found)
-    if isinstance(found, dict):
-        return list(found.values())
-    others = [*getattr(found, "__dict__", {}).values(), *(getattr(found, name, None) for name in _HOLDERS)]
-    if inspect.isfunction(found):
-        seen = inspect.getclosurevars(found)
-        others += [*seen.nonlocals.values(), *seen.globals.values()]
-    return others
-
+# --------------------------------------------------------------------------------------------- validation
 
 TILE = 256
-"""Longer side in px above which images are scaled down for the pictures; chosen here, sharp enough to be judged."""
+"""Longer side in px above which thumbnails are scaled down."""
 
 
 class Validation:
-    """Makes and judges the validation images.
+    """Samples and scores the validation images.
 
     Image j of a prompt is `pipe(prompt, generator=torch.Generator("cpu").manual_seed(j), **pipe_kwargs)` with the
-    adapter as it stands, whatever was drawn in training, in every validation and however many processes share the work.
+    current adapter, in every validation and for any number of processes.
 
     Args:
-        tools: the pipeline's parts, the trained reward, the processes.
-        prompts: to validate on; none of them should be trained on.
-        seeds: images a prompt. From two on there is a diversity.
-        holdout: a Reward or any RewardFunction that is not trained on, judged by its total; None is `default_holdout`.
-        folder: where the main process writes each result and its picture (`ValidationResult.write`, `draw_validation`);
-            None writes nothing.
-        batch_size: images made and scored at a time.
-
-    Raises:
-        TypeError: prompts or counts of another type, a holdout that cannot be called.
-        ValueError: no prompts, a blank one, or no images.
+        context: pipeline, trained reward and processes of the training.
+        prompts: validation prompts, which should not be trained on.
+        holdout: a Reward or any RewardFunction that is not trained on.
+        seeds: images per prompt; diversity needs at least two.
+        folder: folder in which the main process writes each result and its picture; None writes nothing.
+        batch_size: images sampled and scored at a time.
     """
 
     def __init__(
         self,
-        tools: TrainingContext,
+        context: TrainingContext,
         prompts: Sequence[str],
+        holdout: RewardFunction,
         *,
         seeds: int = 4,
-        holdout: RewardFunction | None = None,
-        folder: str | Path | None = None,
+        folder: Path | None = None,
         batch_size: int = 4,
     ) -> None:
-        check_prompts(prompts)
-        self.tools = tools
+        self.context = context
         self.prompts = tuple(prompts)
-        self.seeds = integer("seeds", seeds, least=1)
-        self.batch_size = integer("batch_size", batch_size, least=1)
-        self.holdout: Any = default_holdout(tools.reward) if holdout is None else check_reward(holdout)
-        self.folder = None if folder is None else Path(folder)
-        self._judge = Scorer(self.holdout, batch_size=self.batch_size)
-        self._looks = Looks(tools.accelerator.device)
+        self.holdout = BoundReward(holdout)
+        self.seeds = seeds
+        self.folder = folder
+        self.batch_size = batch_size
+        self._looks = Looks(context.accelerator.device)
 
     @torch.no_grad()
     def run(self, step: int) -> ValidationResult:
-        """Make and judge all images as the weights are now; equal in all processes.
+        """Sample and score all images with the current weights; every process must call it and gets the same result.
 
-        Every process has to call this. Images with NaN or infinite pixels have NaN scores and are counted.
+        Images with NaN or infinite pixels are counted, and have NaN scores.
 
         Args:
-            step: steps of the optimizer so far; 0 before the first.
+            step: optimizer steps taken so far.
         """
+        from accelerate.utils import gather_object
+
         began = time.perf_counter()
-        count, processes = len(self.prompts) * self.seeds, self.tools.accelerator.num_processes
-        share = -(-count // processes)
-        # All take equally many, so that they can be gathered; a last round begins anew and is dropped.
-        own = [(self.tools.accelerator.process_index + i * processes) % count for i in range(share)]
-        numbers, tiles = [], []
-        for start in range(0, share, self.batch_size):
-            images, measured = self._batch(own[start : start + self.batch_size])
-            numbers.append(measured)
-            tiles.append(_tiles(images))
-        rows = self._gathered(torch.cat(numbers), count)
-        shown = [p * self.seeds + s for p in range(len(self.prompts))[:SHOWN_PROMPTS] for s in range(self._shown_seeds)]
-        pictures = self._gathered_pictures(torch.cat(tiles), shown, count)
-        result = self._result(step, rows, pictures, began)
-        if self.folder is not None and self.tools.accelerator.is_main_process:
+        accelerator = self.context.accelerator
+        rows = range(accelerator.process_index, len(self.prompts) * self.seeds, accelerator.num_processes)
+        judged = [self._judged(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
+        images = sorted(gather_object([image for batch in judged for image in batch]), key=lambda image: image[0])
+        result = self._result(step, np.stack([image[1] for image in images]), [image[2] for image in images], began)
+        if self.folder is not None and accelerator.is_main_process:
             result.write(self.folder)
             draw_validation(result, picture_file(self.folder, step))
         return result
 
-    @property
-    def _shown_seeds(self) -> int:
-        return min(self.seeds, SHOWN_SEEDS)
-
-    # ----------------------------------------------------------------------------------------- one batch
-
     def images(self, rows: Sequence[int]) -> Tensor:
-        """Images (B, 3, H, W) as decoded, not clamped; row r is seed r % seeds of prompt r // seeds."""
-        prompts = [self.prompts[row // self.seeds] for row in rows]
+        """Sample images (B, 3, H, W), not clamped; row r is seed r % seeds of prompt r // seeds."""
         generators = [torch.Generator("cpu").manual_seed(row % self.seeds) for row in rows]
-        rollout = self.tools.rollout
+        rollout = self.context.rollout
         with torch.no_grad():
-            return rollout.decode(rollout.run(rollout.start(self.tools.encode(prompts), generators)).latents)
+            state = rollout.start(self.context.encode(self._prompts_of(rows)), generators)
+            return rollout.decode(rollout.run(state).latents)
 
-    def _batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [0, 1], and (B, len(PER_IMAGE) + width) their numbers and looks, float64, CPU."""
+    def _prompts_of(self, rows: Sequence[int]) -> list[str]:
+        return [self.prompts[row // self.seeds] for row in rows]
+
+    def _judged(self, rows: Sequence[int]) -> list[tuple[int, np.ndarray, np.ndarray | None]]:
+        """Return for each row its place, its numbers and features (NaN if not finite), and its thumbnail if shown."""
         decoded = self.images(rows).float()
-        whole = decoded.isfinite().flatten(1).all(dim=1)
-        images = decoded.clamp(0, 1)
-        table = torch.full((len(rows), len(PER_IMAGE) + self._looks.width), float("nan"), dtype=torch.float64)
-        if bool(whole.any()):
-            kept = images[whole]
-            prompts = [self.prompts[row // self.seeds] for row, fine in zip(rows, whole.tolist(), strict=True) if fine]
-            trained, held = self.tools.score(kept, prompts), self._judge.score(kept, prompts)
-            named = {"reward": trained.total, "quality": trained.quality, "correspondence": trained.correspondence}
-            named |= {"holdout": held.total, "holdout_correspondence": held.correspondence}
-            named |= colors(kept, decoded[whole])
-            columns = [_column(named[name], len(kept)) for name in PER_IMAGE]
-            table[whole.cpu()] = torch.cat([torch.stack(columns, dim=1), self._looks(kept).double().cpu()], dim=1)
-        return images, table
+        images, fine = decoded.clamp(0, 1), finite_rows(decoded)
+        table = np.full((len(rows), len(PER_IMAGE) + self._looks.width), np.nan)
+        if bool(fine.any()):
+            prompts = [prompt for prompt, kept in zip(self._prompts_of(rows), fine.tolist(), strict=True) if kept]
+            table[fine.cpu().numpy()] = self._measured(images[fine], decoded[fine], prompts)
+        tiles = _tiles(images)
+        return [(row, table[i], tiles[i] if self._shown(row) else None) for i, row in enumerate(rows)]
 
-    def _result(self, step: int, rows: Tensor, pictures: Tensor, began: float) -> ValidationResult:
+    def _measured(self, images: Tensor, decoded: Tensor, prompts: list[str]) -> np.ndarray:
+        trained, held = self.context.bound.score(images, prompts), self.holdout.score(images, prompts)
+        named = {
+            "reward": trained.total,
+            "quality": trained.quality,
+            "correspondence": trained.correspondence,
+            "holdout": held.total,
+            "holdout_correspondence": held.correspondence,
+            "saturation": saturation(decoded),
+            "chroma": chroma(images),
+            "contrast": contrast(images),
+        }
+        nothing = torch.full((len(images),), float("nan"))
+        found = [nothing if (values := named[name]) is None else values for name in PER_IMAGE]
+        columns = torch.stack([values.double().cpu() for values in found], dim=1)
+        return torch.cat([columns, self._looks(images).double().cpu()], dim=1).numpy()
+
+    def _shown(self, row: int) -> bool:
+        return row // self.seeds < SHOWN_PROMPTS and row % self.seeds < SHOWN_SEEDS
+
+    def _result(self, step: int, rows: np.ndarray, tiles: list[np.ndarray | None], began: float) -> ValidationResult:
         shape = len(self.prompts), self.seeds
-        numbers = {name: rows[:, i].reshape(shape).numpy() for i, name in enumerate(PER_IMAGE)}
-        looks = rows[:, len(PER_IMAGE) :].reshape(*shape, -1)
+        numbers = {name: rows[:, i].reshape(shape) for i, name in enumerate(PER_IMAGE)}
+        looks = torch.from_numpy(rows[:, len(PER_IMAGE) :]).reshape(*shape, -1)
         varied = [diversity(of_prompt[of_prompt.isfinite().all(dim=1)]) for of_prompt in looks]
-        height, width = pictures.shape[2:]
-        tiles = pictures.reshape(-1, self._shown_seeds, 3, height, width).permute(0, 1, 3, 4, 2).contiguous()
+        shown = np.stack([tile for tile in tiles if tile is not None])
         return ValidationResult(
             step=step,
             prompts=self.prompts,
             numbers=numbers,
             diversity=np.array(varied),
-            nonfinite=int((~rows[:, -1].isfinite()).sum()),
-            tiles=tiles.numpy(),
+            nonfinite=int(np.isnan(numbers["saturation"]).sum()),
+            tiles=shown.reshape(-1, min(self.seeds, SHOWN_SEEDS), *shown.shape[1:]),
             seconds=time.perf_counter() - began,
         )
 
-    # ----------------------------------------------------------------------------------------- processes
 
-    def _gathered(self, rows: Tensor, count: int) -> Tensor:
-        """Rows of all processes, in the order of the images."""
-        processes = self.tools.accelerator.num_processes
-        if processes == 1:
-            return rows
-        # Some devices know no float64, and 32 bits hold what these numbers mean.
-        every = self.tools.gather(rows.float().to(self.tools.accelerator.device)).double().cpu()
-        share = len(rows)
-        return torch.stack([every[row % processes * share + row // processes] for row in range(count)])
-
-    def _gathered_pictures(self, tiles: Tensor, shown: Sequence[int], count: int) -> Tensor:
-        """Tiles (N, 3, h, w) uint8 of the rows to be shown, of whichever process made them."""
-        processes, index = self.tools.accelerator.num_processes, self.tools.accelerator.process_index
-        if processes == 1:
-            return tiles[torch.tensor(shown)]
-        made = [[row for row in shown if row % processes == process] for process in range(processes)]
-        most = max(map(len, made))
-        own = torch.zeros((most, *tiles.shape[1:]), dtype=torch.uint8)
-        for place, row in enumerate(made[index]):
-            own[place] = tiles[row // processes]
-        every = self.tools.gather(own.to(self.tools.accelerator.device)).cpu()
-        places = {row: process * most + i for process, rows in enumerate(made) for i, row in enumerate(rows)}
-        return torch.stack([every[places[row]] for row in shown])
-
-
-def _column(values: Tensor | None, count: int) -> Tensor:
-    """(B,) float64 on the CPU, NaN where a reward does not say."""
-    if values is None:
-        return torch.full((count,), float("nan"), dtype=torch.float64)
-    return values.detach().double().cpu()
-
-
-def _tiles(images: Tensor) -> Tensor:
-    """Copies (B, 3, h, w) uint8 on the CPU, at most TILE px a side; NaN is black."""
+def _tiles(images: Tensor) -> np.ndarray:
+    """Return thumbnails (B, h, w, 3) uint8 of at most TILE px per side; NaN is black."""
     images = images.nan_to_num(nan=0.0, posinf=1.0, neginf=0.0)
     height, width = images.shape[2:]
     if max(height, width) > TILE:
         scale = TILE / max(height, width)
-        images = pixels.resize(images, (max(1, round(height * scale)), max(1, round(width * scale))))
-    return (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+        images = resize(images, (max(1, round(height * scale)), max(1, round(width * scale))))
+    return (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,12 +1,12 @@
-"""The contract every model keeps, and the base classes that hold the parts that are the same for all."""
+"""The contract of every model, and what all models share."""
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aigiqa_reward.types import Context, Images, PromptFeatures
 
 Seen: TypeAlias = Mapping[str, Tensor]
-"""What a model's towers see of a batch: named tensors, first dimension B."""
+"""The towers' features of a batch: named tensors, first dimension B."""
 
 
 class FullPrecision(nn.Module):
@@ -27,11 +27,27 @@ class FullPrecision(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FullPrecision:
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if moved.dtype in (torch.float16, torch.bfloat16):
-                return tensor.to(moved.device)
-            return moved
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
 
         return super()._apply(keep, recurse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Base of the models' settings, which checks them by their types.
+
+    Integers are at least 1, or at least 0 where that is the default; literals are listed ones; dropout is in [0, 1).
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, least = getattr(self, name), 0 if getattr(type(self), name) == 0 else 1
+            if hint is int and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ValueError(f"{name}: expected one of {get_args(hint)}, got {value!r}")
+            if name == "dropout" and not 0 <= value < 1:
+                raise ValueError(f"dropout: expected a probability in [0, 1), got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +68,12 @@ class ModelOutput:
 class QualityModel(nn.Module, ABC):
     """A quality model: images and encoded prompts in, raw quality and correspondence out.
 
-    A subclass gives `name`, `encode_texts` and `forward`; one whose scores need prompts for quality as well sets
-    `needs_prompts`; one with assistants lists in `context_names` what `prepare` returns. Row i of the output may depend
-    on image i and prompt i only.
+    Row i of the output may depend on image i and prompt i only.
+
+    Attributes:
+        name: the model's name.
+        needs_prompts: whether quality depends on the prompt.
+        context_names: names of the tensors that `prepare` returns.
     """
 
     name: str
@@ -63,7 +82,7 @@ class QualityModel(nn.Module, ABC):
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Features of P distinct texts, each tensor (P, ...), on the model's device."""
+        """Encode P distinct texts into tensors (P, ...) on the model's device."""
 
     @abstractmethod
     def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> ModelOutput:
@@ -71,26 +90,21 @@ class QualityModel(nn.Module, ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What is needed besides the weights to build this model again, as JSON."""
+        """Return what is needed besides the weights to build this model again, as JSON."""
 
     def prepare(self, images: Images, prompts: PromptFeatures | None) -> Context | None:
-        """What assistants say about a batch, to be held fixed in gradients; None where a model has none."""
+        """Return the assistants' outputs for a batch, which are fixed in gradients; None for a model without any."""
         del images, prompts
         return None
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
-        """Encode each distinct prompt once, without gradients.
-
-        Raises:
-            TypeError: if `prompts` is one string, or holds something else than strings.
-            ValueError: if it is empty or a prompt is blank.
-        """
+        """Encode each distinct prompt once, without gradients."""
         check_prompts(prompts)
         with torch.no_grad():
             return self.read_prompts(prompts)
 
     def read_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
-        """`encode_prompts` without its checks, and with gradients, for trainings of the text tower."""
+        """Encode prompts without checks and with gradients, for training a text tower."""
         texts, index = distinct_prompts(prompts)
         tensors = self.encode_texts(texts)
         device = next(iter(tensors.values())).device
@@ -98,7 +112,7 @@ class QualityModel(nn.Module, ABC):
 
 
 def distinct_prompts(prompts: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
-    """The distinct prompts in order of first appearance, and (B,) which of them each row has."""
+    """Return the distinct prompts in order of first appearance, and (B,) the index of each row's."""
     texts = tuple(dict.fromkeys(prompts))
     place = {text: i for i, text in enumerate(texts)}
     return texts, torch.tensor([place[prompt] for prompt in prompts])
@@ -111,46 +125,60 @@ class TrainedModel(QualityModel):
     stored, so that an epoch costs seconds. `forward_head` computes the scores from it.
 
     Attributes:
-        head: what is trained; every parameter of it.
-        crop_features: names of `forward_features`'s tensors whose second dimension counts crops; training draws some of them.
-        feature_settings: fields of the configuration that change what `forward_features` gives.
+        config: the settings.
+        head: the trained part.
+        crop_features: names of the features whose second dimension counts crops; training draws some of them.
+        feature_settings: fields of the configuration that change the features.
+        tower_roles: attribute of each tower, by its role.
+        assistant_roles: attributes of the assistants, which are not saved with a reward.
     """
 
+    config: Any
     head: Any
     crop_features: tuple[str, ...] = ()
     feature_settings: tuple[str, ...] = ()
+    tower_roles: ClassVar[Mapping[str, str]] = {}
+    assistant_roles: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """Return settings, towers and the names of assistants."""
+        towers = {role: getattr(self, attribute) for role, attribute in self.tower_roles.items()}
+        described: dict[str, Any] = {
+            "config": asdict(self.config),
+            "towers": {role: None if tower is None else tower.describe() for role, tower in towers.items()},
+        }
+        if self.assistant_roles:
+            described["assistants"] = [role for role in self.assistant_roles if getattr(self, role) is not None]
+        return described
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """Modules that take mean and deviation of the named tensor of `forward_features` from the training images."""
+        """Modules that take mean and std of a feature, by its name, over the training images."""
         return {}
 
     def start_at(self, quality: float, correspondence: float) -> None:
-        """Let a fresh head answer about the training images' mean scores, where that is a bias of it."""
+        """Set a fresh head's biases to the mean scores of the training images."""
         del quality, correspondence
 
     @abstractmethod
     def forward_features(
         self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
     ) -> Seen:
-        """What the towers see of a batch: named tensors, first dimension B.
+        """Compute the towers' features of a batch: named tensors, first dimension B.
 
         Args:
             images: (B, 3, H, W).
-            generator: draw crops from it, for training; None takes the evenly spaced ones.
-            crops: how many; None is the number scored with.
+            generator: source of random crops, for training; None takes evenly spaced ones.
+            crops: number of crops; None is the configured one.
         """
 
     def digest(self, seen: Seen) -> Seen:
-        """Add to `seen` what the head computes from the image alone; `forward_head` computes it where it is missing.
-
-        For a head whose work is mostly there, one digest serves several prompts.
-        """
+        """Add to `seen` what the head computes from the image alone, to share it between several prompts."""
         return seen
 
     @abstractmethod
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Raw scores of what `forward_features` saw."""
+        """Compute raw scores from the output of `forward_features` or `digest`."""
 
     def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> ModelOutput:
         """Run `forward_features`, then `forward_head`; without a context, prepare it without gradients."""
@@ -161,11 +189,11 @@ class TrainedModel(QualityModel):
 
 
 class Standardize(FullPrecision):
-    """(x - mean) / deviation of each channel over the training images; the identity until they are known.
+    """(x - mean) / std of each channel over the training images; the identity until `fit`.
 
     Args:
-        width: channels.
-        axis: dimension that counts them.
+        width: number of channels.
+        axis: dimension of the channels.
     """
 
     def __init__(self, width: int, *, axis: int = -1) -> None:
@@ -177,22 +205,27 @@ class Standardize(FullPrecision):
         self.deviation: Tensor
 
     def fit(self, rows: Tensor) -> None:
-        """Take mean and deviation from features of the training images."""
+        """Take mean and std from features of the training images."""
         flat = rows.movedim(self.axis, -1).flatten(0, -2).to(self.mean)
         self.mean.copy_(flat.mean(dim=0))
         deviation = flat.std(dim=0)
-        # A channel that is hardly ever active would be blown up to where nothing was learnt.
+        # Without the floor, a channel that is hardly ever active would dominate where it is.
         self.deviation.copy_(deviation + 0.1 * deviation.mean() + 1e-6)
 
     def forward(self, features: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Standardized features of the same shape."""
+        """Standardize features of any shape."""
         shape = [1] * features.ndim
         shape[self.axis] = -1
         return (features - self.mean.view(shape)) / self.deviation.view(shape)
 
 
 def check_prompts(prompts: object) -> None:
-    """Refuse what cannot be a list of prompts, saying which entry and why."""
+    """Refuse anything but a list of prompts that are not blank.
+
+    Raises:
+        TypeError: one string, or something else than strings.
+        ValueError: no prompts, or a blank one.
+    """
     if isinstance(prompts, str):
         raise TypeError(
             "prompts: expected a list with one prompt per image, got one string; "
@@ -214,21 +247,21 @@ def check_prompts(prompts: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One entry of the zoo: what a user should know before choosing it.
+    """Facts to know before choosing a reward.
 
     Attributes:
-        name: what `create_reward` calls it.
+        name: name for `create_reward`.
         title: the system's own name.
-        paper: where it was published.
+        paper: its publication.
         license: of the code here and of the weights.
-        scale: what 0 and 1 mean, and the range scores take.
-        input_size: what it does to an image, in pixels.
+        scale: meaning of 0 and 1, and the range of scores.
+        input_size: preprocessing of an image, in pixels.
         differentiable: whether pixel gradients exist.
-        gradient_path: what carries them, and what is held fixed.
-        needs_prompt: whether quality alone can be had without prompts.
-        weights: what `create_reward(name)` loads without further arguments.
+        gradient_path: modules that carry them, and what is fixed.
+        needs_prompt: whether quality depends on the prompt.
+        weights: weights that `create_reward(name)` loads.
         megabytes: size of the embedded weights, 0 where none are.
-        sha256: of each embedded file.
+        sha256: hash of each embedded file.
     """
 
     name: str
@@ -246,12 +279,7 @@ class ModelSpec:
 
 
 def check_context(context: object, names: tuple[str, ...], batch: int) -> None:
-    """Refuse what `prepare` cannot have returned for this many images.
-
-    Raises:
-        TypeError: not a mapping of tensors.
-        ValueError: unknown names, or rows for another number of images.
-    """
+    """Refuse a context that `prepare` cannot have returned for this model and this number of images."""
     if not isinstance(context, Mapping) or not all(isinstance(value, Tensor) for value in context.values()):
         raise TypeError(
             f"context: expected what reward.prepare(images, prompts) returned, got {type(context).__name__}"
@@ -261,11 +289,11 @@ def check_context(context: object, names: tuple[str, ...], batch: int) -> None:
     for name, value in context.items():
         if value.ndim == 0 or len(value) != batch:
             raise ValueError(
-                f"context: {name!r} has shape {tuple(value.shape)} for {batch} images; expected a row for each: "
+                f"context: {name!r} has shape {tuple(value.shape)} for {batch} images; expected one row per image: "
                 "call reward.prepare with these images"
             )
 
 
 def warn_ignored_context(name: str) -> None:
-    """Say that a model without assistants was given a context."""
+    """Warn that a model without assistants was given a context."""
     warnings.warn(f"context: {name} has no assistants; the context is ignored", UserWarning, stacklevel=3)

@@ -12,15 +12,14 @@ from aigiqa_reward.types import Images
 
 
 class GatedFusion(FullPrecision):
-    """Fuse a coarse and a fine embedding by a learned gate (MST-CLIPIQA).
+    """Fusion of a coarse and a fine embedding by a learned gate (MST-CLIPIQA).
 
-    g = sigmoid(W_g relu(W_h [f_c; f_f])), z = g * (W_c f_c) + (1 - g) * (W_f f_f), where the gate sees the embeddings
-    as they come in. Shapes: f_c (..., d_c), f_f (..., d_f), z and g (..., d).
+    g = sigmoid(W_g relu(W_h [f_c; f_f])), z = g * (W_c f_c) + (1 - g) * (W_f f_f).
 
     Args:
-        coarse: width d_c of the coarse embedding.
-        fine: width d_f of the fine embedding.
-        width: joint width d.
+        coarse: width of f_c.
+        fine: width of f_f.
+        width: width of z and g.
         hidden: width of the gate's hidden layer (128 in the source).
     """
 
@@ -34,16 +33,16 @@ class GatedFusion(FullPrecision):
     def forward(
         self, coarse: Float[Tensor, "*batch coarse"], fine: Float[Tensor, "*batch fine"]
     ) -> tuple[Float[Tensor, "*batch width"], Float[Tensor, "*batch width"]]:
-        """The fused embedding z and the gate g."""
+        """Compute z and g."""
         gate = torch.sigmoid(self.gate(F.relu(self.hidden(torch.cat([coarse, fine], dim=-1)))))
         return gate * self.coarse(coarse) + (1 - gate) * self.fine(fine), gate
 
 
 class PromptCrossAttention(FullPrecision):
-    """Attend from an image embedding to the words of its prompt through a low rank (MST-CLIPIQA's prompt branch).
+    """Low-rank attention from an image embedding to the words of its prompt (MST-CLIPIQA's prompt branch).
 
-    z' = z + alpha * W_o attention(W_q z, W_k T, W_v T) over the words T that `mask` keeps; alpha starts at 0,
-    so that an untrained branch changes nothing. The rank-r factorization is our inference; it keeps the branch small.
+    z' = z + alpha * W_o attention(W_q z, W_k T, W_v T) over the words T that `mask` keeps; alpha starts at 0, so that
+    an untrained branch changes nothing. The factorization of rank r is our inference; it keeps the branch small.
     """
 
     def __init__(self, width: int, words: int, *, rank: int = 32, heads: int = 8) -> None:
@@ -63,24 +62,22 @@ class PromptCrossAttention(FullPrecision):
         words: Float[Tensor, "batch length words"],
         mask: Bool[Tensor, "batch length"],
     ) -> Float[Tensor, "batch width"]:
-        """The image embedding with what its prompt adds."""
-        query = self._split(self.query(image)[:, None])
-        attended = F.scaled_dot_product_attention(
-            query, self._split(self.key(words)), self._split(self.value(words)), attn_mask=mask[:, None, None]
+        """Compute z'."""
+        query, key, value = (
+            sequence.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for sequence in (self.query(image)[:, None], self.key(words), self.value(words))
         )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
         return image + self.alpha * self.out(attended.transpose(1, 2).flatten(2)[:, 0])
-
-    def _split(self, sequence: Float[Tensor, "batch length rank"]) -> Float[Tensor, "batch heads length part"]:
-        return sequence.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class CrossAttention(FullPrecision):
     """Multi-head attention of full rank from one sequence to another: softmax(Q K' / sqrt(w)) V, then a projection.
 
     Args:
-        width: of the queries, the output and inside.
-        memory: width of the keys' and values' sequence.
-        heads: a divisor of `width` (8 in SC-AGIQA and MST-CLIPIQA).
+        width: width of the queries, the output and inside.
+        memory: width of the keys and values.
+        heads: number of heads, a divisor of `width` (8 in SC-AGIQA and MST-CLIPIQA).
     """
 
     def __init__(self, width: int, memory: int, *, heads: int = 8) -> None:
@@ -95,46 +92,46 @@ class CrossAttention(FullPrecision):
         memory: Float[Tensor, "batch length memory"],
         mask: Bool[Tensor, "batch length"],
     ) -> Float[Tensor, "batch queries width"]:
-        """What each query takes from the places of the memory that `mask` keeps."""
+        """Attend from each query to the places that `mask` keeps."""
         return self.attention(queries, memory, memory, key_padding_mask=~mask, need_weights=False)[0]
 
 
 class Experts(FullPrecision):
-    """A mixture of experts, of which a gate takes the best few for each row (MoER in SC-AGIQA, eq. 10).
+    """A mixture of experts, of which a gate takes the best few per row (MoER in SC-AGIQA, eq. 10).
 
-    y = sum over the top k of p_e f_e(h), p = softmax(gate(h)) renormalized over the k taken. Each expert, and the gate,
-    is width -> hidden -> out with a ReLU between; renormalizing is our inference.
+    y = sum over the top k of p_e f_e(h), p = softmax(gate(h)) renormalized over the k taken (the renormalization is
+    our inference). Each expert, and the gate, is width -> hidden -> out with a ReLU between.
 
     Args:
-        width: of h.
-        hidden: width of the experts' hidden layer.
-        experts: how many; 1 is a plain head.
-        top: how many of them answer for a row.
-        dropout: on the hidden layers.
+        width: width of h.
+        hidden: width of the hidden layers.
+        experts: number of experts; 1 is a plain head.
+        top: number of experts taken.
+        dropout: dropout of the hidden layers.
     """
 
     def __init__(self, width: int, hidden: int, *, experts: int = 4, top: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
         if not 1 <= top <= experts:
             raise ValueError(f"top: expected from 1 to experts={experts}, got {top}")
-        self.top = top
-        self.gate = self._layers(width, hidden, experts, dropout)
-        self.experts = nn.ModuleList(self._layers(width, hidden, 1, dropout) for _ in range(experts))
 
-    @staticmethod
-    def _layers(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, out))
+        def layers(out: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, out))
+
+        self.top = top
+        self.gate = layers(experts)
+        self.experts = nn.ModuleList(layers(1) for _ in range(experts))
 
     def start_at(self, mean: float) -> None:
-        """Let every expert answer about `mean`."""
+        """Set the bias of every expert."""
         for name, parameter in self.experts.named_parameters():
-            if name.endswith("3.bias"):  # of the last of the four layers
+            if name.endswith("3.bias"):  # of the last layer
                 nn.init.constant_(parameter, mean)
 
     def forward(
         self, h: Float[Tensor, "batch width"]
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch experts"]]:
-        """The weighted answer, and each expert's weight (0 for those not taken)."""
+        """Compute y, and each expert's weight (0 for those not taken)."""
         logits = self.gate(h)
         taken = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(self.top, dim=1).indices, True)
         weights = logits.masked_fill(~taken, -torch.inf).softmax(dim=1)
@@ -143,7 +140,7 @@ class Experts(FullPrecision):
 
 
 class LowRank(FullPrecision):
-    """A linear map of low rank that starts at zero: what an adapter adds to a frozen tower."""
+    """A linear map of low rank that starts at zero: an adapter of a frozen tower."""
 
     def __init__(self, width: int, out: int, rank: int) -> None:
         super().__init__()
@@ -152,19 +149,19 @@ class LowRank(FullPrecision):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
-        """(..., width) to (..., out)."""
+        """Map (..., width) to (..., out)."""
         return self.up(self.down(features))
 
 
 class Anchor(FullPrecision):
-    """What the similarity of image and prompt adds to a correspondence score: weight * s cos(e, t); s fixed.
+    """A term of the correspondence score from the similarity of image and prompt: weight * s cos(e, t); s fixed.
 
     Ours, not a paper's: on towers whose words and features are not aligned by a CLIP, cross-attention alone does not
-    learn from a few hundred prompts which picture shows what, and this term says it from the start.
+    learn from a few hundred prompts which image shows what; this term knows from the start.
     """
 
     SCALE = 4.0
-    """The deviation of a cosine on the compact towers is about a quarter: chosen here, so that s cos has order 1."""
+    """s: the std of a cosine on the compact towers is about a quarter, so that s cos has order 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +170,7 @@ class Anchor(FullPrecision):
     def forward(
         self, image: Float[Tensor, "batch width"], text: Float[Tensor, "batch width"]
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """The term, and the cosine similarity itself."""
+        """Compute the term, and the cosine similarity itself."""
         similarity = F.cosine_similarity(image, text.to(image.dtype), dim=1)
         return self.weight * self.SCALE * similarity, similarity
 
@@ -187,16 +184,15 @@ class ScoreHead(FullPrecision):
         self.out = nn.Linear(hidden, 1)
 
     def forward(self, embedding: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
-        """The score, unbounded."""
+        """Compute the score, unbounded."""
         return self.out(F.relu(self.hidden(embedding)))[..., 0]
 
 
 def color_histogram(images: Images, steps: int) -> Float[Tensor, "batch bins"]:
-    """Shares of the colors in each image (B, 3, H, W) on a grid of `steps` levels a channel: (B, steps^3), sum 1.
+    """Compute the shares of colors in images (B, 3, H, W) on `steps` levels per channel: (B, steps^3), sum 1.
 
-    A pixel's share is spread over the levels around it by a Gaussian whose deviation is half of their distance, so
-    that the histogram is smooth in the pixels; colors are averaged over a grid of 32 x 32 places first. Computed in
-    at least float32.
+    A pixel's share is spread over the levels by a Gaussian whose std is half of their distance, so that the histogram
+    is smooth in the pixels; colors are averaged over a grid of 32 x 32 places first. At least float32.
     """
     small = F.adaptive_avg_pool2d(images if images.dtype == torch.float64 else images.float(), 32).flatten(2)
     levels = torch.linspace(0, 1, steps, device=images.device, dtype=small.dtype)
@@ -208,12 +204,18 @@ def color_histogram(images: Images, steps: int) -> Float[Tensor, "batch bins"]:
 def level_probabilities(
     image: Float[Tensor, "batch width"], levels: Float[Tensor, "batch levels width"], scale: float
 ) -> Float[Tensor, "batch levels"]:
-    """Softmax over scaled cosine similarities of each image to its own L level texts (TSP-MGS eq. 3)."""
+    """Compute the softmax over scaled cosine similarities of each image to its own level texts (TSP-MGS eq. 3)."""
     return (scale * F.cosine_similarity(image[:, None], levels, dim=-1)).softmax(dim=-1)
 
 
 def expected_level(probabilities: Float[Tensor, "batch levels"]) -> Float[Tensor, " batch"]:
-    """L / (L - 1) * (sum_j j p_j - 1) for levels j = 1..L: 0 at the worst level, L at the best (TSP-MGS eq. 5)."""
+    """Compute L / (L - 1) * (sum_j j p_j - 1), j = 1..L: 0 at the worst level, L at the best (TSP-MGS eq. 5)."""
     count = probabilities.shape[1]
     levels = torch.arange(1, count + 1, device=probabilities.device, dtype=probabilities.dtype)
     return count / (count - 1) * ((probabilities * levels).sum(dim=1) - 1)
+
+
+def masked_mean(values: Float[Tensor, "batch length *rest"], mask: Bool[Tensor, "batch length"]) -> Tensor:
+    """Average over the entries of dimension 1 that `mask` keeps; 0 where it keeps none."""
+    kept = mask.view(*mask.shape, *[1] * (values.ndim - 2)).to(values.dtype)
+    return (values * kept).sum(dim=1) / kept.sum(dim=1).clamp_min(1)

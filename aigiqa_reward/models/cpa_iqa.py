@@ -11,10 +11,10 @@ The components keep apart what the aspects ask for: correspondence is the c-weig
 that of s_d and s_low; `details["score"]` is Q, `details["components"]` all five, `details["distortion_maps"]` the maps.
 
 Source: CPA-IQA, whose equations are lost in the available text; nearly all of the above is our inference, and so are
-six of the twelve distortions (see `DISTORTIONS`). The maps are learned from whole-image scores alone: a map shows where
-the model finds what lowers its score, and its name is an intention, not a measurement. A region's embedding is the mean
-of the joint map under its mask, where the text encodes softly masked crops. Without a segmenter the regions
-are a regular grid, without a language model the attributes are the prompt's noun phrases; `details` says so.
+six of the twelve distortions (see `DISTORTIONS`). The maps are learned from whole-image scores alone: they are named
+after what they should detect, which has not been validated. A region's embedding is the mean of the joint map under
+its mask, where the paper encodes softly masked crops. Without a segmenter the regions are a regular grid, without a
+language model the attributes are the prompt's noun phrases; `details` marks both.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigiqa_reward.assistants.base import AttributeReader, Segmenter
-from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
+from aigiqa_reward.models.base import FullPrecision, ModelConfig, ModelOutput, Seen, Standardize, TrainedModel
+from aigiqa_reward.models.blocks import masked_mean
 from aigiqa_reward.models.towers import ContrastiveEncoder, View, square_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
 from aigiqa_reward.utils.io import read_json
 
 COMPONENTS = ("global", "local", "implicit", "distortion", "low_level")
-"""Columns of the matrix: three tiers of alignment, absence of distortions, low-level fidelity."""
+"""Columns of the preference matrix: three tiers of alignment, absence of distortions, low-level fidelity."""
 
 
 class Preferences(Mapping[str, tuple[float, ...]]):
     """Weights of the five components for each scenario, before a softmax over the components.
 
-    Rows are numbered in alphabetical order, so that trained ones still fit when the mapping was written in another.
+    Rows of the matrix are in alphabetical order, so that trained ones fit a mapping in any order.
 
     Raises:
         ValueError: no scenario, another number of weights than components, or weights that are not finite.
@@ -80,11 +81,7 @@ class Preferences(Mapping[str, tuple[float, ...]]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Preferences:
-        """Read a JSON file: {"scenario": {"global": 0, "local": 0, "implicit": 0, "distortion": 1, "low_level": 1}}.
-
-        Raises:
-            ValueError: no such file, not JSON, or not a matrix.
-        """
+        """Read a JSON file: {"scenario": {"global": 0, "local": 0, "implicit": 0, "distortion": 1, "low_level": 1}}."""
         try:
             rows = read_json(path)
         except (OSError, ValueError) as error:
@@ -99,48 +96,37 @@ class Preferences(Mapping[str, tuple[float, ...]]):
             raise ValueError(f"{error}; in {os.fspath(path)!r}") from error
 
     def row(self, scenario: str) -> int:
-        """The row of a scenario.
-
-        Raises:
-            ValueError: there is none of that name; lists those there are.
-        """
+        """Return the row of a scenario in the matrix."""
         if scenario not in self._rows:
             raise ValueError(f"scenario: there is none called {scenario!r}; there are {', '.join(self._rows)}")
         return sorted(self._rows).index(scenario)
 
     def matrix(self) -> list[list[float]]:
-        """Scenarios x components, as `row` numbers them."""
+        """Return the weights, scenarios x components."""
         return [list(self._rows[scenario]) for scenario in sorted(self._rows)]
 
     def __getitem__(self, scenario: str) -> tuple[float, ...]:
-        """The weights of one scenario."""
+        """Return the weights of one scenario."""
         return self._rows[scenario]
 
     def __iter__(self) -> Iterator[str]:
-        """The scenarios, in their order."""
+        """Iterate over the scenarios in their order."""
         return iter(self._rows)
 
     def __len__(self) -> int:
-        """How many scenarios."""
+        """Return the number of scenarios."""
         return len(self._rows)
 
     def __hash__(self) -> int:
-        """By content, so that a frozen configuration can hold it."""
+        """Hash the content, so that a frozen configuration can hold it."""
         return hash(frozenset(self._rows.items()))
 
-    def __eq__(self, other: object) -> bool:
-        """By content."""
-        return isinstance(other, Mapping) and dict(self) == dict(other)
 
+SCENARIOS = ("general", "photograph", "illustration", "product", "cultural_heritage", "poster")
 
-UNIFORM = Preferences(
-    {
-        name: (0.0,) * len(COMPONENTS)
-        for name in ("general", "photograph", "illustration", "product", "cultural_heritage", "poster")
-    }
-)
-"""What ships: every scenario weighs all components alike. Nothing here was calibrated on people's preferences for a
-scenario; load your own matrix with `Preferences.load`, or change a row."""
+UNIFORM = Preferences({name: (0.0,) * len(COMPONENTS) for name in SCENARIOS})
+"""The default: uniform weights, not fitted to human preferences. Pass another matrix, or read one by
+`Preferences.load`."""
 
 
 DISTORTIONS = (
@@ -157,26 +143,26 @@ DISTORTIONS = (
     "warped_geometry",
     "garbled_text",
 )
-"""The first six are named in the text; the other six are our choice, and `CPAIQAConfig.distortions` replaces them."""
+"""The first six are named in the paper; the other six are our choice. `CPAIQAConfig.distortions` replaces them."""
 
 SHARPNESS = 10.0
-"""Of the smooth maxima, logsumexp(s x) / s - log(n) / s: chosen here."""
+"""s of the smooth maxima, logsumexp(s x) / s - log(n) / s (our choice)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPAIQAConfig:
+class CPAIQAConfig(ModelConfig):
     """Settings of CPA-IQA.
 
     Attributes:
         hidden: width of the MLPs' hidden layers.
-        side: side in px at which the image is seen, letterboxed; the tower's own size where it is fixed.
-        tiers: which of "global", "local" and "implicit" count; the others drop out of the weighted mean.
-        attributes: latent attributes kept of each prompt, and noun phrases.
+        side: side in px of the letterboxed image; towers of a fixed size ignore it.
+        tiers: tiers that count, of "global", "local" and "implicit", as an ablation.
+        attributes: most latent attributes, and noun phrases, per prompt.
         grid: rows and columns of the regions without a segmenter.
         distortions: names of the maps.
         scenario: row of the preference matrix.
-        preferences: the matrix, scenario -> weights of the five components before the softmax.
-        learn_preferences: train the scenario's row too.
+        preferences: the preference matrix.
+        learn_preferences: whether the scenario's row is trained too.
     """
 
     hidden: int = 128
@@ -190,10 +176,7 @@ class CPAIQAConfig:
     learn_preferences: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "side", "attributes", "grid"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        super().__post_init__()
         object.__setattr__(self, "tiers", tuple(self.tiers))
         object.__setattr__(self, "distortions", tuple(self.distortions))
         if not self.tiers or not set(self.tiers) <= set(COMPONENTS[:3]):
@@ -206,7 +189,7 @@ class CPAIQAConfig:
 
 
 def smooth_maximum(values: Tensor, dim: int, used: Tensor | None = None) -> Tensor:
-    """(logsumexp(s x) - log n) / s over the n entries of a dimension that are used: between their mean and maximum."""
+    """Compute (logsumexp(s x) - log n) / s over the n used entries of a dimension: between their mean and maximum."""
     if used is None:
         used = torch.ones_like(values, dtype=torch.bool)
     count = used.sum(dim=dim).to(values.dtype)
@@ -232,7 +215,7 @@ class CPAHead(FullPrecision):
         matrix = torch.tensor(config.preferences.matrix())
         if config.learn_preferences:
             self.preferences = nn.Parameter(matrix)
-        else:  # settings, not weights: another matrix goes with the same weights
+        else:  # settings, not weights
             self.register_buffer("preferences", matrix, persistent=False)
 
 
@@ -241,16 +224,18 @@ class CPAIQA(TrainedModel):
 
     Args:
         config: settings.
-        encoder: joins images, their places, and texts.
-        phrases: takes noun phrases from a text.
-        levels: whether the encoder has `observe`, whose levels the distortion maps then read, not its joint map.
-        segmenter: finds regions; None takes a regular grid.
-        attributes: decomposes prompts; None takes the noun phrases.
+        encoder: tower of images, their places, and texts.
+        phrases: function from a text to its noun phrases.
+        levels: whether the distortion maps read the encoder's `observe` instead of its joint map.
+        segmenter: source of regions; None takes a regular grid.
+        attributes: source of latent attributes; None takes the noun phrases.
     """
 
     name = "cpa_iqa"
     context_names = ("regions",)
     feature_settings = ("side",)
+    tower_roles: ClassVar = {"clip": "encoder"}
+    assistant_roles = ("segmenter", "attributes")
 
     def __init__(
         self,
@@ -271,22 +256,18 @@ class CPAIQA(TrainedModel):
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """The tokens come on a scale of their own."""
+        """The tokens of the maps."""
         return {"tokens": self.head.tokens}
 
     def describe(self) -> dict[str, Any]:
-        """Settings and tower; assistants are not part of a saved reward."""
-        config = asdict(self.config) | {"preferences": dict(self.config.preferences)}
-        roles = {"segmenter": self.segmenter, "attributes": self.attributes}
-        return {
-            "config": config,
-            "towers": {"clip": self.encoder.describe()},
-            "assistants": [role for role, assistant in roles.items() if assistant is not None],
-        }
+        """Return settings, tower and the names of assistants."""
+        described = super().describe()
+        described["config"]["preferences"] = dict(self.config.preferences)
+        return described
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Joint embeddings of the texts (P, d), of their noun phrases and attributes (P, k, d), and which exist."""
-        self.encoder.encode_words(texts)  # for its warnings of what it does not read
+        """Encode texts (P, d), their noun phrases and attributes (P, k, d), and masks (P, k) of those that exist."""
+        self.encoder.encode_words(texts)  # for its warnings of unread words
         phrases = [self._phrases(text)[: self.config.attributes] for text in texts]
         latent = phrases
         if self.attributes is not None:
@@ -297,7 +278,7 @@ class CPAIQA(TrainedModel):
         return out
 
     def _padded(self, lists: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-        """(P, k, d) and which of the k exist; k is fixed, so that a text's row is the same in any company."""
+        """(P, k, d) and a mask; k is fixed, so that a text's row does not depend on the others."""
         flat = self.encoder.encode_text([text for texts in lists for text in texts])
         out = flat.new_zeros(len(lists), self.config.attributes, flat.shape[1])
         mask = torch.zeros(out.shape[:2], dtype=torch.bool, device=flat.device)
@@ -308,7 +289,7 @@ class CPAIQA(TrainedModel):
         return out, mask
 
     def prepare(self, images: Images, prompts: PromptFeatures | None) -> Context | None:
-        """The segmenter's masks (B, R, h, w) of the letterboxed image, held fixed; None where a grid is used."""
+        """Compute the segmenter's masks (B, R, h, w) of the letterboxed image; None where a grid is used."""
         del prompts
         if self.segmenter is None:
             return None
@@ -321,7 +302,7 @@ class CPAIQA(TrainedModel):
     def forward_features(
         self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
     ) -> Seen:
-        """The joint map `places` (B, d, h, w), features `pooled` (B, d_f), and the maps' `tokens` (B, C, h, w)."""
+        """Compute the joint map `places` (B, d, h, w), `pooled` features (B, d_f), and `tokens` (B, C, h, w)."""
         del generator, crops
         view = self._view(images)
         if not self._levels:
@@ -332,7 +313,7 @@ class CPAIQA(TrainedModel):
         return {"places": places, "pooled": features.mean(dim=(2, 3)), "tokens": tokens}
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Quality from the distortions and the low level, correspondence from the three tiers."""
+        """Compute quality from the distortions and the low level, and correspondence from the three tiers."""
         tokens = self.head.tokens(seen["tokens"])
         maps = self.head.maps(tokens)
         severity = torch.sigmoid(smooth_maximum(maps.flatten(2), dim=2))
@@ -366,20 +347,20 @@ class CPAIQA(TrainedModel):
         cosine = F.cosine_similarity(image, text, dim=1)
         regions, used = self._regions(places, None if context is None else context.get("regions"))
         local = F.normalize(regions, dim=-1) @ F.normalize(phrases, dim=-1).transpose(1, 2)  # (B, R, k)
-        best = _mean_where(smooth_maximum(local, 1, used[..., None].expand_as(local)), prompts.rows("phrases_mask"))
+        best = masked_mean(smooth_maximum(local, 1, used[..., None].expand_as(local)), prompts.rows("phrases_mask"))
         v, t = F.normalize(image, dim=1)[:, None].expand_as(latent), F.normalize(latent, dim=-1)
         present = torch.sigmoid(head.implicit(torch.cat([v, t, v * t * v.shape[-1] ** 0.5], dim=-1)))[..., 0]
         slope, offset = head.slopes, head.offsets
         return {
             "global": torch.sigmoid(slope[0] * (cosine - offset[0])),
             "local": torch.sigmoid(slope[1] * (best - offset[1])),
-            "implicit": _mean_where(present, prompts.rows("attributes_mask")),
+            "implicit": masked_mean(present, prompts.rows("attributes_mask")),
         }
 
     def _regions(self, places: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeddings of regions (B, R, d), means of the map under masks or cells of a grid; and which are used (B, R).
+        """Embeddings (B, R, d), means of the map under masks or cells of a grid; and (B, R) which are used.
 
-        Of an image without any region all places count, whose embedding, and cosine to anything, is 0.
+        In an image without any region all count, with embeddings, and cosines, of 0.
         """
         if masks is None:
             grid = min(self.config.grid, places.shape[2]), min(self.config.grid, places.shape[3])
@@ -389,9 +370,3 @@ class CPAIQA(TrainedModel):
         used = weights.sum(dim=2) > 0
         regions = weights @ places.flatten(2).transpose(1, 2) / weights.sum(dim=2, keepdim=True).clamp_min(1e-6)
         return regions, used | ~used.any(dim=1, keepdim=True)
-
-
-def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean over dimension 1 of what `mask` keeps."""
-    kept = mask.to(values.dtype)
-    return (values * kept).sum(dim=1) / kept.sum(dim=1).clamp_min(1)

@@ -1,6 +1,6 @@
 """MA-AGIQA: a quality network assisted by a large multimodal model that is asked two questions.
 
-MANIQA's head on a vision transformer gives f_1 = S * W, one number a place of the map (784 in the paper). A frozen
+MANIQA's head on a vision transformer gives f_1 = S * W, one number per place of the map (784 in the paper). A frozen
 multimodal model M reads the image with two questions, "... due to a lack of meaningful semantic content" and
 "... due to violations of coherence"; the mean over the tokens of its last hidden layer gives f_a and f_b (3). The
 adaptive fusion module brings all to one width and weighs them:
@@ -13,15 +13,15 @@ layout is the released code's. The paper has no score of correspondence: where a
 second fusion whose fourth vector f_t comes from e * t, the products of the image's and the prompt's joint embeddings,
 and by the anchor (see `blocks.Anchor`). Scores are means over the crops.
 
-Without a multimodal model two pooled features of the compact tower stand for f_a and f_b: the mean and the deviation
-over the places of the whole image. `details` says so.
+Without a multimodal model f_a and f_b are two pooled features of the compact tower: mean and std over the places of the
+whole image, marked in `details`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,43 @@ from torchvision.models.swin_transformer import SwinTransformerBlock
 from aigiqa_reward.assistants.base import SemanticsReader
 from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
 from aigiqa_reward.models.blocks import Anchor
-from aigiqa_reward.models.towers import ContrastiveEncoder, LevelsEncoder, native_crops, whole_view
+from aigiqa_reward.models.towers import ContrastiveEncoder, CropsConfig, LevelsEncoder, native_crops, whole_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
+
+WHOLE_SIDE = 256
+"""Side in px of the whole image for the compact tower's substitute features and the match."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAAGIQAConfig(CropsConfig):
+    """Settings of MA-AGIQA.
+
+    Attributes:
+        width: width of the MANIQA head's first stage; the second has half.
+        heads: heads of its Swin blocks.
+        window: windows of its Swin blocks, in places of the map.
+        swin_scale: scale of its Swin blocks' contribution (0.1 in the source).
+        semantics_width: width of f_a and f_b: the multimodal model's hidden size.
+        semantics: "features", or "zeros" as an ablation.
+        dropout: dropout in the head and the fusion.
+        smooth: softplus instead of the score branch's relu. Ours.
+    """
+
+    width: int = 768
+    heads: int = 4
+    window: int = 4
+    swin_scale: float = 0.1
+    semantics_width: int = 4096
+    semantics: Literal["features", "zeros"] = "features"
+    train_crops: int = 1
+    short_side: int = 224
+    dropout: float = 0.1
+    smooth: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width: expected a multiple of 2 heads = {2 * self.heads}, got {self.width}")
 
 
 class TransposedAttention(FullPrecision):
@@ -48,7 +83,7 @@ class TransposedAttention(FullPrecision):
         self.places = places
 
     def forward(self, maps: Float[Tensor, "batch channels places"]) -> Float[Tensor, "batch channels places"]:
-        """The maps with what other channels add."""
+        """Compute y."""
         weights = (self.query(maps) @ self.key(maps).transpose(1, 2) / self.places**0.5).softmax(dim=-1)
         return maps + weights @ self.value(maps)
 
@@ -68,59 +103,44 @@ class ScaledSwin(FullPrecision):
         )
 
     def forward(self, maps: Float[Tensor, "batch width rows columns"]) -> Float[Tensor, "batch width rows columns"]:
-        """Maps of the same shape."""
+        """Compute y."""
         return maps + self.scale * self.blocks(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ManiqaHead(FullPrecision):
-    """From a tower's maps to MA-AGIQA's quality feature f_1 = S * W, one number a place.
+    """MANIQA's head: from a tower's maps to the quality feature f_1 = S * W, one number per place.
 
     maps -> transposed attention x 2 -> 1 x 1 to width -> Swin -> transposed attention x 2 -> 1 x 1 to width / 2
-    -> Swin; S = relu(MLP), W = sigmoid(MLP). With `smooth`, S = softplus(MLP): unlike the paper's it never leaves an
-    image without a gradient, which relu does where every place is 0. In the paper 3072 channels of 28 x 28 places,
-    width 768.
+    -> Swin; S = relu(MLP), W = sigmoid(MLP). With `smooth`, S = softplus(MLP): unlike the paper's relu it leaves no
+    image without a gradient. In the paper 3072 channels of 28 x 28 places, width 768.
 
     Args:
-        channels: of the maps.
+        config: width, Swin blocks, dropout and `smooth`.
+        channels: channels of the maps.
         side: rows and columns of the maps.
-        width: of the first stage; the second has half.
-        heads: of the Swin blocks.
-        window: of the Swin blocks, in places.
-        scale: of the Swin blocks' contribution (0.1 in the source).
-        dropout: in the score and weight branches.
-        smooth: softplus in place of relu.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        side: int,
-        *,
-        width: int,
-        heads: int,
-        window: int,
-        scale: float,
-        dropout: float,
-        smooth: bool,
-    ) -> None:
+    def __init__(self, config: MAAGIQAConfig, channels: int, side: int) -> None:
         super().__init__()
-        places, half = side * side, width // 2
-        self.smooth = smooth
+        places, width, half = side * side, config.width, config.width // 2
+        swin = {"heads": config.heads, "window": config.window, "scale": config.swin_scale}
+        self.smooth = config.smooth
         self.standard = Standardize(channels, axis=-3)
         self.first = nn.Sequential(TransposedAttention(places), TransposedAttention(places))
         self.reduce = nn.Conv2d(channels, width, 1)
-        self.first_swin = ScaledSwin(width, side, heads=heads, window=window, scale=scale)
+        self.first_swin = ScaledSwin(width, side, **swin)
         self.second = nn.Sequential(TransposedAttention(places), TransposedAttention(places))
         self.halve = nn.Conv2d(width, half, 1)
-        self.second_swin = ScaledSwin(half, side, heads=heads, window=window, scale=scale)
+        self.second_swin = ScaledSwin(half, side, **swin)
         self.score, self.weight = (
-            nn.Sequential(nn.Linear(half, half), nn.ReLU(), nn.Dropout(dropout), nn.Linear(half, 1)) for _ in range(2)
+            nn.Sequential(nn.Linear(half, half), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(half, 1))
+            for _ in range(2)
         )
 
     def forward(
         self, maps: Float[Tensor, "batch channels rows columns"]
     ) -> tuple[Float[Tensor, "batch places"], Float[Tensor, "batch places"]]:
-        """S * W and W, (B, rows * columns) each."""
+        """Compute S * W and W, (B, rows * columns) each."""
         rows = maps.shape[2]
         x = self.first(self.standard(maps).flatten(2)).unflatten(2, (rows, -1))
         x = self.first_swin(self.reduce(x)).flatten(2)
@@ -131,57 +151,8 @@ class ManiqaHead(FullPrecision):
         return score[..., 0] * weight, weight
 
 
-WHOLE_SIDE = 256
-"""Side in px at which the compact tower sees the whole image for the two substitute features and the match."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MAAGIQAConfig:
-    """Settings of MA-AGIQA.
-
-    Attributes:
-        width: of the MANIQA head's first stage.
-        heads: of its Swin blocks.
-        window: of its Swin blocks, in places of the map.
-        swin_scale: of its Swin blocks' contribution.
-        semantics_width: width of f_a and f_b: the multimodal model's hidden size.
-        semantics: "features", or "zeros" to measure what they are worth.
-        crops: scored and averaged.
-        train_crops: drawn at random for each image in training.
-        short_side: images smaller than this are looked at as if enlarged to it, in px.
-        resolution: larger ones are scaled down to this short side first; None crops at native resolution.
-        dropout: in the head and the fusion.
-        smooth: softplus in place of the score branch's relu, which leaves images without a gradient. Ours.
-    """
-
-    width: int = 768
-    heads: int = 4
-    window: int = 4
-    swin_scale: float = 0.1
-    semantics_width: int = 4096
-    semantics: str = "features"
-    crops: int = 15
-    train_crops: int = 1
-    short_side: int = 224
-    resolution: int | None = None
-    dropout: float = 0.1
-    smooth: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("width", "heads", "window", "semantics_width", "crops", "train_crops", "short_side"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width: expected a multiple of 2 heads = {2 * self.heads}, got {self.width}")
-        if self.semantics not in ("features", "zeros"):
-            raise ValueError(f"semantics: expected 'features' or 'zeros', got {self.semantics!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout}")
-
-
 class AdaptiveFusion(FullPrecision):
-    """AFM (eq. 4): vectors brought to one width, weighed by a gate, added, and regressed to a score."""
+    """AFM (eq. 4): vectors mapped to one width, weighted by a gate, added, and regressed to a score."""
 
     def __init__(self, places: int, assisting: Sequence[int], dropout: float) -> None:
         super().__init__()
@@ -194,7 +165,7 @@ class AdaptiveFusion(FullPrecision):
         self.out = nn.Linear(places, 1)
 
     def forward(self, own: Tensor, assisting: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The score (B,) and the gate's weights (B, vectors)."""
+        """Compute the score (B,) and the gate's weights (B, vectors)."""
         vectors = [self.own(own), *(layer(part) for layer, part in zip(self.assisting, assisting, strict=True))]
         weights = torch.sigmoid(self.gate(torch.cat(vectors, dim=1)))
         fused = (torch.stack(vectors, dim=1) * weights[..., None]).sum(dim=1)
@@ -206,16 +177,7 @@ class MAHead(FullPrecision):
 
     def __init__(self, config: MAAGIQAConfig, channels: int, side: int, joint: int | None) -> None:
         super().__init__()
-        self.maniqa = ManiqaHead(
-            channels,
-            side,
-            width=config.width,
-            heads=config.heads,
-            window=config.window,
-            scale=config.swin_scale,
-            dropout=config.dropout,
-            smooth=config.smooth,
-        )
+        self.maniqa = ManiqaHead(config, channels, side)
         places, two = side * side, [config.semantics_width] * 2
         self.semantics = Standardize(config.semantics_width)
         self.quality = AdaptiveFusion(places, two, config.dropout)
@@ -224,20 +186,22 @@ class MAHead(FullPrecision):
 
 
 class MAAGIQA(TrainedModel):
-    """MA-AGIQA on a tower of images, with a multimodal model or its substitute, and a matcher for the prompt.
+    """MA-AGIQA on an image tower, with a multimodal model or its substitute, and a matcher for the prompt.
 
     Args:
         config: settings.
-        vision: tower of the crops; `side` says how many rows its maps have.
+        vision: tower of the crops.
         side: rows and columns of the tower's maps.
-        matcher: joins images and prompts for our score of correspondence; None leaves it out, as the paper does.
-        semantics: reads images with the two questions; None takes the matcher's pooled features instead.
+        matcher: tower of images and prompts for our correspondence score; None leaves it out, as in the paper.
+        semantics: the multimodal model; None takes the matcher's pooled features instead.
     """
 
     name = "ma_agiqa"
     context_names = ("semantics", "substitute_semantics")
     crop_features = ("levels",)
     feature_settings = ("crops", "short_side", "resolution")
+    tower_roles: ClassVar = {"vision": "vision", "matcher": "matcher"}
+    assistant_roles = ("semantics",)
 
     def __init__(
         self,
@@ -263,12 +227,12 @@ class MAAGIQA(TrainedModel):
 
     @property
     def _match(self) -> Any:
-        """The tower that joins images and prompts; the tower of the crops where it does both."""
+        """The tower of images and prompts."""
         return self.vision if self.matcher is None else self.matcher
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """The blocks' maps, and the multimodal model's states, come on scales of their own."""
+        """The blocks' maps, and the multimodal model's states."""
         return {"levels": self.head.maniqa.standard, "context.semantics": self.head.semantics}
 
     def start_at(self, quality: float, correspondence: float) -> None:
@@ -277,24 +241,15 @@ class MAAGIQA(TrainedModel):
         if self.head.correspondence is not None:
             nn.init.constant_(self.head.correspondence.out.bias, correspondence)
 
-    def describe(self) -> dict[str, Any]:
-        """Settings and towers; the multimodal model is not part of a saved reward."""
-        towers = {
-            "vision": self.vision.describe(),
-            "matcher": None if self.matcher is None else self.matcher.describe(),
-        }
-        assistants = [] if self.semantics is None else ["semantics"]
-        return {"config": asdict(self.config), "towers": towers, "assistants": assistants}
-
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """The prompts' joint embeddings (P, d); without a matcher only their number is kept."""
+        """Encode prompts (P, d); without a matcher to zeros (P, 1)."""
         if not self._matched:
             return {"pooled": torch.zeros(len(texts), 1, device=self.head.semantics.mean.device)}
-        self._match.encode_words(texts)  # for its warnings of what it does not read
+        self._match.encode_words(texts)  # for its warnings of unread words
         return {"pooled": self._match.encode_text(texts)}
 
     def prepare(self, images: Images, prompts: PromptFeatures | None) -> Context:
-        """f_a and f_b (B, 2, width), held fixed in gradients, and whether they are the substitute's."""
+        """Compute f_a and f_b (B, 2, width), and whether they are the substitute's."""
         del prompts
         with torch.no_grad():
             read = self._substitute(images) if self.semantics is None else self.semantics.read(images)
@@ -313,28 +268,20 @@ class MAAGIQA(TrainedModel):
     def forward_features(
         self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
     ) -> Seen:
-        """Maps of the crops, `levels` (B, N, C, h, w), and for the matcher `whole` (B, d_f)."""
-        config = self.config
-        batch = native_crops(
-            images,
-            self.vision.image_size,
-            crops or (config.crops if generator is None else config.train_crops),
-            short_side=config.short_side,
-            resolution=config.resolution,
-            generator=generator,
-        )
-        seen = {"levels": self.vision.levels(batch.flatten(0, 1)).unflatten(0, batch.shape[:2])}
+        """Compute maps of the crops, `levels` (B, N, C, h, w), and with a matcher `whole` (B, d_f)."""
+        cut = native_crops(images, self.vision.image_size, self.config, generator=generator, crops=crops)
+        seen = {"levels": self.vision.levels(cut.flatten(0, 1)).unflatten(0, cut.shape[:2])}
         if self._matched:
             seen["whole"] = self._match.features(whole_view(images, self._match, WHOLE_SIDE))
         return seen
 
     def digest(self, seen: Seen) -> Seen:
-        """Adds f_1 of each crop, `own`, and its weight map, `weight`, (B N, places) each."""
+        """Add f_1 of each crop, `own`, and its weight map, `weight`, (B N, places) each."""
         own, weight = self.head.maniqa(seen["levels"].flatten(0, 1))
         return {**seen, "own": own, "weight": weight}
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Quality, and our correspondence, of each crop; averaged."""
+        """Compute quality, and our correspondence, of each crop, and average them over the crops."""
         if context is None or "semantics" not in context:
             raise ValueError("context: expected what prepare returned for these images, got none")
         head, (batch, count) = self.head, seen["levels"].shape[:2]

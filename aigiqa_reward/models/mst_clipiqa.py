@@ -9,9 +9,9 @@ projected but not normalized:
 
 With both towers' 512 dimensions the quality path has 788,353 trainable parameters, the paper's "0.8 M".
 
-Source: Meng, MST-CLIPIQA (arXiv), as reported, and the equations of the released code. The "information bottleneck" of
-the text has no counterpart in that code; `bottleneck` offers a variational one, beta KL(N(mu, s^2) || N(0, 1)) on z.
-Our inferences: the quality head's two layers; the prompt branch's low rank; a head of its own for correspondence;
+Source: Meng, MST-CLIPIQA (arXiv), as reported, and the equations of the released code. The text's "information
+bottleneck" has no counterpart in that code; `bottleneck` is a variational one, beta KL(N(mu, s^2) || N(0, 1)) on z.
+Our inferences: the quality head's two layers; the prompt branch's low rank; a separate head for correspondence;
 identity as the start of W_c and W_f where they are square. On the compact towers, which have one image tower, the
 streams are the whole image at two resolutions, and correspondence has an `anchor` (see `blocks.Anchor`).
 """
@@ -19,14 +19,14 @@ streams are the whole image at two resolutions, and correspondence has an `ancho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
+from aigiqa_reward.models.base import FullPrecision, ModelConfig, ModelOutput, Seen, Standardize, TrainedModel
 from aigiqa_reward.models.blocks import (
     Anchor,
     CrossAttention,
@@ -44,24 +44,24 @@ QUALITY_LEVELS = tuple(f"a photo of {level} quality" for level in ("bad", "poor"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MSTCLIPIQAConfig:
+class MSTCLIPIQAConfig(ModelConfig):
     """Settings of MST-CLIPIQA.
 
     Attributes:
         width: joint width d.
         hidden: width of the gate's hidden layer.
         head_hidden: width of the heads' hidden layers.
-        coarse_side: side in px at which the coarse tower sees the image.
-        fine_side: likewise; the towers' own size where it is fixed.
-        fusion: "gate", or "mean" (g = 1/2 everywhere) to measure what the gate is worth.
+        coarse_side: side in px of the coarse tower's view; towers of a fixed size ignore it.
+        fine_side: side in px of the fine tower's view.
+        fusion: "gate", or "mean" (g = 1/2 everywhere) as an ablation.
         quality_head: "regression"; or "levels", a softmax over five quality texts with a trained temperature
             (the released variant A, whose quality path has 722,561 parameters).
         prompt_branch: "low_rank"; "full" (the released variant B: full-rank attention to projected words); or None.
-        rank: of the low-rank branch.
-        heads: of the attention.
-        anchor: add the similarity of image and prompt to correspondence.
+        rank: rank of the low-rank branch.
+        heads: attention heads.
+        anchor: whether the similarity of image and prompt is added to correspondence.
         bottleneck: beta of the variational bottleneck; 0 leaves it out.
-        dropout: of both towers' features, in training. Ours, for features much wider than a CLIP's.
+        dropout: dropout of both towers' features. Ours, for features much wider than a CLIP's.
     """
 
     width: int = 512
@@ -69,9 +69,9 @@ class MSTCLIPIQAConfig:
     head_hidden: int = 128
     coarse_side: int = 224
     fine_side: int = 224
-    fusion: str = "gate"
-    quality_head: str = "regression"
-    prompt_branch: str | None = "low_rank"
+    fusion: Literal["gate", "mean"] = "gate"
+    quality_head: Literal["regression", "levels"] = "regression"
+    prompt_branch: Literal["low_rank", "full", None] = "low_rank"
     rank: int = 32
     heads: int = 8
     anchor: bool = False
@@ -79,22 +79,9 @@ class MSTCLIPIQAConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("width", "hidden", "head_hidden", "coarse_side", "fine_side", "rank", "heads"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-        choices = {
-            "fusion": ("gate", "mean"),
-            "quality_head": ("regression", "levels"),
-            "prompt_branch": ("low_rank", "full", None),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        super().__post_init__()
         if not 0 <= self.bottleneck < float("inf"):
             raise ValueError(f"bottleneck: expected a finite weight of at least 0, got {self.bottleneck!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout!r}")
 
 
 RELEASED_A = MSTCLIPIQAConfig(quality_head="levels", prompt_branch=None)
@@ -102,7 +89,7 @@ RELEASED_A = MSTCLIPIQAConfig(quality_head="levels", prompt_branch=None)
 
 RELEASED_B = MSTCLIPIQAConfig(prompt_branch="full", head_hidden=512)
 """The released variant B: full-rank cross-attention to the prompt's words. Fusion, branch and one head have its
-2,299,010 parameters; that they are divided like this is our inference, and a head for each aspect is ours."""
+2,299,010 parameters; their division is our inference, and a head for each aspect is ours."""
 
 
 class FullPromptAttention(FullPrecision):
@@ -115,7 +102,7 @@ class FullPromptAttention(FullPrecision):
         self.alpha = nn.Parameter(torch.zeros(()))
 
     def forward(self, image: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """(B, width) with what (B, L, words) add."""
+        """Compute z' from (B, width) and (B, L, words)."""
         return image + self.alpha * self.attend(image[:, None], self.words(words), mask)[:, 0]
 
 
@@ -124,13 +111,13 @@ class Bottleneck(FullPrecision):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(width, 64)  # 64: chosen here, so that the whole stays below 1.1 M parameters
+        self.hidden = nn.Linear(width, 64)  # the whole stays below 1.1 M parameters
         self.log_variance = nn.Linear(64, width)
         nn.init.constant_(self.log_variance.bias, -4.0)
         nn.init.zeros_(self.log_variance.weight)
 
     def forward(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """The code (B, d), and KL(N(mu, sigma^2) || N(0, 1)) of each row (B,), mean over the dimensions."""
+        """Compute z, and KL(N(mu, sigma^2) || N(0, 1)) of each row (B,), mean over the dimensions."""
         log_variance = self.log_variance(F.relu(self.hidden(mean)))
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean(dim=1) / 2
         if self.training:
@@ -154,11 +141,11 @@ class MSTHead(FullPrecision):
         self.quality = ScoreHead(width, hidden) if config.quality_head == "regression" else None
         self.temperature = nn.Parameter(torch.tensor(100.0).log()) if config.quality_head == "levels" else None
         self.attend: nn.Module | None = None
-        if config.prompt_branch is not None:
-            if config.prompt_branch == "full":
-                self.attend = FullPromptAttention(width, words, heads=config.heads)
-            else:
-                self.attend = PromptCrossAttention(width, words, rank=config.rank, heads=config.heads)
+        if config.prompt_branch == "full":
+            self.attend = FullPromptAttention(width, words, heads=config.heads)
+        elif config.prompt_branch == "low_rank":
+            self.attend = PromptCrossAttention(width, words, rank=config.rank, heads=config.heads)
+        if self.attend is not None:
             self.correspondence = ScoreHead(width, hidden)
         self.anchor = Anchor() if config.anchor else None
 
@@ -169,11 +156,12 @@ class MSTCLIPIQA(TrainedModel):
     Args:
         config: settings.
         coarse: tower of the coarse stream; its text tower reads the prompts.
-        fine: tower of the fine stream; None lets the coarse tower see the image at `fine_side` as well.
+        fine: tower of the fine stream; None takes the coarse tower at `fine_side`.
     """
 
     name = "mst_clipiqa"
     feature_settings = ("coarse_side", "fine_side")
+    tower_roles: ClassVar = {"coarse": "coarse", "fine": "fine"}
 
     def __init__(
         self, config: MSTCLIPIQAConfig, coarse: ContrastiveEncoder, fine: ContrastiveEncoder | None = None
@@ -181,17 +169,16 @@ class MSTCLIPIQA(TrainedModel):
         super().__init__()
         self.config = config
         self.coarse, self.fine = coarse, fine
-        widths = coarse.feature_width, (fine or coarse).feature_width
         if config.quality_head == "levels" and config.width != coarse.width:
             raise ValueError(
                 f"width: quality_head='levels' compares z with texts: expected {coarse.width}, got {config.width}"
             )
-        self.head = MSTHead(config, *widths, coarse.width)
+        self.head = MSTHead(config, coarse.feature_width, (fine or coarse).feature_width, coarse.width)
         self._levels = FixedTexts(QUALITY_LEVELS)
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """Features that are not a CLIP's embeddings come on scales of their own."""
+        """Both features, unless they are a CLIP's embeddings."""
         return {"coarse": self.head.coarse, "fine": self.head.fine} if self.coarse.any_size else {}
 
     def start_at(self, quality: float, correspondence: float) -> None:
@@ -201,20 +188,15 @@ class MSTCLIPIQA(TrainedModel):
         if self.head.attend is not None:
             nn.init.constant_(self.head.correspondence.out.bias, correspondence)
 
-    def describe(self) -> dict[str, Any]:
-        """Settings and towers."""
-        fine = None if self.fine is None else self.fine.describe()
-        return {"config": asdict(self.config), "towers": {"coarse": self.coarse.describe(), "fine": fine}}
-
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Words (P, L, d), their mask (P, L), and the texts' own embeddings (P, d)."""
+        """Encode words (P, L, d), their mask (P, L), and the texts (P, d)."""
         words, mask = self.coarse.encode_words(texts)
         return {"words": words, "mask": mask, "pooled": self.coarse.encode_text(texts)}
 
     def forward_features(
         self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
     ) -> Seen:
-        """Both towers' features of the whole image: `coarse` (B, d_c) and `fine` (B, d_f). There are no crops."""
+        """Compute both towers' features of the whole image: `coarse` (B, d_c) and `fine` (B, d_f)."""
         del generator, crops
         fine = self.fine or self.coarse
         return {
@@ -223,7 +205,7 @@ class MSTCLIPIQA(TrainedModel):
         }
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Quality from z; correspondence from z after it has attended to the prompt."""
+        """Compute quality from z, and correspondence from z'."""
         del context
         head = self.head
         coarse, fine = head.dropout(head.coarse(seen["coarse"])), head.dropout(head.fine(seen["fine"]))

@@ -1,156 +1,101 @@
-"""What the systems need of their frozen towers; models are given towers and never import a library of them."""
+"""Towers of the systems, and the views of an image that they get."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
+from aigiqa_reward.encoders.blip import BLIPEncoder
+from aigiqa_reward.encoders.compact import CompactEncoder
+from aigiqa_reward.encoders.open_clip import OpenCLIPEncoder
+from aigiqa_reward.encoders.timm import TimmEncoder
+from aigiqa_reward.models.base import ModelConfig
 from aigiqa_reward.types import Images
 
 View: TypeAlias = Float[Tensor, "batch 3 view_height view_width"]
-"""`Images` at the size at which a tower sees them."""
+"""`Images` of the size that a tower gets."""
+
+ContrastiveEncoder: TypeAlias = OpenCLIPEncoder | CompactEncoder
+"""A tower with images, their places, texts and words in one space."""
+
+LevelsEncoder: TypeAlias = TimmEncoder | CompactEncoder
+"""A tower with maps of its last blocks."""
+
+GroundedTextEncoder: TypeAlias = BLIPEncoder | CompactEncoder
+"""A tower that reads a text with attention to an image."""
 
 
-class Tower(Protocol):
-    """A frozen tower that a saved reward can build again."""
+@dataclass(frozen=True, kw_only=True)
+class CropsConfig(ModelConfig):
+    """Settings of a model that scores crops.
 
-    image_size: int
+    Attributes:
+        crops: number of crops, whose scores are averaged.
+        train_crops: random crops of each image in training.
+        short_side: short side in px to which smaller images are enlarged.
+        resolution: short side in px to which larger images are scaled down; None keeps native resolution.
+    """
 
-    def describe(self) -> dict[str, Any]:
-        """What is needed besides the weights, as JSON."""
-        ...
+    crops: int = 15
+    train_crops: int
+    short_side: int = 512
+    resolution: int | None = None
 
-
-class ContrastiveEncoder(Tower, Protocol):
-    """Images, places of an image, texts and words in one space of width d (CLIP and what stands for it)."""
-
-    mean: tuple[float, float, float]
-    any_size: bool
-
-    @property
-    def width(self) -> int:
-        """Width d of the joint space."""
-        ...
-
-    @property
-    def feature_width(self) -> int:
-        """Width of the pooled features before they are projected into it."""
-        ...
-
-    @property
-    def logit_scale(self) -> float:
-        """Inverse temperature of the similarities."""
-        ...
-
-    def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to (B, feature_width)."""
-        ...
-
-    def project(self, features: Tensor) -> Tensor:
-        """(..., feature_width) to (..., d)."""
-        ...
-
-    def encode_map(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to the embeddings of its places (B, d, h, w)."""
-        ...
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """P texts to (P, d)."""
-        ...
-
-    def encode_words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """P texts to their words (P, L, d) and a mask (P, L); warns of words beyond the window."""
-        ...
-
-
-class LevelsEncoder(Tower, Protocol):
-    """A tower whose last blocks are read together."""
-
-    @property
-    def level_channels(self) -> int:
-        """Channels C of `levels`."""
-        ...
-
-    def levels(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) in [0, 1] to the concatenated maps (B, C, h, w)."""
-        ...
-
-
-class GroundedTextEncoder(Tower, Protocol):
-    """Reads a text in sight of an image (BLIP's image-grounded text encoder and what stands for it)."""
-
-    mean: tuple[float, float, float]
-
-    @property
-    def grounded_width(self) -> int:
-        """Width of the states."""
-        ...
-
-    def look(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) in [0, 1] to what the text encoder attends to, (B, T, v)."""
-        ...
-
-    def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """P texts to `text` (P, L, ...) and `mask` (P, L)."""
-        ...
-
-    def ground(self, seen: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """The states (B, L, grounded_width) of B texts in sight of B images."""
-        ...
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resolution is not None and self.resolution < self.short_side:
+            raise ValueError(
+                f"resolution: expected None or at least short_side {self.short_side}, got {self.resolution}"
+            )
 
 
 def whole_view(images: Images, encoder: ContrastiveEncoder, side: int) -> View:
-    """The whole image for a tower: at about side x side px with its aspect kept, or letterboxed to its fixed size."""
+    """Scale the whole image to about side x side px with its aspect kept, or letterbox it to the tower's fixed size."""
     if encoder.any_size:
         return pixels.resize_to_area(images, side * side, least=32)
     return square_view(images, encoder, encoder.image_size)
 
 
 def square_view(images: Images, encoder: ContrastiveEncoder | GroundedTextEncoder, side: int) -> View:
-    """The whole image letterboxed to side x side px, in the tower's mean color."""
+    """Letterbox the whole image to side x side px, in the tower's mean color."""
     return pixels.letterbox(images, side, fill=images.new_tensor(encoder.mean))
 
 
 def native_crops(
-    images: Images,
-    side: int,
-    count: int,
-    *,
-    short_side: int,
-    resolution: int | None,
-    generator: torch.Generator | None = None,
+    images: Images, side: int, config: CropsConfig, *, generator: torch.Generator | None, crops: int | None
 ) -> Float[Tensor, "batch count 3 side side"]:
-    """Crops of `side` px of images whose short side is at least `short_side` and, where given, at most `resolution` px.
+    """Cut square crops of `side` px from images of the configured resolution.
 
-    Of a smaller image the crops are taken first and enlarged then, which keeps a long thin one from filling the memory.
+    Crops of a small image are cut first and enlarged then, which keeps a long thin one from filling the memory.
 
     Args:
         images: (B, 3, H, W).
-        side: of the crops.
-        count: how many.
-        short_side: smaller images are looked at as if enlarged to it.
-        resolution: larger ones are scaled down to it.
-        generator: draws the places, the same for all images of the batch; None spaces them evenly.
+        side: side of the crops.
+        config: number of crops, and the images' short sides.
+        generator: source of random places, which all images share; None spaces them evenly.
+        crops: number of crops instead of the configured one.
     """
-    if resolution is not None:
-        images = pixels.reduce_to(images, resolution)
-    native = max(1, round(side * min(1, min(images.shape[2:]) / short_side)))
+    count = crops or (config.crops if generator is None else config.train_crops)
+    if config.resolution is not None:
+        images = pixels.reduce_to(images, config.resolution)
+    native = max(1, round(side * min(1, min(images.shape[2:]) / config.short_side)))
     if generator is None:
-        crops = pixels.even_crops(images, native, count)
+        cut = pixels.even_crops(images, native, count)
     else:
-        crops = pixels.random_crops(images, native, count, generator=generator)
-    return pixels.resize(crops.flatten(0, 1), (side, side)).unflatten(0, crops.shape[:2])
+        cut = pixels.random_crops(images, native, count, generator=generator)
+    return pixels.resize(cut.flatten(0, 1), (side, side)).unflatten(0, cut.shape[:2])
 
 
 class FixedTexts(nn.Module):
-    """Embeddings of texts that never change, computed once for each device and dtype of a frozen tower.
+    """Embeddings of texts that never change, computed once per device and dtype of a frozen tower.
 
-    A submodule of the model that holds the tower, so that loading weights or casting them forgets what was computed.
+    As a submodule of the model it forgets them when weights are loaded or cast.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -159,9 +104,9 @@ class FixedTexts(nn.Module):
         self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, encoder: ContrastiveEncoder, like: Tensor) -> Tensor:
-        """(texts, d) on the device and in the dtype of `like`; outside the graph unless the tower is being trained."""
-        if isinstance(encoder, nn.Module) and any(p.requires_grad for p in encoder.parameters()):
-            self.forget()
+        """Return (texts, d) with device and dtype of `like`, without a graph unless the tower is being trained."""
+        if any(parameter.requires_grad for parameter in encoder.parameters()):
+            self._kept.clear()
             return encoder.encode_text(self.texts).to(like.dtype)
         key = (like.device, like.dtype)
         if key not in self._kept:
@@ -169,14 +114,10 @@ class FixedTexts(nn.Module):
                 self._kept[key] = encoder.encode_text(self.texts).to(like.dtype)
         return self._kept[key]
 
-    def forget(self) -> None:
-        """Compute again at the next call: the tower has other weights."""
-        self._kept.clear()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedTexts:
-        self.forget()
+        self._kept.clear()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        self.forget()
+        self._kept.clear()
         super()._load_from_state_dict(*arguments, **keywords)

@@ -1,6 +1,6 @@
-"""Pictures of results. Here pixels are shown, not scored: what is drawn goes to eyes, and never into a reward.
+"""Pictures of results, to look at; never input of a reward.
 
-Plots load matplotlib when they are first used, and pages for heat maps alone; contact sheets do without it.
+Plots and curves load matplotlib when they are first used, pages only for heat maps, contact sheets never.
 
 Example:
     >>> import torch
@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aigiqa_reward.report._style import WINNER
 from aigiqa_reward.report.heat import HeatMaps, draw_heat_maps, heat_maps
 from aigiqa_reward.report.page import write_page
-from aigiqa_reward.report.sheet import WINNER, contact_sheet
+from aigiqa_reward.report.sheet import contact_sheet
 
 if TYPE_CHECKING:
     from aigiqa_reward.report.plots import protocol_plot, scatter_plot

@@ -1,55 +1,179 @@
-"""The page's style: the contact sheet's inks by day, lighter ones on dark by night; one column on a phone."""
+"""Style of everything that is drawn: palette, fonts, wrapped texts, numbers, cards with images, matplotlib figures."""
 
-STYLE = """\
-:root { --paper: #f2f3f5; --card: #ffffff; --ink: #18181b; --muted: #686a73; --line: #d9dce1; --best: #ea580c; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #16171a; --card: #212327; --ink: #ececf0; --muted: #a3a6b0; --line: #3a3d44; --best: #fb923c; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-header, main { max-width: 72rem; margin: 0 auto; }
-h1 { font-size: 1.5rem; margin: .5rem 0; }
-h2 { font-size: 1.15rem; margin: 0 0 .25rem; white-space: pre-wrap; }
-h1, h2, .note { overflow-wrap: anywhere; }
-.note, figcaption, summary { color: var(--muted); font-size: .875rem; }
-.note { margin: .25rem 0; white-space: pre-wrap; }
-article { background: var(--card); border-radius: .6rem; padding: 1rem; margin: 1rem 0; }
-figure { margin: 0; }
-.winners { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: 1rem;
-  margin: .75rem 0; }
-.winner > img { display: block; width: 100%; height: auto; border-radius: .3rem; outline: 1px solid var(--line); }
-.winner.best > img { outline: 3px solid var(--best); }
-img.small { image-rendering: pixelated; }
-.winner b { display: inline-block; min-width: 1.6em; text-align: center; border-radius: .3rem; color: var(--card);
-  background: var(--muted); }
-.winner.best b { background: var(--best); }
-.winner figcaption { margin-top: .4rem; }
-dl { margin: .25rem 0 0; color: var(--ink); }
-dl div { display: flex; justify-content: space-between; }
-dt { color: var(--muted); }
-dd { margin: 0; font-variant-numeric: tabular-nums; }
-.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); gap: .4rem; margin-top: .6rem; }
-.maps img { width: 100%; height: auto; display: block; }
-.maps figcaption { font-size: .7rem; line-height: 1.25; overflow-wrap: anywhere; }
-.curves { max-width: 40rem; margin: .75rem 0; }
-.curves svg { width: 100%; height: auto; display: block; overflow: visible; }
-svg text { fill: var(--muted); font-size: 12px; }
-.grid { stroke: var(--line); } .axis { stroke: var(--muted); }
-.curve polyline { fill: none; stroke: var(--muted); stroke-opacity: .45; stroke-width: 1.2; }
-.curve circle { fill: var(--muted); fill-opacity: .7; }
-.curve.best polyline { stroke: var(--best); stroke-opacity: 1; stroke-width: 2.4; }
-.curve.best circle { fill: var(--best); fill-opacity: 1; }
-summary { cursor: pointer; padding: .4rem 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:last-child, td:last-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
-tr.best td { font-weight: 600; }
-@media (max-width: 32rem) {
-  svg text { font-size: 20px; }
-  table { font-size: .75rem; }
-  th, td { padding-right: .4rem; }
-  th:last-child, td:last-child { min-width: 4.8rem; padding-right: 0; }
-}
-"""
+from __future__ import annotations
+
+import bisect
+import importlib.util
+import io
+import math
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+from aigiqa_reward.utils.io import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, LINE, GRID = "#18181b", "#686a73", "#d9dce1", "#e4e6ea"
+PAPER, CARD, EMPTY = "#f2f3f5", "#ffffff", "#e8eaed"
+
+WINNER = (234, 88, 12)
+"""Color of the frame around the winner and of nothing else in a contact sheet, sRGB."""
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c6d31")
+"""Six of Okabe and Ito's colors, which the color-blind can distinguish (jfly.uni-koeln.de/color), and two darker."""
+
+PADDING = 12  # px around the image in a card
+_FRAME = 6  # px, thickness of the winner's frame
+_SMALL = 12  # font size in px of a note in a card
+
+DPI, WIDTH = 160, 8.0  # of plots; inches: 1280 px
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in px; right and bottom are outside."""
+
+
+# --------------------------------------------------------------------------------------------- texts
+
+
+@cache
+def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Load DejaVu Sans, which comes with matplotlib and has Latin, Greek, Cyrillic, Arabic and more."""
+    library = importlib.util.find_spec("matplotlib")  # found, not imported: that looks for a home, and logs without one
+    if library is None or library.origin is None:
+        raise ImportError("matplotlib is missing, whose font is used here; pip install matplotlib")
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(library.origin).parent / "mpl-data" / "fonts" / "ttf" / name), size)
+
+
+def printable(text: str) -> str:
+    """Put a text in one line, without control characters and lone surrogates."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def wrapped(text: str, typeface: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """Break a text into at most `most` lines of `width` px, between words if possible, and end it with … if it is cut.
+
+    Args:
+        text: text of one line, see `printable`.
+        typeface: font with its size.
+        width: px.
+        most: lines.
+    """
+    text, lines = text[:2000], []  # more never fits, and measuring it would take long
+    while text and len(lines) < most:
+        end = _fitting(text, typeface, width)
+        if end < len(text) and len(lines) == most - 1:
+            return [*lines, text[: _fitting(text, typeface, width - typeface.getlength("…"))].rstrip() + "…"]
+        if end < len(text) and (space := text.rfind(" ", 1, end + 1)) > 0:
+            end = space
+        lines.append(text[:end].rstrip())
+        text = text[end:].lstrip()
+    return lines
+
+
+def _fitting(text: str, typeface: ImageFont.FreeTypeFont, width: float) -> int:
+    """Return how many of the first characters fit into `width` px; at least one."""
+    return max(1, bisect.bisect_right(range(1, len(text) + 1), width, key=lambda end: typeface.getlength(text[:end])))
+
+
+def number(value: float | None) -> str:
+    """Format a score with few digits; a dash for none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
+
+
+# --------------------------------------------------------------------------------------------- images
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """Scale an image so that its longer side is at most `side` px; enlarge it by a whole factor only, in squares."""
+    scale = side / max(image.size)
+    if scale >= 1:
+        return image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def draw_card(sheet: Image.Image, box: Box, image: Image.Image | None, height: int, note: str, *, framed: bool) -> None:
+    """Draw a card with an image, or an empty tile, in the `height` px at its top.
+
+    Args:
+        sheet: picture to draw on.
+        box: place of the card.
+        image: image to center there; None for an empty tile.
+        height: px for the image, without the padding around it.
+        note: text in the empty tile, or over the image.
+        framed: whether to surround the card with a frame.
+    """
+    draw = ImageDraw.Draw(sheet)
+    left, top, right, bottom = box
+    if framed:
+        draw.rectangle((left - _FRAME, top - _FRAME, right - 1 + _FRAME, bottom - 1 + _FRAME), WINNER)
+    draw.rectangle((left, top, right - 1, bottom - 1), CARD)
+    left, top, right = left + PADDING, top + PADDING, right - PADDING
+    if image is None:
+        draw.rectangle((left, top, right - 1, top + height - 1), EMPTY)
+    else:
+        corner = left + (right - left - image.width) // 2, top + (height - image.height) // 2
+        sheet.paste(image, corner)
+    if note:
+        lines = wrapped(printable(note), font(_SMALL), right - left - 2 * PADDING, 4)
+        ink = MUTED if image is None else CARD
+        middle = (left + right) / 2, top + height / 2
+        draw.multiline_text(middle, "\n".join(lines), ink, font(_SMALL), anchor="mm", align="center", spacing=6)
+
+
+def draw_row(draw: ImageDraw.ImageDraw, box: Box, baseline: int, name: str, value: str, *, size: int) -> None:
+    """Write a name at the left of a card and its value at the right."""
+    draw.text((box[0] + PADDING, baseline), name, MUTED, font(size), anchor="ls")
+    draw.text((box[2] - PADDING, baseline), value, INK, font(size), anchor="rs")
+
+
+# --------------------------------------------------------------------------------------------- plots
+
+
+def plot(
+    height: float, heights: Sequence[float], columns: int = 1, *, gap: float = 0.1
+) -> tuple[Figure, list[list[Axes]]]:
+    """Make a white figure of 1280 px with panels that share their axes along rows and columns.
+
+    Args:
+        height: inches.
+        heights: relative heights of the rows of panels.
+        columns: panels per row.
+        gap: inches between rows.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=gap)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout, facecolor="white")
+    shared = {"sharex": "col", "sharey": "row", "squeeze": False}
+    grid = figure.subplots(len(heights), columns, height_ratios=list(heights), **shared)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(MUTED)
+        axes.set_axisbelow(True)
+        axes.tick_params(color=MUTED, labelcolor=INK)
+    return figure, grid.tolist()
+
+
+def save_plot(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as a PNG, whatever the user's matplotlib settings are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    target = Path(path)
+    if target.suffix != ".png":
+        raise ValueError(f"path: expected a name that ends in .png, got {str(target)!r}")
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})
+    write_atomically(target, picture.getvalue())
+    return target

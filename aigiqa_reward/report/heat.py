@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.rewards.scorer import device_of
-from aigiqa_reward.types import RewardOutput, as_reward_output
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.types import RewardFunction
 
-KINDS = ("auto", "distortion", "gradient")
+Kind = Literal["auto", "distortion", "gradient"]
 
 _SMOOTHING = 64
-"""The longer side over half the window in which gradients are averaged: chosen here, since single pixels are noise."""
+"""Ratio of the longer side to half the window in which gradients are averaged, since those of pixels are noisy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMaps:
-    """One heat map an image.
+    """One heat map per image.
 
     Attributes:
         kind: "distortion" or "gradient", see `heat_maps`.
@@ -34,27 +34,25 @@ class HeatMaps:
     maps: Float[Tensor, "batch height width"]
 
 
-def heat_maps(reward: Any, images: Tensor, prompts: Sequence[str] | str | None = None, kind: str = "auto") -> HeatMaps:
-    """Where in each image the reward finds something.
+def heat_maps(
+    reward: RewardFunction, images: Tensor, prompts: Sequence[str] | str | None = None, kind: Kind = "auto"
+) -> HeatMaps:
+    """Compute where in each image the reward finds distortions, or where its score reacts to the pixels.
 
-    "distortion": of a reward that gives `details["distortion_maps"]` (cpa_iqa), the highest of its maps at each place.
-    The values are the model's own, so that two images can be compared; they were learned from whole-image scores.
-    "gradient": the length of the gradient of `total` in the pixels, averaged over a small window, as a share of the
-    image's own highest. It shows where a change would move the score most, not whether the place is good or bad, and
-    says nothing across images. It costs about twice what scoring does.
+    "distortion": for a reward with `details["distortion_maps"]` (cpa_iqa), the highest of its maps at each place. The
+    values are the model's own, so that two images can be compared; they were learned from whole-image scores.
+    "gradient": the norm of the gradient of `total` with respect to the pixels, averaged over a small window, relative
+    to the image's highest. It shows where a change would move the score most, not whether the place is good or bad, and
+    does not compare images. It costs about twice as much as scoring.
 
     Args:
-        reward: a Reward, or another RewardFunction that gives what `kind` needs.
-        images: (B, 3, H, W) floating point in [0, 1]; worked on one at a time, on the reward's device.
-        prompts: B strings, one for all, or None.
-        kind: "distortion", "gradient", or "auto": distortion maps where the reward gives them, else gradients.
-
-    Raises:
-        TypeError, ValueError: images or prompts that the reward refuses; an unknown kind; a reward without distortion
-            maps, or through which no gradient passes.
+        reward: a Reward, or another RewardFunction with what `kind` needs.
+        images: (B, 3, H, W) floating point in [0, 1], processed one at a time on the reward's device.
+        prompts: B prompts, one for all, or None.
+        kind: "distortion", "gradient", or "auto": distortion maps if the reward has them, else gradients.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
     pixels.check(images)
     texts = [prompts] * len(images) if prompts is None or isinstance(prompts, str) else list(prompts)
     if len(texts) != len(images):
@@ -80,22 +78,19 @@ def draw_heat_maps(images: Tensor, heat: HeatMaps, *, opacity: float = 0.6) -> T
     """Lay heat maps over the images in gray: dark violet at 0, over red, to light yellow at 1 (magma).
 
     Args:
-        images: (B, 3, H, W) in [0, 1], of which the maps are.
-        heat: what `heat_maps` returned.
-        opacity: of the colors, in [0, 1].
+        images: (B, 3, H, W) in [0, 1] that the maps belong to.
+        heat: output of `heat_maps`.
+        opacity: opacity of the colors, in [0, 1].
 
     Returns:
-        (B, 3, H, W) float32 in [0, 1] on the CPU, for eyes and not for rewards.
-
-    Raises:
-        ValueError: images and maps of different sizes, or an opacity out of range.
+        (B, 3, H, W) float32 in [0, 1] on the CPU.
     """
     import matplotlib
 
     pixels.check(images)
     expected = (len(heat.maps), 3, *heat.maps.shape[1:])
     if tuple(images.shape) != expected:
-        raise ValueError(f"images: expected {expected}, as the maps have it, got {tuple(images.shape)}")
+        raise ValueError(f"images: expected {expected}, as the maps, got {tuple(images.shape)}")
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity: expected a number in [0, 1], got {opacity!r}")
     shades = torch.from_numpy(matplotlib.colormaps["magma"](range(256))[:, :3]).float()
@@ -104,26 +99,26 @@ def draw_heat_maps(images: Tensor, heat: HeatMaps, *, opacity: float = 0.6) -> T
     return (1 - opacity) * seen.mean(dim=1, keepdim=True) + opacity * colors
 
 
-def _distortion(reward: Any, image: Tensor, prompts: list[str] | None) -> Tensor | None:
-    """(1, H, W) of one image, or None where the reward gives no maps."""
+def _distortion(reward: RewardFunction, image: Tensor, prompts: list[str] | None) -> Tensor | None:
+    """Return the map (1, H, W) of one image, or None if the reward has none."""
     with torch.no_grad():
-        output = _called(reward, image, prompts)
+        output = BoundReward(reward)(image, prompts)
     if "distortion_maps" not in output.details:
         return None
     highest = output.details["distortion_maps"].float().amax(dim=1, keepdim=True)
     return pixels.unletterbox(highest, (image.shape[2], image.shape[3]))[:, 0].clamp(0, 1).cpu()
 
 
-def _gradient(reward: Any, image: Tensor, prompts: list[str] | None) -> Tensor:
-    """(1, H, W) of one image, also where the caller is in inference mode."""
+def _gradient(reward: RewardFunction, image: Tensor, prompts: list[str] | None) -> Tensor:
+    """Return the map (1, H, W) of one image, even if the caller is in inference mode."""
     if isinstance(reward, nn.Module) and any(weight.is_inference() for weight in reward.parameters()):
         raise ValueError(
-            "reward: its weights were made within torch.inference_mode, where no gradient passes; make it outside, or "
+            "reward: its weights were made within torch.inference_mode, so it has no gradients; make it outside, or "
             "within `with torch.inference_mode(False)`"
         )
     with torch.inference_mode(False), torch.enable_grad():
         leaf = image.detach().clone().requires_grad_()
-        total = _called(reward, leaf, prompts).total
+        total = BoundReward(reward)(leaf, prompts).total
         if not total.requires_grad:
             raise ValueError("kind: no gradient passes through this reward; use one whose scores are differentiable")
         (gradient,) = torch.autograd.grad(total.sum(), leaf)
@@ -134,8 +129,3 @@ def _gradient(reward: Any, image: Tensor, prompts: list[str] | None) -> Tensor:
     if not bool(torch.isfinite(highest) & (highest > 0)):
         raise ValueError(f"kind: the gradient of this reward is {float(highest):.3g} everywhere or not finite")
     return (even / highest)[:, 0].cpu()
-
-
-def _called(reward: Any, image: Tensor, prompts: list[str] | None) -> RewardOutput:
-    device = device_of(reward)
-    return as_reward_output(reward(image if device is None else image.to(device), prompts), len(image))

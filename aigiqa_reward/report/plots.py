@@ -1,35 +1,24 @@
-"""Plots of predictions against human scores, and of repeated splits, drawn by matplotlib's objects without pyplot."""
+"""Plots of predictions against human scores, and of repeated splits."""
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from aigiqa_reward.evaluation import Correlations, ProtocolReport, SummaryRow, correlations, fit_logistic4
-from aigiqa_reward.report.lettering import font, printable, wrapped
-from aigiqa_reward.utils.io import write_atomically
+from aigiqa_reward.report._style import COLORS, DPI, GRID, INK, MUTED, font, plot, printable, save_plot, wrapped
 
-_DPI = 160
-_WIDTH = 8.0  # inches, both plots: 1280 px
-_INK, _MUTED, _GRID = "#18181b", "#686a73", "#e4e6ea"  # the inks of the contact sheet
 _TITLE, _TEXT, _SMALL = 13, 10, 8.5  # font sizes in points
-
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c6d31")
-"""Six of Okabe and Ito's colors, which the color-blind tell apart (jfly.uni-koeln.de/color), and two darker ones."""
-
 _MARKERS = ("o", "^", "s")
-_NAMED = len(_COLORS) * len(_MARKERS)
-"""Generators with a look of their own; of more, the rarest are drawn alike."""
+_NAMED = len(COLORS) * len(_MARKERS)
+"""Generators with a distinct look; of more, the rarest are drawn alike."""
 
 _ROW = 0.46  # inches, the height of one predictor
 
@@ -47,20 +36,14 @@ def scatter_plot(
     """Draw predictions against human scores as a PNG of 1280 x 960 px: points, fitted logistic, SRCC and PLCC.
 
     Args:
-        predicted: (N,) predictions, N >= 5; the horizontal axis.
-        target: (N,) human scores; the vertical axis.
-        path: of the PNG, written whole or not at all.
-        title: of the plot; what does not fit two lines is cut.
-        x_label: of the predictions, with their unit.
-        y_label: of the human scores, with their unit.
-        generators: (N,) the group of each point, told apart by color and marker and listed from the highest mean
-            score to the lowest; the rarest beyond 24 share one look. None draws all points alike.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: NaN or infinite values, unequal lengths, fewer than 5 rows, or a path that does not end in .png.
+        predicted: (N,) finite predictions, N >= 5; the horizontal axis.
+        target: (N,) finite human scores; the vertical axis.
+        path: PNG to write.
+        title: title, cut after two lines.
+        x_label: name and unit of the predictions.
+        y_label: name and unit of the human scores.
+        generators: (N,) group of each point, shown by color and marker and listed from the highest mean score to the
+            lowest; the rarest beyond 24 share one look. None draws all points alike.
 
     Example:
         >>> import numpy as np
@@ -73,45 +56,40 @@ def scatter_plot(
     agreement, curve = correlations(predicted, target), fit_logistic4(predicted, target)
     x, y = np.asarray(predicted, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if generators is not None and np.shape(generators) != x.shape:
-        raise ValueError(f"generators: expected {len(x)} names, one a point, got shape {np.shape(generators)}")
-    figure, (axes,) = _figure(height=6.0, panels=[1.0])
+        raise ValueError(f"generators: expected {len(x)} names, one per point, got shape {np.shape(generators)}")
+    figure, [[axes]] = plot(6.0, [1.0])
+    axes.tick_params(labelsize=_TEXT)
     _heading(figure, title)
     handles = _points(axes, x, y, generators)
     axes.set_xlim(*_limits(x))
     axes.set_ylim(*_limits(y))
     along = np.linspace(*_limits(x), 800)
-    axes.plot(along, curve(along), color=_INK, linewidth=2, zorder=3)
+    axes.plot(along, curve(along), color=INK, linewidth=2, zorder=3)
     _label(axes, x_label, y_label)
-    axes.grid(color=_GRID, linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     if handles:
         legend = figure.legend(list(handles.values()), ["x"] * len(handles), loc="outside right center", frameon=False)
         for text, name in zip(legend.get_texts(), handles, strict=True):
-            _plain(text, _fitted(name, _SMALL, 280), _SMALL, _INK)
+            _plain(text, _fitted(name, _SMALL, 280), _SMALL, INK)
     _corner(figure, axes, np.append(x, along), np.append(y, curve(along)), _summary(agreement, len(x)))
-    return _write(figure, path)
+    return save_plot(figure, path)
 
 
 def protocol_plot(report: ProtocolReport, path: str | os.PathLike[str]) -> Path:
-    """Draw the SRCC of every predictor as a PNG 1280 px wide: a point a seed, a bar at the mean, one panel a task.
+    """Draw the SRCC of every predictor as a PNG 1280 px wide: a point per seed, a bar at the mean, a panel per task.
 
     A seed has the same height in every row, so that predictors can be compared seed by seed; the first is on top.
 
     Args:
-        report: with one entry at least.
-        path: of the PNG, written whole or not at all.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: an empty report, or a path that does not end in .png.
+        report: report with at least one entry.
+        path: PNG to write.
 
     Example:
         >>> from aigiqa_reward.evaluation import ProtocolReport, score_split
         >>> from aigiqa_reward.report import protocol_plot
         >>> human, prompts, generators = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("ppqqrr"), ["sd1.5"] * 6
-        >>> told = {"task": "quality", "target": human, "prompts": prompts, "generators": generators}
-        >>> scores = [score_split(seed, "model", predicted=human, **told) for seed in (0, 1)]
+        >>> rows = {"task": "quality", "target": human, "prompts": prompts, "generators": generators}
+        >>> scores = [score_split(seed, "model", predicted=human, **rows) for seed in (0, 1)]
         >>> report = ProtocolReport(title="mine", protocol="2 seeds").with_scores(scores)
         >>> protocol_plot(report, "protocol.png").name
         'protocol.png'
@@ -124,45 +102,33 @@ def protocol_plot(report: ProtocolReport, path: str | os.PathLike[str]) -> Path:
     seeds = sorted({entry.seed for entry in report.scores})
     values = {entry.key: entry.srcc for entry in report.scores}
     heights = [_ROW * len(panel) + 0.3 for panel in panels]
-    figure, every_axes = _figure(height=sum(heights) + 0.55 * len(panels) + 1.1, panels=heights)
+    figure, grid = plot(sum(heights) + 0.55 * len(panels) + 1.1, heights)
     _heading(figure, report.title)
-    for axes, task, panel in zip(every_axes, tasks, panels, strict=True):
+    for [axes], task, panel in zip(grid, tasks, panels, strict=True):
         for place, row in enumerate(panel):
             _row(axes, place, row, [values.get((seed, row.predictor, task), np.nan) for seed in seeds])
         axes.set_ylim(len(panel) - 0.4, -0.6)
         axes.set_yticks(range(len(panel)), [_fitted(row.predictor, _TEXT, 330, most=2) for row in panel])
         for label in axes.get_yticklabels():
             label.set_parse_math(False)
-        axes.set_title(task.capitalize(), loc="left", fontsize=_TEXT, fontweight="bold", color=_INK)
-        axes.grid(axis="x", color=_GRID, linewidth=0.8)
+        axes.set_title(task.capitalize(), loc="left", fontsize=_TEXT, fontweight="bold", color=INK)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        axes.tick_params(labelsize=_TEXT)
         axes.tick_params(axis="y", length=0)
     known = np.array([value for value in values.values() if not np.isnan(value)])
-    every_axes[0].set_xlim(*_limits(known) if len(known) else (-1, 1))  # all panels share it
-    every_axes[-1].set_xlabel("SRCC on the test part", fontsize=_TEXT, color=_INK)
-    note = f"A point: one seed. Bar and figures: mean ± standard deviation over seeds. Protocol: {report.protocol}"
-    _plain(figure.supxlabel("x"), _fitted(note, _SMALL, 1200, most=3), _SMALL, _MUTED)
-    return _write(figure, path)
+    grid[0][0].set_xlim(*_limits(known) if len(known) else (-1, 1))  # all panels share it
+    grid[-1][0].set_xlabel("SRCC on the test part", fontsize=_TEXT, color=INK)
+    note = f"Points: seeds. Bar and numbers: mean ± standard deviation over seeds. Protocol: {report.protocol}"
+    _plain(figure.supxlabel("x"), _fitted(note, _SMALL, 1200, most=3), _SMALL, MUTED)
+    return save_plot(figure, path)
 
 
 # --------------------------------------------------------------------------------------------- parts
 
 
-def _figure(*, height: float, panels: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """A white figure with one axes below the other, of these relative heights, that share the horizontal axis."""
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout=layout, facecolor="white")
-    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=list(panels))
-    for axes in grid[:, 0]:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_MUTED)
-        axes.set_axisbelow(True)
-        axes.tick_params(labelsize=_TEXT, color=_MUTED, labelcolor=_INK)
-    return figure, list(grid[:, 0])
-
-
 def _fitted(text: str, size: float, width: int, *, most: int = 1, bold: bool = False) -> str:
-    """The text in at most `most` lines of `width` px, in letters of `size` points."""
-    return "\n".join(wrapped(printable(text), font(round(size * _DPI / 72), bold=bold), width, most))
+    """Break a text into at most `most` lines of `width` px, for a font size in points."""
+    return "\n".join(wrapped(printable(text), font(round(size * DPI / 72), bold=bold), width, most))
 
 
 def _plain(text: Text, content: str, size: float, color: str) -> None:
@@ -170,16 +136,16 @@ def _plain(text: Text, content: str, size: float, color: str) -> None:
 
 
 def _heading(figure: Figure, title: str) -> None:
-    _plain(figure.suptitle("x", fontweight="bold"), _fitted(title, _TITLE, 1200, most=2, bold=True), _TITLE, _INK)
+    _plain(figure.suptitle("x", fontweight="bold"), _fitted(title, _TITLE, 1200, most=2, bold=True), _TITLE, INK)
 
 
 def _label(axes: Axes, x_label: str, y_label: str) -> None:
-    _plain(axes.xaxis.label, _fitted(x_label, _TEXT, 800), _TEXT, _INK)
-    _plain(axes.yaxis.label, _fitted(y_label, _TEXT, 750), _TEXT, _INK)
+    _plain(axes.xaxis.label, _fitted(x_label, _TEXT, 800), _TEXT, INK)
+    _plain(axes.yaxis.label, _fitted(y_label, _TEXT, 750), _TEXT, INK)
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:
-    """The range of values with a margin; around a single value, one of its size."""
+    """Return the range of values with a margin."""
     low, high = float(values.min()), float(values.max())
     margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
     return low - margin, high + margin
@@ -188,20 +154,20 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 def _points(
     axes: Axes, x: np.ndarray, y: np.ndarray, generators: Sequence[str] | np.ndarray | None
 ) -> dict[str, Line2D]:
-    """Draw them, and return what the legend shows of each group."""
+    """Draw the points, and return the legend's marker of each group."""
     size = float(np.clip(600 / len(x) ** 0.5, 10, 40))
     if generators is None:
-        axes.scatter(x, y, s=size, color=_COLORS[0], alpha=0.5, linewidths=0, zorder=2)
+        axes.scatter(x, y, s=size, color=COLORS[0], alpha=0.5, linewidths=0, zorder=2)
         return {}
     names, codes, counts = np.unique(np.asarray(generators, dtype=str), return_inverse=True, return_counts=True)
     named = np.argsort(-counts, kind="stable")[: _NAMED if len(names) > _NAMED else None]
     means = np.bincount(codes, weights=y) / counts
     handles = {}
-    looks = [(_COLORS[i % len(_COLORS)], _MARKERS[i // len(_COLORS)]) for i in range(_NAMED)]
+    looks = [(COLORS[i % len(COLORS)], _MARKERS[i // len(COLORS)]) for i in range(_NAMED)]
     groups = [(str(names[group]), codes == group) for group in named[np.argsort(-means[named], kind="stable")]]
     if len(named) < len(names):
         groups.append((f"{len(names) - len(named)} others", ~np.isin(codes, named)))
-        looks = [*looks, (_MUTED, "x")]
+        looks = [*looks, (MUTED, "x")]
     for (name, mask), (color, marker) in zip(groups, looks, strict=False):
         stroke = 1.0 if marker == "x" else 0.0
         axes.scatter(x[mask], y[mask], s=size, c=color, marker=marker, alpha=0.6, linewidths=stroke, zorder=2)
@@ -218,10 +184,10 @@ def _summary(agreement: Correlations, count: int) -> str:
 
 
 def _corner(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, content: str) -> None:
-    """Write in a corner that no point (x, y) lies in; where each has some, above them all. To be called last."""
-    frame = {"facecolor": "white", "edgecolor": _GRID, "alpha": 0.9, "boxstyle": "round,pad=0.5"}
+    """Write in a corner without points (x, y), or above them all if there is none; to be called last."""
+    frame = {"facecolor": "white", "edgecolor": GRID, "alpha": 0.9, "boxstyle": "round,pad=0.5"}
     text = axes.text(0.02, 0.97, content, transform=axes.transAxes, va="top", linespacing=1.4, zorder=4, bbox=frame)
-    text.set(parse_math=False, fontsize=_TEXT, color=_INK)
+    text.set(parse_math=False, fontsize=_TEXT, color=INK)
     figure.draw_without_rendering()  # gives the panel and the text their sizes
     panel, box = axes.get_window_extent(), text.get_window_extent()
     width, height = (box.x1 - panel.x0 + 24) / panel.width, (panel.y1 - box.y0 + 24) / panel.height  # with its frame
@@ -236,12 +202,12 @@ def _corner(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, content: s
 
 
 def _row(axes: Axes, place: int, row: SummaryRow, values: Sequence[float]) -> None:
-    """One predictor: its seeds, the mean, and the figures beside the panel."""
+    """Draw one predictor: its seeds, the mean, and the numbers beside the panel."""
     heights = place + (np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1))
-    axes.axhline(place, color=_GRID, linewidth=0.8, zorder=1)
-    axes.scatter(values, heights, s=22, color=_COLORS[0], alpha=0.75, linewidths=0, zorder=3)
+    axes.axhline(place, color=GRID, linewidth=0.8, zorder=1)
+    axes.scatter(values, heights, s=22, color=COLORS[0], alpha=0.75, linewidths=0, zorder=3)
     if row.srcc.count:
-        axes.plot([row.srcc.mean] * 2, [place - 0.32, place + 0.32], color=_INK, linewidth=2.4, zorder=2)
+        axes.plot([row.srcc.mean] * 2, [place - 0.32, place + 0.32], color=INK, linewidth=2.4, zorder=2)
     partly = f" ({row.srcc.count} of {len(values)})" if row.srcc.count < len(values) else ""
     figures = f"{row.srcc}{partly}" if row.srcc.count else "undefined"
     axes.text(
@@ -251,15 +217,5 @@ def _row(axes: Axes, place: int, row: SummaryRow, values: Sequence[float]) -> No
         transform=axes.get_yaxis_transform(),
         va="center_baseline",
         fontsize=_TEXT,
-        color=_INK if row.srcc.count else _MUTED,
+        color=INK if row.srcc.count else MUTED,
     )
-
-
-def _write(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    if target.suffix != ".png":
-        raise ValueError(f"path: expected a name that ends in .png, got {str(target)!r}")
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})  # savefig would follow the user's settings
-    write_atomically(target, picture.getvalue())
-    return target

@@ -1,63 +1,49 @@
-"""A reward with its encoded prompts: device, precision, non-finite images and missing gradients."""
+"""Call any reward function in one way: on its device, in its precision, with prompts that are encoded once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aigiqa_reward.images import HIGHEST, LOWEST, finite_rows
 from aigiqa_reward.types import PromptError, PromptFeatures, RewardFunction, RewardOutput, as_reward_output
+from aigiqa_reward.utils.checks import check_reward
 
 
 class BoundReward:
-    """Any reward function with the same interface: device transfer, encoded prompts, scores of finite images only.
+    """A reward function and its encoded prompts.
 
     The prompts of the last call are kept encoded: a call with the same prompts, or a subset of them, encodes nothing.
 
     Args:
         reward: a `Reward`, or any function f(images, prompts) -> (B,) scores.
-        prompts: prompts to encode now, so that a prompt that cannot be read raises here.
-
-    Raises:
-        TypeError: the reward is not callable.
-        PromptError: the reward cannot read one of the prompts.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.rewards.bound import BoundReward
-        >>> bound = BoundReward(lambda images, prompts: images.mean(dim=(1, 2, 3)))
-        >>> images = torch.tensor([0.0, float("nan"), 1.0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
-        >>> bound.score(images, "a fox").total
-        tensor([0., nan, 1.])
+        prompts: prompts to encode at once, so that one that the reward cannot read raises a PromptError here.
     """
 
     def __init__(self, reward: RewardFunction, prompts: Sequence[str] = ()) -> None:
-        if not callable(reward):
-            raise TypeError(
-                f"reward: expected a Reward or a function f(images, prompts), got {type(reward).__name__}; "
-                "make one with create_reward('compact')"
-            )
-        self.reward = reward
+        self.reward = check_reward(reward)
         self._features: PromptFeatures | None = None
         if prompts:
             self.encode(prompts)
 
     @property
     def name(self) -> str:
-        """The reward's name, or the name of the function or class."""
+        """Name of the reward, or of the function or class."""
         return reward_name(self.reward)
 
     @property
     def device(self) -> torch.device | None:
-        """Device of the reward, None if it has none."""
+        """Device of the reward; None if it has none."""
         return device_of(self.reward)
 
     def encode(self, prompts: Sequence[str]) -> PromptFeatures | list[str]:
-        """Encode prompts, or look them up among those of the last call; the strings for a reward that encodes none.
+        """Encode prompts, or look them up among those of the last call; return the texts if the reward encodes none.
 
         Raises:
             PromptError: the reward cannot read one of them.
@@ -99,9 +85,11 @@ class BoundReward:
         """
         images = images.to(self.device or images.device).clamp(LOWEST, HIGHEST)
         texts = [prompts] * len(images) if isinstance(prompts, str) else prompts
-        with torch.autocast(images.device.type, enabled=False):
+        reward: Any = self.reward
+        kind = images.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             images = images if images.dtype == torch.float64 else images.float()
-            result = self.reward(images, None if texts is None else self.encode(texts))
+            result = reward(images, None if texts is None else self.encode(texts))
         return as_reward_output(result, len(images))
 
     def score(self, images: Tensor, prompts: str | Sequence[str] | None) -> RewardOutput:
@@ -114,34 +102,24 @@ class BoundReward:
             nothing = torch.full((len(images),), math.nan, device=self.device or images.device)
             if not len(rows):
                 return RewardOutput(total=nothing, quality=nothing)
-            texts = prompts if prompts is None or isinstance(prompts, str) else [prompts[row] for row in rows.tolist()]
-            output = self(images[rows], texts)
-
-            def placed(values: Tensor | None) -> Tensor | None:
-                return None if values is None else nothing.to(values).index_copy(0, rows.to(values.device), values)
-
-            total, quality = placed(output.total), placed(output.quality)
-            assert total is not None and quality is not None
-            return RewardOutput(total=total, quality=quality, correspondence=placed(output.correspondence))
+            own = prompts if prompts is None or isinstance(prompts, str) else [list(prompts)[row] for row in rows]
+            output = replace(self(images[rows], own), details={})
+            return output._map(lambda scores: nothing.to(scores).index_copy(0, rows.to(scores.device), scores))
 
     def check_differentiable(self, needed_by: str, prompt: str, device: torch.device | str = "cpu") -> None:
         """Refuse a reward without gradients, by its score of a gray image; see `require_gradient`.
 
         Args:
-            needed_by: what needs the gradient, for the error.
-            prompt: a prompt that the reward will be asked about.
-            device: where the image is made if the reward names no device.
+            needed_by: method that needs the gradient, for the error.
+            prompt: prompt that the reward will be asked about.
+            device: device of the image if the reward has none.
         """
         gray = torch.full((1, 3, 64, 64), 0.5, device=self.device or device, requires_grad=True)
         with torch.enable_grad():
             self.require_gradient(self(gray, [prompt]).total, needed_by)
 
     def require_gradient(self, total: Tensor, needed_by: str) -> None:
-        """Refuse scores (B,) of images with gradients that have none themselves.
-
-        Raises:
-            ValueError: names what needs the gradient and how to get one.
-        """
+        """Refuse scores (B,) through which no gradient reaches the images that they were computed from."""
         if not total.requires_grad:
             raise ValueError(
                 f"reward: {needed_by} needs its gradient with respect to the images, and {self.name} returns scores "
@@ -160,6 +138,6 @@ def device_of(reward: RewardFunction) -> torch.device | None:
     return None
 
 
-def reward_name(reward: RewardFunction | Callable[..., object]) -> str:
+def reward_name(reward: RewardFunction) -> str:
     """Return the name of a reward, or of the function or class."""
     return str(getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__))

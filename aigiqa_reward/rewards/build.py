@@ -1,128 +1,111 @@
-"""Models from names: which towers each system has, embedded or published, under a head that is still to be trained."""
+"""Models by name: the towers of each system, embedded or published, and the embedded weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor
 
+from aigiqa_reward.assistants import Assistants, noun_phrases
+from aigiqa_reward.encoders.blip import BLIPConfig, BLIPEncoder
+from aigiqa_reward.encoders.compact import LITE2, CompactEncoder, CompactImageTower, CompactTextTower
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
+from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
 from aigiqa_reward.models.base import QualityModel
+from aigiqa_reward.models.compact import Compact, CompactConfig
+from aigiqa_reward.models.cpa_iqa import CPAIQA, CPAIQAConfig
+from aigiqa_reward.models.ma_agiqa import MAAGIQA, MAAGIQAConfig
+from aigiqa_reward.models.mst_clipiqa import MSTCLIPIQA, MSTCLIPIQAConfig
+from aigiqa_reward.models.sc_agiqa import SCAGIQA, SCAGIQAConfig
+from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
+from aigiqa_reward.rewards.specs import SPECS, TOWER_FILES
+from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
 
-if TYPE_CHECKING:
-    from aigiqa_reward.assistants import Assistants
-    from aigiqa_reward.encoders.blip import BLIPConfig
-    from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-    from aigiqa_reward.encoders.timm import TimmLevelsConfig
-
-    TowerConfig = OpenCLIPConfig | TimmLevelsConfig | BLIPConfig
+TowerConfig: TypeAlias = OpenCLIPConfig | TimmConfig | BLIPConfig
+Tower: TypeAlias = OpenCLIPEncoder | TimmEncoder | BLIPEncoder | CompactEncoder
 
 
 def published_towers(name: str) -> dict[str, TowerConfig]:
-    """The towers of `preset="paper"`, by role.
+    """Return the towers of `preset="paper"`, by role.
 
     SC-AGIQA's BLIP has ImageReward's weights in the paper; those are a pickle in another layout (see `BLIPConfig`), so
     the default is BLIP's own.
     """
-    from aigiqa_reward.encoders.blip import BLIPConfig
-    from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-    from aigiqa_reward.encoders.timm import TimmConfig, TimmLevelsConfig
-
-    def clip(architecture: str) -> OpenCLIPConfig:
-        return OpenCLIPConfig(architecture=architecture, pretrained="openai")
-
-    def vit(architecture: str, blocks: tuple[int, ...]) -> TimmLevelsConfig:
-        half = (0.5, 0.5, 0.5)  # the statistics that timm's ViTs of the AugReg recipe were trained with
-        return TimmLevelsConfig(
-            tower=TimmConfig(architecture=architecture, mean=half, std=half, pretrained=True), blocks=blocks
-        )
-
+    b32, b16 = (OpenCLIPConfig(architecture=name, pretrained="openai") for name in ("ViT-B-32", "ViT-B-16"))
+    half = (0.5, 0.5, 0.5)  # the statistics that timm's ViTs of the AugReg recipe were trained with
+    vit16 = TimmConfig(architecture="vit_base_patch16_224", mean=half, std=half, pretrained=True, blocks=(8, 9, 10, 11))
+    vit8 = TimmConfig(architecture="vit_base_patch8_224", mean=half, std=half, pretrained=True, blocks=(6, 7, 8, 9))
     table: dict[str, dict[str, TowerConfig]] = {
-        "mst_clipiqa": {"coarse": clip("ViT-B-32"), "fine": clip("ViT-B-16")},
-        "tsp_mgs": {"clip": clip("ViT-B-32")},
+        "mst_clipiqa": {"coarse": b32, "fine": b16},
+        "tsp_mgs": {"clip": b32},
         "sc_agiqa": {
-            "vision": vit("vit_base_patch16_224", (8, 9, 10, 11)),
+            "vision": vit16,
             "text": BLIPConfig(path_or_id="Salesforce/blip-itm-large-coco"),
         },
-        "ma_agiqa": {"vision": vit("vit_base_patch8_224", (6, 7, 8, 9))},
-        "cpa_iqa": {"clip": clip("ViT-B-16")},
+        "ma_agiqa": {"vision": vit8},
+        "cpa_iqa": {"clip": b16},
     }
     return table[name]
 
 
 MULTIMODAL_WIDTH = 1280
-"""Width of the compact tower's two features that stand for a multimodal model's."""
+"""Width of the compact tower's two features that replace a multimodal model's."""
+
+Settings: TypeAlias = Mapping[str, Any]
+"""Fields of a model's configuration."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class System:
     """How one of the five systems is put together.
 
     Attributes:
         embedded: settings of its configuration on the compact towers.
-        published: settings on other towers that differ from the configuration's defaults, as the paper has them.
-        roles: names of its towers where they are not the compact ones.
-        assistants: which assistants it can have.
-        needs: which of them it cannot do without on other towers than the compact ones, and whose features its embedded
-            head cannot read.
-        make: from configuration settings, towers by role (None: the compact ones) and assistants to the model.
+        published: settings on other towers where the paper differs from the configuration's defaults.
+        roles: names of its towers; the first is required, and is the compact one where it is embedded.
+        assistants: assistants that it can use.
+        needs: assistants that it requires on other towers, and whose features its embedded head cannot read.
+        make: builds the model from settings, towers by role, and assistants.
     """
 
-    embedded: Mapping[str, Any]
-    published: Mapping[str, Any]
+    make: Callable[[Settings, Mapping[str, Any], Assistants], QualityModel]
+    embedded: Settings
     roles: tuple[str, ...]
-    assistants: tuple[str, ...]
-    needs: tuple[str, ...]
-    make: Callable[[Mapping[str, Any], Mapping[str, Any], Any], QualityModel]
+    published: Settings
+    assistants: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
-def _mst_clipiqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Any) -> QualityModel:
-    from aigiqa_reward.models.mst_clipiqa import MSTCLIPIQA, MSTCLIPIQAConfig
-
-    del assistants
+def _mst_clipiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
     return MSTCLIPIQA(MSTCLIPIQAConfig(**settings), towers["coarse"], towers.get("fine"))
 
 
-def _tsp_mgs(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Any) -> QualityModel:
-    from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
-
-    del assistants
+def _tsp_mgs(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
     return TSPMGS(TSPMGSConfig(**settings), towers["clip"])
 
 
-def _sc_agiqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Any) -> QualityModel:
-    from aigiqa_reward.models.sc_agiqa import SCAGIQA, SCAGIQAConfig
-
+def _sc_agiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
     return SCAGIQA(SCAGIQAConfig(**settings), towers["vision"], towers.get("text"), assistants.captioner)
 
 
-def _ma_agiqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Any) -> QualityModel:
-    from aigiqa_reward.models.ma_agiqa import MAAGIQA, MAAGIQAConfig
-
-    vision = towers["vision"]
-    matcher = towers.get("matcher") or (vision if _is_compact(vision) else None)
-    if assistants.semantics is not None:
-        settings = {**settings, "semantics_width": assistants.semantics.width}
-    return MAAGIQA(
-        MAAGIQAConfig(**settings),
-        vision,
-        side=vision.level_side,
-        matcher=matcher,
-        semantics=assistants.semantics,
-    )
+def _ma_agiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
+    vision, semantics = towers["vision"], assistants.semantics
+    if semantics is not None:
+        settings = {**settings, "semantics_width": semantics.width}
+    matcher = towers.get("matcher") or (vision if isinstance(vision, CompactEncoder) else None)
+    config = MAAGIQAConfig(**settings)
+    return MAAGIQA(config, vision, side=vision.level_side, matcher=matcher, semantics=semantics)
 
 
-def _cpa_iqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Any) -> QualityModel:
-    from aigiqa_reward.assistants import noun_phrases
-    from aigiqa_reward.models.cpa_iqa import CPAIQA, CPAIQAConfig
-
-    encoder = towers["clip"]
+def _cpa_iqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
     return CPAIQA(
         CPAIQAConfig(**settings),
-        encoder,
+        towers["clip"],
         phrases=noun_phrases,
-        levels=_is_compact(encoder),
+        levels=isinstance(towers["clip"], CompactEncoder),
         segmenter=assistants.segmenter,
         attributes=assistants.attributes,
     )
@@ -130,30 +113,26 @@ def _cpa_iqa(settings: Mapping[str, Any], towers: Mapping[str, Any], assistants:
 
 SYSTEMS: dict[str, System] = {
     "mst_clipiqa": System(
+        make=_mst_clipiqa,
         embedded={"width": 256, "coarse_side": 256, "fine_side": 512, "anchor": True, "dropout": 0.3},
         published={},
         roles=("coarse", "fine"),
-        assistants=(),
-        needs=(),
-        make=_mst_clipiqa,
     ),
     "tsp_mgs": System(
+        make=_tsp_mgs,
         embedded={"crops": 9, "train_crops": 4, "resolution": 512, "adapter_rank": 64},
         published={"words_in_quality": True},
         roles=("clip",),
-        assistants=(),
-        needs=(),
-        make=_tsp_mgs,
     ),
     "sc_agiqa": System(
+        make=_sc_agiqa,
         embedded={"width": 128, "crops": 9, "train_crops": 2, "resolution": 512, "anchor": True, "dropout": 0.3},
         published={"prompt_in_quality": True},
         roles=("vision", "text"),
         assistants=("captioner",),
-        needs=(),
-        make=_sc_agiqa,
     ),
     "ma_agiqa": System(
+        make=_ma_agiqa,
         embedded={
             "width": 128,
             "window": 7,
@@ -167,18 +146,16 @@ SYSTEMS: dict[str, System] = {
         roles=("vision", "matcher"),
         assistants=("semantics",),
         needs=("semantics",),
-        make=_ma_agiqa,
     ),
     "cpa_iqa": System(
+        make=_cpa_iqa,
         embedded={"side": 448},
         published={},
         roles=("clip",),
         assistants=("segmenter", "attributes"),
-        needs=(),
-        make=_cpa_iqa,
     ),
 }
-"""The published systems. `compact`, which is not one of them, has a builder of its own."""
+"""The published systems. `compact`, which is ours, is built by `load_embedded` alone."""
 
 
 def build_model(
@@ -187,9 +164,9 @@ def build_model(
     preset: str | None = None,
     towers: Mapping[str, TowerConfig] | None = None,
     assistants: Assistants | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
 ) -> QualityModel:
-    """One of the five systems with its towers' weights and a fresh head, to be trained.
+    """Build one of the five systems with its towers' weights and a fresh head, to be trained.
 
     Args:
         name: one of `SYSTEMS`.
@@ -203,98 +180,146 @@ def build_model(
             be loaded.
 
     Example:
+        >>> from aigiqa_reward.rewards.build import SYSTEMS, build_model
         >>> list(SYSTEMS)
         ['mst_clipiqa', 'tsp_mgs', 'sc_agiqa', 'ma_agiqa', 'cpa_iqa']
         >>> build_model("mst_clipiqa", settings={"width": 128}).config.width
         128
     """
-    system = _system(name)
+    if name not in SYSTEMS:
+        raise ValueError(f"name: expected one of {', '.join(SYSTEMS)}, got {name!r}")
+    check_preset(preset)
+    system, given = SYSTEMS[name], _usable_assistants(name, assistants)
+    if preset is None and not towers:
+        base, loaded = system.embedded, {system.roles[0]: load_compact_encoder()}
+    else:
+        base, loaded = system.published, _other_towers(name, preset, towers or {}, given)
+    return _make(name, {**base, **(settings or {})}, loaded, given)
+
+
+def check_preset(preset: str | None) -> None:
+    """Refuse an unknown preset."""
     if preset not in (None, "paper"):
         raise ValueError(f"preset: expected None or 'paper', got {preset!r}")
-    given = dict(towers or {})
-    if unknown := sorted(given.keys() - set(system.roles)):
-        raise ValueError(f"towers: {name} has the towers {', '.join(system.roles)}, got {', '.join(unknown)}")
-    chosen = _checked_assistants(name, assistants)
-    base: dict[str, Any] = {}
-    if preset is None and not given:
-        from aigiqa_reward.rewards.embedded import load_compact_encoder
-
-        base = dict(system.embedded)
-        loaded: dict[str, Any] = {system.roles[0]: load_compact_encoder()}
-    else:
-        base = dict(system.published)
-        if missing := [role for role in system.needs if getattr(chosen, role) is None]:
-            raise ValueError(
-                f"assistants: {name} on other towers than the compact ones needs a multimodal model; pass "
-                f"assistants=Assistants({missing[0]}=LMMSemantics(...)) to build_model or TrainingPlan"
-            )
-        wanted = (published_towers(name) if preset == "paper" else {}) | given
-        loaded = {role: _load_tower(config) for role, config in wanted.items()}
-        if system.roles[0] not in loaded:
-            raise ValueError(f"towers: {name} needs {system.roles[0]!r}, got {sorted(loaded)}; or pass preset='paper'")
-    return _make(name, base | dict(settings or {}), loaded, chosen)
 
 
 def empty_model(name: str, description: Mapping[str, Any], assistants: Assistants | None = None) -> QualityModel:
-    """The architecture of a saved model, with weights still to be loaded."""
+    """Build a saved model from what its `describe` returned, with weights still to be loaded."""
     if name == "compact":
-        from aigiqa_reward.rewards.embedded import empty_compact
-
-        return empty_compact(description)
-    chosen = _checked_assistants(name, assistants)
+        return _empty_compact(description["config"])
+    given = _usable_assistants(name, assistants)
     for role in description.get("assistants", ()):
-        if getattr(chosen, role) is None:
+        if getattr(given, role) is None:
             raise ValueError(
                 f"assistants: this {name} was trained with a {role}, which is not saved with it; "
                 f"pass create_reward({name!r}, weights=..., assistants=Assistants({role}=...))"
             )
-    described = description["towers"]
-    towers = {role: _empty_tower(part) for role, part in described.items() if part is not None}
-    return _make(name, description["config"], towers, chosen)
+    towers = {role: _empty_tower(part) for role, part in description["towers"].items() if part is not None}
+    return _make(name, description["config"], towers, given)
 
 
-def _system(name: str) -> System:
-    if name not in SYSTEMS:
-        raise ValueError(f"name: expected one of {', '.join(SYSTEMS)}, got {name!r}")
-    return SYSTEMS[name]
+def load_embedded(
+    name: str,
+    *,
+    assistants: Assistants | None = None,
+    settings: Settings | None = None,
+    folder: Path = ASSETS,
+) -> QualityModel:
+    """Build a model with its embedded weights.
+
+    Args:
+        name: "compact" or one of `SYSTEMS`.
+        assistants: in place of the offline substitutes.
+        settings: fields of the configuration that do not change the weights' shapes.
+        folder: assets, whose files must have the hashes in `SPECS`.
+    """
+    if name == "compact":
+        if assistants is not None:
+            raise ValueError("assistants: the compact reward has none; leave them out")
+        return _load_compact(settings or {}, folder)
+    model = build_model(name, assistants=assistants, settings=settings)
+    load_strictly(model.get_submodule("head"), embedded_weights(name, "model.head.", folder), source=name)
+    return model
 
 
-def _make(name: str, settings: Mapping[str, Any], towers: Mapping[str, Any], assistants: Any) -> QualityModel:
+def embedded_weights(name: str, prefix: str, folder: Path = ASSETS) -> dict[str, Tensor]:
+    """Read the tensors of a system's embedded file whose names begin with `prefix`, without it."""
+    file = f"{name}/model.safetensors"
+    tensors = read_weights(folder / file, expected_sha256=SPECS[name].sha256[file])
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def load_compact_encoder(folder: Path = ASSETS) -> CompactEncoder:
+    """Load the compact towers as one contrastive encoder, frozen."""
+    encoder = CompactEncoder()
+    tensors: dict[str, Tensor] = {}
+    for file, sha256 in TOWER_FILES.items():
+        read = read_weights(folder / file, expected_sha256=sha256)
+        tensors |= {f"{Path(file).stem}.{name}": tensor for name, tensor in read.items()}
+    load_strictly(encoder, tensors, source=str(folder / "towers"))
+    return encoder.requires_grad_(False).eval()
+
+
+_COMPACT_PARTS = {
+    "towers/image.safetensors": "semantic.",
+    "towers/text.safetensors": "text.",
+    "compact/model.safetensors": "",
+}
+"""Prefix of the names of each file's tensors in the compact model."""
+
+
+def _load_compact(settings: Settings, folder: Path) -> QualityModel:
+    model = _empty_compact(settings)
+    tensors: dict[str, Tensor] = {}
+    for file, prefix in _COMPACT_PARTS.items():
+        read = read_weights(folder / file, expected_sha256=SPECS["compact"].sha256[file])
+        tensors |= {prefix + name: tensor for name, tensor in read.items()}
+    load_strictly(model, tensors, source=str(folder))
+    return model
+
+
+def _empty_compact(settings: Settings) -> QualityModel:
+    config = CompactConfig(**settings)
+    return Compact(config, semantic=CompactImageTower(), fine=TimmEncoder(LITE2), text=CompactTextTower())
+
+
+def _usable_assistants(name: str, assistants: Assistants | None) -> Assistants:
+    given = assistants or Assistants()
+    usable = SYSTEMS[name].assistants
+    useless = [role.name for role in fields(given) if getattr(given, role.name) is not None and role.name not in usable]
+    if useless:
+        raise ValueError(f"assistants: {name} can use {', '.join(usable) or 'none'}, got {', '.join(useless)}")
+    return given
+
+
+def _other_towers(
+    name: str, preset: str | None, given: Mapping[str, TowerConfig], assistants: Assistants
+) -> dict[str, Tower]:
+    """Load the published towers, or the given ones in their place."""
+    system = SYSTEMS[name]
+    if unknown := sorted(given.keys() - set(system.roles)):
+        raise ValueError(f"towers: {name} has the towers {', '.join(system.roles)}, got {', '.join(unknown)}")
+    if missing := [role for role in system.needs if getattr(assistants, role) is None]:
+        raise ValueError(
+            f"assistants: {name} on other towers than the compact ones needs a multimodal model; pass "
+            f"assistants=Assistants({missing[0]}=LMMSemantics(...)) to build_model or TrainingPlan"
+        )
+    configs = {**(published_towers(name) if preset == "paper" else {}), **given}
+    if system.roles[0] not in configs:
+        raise ValueError(f"towers: {name} needs {system.roles[0]!r}, got {sorted(configs)}; or pass preset='paper'")
+    return {role: _load_tower(config) for role, config in configs.items()}
+
+
+def _make(name: str, settings: Settings, towers: Mapping[str, Tower], assistants: Assistants) -> QualityModel:
     for tower in towers.values():
-        if isinstance(tower, nn.Module):
-            tower.requires_grad_(False).eval()
+        tower.requires_grad_(False).eval()
     try:
         return SYSTEMS[name].make(settings, towers, assistants)
     except TypeError as error:
         raise ValueError(f"settings: not ones of {name} ({error}); models/{name}.py lists its fields") from error
 
 
-def _checked_assistants(name: str, assistants: Assistants | None) -> Assistants:
-    from aigiqa_reward.assistants import Assistants
-
-    given = assistants or Assistants()
-    useless = [
-        role
-        for role in ("captioner", "semantics", "segmenter", "attributes")
-        if getattr(given, role) is not None and role not in _system(name).assistants
-    ]
-    if useless:
-        possible = ", ".join(_system(name).assistants) or "none"
-        raise ValueError(f"assistants: {name} can use {possible}, got {', '.join(useless)}")
-    return replace(given)
-
-
-def _is_compact(tower: object) -> bool:
-    from aigiqa_reward.encoders.compact import CompactEncoder
-
-    return isinstance(tower, CompactEncoder)
-
-
-def _load_tower(config: Any) -> Any:
-    from aigiqa_reward.encoders.blip import BLIPConfig, BLIPEncoder
-    from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
-    from aigiqa_reward.encoders.timm import TimmLevels, TimmLevelsConfig
-
+def _load_tower(config: TowerConfig) -> Tower:
     if isinstance(config, OpenCLIPConfig):
         if config.pretrained is None and not config.architecture.startswith(("local-dir:", "hf-hub:")):
             raise ValueError(
@@ -304,21 +329,15 @@ def _load_tower(config: Any) -> Any:
         return OpenCLIPEncoder(config)
     if isinstance(config, BLIPConfig):
         return BLIPEncoder(config)
-    if isinstance(config, TimmLevelsConfig):
-        return TimmLevels(config)
-    raise ValueError(f"towers: expected an OpenCLIPConfig, BLIPConfig or TimmLevelsConfig, got {type(config).__name__}")
+    if isinstance(config, TimmConfig):
+        return TimmEncoder(config)
+    raise ValueError(f"towers: expected an OpenCLIPConfig, BLIPConfig or TimmConfig, got {type(config).__name__}")
 
 
-def _empty_tower(description: Mapping[str, Any]) -> Any:
-    from aigiqa_reward.encoders.blip import BLIPEncoder
-    from aigiqa_reward.encoders.compact import CompactEncoder
-    from aigiqa_reward.encoders.open_clip import OpenCLIPEncoder
-    from aigiqa_reward.encoders.timm import TimmLevels
-
+def _empty_tower(description: Mapping[str, Any]) -> Tower:
     if "compact" in description:
         return CompactEncoder()
-    builders: dict[str, Any] = {"model_cfg": OpenCLIPEncoder, "blip": BLIPEncoder, "tower": TimmLevels}
-    for key, builder in builders.items():
+    for key, tower in {"model_cfg": OpenCLIPEncoder, "blip": BLIPEncoder, "architecture": TimmEncoder}.items():
         if key in description:
-            return builder.from_description(dict(description))
+            return tower.from_description(dict(description))
     raise KeyError(f"no tower is described by {sorted(description)}")

@@ -1,33 +1,33 @@
-"""Several rewards as one, on one scale."""
+"""Several rewards combined on one scale."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import FullPrecision, check_prompts, distinct_prompts
+from aigiqa_reward.rewards.bound import device_of
 from aigiqa_reward.rewards.reward_fn import RewardFn
 from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output
 
 
 class CompositeReward(nn.Module):
-    """Several rewards as one: totals brought to one scale, then averaged with weights.
+    """A weighted mean of several rewards, whose totals are brought to one scale first.
 
     Scales come from a fixed reference sample of each member's totals, never from the batch, so that a score does not
-    depend on its batch mates: `"zscore"` subtracts the sample's mean and divides by its deviation; `"rank"` gives the
+    depend on its batch mates: `"zscore"` subtracts the sample's mean and divides by its std; `"rank"` gives the
     share of the sample that lies below (linear between neighbors, so that it has a gradient within the sample's
     range). `quality` and `correspondence` are the weighted means of the members' own, unscaled.
 
     Args:
         members: rewards or reward functions by name.
-        weights: one number above 0 a member; None weighs all alike.
+        weights: one number above 0 per member; None weighs all equally.
         combine: "zscore" or "rank".
-        reference: (R,) totals of each member on one sample of at least 2 images; `with_reference` measures them.
+        reference: (R,) totals of each member on a sample of at least 2 images; `with_reference` measures them.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class CompositeReward(nn.Module):
             self.member_modules = nn.ModuleDict({n: m for n, m in members.items() if isinstance(m, nn.Module)})
             self.reference = nn.ModuleDict({name: _Reference(name, reference[name]) for name in members})
         except KeyError as error:
-            raise ValueError(f"members: torch cannot name a module so ({error}); choose another name") from error
+            raise ValueError(f"members: not a name for a torch module ({error}); choose another name") from error
 
     @classmethod
     def with_reference(
@@ -82,23 +82,23 @@ class CompositeReward(nn.Module):
         weights: Mapping[str, float] | None = None,
         combine: str = "zscore",
     ) -> CompositeReward:
-        """Measure the reference on a sample: images (R, 3, H, W) and R prompts such as the reward will meet.
+        """Measure the reference on a sample: images (R, 3, H, W) and R prompts like those to be scored.
 
-        A member's total without prompts is its quality alone, on a scale of its own: pass None here for a reward that
-        will be called without prompts, and make another for calls with them.
+        A member's total without prompts is its quality alone, on another scale: pass None here for a reward that
+        will be called without prompts, and make another one for calls with prompts.
         """
         with torch.no_grad():
             reference = {name: _call(name, member, images, prompts).total for name, member in members.items()}
         return cls(members, weights=weights, combine=combine, reference=reference)
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
-        """Encode prompts once for all members that can; the others are given the strings.
+        """Encode prompts once, to be passed instead of the strings; members that encode none get the strings.
 
         Args:
-            prompts: one string an image, B in all.
+            prompts: one string per image, B in all.
 
         Returns:
-            Features of B rows, to be passed instead of the strings; `features.expand(B)` serves one prompt to a batch.
+            Features of B rows; `features.expand(B)` repeats one prompt for a batch.
         """
         check_prompts(prompts)
         texts, index = distinct_prompts(prompts)
@@ -124,15 +124,17 @@ class CompositeReward(nn.Module):
         )
 
     def as_reward_fn(self) -> RewardFn:
-        """This reward as `f(images, prompts, metadata) -> (rewards, info)`, as trainers by policy gradient call one."""
+        """Wrap this reward as `f(images, prompts, metadata) -> (rewards, info)`, for policy-gradient trainers."""
         return RewardFn(self)
 
     @property
     def _model(self) -> str:
         return f"composite of {', '.join(self.members)}"
 
-    def _prompts_of_members(self, prompts: Sequence[str] | PromptFeatures | None, count: int) -> dict[str, Any]:
-        """What each member is called with: its own features where it made some, else the strings."""
+    def _prompts_of_members(
+        self, prompts: Sequence[str] | PromptFeatures | None, count: int
+    ) -> dict[str, Sequence[str] | PromptFeatures | None]:
+        """Return the prompts for each member: its own features where it made some, else the strings."""
         if not isinstance(prompts, PromptFeatures):
             return dict.fromkeys(self.members, prompts)
         if not isinstance(prompts, _MembersFeatures) or prompts.model != self._model:
@@ -143,9 +145,9 @@ class CompositeReward(nn.Module):
         if len(prompts) != count:
             raise ValueError(
                 f"prompts: expected one per image, got {len(prompts)} prompts for {count} images; "
-                "encode_prompts([prompt]).expand(B) serves one prompt to a batch"
+                "encode_prompts([prompt]).expand(B) repeats one prompt for a batch"
             )
-        return dict.fromkeys(self.members, prompts.prompts) | prompts.of_members()
+        return {**dict.fromkeys(self.members, prompts.prompts), **prompts.of_members()}
 
     def _scaled(self, name: str, total: Tensor) -> Tensor:
         reference = self.reference[name]
@@ -162,16 +164,16 @@ class CompositeReward(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class _MembersFeatures(PromptFeatures):
-    """Prompts as several rewards see them; each member's features are of the distinct prompts in their order."""
+    """Prompts as several rewards see them; each member encoded the distinct prompts in their order."""
 
     members: Mapping[str, PromptFeatures]
 
     def of_members(self) -> dict[str, PromptFeatures]:
-        """Each member's features of the rows."""
+        """Return each member's features of the rows."""
         return {name: features[self.index.to(features.index.device)] for name, features in self.members.items()}
 
     def to(self, device: torch.device | str) -> PromptFeatures:
-        """The same features on another device."""
+        """Move the features to another device."""
         members = {name: features.to(device) for name, features in self.members.items()}
         return replace(self, index=self.index.to(device), members=members)
 
@@ -210,7 +212,8 @@ def _at_least_float32(scores: Tensor) -> Tensor:
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
-def _call(name: str, member: Callable[..., Any], images: Tensor, prompts: Any) -> RewardOutput:
-    if isinstance(member, nn.Module) and (weight := next(member.parameters(), None)) is not None:
-        images = images.to(weight.device)
-    return as_reward_output(member(images, prompts), len(images), source=f"member {name!r}")
+def _call(
+    name: str, member: RewardFunction, images: Tensor, prompts: Sequence[str] | PromptFeatures | None
+) -> RewardOutput:
+    result = member(images.to(device_of(member) or images.device), prompts)  # pyright: ignore[reportArgumentType]
+    return as_reward_output(result, len(images), source=f"member {name!r}")

@@ -1,39 +1,55 @@
-"""The rewards by name: a literal table, and `create_reward` over it."""
+"""The rewards by name: `list_rewards`, `get_reward_spec` and `create_reward`."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from aigiqa_reward.models.base import QualityModel
-from aigiqa_reward.rewards.build import SYSTEMS, build_model
-from aigiqa_reward.rewards.embedded import load_calibration, load_embedded
+from aigiqa_reward.assistants import Assistants
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
+from aigiqa_reward.models.base import ModelSpec, QualityModel
+from aigiqa_reward.models.cpa_iqa import Preferences
+from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embedded_weights, load_embedded
 from aigiqa_reward.rewards.reward import Reward
-from aigiqa_reward.rewards.saved import load_reward, save_reward
-from aigiqa_reward.rewards.specs import SPECS, get_spec, list_rewards
+from aigiqa_reward.rewards.specs import SPECS
+from aigiqa_reward.utils.weights import load_strictly
 
-if TYPE_CHECKING:
-    from aigiqa_reward.assistants import Assistants
-    from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-    from aigiqa_reward.models.cpa_iqa import Preferences
-    from aigiqa_reward.rewards.build import TowerConfig
+__all__ = ["create_reward", "get_reward_spec", "list_rewards"]
 
 
-__all__ = [
-    "SPECS",
-    "SYSTEMS",
-    "build_model",
-    "create_reward",
-    "get_spec",
-    "list_rewards",
-    "load_reward",
-    "save_reward",
-]
+def list_rewards() -> list[str]:
+    """List the names that `create_reward` knows.
+
+    Example:
+        >>> from aigiqa_reward import list_rewards
+        >>> list_rewards()
+        ['compact', 'mst_clipiqa', 'tsp_mgs', 'sc_agiqa', 'ma_agiqa', 'cpa_iqa']
+    """
+    return list(SPECS)
+
+
+def get_reward_spec(name: str) -> ModelSpec:
+    """Look up what to know of a reward before choosing it: paper, license, scale, size, gradient path.
+
+    Raises:
+        ValueError: unknown name; the message suggests a similar one.
+
+    Example:
+        >>> from aigiqa_reward import get_reward_spec
+        >>> get_reward_spec("tsp_mgs").title
+        'TSP-MGS'
+    """
+    if isinstance(name, str) and name in SPECS:
+        return SPECS[name]
+    close = difflib.get_close_matches(str(name).lower().replace("-", "_"), SPECS, n=1, cutoff=0.5)
+    meant = f"; did you mean {close[0]!r}?" if close else "."
+    raise ValueError(f"name: no reward is called {name!r}{meant} The rewards are: {', '.join(SPECS)}")
 
 
 def create_reward(
@@ -57,45 +73,59 @@ def create_reward(
     Args:
         name: one of `list_rewards()`.
         preset: None for the embedded weights, offline; "paper" for the published towers from the Hub. The authors
-            publish no weights that may be used here, so of the trained systems only zero-shot tsp_mgs scores like this;
-            train the others (`aigiqa-reward train NAME --preset paper`) and pass the result as `weights`.
-        encoder: the open_clip model of zero-shot tsp_mgs.
-        zero_shot: tsp_mgs without anything trained, on `encoder` or, without one, on the compact towers.
-        scenario: of cpa_iqa; `aigiqa-reward scenarios` lists them.
-        preferences: of cpa_iqa: a preference matrix, or the JSON file of one, instead of the uniform one.
-        assistants: captioner, multimodal model, segmenter or attribute reader, instead of the offline substitutes of
-            the systems that have a place for them.
-        device: where to put it; None leaves it on the CPU.
-        dtype: of the towers: float32, float64, bfloat16 or float16. Heads and similarities stay at least float32.
-        weights: a folder written by `reward.save_pretrained`, or a Hub id of one, instead of the embedded weights.
+            publish no heads that may be used here, so only zero-shot tsp_mgs scores with it; train the other systems
+            (`aigiqa-reward train NAME --preset paper`) and pass the result as `weights`.
+        encoder: open_clip model for zero-shot tsp_mgs.
+        zero_shot: use tsp_mgs untrained, on `encoder` or else the compact towers.
+        scenario: scenario of cpa_iqa; `aigiqa-reward scenarios` lists them.
+        preferences: preference matrix of cpa_iqa, or its JSON file, in place of the uniform one.
+        assistants: captioner, multimodal model, segmenter or attribute reader in place of the offline substitutes.
+        device: device to move it to; None leaves it on the CPU.
+        dtype: dtype of the towers: float32, float64, bfloat16 or float16. Heads stay at least float32.
+        weights: folder written by `reward.save_pretrained`, or its Hub id, in place of the embedded weights.
         revision: branch, tag or commit of the Hub id.
-        quality_weight: share of quality in `total`; None is 0.5, or what a saved reward had.
+        quality_weight: share of quality in `total`; None is 0.5, or the saved share.
         correspondence_weight: share of correspondence in `total`; None likewise.
-
-    Raises:
-        ValueError: unknown name or preset, arguments that do not go together, weights that are missing or altered.
 
     Example:
         >>> from aigiqa_reward import create_reward
         >>> create_reward("compact", quality_weight=0.7, correspondence_weight=0.3).quality_weight
         0.7
     """
-    spec = get_spec(name)
-    _check_types(dtype, revision, weights, zero_shot, assistants)
+    spec = get_reward_spec(name)
+    _check_types(dtype, zero_shot, assistants)
     settings = _scenario_settings(name, scenario, preferences)
-    shares: dict[str, Any] = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
+    given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
+    shares: dict[str, Any] = {argument: share for argument, share in given.items() if share is not None}
     if weights is not None:
-        _refuse_beside_weights(preset, encoder, zero_shot)
-        reward = load_reward(
-            weights, revision=revision, expected=name, assistants=assistants, settings=settings, **shares
-        )
-    else:
-        given = {argument: value for argument, value in shares.items() if value is not None}
-        with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
-            reward = Reward(_build(name, preset, encoder, zero_shot, assistants, settings), spec, **given)
-        if name in SYSTEMS and not getattr(reward.model, "zero_shot", False):
-            load_calibration(reward)
+        if preset is not None or encoder is not None or zero_shot:
+            raise ValueError("weights: a saved reward has its own towers; pass neither preset nor encoder")
+        shares |= {"assistants": assistants, "settings": settings}
+        return _placed(Reward.from_pretrained(weights, name=name, revision=revision, **shares), device, dtype)
+    if revision is not None:
+        raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
+    model, untrained = _model(name, preset, encoder, zero_shot, assistants, settings)
+    reward = Reward(model, spec, **shares)
+    if name in SYSTEMS and not untrained:
+        load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
     return _placed(reward, device, dtype)
+
+
+def _model(
+    name: str,
+    preset: str | None,
+    encoder: OpenCLIPConfig | None,
+    zero_shot: bool,
+    assistants: Assistants | None,
+    settings: Mapping[str, Any],
+) -> tuple[QualityModel, bool]:
+    """Build the model with its weights; also whether it is untrained."""
+    check_preset(preset)
+    untrained = encoder is not None or zero_shot or (preset is not None and name == "tsp_mgs")
+    with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
+        if untrained:
+            return _zero_shot(name, preset, encoder, assistants), True
+        return _embedded(name, preset, assistants, settings), False
 
 
 def _placed(reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None) -> Reward:
@@ -106,72 +136,58 @@ def _placed(reward: Reward, device: torch.device | str | None, dtype: torch.dtyp
         raise ValueError(f"device: cannot use {str(device)!r} here ({reason}); pass 'cpu', or None") from error
 
 
-def _check_types(dtype: object, revision: str | None, weights: object, zero_shot: object, assistants: object) -> None:
-    from aigiqa_reward.assistants import Assistants
-
+def _check_types(dtype: object, zero_shot: object, assistants: object) -> None:
     if not isinstance(zero_shot, bool):
         raise TypeError(f"zero_shot: expected True or False, got {zero_shot!r}")
     if assistants is not None and not isinstance(assistants, Assistants):
         raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
-    if revision is not None and weights is None:
-        raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
-
-
-def _refuse_beside_weights(preset: str | None, encoder: object, zero_shot: bool) -> None:
-    if preset is not None or encoder is not None or zero_shot:
-        raise ValueError("weights: a saved reward brings its own towers; pass neither preset nor encoder")
 
 
 def _scenario_settings(
     name: str, scenario: str | None, preferences: Preferences | str | os.PathLike[str] | None
 ) -> dict[str, Any]:
-    from aigiqa_reward.models.cpa_iqa import Preferences
-
-    given: dict[str, Any] = {}
-    if preferences is not None and not isinstance(preferences, Mapping | str | os.PathLike):
-        raise TypeError(f"preferences: expected a matrix or the path of one, got {type(preferences).__name__}")
+    """Return the fields of cpa_iqa's configuration that scenario and preferences set."""
+    settings: dict[str, Any] = {}
     if preferences is not None:
+        if not isinstance(preferences, Mapping | str | os.PathLike):
+            raise TypeError(f"preferences: expected a matrix or the path of one, got {type(preferences).__name__}")
         matrix = Preferences(preferences) if isinstance(preferences, Mapping) else Preferences.load(preferences)
-        given["preferences"] = matrix
+        settings["preferences"] = matrix
         if scenario is None and len(matrix) == 1:
             scenario = next(iter(matrix))
     if scenario is not None:
-        given["scenario"] = scenario
-    if given and name != "cpa_iqa":
-        raise ValueError(f"{next(iter(given))}: only cpa_iqa has scenarios, got it for {name}")
-    return given
+        settings["scenario"] = scenario
+    if settings and name != "cpa_iqa":
+        raise ValueError(f"{next(iter(settings))}: only cpa_iqa has scenarios, got it for {name}")
+    return settings
 
 
-def _build(
-    name: str,
-    preset: str | None,
-    encoder: OpenCLIPConfig | None,
-    zero_shot: bool,
-    assistants: Assistants | None,
-    settings: Mapping[str, Any],
+def _zero_shot(
+    name: str, preset: str | None, encoder: OpenCLIPConfig | None, assistants: Assistants | None
 ) -> QualityModel:
-    if preset not in (None, "paper"):
-        raise ValueError(f"preset: expected None or 'paper', got {preset!r}")
+    """Build tsp_mgs without anything trained."""
     if name == "compact":
-        if preset is not None or encoder is not None or zero_shot or assistants is not None:
-            raise ValueError(
-                "preset, encoder: the compact reward has its own embedded towers; pass neither, nor zero_shot or "
-                "assistants"
-            )
-        return load_embedded("compact")
-    if (encoder is not None or zero_shot) and name != "tsp_mgs":
+        raise ValueError("encoder, zero_shot: the compact reward has its own embedded towers; pass neither")
+    if name != "tsp_mgs":
         raise ValueError(
             f"encoder, zero_shot: only tsp_mgs scores without training, got them for {name}; "
             f"to train on other towers, use aigiqa_reward.training or `aigiqa-reward train {name}`"
         )
-    if name == "tsp_mgs" and (preset is not None or encoder is not None or zero_shot):
-        if preset is not None and encoder is not None:
-            raise ValueError("preset, encoder: 'paper' names the encoder already; pass one of them")
-        towers: dict[str, TowerConfig] = {} if encoder is None else {"clip": encoder}
-        untrained = {"zero_shot": True, "adapter_rank": 0, "words_in_quality": False}
-        return build_model(name, preset=preset, towers=towers, assistants=assistants, settings=untrained)
+    if preset is not None and encoder is not None:
+        raise ValueError("preset, encoder: 'paper' names the encoder already; pass one of them")
+    settings = {"zero_shot": True, "adapter_rank": 0, "words_in_quality": False}
+    towers = None if encoder is None else {"clip": encoder}
+    return build_model(name, preset=preset, towers=towers, assistants=assistants, settings=settings)
+
+
+def _embedded(
+    name: str, preset: str | None, assistants: Assistants | None, settings: Mapping[str, Any]
+) -> QualityModel:
+    """Build a model with its embedded weights, and say where these do not fit the arguments."""
+    if name == "compact" and preset is not None:
+        raise ValueError("preset: the compact reward has its own embedded towers; leave it out")
     if preset == "paper":
         raise ValueError(
             f"preset: {name} on the published towers has no trained head to load: its authors publish none that may be "
@@ -179,20 +195,21 @@ def _build(
             "weights, or leave preset at None for the embedded weights"
             + (f"; {name} needs TrainingPlan(assistants=...) in Python" if SYSTEMS[name].needs else "")
         )
-    if assistants is not None:
+    if assistants is not None and name in SYSTEMS:
         _warn_untrained(name, assistants)
     return load_embedded(name, assistants=assistants, settings=settings)
 
 
 def _warn_untrained(name: str, assistants: Assistants) -> None:
+    remedy = "train one with TrainingPlan(assistants=...)"
     if any(getattr(assistants, role) is not None for role in SYSTEMS[name].needs):
         raise ValueError(
             f"assistants: {name}'s embedded head reads the offline substitute's features, not a multimodal model's; "
-            "train one with aigiqa_reward.benchmark.TrainingPlan(assistants=...) and pass it as weights"
+            f"{remedy} and pass it as weights"
         )
     warnings.warn(
-        f"assistants: {name}'s embedded head was trained with the offline substitutes and knows no others; train one "
-        "with aigiqa_reward.benchmark.TrainingPlan(assistants=...) before trusting its scores",
+        f"assistants: {name}'s embedded head was trained with the offline substitutes and knows no others; {remedy} "
+        "before trusting its scores",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -1,16 +1,22 @@
-"""The reward users hold: one model with its calibration, or several combined. Differentiable in the pixels."""
+"""One model with its calibration: the reward that users hold. Differentiable in the pixels, saved and loaded whole."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
+from aigiqa_reward import __version__
 from aigiqa_reward import images as pixels
+from aigiqa_reward.assistants import Assistants
 from aigiqa_reward.models.base import (
     FullPrecision,
     ModelSpec,
@@ -19,8 +25,12 @@ from aigiqa_reward.models.base import (
     check_prompts,
     warn_ignored_context,
 )
+from aigiqa_reward.rewards.build import empty_model
 from aigiqa_reward.rewards.reward_fn import RewardFn
+from aigiqa_reward.rewards.specs import SPECS
 from aigiqa_reward.types import Context, PromptFeatures, RewardOutput
+from aigiqa_reward.utils.io import read_json, write_atomically
+from aigiqa_reward.utils.weights import WeightsError, load_strictly, read_weights, write_weights
 
 _CARD = """---
 library_name: aigiqa-reward
@@ -49,7 +59,17 @@ scores = reward(images, prompts)  # images (B, 3, H, W) in [0, 1], B prompts
 If it was trained further: say here on whose scores, of which images and prompts, and
 under which license you pass it on.
 """
-"""Without the numbers of any training: those are known to whoever trained it."""
+"""The model card, without numbers of a training, which only the user knows."""
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+_CONFIG_BYTES, _HEADER_BYTES = 20_000_000, 10_000_000
+"""Largest config.json, which may hold a tokenizer, and largest header of model.safetensors."""
+
+_SPARE = 2**25
+"""Numbers that a model may hold in buffers beside its weights, such as masks and grids; 128 MiB as float32."""
+
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
 class Calibration(FullPrecision):
@@ -72,11 +92,11 @@ class Reward(nn.Module, ModelHubMixin):
     """A quality model as a reward function: `reward(images, prompts) -> RewardOutput`.
 
     The weights are frozen, gradients are not: `reward(images, prompts).total.sum().backward()` fills `images.grad`. The
-    module stays in evaluation mode whatever `train()` is called with, so that a trainer around it cannot change scores.
+    module always stays in evaluation mode, so that a trainer that calls `train()` on it cannot change scores.
 
     Args:
-        model: the model.
-        spec: its entry in the zoo.
+        model: quality model.
+        spec: its entry in the table of rewards.
         quality_weight: share of quality in `total`, when there are prompts.
         correspondence_weight: share of correspondence in `total`.
 
@@ -117,42 +137,40 @@ class Reward(nn.Module, ModelHubMixin):
         self.eval()
 
     def train(self, mode: bool = True) -> Reward:
-        """Stay in evaluation mode: a reward that drops units or updates statistics would not be one function."""
-        del mode
+        """Stay in evaluation mode, whatever the mode asked for."""
         return super().train(False)
 
     @property
     def name(self) -> str:
-        """The name in the zoo."""
+        """Name that `create_reward` knows it by."""
         return self.spec.name
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; images must be there as well."""
+        """Device of the weights; images must be on it as well."""
         return self.calibration.quality.device
 
     @property
     def needs_prompts(self) -> bool:
-        """Whether `prompts=None` is an error: the model cannot do without, or quality has no weight in `total`."""
+        """Whether `prompts=None` is an error: the model needs them, or quality has no weight in `total`."""
         return self.model.needs_prompts or self.quality_weight == 0
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
         """Encode prompts once, to be passed instead of the strings; each distinct prompt is encoded once.
 
         Args:
-            prompts: one string an image, B in all.
+            prompts: one string per image, B in all.
 
         Returns:
-            Features of B rows; `features.expand(B)` serves one prompt to a batch.
+            Features of B rows; `features.expand(B)` repeats one prompt for a batch.
         """
         check_prompts(prompts)
         return self.model.encode_prompts(prompts)
 
     def prepare(self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None = None) -> Context | None:
-        """Run the model's assistants once; pass the result as `context`, where it is held fixed in gradients.
+        """Run the model's assistants once; None for a model without assistants.
 
-        Returns:
-            None for a model without assistants.
+        Pass the result as `context`, where it is held fixed in gradients.
         """
         pixels.check(images)
         return self.model.prepare(self._working(images), self._features(images, prompts))
@@ -171,15 +189,11 @@ class Reward(nn.Module, ModelHubMixin):
             images: (B, 3, H, W) floating point in [0, 1], any H and W of at least 16 px, on the reward's device.
             prompts: B strings, or their features, or None for quality alone.
             context: what `prepare` returned for these images.
-            validate: check the values' range, which synchronizes the device once.
+            validate: check the range of the values, which synchronizes the device once.
 
         Returns:
             Scores (B,) of float32, or float64 if the reward was cast to it. `correspondence` is None without prompts;
             `total` is the weighted mean of both, or quality alone.
-
-        Raises:
-            TypeError: wrong type or dtype.
-            ValueError: wrong shape, device, values, number of prompts, blank prompts, or none where they are needed.
         """
         pixels.check(images, validate=validate)
         if images.device != self.device:
@@ -193,7 +207,7 @@ class Reward(nn.Module, ModelHubMixin):
         raw = self.model(self._working(images), self._features(images, prompts), context)
         quality = self.calibration(raw.quality, "quality")
         details = dict(raw.details)
-        if "uncertainty" in details:  # a deviation of quality, on its scale
+        if "uncertainty" in details:  # a std of quality, on the same scale
             details["uncertainty"] = details["uncertainty"] * self.calibration.quality[0].abs()
         if raw.correspondence is None:
             return RewardOutput(total=quality, quality=quality, details=details)
@@ -204,11 +218,11 @@ class Reward(nn.Module, ModelHubMixin):
         return RewardOutput(total=total, quality=quality, correspondence=correspondence, details=details)
 
     def as_reward_fn(self) -> RewardFn:
-        """This reward as `f(images, prompts, metadata) -> (rewards, info)`, as trainers by policy gradient call one."""
+        """Wrap this reward as `f(images, prompts, metadata) -> (rewards, info)`, for policy-gradient trainers."""
         return RewardFn(self)
 
     def _working(self, images: Tensor) -> Tensor:
-        """The images in the dtype the heads compute in: float32, or float64 for a reward cast to it."""
+        """Convert images to the dtype of the heads: float32, or float64 for a reward cast to it."""
         return images.to(self.calibration.quality.dtype)
 
     def _features(self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None) -> PromptFeatures | None:
@@ -228,55 +242,82 @@ class Reward(nn.Module, ModelHubMixin):
         if len(features) != len(images):
             raise ValueError(
                 f"prompts: expected one per image, got {len(features)} prompts for {len(images)} images; "
-                "encode_prompts([prompt]).expand(B) serves one prompt to a batch"
+                "encode_prompts([prompt]).expand(B) repeats one prompt for a batch"
             )
         return features if features.index.device == self.device else features.to(self.device)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from aigiqa_reward.rewards.saved import save_reward
-
-        save_reward(self, save_directory)
+        """Write config.json and model.safetensors, from which `from_pretrained` makes the same reward to the bit."""
+        config = {
+            "name": self.name,
+            "library_version": __version__,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "quality_weight": self.quality_weight,
+            "correspondence_weight": self.correspondence_weight,
+            "model": self.model.describe(),
+        }
+        write_weights(save_directory / _WEIGHTS, self.state_dict(), lossless=True)
+        write_atomically(save_directory / _CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """What `save_pretrained` writes as README.md where there is none: what this is and how it is loaded."""
+        """Return what `save_pretrained` writes as README.md where there is none."""
         del args, kwargs  # of the Hub's template, which knows nothing of rewards
         return ModelCard(_CARD.format(spec=self.spec))
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  (no other arguments)
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **model_kwargs: Any,
+        name: str | None = None,
+        quality_weight: float | None = None,
+        correspondence_weight: float | None = None,
+        assistants: Assistants | None = None,
+        settings: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> Reward:
-        from aigiqa_reward.rewards.saved import load_reward
+        """Load what `save_pretrained` wrote, in the dtype it was saved in.
 
-        if unknown := model_kwargs.keys() - {"model", "spec", "quality_weight", "correspondence_weight"}:
-            raise TypeError(
-                f"from_pretrained: unknown arguments {sorted(unknown)}; quality_weight and correspondence_weight "
-                "can be given, device and dtype are changed with .to(...)"
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            name: name that the reward must have.
+            quality_weight: replaces the saved share of quality in `total`.
+            correspondence_weight: replaces the saved share of correspondence in `total`.
+            assistants: assistants of a reward that was trained with some; they are not saved with it.
+            settings: fields of the model's configuration that differ from the saved ones.
+            revision: branch, tag or commit of the Hub id.
+            token: access token of the Hub.
+            cache_dir: folder of the Hub's cache.
+            force_download: download again.
+            local_files_only: use the Hub's cache alone.
+
+        Example:
+            >>> from aigiqa_reward import Reward, create_reward
+            >>> create_reward("mst_clipiqa").save_pretrained("mine")
+            >>> Reward.from_pretrained("mine", quality_weight=0.8).quality_weight
+            0.8
+        """
+        hub = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
+        folder = _folder(pretrained_model_name_or_path, revision, {**hub, "local_files_only": local_files_only})
+        saved = _read_config(folder)
+        if name not in (None, saved.spec.name):
+            raise WeightsError(
+                f"weights: {pretrained_model_name_or_path} holds a {saved.spec.name!r} reward, expected {name!r}"
             )
-        hub = {
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-        }
-        return load_reward(
-            model_id,
-            revision=revision,
-            hub=hub,
-            quality_weight=model_kwargs.get("quality_weight"),
-            correspondence_weight=model_kwargs.get("correspondence_weight"),
-        )
+        shares = saved.shares
+        shares |= {} if quality_weight is None else {"quality_weight": quality_weight}
+        shares |= {} if correspondence_weight is None else {"correspondence_weight": correspondence_weight}
+        reward = cls(_empty(folder, saved, assistants, settings or {}), saved.spec, **shares).to(saved.dtype)
+        most = sum(8 * tensor.numel() for tensor in reward.state_dict().values()) + _HEADER_BYTES
+        load_strictly(reward, read_weights(folder / _WEIGHTS, most_bytes=most), source=str(folder))
+        return reward
 
     def extra_repr(self) -> str:
-        """What sets this reward apart from another of its name."""
+        """Return what distinguishes this reward from another of its name."""
         return (
             f"name={self.name!r}, quality_weight={self.quality_weight}, "
             f"correspondence_weight={self.correspondence_weight}"
@@ -290,3 +331,94 @@ def check_aspect_weights(quality_weight: float, correspondence_weight: float) ->
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
     if quality_weight + correspondence_weight == 0:
         raise ValueError("quality_weight, correspondence_weight: expected at least one above 0, got 0 and 0")
+
+
+class _Saved(NamedTuple):
+    """The content of a saved reward's config.json."""
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    shares: dict[str, float]
+    model: Mapping[str, Any]
+
+
+def _read_config(folder: Path) -> _Saved:
+    """Read config.json, which may come from anybody."""
+    try:
+        config = read_json(folder / _CONFIG, most=_CONFIG_BYTES)
+        shares = {key: float(config[key]) for key in ("quality_weight", "correspondence_weight")}
+        check_aspect_weights(**shares)
+        return _Saved(SPECS[config["name"]], _DTYPES[config["dtype"]], shares, config["model"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise WeightsError(
+            f"weights: {folder}/config.json does not describe a reward ({type(error).__name__}: {error}); "
+            "expected a folder written by reward.save_pretrained"
+        ) from error
+
+
+def _empty(folder: Path, saved: _Saved, assistants: Assistants | None, settings: Mapping[str, Any]) -> QualityModel:
+    """Build the model that config.json describes, if the bytes of model.safetensors can fill it."""
+    try:
+        size = (folder / _WEIGHTS).stat().st_size
+    except OSError as error:
+        raise WeightsError(f"weights: cannot read {folder / _WEIGHTS}: {error.strerror}") from error
+    try:
+        description = {**saved.model, "config": {**saved.model["config"], **settings}}
+        with _meta(2 * size + _SPARE):  # a number takes at least a byte
+            empty_model(saved.spec.name, description, assistants)
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, which loading replaces
+            return empty_model(saved.spec.name, description, assistants)
+    except _TooLarge as error:
+        raise WeightsError(
+            f"weights: {folder}/config.json describes a {saved.spec.name!r} larger than the {size:,} bytes of "
+            "model.safetensors can fill; it was altered, or belongs to other weights"
+        ) from error
+    except Exception as error:  # a description by somebody else may break any library that builds from it
+        raise WeightsError(f"weights: {folder}/config.json does not fit {saved.spec.name!r}: {error}") from error
+
+
+class _TooLarge(Exception):
+    """A model has more numbers than allowed."""
+
+
+@contextmanager
+def _meta(most: int) -> Iterator[None]:
+    """Build modules without memory, and stop once their parameters and buffers hold more than `most` numbers."""
+    count = 0
+
+    def add(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal count
+        if tensor is not None and tensor.is_meta:
+            count += tensor.numel()
+        if count > most:
+            raise _TooLarge
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(add),
+        hooks.register_module_buffer_registration_hook(add),
+    ]
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _folder(source: str | Path, revision: str | None, hub: Mapping[str, Any]) -> Path:
+    """Return the local folder, or download the files of a Hub id."""
+    folder = Path(os.path.expanduser(source))  # noqa: PTH111  (Path's own raises for an unknown ~name)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision: {source} is a local folder, which has no revisions; pass None")
+        return folder
+    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:
+        raise WeightsError(
+            f"weights: expected a folder written by reward.save_pretrained or a Hub id owner/name, got {str(source)!r}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=[_CONFIG, _WEIGHTS], **hub))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"weights: could not fetch {str(source)!r} from the Hub: {error}") from error

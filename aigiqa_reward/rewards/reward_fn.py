@@ -1,22 +1,22 @@
-"""A reward in the form that trainers of image generators by policy gradient call: (images, prompts, metadata)."""
+"""A reward in the form that policy-gradient trainers of image generators call: (images, prompts, metadata)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aigiqa_reward.images import ImageSource, load_batch
+from aigiqa_reward.rewards.bound import device_of, reward_name
 from aigiqa_reward.types import RewardFunction, RewardOutput, as_reward_output
 
 
 class RewardFn:
     """A reward as `f(images, prompts, metadata) -> (rewards, info)`; `Reward.as_reward_fn()` makes one.
 
-    It is the form of ddpo-pytorch, of flow_grpo, and of trl's DDPO and AlignProp trainers while it had them.
+    This is the form of ddpo-pytorch, flow_grpo and the DDPO and AlignProp trainers of earlier trl versions.
 
     Args:
         reward: a Reward, a CompositeReward, or any RewardFunction.
@@ -35,38 +35,34 @@ class RewardFn:
         if not callable(reward):
             raise TypeError(f"reward: expected a Reward or a function, got {type(reward).__name__}")
         self.reward = reward
-        self.__name__ = str(getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__))
+        self.__name__ = reward_name(reward)
 
     def __call__(
         self,
         images: Tensor | np.ndarray | Sequence[ImageSource],
         prompts: Sequence[str] | None = None,
-        metadata: Any = None,
+        metadata: object = None,
     ) -> tuple[Tensor, dict[str, np.ndarray]]:
         """Score a batch.
 
         Args:
             images: (B, 3, H, W), floating point in [0, 1] or uint8; or an array (B, H, W, 3), uint8 or in [0, 1]; or a
-                list of PIL images of one size. They are brought to the reward's device.
+                list of PIL images of one size. They are moved to the reward's device.
             prompts: B strings in a list or tuple; None for quality alone.
-            metadata: what the trainer knows of the prompts; taken and not looked at.
+            metadata: the trainer's data on the prompts; ignored.
 
         Returns:
-            rewards: (B,) totals, higher is better, float32 (float64 of a reward cast to it), on the images' device, on
-                the CPU where they are no tensor. They carry gradients if `images` require them.
+            rewards: (B,) totals, higher is better, float32 (float64 for a reward cast to it), on the device of a tensor
+                of images, else on the CPU. They carry gradients if `images` require them.
             info: arrays (B,) without gradients: "quality"; "correspondence", unless the reward gives none; and
-                "details/NAME" for each detail that is one number an image, as the total of a CompositeReward's member.
-
-        Raises:
-            TypeError, ValueError: what the reward itself or `images.load_batch` refuses.
+                "details/NAME" for each detail with one number per image, such as each member's total.
         """
         del metadata
         batch = load_batch(images)
         home = batch.device
-        device = getattr(self.reward, "device", None)
-        texts: Any = None if prompts is None else list(prompts) if isinstance(prompts, tuple) else prompts
+        texts = list(prompts) if isinstance(prompts, tuple) else prompts
         with torch.set_grad_enabled(torch.is_grad_enabled() and batch.requires_grad):
-            result = self.reward(batch if device is None else batch.to(device), texts)
+            result = self.reward(batch.to(device_of(self.reward) or home), texts)  # pyright: ignore[reportArgumentType]
         output = as_reward_output(result, len(batch))
         return output.total.to(home), _info(output)
 

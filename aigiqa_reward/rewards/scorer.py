@@ -1,51 +1,34 @@
-"""Score anything that holds images: files, PIL, arrays, tensors, mixed sizes, one after another in batches."""
+"""Score anything that holds images: files, PIL images, arrays and tensors of mixed sizes, in batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.images import ImageSource
 from aigiqa_reward.models.base import check_prompts
-from aigiqa_reward.types import (
-    PromptError,
-    PromptFeatures,
-    RewardFunction,
-    RewardOutput,
-    as_reward_output,
-    encoded_prompts,
-    unreadable_prompts,
-)
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.types import RewardFunction, RewardOutput
+from aigiqa_reward.utils.checks import check_reward, integer
 
-_Encoded = PromptFeatures | list[str]
-"""Prompts as the reward takes them."""
+Inputs: TypeAlias = Sequence[ImageSource] | Tensor | np.ndarray
+"""A list of PIL images, paths, arrays or tensors of any sizes; or one batch: (B, 3, H, W), or (B, H, W, 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredImage:
-    """One input's result.
+    """Result of one input.
 
     Attributes:
-        index: its place in the inputs.
-        output: its scores, a batch of one on the CPU; None if it, or its own prompt, could not be read.
-        error: why not; None if it could.
-
-    Example:
-        >>> from PIL import Image
-        >>> from aigiqa_reward import Scorer, create_reward
-
-        >>> inputs = [Image.new("RGB", (64, 64), "red"), "missing.png"]
-        >>> results: list[ScoredImage] = list(Scorer(create_reward("compact")).stream(inputs))
-        >>> for result in results:
-        ...     print(result.index, result.output is not None, result.error)
-        0 True None
-        1 False missing.png: no such file
+        index: place in the inputs.
+        output: scores, a batch of one on the CPU; None if the image or its prompt could not be read.
+        error: reason why not; None if it could.
     """
 
     index: int
@@ -54,11 +37,11 @@ class ScoredImage:
 
 
 class ScoringError(ValueError):
-    """Some inputs, or their prompts, could not be read. Nothing that was scored is lost.
+    """Some inputs, or their prompts, could not be read; the scores of the others are in `output`.
 
     Attributes:
-        errors: reason by index of the input.
-        output: scores of all inputs, NaN where there is an error; None if there is no score at all.
+        errors: reasons by index of the input.
+        output: scores of all inputs, NaN where there is an error; None without any score.
 
     Example:
         >>> from PIL import Image
@@ -81,10 +64,10 @@ class ScoringError(ValueError):
 
 
 class Scorer:
-    """Scores inputs with a reward in batches, without gradients, through the same `Reward.forward`.
+    """Scores inputs in batches, without gradients.
 
     Args:
-        reward: a Reward, or any function (images, prompts) -> scores.
+        reward: a Reward, or any function f(images, prompts) -> (B,) scores.
         batch_size: images held and scored at a time.
 
     Example:
@@ -99,36 +82,30 @@ class Scorer:
     """
 
     def __init__(self, reward: RewardFunction, batch_size: int = 32) -> None:
-        if not callable(reward):
-            raise TypeError(f"reward: expected a Reward or a function, got {type(reward).__name__}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected an integer of at least 1, got {batch_size!r}")
-        self.reward = reward
-        self.batch_size = batch_size
+        self.reward = check_reward(reward)
+        self.batch_size = integer("batch_size", batch_size, least=1)
 
     def score(
         self,
-        inputs: Sequence[ImageSource] | Tensor | np.ndarray,
+        inputs: Inputs,
         prompts: Sequence[str] | str | None = None,
         *,
-        on_error: str = "raise",
+        on_error: Literal["raise", "nan"] = "raise",
     ) -> RewardOutput:
         """Score all inputs.
 
         Args:
-            inputs: PIL images, paths, arrays or tensors, of any sizes mixed; or one batch: a tensor (B, 3, H, W) or an
-                array or tensor (B, H, W, 3).
-            prompts: one string an input, one string for all, or None.
-            on_error: "raise" a ScoringError at the end, or give "nan" for inputs that cannot be read, and for those
+            inputs: PIL images, paths, arrays or tensors of mixed sizes; or one batch, (B, 3, H, W) or (B, H, W, 3).
+            prompts: one text per input, one for all, or None.
+            on_error: "raise" a ScoringError after the last input, or return "nan" for inputs that cannot be read, or
                 whose own prompt the reward cannot read.
 
         Returns:
             Scores on the CPU, row i for inputs[i].
 
         Raises:
-            ScoringError: an input could not be read, or its own prompt; it carries every other score.
-            PromptError: one string for all that the reward cannot read.
-            TypeError, ValueError: the arguments do not fit together.
+            ScoringError: an input or its own prompt could not be read.
+            PromptError: the reward cannot read the one prompt for all inputs.
         """
         if on_error not in ("raise", "nan"):
             raise ValueError(f"on_error: expected 'raise' or 'nan', got {on_error!r}")
@@ -139,112 +116,48 @@ class Scorer:
         if template is not None:
             failed = template._map(lambda tensor: torch.full_like(tensor.float(), float("nan")))
             output = RewardOutput.cat([failed if r.output is None else r.output for r in results])
-        elif on_error == "nan":
-            unknown = torch.full((len(results),), float("nan"))
-            output = RewardOutput(total=unknown, quality=unknown.clone())
         if errors and on_error == "raise":
             raise ScoringError(errors, output)
-        assert output is not None
+        if output is None:
+            unknown = torch.full((len(results),), float("nan"))
+            output = RewardOutput(total=unknown, quality=unknown.clone())
         return output
 
-    def stream(
-        self, inputs: Sequence[ImageSource] | Tensor | np.ndarray, prompts: Sequence[str] | str | None = None
-    ) -> Iterator[ScoredImage]:
-        """Score inputs one batch after another, yielding each result in the inputs' order as soon as it is known.
+    def stream(self, inputs: Inputs, prompts: Sequence[str] | str | None = None) -> Iterator[ScoredImage]:
+        """Score batch by batch, and yield each result in the order of the inputs as soon as it is known.
 
-        The arguments are checked before this returns; unreadable inputs, and inputs whose own prompt the reward cannot
-        read, are results with an `error`.
+        The arguments are checked at once. Inputs that cannot be read, or whose own prompt the reward cannot read, are
+        results with an `error`.
         """
         sources = _sources(inputs)
         texts = _texts(prompts, len(sources))
-        shared = self._encode([prompts], None) if isinstance(prompts, str) else None
-        return self._stream(sources, texts, shared)
+        return self._stream(sources, texts, BoundReward(self.reward, [prompts] if isinstance(prompts, str) else ()))
 
     def _stream(
-        self, sources: Sequence[ImageSource], texts: list[str] | None, features: _Encoded | None
+        self, sources: Sequence[ImageSource], texts: list[str] | None, reward: BoundReward
     ) -> Iterator[ScoredImage]:
         for start in range(0, len(sources), self.batch_size):
             window = range(start, min(start + self.batch_size, len(sources)))
-            loaded, errors = _load(sources, window)
-            prompts: Any = None
-            if texts is not None:
-                prompts = [texts[index] for index in window]
-                features, unread = self._encode_readable(prompts, features)
-                errors = {index: unread[texts[index]] for index in window if texts[index] in unread} | errors
-                loaded = {index: image for index, image in loaded.items() if index not in errors}
-                prompts = features
-            yield from self._window(window, loaded, errors, prompts)
-
-    def _encode_readable(self, prompts: list[str], previous: _Encoded | None) -> tuple[_Encoded | None, dict[str, str]]:
-        """Features of these prompts, and why some cannot be read: their rows hold those of another one."""
-        try:
-            return self._encode(prompts, previous), {}
-        except PromptError:
-            unread = unreadable_prompts(self.reward, prompts)
-            read = [prompt for prompt in prompts if prompt not in unread]
-            if not read:
-                return None, unread
-            return self._encode([read[0] if prompt in unread else prompt for prompt in prompts], previous), unread
-
-    def _encode(self, prompts: list[str], previous: _Encoded | None) -> _Encoded:
-        """Features of these prompts, taken from the window before where it had them all; texts, if there are none."""
-        if not isinstance(previous, PromptFeatures) or not set(prompts) <= set(previous.texts):
-            return encoded_prompts(self.reward, prompts)
-        place = {text: i for i, text in enumerate(previous.texts)}
-        index = torch.tensor([place[prompt] for prompt in prompts], device=previous.index.device)
-        return replace(previous, index=index)
-
-    def _window(
-        self, window: range, loaded: dict[int, Tensor], errors: dict[int, str], prompts: Any
-    ) -> Iterator[ScoredImage]:
-        by_shape: dict[torch.Size, list[int]] = {}
-        for index, image in loaded.items():
-            by_shape.setdefault(image.shape, []).append(index)
-        results: dict[int, RewardOutput] = {}
-        for members in by_shape.values():
-            rows = [index - window.start for index in members]
-            output = self._score_batch(torch.stack([loaded[index] for index in members]), _take(prompts, rows))
-            results |= {index: output[i : i + 1] for i, index in enumerate(members)}
-        for index in window:
-            yield ScoredImage(index=index, output=results.get(index), error=errors.get(index))
-
-    def _score_batch(self, batch: Tensor, prompts: Any) -> RewardOutput:
-        return score_batch(self.reward, batch, prompts, device_of(self.reward)).to("cpu")
+            unreadable = reward.unreadable([texts[index] for index in window]) if texts else {}
+            errors = {index: unreadable[texts[index]] for index in window if texts and texts[index] in unreadable}
+            by_shape: dict[torch.Size, dict[int, Tensor]] = {}
+            for index in window:
+                try:
+                    image = pixels.load(sources[index])
+                except (ValueError, TypeError) as error:
+                    errors[index] = str(error)
+                else:
+                    if index not in errors:
+                        by_shape.setdefault(image.shape, {})[index] = image
+            results: dict[int, RewardOutput] = {}
+            for batch in by_shape.values():
+                output = reward.score(torch.stack(list(batch.values())), texts and [texts[index] for index in batch])
+                results |= {index: output[row : row + 1].to("cpu") for row, index in enumerate(batch)}
+            for index in window:
+                yield ScoredImage(index=index, output=results.get(index), error=errors.get(index))
 
 
-def score_batch(reward: RewardFunction, images: Tensor, prompts: Any, device: torch.device | None) -> RewardOutput:
-    """Score images (B, 3, H, W) without gradients.
-
-    Args:
-        reward: a Reward or any RewardFunction.
-        images: in [0, 1].
-        prompts: B strings, or their features, or None.
-        device: where to bring the images first, as `device_of(reward)` says.
-    """
-    with torch.inference_mode():
-        result = reward(images if device is None else images.to(device), prompts)
-    return as_reward_output(result, len(images))
-
-
-def device_of(reward: Any) -> torch.device | None:
-    """Where a reward wants its images: its own `device`, else that of its first parameter; None if it has neither."""
-    device = getattr(reward, "device", None)
-    if isinstance(device, torch.device | str):
-        return torch.device(device)
-    if isinstance(reward, nn.Module) and (weight := next(reward.parameters(), None)) is not None:
-        return weight.device
-    return None
-
-
-def _take(prompts: Any, rows: list[int]) -> Any:
-    if prompts is None:
-        return None
-    if isinstance(prompts, PromptFeatures):
-        return prompts[torch.tensor(rows, device=prompts.index.device)]
-    return [prompts[row] for row in rows]
-
-
-def _sources(inputs: Any) -> Sequence[ImageSource]:
+def _sources(inputs: Inputs) -> Sequence[ImageSource]:
     if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence | Tensor | np.ndarray):
         raise TypeError(
             "inputs: expected a list of images (PIL, paths, arrays, tensors) or one batch, got "
@@ -260,7 +173,7 @@ def _sources(inputs: Any) -> Sequence[ImageSource]:
     return list(inputs)
 
 
-def _texts(prompts: Any, count: int) -> list[str] | None:
+def _texts(prompts: Sequence[str] | str | None, count: int) -> list[str] | None:
     if prompts is None:
         return None
     texts = [prompts] * count if isinstance(prompts, str) else prompts
@@ -268,13 +181,3 @@ def _texts(prompts: Any, count: int) -> list[str] | None:
     if len(texts) != count:
         raise ValueError(f"prompts: expected one per input, got {len(texts)} prompts for {count} inputs")
     return list(texts)
-
-
-def _load(sources: Sequence[ImageSource], window: range) -> tuple[dict[int, Tensor], dict[int, str]]:
-    loaded, errors = {}, {}
-    for index in window:
-        try:
-            loaded[index] = pixels.load(sources[index])
-        except (ValueError, TypeError) as error:
-            errors[index] = str(error)
-    return loaded, errors

@@ -1,4 +1,4 @@
-"""Everything that touches a diffusers pipeline; diffusers is imported by whoever makes the pipeline.
+"""Sampling with diffusers pipelines: best of N, searches, steering, guidance and noise optimization.
 
 Example:
     >>> from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
@@ -30,6 +30,7 @@ from aigiqa_reward.sampling.candidates import NothingRankedError
 from aigiqa_reward.sampling.guidance import RewardGuidance
 from aigiqa_reward.sampling.noise_optimization import NoiseOptimizer
 from aigiqa_reward.sampling.prompt_scorer import PromptScore, PromptScorer
+from aigiqa_reward.sampling.search import Halving, ZeroOrder
 from aigiqa_reward.sampling.steering import ParticleSteering
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "BestOfN",
     "BestOfNOutput",
     "EarlyExit",
+    "Halving",
     "NoiseOptimizer",
     "NothingRankedError",
     "ParticleSteering",
@@ -44,6 +46,7 @@ __all__ = [
     "PromptScorer",
     "RewardGuidance",
     "RewardLogger",
+    "ZeroOrder",
     "best_of_each",
     "rerank",
 ]

@@ -1,6 +1,6 @@
-"""One stochastic sampler for every noise schedule: how fresh noise comes in without changing the samples' distribution.
+"""One stochastic sampler for every noise schedule: fresh noise that leaves the distribution of the samples unchanged.
 
-A diffusion ODE takes equal latents to equal images. Particles that were copied must be able to part again.
+A diffusion ODE maps equal latents to equal images; copies of a particle diverge only by fresh noise.
 """
 
 from __future__ import annotations
@@ -21,26 +21,20 @@ ANCESTRAL = tuple(name for name in SERVED if name not in (*SEVERAL_CALLS_A_STEP,
 
 @dataclass(frozen=True, kw_only=True)
 class StepWeights:
-    """What latents are made of after a step: clean x0 + told eps + fresh noise, for the model's x0 and eps.
+    """Weights, each (), of the parts of the latents after a step, for the model's predictions x0 and eps."""
 
-    Attributes:
-        clean: () weight of the clean latents x0 that the model predicts.
-        told: () weight of the noise eps that is in the latents if x0 is what it predicts.
-        fresh: () weight of new noise, the standard deviation of the step.
-    """
-
-    clean: Tensor
-    told: Tensor
-    fresh: Tensor
+    clean: Tensor  # of the clean latents x0
+    told: Tensor  # of the noise eps that the latents contain if x0 is right
+    fresh: Tensor  # of new noise, the std of the step
 
 
 def is_last(scheduler: Any, step: int) -> bool:
-    """Whether no noise is left after step number `step`."""
+    """Return whether no noise is left after step number `step`."""
     return step + 1 == len(scheduler.timesteps)
 
 
 def ancestral_weights(scheduler: Any, step: int, eta: float) -> StepWeights:
-    """The family of samplers of DDIM (Song et al. 2021, eq. 12 and 16).
+    """Return the weights of the samplers of DDIM (Song et al. 2021, eq. 12 and 16).
 
     With latents x = alpha x0 + sigma eps before the step, and alpha', sigma' after it (1 and 0 after the last one):
 
@@ -48,13 +42,13 @@ def ancestral_weights(scheduler: Any, step: int, eta: float) -> StepWeights:
         x'  = alpha' x0 + sqrt(sigma'^2 - tau^2) eps + tau noise
 
     That is DDIM's eta where alpha^2 + sigma^2 = 1, Euler (eta=0) to Euler ancestral (eta=1) where alpha = 1, and for
-    flow matching Euler (eta=0) and a sampler with the same marginals otherwise. Only the scheduler's noise levels are
-    used, and no history.
+    flow matching Euler (eta=0) and a sampler with the same marginals otherwise. It uses the scheduler's noise levels
+    only, and no history.
 
     Args:
         scheduler: one of `ANCESTRAL`, with its timesteps set.
         step: number of the step, from 0.
-        eta: in [0, 1]; 0 takes nothing of the noise, 1 as much as a Markovian sampler does.
+        eta: in [0, 1]; 0 adds no noise, 1 as much as a Markovian sampler.
     """
     alpha, sigma = noise_level(scheduler, step)
     if is_last(scheduler, step):
@@ -67,14 +61,14 @@ def ancestral_weights(scheduler: Any, step: int, eta: float) -> StepWeights:
 
 
 def step_mean(scheduler: Any, step: int, latents: Tensor, clean: Tensor, weights: StepWeights) -> Tensor:
-    """Mean (B, ...) of the latents after a step, in at least float32; differentiable in `latents` and `clean`.
+    """Return the mean (B, ...) of the latents after a step, in at least float32; differentiable in both tensors.
 
     Args:
         scheduler: one of `ANCESTRAL`, with its timesteps set.
         step: number of the step, from 0.
         latents: (B, ...) before it, not scaled for the model.
-        clean: (B, ...) latents x0 as seen from there.
-        weights: of the step.
+        clean: (B, ...) latents x0 predicted there.
+        weights: their weights.
     """
     alpha, sigma = (value.to(latents.device) for value in noise_level(scheduler, step))
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
@@ -83,18 +77,9 @@ def step_mean(scheduler: Any, step: int, latents: Tensor, clean: Tensor, weights
 
 
 def ancestral_step(scheduler: Any, step: int, latents: Tensor, clean: Tensor, eta: float, noise: Tensor) -> Tensor:
-    """Latents of step `step + 1`: `step_mean` and fresh noise with `ancestral_weights`.
+    """Return the latents of step `step + 1`: `step_mean` plus noise (B, ...), standard normal; arguments as there.
 
-    Args:
-        scheduler: one of `ANCESTRAL`, with its timesteps set.
-        step: number of the step, from 0.
-        latents: (B, ...) before it, not scaled for the model.
-        clean: (B, ...) latents x0 as seen from there.
-        eta: in [0, 1].
-        noise: (B, ...) standard normal.
-
-    Returns:
-        (B, ...) of the latents' type; computed in at least float32.
+    They have the latents' type, and are computed in at least float32.
     """
     weights = ancestral_weights(scheduler, step, eta)
     mean = step_mean(scheduler, step, latents, clean, weights)
@@ -102,9 +87,9 @@ def ancestral_step(scheduler: Any, step: int, latents: Tensor, clean: Tensor, et
 
 
 def placed(state: State, step: int, latents: Tensor) -> State:
-    """The candidates of a state at another step, with other latents. For samplers without history.
+    """Return the candidates of a state at another step, with other latents. For samplers without history.
 
-    Their scheduler knows which step it is at; `scale_model_input` looks up the noise level there.
+    The scheduler's own step index is set as well: `scale_model_input` looks up the noise level there.
     """
     scheduler = copy.copy(state.scheduler)
     if hasattr(scheduler, "_step_index"):
@@ -113,6 +98,6 @@ def placed(state: State, step: int, latents: Tensor) -> State:
 
 
 def advance(state: State, clean: Tensor, eta: float, noise: Tensor) -> State:
-    """Candidates after one `ancestral_step`."""
+    """Take one `ancestral_step`."""
     latents = ancestral_step(state.scheduler, state.step, state.latents, clean, eta, noise)
     return placed(state, state.step + 1, latents)

@@ -1,19 +1,21 @@
-"""Ranks images that exist already; needs no pipeline."""
+"""Best of N: sample candidates for a prompt, score them and keep the best; or rank images that exist already."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.rewards.ranking import Halving, ZeroOrder
+from aigiqa_reward.images import ImageSource
+from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.scorer import Scorer
-from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Picture, PromptedReward, Tally, conclude, judge
+from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Judged, Picture, Tally, conclude, judge, judged
 from aigiqa_reward.sampling.pipeline_utils import (
     PromptMemo,
     check_pipe_kwargs,
@@ -22,7 +24,13 @@ from aigiqa_reward.sampling.pipeline_utils import (
     in_chunks,
     takes,
 )
+from aigiqa_reward.sampling.rollout import Rollout
+from aigiqa_reward.sampling.search import Halving, Search, ZeroOrder, climb, halve
+from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.checks import check_prompt, check_reward, check_text, first_seed, integer
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 __all__ = ["BestOfN", "BestOfNOutput", "rerank"]
 
@@ -35,43 +43,39 @@ _OWNED = {
 }
 """Arguments of a pipeline that BestOfN sets itself, and what to do instead."""
 
+Plan = TypeVar("Plan", Halving, ZeroOrder)
+
 
 class BestOfN:
     """Samples `n` candidates for a prompt, scores them with a reward and keeps the best `top_k`.
 
-    Candidate i has the seed `s = seed + i` and a generator of its own, so that `pipe(prompt,
+    Candidate i has the seed `s = seed + i` and its own generator, so that `pipe(prompt,
     generator=torch.Generator("cpu").manual_seed(s), **pipe_kwargs)` makes its image again: bit for bit with
-    batch_size=1 in float32 on the CPU, within 2/255 otherwise. The prompt is encoded once by the pipeline and
-    once by the reward. Images stay on the pipeline's device until they are scored; only the winners are kept, so
-    memory does not grow with `n` (but for latents when pruning: below), and the ranking does not depend on
-    `batch_size`. A chunk that runs out of memory is halved and sampled again, with the same result. The pipeline is
-    left as it was.
+    batch_size=1 in float32 on the CPU, within 2/255 otherwise. The prompt is encoded once by the pipeline and once by
+    the reward. Images stay on the pipeline's device until they are scored; only the winners are kept, so memory does
+    not grow with `n` (except for latents when pruning: below), and the ranking does not depend on `batch_size`. A chunk
+    that runs out of memory is halved and sampled again, with the same result. The pipeline is not changed.
 
-    With `pruning`, or `search="zero_order"`, the steps are taken by our own loop over the pipeline's parts, which knows
-    the architectures that `sampling.families` lists. A pruned search takes all candidates some of the way, scores the
-    clean images as seen from there, and goes on with the best; those that reach the end are the images of their seeds,
-    as without pruning. If fewer than `top_k` of them can be ranked (the safety checker sees final images only), the
-    best of the pruned go on in their place, at further denoiser calls; until then each candidate's latents, and what a
-    multistep sampler remembers of earlier ones, stay on the device. Zero-order search changes noises: `.noises` then
-    holds the winners' own (and `BestOfNOutput` says what a sampler that draws on its way needs besides).
+    With `pruning`, or `search="zero_order"`, our own loop over the pipeline's parts takes the steps; it supports the
+    architectures in `sampling.families`. Pruning takes all candidates some of the way, scores the clean images
+    predicted there, and continues with the best; those that reach the end are the images of their seeds, as without
+    pruning. If fewer than `top_k` of them can be ranked (the safety checker sees final images only), the best of the
+    pruned continue in their place, for further denoiser calls; until then each candidate's latents and the history of a
+    multistep sampler stay on the device. Zero-order search changes noises: `.noises` then has those of the winners.
 
     Args:
-        pipe: a pipeline of diffusers that makes images from a prompt, of images too (image to image, ControlNet,
-            inpainting), or anything called like one. One whose call has no `num_images_per_prompt`, or is given a
-            `mask_image`, is called for one candidate at a time.
+        pipe: diffusers pipeline that makes images from a prompt, or from images too (image to image, ControlNet,
+            inpainting), or anything called like one. If its call has no `num_images_per_prompt`, or is given a
+            `mask_image`, it is called for one candidate at a time.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; it stays on its device.
-        n: number of candidates, at least 1.
-        batch_size: candidates sampled at once, at least 1.
+        n: number of candidates.
+        batch_size: candidates sampled at a time.
         top_k: images to keep, in [1, n].
-        pruning: None, or "halving", or a `selection.Halving` that says when and by how much.
-        reward_prompt: the text that the reward sees; by default the pipeline's prompt.
-        search: "random" takes seeds as they come; "zero_order", or a `selection.ZeroOrder`, looks near the best noise.
-        diverse: of the best 4 `top_k`, keep those `top_k` that look least alike, the best among them.
-        progress: show a progress bar over the candidates.
-
-    Raises:
-        TypeError: an argument of a wrong type.
-        ValueError: an argument out of range.
+        pruning: None, "halving", or a `Halving` with other rounds.
+        reward_prompt: text that the reward scores by; by default the pipeline's prompt.
+        progress: whether to show a progress bar over the candidates.
+        search: "random" for consecutive seeds; "zero_order", or a `ZeroOrder`, to search near the best noise.
+        diverse: whether to keep, of the best 4 `top_k`, the `top_k` that look least alike, the best among them.
 
     Example:
         >>> from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
@@ -84,15 +88,15 @@ class BestOfN:
 
     def __init__(
         self,
-        pipe: Any,
-        reward: Any,
-        n: Any = 16,
-        batch_size: Any = 4,
-        top_k: Any = 1,
-        pruning: Any = None,
-        reward_prompt: Any = None,
+        pipe: DiffusionPipeline | Callable[..., Any],
+        reward: RewardFunction,
+        n: int = 16,
+        batch_size: int = 4,
+        top_k: int = 1,
+        pruning: Literal["halving"] | Halving | None = None,
+        reward_prompt: str | None = None,
         progress: bool = True,
-        search: Any = "random",
+        search: Literal["random", "zero_order"] | ZeroOrder = "random",
         diverse: bool = False,
     ) -> None:
         if not callable(pipe):
@@ -101,14 +105,14 @@ class BestOfN:
                 "load one with DiffusionPipeline.from_pretrained(...)"
             )
         self.pipe: Any = pipe
-        self.reward = check_reward(reward)
+        self.reward: RewardFunction = check_reward(reward)
         self.n = integer("n", n, least=1)
         self.batch_size = integer("batch_size", batch_size, least=1)
         self.top_k = integer("top_k", top_k, least=1)
         if self.top_k > self.n:
             raise ValueError(f"top_k: expected at most n={self.n}, got {self.top_k}; raise n, or ask for fewer")
-        self.pruning: Halving | None = _plan("pruning", pruning, {None: None, "halving": Halving()}, Halving)
-        self.search: ZeroOrder | None = _plan("search", search, {"random": None, "zero_order": ZeroOrder()}, ZeroOrder)
+        self.pruning = _plan("pruning", pruning, {None: None, "halving": Halving()}, Halving)
+        self.search = _plan("search", search, {"random": None, "zero_order": ZeroOrder()}, ZeroOrder)
         if self.pruning and self.search:
             raise ValueError("pruning, search: pass one of them; zero-order search needs every candidate's final score")
         self.diverse = bool(diverse)
@@ -118,27 +122,23 @@ class BestOfN:
         self.progress = progress
         self._batched, self._named = takes(pipe, "num_images_per_prompt"), takes(pipe, "prompt")
 
-    def __call__(self, prompt: Any, seed: Any = 0, **pipe_kwargs: Any) -> BestOfNOutput:
-        """Sample, score and rank the candidates for one prompt.
+    def __call__(self, prompt: str | None, seed: int = 0, **pipe_kwargs: Any) -> BestOfNOutput:
+        """Sample, score and rank the candidates for one prompt; warn once of candidates that were dropped.
+
+        Candidates are dropped if their pixels or scores are NaN or infinite, or if the safety checker flagged them. If
+        fewer than `top_k` are left, so many are returned.
 
         Args:
-            prompt: one text; or None together with `prompt_embeds` of shape (1, ...) and a `reward_prompt`.
+            prompt: one prompt; or None together with `prompt_embeds` of shape (1, ...) and a `reward_prompt`.
             seed: seed of the first candidate.
-            **pipe_kwargs: passed on to the pipeline (steps, guidance, size, negative prompt, ...), except for
+            **pipe_kwargs: arguments of the pipeline's call (steps, guidance, size, negative prompt, ...), except for
                 `generator`, `latents`, `num_images_per_prompt`, `output_type` and `return_dict`.
 
-        Warns:
-            UserWarning: once, if candidates were dropped: NaN or infinite pixels, flagged by the safety
-                checker, or given NaN or infinity by the reward. With fewer than `top_k` left, the fewer are returned.
-
         Raises:
-            TypeError: a list of prompts, or another argument of a wrong type.
-            ValueError: an argument that cannot be used; before anything is sampled.
-            NothingRankedError: if no candidate is left.
-            torch.OutOfMemoryError: if not even one candidate fits into memory.
+            TypeError, ValueError: an argument that cannot be used; before anything is sampled.
+            NothingRankedError: every candidate was dropped.
+            torch.OutOfMemoryError: not even one candidate fits into memory.
         """
-        from tqdm.auto import tqdm
-
         run = self._start(prompt, seed, pipe_kwargs, stacklevel=4)
         output = None
         with tqdm(total=self.n, desc="best of n", disable=not self.progress) as bar:
@@ -148,32 +148,30 @@ class BestOfN:
         assert output is not None  # n is at least 1
         return output
 
-    def stream(self, prompt: Any, seed: Any = 0, **pipe_kwargs: Any) -> Generator[BestOfNOutput, None, None]:
-        """Like a call, but yields the output so far after each chunk of candidates.
+    def stream(self, prompt: str | None, seed: int = 0, **pipe_kwargs: Any) -> Generator[BestOfNOutput, None, None]:
+        """Yield the output so far after each chunk of candidates; arguments and errors are those of a call.
 
-        Show it as progress, leave the loop when it is good enough, or keep it when the user interrupts.
-        Between two outputs the pipeline is as it was. Until a first candidate is ranked, `.images` is empty.
-        The warning and the NothingRankedError of a call come after the last output.
-
-        Args and errors are those of a call; wrong arguments raise here already, not at the first output.
+        Show it as progress, leave the loop when it is good enough, or keep it when the user interrupts. Between two
+        outputs the pipeline is as it was. Until a first candidate is ranked, `.images` is empty. Arguments are checked
+        at once; the warning and the NothingRankedError of a call come after the last output.
         """
         return self._start(prompt, seed, pipe_kwargs, stacklevel=3)
 
     def _start(
-        self, prompt: Any, seed: Any, pipe_kwargs: dict[str, Any], *, stacklevel: int
+        self, prompt: str | None, seed: int, pipe_kwargs: dict[str, Any], *, stacklevel: int
     ) -> Generator[BestOfNOutput, None, None]:
         first = first_seed(seed, self.n, f"all n={self.n} candidates")
         check_prompt(prompt)
         check_pipe_kwargs(pipe_kwargs, "BestOfN", _OWNED)
         text = self.reward_prompt
         if text is None:
-            remedy = "pass BestOfN(..., reward_prompt=) to give the reward a text of its own"
-            text = check_text(prompt, "prompt", remedy)
+            text = check_text(prompt, "prompt", "pass the reward's prompt as BestOfN(..., reward_prompt=)")
         call = _Call(
             prompt=prompt,
+            text=text,
             pipe_kwargs=pipe_kwargs,
             memo=PromptMemo(self.pipe),
-            reward=PromptedReward(self.reward, text),
+            reward=BoundReward(self.reward, [text]),
             tally=Tally(self.top_k, diverse=self.diverse),
         )
         seeds = range(first, first + self.n)
@@ -190,29 +188,26 @@ class BestOfN:
     def _pipelines_loop(self, call: _Call, seeds: range) -> Iterator[Any]:
         def sample_and_score(chunk: Sequence[int]) -> None:
             images, flagged = self._sample(call, chunk)
-            reasons, output = judge(images, flagged, call.reward)
-            call.tally.add(chunk, reasons, output, lambda row: _picture(images, row))
+            candidates = judge(images, flagged, call.reward, call.text)
+            call.tally.add(chunk, candidates, lambda row: Picture.of(images, row))
 
-        # Inpainting pipelines encode the masked image with the first generator alone; together, seeds would not hold.
+        # Inpainting pipelines encode the masked image with the first generator only, so a batch would break the seeds.
         together = self._batched and "mask_image" not in call.pipe_kwargs
         return in_chunks(seeds, self.batch_size if together else 1, sample_and_score, self.pipe)
 
     def _own_loop(self, call: _Call, seeds: range) -> Iterator[Any]:
-        from aigiqa_reward.sampling.rollout import Rollout
-        from aigiqa_reward.sampling.search import Search, climb, halve
-
         need = "BestOfN(pruning=...)" if self.pruning else "BestOfN(search=...)"
         if call.prompt is None:
             raise ValueError(f"prompt: {need} encodes the prompt itself: expected a text, got None")
         rollout = Rollout(self.pipe, need=need, **call.pipe_kwargs)
-        search = Search(rollout, call.prompt, call.reward, self.batch_size, call.tally)
+        search = Search(rollout, call.prompt, call.reward, call.text, self.batch_size, call.tally)
         if self.search is not None:
             return climb(search, seeds, self.search)
         assert self.pruning is not None, "one of both"
         return halve(search, seeds, self.pruning, least=self.top_k * POOL if self.diverse else self.top_k)
 
-    def _sample(self, call: _Call, seeds: Sequence[int]) -> tuple[Tensor, list[Any]]:
-        """Images (B, 3, H, W) of the seeds, and whether the pipeline's safety checker flagged them."""
+    def _sample(self, call: _Call, seeds: Sequence[int]) -> tuple[Tensor, list[bool]]:
+        """Sample images (B, 3, H, W), and return which the pipeline's safety checker flagged."""
         arguments = dict(call.pipe_kwargs, output_type="pt", generator=generators_of(seeds))
         if self._batched:
             arguments["num_images_per_prompt"] = len(seeds)
@@ -224,17 +219,18 @@ class BestOfN:
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """What one call of a BestOfN works with, over all its chunks."""
+    """Parts of one call of a BestOfN that all its chunks share."""
 
     prompt: str | None
+    text: str
     pipe_kwargs: dict[str, Any]
     memo: PromptMemo
-    reward: PromptedReward
+    reward: BoundReward
     tally: Tally
 
 
-def _plan(argument: str, given: Any, named: dict[Any, Any], kind: type) -> Any:
-    """What a name stands for, or a plan itself."""
+def _plan(argument: str, given: object, named: dict[str | None, Plan | None], kind: type[Plan]) -> Plan | None:
+    """Return the plan with this name, or the plan itself."""
     if isinstance(given, kind):
         return given
     if (given is None or isinstance(given, str)) and given in named:
@@ -243,36 +239,35 @@ def _plan(argument: str, given: Any, named: dict[Any, Any], kind: type) -> Any:
     raise ValueError(f"{argument}: expected {names} or a {kind.__name__}, got {given!r}")
 
 
-def _picture(images: Tensor, row: int) -> Picture:
-    return Picture(image=pixels.to_pil(images[row : row + 1].cpu())[0])
-
+# --------------------------------------------------------------------------------------------- existing images
 
 _BATCH = 8
-"""Images read and scored at once; chosen here, so that a thousand files need the memory of eight."""
+"""Images read and scored at once by `rerank`, so that a thousand files need the memory of eight."""
 
 
-def rerank(images: Any, prompt: Any, reward: Any, top_k: Any = None) -> BestOfNOutput:
-    """Rank existing images of one prompt.
+def rerank(
+    images: Sequence[ImageSource] | Tensor | np.ndarray,
+    prompt: str | None,
+    reward: RewardFunction,
+    top_k: int | None = None,
+) -> BestOfNOutput:
+    """Rank existing images of one prompt; warn once of images that were dropped.
+
+    Images are dropped if they cannot be read, or if their pixels or scores are NaN or infinite.
 
     Args:
-        images: a list of PIL images, paths, arrays and tensors, of any and mixed sizes (see `images.load`),
-            or a batch (B, 3, H, W) in [0, 1]. They are read in order, a few at a time.
-        prompt: the text that they should show; None ranks by quality alone, if the reward can.
+        images: PIL images, paths, arrays and tensors of mixed sizes (see `images.load`), or a batch (B, 3, H, W) in
+            [0, 1]. They are read in order, a few at a time.
+        prompt: text that they should show; None ranks by quality alone, if the reward can.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`.
-        top_k: how many images to return, in [1, number of images]; by default all.
+        top_k: images to return, in [1, number of images]; by default all.
 
     Returns:
         Best first, ties to the earlier. `.seeds` are the indices of the inputs; `.images` are the images as
         they were scored: RGB, upright, transparency on white.
 
-    Warns:
-        UserWarning: once, if images were dropped: unreadable, NaN or infinite pixels, or given NaN or infinity by the
-            reward.
-
     Raises:
-        TypeError: an argument of a wrong type.
-        ValueError: no images, a blank prompt, none where the reward needs one, or `top_k` out of range.
-        NothingRankedError: if no image could be ranked.
+        NothingRankedError: every image was dropped.
 
     Example:
         >>> from PIL import Image
@@ -282,40 +277,27 @@ def rerank(images: Any, prompt: Any, reward: Any, top_k: Any = None) -> BestOfNO
         >>> len(result.images), result.seeds[0] in range(3), len(result.all_scores)
         (1, True, 3)
     """
-    sources = _check_sources(images)
-    text = check_prompt(prompt)
-    if text is not None:
-        check_text(text, "prompt", "pass the text that the images should show, or None to rank by quality alone")
+    if isinstance(images, Tensor | np.ndarray) and images.ndim != 4:
+        raise ValueError(
+            f"images: expected a batch of 4 dimensions, got shape {tuple(images.shape)}; put single images in a list"
+        )
+    if not isinstance(images, list | tuple | Tensor | np.ndarray):
+        raise TypeError(
+            f"images: expected a list of images or a tensor batch, got {type(images).__name__}; put it in a list"
+        )
+    sources: list[ImageSource] = list(images)
+    if not sources:
+        raise ValueError("images: expected at least one image, got none; pass the candidates to rank")
+    if check_prompt(prompt) is not None:
+        check_text(prompt, "prompt", "pass the text that the images should show, or None to rank by quality alone")
     top_k = len(sources) if top_k is None else integer("top_k", top_k, least=1)
     if top_k > len(sources):
         raise ValueError(f"top_k: expected at most {len(sources)}, the number of images, got {top_k}; ask for fewer")
     tally = Tally(top_k)
-    for result in Scorer(check_reward(reward), batch_size=_BATCH).stream(sources, text):
+    for result in Scorer(reward, batch_size=_BATCH).stream(sources, prompt):
         source = sources[result.index]
-        tally.add([result.index], [result.error], result.output, lambda _, source=source: _picture_reranking(source))
+        found = [Judged(dropped=result.error)] if result.output is None else judged(result.output)
+        tally.add([result.index], found, lambda _, source=source: Picture.of(pixels.load(source)[None], 0))
     output = tally.output()
     conclude(output, top_k, name="image", stacklevel=3)
     return output
-
-
-def _picture_reranking(source: Any) -> Picture:
-    return Picture(image=pixels.to_pil(pixels.load(source)[None])[0])
-
-
-def _check_sources(images: Any) -> Sequence[Any]:
-    if isinstance(images, Tensor | np.ndarray):
-        if images.ndim != 4:
-            raise ValueError(
-                f"images: expected a batch of 4 dimensions, got shape {tuple(images.shape)}; "
-                "put single images in a list"
-            )
-        sources: Sequence[Any] = list(images)
-    elif isinstance(images, list | tuple):
-        sources = images
-    else:
-        raise TypeError(
-            f"images: expected a list of images or a tensor batch, got {type(images).__name__}; put it in a list"
-        )
-    if not sources:
-        raise ValueError("images: expected at least one image, got none; pass the candidates to rank")
-    return sources

@@ -1,11 +1,11 @@
-"""Callbacks for a diffusers pipeline's steps: log what a reward says of the previews, or stop when it is content.
+"""Callbacks for a diffusers pipeline's steps: log a reward's scores of the previews, or stop when they are good enough.
 
     with RewardLogger(pipe, reward, prompt, every=5) as logger:
         image = pipe(prompt, callback_on_step_end=logger).images[0]
     print([step.total for step in logger.history])
 
-A preview is the image that the model's output stands for at a step: the latents x0, decoded. Where a pipeline samples
-at another size and resizes the image in the end (Sana's `use_resolution_binning`), previews have the size sampled.
+A preview is the decoded prediction of the clean latents x0 at a step. Where a pipeline samples at another size and
+resizes the image in the end (Sana's `use_resolution_binning`), previews have the size that is sampled.
 """
 
 from __future__ import annotations
@@ -17,16 +17,24 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from aigiqa_reward.rewards.scorer import device_of
+from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.families import SamplingOptions, family_of
+from aigiqa_reward.sampling.rollout import displayed
 from aigiqa_reward.sampling.schedulers import SERVED, SEVERAL_CALLS_A_STEP, check_scheduler, predict_clean
-from aigiqa_reward.types import RewardOutput, as_reward_output
-from aigiqa_reward.utils.checks import check_reward, check_text, integer
+from aigiqa_reward.types import RewardFunction, RewardOutput
+from aigiqa_reward.utils.checks import check_text, integer
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+__all__ = ["EarlyExit", "LoggedStep", "RewardLogger"]
+
+Entry = TypeVar("Entry", bound="LoggedStep")
 
 _SERVED = [name for name in SERVED if name not in SEVERAL_CALLS_A_STEP]
 
@@ -38,7 +46,7 @@ class LoggedStep:
     Attributes:
         step: number of the step, from 0.
         timestep: the scheduler's entry for it.
-        total: (B,) one an image.
+        total: (B,) one per image.
         quality: (B,) equal to `total` if the reward gives one number only.
         correspondence: (B,) None if the reward gives none.
     """
@@ -52,117 +60,54 @@ class LoggedStep:
 
 @dataclass(frozen=True, kw_only=True)
 class SeenStep:
-    """One step as a callback finds it.
+    """One step as a callback sees it."""
 
-    Attributes:
-        index: number of the step, from 0.
-        count: number of steps in all.
-        timestep: the scheduler's entry for it.
-        sample: (B, ...) latents before the step.
-        output: (B, ...) of the model, after guidance.
-        latents: (B, ...) after the step and after the callbacks before this one.
-        final: whether the latents are what will be decoded: the last step, or another callback ended the sampling.
-    """
-
-    index: int
-    count: int
+    index: int  # from 0
+    count: int  # number of steps in all
     timestep: float
-    sample: Tensor
-    output: Tensor
-    latents: Tensor
-    final: bool
+    sample: Tensor  # (B, ...) latents before the step
+    output: Tensor  # (B, ...) of the model, after guidance
+    latents: Tensor  # (B, ...) after the step and after the callbacks before this one
+    final: bool  # whether the latents will be decoded: the last step, or another callback ended the sampling
 
     def clean(self, scheduler: Any) -> Tensor:
-        """Latents x0 (B, ...) as seen from this step, in at least float32; those to be decoded, once they are there."""
+        """Return latents x0 (B, ...) predicted at this step, or the final ones, in at least float32."""
         if self.final:
             return self.latents.to(torch.promote_types(self.latents.dtype, torch.float32))
         return predict_clean(scheduler, self.index, self.sample, self.output)
 
-    def score(self, output: RewardOutput, **more: Any) -> dict[str, Any]:
-        """The fields of a `LoggedStep`."""
-        scores = {name: getattr(output, name) for name in ("total", "quality", "correspondence")}
-        lists = {name: None if value is None else value.detach().tolist() for name, value in scores.items()}
-        return {"step": self.index, "timestep": self.timestep, **lists, **more}
+    def scores(self, output: RewardOutput) -> dict[str, Any]:
+        """Return the fields of a `LoggedStep`."""
+        columns = {name: getattr(output, name) for name in ("total", "quality", "correspondence")}
+        lists = {name: None if value is None else value.detach().tolist() for name, value in columns.items()}
+        return {"step": self.index, "timestep": self.timestep, **lists}
 
 
-class BatchReward:
-    """A reward bound to the prompts of a batch, which are encoded once. Leaves gradients to the caller.
-
-    Args:
-        reward: a Reward, or any RewardFunction. Images are brought to its device, if it says which that is.
-        prompt: one text for all images, or P texts for B = P k images, each for k in a row, which is the order in which
-            pipelines make `num_images_per_prompt=k`.
-    """
-
-    def __init__(self, reward: Any, prompt: str | Sequence[str]) -> None:
-        self._reward = check_reward(reward)
-        texts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-        remedy = "pass the text that the images shall be judged by, or a list of one text an image"
-        self.texts = [check_text(text, "prompt", remedy) for text in texts or [""]]
-        self._device = device_of(reward)
-        self._features: Any = None
-        if callable(getattr(reward, "encode_prompts", None)):
-            with torch.no_grad():
-                self._features = reward.encode_prompts(self.texts)
-
-    def places(self, count: int) -> Tensor:
-        """(count,) which of the texts each of `count` images belongs to."""
-        each, over = divmod(count, len(self.texts))
-        if over:
-            raise ValueError(
-                f"prompt: expected one text, or as many as the batch has prompts, got {len(self.texts)} for {count} "
-                "images; pass the same list as to the pipeline"
-            )
-        return torch.arange(len(self.texts)).repeat_interleave(each)
-
-    def __call__(self, images: Tensor, places: Tensor) -> RewardOutput:
-        """Score images (B, 3, H, W) in [0, 1], image i by the text at `places[i]`."""
-        if self._device is not None:
-            images = images.to(self._device)
-        if self._features is None:
-            prompts: Any = [self.texts[place] for place in places.tolist()]
-        else:
-            prompts = self._features[places.to(self._features.index.device)]
-        return as_reward_output(self._reward(images, prompts), len(images))
-
-    def rate(self, images: Tensor) -> RewardOutput:
-        """Scores (B,) of previews, clamped to [0, 1] as an image file is; without gradients, NaN where not finite."""
-        with torch.no_grad():
-            rows = images.isfinite().flatten(1).all(dim=1).nonzero()[:, 0]
-            places = self.places(len(images))[rows.cpu()]
-            nothing = torch.full((len(images),), math.nan)
-            if not len(rows):
-                return RewardOutput(total=nothing, quality=nothing)
-            output = self(images[rows].clamp(0, 1), places).to(images.device)
-
-        def spread(values: Tensor) -> Tensor:
-            return nothing.to(values).index_copy(0, rows, values)
-
-        correspondence = None if output.correspondence is None else spread(output.correspondence)
-        return RewardOutput(total=spread(output.total), quality=spread(output.quality), correspondence=correspondence)
-
-
-class Watch(ABC):
+class Watch(ABC, Generic[Entry]):
     """A context manager to pass as `callback_on_step_end`, alone or within diffusers' MultiPipelineCallbacks.
 
     Args:
-        pipe: a text-to-image pipeline of a family that `sampling.families` lists, which has step callbacks.
-        reward: a Reward, or any RewardFunction.
-        prompt: as of `BatchReward`.
+        pipe: a text-to-image pipeline of a family in `sampling.families`, which has step callbacks.
+        reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; it stays on its device.
+        prompt: one text for all images, or P texts for B = P k images, each for k in a row, as pipelines make
+            `num_images_per_prompt=k`.
 
     Raises:
-        TypeError: a pipeline without an adapter, a reward that cannot be called, a prompt that is no text.
-        ValueError: a blank prompt; on entering, a pipeline without step callbacks, or a scheduler that calls the
-            denoiser several times a step.
+        ValueError: on entering, a pipeline without step callbacks, or a scheduler that calls the denoiser several times
+            per step.
     """
 
     tensor_inputs: ClassVar[list[str]] = ["latents"]
 
-    def __init__(self, pipe: Any, reward: Any, prompt: str | Sequence[str]) -> None:
+    def __init__(self, pipe: DiffusionPipeline, reward: RewardFunction, prompt: str | Sequence[str]) -> None:
         self._name = type(self).__name__
         self._adapter = type(family_of(pipe, need=self._name))
-        self.pipe = pipe
-        self.reward = BatchReward(reward, prompt)
+        self.pipe: Any = pipe
+        texts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        remedy = "pass the prompt of the images, or a list of one prompt per image"
+        self.texts = [check_text(text, "prompt", remedy) for text in texts or [""]]
+        self.reward = BoundReward(reward, self.texts)
+        self.history: list[Entry] = []
         self._taps: list[_Tap] = []
         self._called: Mapping[str, Any] | None = None
         self._size: tuple[int, int] | None = None
@@ -170,7 +115,7 @@ class Watch(ABC):
 
     @abstractmethod
     def after_step(self, seen: SeenStep) -> Tensor | None:
-        """Look at a step; latents (B, ...) to go on with, or None for those that there are."""
+        """Look at a step; return the latents (B, ...) to continue with, or None to leave them."""
 
     def __enter__(self) -> Self:
         if self._taps:
@@ -182,7 +127,7 @@ class Watch(ABC):
                 "use BestOfN or ParticleSteering, which run its parts themselves"
             )
         check_scheduler(pipe.scheduler, need=self._name, served=_SERVED, flow=self._adapter.flow)
-        self._called, self._steps, self._calls = None, 0, 0
+        self.history, self._called, self._steps, self._calls = [], None, 0, 0
         self._taps = [_tap(pipe.scheduler, "step"), _tap(pipe, "prepare_latents")]
         for tap, listener in zip(self._taps, (self._on_step, self._on_prepare), strict=True):
             tap.listeners[id(self)] = listener
@@ -201,17 +146,13 @@ class Watch(ABC):
             )
 
     def __call__(
-        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+        self, pipeline: DiffusionPipeline, step_index: int, timestep: float, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """What diffusers calls after a step.
-
-        Raises:
-            ValueError: outside a `with` block, or by another pipeline than its own.
-        """
+        """Handle a step, as diffusers calls it."""
         called, self._called, self._calls = self._called, None, self._calls + 1
         if not self._taps:
             raise ValueError(
-                f"callback_on_step_end: {self._name} sees the steps only within its with block: "
+                f"callback_on_step_end: {self._name} works only within its with block: "
                 f"with {self._name}(pipe, ...) as watch: pipe(prompt, callback_on_step_end=watch)"
             )
         if pipeline is not self.pipe or called is None:
@@ -219,7 +160,7 @@ class Watch(ABC):
                 f"callback_on_step_end: {self._name} listens to the pipeline and the scheduler that it was entered "
                 "with, and another one runs; make one for that pipeline, and set pipe.scheduler before the with block"
             )
-        count = len(pipeline.scheduler.timesteps)
+        count = len(self.pipe.scheduler.timesteps)
         seen = SeenStep(
             index=step_index,
             count=count,
@@ -232,21 +173,36 @@ class Watch(ABC):
         latents = self.after_step(seen)
         return callback_kwargs if latents is None else {**callback_kwargs, "latents": latents}
 
+    def places(self, count: int) -> list[int]:
+        """Return which of the P prompts each of `count` images was made for."""
+        each, over = divmod(count, len(self.texts))
+        if over:
+            raise ValueError(
+                f"prompt: expected one text, or as many as the batch has prompts, got {len(self.texts)} for {count} "
+                "images; pass the same list as to the pipeline"
+            )
+        return [place for place in range(len(self.texts)) for _ in range(each)]
+
+    def prompts(self, images: Tensor) -> list[str]:
+        """Return the prompt of each of the images (B, 3, H, W)."""
+        return [self.texts[place] for place in self.places(len(images))]
+
     def decode(self, clean: Tensor) -> Tensor:
-        """Images (B, 3, H, W) of latents x0, nominally in [0, 1], not clamped; differentiable."""
+        """Decode latents x0 to images (B, 3, H, W), nominally in [0, 1], not clamped; differentiable."""
         assert self._size is not None  # every pipeline of a family prepares its latents
         height, width = self._size
         return self._adapter(self.pipe, SamplingOptions(height=height, width=width)).decode(clean)
 
     def preview(self, seen: SeenStep) -> Tensor:
-        """Latents x0 (B, ...) as seen from a step, of the type of its latents; without gradients."""
+        """Return latents x0 (B, ...) predicted at a step, of the type of its latents; without gradients."""
         with torch.no_grad():
             return seen.clean(self.pipe.scheduler).to(seen.latents.dtype)
 
     def rate(self, clean: Tensor) -> RewardOutput:
-        """Scores (B,) of the images of latents x0, without gradients."""
+        """Score (B,) the decoded latents x0, clamped as an image file is, without gradients; NaN where not finite."""
         with torch.no_grad():
-            return self.reward.rate(self.decode(clean))
+            images = displayed(self.decode(clean))
+        return self.reward.score(images, self.prompts(images))
 
     def _on_step(self, arguments: Mapping[str, Any], result: Any) -> None:
         self._steps += 1
@@ -256,13 +212,11 @@ class Watch(ABC):
         self._size = int(arguments["height"]), int(arguments["width"])
 
 
-# --------------------------------------------------------------------------------------------- listening
-
 _ABSENT = object()
 
 
 class _Tap:
-    """Stands in front of a method of one object: calls it, and tells its listeners the arguments and the result.
+    """A wrapper around a method of one object that passes the arguments and the result to its listeners.
 
     One tap serves all listeners, so that they may leave in any order.
     """
@@ -281,10 +235,10 @@ class _Tap:
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.__wrapped__, memo)  # nobody listens to a copy of the object
+        return copy.deepcopy(self.__wrapped__, memo)  # a copy of the object has no listeners
 
     def remove_idle(self) -> None:
-        """Leave the object as it was, unless somebody still listens, or has put another wrapper on top since."""
+        """Restore the object, unless somebody still listens, or has put another wrapper on top since."""
         while isinstance(tap := vars(self.target).get(self.name), _Tap) and not tap.listeners:
             if tap.before is _ABSENT:
                 delattr(self.target, self.name)
@@ -293,7 +247,7 @@ class _Tap:
 
 
 def _tap(target: Any, name: str) -> _Tap:
-    """The tap in front of a method, put there if there is none."""
+    """Return the tap around a method, which is added if there is none."""
     tap = vars(target).get(name)
     if not isinstance(tap, _Tap):
         tap = _Tap(target, name)
@@ -301,13 +255,10 @@ def _tap(target: Any, name: str) -> _Tap:
     return tap
 
 
-__all__ = ["EarlyExit", "LoggedStep", "RewardLogger"]
-
-
-class RewardLogger(Watch):
+class RewardLogger(Watch[LoggedStep]):
     """Scores the previews of a run; the images are the same, bit for bit, as without it.
 
-    The last entry of a run is about the images themselves. Each entry costs a decoding and a call of the reward.
+    The last entry of a run is the score of the images themselves. Each entry costs a decoding and a call of the reward.
 
     Args:
         pipe: a text-to-image pipeline of Stable Diffusion 1 to 3.5, SDXL, FLUX, Qwen-Image, Z-Image or Sana.
@@ -316,7 +267,7 @@ class RewardLogger(Watch):
         every: score steps 0, every, 2 every, ... and the last.
 
     Attributes:
-        history: entries since the `with` block was entered; a call of the pipeline begins again at step 0.
+        history: entries since the `with` block was entered; each call of the pipeline starts at step 0.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -328,42 +279,35 @@ class RewardLogger(Watch):
         [0, 2, 3]
     """
 
-    def __init__(self, pipe: Any, reward: Any, prompt: str | Sequence[str], every: Any = 1) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, reward: RewardFunction, prompt: str | Sequence[str], every: int = 1
+    ) -> None:
         super().__init__(pipe, reward, prompt)
         self.every = integer("every", every, least=1)
-        self.history: list[LoggedStep] = []
-
-    def __enter__(self) -> RewardLogger:
-        super().__enter__()
-        self.history = []
-        return self
 
     def after_step(self, seen: SeenStep) -> None:
-        """Score the preview, if it is its turn."""
+        """Score the preview of every `every`-th step and of the last."""
         if seen.final or seen.index % self.every == 0:
-            self.history.append(LoggedStep(**seen.score(self.rate(self.preview(seen)))))
+            self.history.append(LoggedStep(**seen.scores(self.rate(self.preview(seen)))))
 
 
-class EarlyExit(Watch):
-    """Ends a run as soon as its preview is good enough, or gets no better: the preview is the image then.
+class EarlyExit(Watch[LoggedStep]):
+    """Ends a run as soon as its preview is good enough, or no longer improves, and returns the preview as the image.
 
-    The remaining steps are skipped, with their calls of the denoiser. Each step up to there costs a decoding and a
-    call of the reward. Previews lack what the skipped steps would have added: mostly fine detail.
+    The remaining steps are skipped, with their calls of the denoiser. Each step before costs a decoding and a call of
+    the reward. Previews lack what the skipped steps would have added: mostly fine detail.
 
     Args:
-        pipe: as of `RewardLogger`.
-        reward: as of `RewardLogger`.
-        prompt: as of `RewardLogger`.
+        pipe: see `RewardLogger`.
+        reward: see `RewardLogger`.
+        prompt: see `RewardLogger`.
         above: end when the totals of all images of the batch are at least this.
         patience: end when the mean total of the batch has not risen for so many steps; at least 1.
         first: share of the steps, in [0, 1], that is always taken, and not scored: early previews are blurs.
 
     Attributes:
-        exited_at: number of the last step taken in the latest run, from 0; None if the run went to its end.
+        exited_at: number of the last step taken in the latest run, from 0; None if the run was not ended early.
         history: scores of the previews of the latest run.
-
-    Raises:
-        ValueError: neither `above` nor `patience`, or an argument out of range.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -377,30 +321,28 @@ class EarlyExit(Watch):
 
     def __init__(
         self,
-        pipe: Any,
-        reward: Any,
+        pipe: DiffusionPipeline,
+        reward: RewardFunction,
         prompt: str | Sequence[str],
         above: float | None = None,
-        patience: Any = None,
+        patience: int | None = None,
         first: float = 0.3,
     ) -> None:
         super().__init__(pipe, reward, prompt)
         if above is None and patience is None:
             raise ValueError("above, patience: expected at least one of them, got neither; pass above=0.8, say")
         if above is not None and not math.isfinite(above):
-            raise ValueError(f"above: expected a finite total, got {above}; leave it out to go by patience alone")
+            raise ValueError(f"above: expected a finite total, got {above}; leave it out to use patience alone")
         if not 0 <= first <= 1:
             raise ValueError(f"first: expected a share of the steps in [0, 1], got {first}; pass 0.3, say")
         self.above = above
         self.patience = None if patience is None else integer("patience", patience, least=1)
         self.first = first
         self.exited_at: int | None = None
-        self.history: list[LoggedStep] = []
 
-    def __enter__(self) -> EarlyExit:
-        super().__enter__()
-        self._begin()
-        return self
+    def __enter__(self) -> Self:
+        self.exited_at = None
+        return super().__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if self.exited_at is not None:
@@ -408,27 +350,24 @@ class EarlyExit(Watch):
         super().__exit__(kind, *error)
 
     def after_step(self, seen: SeenStep) -> Tensor | None:
-        """The preview's latents, where the run ends."""
+        """Return the preview's latents where the run ends."""
         if seen.index == 0:
-            self._begin()
+            self.exited_at, self.history = None, []
         if seen.final or seen.index + 1 < self.first * seen.count:
             return None
         clean = self.preview(seen)
-        self.history.append(LoggedStep(**seen.score(self.rate(clean))))
+        self.history.append(LoggedStep(**seen.scores(self.rate(clean))))
         if not (self._is_good() or self._is_stuck()):
             return None
         self.exited_at = seen.index
         self.pipe._interrupt = True
         return clean
 
-    def _begin(self) -> None:
-        self.exited_at, self.history = None, []
-
     def _is_good(self) -> bool:
-        return self.above is not None and min(self.history[-1].total) >= self.above
+        return self.above is not None and all(total >= self.above for total in self.history[-1].total)
 
     def _is_stuck(self) -> bool:
-        """Whether the best mean lies `patience` steps back; of equal ones the earlier is the best."""
+        """Whether the best mean is `patience` steps old; of equal ones the earlier is the best."""
         means = [sum(step.total) / len(step.total) for step in self.history]
         if self.patience is None or math.isnan(means[-1]):
             return False

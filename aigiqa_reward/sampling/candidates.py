@@ -1,4 +1,4 @@
-"""Candidates for one prompt: scored as they come, the best few kept, and what became of each of them."""
+"""Candidates for one prompt: their scores, why some are dropped, and the images of the best."""
 
 from __future__ import annotations
 
@@ -6,54 +6,37 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from aigiqa_reward.images import finite_rows, to_pil
+from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.ranking import Ranked, TopK, spread
-from aigiqa_reward.rewards.scorer import device_of, score_batch
 from aigiqa_reward.types import RewardOutput
 
 NON_FINITE = "NaN or infinite pixels"
 FLAGGED = "flagged by the pipeline's safety checker"
 
-
-def reasons_to_drop(images: Tensor, flagged: Sequence[Any]) -> list[str | None]:
-    """Why images (B, 3, H, W) cannot be scored, or None."""
-    finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
-    return [FLAGGED if flag else None if fine else NON_FINITE for flag, fine in zip(flagged, finite, strict=True)]
-
-
-def why_dropped(total: float, reason: str | None = None) -> str | None:
-    """Why a candidate of this total is dropped, or None; `reason` if there is one already.
-
-    Infinity ranks nothing: it would win by an overflow, or lose to all whatever else the reward saw.
-    """
-    if reason is not None or math.isfinite(total):
-        return reason
-    return f"the reward gave {'NaN' if math.isnan(total) else total}"
-
-
 POOL = 4
-"""Of how many times top_k candidates the diverse ones are taken: chosen here, as wide as scores hardly fall."""
+"""The diverse candidates are selected from this many times top_k; scores fall little within these."""
 
 _THUMBNAIL = 16
-"""Side in pixels at which images are compared for diversity: layout and colors, not texture. Chosen here."""
+"""Side in px at which images are compared for diversity: layout and colors, not texture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What a reward says of a candidate's clean image as seen from the middle of its sampling.
+    """Scores of a candidate's clean image as predicted in the middle of its sampling; higher is better.
 
     Attributes:
-        step: steps that it has taken.
-        steps: of the whole way.
-        total: higher is better.
+        step: steps taken so far.
+        steps: steps in total.
+        total: number to maximize.
         quality: perceptual quality.
-        correspondence: to the prompt; None if the reward gives none.
+        correspondence: correspondence to the prompt; None if the reward gives none.
     """
 
     step: int
@@ -64,31 +47,84 @@ class Preview:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Scores of one candidate; NaN where it was dropped, for the reason in `dropped`, or pruned."""
+
+    total: float = math.nan
+    quality: float = math.nan
+    correspondence: float | None = None
+    dropped: str | None = None
+
+    def preview(self, step: int, steps: int) -> Preview:
+        """Return these scores as those of the image that was predicted after `step` of `steps`."""
+        return Preview(
+            step=step, steps=steps, total=self.total, quality=self.quality, correspondence=self.correspondence
+        )
+
+
+def why_dropped(total: float) -> str | None:
+    """Return why a candidate cannot be ranked by this total; None if it can.
+
+    An infinite total is dropped: it comes from an overflow, whatever the image shows.
+    """
+    return None if math.isfinite(total) else f"the reward gave {'NaN' if math.isnan(total) else total}"
+
+
+def judged(output: RewardOutput) -> list[Judged]:
+    """Return the scores of each row; rows with a total that is not finite are dropped."""
+    aspects = {"total": output.total, "quality": output.quality, "correspondence": output.correspondence}
+    columns = {name: scores.to("cpu", torch.float64).tolist() for name, scores in aspects.items() if scores is not None}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    reasons = [why_dropped(row["total"]) for row in rows]
+    return [Judged(**row) if why is None else Judged(dropped=why) for row, why in zip(rows, reasons, strict=True)]
+
+
+def judge(images: Tensor, flagged: Sequence[bool], reward: BoundReward, prompts: str | Sequence[str]) -> list[Judged]:
+    """Score images without gradients; those that are not finite or were flagged never reach the reward.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        flagged: (B,) whether the safety checker flagged an image.
+        reward: reward to score by.
+        prompts: one prompt for all images, or one per image.
+    """
+    finite = finite_rows(images).tolist()
+    reasons = [FLAGGED if flag else None if fine else NON_FINITE for flag, fine in zip(flagged, finite, strict=True)]
+    kept = [row for row, reason in enumerate(reasons) if reason is None]
+    found = [Judged(dropped=reason) for reason in reasons]
+    if kept:
+        texts = prompts if isinstance(prompts, str) else [prompts[row] for row in kept]
+        output = reward.score(images if len(kept) == len(images) else images[kept], texts)
+        for row, scores in zip(kept, judged(output), strict=True):
+            found[row] = scores
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class BestOfNOutput:
     """The best candidates for one prompt, and the scores of all of them. Higher is better.
 
-    `rerank` numbers its inputs 0, 1, ... and gives these numbers as seeds.
+    `rerank` numbers its inputs 0, 1, ... and returns these numbers as seeds.
 
     Attributes:
-        images: the at most top_k best, RGB, best first; ties go to the earlier candidate.
+        images: the best, at most top_k, RGB, best first; ties go to the earlier candidate.
         scores: their totals, best first.
         seeds: their seeds, best first; each makes its image again (see `BestOfN`).
-        quality: their perceptual quality, best first; equal to `scores` if the reward gives one number only.
+        quality: their perceptual quality, best first; equal to `scores` if the reward returns one number only.
         correspondence: their correspondence to the prompt, best first; None if the reward gives none.
         all_scores: totals of all candidates in candidate order; NaN for those that were dropped.
         all_seeds: seeds of all candidates in candidate order.
         all_quality: quality of all candidates in candidate order; NaN for those that were dropped.
         all_correspondence: likewise; None if the reward gives none.
-        dropped: why candidates could not be ranked, by seed.
-        previews: by seed, what the reward said of a candidate on its way, where a search looked. A candidate without a
-            score that is not among the dropped was pruned.
-        denoiser_calls: rows that the denoiser was asked for, one a candidate and step; a negative prompt's own are not
-            counted apart. None where the pipeline ran its own loop.
-        noises: initial latents (1, ...) of the best, on the CPU, where a search changed them, in the form in which the
-            pipeline takes them: `pipe(prompt, latents=..., **pipe_kwargs)` makes the image again, its seed does not.
-            A sampler that draws noise on its way (ancestral, SDE, LCM) needs besides a generator of the image's seed
-            that has drawn as many normal numbers as the latents have:
-            `torch.randn(latents.shape, generator=generator)`.
+        dropped: reasons why candidates could not be ranked, by seed.
+        previews: scores of a candidate on its way, by seed, where a search looked at them. A candidate without a score
+            that is not in `dropped` was pruned.
+        denoiser_calls: denoiser calls, one per candidate and step (a negative prompt adds none); None where the
+            pipeline ran its own loop.
+        noises: initial latents (1, ...) of the best, on the CPU, in the pipeline's format, where a search changed them:
+            `pipe(prompt, latents=..., **pipe_kwargs)` makes the image again, its seed does not. A sampler that draws
+            noise on its way (ancestral, SDE, LCM) also needs a generator with the image's seed that has drawn as many
+            normal numbers as the latents have: `torch.randn(latents.shape, generator=generator)`.
 
     Example:
         >>> from PIL import Image
@@ -120,7 +156,7 @@ class NothingRankedError(RuntimeError):
     """Every candidate was dropped.
 
     Attributes:
-        output: without images; `.dropped` says why, by seed.
+        output: without images; its `dropped` has the reasons, by seed.
     """
 
     def __init__(self, message: str, output: BestOfNOutput) -> None:
@@ -128,111 +164,84 @@ class NothingRankedError(RuntimeError):
         self.output = output
 
 
-class PromptedReward:
-    """A reward bound to one prompt, which is encoded once.
-
-    Args:
-        reward: a Reward, or any RewardFunction. Images are brought to its device, if it says which that is.
-        text: the prompt that it sees, not blank.
-    """
-
-    def __init__(self, reward: Any, text: str) -> None:
-        self._reward = reward
-        self._text = text
-        self._device = device_of(reward)
-        self._features: Any = None
-        if callable(getattr(reward, "encode_prompts", None)):
-            with torch.no_grad():
-                self._features = reward.encode_prompts([text])
-
-    def __call__(self, images: Tensor) -> RewardOutput:
-        """Score images (B, 3, H, W) in [0, 1], without gradients."""
-        count = images.shape[0]
-        prompts = [self._text] * count if self._features is None else self._features.expand(count)
-        return score_batch(self._reward, images, prompts, self._device)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A candidate's image, and where its noise cannot be drawn from its seed alone, that noise."""
+    """A candidate's image, and its initial noise where the seed does not determine it."""
 
     image: Image.Image
     noise: Tensor | None = None
 
+    @staticmethod
+    def of(images: Tensor, row: int, noise: Tensor | None = None) -> Picture:
+        """Take one image of a batch (B, 3, H, W) and, of (B, ...) noises, its own."""
+        return Picture(
+            image=to_pil(images[row : row + 1].cpu())[0], noise=None if noise is None else noise[row : row + 1].clone()
+        )
+
 
 class Tally:
-    """Takes in scored candidates; keeps everybody's scores, and the pictures of the best.
+    """Scores of all candidates so far, and the pictures of the best.
 
     Args:
-        top_k: how many images the output shall hold.
-        diverse: hold the best 4 top_k, and show those `top_k` of them that lie far apart.
+        top_k: number of images in the output.
+        diverse: whether to select the `top_k` images that look least alike from the best 4 top_k.
     """
 
     def __init__(self, top_k: int, *, diverse: bool = False) -> None:
         self._top_k, self._diverse = top_k, diverse
         self._winners = TopK(top_k * POOL if diverse else top_k)
-        self._scores: dict[int, _Scores] = {}
-        self._dropped: dict[int, str] = {}
+        self._judged: dict[int, Judged] = {}
         self._previews: dict[int, list[Preview]] = {}
         self.calls: int | None = None
 
-    def add(
-        self,
-        seeds: Sequence[int],
-        reasons: Sequence[str | None],
-        output: RewardOutput | None,
-        picture: Callable[[int], Picture],
-    ) -> None:
-        """Take in candidates.
+    def add(self, seeds: Sequence[int], candidates: Sequence[Judged], picture: Callable[[int], Picture]) -> None:
+        """Add candidates that reached their end.
 
         Args:
-            seeds: (B,) their seeds, of which no other candidate has one. Of two equal scores the smaller seed wins.
-            reasons: (B,) why a candidate is dropped, or None.
-            output: scores of those that are not dropped, in their order; None if there are none.
-            picture: gives the picture of row i; called for those only that are among the best so far.
+            seeds: (B,) their unique seeds; of two equal scores the smaller seed wins.
+            candidates: (B,) their scores.
+            picture: function that returns the picture of row i, called only for those that are among the best so far.
         """
-        for row, (seed, reason, scores) in enumerate(zip(seeds, reasons, scores_of(output, reasons), strict=True)):
-            why = why_dropped(scores.total, reason)
-            if why is not None:
-                self.leave(seed, why)
-                continue
-            self._scores[seed] = scores
-            if self._winners.accepts(scores.total, seed):
-                self._winners.push(scores.total, seed, picture(row))
+        for row, (seed, candidate) in enumerate(zip(seeds, candidates, strict=True)):
+            self._judged[seed] = candidate
+            if candidate.dropped is None and self._winners.accepts(candidate.total, seed):
+                self._winners.push(candidate.total, seed, picture(row))
 
     def total(self, seed: int) -> float:
-        """Total of a candidate that was taken in; NaN if it was dropped or did not reach its end."""
-        return self._scores[seed].total
+        """Return the total of a candidate; NaN if it was dropped or pruned."""
+        return self._judged[seed].total
 
     def preview(self, seed: int, preview: Preview) -> None:
-        """Note what the reward said of a candidate on its way."""
+        """Add the scores of a candidate's predicted image."""
         self._previews.setdefault(seed, []).append(preview)
 
     def leave(self, seed: int, reason: str | None = None) -> None:
-        """Take in a candidate that does not reach its end: pruned, or for a reason dropped."""
-        self._scores[seed] = _Scores()
-        if reason is not None:
-            self._dropped[seed] = reason
+        """Add a candidate that does not reach its end: pruned, or dropped for a reason."""
+        self._judged[seed] = Judged(dropped=reason)
 
     def output(self) -> BestOfNOutput:
-        """What is known so far."""
-        seeds = sorted(self._scores)
+        """Return the output for the candidates so far."""
+        seeds = sorted(self._judged)
         best = self._best()
-        found = [self._scores[winner.index] for winner in best]
-        every = [self._scores[seed] for seed in seeds]
-        known = any(scores.correspondence is not None for scores in every)
+        found, every = [self._judged[winner.index] for winner in best], [self._judged[seed] for seed in seeds]
+        known = any(candidate.correspondence is not None for candidate in every)
         noises = [winner.item.noise for winner in best]
+
+        def correspondence(candidates: list[Judged]) -> list[float] | None:
+            values = [math.nan if c.correspondence is None else c.correspondence for c in candidates]
+            return values if known else None
+
         return BestOfNOutput(
             images=[winner.item.image for winner in best],
             scores=[winner.score for winner in best],
             seeds=[winner.index for winner in best],
-            quality=[scores.quality for scores in found],
-            correspondence=[_number(scores.correspondence) for scores in found] if known else None,
-            all_scores=[scores.total for scores in every],
+            quality=[candidate.quality for candidate in found],
+            correspondence=correspondence(found),
+            all_scores=[candidate.total for candidate in every],
             all_seeds=seeds,
-            all_quality=[scores.quality for scores in every],
-            all_correspondence=[_number(scores.correspondence) for scores in every] if known else None,
-            dropped=dict(self._dropped),
+            all_quality=[candidate.quality for candidate in every],
+            all_correspondence=correspondence(every),
+            dropped={seed: c.dropped for seed, c in self._judged.items() if c.dropped is not None},
             previews={seed: tuple(self._previews[seed]) for seed in sorted(self._previews)},
             denoiser_calls=self.calls,
             noises=None if any(noise is None for noise in noises) or not noises else noises,
@@ -247,50 +256,14 @@ class Tally:
         return [held[place] for place in spread(distances.tolist(), self._top_k)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scores:
-    total: float = math.nan
-    quality: float = math.nan
-    correspondence: float | None = None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def scores_of(output: RewardOutput | None, reasons: Sequence[str | None]) -> list[_Scores]:
-    """Scores of (B,) candidates, of which `output` holds those without a reason to be dropped; NaN for the others."""
-    if output is None:
-        return [_Scores()] * len(reasons)
-    aspects = ("total", "quality", "correspondence")
-    columns = [getattr(output, aspect) for aspect in aspects]
-    present = {a: c.to("cpu", torch.float64).tolist() for a, c in zip(aspects, columns, strict=True) if c is not None}
-    rows = iter(range(len(output)))
-    empty = _Scores(correspondence=math.nan if "correspondence" in present else None)
-    filled = [next(rows) if reason is None else None for reason in reasons]
-    return [empty if r is None else _Scores(**{a: values[r] for a, values in present.items()}) for r in filled]
-
-
-def judge(
-    images: Tensor, flagged: Sequence[Any], reward: PromptedReward
-) -> tuple[list[str | None], RewardOutput | None]:
-    """Why images (B, 3, H, W) are dropped, or None; and the scores of the others, in their order."""
-    reasons = reasons_to_drop(images, flagged)
-    kept = [row for row, reason in enumerate(reasons) if reason is None]
-    return reasons, reward(images if len(kept) == len(images) else images[kept]) if kept else None
-
-
 def conclude(output: BestOfNOutput, top_k: int, *, name: str, stacklevel: int) -> None:
-    """Say, in one warning, which candidates were dropped.
+    """Warn once of all candidates that were dropped; raise a NothingRankedError if none is left.
 
     Args:
-        output: the final one.
-        top_k: how many images were wanted.
-        name: what a seed is to the reader: "seed" or "image".
+        output: final output.
+        top_k: number of images that were asked for.
+        name: what the reader knows a seed as: "seed" or "image".
         stacklevel: as for `warnings.warn`, counted from this function.
-
-    Raises:
-        NothingRankedError: if no candidate is left.
     """
     if not output.dropped:
         return

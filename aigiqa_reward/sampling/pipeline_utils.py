@@ -1,4 +1,4 @@
-"""Encodes a pipeline's prompt once for many calls, without touching the pipeline's components."""
+"""Calls of a diffusers pipeline: its arguments, its images, chunks that fit into memory, prompts encoded once."""
 
 from __future__ import annotations
 
@@ -12,28 +12,26 @@ from torch import Tensor
 
 from aigiqa_reward import images as pixels
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-def takes(pipe: Any, argument: str) -> bool:
-    """Whether a pipeline's call has an argument of this name."""
+
+def takes(pipe: Callable[..., Any], argument: str) -> bool:
+    """Return whether a pipeline's call has an argument of this name."""
     try:
         return argument in inspect.signature(pipe).parameters
     except ValueError:  # a callable without a signature
         return False
 
 
-def generators_of(seeds: Sequence[int]) -> Any:
-    """What a pipeline takes as `generator=`: one on the CPU for each image; a single one stands alone."""
+def generators_of(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
+    """Return one generator on the CPU per seed, as a pipeline takes them: a single one without a list."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return generators if len(generators) > 1 else generators[0]
 
 
-def images_of(result: Any, count: int) -> tuple[Tensor, list[Any]]:
-    """Images (B, 3, H, W) of a pipeline's output, and whether its safety checker flagged them.
-
-    Raises:
-        TypeError: the output holds no tensor of images.
-        ValueError: not `count` of them.
-    """
+def images_of(result: Any, count: int) -> tuple[Tensor, list[bool]]:
+    """Return the `count` images (B, 3, H, W) of a pipeline's output, and whether its safety checker flagged them."""
     images = getattr(result, "images", None)
     if not isinstance(images, Tensor):
         raise TypeError(
@@ -54,9 +52,9 @@ def check_pipe_kwargs(pipe_kwargs: Mapping[str, Any], owner: str, owned: Mapping
     """Refuse arguments of a pipeline that its caller sets, and embeddings of several prompts.
 
     Args:
-        pipe_kwargs: what a user passes on to the pipeline.
-        owner: who calls it, for errors.
-        owned: the arguments that it sets itself, and what to do instead.
+        pipe_kwargs: arguments that a user passes on to the pipeline.
+        owner: class that calls the pipeline, for errors.
+        owned: arguments that it sets itself, and what to do instead.
     """
     for name, value in pipe_kwargs.items():
         if name in owned:
@@ -68,8 +66,7 @@ def check_pipe_kwargs(pipe_kwargs: Mapping[str, Any], owner: str, owned: Mapping
             )
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+# --------------------------------------------------------------------------------------------- chunks
 
 NO_MEMORY = (
     "not even one candidate fits into memory. Sample smaller images (height=, width=), load the "
@@ -81,18 +78,18 @@ NO_MEMORY = (
 def in_chunks(
     items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], Result], pipe: Any
 ) -> Generator[tuple[Sequence[Item], Result], None, None]:
-    """Work on neighboring items together, and yield each chunk with what came of it.
+    """Work on consecutive items together, and yield each chunk with its result.
 
-    A chunk that runs out of memory is halved and done again, and later ones are no larger.
+    A chunk that runs out of memory is halved and repeated, and later ones are no larger.
 
     Args:
-        items: in order.
-        size: of a chunk, at most.
-        work: may be called again for the same items after a torch.OutOfMemoryError.
-        pipe: whose parts are brought back to rest before the next try.
+        items: items in order.
+        size: largest number of items per chunk.
+        work: function of a chunk; called again for the same items after a torch.OutOfMemoryError.
+        pipe: pipeline whose parts are offloaded before the next try.
 
     Raises:
-        torch.OutOfMemoryError: if one item alone does not fit.
+        torch.OutOfMemoryError: not even one item fits.
     """
     while items:
         chunk = items[:size]
@@ -114,23 +111,24 @@ def in_chunks(
             torch.cuda.empty_cache()
 
 
+# --------------------------------------------------------------------------------------------- prompts encoded once
+
 _COUNT = "num_images_per_prompt"
 
 _REMEMBERED = 16
-"""Encodings held at a time. Chosen here: a pipeline makes one or two (positive, negative); the bound keeps
-one that is given new tensors in every call (an image as part of the prompt) from filling the memory."""
+"""Encodings kept: a pipeline makes one or two (positive, negative), but one that gets new tensors in every call (an
+image as part of the prompt) would fill the memory."""
 
 
 class PromptMemo:
-    """Remembers what a pipeline's `encode_prompt` returned, over as many calls of the pipeline as wanted.
+    """Keeps what a pipeline's `encode_prompt` returned over several calls of the pipeline.
 
-    While `installed`, an instance attribute stands in front of the method; no component is moved, wrapped or
-    changed, so offloading hooks and compiled modules go on working. The prompt is encoded for one image, and
-    the encoding then repeated for a call's number of images, as pipelines do it themselves. Where an encoding
-    has a form for which this is not known to be right, the method runs once for each set of arguments.
+    While `installed`, an instance attribute replaces the method; components, offloading hooks and compiled modules are
+    not touched. The prompt is encoded for one image, and the encoding is then repeated for the call's number of images,
+    as pipelines do it themselves; where that is not known to be right, the method runs once per set of arguments.
 
     Args:
-        pipe: any pipeline; one without `encode_prompt` is left alone.
+        pipe: any pipeline; one without `encode_prompt` is not changed.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -139,7 +137,7 @@ class PromptMemo:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Within this block the pipeline encodes by memory; afterwards it is as it was, whatever happened."""
+        """Use kept encodings within this block; afterwards the pipeline is as it was."""
         original = getattr(self._pipe, "encode_prompt", None)
         if not callable(original) or not hasattr(self._pipe, "__dict__"):
             yield
@@ -183,7 +181,7 @@ class PromptMemo:
 
 
 def _key(argument: Any) -> Any:
-    """What tells two arguments apart: the value of plain ones, the identity of the rest (tensors, images)."""
+    """Key of an argument: the value of plain ones, the identity of the rest (tensors, images)."""
     if isinstance(argument, dict):
         return "dict", tuple((name, _key(value)) for name, value in argument.items())
     if isinstance(argument, list | tuple):
@@ -194,35 +192,30 @@ def _key(argument: Any) -> Any:
 
 
 def is_one_prompt(encoded: Any) -> bool:
-    """Whether an encoding is recognized as that of one prompt for one image, so that `repeat` is right.
+    """Return whether an encoding is recognized as that of one prompt for one image, so that `repeat` is right.
 
-    Recognized is a tensor, a list, or a tuple of these and None, where
+    Recognized are a tensor, a list, and a tuple of these and None, where
       - a tensor (1, ...) of two or more dimensions belongs to the prompt (embeddings, pooled ones, masks);
-      - a tensor (L, 3) or (L, 4), L the length of an embedding (1, L, D), holds position ids, which the whole
-        batch shares (FLUX, Chroma);
+      - a tensor (L, 3) or (L, 4), L the length of an embedding (1, L, D), L > 1, holds position ids that the whole
+        batch shares (FLUX, Chroma); with L = 1 they would look as if they belonged to the prompt;
       - a list of one tensor without a batch dimension, (L, D), is a list over prompts (ERNIE-Image).
-    An embedding of length 1 is not: beside it, ids would look as if they belonged to the prompt.
     """
     parts = encoded if isinstance(encoded, tuple) else (encoded,)
-    embeddings = [part for part in parts if isinstance(part, Tensor) and part.ndim == 3 and len(part) == 1]
-    lengths = {embedding.shape[1] for embedding in embeddings}
-    return 1 not in lengths and all(_is_recognized(part, lengths) for part in parts)
+    lengths = {p.shape[1] for p in parts if isinstance(p, Tensor) and p.ndim == 3 and len(p) == 1}
 
+    def recognized(part: Any) -> bool:
+        if isinstance(part, Tensor):
+            ids = part.ndim == 2 and part.shape[0] in lengths and part.shape[1] in (3, 4)
+            return ids or (part.ndim >= 2 and len(part) == 1)
+        if isinstance(part, list):
+            return len(part) == 1 and isinstance(part[0], Tensor) and part[0].ndim == 2 and len(part[0]) != 1
+        return part is None
 
-def _is_recognized(part: Any, lengths: set[int]) -> bool:
-    if isinstance(part, Tensor):
-        return part.ndim >= 2 and (len(part) == 1 or _is_shared(part, lengths))
-    if isinstance(part, list):
-        return len(part) == 1 and isinstance(part[0], Tensor) and part[0].ndim == 2 and len(part[0]) != 1
-    return part is None
-
-
-def _is_shared(part: Tensor, lengths: set[int]) -> bool:
-    return part.ndim == 2 and part.shape[0] in lengths and part.shape[1] in (3, 4)
+    return 1 not in lengths and all(recognized(part) for part in parts)
 
 
 def repeat(encoded: Any, count: int) -> Any:
-    """The encoding of one prompt, for `count` images; every tensor is a new one. See `is_one_prompt`."""
+    """Repeat the encoding of one prompt for `count` images, in new tensors; see `is_one_prompt`."""
     if isinstance(encoded, tuple):
         return tuple(repeat(part, count) for part in encoded)
     if isinstance(encoded, list):
@@ -233,7 +226,7 @@ def repeat(encoded: Any, count: int) -> Any:
 
 
 def _copy(encoded: Any) -> Any:
-    """The same encoding in new tensors, so that nothing done to them in place reaches the memory."""
+    """Copy an encoding, so that changes in place do not reach the kept one."""
     if isinstance(encoded, Tensor):
         return encoded.clone()
     if type(encoded) in (list, tuple):

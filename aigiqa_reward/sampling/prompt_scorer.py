@@ -1,22 +1,25 @@
-"""Judges prompts by the images that a pipeline makes of them: what an optimizer of prompts needs to know."""
+"""Score prompts by the images that a pipeline makes of them, for optimizers of prompts."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aigiqa_reward.rewards.scorer import device_of, score_batch
+from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.best_of_n import BestOfN
-from aigiqa_reward.sampling.candidates import FLAGGED, NothingRankedError, reasons_to_drop, scores_of, why_dropped
+from aigiqa_reward.sampling.candidates import FLAGGED, NothingRankedError, judge
 from aigiqa_reward.sampling.pipeline_utils import check_pipe_kwargs, generators_of, images_of, in_chunks, takes
-from aigiqa_reward.types import unreadable_prompts
+from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.checks import check_reward, check_text, integer
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 _OWNED = {
     "prompt": "pass the prompts to score()",
@@ -31,14 +34,15 @@ _OWNED = {
 
 @dataclass(frozen=True, kw_only=True)
 class PromptScore:
-    """What a reward says of the images that a prompt makes. Higher is better.
+    """Scores of the images that a pipeline makes of one prompt. Higher is better.
 
     Attributes:
-        total: the number to maximize; NaN if no image could be judged.
+        total: number to maximize; NaN if no image could be scored.
         quality: perceptual quality; NaN likewise.
-        correspondence: to the text that the prompt is judged by; None if the reward gives none or no image was judged.
-        dropped: why no image could be judged; None if one could.
-        cached: whether nothing was sampled for it: known from before, or asked for twice.
+        correspondence: correspondence to the text that the prompt is judged by; None if the reward gives none or no
+            image could be scored.
+        dropped: reason why no image could be scored; None if one could.
+        cached: whether nothing was sampled for it, because it was known or asked for twice.
 
     Example:
         >>> from aigiqa_reward.sampling import PromptScore
@@ -54,13 +58,13 @@ class PromptScore:
 
     @property
     def flagged(self) -> bool:
-        """Whether the pipeline's safety checker blanked what could have been judged."""
+        """Whether the pipeline's safety checker flagged the images."""
         return self.dropped == FLAGGED
 
 
 @dataclass(frozen=True)
 class _Image:
-    """One image to make and judge; the key of the cache."""
+    """One image to make and score; the key of the cache."""
 
     prompt: str
     judged_by: str
@@ -72,22 +76,19 @@ class PromptScorer:
 
     Image i of a prompt has the seed `s = seed + i` and is that of `pipe(prompt,
     generator=torch.Generator("cpu").manual_seed(s), **pipe_kwargs)`: bit for bit with batch_size=1 in float32 on the
-    CPU, within 2/255 otherwise. All prompts of a call share their seeds, so that a difference between two is not one of
-    their noise. A score is remembered by prompt, judging text and seed: asking again samples nothing.
+    CPU, within 2/255 otherwise. All prompts of a call share their seeds, so that they differ by more than noise. Scores
+    are cached by prompt, judging text and seed.
 
     Args:
-        pipe: a diffusers pipeline that makes images from a list of prompts; with batch_size=1 from one. Or a BestOfN,
-            whose own reward judges; a prompt then counts as much as its best candidate, and the seeds of image i are
-            those of its n candidates, from `seed + i * n` on.
+        pipe: diffusers pipeline that makes images from a list of prompts (with batch_size=1: from one). Or a BestOfN,
+            which scores by its own reward; a prompt then counts as much as its best candidate, and the seeds of image i
+            are those of its n candidates, from `seed + i * n` on.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; None with a BestOfN.
-        images_per_prompt: images whose scores are averaged, at least 1; more tell prompts from luck better.
-        batch_size: images sampled at once, of different prompts too; a BestOfN has its own.
-        cache_size: images whose scores are remembered, the last used; 0 remembers none.
-        **pipe_kwargs: for the pipeline (steps, guidance, size, negative prompt, ...), the same for all prompts.
-
-    Raises:
-        TypeError: an argument of a wrong type.
-        ValueError: an argument out of range, or one of the pipeline's that is set here.
+        images_per_prompt: images whose scores are averaged; more separate prompts from luck better.
+        batch_size: images sampled at a time, of different prompts too; a BestOfN has its own.
+        cache_size: images whose scores are cached, the last used; 0 caches none.
+        **pipe_kwargs: arguments of the pipeline's call (steps, guidance, size, negative prompt, ...), the same for all
+            prompts.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -102,12 +103,12 @@ class PromptScorer:
 
     def __init__(
         self,
-        pipe: Any,
-        reward: Any = None,
+        pipe: DiffusionPipeline | BestOfN | Callable[..., Any],
+        reward: RewardFunction | None = None,
         *,
-        images_per_prompt: Any = 1,
-        batch_size: Any = 4,
-        cache_size: Any = 10_000,
+        images_per_prompt: int = 1,
+        batch_size: int = 4,
+        cache_size: int = 10_000,
         **pipe_kwargs: Any,
     ) -> None:
         self._search = pipe if isinstance(pipe, BestOfN) else None
@@ -116,7 +117,7 @@ class PromptScorer:
         if not callable(pipe):
             raise TypeError(f"pipe: expected a diffusers pipeline or a BestOfN, got {type(pipe).__name__}")
         self.pipe: Any = pipe if self._search is None else self._search.pipe
-        self.reward = check_reward(reward) if self._search is None else self._search.reward
+        self.reward: Any = check_reward(reward) if self._search is None else self._search.reward
         self.images_per_prompt = integer("images_per_prompt", images_per_prompt, least=1)
         self.batch_size = integer("batch_size", batch_size, least=1)
         self.cache_size = integer("cache_size", cache_size, least=0)
@@ -127,32 +128,32 @@ class PromptScorer:
 
     @property
     def seeds_per_prompt(self) -> int:
-        """Neighboring seeds that a prompt uses, from `seed` on: those of its images, or of all their candidates."""
+        """Consecutive seeds that a prompt uses, from `seed` on: those of its images, or of all their candidates."""
         return self.images_per_prompt * (1 if self._search is None else self._search.n)
 
     def score(
-        self, prompts: Sequence[str], judged_by: Sequence[str] | None = None, *, seed: Any = 0
+        self, prompts: Sequence[str], judged_by: Sequence[str] | None = None, *, seed: int = 0
     ) -> list[PromptScore]:
-        """Make the images of all prompts that are not known yet, and judge them.
+        """Make the images of all prompts that are not cached, and score them.
 
         Args:
-            prompts: N texts that the pipeline draws, not blank.
-            judged_by: N texts that the reward holds the images against; by default the prompts themselves.
-            seed: of every prompt's first image.
+            prompts: (N,) prompts of the pipeline.
+            judged_by: (N,) prompts of the reward; by default the same.
+            seed: seed of every prompt's first image.
 
         Returns:
-            N scores in the prompts' order, each the mean over its images that could be judged.
+            N scores in the prompts' order, each the mean over its images that could be scored.
 
         Raises:
-            TypeError: not a list of texts.
-            ValueError: a blank text, or `judged_by` of another length.
-            PromptError: a text to judge by that the reward cannot read.
-            torch.OutOfMemoryError: if not even one image fits into memory.
+            PromptError: the reward cannot read one of its prompts.
+            torch.OutOfMemoryError: not even one image fits into memory.
         """
         prompts = _texts(prompts, "prompts")
         judged_by = prompts if judged_by is None else _texts(judged_by, "judged_by")
         if len(judged_by) != len(prompts):
-            raise ValueError(f"judged_by: expected one text a prompt, got {len(judged_by)} for {len(prompts)} prompts")
+            raise ValueError(
+                f"judged_by: expected one text per prompt, got {len(judged_by)} for {len(prompts)} prompts"
+            )
         first = integer("seed", seed, least=0)
         step = self.seeds_per_prompt // self.images_per_prompt
         seeds = range(first, first + self.seeds_per_prompt, step)
@@ -161,7 +162,11 @@ class PromptScorer:
         found = {image: self._known[image] for image in images if image in self._known}
         new = dict(self._judge([image for image in images if image not in found]))
         found |= new
-        self._remember(found)
+        for image in found:
+            self._known.pop(image, None)  # so that the one used last is dropped last
+        self._known |= found
+        while len(self._known) > self.cache_size:
+            del self._known[next(iter(self._known))]
         unseen, scores = set(new), []
         for row in rows:
             scores.append(replace(_mean([found[image] for image in row]), cached=unseen.isdisjoint(row)))
@@ -169,19 +174,12 @@ class PromptScorer:
         return scores
 
     def unreadable(self, judged_by: Sequence[str]) -> dict[str, str]:
-        """Why the reward cannot read some texts, by text: `score` would raise a PromptError of them."""
-        return unreadable_prompts(self.reward, judged_by)
+        """Return the reasons why the reward cannot read some of its prompts, by prompt."""
+        return BoundReward(self.reward).unreadable(judged_by)
 
     def clear(self) -> None:
-        """Forget all scores: for after the pipeline or the reward was changed."""
+        """Empty the cache, after the pipeline or the reward was changed."""
         self._known.clear()
-
-    def _remember(self, scores: dict[_Image, PromptScore]) -> None:
-        for image in scores:
-            self._known.pop(image, None)  # so that the one used last is dropped last
-        self._known |= scores
-        while len(self._known) > self.cache_size:
-            del self._known[next(iter(self._known))]
 
     def _judge(self, images: Sequence[_Image]) -> Iterator[tuple[_Image, PromptScore]]:
         if self._search is not None:
@@ -201,16 +199,8 @@ class PromptScorer:
         with torch.no_grad():
             result = self.pipe(prompt=prompts, **arguments) if self._named else self.pipe(prompts, **arguments)
         pictures, flagged = images_of(result, len(chunk))
-        reasons = reasons_to_drop(pictures, flagged)
-        kept = [row for row, reason in enumerate(reasons) if reason is None]
-        output = None
-        if kept:
-            texts = [chunk[row].judged_by for row in kept]
-            output = score_batch(self.reward, pictures[kept], texts, device_of(self.reward))
-        return [
-            _score_of(scores.total, scores.quality, scores.correspondence, reason)
-            for scores, reason in zip(scores_of(output, reasons), reasons, strict=True)
-        ]
+        candidates = judge(pictures, flagged, BoundReward(self.reward), [image.judged_by for image in chunk])
+        return [PromptScore(**vars(candidate)) for candidate in candidates]
 
     def _best(self, search: BestOfN, image: _Image) -> PromptScore:
         search = copy.copy(search)  # the user's own keeps its reward_prompt
@@ -223,16 +213,9 @@ class PromptScorer:
             output = error.output
         assert output is not None, "n is at least 1"
         if not output.images:
-            return _score_of(math.nan, math.nan, None, next(iter(output.dropped.values())))
+            return PromptScore(total=math.nan, quality=math.nan, dropped=next(iter(output.dropped.values())))
         correspondence = output.correspondence[0] if output.correspondence else None
-        return _score_of(output.scores[0], output.quality[0], correspondence, None)
-
-
-def _score_of(total: float, quality: float, correspondence: float | None, reason: str | None) -> PromptScore:
-    reason = why_dropped(total, reason)
-    if reason is not None:
-        return PromptScore(total=math.nan, quality=math.nan, dropped=reason)
-    return PromptScore(total=total, quality=quality, correspondence=correspondence)
+        return PromptScore(total=output.scores[0], quality=output.quality[0], correspondence=correspondence)
 
 
 def _mean(scores: Sequence[PromptScore]) -> PromptScore:
@@ -247,7 +230,7 @@ def _mean(scores: Sequence[PromptScore]) -> PromptScore:
     )
 
 
-def _texts(given: Any, argument: str) -> list[str]:
+def _texts(given: Sequence[str], argument: str) -> list[str]:
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError(f"{argument}: expected a list of texts, got {type(given).__name__}; put a single one in a list")
     return [check_text(text, f"{argument}[{place}]", "leave blank ones out") for place, text in enumerate(given)]

@@ -1,47 +1,45 @@
-"""Our own loop over a pipeline's parts: step by step, differentiable, with candidates that come and go.
+"""Our own loop over a pipeline's parts: step by step, differentiable, with candidates that can be selected and joined.
 
     rollout = Rollout(pipe, num_inference_steps=20, guidance_scale=3.0)
     state = rollout.start(rollout.encode(["a red apple"]), [torch.Generator().manual_seed(0)])
     while not state.done:
-        prediction = rollout.predict(state)        # .clean: the latents x0 as seen from here
+        prediction = rollout.predict(state)        # .clean: the predicted latents x0
         state = rollout.advance(state, prediction.output)
     images = rollout.decode(state.latents)         # (B, 3, H, W), nominally in [0, 1]
 
-Run to its end it makes the images of `pipe(prompt, generator=..., **pipe_kwargs)`. Only where a sampler draws noise on
-its way and the pipeline passes it no generator (SD3, FLUX) do they differ: the pipeline's noise is the global state's,
-ours the candidates'. Nothing here disables gradients.
+Run to its end it makes the images of `pipe(prompt, generator=..., **pipe_kwargs)`. They differ only where a sampler
+draws noise between steps and the pipeline passes it no generator (SD3, FLUX): the pipeline then uses the global random
+state, we use the candidates' generators. Nothing here disables gradients.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from aigiqa_reward.sampling.families import Conditioning, Family, family_of
-from aigiqa_reward.sampling.schedulers import (
-    check_scheduler,
-    joined_history,
-    predict_clean,
-    step_arguments,
-    with_history_of,
-)
+from aigiqa_reward.sampling.schedulers import check_scheduler, joined_history, predict_clean, with_history_of
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Candidates in the middle of their sampling. A step makes a new state; the old one stays good.
+    """Candidates in the middle of their sampling. A step makes a new state; the old one stays valid.
 
-    Only the generators go on: of two futures of one state, a stochastic sampler draws different noise.
+    Only the generators change: two continuations of one state draw different noise in a stochastic sampler.
 
     Attributes:
         latents: (B, ...) as the scheduler sees them.
-        conditioning: of B rows.
+        conditioning: B rows.
         shared: denoiser inputs that all candidates share.
         generators: (B,) sources of the samplers' noise.
         scheduler: our own copy, with these candidates' history.
@@ -61,7 +59,7 @@ class State:
 
     @property
     def steps(self) -> int:
-        """Number of steps from noise to image; calls of the denoiser a candidate."""
+        """Number of steps from noise to image; calls of the denoiser per candidate."""
         return len(self.scheduler.timesteps)
 
     @property
@@ -82,12 +80,12 @@ class State:
         )
 
     def detach(self) -> State:
-        """The same candidates, cut off the graph. For samplers without history, whose latents are all there is."""
+        """Detach the latents from the graph. Complete only for samplers without history."""
         return replace(self, latents=self.latents.detach())
 
     @staticmethod
     def cat(states: Sequence[State]) -> State:
-        """Candidates of several states of one rollout at the same step, in order."""
+        """Join candidates of several states of one rollout at the same step, in order."""
         first = states[0]
         if len({state.step for state in states}) > 1:
             raise ValueError(f"states: expected all at one step, got {sorted({state.step for state in states})}")
@@ -104,11 +102,11 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a denoiser says of a state.
+    """A denoiser's prediction for a state.
 
     Attributes:
-        output: (B, ...) after guidance, what the scheduler steps with.
-        clean: (B, ...) latents x0 that it stands for, in at least float32.
+        output: (B, ...) after guidance, the scheduler's input.
+        clean: (B, ...) the latents x0 that follow from it, in at least float32.
     """
 
     output: Tensor
@@ -119,62 +117,54 @@ class Rollout:
     """Samples with the parts of a pipeline, for one set of arguments of its call.
 
     Args:
-        pipe: a text-to-image pipeline of a family that `sampling.families` lists. It is not changed.
-        need: what runs it, for errors.
-        **pipe_kwargs: as `pipe(prompt, **pipe_kwargs)` takes them.
-
-    Raises:
-        TypeError: a pipeline of another class.
-        ValueError: an argument or a scheduler that our loop cannot serve.
+        pipe: a text-to-image pipeline of a family in `sampling.families`. It is not changed.
+        need: name of the caller, for errors.
+        **pipe_kwargs: as in `pipe(prompt, **pipe_kwargs)`.
     """
 
-    def __init__(self, pipe: Any, *, need: str = "this", **pipe_kwargs: Any) -> None:
+    def __init__(self, pipe: DiffusionPipeline, *, need: str = "this", **pipe_kwargs: Any) -> None:
         self.family: Family = family_of(pipe, pipe_kwargs, need=need)
         check_scheduler(pipe.scheduler, need=need, flow=self.family.flow)
-        self.pipe = pipe
+        self.pipe: Any = pipe
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning (B rows) of B prompts, without gradients."""
+        """Encode B prompts to conditioning of B rows, without gradients."""
         with torch.no_grad():
             return self.family.encode(prompts)
 
     def start(
-        self,
-        conditioning: Conditioning,
-        generators: Sequence[torch.Generator],
-        latents: Tensor | None = None,
+        self, conditioning: Conditioning, generators: Sequence[torch.Generator], latents: Tensor | None = None
     ) -> State:
-        """Noise for B candidates, with the whole way before them.
+        """Draw the initial noise of B candidates.
 
         Args:
-            conditioning: of B rows.
+            conditioning: B rows.
             generators: (B,) candidate i draws from generator i what the pipeline would draw from it.
-            latents: (B, ...) to start from instead; the generators draw theirs all the same.
+            latents: (B, ...) initial latents to use instead; the generators draw theirs all the same.
         """
         with torch.no_grad():
-            start = self.family.start(generators, conditioning)
+            drawn, shared = self.family.start(generators, conditioning)
         scheduler = copy.deepcopy(self.pipe.scheduler)
-        vars(scheduler).pop("step", None)  # whoever listens to the pipeline's scheduler does not listen to ours
-        self.family.set_timesteps(scheduler, start.latents)
+        vars(scheduler).pop("step", None)  # a callback's wrapper around the pipeline's scheduler is not for ours
+        self.family.set_timesteps(scheduler, drawn)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         return State(
-            latents=self.family.as_started(start.latents, scheduler) if latents is None else latents,
+            latents=self.family.as_started(drawn, scheduler) if latents is None else latents,
             conditioning=conditioning,
-            shared=start.shared,
+            shared=shared,
             generators=tuple(generators),
             scheduler=scheduler,
         )
 
     def predict(self, state: State, *, checkpointed: bool = False) -> Prediction:
-        """Ask the denoiser once (twice a row where guidance wants it).
+        """Run the denoiser once (on two rows per candidate with classifier-free guidance).
 
         Args:
             state: not done.
             checkpointed: keep no activations of the denoiser for the backward pass, compute them again there.
         """
-        scheduler, time = state.scheduler, state.scheduler.timesteps[state.step]
-        latents = state.latents
+        scheduler, time, latents = state.scheduler, state.scheduler.timesteps[state.step], state.latents
         if hasattr(scheduler, "scale_model_input"):
             latents = scheduler.scale_model_input(latents, time)
         arguments = (latents, time, state.conditioning, state.shared)
@@ -182,36 +172,41 @@ class Rollout:
             output: Any = checkpoint(self.family.predict, *arguments, use_reentrant=False)
         else:
             output = self.family.predict(*arguments)
-        clean = predict_clean(scheduler, state.step, state.latents, output)
-        return Prediction(output=output, clean=clean)
+        return Prediction(output=output, clean=predict_clean(scheduler, state.step, state.latents, output))
 
     def advance(self, state: State, output: Tensor) -> State:
         """Take the scheduler's step with a model output."""
         scheduler = with_history_of(state.scheduler, range(len(state)), state.latents)
         time = scheduler.timesteps[state.step]
-        arguments = step_arguments(scheduler, state.generators, self.family.options.eta)
+        offered = {"generator": list(state.generators), "eta": self.family.options.eta}
+        taken = inspect.signature(scheduler.step).parameters
+        arguments: dict[str, Any] = {name: value for name, value in offered.items() if name in taken}
         latents = scheduler.step(output, time, state.latents, **arguments, return_dict=False)[0]
         return replace(state, latents=latents, scheduler=scheduler, step=state.step + 1)
 
     def run(self, state: State, until: int | None = None) -> State:
-        """Go on to step `until`, by default to the end."""
+        """Continue to step `until`, by default to the end."""
         until = state.steps if until is None else min(until, state.steps)
         while state.step < until:
             state = self.advance(state, self.predict(state).output)
         return state
 
     def show(self, latents: Tensor, *, final: bool = False) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], as the pipeline would give them: clamped, without gradients; NaN stays.
+        """Decode to images (B, 3, H, W) in [0, 1] as the pipeline does: clamped, without gradients; NaN stays.
 
         Args:
             latents: (B, ...) without noise.
-            final: whether somebody is given the images: they get the pipeline's watermark, where it has one.
+            final: whether the images are the result, which gets the pipeline's watermark, where it has one.
         """
         with torch.no_grad():
             images = self.family.decode(latents)
-            images = self.family.marked(images) if final else images
-        return torch.where(images.isfinite(), images.clamp(0, 1), images)
+            return displayed(self.family.marked(images) if final else images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), nominally in [0, 1], not clamped; differentiable."""
+        """Decode to images (B, 3, H, W), nominally in [0, 1], not clamped; differentiable."""
         return self.family.decode(latents)
+
+
+def displayed(images: Tensor) -> Tensor:
+    """Clamp images to [0, 1] as an image file does; NaN and infinity stay."""
+    return torch.where(images.isfinite(), images.clamp(0, 1), images)

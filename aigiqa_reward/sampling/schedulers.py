@@ -1,38 +1,29 @@
-"""What our loop has to know of diffusers' schedulers: clean predictions, and histories that follow the candidates."""
+"""Diffusers' schedulers as our loop uses them: clean predictions, and histories that follow the candidates."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BY_TIMESTEP = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler")
+
+def _names(*names: str, kind: str = "") -> tuple[str, ...]:
+    return tuple(f"{name}{kind}Scheduler" for name in names)
+
+
+BY_TIMESTEP = _names("DDIM", "DDPM", "PNDM", "LCM", "TCD")
 """Noise levels by timestep; latents are alpha x0 + sigma eps with alpha^2 + sigma^2 = 1."""
 
-BY_SIGMA = (
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "SASolverScheduler",
-)
+BY_SIGMA = (*_names("DPMSolver", "UniPC", "DEIS", kind="Multistep"), *_names("DPMSolverSinglestep", "SASolver"))
 """Noise levels by step, as sigma / alpha; latents as above, or as those of flow matching (`use_flow_sigmas`)."""
 
-EXPLODING = (
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-)
+EXPLODING = _names("Euler", "EulerAncestral", "Heun", "LMS", "KDPM2", "KDPM2Ancestral", kind="Discrete")
 """Noise levels by step; latents are x0 + sigma eps."""
 
-FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+FLOW = _names("FlowMatchEuler", "FlowMatchHeun", kind="Discrete")
 """Noise levels by step; latents are (1 - sigma) x0 + sigma eps, the model predicts eps - x0."""
 
 _AS_FLOW = "use_flow_sigmas=True, prediction_type='flow_prediction'"
@@ -40,26 +31,20 @@ _AS_FLOW = "use_flow_sigmas=True, prediction_type='flow_prediction'"
 SERVED = (*BY_TIMESTEP, *BY_SIGMA, *EXPLODING, *FLOW)
 
 SEVERAL_CALLS_A_STEP = (
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "DPMSolverSinglestepScheduler",
+    *_names("Heun", "KDPM2", "KDPM2Ancestral", "FlowMatchHeun", kind="Discrete"),
+    *_names("DPMSolverSinglestep"),
 )
-"""Of a higher order by further calls of the denoiser, whose points in between are no samples of the process."""
+"""Higher-order schedulers that call the denoiser several times per step, between the samples of the process."""
 
 
 def check_scheduler(scheduler: Any, *, need: str, served: Sequence[str] = SERVED, flow: bool = False) -> None:
-    """Refuse a scheduler whose state our loop cannot carry, or that is not for the model.
+    """Refuse a scheduler whose state our loop cannot carry (subclasses may hold more), or that does not fit the model.
 
     Args:
-        scheduler: of a pipeline.
-        need: what asks, for the error.
-        served: names of the classes that it can use.
+        scheduler: scheduler of a pipeline.
+        need: name of the caller, for the error.
+        served: names of the classes that the caller can use.
         flow: whether the model was trained by flow matching, whose output other schedulers misread.
-
-    Raises:
-        ValueError: another class, or one that stands for another (subclasses may hold more state).
     """
     name = type(scheduler).__name__
     if name in served and (not flow or is_flow(scheduler)):
@@ -75,13 +60,13 @@ def check_scheduler(scheduler: Any, *, need: str, served: Sequence[str] = SERVED
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether latents are (1 - sigma) x0 + sigma eps."""
+    """Return whether latents are (1 - sigma) x0 + sigma eps."""
     config = getattr(scheduler, "config", {})
     return type(scheduler).__name__ in FLOW or bool(config.get("use_flow_sigmas"))
 
 
 def noise_level(scheduler: Any, step: int) -> tuple[Tensor, Tensor]:
-    """The scalars alpha and sigma in float32, with latents = alpha x0 + sigma eps, before step number `step`."""
+    """Return the scalars alpha and sigma in float32, with latents = alpha x0 + sigma eps, before step number `step`."""
     if type(scheduler).__name__ in BY_TIMESTEP:
         time = int(scheduler.timesteps[step])
         kept = scheduler.alphas_cumprod[time].to(torch.float32)
@@ -104,10 +89,10 @@ def _sigma(scheduler: Any, step: int) -> Tensor:
 
 
 def predict_clean(scheduler: Any, step: int, latents: Tensor, output: Tensor) -> Tensor:
-    """The clean latents x0 that a model's output stands for, in at least float32; differentiable in both.
+    """Return the clean latents x0 that follow from a model's output, in at least float32; differentiable in both.
 
     Args:
-        scheduler: with its timesteps set.
+        scheduler: scheduler with its timesteps set.
         step: number of the step that `output` was predicted for.
         latents: (B, ...) before that step, not scaled for the model.
         output: (B, ...) of the model, after guidance.
@@ -131,23 +116,8 @@ def predict_clean(scheduler: Any, step: int, latents: Tensor, output: Tensor) ->
     )
 
 
-def output_for(scheduler: Any, step: int, latents: Tensor, clean: Tensor) -> Tensor:
-    """The model output that stands for clean latents x0: the inverse of `predict_clean`."""
-    alpha, sigma = (value.to(latents.device) for value in noise_level(scheduler, step))
-    x = latents.to(clean.dtype)
-    kind = _kind(scheduler)
-    if kind == "flow_prediction":
-        return (x - clean) / sigma
-    if kind == "sample":
-        return clean
-    if kind == "epsilon":
-        return (x - alpha * clean) / sigma
-    norm = (alpha**2 + sigma**2).sqrt()
-    return ((alpha / norm) * (x / norm) - clean) / (sigma / norm)
-
-
 def _kind(scheduler: Any) -> str:
-    """What the model predicts."""
+    """What the model predicts, by name."""
     kind = "flow_prediction" if type(scheduler).__name__ in FLOW else scheduler.config.prediction_type
     if (kind == "flow_prediction") != is_flow(scheduler):
         raise ValueError(
@@ -158,32 +128,23 @@ def _kind(scheduler: Any) -> str:
     return kind
 
 
-def step_arguments(scheduler: Any, generators: Sequence[torch.Generator], eta: float) -> dict[str, Any]:
-    """What a scheduler's `step` takes beside output, time and sample; noise for candidate i comes from generator i."""
-    taken = inspect.signature(scheduler.step).parameters
-    arguments: dict[str, Any] = {"generator": list(generators)} if "generator" in taken else {}
-    if "eta" in taken:
-        arguments["eta"] = eta
-    return arguments
-
-
 # --------------------------------------------------------------------------------------------- histories
 
 
 def with_history_of(scheduler: Any, rows: Sequence[int], like: Tensor) -> Any:
-    """A scheduler at the same step whose history is that of these candidates; the given one is not touched.
+    """Copy a scheduler with the history of these candidates only.
 
     Args:
-        scheduler: somewhere in a run.
+        scheduler: scheduler in the middle of a run.
         rows: places of candidates, which may repeat.
-        like: (B, ...) latents of the run; what a scheduler remembers of candidates has their shape.
+        like: (B, ...) latents of the run; the history of a candidate is recognized by their shape.
     """
     index = torch.as_tensor(list(rows), dtype=torch.long, device=like.device)
     return _rebuilt(scheduler, like, lambda values: values[0][index.to(values[0].device)], [scheduler])
 
 
 def joined_history(schedulers: Sequence[Any], likes: Sequence[Tensor]) -> Any:
-    """One scheduler for the candidates of several at the same step, in order."""
+    """Join the histories of several schedulers at the same step, in order."""
     return _rebuilt(schedulers[0], likes[0], torch.cat, schedulers)
 
 

@@ -1,74 +1,169 @@
-"""Searches over our own loop, for BestOfN: successive halving on previews, and zero-order search among noises."""
+"""Searches over our own sampling loop, for BestOfN: successive halving on previews, and zero-order search on noises."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from aigiqa_reward import images as pixels
-from aigiqa_reward.rewards.ranking import Halving, ZeroOrder, rank
-from aigiqa_reward.sampling.candidates import Picture, Preview, PromptedReward, Tally, judge, scores_of, why_dropped
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.ranking import rank
+from aigiqa_reward.sampling.candidates import Picture, Tally, judge
 from aigiqa_reward.sampling.pipeline_utils import in_chunks
 from aigiqa_reward.sampling.rollout import Rollout, State
+from aigiqa_reward.utils.checks import integer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One pruning: after `step` steps the best `survivors` are kept."""
+
+    step: int
+    survivors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving:
+    """Successive halving (Karnin et al. 2013; Jamieson & Talwalkar 2016) over the steps of a sampler.
+
+    The defaults were selected on the embedded generator, on prompts apart from those of the published figures: early
+    previews rank candidates poorly, so five gentle rounds lose less than three that halve, for the same denoiser calls.
+
+    Attributes:
+        at: increasing fractions of the steps, in (0, 1), after which previews are scored.
+        keep: fraction of the candidates that is kept each time, in (0, 1).
+
+    Example:
+        >>> from aigiqa_reward.sampling import Halving
+        >>> plan = Halving(at=(0.25, 0.5), keep=0.5)  # BestOfN(..., pruning=plan)
+        >>> [(pruning.step, pruning.survivors) for pruning in plan.rounds(n=16, steps=20)]
+        [(5, 8), (10, 4)]
+        >>> plan.calls(n=16, steps=20)  # of 320 without pruning
+        160
+    """
+
+    at: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    keep: float = 0.65
+
+    def __post_init__(self) -> None:
+        if not self.at or any(not 0 < share < 1 for share in self.at) or list(self.at) != sorted(set(self.at)):
+            raise ValueError(f"at: expected growing shares of the steps within (0, 1), got {self.at!r}")
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep: expected a share in (0, 1), got {self.keep!r}; a half is usual")
+
+    def rounds(self, n: int, steps: int, least: int = 1) -> list[Round]:
+        """Return the rounds that prune, with increasing steps and decreasing survivors.
+
+        Fractions that round to the same step become one round, which prunes as many as all of them together.
+
+        Args:
+            n: candidates at the start.
+            steps: steps of the sampler.
+            least: candidates that must be left at the end.
+        """
+        found: dict[int, int] = {}
+        alive = n
+        for share in self.at:
+            step = max(1, round(share * steps))
+            left = max(least, math.ceil(alive * self.keep))
+            if step < steps and left < alive:
+                found[step] = alive = left
+        return [Round(step=step, survivors=survivors) for step, survivors in found.items()]
+
+    def calls(self, n: int, steps: int, least: int = 1) -> int:
+        """Return the denoiser calls of the whole search, one per candidate and step."""
+        calls, alive, before = 0, n, 0
+        for pruning in self.rounds(n, steps, least):
+            calls += alive * (pruning.step - before)
+            alive, before = pruning.survivors, pruning.step
+        return calls + alive * (steps - before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroOrder:
+    """Zero-order search among noises (Ma et al. 2025, Inference-Time Scaling for Diffusion Models, section 3).
+
+    The first `neighbors` candidates are independent. Then, repeatedly, the best noise so far is the pivot p, and each
+    of the next `neighbors` candidates starts from sqrt(1 - radius^2) p + radius e with fresh noise e, which is again
+    Gaussian.
+
+    Attributes:
+        neighbors: candidates per round, at least 1.
+        radius: in (0, 1]; 1 is random search.
+
+    Example:
+        >>> from aigiqa_reward.sampling import ZeroOrder
+        >>> ZeroOrder(neighbors=4, radius=0.5).radius  # BestOfN(..., search=ZeroOrder(...))
+        0.5
+    """
+
+    neighbors: int = 4
+    radius: float = 0.5
+
+    def __post_init__(self) -> None:
+        integer("neighbors", self.neighbors, least=1)
+        if not 0 < self.radius <= 1:
+            raise ValueError(f"radius: expected a number in (0, 1], got {self.radius!r}; 1 is random search")
+
+
+# --------------------------------------------------------------------------------------------- candidates on their way
 
 
 class Search:
-    """Candidates of one prompt on our own loop, each by its seed.
+    """Candidates of one prompt in our own sampling loop, by their seeds.
 
     Args:
-        rollout: of the pipeline and the arguments of its call.
-        prompt: that the pipeline is given.
-        reward: bound to its own prompt.
-        batch_size: candidates at once.
-        tally: takes in what becomes of them.
+        rollout: rollout of the pipeline.
+        prompt: prompt of the pipeline.
+        reward: reward to score by.
+        text: prompt of the reward.
+        batch_size: candidates sampled at a time.
+        tally: fresh tally that collects the candidates.
     """
 
-    def __init__(self, rollout: Rollout, prompt: str, reward: PromptedReward, batch_size: int, tally: Tally) -> None:
+    def __init__(
+        self, rollout: Rollout, prompt: str, reward: BoundReward, text: str, batch_size: int, tally: Tally
+    ) -> None:
         self.rollout = rollout
         self.reward = reward
+        self.text = text
         self.batch_size = batch_size
         self.tally = tally
         self._conditioning = rollout.encode([prompt])
         self._held: dict[int, State] = {}
         tally.calls = 0
 
-    def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
-        """Candidates at their beginning.
-
-        Args:
-            seeds: (B,) of their generators.
-            noise: (B, ...) initial latents instead of those that the seeds give.
-        """
+    def start(self, seeds: Sequence[int]) -> State:
+        """Return candidates (B,) at their beginning."""
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        return self.rollout.start(self._conditioning[[0] * len(seeds)], generators, noise)
+        return self.rollout.start(self._conditioning[[0] * len(seeds)], generators)
 
     def gather(self, seeds: Sequence[int]) -> State:
-        """Candidates where they were left, or at their beginning.
+        """Return candidates where they were left, or at their beginning.
 
-        Their generators are copies, so that a chunk that runs out of memory, wherever it does, draws the same again.
+        Their generators are copies, so that a chunk that runs out of memory draws the same noise when it is repeated.
         """
         if not all(seed in self._held for seed in seeds):
             return self.start(seeds)
         state = State.cat([self._held[seed] for seed in seeds])
-        generators = tuple(_copy(generator) for generator in state.generators)
+        generators = tuple(torch.Generator(g.device).set_state(g.get_state()) for g in state.generators)
         return replace(state, conditioning=self._conditioning[[0] * len(seeds)], generators=generators)
 
     def leave(self, seeds: Sequence[int], state: State) -> None:
-        """Leave candidates where they are now. What they share is held once."""
+        """Keep candidates where they are now; what they share is kept once."""
         left = {seed: replace(state[[row]], conditioning=self._conditioning) for row, seed in enumerate(seeds)}
         self._held.update(left)
 
     def forget(self, seeds: Iterable[int]) -> None:
-        """Let go of candidates."""
+        """Free the memory of candidates."""
         for seed in seeds:
             self._held.pop(seed, None)
 
-    def go(self, state: State, until: int) -> tuple[State, Tensor]:
-        """Take candidates to a step; also the clean latents that the last prediction stood for, at no further call."""
+    def advance(self, state: State, until: int) -> tuple[State, Tensor]:
+        """Take candidates to a step; also return the clean latents (B, ...) of the last prediction."""
         clean = state.latents
         with torch.no_grad():
             while state.step < until:
@@ -77,64 +172,61 @@ class Search:
         return state, clean
 
     def count(self, calls: int) -> None:
-        """Note that so many rows went through the denoiser."""
+        """Add denoiser calls."""
         assert self.tally.calls is not None, "set by __init__"
         self.tally.calls += calls
 
+    def preview(self, seeds: Sequence[int], until: int) -> dict[int, float]:
+        """Take candidates to a step, score what they look like from there, and return the totals by seed.
+
+        Candidates that cannot be ranked are dropped.
+        """
+        before = self.gather(seeds)
+        state, clean = self.advance(before, until)
+        candidates = judge(self.rollout.show(clean), [False] * len(seeds), self.reward, self.text)
+        self.leave(seeds, state)  # last: a chunk that fails before this is repeated from where it began
+        self.count(len(seeds) * (until - before.step))
+        totals = {}
+        for seed, candidate in zip(seeds, candidates, strict=True):
+            if candidate.dropped is not None:
+                self.tally.leave(seed, candidate.dropped)
+                self.forget([seed])
+            else:
+                totals[seed] = candidate.total
+                self.tally.preview(seed, candidate.preview(until, state.steps))
+        return totals
+
     def finish(self, seeds: Sequence[int], state: State, noise: Tensor | None = None) -> None:
         """Take candidates to their end, score them and add them to the tally, with their noise where it is given."""
-        images = self.rollout.show(self.go(state, state.steps)[0].latents, final=True)
-        reasons, output = judge(images, self.rollout.family.flagged(images), self.reward)
+        images = self.rollout.show(self.advance(state, state.steps)[0].latents, final=True)
+        candidates = judge(images, self.rollout.family.flagged(images), self.reward, self.text)
         passed = None if noise is None else self.rollout.family.as_passed(noise, state.scheduler).cpu()
-
-        def picture(row: int) -> Picture:
-            image = pixels.to_pil(images[row : row + 1].cpu())[0]
-            return Picture(image=image, noise=None if passed is None else passed[row : row + 1].clone())
-
-        self.tally.add(seeds, reasons, output, picture)
+        self.tally.add(seeds, candidates, lambda row: Picture.of(images, row, passed))
         self.count(len(seeds) * (state.steps - state.step))
         self.forget(seeds)
 
 
-def _copy(generator: torch.Generator) -> torch.Generator:
-    return torch.Generator(generator.device).set_state(generator.get_state())
+# --------------------------------------------------------------------------------------------- searches
 
 
 def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Generator[None, None, None]:
-    """Take all candidates some of the way, keep those whose previews the reward likes best, and so on to the end.
+    """Take candidates from round to round, keeping those with the best previews; yield after each chunk.
 
-    The safety checker sees final images only, and a last decoding may overflow. Where fewer than `least` are ranked at
-    the end, those that were pruned last go on in their place, best previews first. Yields after each chunk.
+    The safety checker sees final images only, and a last decoding may overflow. If fewer than `least` candidates can
+    be ranked at the end, those that were pruned last continue in their place, best previews first.
 
     Args:
-        search: over a fresh tally.
-        seeds: (N,) of the candidates.
-        plan: when to prune and by how much.
+        search: search over the prompt.
+        seeds: (N,) seeds of the candidates.
+        plan: when to prune, and down to how many.
         least: candidates to be ranked at the end.
     """
-    pipe, alive = search.rollout.pipe, list(seeds)
-    steps = search.start(alive[:1]).steps
-
-    def look(chunk: Sequence[int], until: int) -> None:
-        before = search.gather(chunk)
-        state, clean = search.go(before, until)
-        reasons, output = judge(search.rollout.show(clean), [False] * len(chunk), search.reward)
-        judged = scores_of(output, reasons)
-        search.leave(chunk, state)  # only now: what fails until here is done again from where it began
-        search.count(len(chunk) * (until - before.step))
-        for seed, reason, scores in zip(chunk, reasons, judged, strict=True):
-            why = why_dropped(scores.total, reason)
-            if why is not None:
-                search.tally.leave(seed, why)
-                search.forget([seed])
-            else:
-                totals[seed] = scores.total
-                search.tally.preview(seed, Preview(step=until, steps=steps, **asdict(scores)))
-
+    pipe, size, alive = search.rollout.pipe, search.batch_size, list(seeds)
     waiting: list[list[int]] = []
-    for pruning in plan.rounds(len(alive), steps, least):
+    for pruning in plan.rounds(len(alive), search.start(alive[:1]).steps, least):
         totals: dict[int, float] = {}
-        for _ in in_chunks(alive, search.batch_size, lambda chunk, at=pruning.step: look(chunk, at), pipe):
+        for _, found in in_chunks(alive, size, lambda chunk, step=pruning.step: search.preview(chunk, step), pipe):
+            totals |= found
             yield
         ranked = [seed for seed in alive if seed in totals]
         order = [ranked[place] for place in rank(totals[seed] for seed in ranked)]
@@ -142,24 +234,24 @@ def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Ge
         for seed in pruned:
             search.tally.leave(seed)
         waiting += [pruned] if pruned else []
-    found = 0
     while True:
-        for _ in in_chunks(alive, search.batch_size, lambda chunk: search.finish(chunk, search.gather(chunk)), pipe):
+        for _ in in_chunks(alive, size, lambda chunk: search.finish(chunk, search.gather(chunk)), pipe):
             yield
-        found += sum(not math.isnan(search.tally.total(seed)) for seed in alive)
-        if found >= least or not waiting:
+        least -= sum(not math.isnan(search.tally.total(seed)) for seed in alive)
+        if least <= 0 or not waiting:
             return
-        alive, rest = waiting[-1][: least - found], waiting.pop()[least - found :]
+        last = waiting.pop()
+        alive, rest = last[:least], last[least:]
         waiting += [rest] if rest else []
 
 
 def climb(search: Search, seeds: Sequence[int], plan: ZeroOrder) -> Generator[None, None, None]:
-    """Search among noises near the best one so far; yields after each chunk. See `ZeroOrder`.
+    """Search among noises near the best one so far, and yield after each chunk; see `ZeroOrder`.
 
     Args:
-        search: over a fresh tally.
-        seeds: (N,) of the candidates' generators, from which their fresh noise comes.
-        plan: how many a round, how far.
+        search: search over the prompt.
+        seeds: (N,) seeds of the generators from which the candidates' fresh noise comes.
+        plan: candidates per round, and radius.
     """
     pivot: Tensor | None = None
     best = -math.inf

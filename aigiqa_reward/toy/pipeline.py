@@ -11,8 +11,7 @@ import torch
 from aigiqa_reward.utils.weights import ASSETS, read_checked
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
+    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
 GENERATOR = ASSETS / "generator"
 """The pipeline's folder; a plain `StableDiffusionPipeline.from_pretrained` loads it too."""

@@ -16,12 +16,9 @@ from torch import Tensor
 from aigiqa_reward.datasets import PreferencePairs, ScoredImages, Split, group_split
 from aigiqa_reward.datasets.splits import VALIDATION_FRACTION
 from aigiqa_reward.models.base import TrainedModel
-from aigiqa_reward.rewards.build import SYSTEMS, build_model
-from aigiqa_reward.rewards.embedded import load_embedded
-from aigiqa_reward.rewards.factory import create_reward
+from aigiqa_reward.rewards.build import SYSTEMS, build_model, load_embedded
+from aigiqa_reward.rewards.factory import create_reward, get_reward_spec
 from aigiqa_reward.rewards.reward import Calibration, Reward
-from aigiqa_reward.rewards.saved import load_reward
-from aigiqa_reward.rewards.specs import get_spec
 from aigiqa_reward.training.fit import FitResult, fit, predict
 from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
 from aigiqa_reward.training.store import MAX_BYTES, FeatureStore, LiveImages, store_features
@@ -108,7 +105,7 @@ class TrainingPlan:
             elif self.init == "embedded":
                 model = load_embedded(self.name, **given)
             else:
-                model = load_reward(self.init, expected=self.name, **given).model
+                model = Reward.from_pretrained(self.init, name=self.name, **given).model
         assert isinstance(model, TrainedModel), "every system has a head"
         return model
 
@@ -118,7 +115,7 @@ class TrainingPlan:
             return Calibration().state_dict()
         if self.init == "embedded":
             return create_reward(self.name).calibration.state_dict()
-        saved = load_reward(self.init, expected=self.name, assistants=self.assistants, settings=self.settings)
+        saved = Reward.from_pretrained(self.init, name=self.name, assistants=self.assistants, settings=self.settings)
         return saved.calibration.state_dict()
 
 
@@ -192,7 +189,7 @@ def train_reward(
         source = _stored(plan, model, task, accelerator, progress)
     given: dict[str, Any] = {"seed": plan.seed, "initialize": plan.init is None}
     result = fit(model, task, split, recipe, source, folder, accelerator=accelerator, progress=progress, **given)
-    reward = Reward(model, get_spec(plan.name))
+    reward = Reward(model, get_reward_spec(plan.name))
     if isinstance(task, PairTask):
         reward.calibration.load_state_dict(plan.calibration())
     elif recipe.loss in ("pairwise", "none"):

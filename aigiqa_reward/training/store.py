@@ -71,7 +71,7 @@ class FeatureStore:
         generator: torch.Generator | None = None,
         crops: int | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """Read what the model's `forward_features` and `prepare` gave for these rows; without assistants, the second is None.
+        """Read what `forward_features` and `prepare` gave for these rows; the second is None without assistants.
 
         With a generator and a number of crops, so many of the stored crops are drawn, the same for all rows.
         """

@@ -1,4 +1,4 @@
-"""Checks of arguments."""
+"""Checks of arguments; each returns the value that it accepts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from typing import Any
 
 
 def integer(argument: str, value: Any, *, least: int | None = None) -> int:
-    """Return `value` as an int.
+    """Return an integer, of Python or numpy; True and False are refused.
 
     Args:
-        argument: the name to use in errors.
-        value: anything that Python counts with, but True and False.
-        least: smallest accepted value, if there is one.
-
-    Raises:
-        TypeError: if it is not an integer.
-        ValueError: if it is below `least`.
+        argument: name of the argument, for errors.
+        value: value to check.
+        least: smallest accepted value.
     """
     expected = "an integer" if least is None else f"an integer of at least {least}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -33,17 +29,13 @@ def integer(argument: str, value: Any, *, least: int | None = None) -> int:
 
 
 def number(argument: str, value: Any, expected: str, accepts: Callable[[float], bool]) -> float:
-    """Return `value` as a float.
+    """Return a real number as a float; True and False are refused.
 
     Args:
-        argument: the name to use in errors.
-        value: any real number but True and False.
-        expected: which ones are accepted, and what to pass.
-        accepts: whether one is; NaN is not.
-
-    Raises:
-        TypeError: if it is no number.
-        ValueError: if it is not accepted.
+        argument: name of the argument, for errors.
+        value: value to check.
+        expected: which numbers are accepted, for errors.
+        accepts: test of a number; it should refuse NaN.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{argument}: expected a number {expected}, got {value!r} ({type(value).__name__})")
@@ -53,16 +45,12 @@ def number(argument: str, value: Any, expected: str, accepts: Callable[[float], 
 
 
 def first_seed(seed: Any, count: int, of: str) -> int:
-    """Return the first of `count` seeds in a row, all of which torch.Generator takes.
+    """Return the first of `count` consecutive seeds, all of which torch.Generator accepts.
 
     Args:
-        seed: any integer.
-        count: how many there are.
-        of: what they are for, to be named in errors.
-
-    Raises:
-        TypeError: if it is not an integer.
-        ValueError: if one of them is out of range.
+        seed: first seed.
+        count: number of seeds.
+        of: what needs them, for errors.
     """
     first = integer("seed", seed)
     lowest, highest = -(2**63), 2**64 - count  # torch.Generator.manual_seed takes [-2**63, 2**64)
@@ -75,11 +63,7 @@ def first_seed(seed: Any, count: int, of: str) -> int:
 
 
 def check_reward(reward: Any) -> Any:
-    """Return a reward that can be called.
-
-    Raises:
-        TypeError: if it cannot.
-    """
+    """Return a reward that can be called."""
     if not callable(reward):
         raise TypeError(
             f"reward: expected a Reward or a function f(images, prompts), got {type(reward).__name__}; "
@@ -88,12 +72,8 @@ def check_reward(reward: Any) -> Any:
     return reward
 
 
-def check_prompt(prompt: Any) -> Any:
-    """Return one prompt, or None.
-
-    Raises:
-        TypeError: a list of prompts, or not a text.
-    """
+def check_prompt(prompt: object) -> str | None:
+    """Return one prompt, or None; lists of prompts are refused."""
     if isinstance(prompt, list | tuple):
         raise TypeError(f"prompt: expected one prompt per call, got {len(prompt)}: loop over them")
     if prompt is not None and not isinstance(prompt, str):
@@ -101,12 +81,13 @@ def check_prompt(prompt: Any) -> Any:
     return prompt
 
 
-def check_text(text: Any, argument: str, remedy: str) -> str:
-    """Return a text that a reward can judge by.
+def check_text(text: object, argument: str, remedy: str) -> str:
+    """Return a text that is not blank.
 
-    Raises:
-        TypeError: not a text.
-        ValueError: None, or blank.
+    Args:
+        text: text to check.
+        argument: name of the argument, for errors.
+        remedy: what to do instead, for errors.
     """
     if text is None or (isinstance(text, str) and not text.strip()):
         raise ValueError(f"{argument}: expected a text for the reward to see, got {text!r}; {remedy}")

@@ -148,15 +148,27 @@ def _short(value: Any) -> str:
 
 
 class RunFolder:
-    """A folder that belongs to one run, whose settings are in a JSON file in it.
+    """A folder that belongs to one run, with that run's settings in a JSON file.
 
     Args:
         path: folder; it need not exist.
         argument: name of the argument or option that gave the folder, for errors.
         file: name of the settings file.
-        contents: names or glob patterns of what a run writes. A folder that has such files but no settings is refused.
-        started: pattern of the files that there are as soon as there is something to continue; None counts the
-            settings file itself.
+        contents: names or glob patterns of the files that a run writes: without settings beside them they are refused,
+            with `overwrite` they are removed.
+        started: glob pattern of the files that exist as soon as there is something to resume; by default that is the
+            settings file.
+
+    Example:
+        >>> from aigiqa_reward.utils.run_folder import RunFolder
+        >>> folder = RunFolder("my-run", contents=["*.png"])
+        >>> folder.begin({"seed": 1})
+        >>> try:
+        ...     folder.begin({"seed": 2})
+        ... except ValueError as error:
+        ...     print(str(error).split(";")[0])
+        output_dir: my-run holds a run with other settings (seed: 1 there, 2 now)
+        >>> folder.begin({"seed": 2}, overwrite=True)
     """
 
     def __init__(
@@ -176,15 +188,11 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """Whether there is something to continue."""
+        """Whether there is something to resume."""
         return self.file.exists() if self._started is None else any(self.path.glob(self._started))
 
     def settings(self) -> dict[str, Any] | None:
-        """Return the settings of the earlier run; None if there was none.
-
-        Raises:
-            ValueError: the path is not a folder, or what is in it was not written by a run.
-        """
+        """Return the settings of the earlier run; None without one. Refuse a folder with contents but no settings."""
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise ValueError(f"{self.argument}: expected a folder, got the file {self.path}")
         try:
@@ -204,24 +212,25 @@ class RunFolder:
         """Refuse a folder of a run with other settings; write nothing.
 
         Args:
-            settings: what decides the result of this run, by name, as JSON.
+            settings: settings that decide the result of this run, by name, as JSON.
             ignore: settings that may differ.
-
-        Raises:
-            ValueError: names the settings that differ, or the files that are in the way.
         """
         before = self.settings()
-        if before is not None and self.started and (found := differences(before, settings, ignore=ignore)):
+        if before is not None and self.started:
+            self.refuse(differences(before, settings, ignore=ignore))
+
+    def refuse(self, differing: Sequence[str]) -> None:
+        """Raise a ValueError if there are differences from the earlier run."""
+        if differing:
             raise ValueError(
-                f"{self.argument}: {self.path} holds a run with other settings ({'; '.join(found)}); use the same "
+                f"{self.argument}: {self.path} holds a run with other settings ({'; '.join(differing)}); use the same "
                 "settings to resume it, choose another folder, or start again with overwrite"
             )
 
     def begin(self, settings: Mapping[str, Any], *, overwrite: bool = False, ignore: Collection[str] = ()) -> None:
         """Write the settings, after `check` or, with `overwrite`, after removing what the earlier run wrote.
 
-        Raises:
-            ValueError: as `check`; with `overwrite` only for a folder that no run wrote.
+        A folder that no run wrote is refused with `overwrite` as well.
         """
         if overwrite:
             if self.settings() is not None:

@@ -4,8 +4,8 @@
     python examples/train_generator/evaluate.py --prompts 40
 
 The first counts how often one sample is right. The second samples 4 blocks of 64 candidates for each prompt of two
-splits and picks the best of 1, 4, 16 and 64 by the compact reward, at random, and by the judge itself (an oracle, which
-shows what there is to gain). A finished prompt is a file in --runs and is not sampled again.
+splits and picks the best of 1, 4, 16 and 64 by the compact reward, at random, and by the judge itself (an oracle: the
+largest possible gain). Finished prompts are files in --runs and are not sampled again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SPLITS = {
 
 
 class Recorder:
-    """A reward function that passes on the reward's total and keeps what reward and judge said of every candidate."""
+    """A reward function that returns the reward's total and records scores of reward and judge for every candidate."""
 
     def __init__(self) -> None:
         self.reward = create_reward("compact")

@@ -13,7 +13,7 @@ from pathlib import Path
 from aigiqa_reward.evaluation import OverSeeds, ProtocolReport, published_markdown
 from aigiqa_reward.evaluation.protocol import GENERATOR, MODEL
 from aigiqa_reward.rewards.build import SYSTEMS
-from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.rewards.factory import get_reward_spec
 from aigiqa_reward.training.report import ABLATIONS, RIDGE, SHUFFLED
 
 SPLITS = 10
@@ -50,7 +50,7 @@ def row(label: str, report: ProtocolReport, task: str, predictor: str) -> str | 
 def table(reports: dict[str, ProtocolReport], task: str) -> list[str]:
     lines = [f"| {task} | {' | '.join(MEASURES)} |", f"| --- |{' ---: |' * len(MEASURES)}"]
     for name, report in reports.items():
-        rows = {MODEL: f"**{get_spec(name).title}**", RIDGE: "ridge on its features"}
+        rows = {MODEL: f"**{get_reward_spec(name).title}**", RIDGE: "ridge on its features"}
         if task == "correspondence":
             rows[SHUFFLED] = "its prompts shuffled"
         lines += [line for key, label in rows.items() if (line := row(label, report, task, key))]
@@ -67,7 +67,7 @@ def ablations(reports: dict[str, ProtocolReport]) -> list[str]:
             for task in ("quality", "correspondence"):
                 change = report.difference(task, ablation, MODEL)
                 changes.append(f"{change.mean:+.3f} ± {change.std:.3f}")
-            lines.append(f"| {get_spec(name).title}: {ablation} | {' | '.join(changes)} |")
+            lines.append(f"| {get_reward_spec(name).title}: {ablation} | {' | '.join(changes)} |")
     return lines
 
 

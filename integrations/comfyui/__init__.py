@@ -9,9 +9,9 @@ except ImportError as error:
         "pack's README.md says; it is not on PyPI yet"
     ) from error
 
-from .choosing import ContactSheet, Filter, SelectBest
-from .loading import RewardLoader
-from .scoring import Score
+from .choose import ContactSheet, Filter, SelectBest
+from .loader import RewardLoader
+from .score import Score
 
 NODE_CLASS_MAPPINGS = {
     "AIGIQARewardLoader": RewardLoader,

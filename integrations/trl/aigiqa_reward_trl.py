@@ -1,4 +1,4 @@
-"""Prompt optimization with trl's GRPOTrainer: rewrites of prompts, judged by the images that they make.
+"""Prompt optimization with trl's GRPOTrainer: rewrites of prompts, scored by the images that they make.
 
     from aigiqa_reward import create_reward
     from aigiqa_reward.sampling import PromptScorer
@@ -7,15 +7,14 @@
     scorer = PromptScorer(pipe, create_reward("compact"), batch_size=8, num_inference_steps=20)
     trainer = GRPOTrainer(model, reward_funcs=RewriteReward(scorer), train_dataset=dataset, args=config)
 
-Each row of the dataset holds `prompt`, which asks the language model for a rewrite, and `original`, the prompt that is
-to be rewritten.
+Each row of the dataset has `prompt`, which asks the language model for a rewrite, and `original`, the prompt to rewrite.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from aigiqa_reward.sampling import PromptScore, PromptScorer
 
@@ -23,33 +22,26 @@ __all__ = ["RewriteReward"]
 
 
 class RewriteReward:
-    """A reward function for GRPOTrainer: the language model's completion is a rewrite, its image is the reward.
+    """Reward function for GRPOTrainer: the completion is a rewrite, and the score of its image is the reward.
 
-    Correspondence is judged against the original prompt, so that a rewrite cannot earn by asking for something easier.
-    All rewrites of a step share their noise. Under several processes each has its own pipeline, reward and memory of
-    scores, and judges its own completions; trl puts them together.
-
-    Rewards are totals of the reward, or
-      - `floor` for a rewrite that is blank, or that is to judge and holds no word that the reward can read, or whose
-        images the pipeline's safety checker blanked: it is at fault;
-      - None, which trl leaves out of the group, where no image could be judged for another reason (NaN pixels).
+    Correspondence is scored against the original prompt, so that a rewrite gains nothing by asking for something easier.
+    All rewrites of a step share their noise. With several processes, each has its own pipeline, reward and cache of
+    scores, and scores its own completions. Rewards are totals of the reward, or
+      - `floor` for a rewrite that is blank, that the reward cannot read where it has to, or whose images the safety
+        checker of the pipeline blanked;
+      - None, which trl leaves out of the group, if no image could be scored for another reason (NaN pixels).
 
     Args:
-        scorer: pipeline, reward, steps, number of images: how a prompt is judged.
-        original_column: the dataset's column that holds the original prompt.
-        judged_by: "original", or "rewrite" to hold the images against the rewrite itself.
-        compose: `f(original, completion) -> rewrite`, then stripped; by default the completion. For a language model
-            that thinks aloud, puts the prompt in quotes, or is to add words only.
-        floor: see above; None leaves such rewrites out as well. 0 is the low end of a Reward's scale; give a
-            CompositeReward, whose zscores center on 0, a number below all that it gives.
-        seed: of every rewrite's first image.
-        fresh_noise: whether every step has other seeds. Then the language model cannot learn what suits one noise,
-            and a rewrite is remembered within a step only.
-        name: what trl logs the reward by.
-
-    Raises:
-        TypeError: an argument of a wrong type.
-        ValueError: an unknown `judged_by`.
+        scorer: Pipeline, reward and sampling settings.
+        original_column: Column of the dataset with the original prompt.
+        judged_by: Prompt to score images against: "original" or "rewrite".
+        compose: Function f(original, completion) -> rewrite; the result is stripped. By default the completion itself.
+        floor: Reward of such rewrites; None leaves them out. 0 is the low end of a Reward's scale; for a
+            CompositeReward of z-scores, which center on 0, pass a number below all of its totals.
+        seed: Seed of the first image of every rewrite.
+        fresh_noise: Whether every step has other seeds, so that the language model cannot adapt to one noise. Scores
+            are then cached within a step only.
+        name: Name under which trl logs the reward.
     """
 
     def __init__(
@@ -57,7 +49,7 @@ class RewriteReward:
         scorer: PromptScorer,
         *,
         original_column: str = "original",
-        judged_by: str = "original",
+        judged_by: Literal["original", "rewrite"] = "original",
         compose: Callable[[str, str], str] | None = None,
         floor: float | None = 0.0,
         seed: int = 0,
@@ -90,24 +82,20 @@ class RewriteReward:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """Judge N completions, as GRPOTrainer calls it.
+        """Score N completions, as called by GRPOTrainer.
 
         Args:
-            prompts: (N,) what the language model was asked; not looked at.
-            completions: (N,) texts, or conversations whose last assistant's message is the completion.
-            completion_ids: not looked at.
-            trainer_state: its `global_step` chooses the noise with `fresh_noise`.
-            log_extra: takes the columns original, rewrite, quality, correspondence for trl's table of completions.
-            log_metric: takes the means of quality and correspondence over the judged, and the shares of rewrites that
-                were blank or unreadable, dropped or flagged, and cached, all as rewrite/NAME.
-            **columns: the dataset's other columns, (N,) each; `original_column` is used.
-
-        Raises:
-            TypeError: an original or a completion that is no text.
-            ValueError: no column of this name, or originals that are blank or hold no word that the reward can read.
+            prompts: (N,) not used.
+            completions: (N,) texts, or conversations whose last assistant message is the completion.
+            completion_ids: Not used.
+            trainer_state: State whose `global_step` selects the noise with `fresh_noise`.
+            log_extra: Receives columns for trl's table of completions: original, rewrite, quality, correspondence.
+            log_metric: Receives, as rewrite/NAME, mean quality and correspondence, and the shares of rewrites that were
+                blank or unreadable, dropped (NaN or flagged), and cached.
+            **columns: Other columns of the dataset, (N,) each; `original_column` is used.
         """
         del prompts, completion_ids
-        originals = self._originals(columns, len(completions))
+        originals = self._originals(columns)
         compose = self.compose or (lambda original, completion: completion)
         texts = [_text_of(completion) for completion in completions]
         rewrites = [compose(*pair).strip() for pair in zip(originals, texts, strict=True)]
@@ -118,25 +106,24 @@ class RewriteReward:
             for name in ("quality", "correspondence"):
                 log_extra(name, [score and getattr(score, name) for score in scores])
         if log_metric is not None:
-            for name, value in _metrics(scores):  # the same names on every process, which trl needs
+            for name, value in _metrics(scores).items():
                 log_metric(f"rewrite/{name}", value)
         return [self._reward_of(score) for score in scores]
 
-    def _originals(self, columns: dict[str, Any], count: int) -> list[str]:
+    def _originals(self, columns: dict[str, Any]) -> list[str]:
         originals = columns.get(self.original_column)
         if originals is None:
             raise ValueError(
-                f"original_column: the dataset has no column {self.original_column!r}, it gives {sorted(columns)}; add "
-                "the original prompts to it, name their column, and keep remove_unused_columns=False"
+                f"original_column: expected a column {self.original_column!r} in the dataset, got {sorted(columns)}; "
+                "add the original prompts, name their column, and keep remove_unused_columns=False"
             )
         for row, original in enumerate(originals):
             if not isinstance(original, str):
                 raise TypeError(f"{self.original_column}[{row}]: expected a text, got {type(original).__name__}")
-        assert len(originals) == count, "trl gives every completion its row"
         return list(originals)
 
     def _scores(self, originals: list[str], rewrites: list[str], trainer_state: Any) -> list[PromptScore | None]:
-        """None for a rewrite that is blank, or cannot be read where it judges."""
+        """Scores, None for a rewrite that is blank or cannot be read where images are scored against it."""
         written = [row for row, rewrite in enumerate(rewrites) if rewrite]
         if self.judged_by == "rewrite":
             unread = self.scorer.unreadable([rewrites[row] for row in written])
@@ -159,18 +146,20 @@ class RewriteReward:
         return None if score.dropped else score.total
 
 
-def _metrics(scores: Sequence[PromptScore | None]) -> Iterable[tuple[str, float]]:
+def _metrics(scores: Sequence[PromptScore | None]) -> dict[str, float]:
+    """Metrics with the same names on every process, which trl requires; NaN, which it leaves out, for none."""
     made = [score for score in scores if score is not None]
     judged = [score for score in made if score.dropped is None]
-    yield "quality", _mean(score.quality for score in judged)
-    yield "correspondence", _mean(score.correspondence for score in judged if score.correspondence is not None)
-    yield "blank", _mean(float(score is None) for score in scores)
-    yield "dropped", _mean(float(score.dropped is not None) for score in made)
-    yield "cached", _mean(float(score.cached) for score in made)
+    return {
+        "quality": _mean(score.quality for score in judged),
+        "correspondence": _mean(score.correspondence for score in judged if score.correspondence is not None),
+        "blank": _mean(float(score is None) for score in scores),
+        "dropped": _mean(float(score.dropped is not None) for score in made),
+        "cached": _mean(float(score.cached) for score in made),
+    }
 
 
 def _mean(values: Iterable[float]) -> float:
-    """NaN of none, which trl leaves out."""
     found = list(values)
     return sum(found) / len(found) if found else math.nan
 

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
-from aigiqa_reward.finetuning.algorithms.draft import climb
+from aigiqa_reward.finetuning.algorithms.draft import finish_sampling
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.sampling.families import Conditioning
@@ -170,7 +170,7 @@ class Steps:
         with clock.phase("steps before"), torch.no_grad():
             state = self.tools.rollout.run(state, until=state.steps - kept)
         with clock.phase("denoiser, forward, and decoder"):
-            latents, _ = climb(self.tools, state)
+            latents, _ = finish_sampling(self.tools, state)
             images = self.tools.decode(latents)
         with clock.phase("reward"):
             total = self.tools.score(images, [PROMPT] * self.batch).total

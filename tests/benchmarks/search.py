@@ -27,8 +27,7 @@ from tqdm import tqdm
 
 from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
 from aigiqa_reward.images import load
-from aigiqa_reward.rewards.ranking import Halving, ZeroOrder
-from aigiqa_reward.sampling import ParticleSteering, RewardGuidance
+from aigiqa_reward.sampling import Halving, ParticleSteering, RewardGuidance, ZeroOrder
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.toy.judge import Judge, load_judge
 from aigiqa_reward.toy.pictures import all_pairs

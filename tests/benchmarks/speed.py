@@ -20,8 +20,8 @@ from aigiqa_reward import Scorer, create_reward
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
+from aigiqa_reward.rewards.factory import get_reward_spec
 from aigiqa_reward.rewards.reward import Reward
-from aigiqa_reward.rewards.specs import get_spec
 
 REFERENCE = "open_clip ViT-B/16, image forward (bare tower)"
 
@@ -32,7 +32,7 @@ def contestants(batch: int, device: torch.device) -> dict[str, Callable[[], obje
     vit_b16, _, processor = open_clip.create_model_and_transforms("ViT-B-16", device=device)
     vit_b16.eval()
     vit_b32 = OpenCLIPEncoder(OpenCLIPConfig(architecture="ViT-B-32"), load_weights=False)
-    zero_shot = Reward(TSPMGS(TSPMGSConfig(), vit_b32), get_spec("tsp_mgs")).to(device)
+    zero_shot = Reward(TSPMGS(TSPMGSConfig(), vit_b32), get_reward_spec("tsp_mgs")).to(device)
     compact = create_reward("compact", device=device)
     model = compact.model
     features = {"compact": compact.encode_prompts(prompts), "tsp_mgs": zero_shot.encode_prompts(prompts)}

@@ -21,7 +21,7 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.models.mst_clipiqa import MSTCLIPIQA, MSTCLIPIQAConfig
 from aigiqa_reward.rewards.build import SYSTEMS
-from aigiqa_reward.rewards.specs import get_spec
+from aigiqa_reward.rewards.factory import get_reward_spec
 
 REFERENCE = "open_clip ViT-B/16, image forward (bare tower)"
 TOWERS = "open_clip ViT-B/32 and ViT-B/16, image forwards (bare towers)"
@@ -37,7 +37,7 @@ def contestants(batch: int, device: torch.device) -> tuple[dict[str, Callable[[]
     small = pixels.resize(large, (224, 224)).clamp(0, 1)
     prompts = ["a red apple on a wooden table"] * batch
     coarse, fine = clip("ViT-B-32").to(device).eval(), clip("ViT-B-16").to(device).eval()
-    mst = Reward(MSTCLIPIQA(MSTCLIPIQAConfig(), coarse, fine), get_spec("mst_clipiqa")).to(device)
+    mst = Reward(MSTCLIPIQA(MSTCLIPIQAConfig(), coarse, fine), get_reward_spec("mst_clipiqa")).to(device)
     features = mst.encode_prompts(prompts)
     runs: dict[str, Callable[[], object]] = {
         REFERENCE: lambda: fine.encode_image(small),

@@ -1,106 +1,156 @@
-"""What a fine-tuning algorithm is to the loop: losses of a batch. Everything else is the loop's."""
+"""The contract between a fine-tuning algorithm and the training loop, and what several algorithms share."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
+from aigiqa_reward.types import RewardOutput
+
 if TYPE_CHECKING:
-    from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
     from aigiqa_reward.finetuning.config import FinetuneConfig
     from aigiqa_reward.finetuning.context import TrainingContext
 
 
 class Algorithm(ABC):
-    """One way to fine-tune by reward: a frozen dataclass of its settings, with the maths as methods.
+    """A fine-tuning algorithm: a frozen dataclass of its settings, with the mathematics as methods.
 
     Attributes:
-        name: as the command line calls it.
-        reward_gradient: whether the reward has to give gradients in the images.
-        learning_rate: default.
-        kl_coeff: likewise.
+        name: Name on the command line.
+        title: Name in errors.
+        reward_gradient: Whether the reward must be differentiable with respect to the images.
+        learning_rate: Default learning rate.
+        kl_coeff: Default weight of the KL penalty.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     reward_gradient: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-4
     kl_coeff: ClassVar[float] = 0.01
 
     @property
     def steps_per_round(self) -> int:
-        """Steps of the optimizer on the same rows; `prepare` runs at the first of them."""
+        """Optimizer steps on the same rows; `prepare` runs before the first of them."""
         return 1
 
     def round_of(self, step: int) -> int:
-        """The round that a step belongs to; all steps of a round have the same rows."""
+        """Return the round that an optimizer step belongs to; all steps of a round have the same rows."""
         return step // self.steps_per_round
 
     @property
     def rows_per_prompt(self) -> int:
-        """How many rows in a row of a step's batch have the same prompt."""
+        """Number of consecutive rows of a batch with the same prompt."""
         return 1
 
     @property
     def examples(self) -> Sequence[str] | None:
-        """Prompts of the algorithm's own examples, which then take the place of the training's; None has none."""
+        """Prompts of the algorithm's own examples, which replace the training prompts; None if it has none."""
         return None
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides its outcome, by name, so that a checkpoint of other settings is recognized."""
+        """Return all settings that decide the result, by name; a checkpoint with other settings is not resumed."""
         named = [entry.name for entry in fields(cast(Any, self)) if entry.init]
         return {f"{self.name}.{name}": getattr(self, name) for name in named}
 
-    def check(self, tools: TrainingContext, prompts: Sequence[str]) -> None:
-        """Refuse what this algorithm cannot train.
-
-        Args:
-            tools: the pipeline's parts, the reward, the processes.
-            prompts: to train on.
-
-        Raises:
-            ValueError: a scheduler, a reward or settings that it cannot serve.
-        """
+    def check(self, context: TrainingContext, prompts: Sequence[str]) -> None:
+        """Raise a ValueError for a scheduler, a reward or settings that this algorithm cannot train with."""
         if self.reward_gradient:
-            tools.try_gradient(prompts[0])
-        del tools, prompts
+            context.bound.check_differentiable(self.title, prompts[0], context.rollout.family.device)
 
     def ready(
-        self, tools: TrainingContext, prompts: Sequence[str], folder: Path, settings: FinetuneConfig, *, progress: bool
+        self,
+        context: TrainingContext,
+        prompts: Sequence[str],
+        folder: Path,
+        config: FinetuneConfig,
+        *,
+        progress: bool,
     ) -> Algorithm:
-        """What trains: this, or the same with the examples that it made first.
+        """Return the algorithm to train with: this one, or a copy with examples that are made now.
 
-        Runs once before everything else, while the adapter changes nothing yet.
+        It runs once before the training, while the adapter changes nothing yet.
 
         Args:
-            tools: the pipeline's parts, the reward, the processes.
-            prompts: to train on.
-            folder: of the training; what is made there is found again by a training that goes on.
-            settings: of the training.
-            progress: show a bar.
+            context: Pipeline, reward and processes.
+            prompts: Training prompts.
+            folder: Folder of the training; what is made in it is found again on resuming.
+            config: Settings of the training.
+            progress: Whether to show a progress bar.
         """
-        del tools, prompts, folder, settings, progress
+        del context, prompts, folder, config, progress
         return self
 
-    def prepare(self, tools: TrainingContext, batches: Sequence[Batch]) -> Memory:
-        """What all parts of a round's batch need before the first loss; runs without gradients.
-
-        Args:
-            tools: the pipeline's parts, the reward, the processes.
-            batches: this process's parts. Its results must hold them all, in this order.
-        """
-        del tools, batches
+    def prepare(self, context: TrainingContext, batches: Sequence[Batch]) -> Memory:
+        """Return what the losses of a round need, for this process's batches in order; runs without gradients."""
+        del context, batches
         return {}
 
     @abstractmethod
-    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
-        """Losses of one part, one after the other; the loop goes backward through each before it asks for the next.
+    def losses(self, context: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+        """Yield the losses of a batch; the loop runs the backward pass of each before it asks for the next.
 
         Args:
-            tools: the pipeline's parts, the reward, the processes.
-            batch: the rows.
-            part: place of the batch among this process's parts.
-            memory: of `prepare`.
+            context: Pipeline, reward and processes.
+            batch: Rows to train on.
+            part: Index of the batch among those of this process.
+            memory: Result of `prepare`.
         """
+
+
+def row_noise(like: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw standard normal noise of the shape and device of `like` (B, ...), row i from generator i."""
+    return randn_tensor(like.shape, generator=list(generators), device=like.device, dtype=dtype)
+
+
+def where_rows(rows: Tensor, values: Tensor, others: Tensor | float) -> Tensor:
+    """Select `values` (B, ...) in the rows (B,) that are True, else `others`."""
+    return torch.where(rows.to(values.device).reshape(-1, *[1] * (values.ndim - 1)), values, others)
+
+
+def mean_square(values: Tensor) -> Tensor:
+    """Return the mean square (B,) of each row of `values` (B, ...)."""
+    return values.square().flatten(1).mean(dim=1)
+
+
+def named_scores(scores: RewardOutput) -> dict[str, Tensor]:
+    """Return the scores (B,) that there are, by the names under which they are logged, without gradients."""
+    named = {"reward": scores.total, "quality": scores.quality, "correspondence": scores.correspondence}
+    return {name: value.detach() for name, value in named.items() if value is not None}
+
+
+def score_latents(context: TrainingContext, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Score the images (B,) of finished latents as the pipeline would return them; see `named_scores`.
+
+    All scores of an image are NaN if its pixels or its total are not finite.
+    """
+    scores = named_scores(context.bound.score(context.rollout.show(latents), prompts))
+    finite = scores["reward"].isfinite()
+    return {name: torch.where(finite.to(value.device), value, math.nan) for name, value in scores.items()}
+
+
+def reward_loss(context: TrainingContext, batch: Batch, images: Tensor, kl: Tensor, title: str) -> Outcome:
+    """Return the loss -min(total, ceiling) + penalty * kl of decoded images, mean over the rows.
+
+    Args:
+        context: Pipeline and reward.
+        batch: Rows of the images.
+        images: (B, 3, H, W); if one has pixels that are not finite, the loss is NaN.
+        kl: (B,) distances to the reference model.
+        title: Algorithm, for the error if the reward has no gradient.
+    """
+    if not bool(images.isfinite().all()):
+        return Outcome(loss=images.new_tensor(math.nan))
+    scores = context.score(images, batch.prompts)
+    context.bound.require_gradient(scores.total, title)
+    loss = (context.penalty * kl - context.capped(scores.total).to(images.device)).mean()
+    return Outcome(loss=loss, measures=named_scores(scores) | ({"kl": kl.detach()} if context.penalty else {}))

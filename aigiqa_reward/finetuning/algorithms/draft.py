@@ -4,15 +4,14 @@ Clark et al. 2024, "Directly Fine-Tuning Diffusion Models on Differentiable Rewa
 et al. 2023, "Aligning Text-to-Image Diffusion Models with Reward Backpropagation" (AlignProp).
 
 The gradient of the reward r(x0) passes back through the decoder and the last K of T sampling steps; the first T - K run
-without. K = T is backpropagation through all of sampling, K = 1 (DRaFT-1) costs one step's memory, AlignProp draws
-K uniformly from 1 to T anew in each step. DRaFT-LV takes K = 1 and lowers its variance: the finished latents x0 are
-noised n times to the last step's level, and the gradients through that step, of x0 and of these, are averaged (the
-paper adds them up, which is a learning rate n + 1 times as high).
+without gradients. K = T is full backpropagation, K = 1 (DRaFT-1) needs the memory of one step, and AlignProp draws K
+uniformly from 1 to T in each optimizer step. DRaFT-LV takes K = 1 and lowers its variance: the finished latents x0 are
+noised n times to the level of the last step, and the gradients through that step, from x0 and from each of these, are
+averaged (the paper sums them, which is a learning rate n + 1 times as high).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
@@ -20,21 +19,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from aigiqa_reward.finetuning.algorithms.base import Algorithm
+from aigiqa_reward.finetuning.algorithms.base import Algorithm, reward_loss, row_noise
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.sampling.rollout import State
 from aigiqa_reward.sampling.schedulers import noise_level
-from aigiqa_reward.types import RewardOutput
 from aigiqa_reward.utils.checks import integer
 
 
 @dataclass(frozen=True, kw_only=True)
 class DRaFT(Algorithm):
-    """DRaFT-K, DRaFT-LV, AlignProp.
+    """DRaFT-K, DRaFT-LV and AlignProp.
 
-    With classifier-free guidance both branches are in the graph: the gradient is that of the images which the pipeline
-    makes with the same `guidance_scale`, at twice the cost of a step without guidance.
+    With classifier-free guidance both branches carry gradients, at twice the cost of a step without guidance. A
+    `truncation_steps` above the number of steps means all.
 
     Example:
         >>> from aigiqa_reward.finetuning import DRaFT
@@ -47,6 +45,7 @@ class DRaFT(Algorithm):
     """
 
     name: ClassVar[str] = "draft"
+    title: ClassVar[str] = "DRaFT"
     reward_gradient: ClassVar[bool] = True
 
     truncation_steps: int | Literal["all", "random"] = field(
@@ -58,82 +57,61 @@ class DRaFT(Algorithm):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.truncation_steps, str) and self.truncation_steps not in ("all", "random"):
+        if not isinstance(self.truncation_steps, str):
+            integer("truncation_steps", self.truncation_steps, least=1)
+        elif self.truncation_steps not in ("all", "random"):
             raise ValueError(
                 f"truncation_steps: expected a number of steps, 'all' or 'random', got {self.truncation_steps!r}"
             )
-        if not isinstance(self.truncation_steps, str):
-            integer("truncation_steps", self.truncation_steps, least=1)
         integer("low_variance", self.low_variance, least=0)
         if self.low_variance and self.truncation_steps != 1:
             raise ValueError(
                 f"low_variance: DRaFT-LV noises finished latents to the last step, so it needs truncation_steps=1, got "
-                f"{self.truncation_steps!r}"
+                f"{self.truncation_steps!r}; pass truncation_steps=1, or low_variance=0 for DRaFT-K"
             )
 
-    def truncated(self, batch: Batch, steps: int) -> int:
-        """K of this step, of `steps`."""
+    def kept_steps(self, batch: Batch, steps: int) -> int:
+        """Return the number K of steps with gradients, of `steps`."""
         if self.truncation_steps == "all":
             return steps
         if self.truncation_steps == "random":
             return int(batch.numbers("truncation").integers(1, steps + 1))
         return min(self.truncation_steps, steps)
 
-    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
-        """One loss, or n + 1 of them for DRaFT-LV."""
+    def losses(self, context: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+        """Yield one loss, or the n + 1 terms of DRaFT-LV."""
         del part, memory
-        state = tools.start(batch)
-        kept = self.truncated(batch, state.steps)
+        state = context.start(batch)
+        kept = self.kept_steps(batch, state.steps)
         with torch.no_grad():
-            state = tools.rollout.run(state, until=state.steps - kept)
-        latents, far = climb(tools, state)
+            state = context.rollout.run(state, until=state.steps - kept)
+        latents, kl = finish_sampling(context, state)
         finished = latents.detach()
-        yield self.one_of_all(outcome(tools, batch, tools.decode(latents), far))
-        del latents, far  # and with them what the backward pass needed
-        for noised in self.noised(state, finished, batch):
-            latents, far = climb(tools, replace(state, latents=noised))
-            yield self.one_of_all(outcome(tools, batch, tools.decode(latents), far))
+        yield self._term(context, batch, latents, kl)
+        del latents, kl  # frees the graph
+        for noised in self._noised(state, finished, batch):
+            yield self._term(context, batch, *finish_sampling(context, replace(state, latents=noised)))
 
-    def one_of_all(self, found: Outcome) -> Outcome:
-        """One of the n + 1 terms whose mean is the loss."""
-        return replace(found, loss=found.loss / (self.low_variance + 1))
+    def _term(self, context: TrainingContext, batch: Batch, latents: Tensor, kl: Tensor) -> Outcome:
+        outcome = reward_loss(context, batch, context.decode(latents), kl, self.title)
+        return replace(outcome, loss=outcome.loss / (self.low_variance + 1))
 
-    def noised(self, state: State, finished: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """Finished latents at the noise level of the last step, n times with fresh noise."""
+    def _noised(self, state: State, finished: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Yield the finished latents at the noise level of the last step, n times with fresh noise."""
         alpha, sigma = (v.to(finished.device) for v in noise_level(state.scheduler, state.step))
         generators = batch.generators("low variance")
         for _ in range(self.low_variance):
-            noise = torch.stack([torch.randn(finished.shape[1:], generator=g) for g in generators])
-            yield (alpha * finished.float() + sigma * noise.to(finished.device)).to(finished.dtype)
+            noise = row_noise(finished, generators)
+            yield (alpha * finished.float() + sigma * noise).to(finished.dtype)
 
 
-def climb(tools: TrainingContext, state: State) -> tuple[Tensor, Tensor]:
-    """Finish sampling with gradients: latents (B, ...) and the mean distance (B,) to the reference on the way."""
-    far, alone = [], state.step + 1 == state.steps
+def finish_sampling(context: TrainingContext, state: State) -> tuple[Tensor, Tensor]:
+    """Finish sampling with gradients: latents (B, ...) and the mean distance (B,) to the reference over the steps."""
+    distances, alone = [], state.step + 1 == state.steps
     while not state.done:
-        prediction = tools.predict(state, alone=alone)
-        if tools.penalty:
-            far.append(tools.distance(state, prediction))
-        state = tools.rollout.advance(state, prediction.output)
-    return state.latents, torch.stack(far).mean(dim=0) if far else state.latents.new_zeros(len(state))
-
-
-def outcome(tools: TrainingContext, batch: Batch, images: Tensor, far: Tensor) -> Outcome:
-    """The loss -min(total, ceiling) + penalty * distance, mean over the rows; NaN for images that are not finite.
-
-    Raises:
-        ValueError: the reward has no gradients in the images.
-    """
-    if not bool(images.isfinite().all()):  # a Reward refuses to look at them
-        return Outcome(loss=images.new_tensor(math.nan))
-    scores: RewardOutput = tools.score(images, batch.prompts)
-    tools.require_gradient(scores.total)
-    climbing = tools.capped(scores.total).to(images.device)
-    loss = (tools.penalty * far - climbing).mean()
-    return Outcome(loss=loss, measures=told(scores) | ({"kl": far.detach()} if tools.penalty else {}))
-
-
-def told(scores: RewardOutput) -> dict[str, Tensor]:
-    """What to tell of scores: reward, quality, correspondence."""
-    named = {"reward": scores.total, "quality": scores.quality, "correspondence": scores.correspondence}
-    return {name: value.detach() for name, value in named.items() if value is not None}
+        prediction = context.predict(state, alone=alone)
+        if context.penalty:
+            distances.append(context.distance(state, prediction))
+        state = context.rollout.advance(state, prediction.output)
+    kl = torch.stack(distances).mean(dim=0) if distances else state.latents.new_zeros(len(state))
+    return state.latents, kl

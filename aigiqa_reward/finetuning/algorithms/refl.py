@@ -1,8 +1,8 @@
-"""ReFL: the reward of one late step's clean prediction.
+"""ReFL: the reward of the clean prediction x0 of one late step.
 
-Xu et al. 2023, "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation", algorithm 1: run
-without gradients to a random late step t, predict x0 from there with gradients, and take the reward of its image. The
-paper's loss on the model's training images, against drifting away, has the distance to the reference in its place here.
+Xu et al. 2023, "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation", algorithm 1:
+sample without gradients to a random late step t, predict x0 there with gradients, and take the reward of its image. The
+KL penalty replaces the paper's loss on images of the model's training.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from aigiqa_reward.finetuning.algorithms.base import Algorithm
-from aigiqa_reward.finetuning.algorithms.draft import outcome
+from aigiqa_reward.finetuning.algorithms.base import Algorithm, reward_loss
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.utils.checks import number
@@ -31,6 +30,7 @@ class ReFL(Algorithm):
     """
 
     name: ClassVar[str] = "refl"
+    title: ClassVar[str] = "ReFL"
     reward_gradient: ClassVar[bool] = True
 
     earliest: float = field(
@@ -40,17 +40,18 @@ class ReFL(Algorithm):
     def __post_init__(self) -> None:
         number("earliest", self.earliest, "in [0, 1), a share of the steps", lambda value: 0 <= value < 1)
 
-    def chosen(self, batch: Batch, steps: int) -> int:
-        """The step, from 0, whose prediction is judged; of the last, where rounding leaves none."""
+    def judged_step(self, batch: Batch, steps: int) -> int:
+        """Return the step, from 0, whose prediction is judged; the last one if rounding leaves none."""
         first = min(int(self.earliest * steps), steps - 1)
         return int(batch.numbers("late step").integers(first, steps))
 
-    def losses(self, tools: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
-        """One loss."""
+    def losses(self, context: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
+        """Yield one loss."""
         del part, memory
-        state = tools.start(batch)
+        state = context.start(batch)
         with torch.no_grad():
-            state = tools.rollout.run(state, until=self.chosen(batch, state.steps))
-        prediction = tools.predict(state, alone=True)
-        far = tools.distance(state, prediction) if tools.penalty else state.latents.new_zeros(len(state))
-        yield outcome(tools, batch, tools.decode(prediction.clean.to(state.latents.dtype)), far)
+            state = context.rollout.run(state, until=self.judged_step(batch, state.steps))
+        prediction = context.predict(state, alone=True)
+        kl = context.distance(state, prediction) if context.penalty else state.latents.new_zeros(len(state))
+        images = context.decode(prediction.clean.to(state.latents.dtype))
+        yield reward_loss(context, batch, images, kl, self.title)

@@ -1,15 +1,15 @@
-"""One small adapter per architecture, found from the pipeline's class.
+"""One adapter per architecture, selected by the pipeline's class.
 
-An adapter takes diffusers' text-to-image pipeline apart into encoding prompts, drawing noise, predicting, and decoding
-with gradients; `sampling.rollout` puts the parts together. Best of N without pruning needs none of this.
+An adapter splits diffusers' text-to-image pipeline into encoding prompts, drawing noise, predicting, and decoding with
+gradients; `sampling.rollout` puts the parts together. Best of N without pruning needs none of this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aigiqa_reward.sampling.families.base import Conditioning, Family, SamplingOptions, Start
+from aigiqa_reward.sampling.families.base import Conditioning, Family, SamplingOptions
 from aigiqa_reward.sampling.families.flux import Flux
 from aigiqa_reward.sampling.families.flux_2 import Flux2, Flux2Klein
 from aigiqa_reward.sampling.families.qwen_image import QwenImage
@@ -18,7 +18,10 @@ from aigiqa_reward.sampling.families.stable_diffusion import StableDiffusion, St
 from aigiqa_reward.sampling.families.stable_diffusion_3 import StableDiffusion3
 from aigiqa_reward.sampling.families.z_image import ZImage
 
-__all__ = ["FAMILIES", "Conditioning", "Family", "SamplingOptions", "Start", "family_of", "find_family"]
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+__all__ = ["FAMILIES", "Conditioning", "Family", "SamplingOptions", "family_of", "find_family"]
 
 FAMILIES: tuple[type[Family], ...] = (
     StableDiffusion,
@@ -35,8 +38,8 @@ FAMILIES: tuple[type[Family], ...] = (
 """Every architecture that our own loop runs."""
 
 
-def find_family(pipe: Any) -> type[Family] | None:
-    """The adapter for a pipeline's class, or for the class whose `__call__` it inherits; None for any other."""
+def find_family(pipe: object) -> type[Family] | None:
+    """Return the adapter of a pipeline's class, or of the class whose `__call__` it inherits; None for any other."""
     for cls in type(pipe).__mro__:
         for family in FAMILIES:
             known = cls.__name__ in family.pipelines and cls.__module__.startswith("diffusers.")
@@ -45,23 +48,19 @@ def find_family(pipe: Any) -> type[Family] | None:
     return None
 
 
-def family_of(pipe: Any, pipe_kwargs: Mapping[str, Any] | None = None, *, need: str = "this") -> Family:
-    """The adapter of a pipeline for calls with these arguments.
+def family_of(pipe: DiffusionPipeline, pipe_kwargs: Mapping[str, Any] | None = None, *, need: str = "this") -> Family:
+    """Return the adapter of a pipeline for calls with these arguments.
 
     Args:
         pipe: a text-to-image pipeline of diffusers.
-        pipe_kwargs: arguments of its call, as `pipe(prompt, **pipe_kwargs)` would take them.
-        need: what needs the adapter, for the error.
-
-    Raises:
-        TypeError: a pipeline of a class without an adapter.
-        ValueError: an argument that the adapter does not serve.
+        pipe_kwargs: arguments of its call, as in `pipe(prompt, **pipe_kwargs)`.
+        need: name of the caller, for the error.
     """
     found = find_family(pipe)
     if found is None:
         names = ", ".join(name for family in FAMILIES for name in family.pipelines)
         raise TypeError(
-            f"pipe: {need} runs a pipeline's parts itself and knows those of {names}; got {type(pipe).__name__}. "
+            f"pipe: {need} runs a pipeline's parts itself and supports {names}; got {type(pipe).__name__}. "
             "Plain BestOfN (pruning=None, search='random') works with any pipeline"
         )
     return found(pipe, SamplingOptions.of(pipe, pipe_kwargs or {}))

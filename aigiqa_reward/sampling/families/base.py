@@ -1,19 +1,23 @@
-"""What transformers on packed latents share: one pass for each branch of guidance, and guidance as an input."""
+"""What all architectures share: options, conditioning, guidance, the VAE; and what those with packed latents share."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 Rows: TypeAlias = Mapping[str, Tensor | list[Tensor] | None]
 """Named inputs of a denoiser of which row i belongs to candidate i: tensors, or lists of tensors of unequal length."""
@@ -21,9 +25,9 @@ Rows: TypeAlias = Mapping[str, Tensor | list[Tensor] | None]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """The arguments of a pipeline's call that a family serves, named as the pipelines name them.
+    """Arguments of a pipeline's call that a family supports, named as the pipelines name them.
 
-    Where the caller gave none, a pipeline's own default stands; None where the pipeline has no such argument.
+    Those that the caller does not give have the pipeline's own defaults; None where the pipeline has no such argument.
     """
 
     num_inference_steps: int = 50
@@ -52,32 +56,27 @@ class SamplingOptions:
     attention_kwargs: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, pipe: Any, given: Mapping[str, Any]) -> SamplingOptions:
-        """Options for a call of `pipe` with the arguments `given`.
-
-        Raises:
-            ValueError: an argument that our own loop does not know how to serve.
-        """
-        known = {field.name for field in fields(cls)}
+    def of(cls, pipe: DiffusionPipeline, given: Mapping[str, Any]) -> SamplingOptions:
+        """Collect the options of a call of `pipe` with the arguments `given`; an unsupported one is an error."""
         parameters = inspect.signature(type(pipe).__call__).parameters
-        served = sorted(known & set(parameters))
-        for name, value in given.items():
-            if name not in served and value is not None:
+        served = sorted({field.name for field in fields(cls)} & set(parameters))
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            if name not in served:
                 raise ValueError(
-                    f"{name}: this way of sampling runs the loop of {type(pipe).__name__} itself and does not serve "
-                    f"that argument; leave it out, or sample with plain best of N. It serves {', '.join(served)}"
+                    f"{name}: this sampling method runs the loop of {type(pipe).__name__} itself and does not serve "
+                    f"that argument; leave it out, or use plain best of N. It serves {', '.join(served)}"
                 )
-        values = {name: parameters[name].default for name in served if parameters[name].default is not None}
-        values |= {name: value for name, value in given.items() if value is not None}
-        options = cls(**values)
+        defaults = {name: parameters[name].default for name in served if parameters[name].default is not None}
+        options = cls(**{**defaults, **given})
         if isinstance(options.negative_prompt, list | tuple):
-            raise TypeError("negative_prompt: expected one text for all candidates, got a list")
+            raise TypeError("negative_prompt: expected one text for all candidates, got a list; pass a str")
         return options
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What a denoiser is told of the prompts, one row a candidate.
+    """Prompts as inputs of a denoiser, one row per candidate.
 
     Attributes:
         positive: named inputs for the prompts.
@@ -90,98 +89,67 @@ class Conditioning:
     def __getitem__(self, rows: Sequence[int]) -> Conditioning:
         """The rows at these places; a place may come several times."""
         return Conditioning(
-            positive=_at(self.positive, rows),
-            negative=None if self.negative is None else _at(self.negative, rows),
+            positive=_at(self.positive, rows), negative=None if self.negative is None else _at(self.negative, rows)
         )
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Rows of several conditionings of one call, in order."""
+        """Join the rows of several conditionings of one call, in order."""
         negatives = [part.negative for part in parts if part.negative is not None]
         return Conditioning(
-            positive=joined([part.positive for part in parts]),
-            negative=joined(negatives) if negatives else None,
+            positive=joined([part.positive for part in parts]), negative=joined(negatives) if negatives else None
         )
 
 
 def _at(rows: Rows, places: Sequence[int]) -> Rows:
     def take(value: Tensor | list[Tensor] | None) -> Tensor | list[Tensor] | None:
-        return (
-            [value[place] for place in places]
-            if isinstance(value, list)
-            else value
-            if value is None
-            else value[torch.as_tensor(places, dtype=torch.long, device=value.device)]
-        )
+        if isinstance(value, Tensor):
+            return value[torch.as_tensor(places, dtype=torch.long, device=value.device)]
+        return value if value is None else [value[place] for place in places]
 
     return {name: take(value) for name, value in rows.items()}
 
 
 def joined(parts: Sequence[Rows]) -> dict[str, Any]:
-    """Several rows one after the other, name by name.
+    """Join rows one after the other, name by name.
 
     Texts of unequal length are padded with zeros, which their mask (NAME_mask, None for "all of it") then hides.
-
-    Raises:
-        ValueError: texts of unequal length without a mask.
     """
-    result: dict[str, Any] = {}
-    for name, first in parts[0].items():
-        values: list[Any] = [part[name] for part in parts]
-        if name.endswith("_mask") and name.removesuffix("_mask") in parts[0]:
-            values = _masks(parts, name)
-        if isinstance(first, list):
-            result[name] = [entry for value in values for entry in value]
-        elif all(value is None for value in values):
-            result[name] = None
-        else:
-            if len({value.shape[1:] for value in values}) > 1 and f"{name.removesuffix('_mask')}_mask" not in parts[0]:
-                raise ValueError(f"{name}: expected equal shapes to join, got {[tuple(v.shape) for v in values]}")
-            result[name] = torch.cat(_padded(values))
-    return result
+    columns: dict[str, list[Any]] = {name: [part[name] for part in parts] for name in parts[0]}
+    masked: set[str] = set()
+    for name, masks in columns.items():
+        texts = columns.get(name.removesuffix("_mask"), masks)
+        if texts is masks:
+            continue
+        masked |= {name, name.removesuffix("_mask")}
+        if len({text.shape[1] for text in texts}) > 1 or any(mask is not None for mask in masks):
+            whole = [text.new_ones(text.shape[:2], dtype=torch.int64) for text in texts]
+            columns[name] = [whole[place] if mask is None else mask for place, mask in enumerate(masks)]
+    return {name: _cat(values, padded=name in masked) for name, values in columns.items()}
 
 
-def _masks(parts: Sequence[Rows], name: str) -> list[Any]:
-    """Masks of all parts; all None where there is nothing to hide."""
-    texts: list[Any] = [part[name.removesuffix("_mask")] for part in parts]
-    masks = [part[name] for part in parts]
-    if all(mask is None for mask in masks) and len({text.shape[1] for text in texts}) == 1:
-        return masks
-    whole = [text.new_ones(text.shape[:2], dtype=torch.int64) for text in texts]
-    return [whole[place] if mask is None else mask for place, mask in enumerate(masks)]
-
-
-def _padded(values: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors (B, L, ...) with zeros at the end of the shorter ones."""
-    if values[0].ndim < 2:
-        return list(values)
-    longest = max(value.shape[1] for value in values)
-    return [F.pad(v, (*[0] * 2 * (v.ndim - 2), 0, longest - v.shape[1])) for v in values]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """Where sampling starts.
-
-    Attributes:
-        latents: (B, ...) noise, in the layout in which the pipeline's scheduler sees it.
-        shared: named inputs of the denoiser that all candidates have in common (places of the latents' tokens).
-    """
-
-    latents: Tensor
-    shared: Mapping[str, Tensor]
+def _cat(values: list[Any], *, padded: bool) -> Any:
+    if isinstance(values[0], list):
+        return [entry for value in values for entry in value]
+    if values[0] is None:
+        return None
+    if padded:  # (B, L, ...) to the greatest L
+        longest = max(value.shape[1] for value in values)
+        values = [F.pad(v, (*[0] * 2 * (v.ndim - 2), 0, longest - v.shape[1])) for v in values]
+    return torch.cat(values)
 
 
 class Family(ABC):
-    """One architecture of diffusers' text-to-image pipelines, taken apart.
+    """One architecture of diffusers' text-to-image pipelines, split into its parts.
 
-    The parts run the pipeline's own modules and methods, one for one as its `__call__` does; what is left out is the
-    loop, which `sampling.rollout` holds. Nothing here changes the pipeline. Gradients flow wherever the caller lets
-    them.
+    The parts run the pipeline's own modules and methods exactly as its `__call__` does; the loop itself is in
+    `sampling.rollout`. Nothing here changes the pipeline or disables gradients.
 
     Attributes:
-        pipelines: names of the classes of diffusers that it serves.
+        pipelines: names of the diffusers classes that it supports.
         denoiser_name: the pipeline's attribute that holds the denoiser.
+        text_inputs: the denoiser's names for what `encode_prompt` returns.
+        float32_noise: whether the pipeline draws its noise in float32, not in the type of the text embeddings.
         scales_noise: whether the pipeline multiplies initial latents by its scheduler's `init_noise_sigma`.
         flow: whether the denoiser was trained by flow matching: it predicts noise minus image.
         one_pass: whether the prompt's and the negative prompt's predictions are made in one call of twice the rows.
@@ -191,53 +159,38 @@ class Family(ABC):
 
     pipelines: ClassVar[tuple[str, ...]]
     denoiser_name: ClassVar[str] = "transformer"
+    text_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
+    float32_noise: ClassVar[bool] = False
     scales_noise: ClassVar[bool] = False
     flow: ClassVar[bool] = False
     one_pass: ClassVar[bool] = True
 
-    def __init__(self, pipe: Any, options: SamplingOptions) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: DiffusionPipeline, options: SamplingOptions) -> None:
+        self.pipe: Any = pipe
         self.options = options
-
-    # ----------------------------------------------------------------------------------------- what differs
-
-    @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of (B,) prompts, by the pipeline's own text encoders."""
 
     @abstractmethod
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
-        """The denoiser's output for one branch, of the latents' shape.
+        """Run the denoiser for one branch; the output has the latents' shape.
 
         Args:
             latents: (B, ...) scaled as the scheduler wants a model's input.
             time: () the step's entry of `scheduler.timesteps`, or (B,) one for each row.
             rows: `positive`, `negative`, or both joined.
-            shared: of `Start`.
+            shared: inputs that all candidates have in common, as `start` returns them.
         """
 
-    @abstractmethod
-    def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
-        """Noise as the pipeline draws it, candidate i from generator i."""
-
-    @abstractmethod
-    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
-        """Tell a scheduler the steps that the pipeline would take from these latents."""
-
-    @abstractmethod
-    def latents_to_decode(self, latents: Tensor) -> Tensor:
-        """What the VAE's decoder takes: unpacked, scaled and shifted."""
-
-    @abstractmethod
-    def latents_from_encoded(self, encoded: Tensor) -> Tensor:
-        """Latents as the scheduler sees them, of what the VAE's encoder gives: the inverse of `latents_to_decode`."""
-
-    # ----------------------------------------------------------------------------------------- what is shared
+    # ----------------------------------------------------------------------------------------- conditioning
 
     @property
     def denoiser(self) -> Any:
-        """The network that is called once a step."""
+        """The network that is called once per step."""
         return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which the pipeline computes."""
+        return self.pipe._execution_device
 
     @property
     def guidance(self) -> float:
@@ -249,15 +202,87 @@ class Family(ABC):
         """Whether there is a second branch for the negative prompt."""
         return self.guidance > 1
 
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode (B,) prompts by the pipeline's own text encoders."""
+        guided, negatives = self.guided, self.negatives(prompts)
+        found = self.encoded(prompts, do_classifier_free_guidance=guided, negative_prompt=negatives)
+        # Each output for the prompts, then the same for the negative prompts.
+        positive, negative = (dict(zip(self.text_inputs, found[branch::2], strict=True)) for branch in (0, 1))
+        return Conditioning(positive=positive, negative=negative if guided else None)
+
+    def encoded(self, prompts: Sequence[str], **more: Any) -> Any:
+        """Call `pipe.encode_prompt` with these prompts, those of the options that it takes, and `more`."""
+        function = self.pipe.encode_prompt
+        taken, own = inspect.signature(function).parameters, self.options
+        attention = own.cross_attention_kwargs or own.joint_attention_kwargs or own.attention_kwargs or {}
+        options = {name: getattr(own, name, None) for name in taken if name != "negative_prompt"}
+        values = {name: value for name, value in options.items() if value is not None}
+        values |= {"prompt": list(prompts), "prompt_2": None, "prompt_3": None, "device": self.device}
+        values |= {"num_images_per_prompt": 1, **more}
+        if "scale" in attention:  # strength of LoRA layers
+            values["lora_scale"] = attention["scale"]
+        return function(**{name: value for name, value in values.items() if name in taken})
+
+    def negatives(self, prompts: Sequence[str]) -> list[str] | None:
+        """The negative prompt of each row."""
+        return [self.options.negative_prompt or ""] * len(prompts)
+
+    # ----------------------------------------------------------------------------------------- noise and steps
+
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels that the latents represent."""
+        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        return self.options.height or side, self.options.width or side
+
     @property
-    def device(self) -> torch.device:
-        """Where the pipeline computes."""
-        return self.pipe._execution_device
+    def channels(self) -> int:
+        """Channels of the latents that the pipeline is asked to draw."""
+        return self.denoiser.config.in_channels
+
+    def start(
+        self, generators: Sequence[torch.Generator], conditioning: Conditioning
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw noise (B, ...) as the pipeline does, candidate i from generator i, in the scheduler's layout.
+
+        It comes with named inputs of the denoiser that all candidates have in common (positions of the tokens).
+        """
+        texts: Any = conditioning.positive[self.text_inputs[0]]
+        kind = torch.float32 if self.float32_noise else texts.dtype
+        drawn = self.pipe.prepare_latents(
+            len(generators), self.channels, *self.size(), kind, self.device, list(generators), None
+        )
+        return (drawn, {}) if isinstance(drawn, Tensor) else (drawn[0], {"img_ids": drawn[1]})
+
+    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
+        """Give a scheduler the steps that the pipeline would take from these latents."""
+        self.retrieve_timesteps(scheduler)
+
+    def retrieve_timesteps(self, scheduler: Any, *, sigmas: Any = None, **more: Any) -> None:
+        """Call diffusers' function of that name; the caller's own sigmas replace the default ones given here."""
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+
+        options = self.options
+        sigmas = sigmas if options.sigmas is None else options.sigmas
+        retrieve_timesteps(scheduler, options.num_inference_steps, self.device, options.timesteps, sigmas, **more)
+
+    def as_started(self, latents: Tensor, scheduler: Any) -> Tensor:
+        """Rescale initial latents that the pipeline has drawn, for a scheduler whose steps are set only now.
+
+        Some schedulers know their initial std only then, and the pipeline has multiplied by that of its own.
+        """
+        wanted, used = (getattr(s, "init_noise_sigma", 1.0) for s in (scheduler, self.pipe.scheduler))
+        return latents / used * wanted if self.scales_noise and wanted != used else latents
+
+    def as_passed(self, latents: Tensor, scheduler: Any) -> Tensor:
+        """Convert initial latents (B, ...) to the form in which the pipeline's call takes them as `latents=`."""
+        return latents / scheduler.init_noise_sigma if self.scales_noise else latents
+
+    # ----------------------------------------------------------------------------------------- prediction
 
     def predict(
         self, latents: Tensor, time: Tensor, conditioning: Conditioning, shared: Mapping[str, Tensor]
     ) -> Tensor:
-        """The model's output after guidance, of the latents' shape; what the scheduler steps with."""
+        """Return the model's output after guidance, of the latents' shape; what the scheduler steps with."""
         if conditioning.negative is None:
             with self.branch("cond"):
                 return self.finish(self.denoise(latents, time, conditioning.positive, shared))
@@ -272,35 +297,33 @@ class Family(ABC):
         return self.finish(self.guide(negative, positive, time))
 
     def guide(self, negative: Tensor, positive: Tensor, time: Tensor) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022): negative + w (positive - negative)."""
+        """Apply classifier-free guidance (Ho & Salimans 2022): negative + w (positive - negative)."""
         return negative + self.guidance * (positive - negative)
 
     def finish(self, output: Tensor) -> Tensor:
-        """What the pipeline does to the output before the scheduler's step."""
+        """Apply what the pipeline does to the output before the scheduler's step."""
         return output
 
     def branch(self, name: str) -> AbstractContextManager[Any]:
-        """Diffusers' caches of a denoiser tell the branches of guidance apart by name."""
+        """Name the branch of guidance, by which diffusers' caches of a denoiser distinguish them."""
         context = getattr(self.denoiser, "cache_context", None)
         return nullcontext() if context is None or self.one_pass else context(name)
 
+    # ----------------------------------------------------------------------------------------- the VAE
+
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), nominally in [0, 1], not clamped, from latents without noise; differentiable."""
+        """Decode latents without noise to images (B, 3, H, W), nominally in [0, 1], not clamped; differentiable."""
         with self._without_overflow(latents):
             return self._decoded(latents)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents without noise, laid out, scaled and shifted as the scheduler sees them, in at least float32.
+        """Encode images to latents without noise, as the scheduler sees them, in at least float32.
 
-        Where the encoder gives a distribution, its mode is taken, so that an image has the same latents whenever it is
-        encoded. (Diffusers' FLUX pipelines that take images do so too; its training scripts draw a sample. The
-        deviation of a trained VAE is a small part of its latents'.)
+        Where the encoder gives a distribution, its mode is taken, so that an image always has the same latents (as
+        diffusers' FLUX pipelines do; its training scripts draw a sample).
 
         Args:
             images: (B, 3, H, W) in [0, 1], of the size that is sampled.
-
-        Raises:
-            ValueError: images of another size.
         """
         wanted = self.size()
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *wanted):
@@ -312,9 +335,39 @@ class Family(ABC):
             latents = self.latents_from_encoded(self._encoded(pixels.to_vae(images.to(self.pipe.vae.dtype))))
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
+    def latents_to_decode(self, latents: Tensor) -> Tensor:
+        """Unpack, scale and shift latents for the VAE's decoder."""
+        return self.denormalize(self.unpack(latents))
+
+    def latents_from_encoded(self, encoded: Tensor) -> Tensor:
+        """Convert what the VAE's encoder gives to latents as the scheduler sees them; undoes `latents_to_decode`."""
+        return self.pack(self.normalize(encoded))
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """Lay latents out as the VAE does."""
+        return latents
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Lay latents out as the scheduler sees them."""
+        return latents
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Undo `normalize`."""
+        scaled = latents / self.pipe.vae.config.scaling_factor
+        return scaled + self._shift if self._shift else scaled
+
+    def normalize(self, encoded: Tensor) -> Tensor:
+        """Shift and scale the VAE's latents to about unit variance."""
+        shifted = encoded - self._shift if self._shift else encoded
+        return shifted * self.pipe.vae.config.scaling_factor
+
+    @property
+    def _shift(self) -> float | None:
+        return getattr(self.pipe.vae.config, "shift_factor", None)
+
     @contextmanager
     def _without_overflow(self, given: Tensor) -> Iterator[None]:
-        """With the VAE in float32, if it is one that float16 is too narrow for, whoever would narrow it."""
+        """Keep a VAE that overflows in float16 in float32, outside of float16 autocast."""
         vae, kind = self.pipe.vae, given.device.type
         if not getattr(vae.config, "force_upcast", False):
             yield
@@ -326,8 +379,8 @@ class Family(ABC):
                 return
             if torch.is_grad_enabled() and given.requires_grad:
                 raise ValueError(
-                    "the pipeline's VAE overflows in float16 (its configuration says force_upcast), and cannot change "
-                    "its type below a gradient; load it in bfloat16, or call pipe.vae.to(torch.float32)"
+                    "the pipeline's VAE overflows in float16 (its configuration says force_upcast), and its type "
+                    "cannot change during backpropagation; load it in bfloat16, or call pipe.vae.to(torch.float32)"
                 )
             vae.to(torch.float32)
             try:
@@ -336,7 +389,7 @@ class Family(ABC):
                 vae.to(torch.float16)
 
     def _encoded(self, frames: Tensor) -> Tensor:
-        """What the VAE's encoder says of images (B, 3, H, W) in [-1, 1]."""
+        """Run the VAE's encoder on images (B, 3, H, W) in [-1, 1]."""
         result = self.pipe.vae.encode(frames)
         if hasattr(result, "latent_dist"):
             return result.latent_dist.mode()
@@ -347,90 +400,17 @@ class Family(ABC):
         decoded = vae.decode(self.latents_to_decode(latents.to(vae.dtype)), return_dict=False)[0]
         return pixels.from_vae(decoded[:, :, 0] if decoded.ndim == 5 else decoded)
 
-    def as_passed(self, latents: Tensor, scheduler: Any) -> Tensor:
-        """Initial latents (B, ...) in the form in which the pipeline's call takes them as `latents=`."""
-        return latents / scheduler.init_noise_sigma if self.scales_noise else latents
-
-    def as_started(self, latents: Tensor, scheduler: Any) -> Tensor:
-        """Initial latents that the pipeline has drawn, for a scheduler whose steps are set only now.
-
-        Some schedulers know their initial deviation only then, and the pipeline has multiplied by its own's.
-        """
-        wanted, used = (getattr(s, "init_noise_sigma", 1.0) for s in (scheduler, self.pipe.scheduler))
-        return latents / used * wanted if self.scales_noise and wanted != used else latents
-
     def marked(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), nominally in [0, 1], with the pipeline's watermark, where it has one; no gradients."""
+        """Apply the pipeline's watermark, where it has one, to images nominally in [0, 1]; without gradients."""
         return images
 
     def flagged(self, images: Tensor) -> list[bool]:
-        """Whether the pipeline's safety checker would withhold the images; never, where there is none."""
+        """Return whether the pipeline's safety checker, where there is one, would withhold each image."""
         return [False] * len(images)
-
-    # ----------------------------------------------------------------------------------------- for the adapters
-
-    def encoded(self, prompts: Sequence[str], **more: Any) -> Any:
-        """`pipe.encode_prompt` of these prompts with those of the options that it takes, and `more`."""
-        function = self.pipe.encode_prompt
-        taken = inspect.signature(function).parameters
-        values: dict[str, Any] = {
-            name: value
-            for name in taken
-            if (value := getattr(self.options, name, None)) is not None and name != "negative_prompt"
-        }
-        values |= {"prompt": list(prompts), "device": self.device, "num_images_per_prompt": 1} | more
-        if "lora_scale" in taken and (scale := self.lora_scale) is not None:
-            values["lora_scale"] = scale
-        return function(**{name: value for name, value in values.items() if name in taken})
-
-    @property
-    def attention(self) -> dict[str, Any] | None:
-        """Arguments for the attention processors, among them a LoRA's scale."""
-        options = self.options
-        return options.cross_attention_kwargs or options.joint_attention_kwargs or options.attention_kwargs
-
-    @property
-    def lora_scale(self) -> float | None:
-        """Strength of LoRA layers that the caller asked for."""
-        return (self.attention or {}).get("scale")
-
-    def negatives(self, prompts: Sequence[str]) -> list[str]:
-        """The negative prompt of each row."""
-        return [self.options.negative_prompt or ""] * len(prompts)
-
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels that the latents stand for."""
-        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return self.options.height or side, self.options.width or side
-
-    def draw(self, generators: Sequence[torch.Generator], channels: int, dtype: torch.dtype) -> Any:
-        """`pipe.prepare_latents` for these generators; some pipelines give places of the tokens besides."""
-        height, width = self.size()
-        return self.pipe.prepare_latents(
-            len(generators), channels, height, width, dtype, self.device, list(generators), None
-        )
-
-    def retrieve_timesteps(self, scheduler: Any, *, sigmas: Iterable[float] | None = None, **more: Any) -> None:
-        """As the pipelines' function of that name: the caller's own steps, or sigmas, or a number of steps."""
-        options = self.options
-        own = {"timesteps": options.timesteps, "sigmas": options.sigmas}
-        for name, value in own.items():
-            if value is not None and name not in inspect.signature(scheduler.set_timesteps).parameters:
-                raise ValueError(
-                    f"{name}: {type(scheduler).__name__} does not take its own; leave the argument out, or use a "
-                    "scheduler that does"
-                )
-        if options.timesteps is not None:
-            scheduler.set_timesteps(timesteps=options.timesteps, device=self.device, **more)
-        elif options.sigmas is not None or sigmas is not None:
-            given = options.sigmas if options.sigmas is not None else sigmas
-            scheduler.set_timesteps(sigmas=given, device=self.device, **more)
-        else:
-            scheduler.set_timesteps(options.num_inference_steps, device=self.device, **more)
 
 
 def linear_shift(tokens: int, scheduler: Any, *, highest: float = 1.15) -> float:
-    """The mu of a dynamically shifted schedule, linear in the number of image tokens, as SD3 and FLUX have it."""
+    """Return the mu of a dynamically shifted schedule, linear in the number of image tokens, as in SD3 and FLUX."""
     get = scheduler.config.get
     low, high = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
     first, last = get("base_shift", 0.5), get("max_shift", highest)
@@ -439,26 +419,40 @@ def linear_shift(tokens: int, scheduler: Any, *, highest: float = 1.15) -> float
 
 
 class TwoPass(Family):
-    """Prompts and negative prompts are encoded alike and predicted apart; channels are packed by four."""
+    """Architectures with packed latents, whose prompts and negative prompts are encoded and predicted separately."""
 
+    flow: ClassVar[bool] = True
     one_pass: ClassVar[bool] = False
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(
-            positive=self.rows(prompts), negative=self.rows(self.negatives(prompts)) if self.guided else None
-        )
+        negatives = self.negatives(prompts) or []
+        return Conditioning(positive=self.rows(prompts), negative=self.rows(negatives) if self.guided else None)
 
     @abstractmethod
     def rows(self, texts: Sequence[str]) -> Rows:
-        """Inputs of the denoiser for these texts."""
+        """Return inputs of the denoiser for these texts."""
 
     @property
     def channels(self) -> int:
-        """Of the latents before they are packed."""
-        return self.pipe.transformer.config.in_channels // 4
+        return super().channels // 4
 
-    def told_guidance(self, latents: Tensor) -> Tensor:
-        """The guidance scale (B,) that a distilled denoiser is told."""
+    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
+        sigmas = None if scheduler.config.get("use_flow_sigmas") else self.linear_sigmas()
+        self.retrieve_timesteps(scheduler, sigmas=sigmas, mu=self.shift(latents.shape[1], scheduler))
+
+    def linear_sigmas(self) -> Any:
+        """Noise levels before shifting, from 1 to 1 / steps."""
+        steps = self.options.num_inference_steps
+        return np.linspace(1.0, 1 / steps, steps)
+
+    def shift(self, tokens: int, scheduler: Any) -> float:
+        """Return the mu of the schedule for a number of image tokens."""
+        return linear_shift(tokens, scheduler)
+
+    def guidance_input(self, latents: Tensor) -> Tensor | None:
+        """Guidance scale (B,), an input of guidance-distilled denoisers; None for others."""
+        if not getattr(self.denoiser.config, "guidance_embeds", True):
+            return None
         return latents.new_full((len(latents),), float(self.options.guidance_scale or 0), dtype=torch.float32)
 
 
@@ -472,3 +466,9 @@ class TrueGuidance(TwoPass):
     @property
     def guided(self) -> bool:
         return self.guidance > 1 and self.options.negative_prompt is not None
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        return self.pipe._unpack_latents(latents, *self.size(), self.pipe.vae_scale_factor)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return self.pipe._pack_latents(latents, *latents.shape)

@@ -1,4 +1,4 @@
-"""Sana and PixArt: transformers on plain latents with masked texts, sizes taken to the nearest trained one."""
+"""Sana and PixArt: transformers on plain latents with masked texts, sizes rounded to the nearest trained one."""
 
 from __future__ import annotations
 
@@ -6,47 +6,43 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start
+from aigiqa_reward.sampling.families.base import Family, Rows
 
 
 class _Binned(Family):
     """Text with a mask, and `use_resolution_binning`: sampled at the nearest trained size, then resized and cropped."""
 
+    text_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "encoder_attention_mask")
     bins: ClassVar[Mapping[int, str]]
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        texts, mask, negatives, negative_mask = self.encoded(
-            prompts, do_classifier_free_guidance=self.guided, negative_prompt=self.negatives(prompts)
-        )
-
-        def rows(embeddings: Tensor, known: Tensor) -> dict[str, Tensor]:
-            return {"encoder_hidden_states": embeddings, "encoder_attention_mask": known}
-
-        return Conditioning(
-            positive=rows(texts, mask), negative=rows(negatives, negative_mask) if self.guided else None
-        )
+    def encoded(self, prompts: Sequence[str], **more: Any) -> Any:
+        texts, mask, negatives, negative_mask = super().encoded(prompts, **more)
+        return texts, negatives, mask, negative_mask
 
     def wanted_size(self) -> tuple[int, int]:
-        """Height and width of the images that come out."""
+        """Height and width of the final images."""
         side = self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
         return self.options.height or side, self.options.width or side
 
     def size(self) -> tuple[int, int]:
-        """Height and width that are sampled."""
         wanted = self.wanted_size()
         if not self.options.use_resolution_binning:
             return wanted
         trained = self.pipe.transformer.config.sample_size
         if trained not in self.bins:
             raise ValueError(
-                f"use_resolution_binning: {type(self.pipe).__name__} knows no trained sizes for a transformer of "
+                f"use_resolution_binning: {type(self.pipe).__name__} lists no trained sizes for a transformer of "
                 f"sample size {trained}; pass use_resolution_binning=False"
             )
         ratios = getattr(sys.modules[type(self.pipe).__module__], self.bins[trained])
         return self.pipe.image_processor.classify_height_width_bin(*wanted, ratios=ratios)
+
+    def finish(self, output: Tensor) -> Tensor:
+        """Drop the variance that some denoisers predict as well."""
+        config = self.pipe.transformer.config
+        return output.chunk(2, dim=1)[0] if config.out_channels // 2 == config.in_channels else output
 
     def _decoded(self, latents: Tensor) -> Tensor:
         images = super()._decoded(latents)
@@ -55,26 +51,13 @@ class _Binned(Family):
             return images
         return self.pipe.image_processor.resize_and_crop_tensor(images, width, height)
 
-    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
-        self.retrieve_timesteps(scheduler)
-
-    def finish(self, output: Tensor) -> Tensor:
-        """Without the variance that some denoisers predict besides."""
-        config = self.pipe.transformer.config
-        return output.chunk(2, dim=1)[0] if config.out_channels // 2 == config.in_channels else output
-
-    def latents_to_decode(self, latents: Tensor) -> Tensor:
-        return latents / self.pipe.vae.config.scaling_factor
-
-    def latents_from_encoded(self, encoded: Tensor) -> Tensor:
-        return encoded * self.pipe.vae.config.scaling_factor
-
 
 class Sana(_Binned):
     """Sana: flow matching by DPM-Solver++, latents of a deep compression autoencoder in float32."""
 
     pipelines = ("SanaPipeline",)
     flow: ClassVar[bool] = True
+    float32_noise: ClassVar[bool] = True
     bins: ClassVar[Mapping[int, str]] = {
         128: "ASPECT_RATIO_4096_BIN",
         64: "ASPECT_RATIO_2048_BIN",
@@ -85,13 +68,9 @@ class Sana(_Binned):
     def wanted_size(self) -> tuple[int, int]:
         return self.options.height or 1024, self.options.width or 1024
 
-    def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
-        return Start(latents=self.draw(generators, self.pipe.transformer.config.in_channels, torch.float32), shared={})
-
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         transformer = self.pipe.transformer
-        texts = rows["encoder_hidden_states"]
-        assert isinstance(texts, Tensor)
+        texts: Any = rows["encoder_hidden_states"]
         return transformer(
             latents.to(transformer.dtype),
             encoder_hidden_states=texts.to(transformer.dtype),
@@ -103,7 +82,7 @@ class Sana(_Binned):
 
 
 class PixArt(_Binned):
-    """PixArt-alpha and PixArt-Sigma: a DiT told of the text by cross-attention, on Stable Diffusion's latents."""
+    """PixArt-alpha and PixArt-Sigma: a DiT with cross-attention to the text, on Stable Diffusion's latents."""
 
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     scales_noise: ClassVar[bool] = True
@@ -114,23 +93,17 @@ class PixArt(_Binned):
         32: "ASPECT_RATIO_256_BIN",
     }
 
-    def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
-        texts = conditioning.positive["encoder_hidden_states"]
-        assert isinstance(texts, Tensor)
-        return Start(latents=self.draw(generators, self.pipe.transformer.config.in_channels, texts.dtype), shared={})
-
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         return self.pipe.transformer(
             latents,
-            encoder_hidden_states=rows["encoder_hidden_states"],
-            encoder_attention_mask=rows["encoder_attention_mask"],
+            **rows,
             timestep=time.expand(len(latents)),
             added_cond_kwargs=self._sizes(latents),
             return_dict=False,
         )[0]
 
     def _sizes(self, latents: Tensor) -> dict[str, Tensor | None]:
-        """PixArt-alpha at 1024 px is told the size and the aspect ratio."""
+        """Size and aspect ratio, inputs of PixArt-alpha at 1024 px."""
         alpha = type(self.pipe).__name__ == "PixArtAlphaPipeline"
         if not alpha or self.pipe.transformer.config.sample_size != 128:
             return {"resolution": None, "aspect_ratio": None}

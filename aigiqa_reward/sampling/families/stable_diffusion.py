@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start
+from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows
 
 
-class _OnUNet(Family):
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x, and other models with the same pipeline."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     denoiser_name: ClassVar[str] = "unet"
     scales_noise: ClassVar[bool] = True
 
@@ -20,13 +23,13 @@ class _OnUNet(Family):
     def guided(self) -> bool:
         return self.guidance > 1 and self.pipe.unet.config.time_cond_proj_dim is None
 
-    def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
-        embeddings = conditioning.positive["encoder_hidden_states"]
-        assert isinstance(embeddings, Tensor)
-        return Start(latents=self.draw(generators, self.pipe.unet.config.in_channels, embeddings.dtype), shared={})
-
-    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
-        self.retrieve_timesteps(scheduler)
+    def size(self) -> tuple[int, int]:
+        """Height and width, or the defaults: this pipeline drops a height that comes without a width."""
+        if self.options.height and self.options.width:
+            return self.options.height, self.options.width
+        side = self.pipe.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         return self.pipe.unet(
@@ -39,6 +42,18 @@ class _OnUNet(Family):
             return_dict=False,
         )[0]
 
+    def _added(self, rows: Rows) -> dict[str, Any] | None:
+        return None
+
+    def _guidance_embedding(self, latents: Tensor) -> Tensor | None:
+        """Embedded guidance scale, an input of latent consistency models in place of guidance."""
+        width = self.pipe.unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        scale = torch.tensor(self.guidance - 1).repeat(len(latents))
+        embedding = self.pipe.get_guidance_scale_embedding(scale, embedding_dim=width)
+        return embedding.to(device=latents.device, dtype=latents.dtype)
+
     def guide(self, negative: Tensor, positive: Tensor, time: Tensor) -> Tensor:
         guided = super().guide(negative, positive, time)
         share = self.options.guidance_rescale
@@ -49,108 +64,65 @@ class _OnUNet(Family):
         rescaled = guided * (positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
         return share * rescaled + (1 - share) * guided
 
-    def _added(self, rows: Rows) -> dict[str, Any] | None:
-        return None
-
-    def _guidance_embedding(self, latents: Tensor) -> Tensor | None:
-        """Latent consistency models are told the guidance scale instead of being guided."""
-        width = self.pipe.unet.config.time_cond_proj_dim
-        if width is None:
-            return None
-        scale = torch.tensor(self.guidance - 1).repeat(len(latents))
-        embedding = self.pipe.get_guidance_scale_embedding(scale, embedding_dim=width)
-        return embedding.to(device=latents.device, dtype=latents.dtype)
-
-
-class StableDiffusion(_OnUNet):
-    """Stable Diffusion 1.x and 2.x, and what is trained like them."""
-
-    pipelines = ("StableDiffusionPipeline",)
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        positive, negative = self.encoded(
-            prompts, do_classifier_free_guidance=self.guided, negative_prompt=self.negatives(prompts)
-        )
-        return Conditioning(
-            positive={"encoder_hidden_states": positive},
-            negative={"encoder_hidden_states": negative} if self.guided else None,
-        )
-
-    def size(self) -> tuple[int, int]:
-        """Both sides or the defaults: this pipeline drops a height that comes without a width."""
-        if self.options.height and self.options.width:
-            return self.options.height, self.options.width
-        side = self.pipe.unet.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
-
-    def latents_to_decode(self, latents: Tensor) -> Tensor:
-        return latents / self.pipe.vae.config.scaling_factor
-
-    def latents_from_encoded(self, encoded: Tensor) -> Tensor:
-        return encoded * self.pipe.vae.config.scaling_factor
-
     def flagged(self, images: Tensor) -> list[bool]:
         if getattr(self.pipe, "safety_checker", None) is None:
             return super().flagged(images)
-        decoded = pixels.to_vae(images).clone()  # the checker blanks what it flags
+        decoded = pixels.to_vae(images).clone()  # the checker blanks the images that it flags
         _, found = self.pipe.run_safety_checker(decoded, self.device, self.pipe.text_encoder.dtype)
         return [bool(flag) for flag in found]
 
 
-class StableDiffusionXL(_OnUNet):
-    """SDXL: two text encoders, pooled text and sizes beside the tokens, a VAE that may have to run in float32."""
+class StableDiffusionXL(StableDiffusion):
+    """SDXL: two text encoders, pooled text and sizes as further inputs, a VAE that may have to run in float32."""
 
     pipelines = ("StableDiffusionXLPipeline",)
+    text_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "text_embeds")
+
+    def size(self) -> tuple[int, int]:
+        return Family.size(self)
+
+    def negatives(self, prompts: Sequence[str]) -> list[str] | None:
+        """The negative prompt of each row; without one SDXL may want zeros in place of the empty text."""
+        return None if self.options.negative_prompt is None else super().negatives(prompts)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        texts, negatives, pooled, negative_pooled = self.encoded(
-            prompts,
-            do_classifier_free_guidance=self.guided,
-            # Without a negative prompt SDXL may ask for zeros in place of the empty text.
-            negative_prompt=None if self.options.negative_prompt is None else self.negatives(prompts),
-        )
-        sizes = self._sizes(texts, pooled).repeat(len(prompts), 1)
-
-        def rows(embeddings: Tensor, pool: Tensor) -> dict[str, Tensor]:
-            return {"encoder_hidden_states": embeddings, "text_embeds": pool, "time_ids": sizes}
-
-        return Conditioning(
-            positive=rows(texts, pooled), negative=rows(negatives, negative_pooled) if self.guided else None
-        )
-
-    def _sizes(self, texts: Tensor, pooled: Tensor) -> Tensor:
+        found = super().encode(prompts)
+        texts: Any = found.positive["encoder_hidden_states"]
+        pooled: Any = found.positive["text_embeds"]
         second = self.pipe.text_encoder_2
-        return self.pipe._get_add_time_ids(
+        sizes = self.pipe._get_add_time_ids(
             self.options.original_size or self.size(),
             self.options.crops_coords_top_left,
             self.options.target_size or self.size(),
             dtype=texts.dtype,
             text_encoder_projection_dim=pooled.shape[-1] if second is None else second.config.projection_dim,
-        ).to(texts.device)
+        )
+        added = {"time_ids": sizes.to(texts.device).repeat(len(prompts), 1)}
+        negative = None if found.negative is None else {**found.negative, **added}
+        return Conditioning(positive={**found.positive, **added}, negative=negative)
 
     def _added(self, rows: Rows) -> dict[str, Any]:
         return {name: rows[name] for name in ("text_embeds", "time_ids")}
 
-    def latents_to_decode(self, latents: Tensor) -> Tensor:
+    def denormalize(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
         return latents * std / self.pipe.vae.config.scaling_factor + mean
 
-    def latents_from_encoded(self, encoded: Tensor) -> Tensor:
+    def normalize(self, encoded: Tensor) -> Tensor:
         mean, std = self._statistics(encoded)
         return (encoded - mean) * self.pipe.vae.config.scaling_factor / std
 
-    def marked(self, images: Tensor) -> Tensor:
-        watermark = getattr(self.pipe, "watermark", None)  # on by default where invisible-watermark is installed
-        if watermark is None:
-            return images
-        return pixels.from_vae(watermark.apply_watermark(pixels.to_vae(images))).to(images)
-
     def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Mean and deviation of the VAE's latents, where its configuration states them."""
+        """Mean and std of the VAE's latents, where its configuration states them."""
         config = self.pipe.vae.config
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is None or std is None:
             return 0.0, 1.0
         mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         return mean, std
+
+    def marked(self, images: Tensor) -> Tensor:
+        watermark = getattr(self.pipe, "watermark", None)  # on by default where invisible-watermark is installed
+        if watermark is None:
+            return images
+        return pixels.from_vae(watermark.apply_watermark(pixels.to_vae(images))).to(images)

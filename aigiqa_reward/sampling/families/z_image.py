@@ -1,38 +1,30 @@
-"""Z-Image: lists of images and texts of unequal length, time running upwards, velocity with its sign turned."""
+"""Z-Image: lists of images and texts of unequal length, time running upwards, negated velocity."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import Conditioning, Family, Rows, Start, linear_shift
+from aigiqa_reward.sampling.families.base import Family, Rows, linear_shift
 
 
 class ZImage(Family):
     """Z-Image and Z-Image-Turbo. Guidance is positive + w (positive - negative), on for any w above 0."""
 
     pipelines = ("ZImagePipeline",)
+    text_inputs: ClassVar[tuple[str, ...]] = ("cap_feats",)
     flow: ClassVar[bool] = True
+    float32_noise: ClassVar[bool] = True
 
     @property
     def guided(self) -> bool:
-        return self.guidance > 0  # diffusers 0.42's do_classifier_free_guidance of this pipeline says the same
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        positive, negative = self.encoded(
-            prompts, do_classifier_free_guidance=self.guided, negative_prompt=self.negatives(prompts)
-        )
-        return Conditioning(positive={"cap_feats": positive}, negative={"cap_feats": negative} if self.guided else None)
+        return self.guidance > 0  # as do_classifier_free_guidance of this pipeline in diffusers 0.42
 
     def size(self) -> tuple[int, int]:
-        """The pipeline's own defaults."""
         return self.options.height or 1024, self.options.width or 1024
-
-    def start(self, generators: Sequence[torch.Generator], conditioning: Conditioning) -> Start:
-        return Start(latents=self.draw(generators, self.pipe.transformer.in_channels, torch.float32), shared={})
 
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
         steps = self.options.num_inference_steps
@@ -65,11 +57,3 @@ class ZImage(Family):
 
     def finish(self, output: Tensor) -> Tensor:
         return -output
-
-    def latents_to_decode(self, latents: Tensor) -> Tensor:
-        config = self.pipe.vae.config
-        return latents / config.scaling_factor + config.shift_factor
-
-    def latents_from_encoded(self, encoded: Tensor) -> Tensor:
-        config = self.pipe.vae.config
-        return (encoded - config.shift_factor) * config.scaling_factor

@@ -1,3 +1,5 @@
+"""Ranking and running selection against a selection sort; search plans step by step."""
+
 from __future__ import annotations
 
 import gc
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from aigiqa_reward.rewards.ranking import Halving, TopK, ZeroOrder, rank, spread
+from aigiqa_reward.rewards.ranking import TopK, rank, spread
+from aigiqa_reward.sampling import Halving, ZeroOrder
 from aigiqa_reward.utils.checks import integer
 
 NAN = float("nan")
@@ -40,15 +43,8 @@ def test_rank_is_a_stable_selection_sort_with_nan_last():
         for _ in range(20):
             scores = draw(generator, count)
             assert rank(scores) == by_hand(scores)
-
-
-@pytest.mark.parametrize("container", [list, tuple, np.array, torch.tensor, iter])
-def test_rank_takes_any_container(container):
-    assert rank(container([0.5, 2.0, NAN, 2.0, -1.0])) == [1, 3, 0, 4, 2]
-
-
-def test_rank_of_nothing():
-    assert rank([]) == []
+    for container in (tuple, np.array, torch.tensor, iter):
+        assert rank(container([0.5, 2.0, NAN, 2.0, -1.0])) == [1, 3, 0, 4, 2]
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 30])
@@ -63,26 +59,13 @@ def test_top_k_holds_what_ranking_everything_would_give(k):
                 asked = top.accepts(scores[index], index)
                 assert top.push(scores[index], index, f"item {index}") is asked
                 assert len(top) <= k
+            top.items().clear()  # a copy
             assert [held.index for held in top.items()] == expected
             assert [held.item for held in top.items()] == [f"item {index}" for index in expected]
             assert [held.score for held in top.items()] == [scores[index] for index in expected]
 
 
-def test_ties_go_to_the_smaller_index_in_every_push_order():
-    for order in itertools.permutations(range(4)):
-        top = TopK(2)
-        for index in order:
-            top.push(1.0, index, None)
-        assert [held.index for held in top.items()] == [0, 1]
-
-
-def test_nan_never_enters_even_an_empty_one():
-    top = TopK(3)
-    assert not top.push(NAN, 0, "nothing")
-    assert top.items() == []
-
-
-def test_lets_go_of_displaced_items():
+def test_displaced_items_are_freed():
     class Item:
         pass
 
@@ -97,70 +80,12 @@ def test_lets_go_of_displaced_items():
     assert sum(reference() is not None for reference in references) == 2
 
 
-def test_items_is_a_copy():
-    top = TopK(1)
-    top.push(1.0, 0, None)
-    top.items().clear()
-    assert len(top) == 1
-
-
-@pytest.mark.parametrize("k", [True, 2.0, "3", None])
-def test_k_must_be_an_integer(k):
-    with pytest.raises(TypeError, match="k: expected an integer of at least 1, got"):
+@pytest.mark.parametrize(("k", "error"), [(True, TypeError), (2.0, TypeError), ("3", TypeError), (0, ValueError)])
+def test_k_must_be_a_positive_integer(k, error):
+    with pytest.raises(error, match="k: expected an integer of at least 1, got"):
         TopK(k)
-
-
-@pytest.mark.parametrize("k", [0, -1])
-def test_k_must_be_positive(k):
-    with pytest.raises(ValueError, match="k: expected an integer of at least 1, got"):
-        TopK(k)
-
-
-def test_integer_takes_whatever_python_counts_with():
     assert integer("n", np.int64(3), least=1) == 3
     assert integer("seed", -5) == -5
-
-
-# --------------------------------------------------------------------------------------------- search plans
-
-
-def test_rounds_shrink_and_end_before_the_last_step():
-    plan = Halving(at=(0.25, 0.5, 0.75), keep=0.5)
-    assert [(r.step, r.survivors) for r in plan.rounds(16, 20)] == [(5, 8), (10, 4), (15, 2)]
-    assert [(r.step, r.survivors) for r in plan.rounds(16, 20, least=6)] == [(5, 8), (10, 6)]
-    assert [(r.step, r.survivors) for r in plan.rounds(16, 2)] == [(1, 4)]  # two shares come to one step: one round
-    assert plan.rounds(16, 1) == [] == plan.rounds(1, 20)
-
-
-def test_calls_are_those_of_a_walk_step_by_step():
-    for plan in (Halving(), Halving(at=(0.25, 0.5, 0.75), keep=0.5), Halving(at=(0.9,), keep=0.1)):
-        for n, steps, least in [(16, 20, 1), (7, 4, 3), (64, 50, 1), (5, 1, 1)]:
-            rounds = {r.step: r.survivors for r in plan.rounds(n, steps, least)}
-            alive, calls = n, 0
-            for step in range(steps):
-                alive = rounds.get(step, alive)
-                calls += alive
-            assert plan.calls(n, steps, least) == calls
-            assert alive >= min(n, least)
-
-
-@pytest.mark.parametrize("at", [(), (0.0,), (1.0,), (0.5, 0.5), (0.6, 0.3), (math.nan,)])
-def test_shares_must_grow_within_the_steps(at):
-    with pytest.raises(ValueError, match=r"^at: expected growing shares"):
-        Halving(at=at)
-
-
-@pytest.mark.parametrize("keep", [0.0, 1.0, -1, math.nan])
-def test_a_share_must_go_on(keep):
-    with pytest.raises(ValueError, match=r"^keep: expected a share in \(0, 1\)"):
-        Halving(keep=keep)
-
-
-def test_zero_order_settings_are_checked():
-    with pytest.raises(ValueError, match=r"^radius: expected a number in \(0, 1\], got 0"):
-        ZeroOrder(radius=0)
-    with pytest.raises(ValueError, match=r"^neighbors: expected an integer of at least 1"):
-        ZeroOrder(neighbors=0)
 
 
 def test_spread_takes_the_best_and_is_at_most_twice_as_narrow_as_possible():
@@ -176,3 +101,40 @@ def test_spread_takes_the_best_and_is_at_most_twice_as_narrow_as_possible():
         assert taken[0] == 0
         assert taken == sorted(set(taken))
         assert narrowest(taken) >= max(narrowest(c) for c in itertools.combinations(range(8), 3) if 0 in c) / 2
+
+
+# --------------------------------------------------------------------------------------------- search plans
+
+
+def test_rounds_shrink_and_end_before_the_last_step():
+    plan = Halving(at=(0.25, 0.5, 0.75), keep=0.5)
+    assert [(r.step, r.survivors) for r in plan.rounds(16, 20)] == [(5, 8), (10, 4), (15, 2)]
+    assert [(r.step, r.survivors) for r in plan.rounds(16, 20, least=6)] == [(5, 8), (10, 6)]
+    assert [(r.step, r.survivors) for r in plan.rounds(16, 2)] == [(1, 4)]  # two fractions at one step: one round
+    assert plan.rounds(16, 1) == [] == plan.rounds(1, 20)
+
+
+def test_calls_are_those_of_a_walk_step_by_step():
+    for plan in (Halving(), Halving(at=(0.25, 0.5, 0.75), keep=0.5), Halving(at=(0.9,), keep=0.1)):
+        for n, steps, least in [(16, 20, 1), (7, 4, 3), (64, 50, 1), (5, 1, 1)]:
+            rounds = {r.step: r.survivors for r in plan.rounds(n, steps, least)}
+            alive, calls = n, 0
+            for step in range(steps):
+                alive = rounds.get(step, alive)
+                calls += alive
+            assert plan.calls(n, steps, least) == calls
+            assert alive >= min(n, least)
+
+
+@pytest.mark.parametrize(
+    ("plan", "arguments", "message"),
+    [
+        *((Halving, {"at": at}, "at: expected growing shares") for at in [(), (0.0,), (1.0,), (0.6, 0.3), (NAN,)]),
+        *((Halving, {"keep": keep}, r"keep: expected a share in \(0, 1\)") for keep in [0.0, 1.0, NAN]),
+        (ZeroOrder, {"radius": 0}, r"radius: expected a number in \(0, 1\], got 0"),
+        (ZeroOrder, {"neighbors": 0}, "neighbors: expected an integer of at least 1"),
+    ],
+)
+def test_plans_are_checked(plan, arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        plan(**arguments)

@@ -1,4 +1,4 @@
-"""The node that scores every image by itself."""
+"""The node that scores images one by one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aigiqa_reward import RewardOutput, Scorer
+from aigiqa_reward import RewardFunction, RewardOutput, Scorer
 from aigiqa_reward.images import load, to_bhwc
 from aigiqa_reward.report import draw_heat_maps, heat_maps
 
-from .arguments import PROMPT, REWARD, image_rows, in_comfyui, logged_warnings, prompt_or_none
-from .memory import blocked, ready
+from .inputs import PROMPT, REWARD, image_rows, in_comfyui, logged_warnings, prompt_or_none
+from .reward import blocked, ready
 
 HEAT_MAPS = ("auto", "distortion", "gradient", "off")
 
@@ -25,57 +25,48 @@ class Score:
     CATEGORY = "AIGIQA"
     DESCRIPTION = (
         "Scores each image: perceptual quality, correspondence to the prompt, and their mean, the total. 1 is the best "
-        "score that people gave in the benchmark the reward learned from. A list of images of several sizes works too."
+        "score that people gave in the benchmark the reward was trained on. A list of images of several sizes works."
     )
     RETURN_TYPES = ("FLOAT", "STRING", "IMAGE")
     RETURN_NAMES = ("scores", "json", "heat_maps")
     OUTPUT_IS_LIST = (True, False, False)
     OUTPUT_TOOLTIPS = (
         "Total of each image, in the images' order, higher is better.",
-        "A JSON list, an object an image: total, quality, correspondence, details, and which heat map was drawn, "
+        "A JSON list, one object per image: total, quality, correspondence, details, and which heat map was drawn, "
         "or why none. Preview Any shows it.",
-        "The images in gray under a heat map, from dark (0) to bright (1); what it shows is chosen by heat_map.",
+        "The images in gray under a heat map, from dark (0) to bright (1); heat_map chooses what it shows.",
     )
     FUNCTION = "score"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """Inputs, as ComfyUI asks for them."""
+        """Declare the inputs."""
+        heat_map = {
+            "default": "auto",
+            "tooltip": "distortion: where the model finds distortions (cpa_iqa alone). gradient: where the score "
+            "reacts most to the pixels, relative within each image; costs about twice the scoring. auto: distortion "
+            "where there is one, else gradient, none where the reward has neither. off: none, fastest.",
+        }
         return {
             "required": {
                 "reward": REWARD,
                 "images": ("IMAGE", {"tooltip": "A batch, or a list of images of any sizes."}),
                 "prompt": PROMPT,
             },
-            "optional": {
-                "heat_map": (
-                    list(HEAT_MAPS),
-                    {
-                        "default": "auto",
-                        "tooltip": "distortion: where the model finds distortions (cpa_iqa alone). gradient: where the "
-                        "score reacts most to the pixels, relative within each image; costs twice the scoring. auto: "
-                        "distortion where there is one, else gradient, none where the reward has neither. off: none, "
-                        "fastest.",
-                    },
-                ),
-            },
+            "optional": {"heat_map": (list(HEAT_MAPS), heat_map)},
         }
 
     def score(self, reward: Any, images: Any, prompt: str = "", heat_map: str = "auto") -> tuple[list[float], str, Any]:
-        """Score a batch.
-
-        Raises:
-            TypeError, ValueError: inputs that cannot be scored, named with the reason; a heat map that was asked for by
-                name and that the reward does not give.
-        """
+        """Score a batch; fails with the reason where an image cannot be scored or a chosen heat map not be drawn."""
         if heat_map not in HEAT_MAPS:
             raise ValueError(f"heat_map: expected one of {', '.join(HEAT_MAPS)}, got {heat_map!r}")
         rows, text = image_rows([images]), prompt_or_none(prompt)
-        drawn = blocked("heat_map is off: choose auto, distortion or gradient in Score Images (AIGIQA)")
         kind = fault = None
         with ready(reward) as judge, logged_warnings():
             output = _scored(judge, rows, text)
-            if heat_map != "off":
+            if heat_map == "off":
+                drawn = blocked("heat_map is off: choose auto, distortion or gradient in Score Images (AIGIQA)")
+            else:
                 pixels = torch.stack([load(row) for row in rows])  # as they were scored: alpha on white
                 try:
                     heat = heat_maps(judge, pixels, text, kind=heat_map)
@@ -91,7 +82,7 @@ class Score:
         return output.total.tolist(), json.dumps(report, ensure_ascii=False, indent=1), drawn
 
 
-def _scored(reward: Any, rows: list[Tensor], text: str | None) -> RewardOutput:
+def _scored(reward: RewardFunction, rows: list[Tensor], text: str | None) -> RewardOutput:
     outputs, failed = [], []
     for result in Scorer(reward, batch_size=8).stream(rows, text):
         if result.output is None:
@@ -106,7 +97,7 @@ def _scored(reward: Any, rows: list[Tensor], text: str | None) -> RewardOutput:
 
 
 def _report(output: RewardOutput, text: str | None, **of_all: str | None) -> list[dict[str, Any]]:
-    """An object an image; of the details those that are one number an image."""
+    """Make one object per image, with the details that are one number per image."""
     single = {name: values for name, values in output.details.items() if values.ndim == 1}
     matches = output.correspondence
     return [

@@ -1,23 +1,23 @@
-"""Nodes that hold images against each other. They take lists whole, so that images of several sizes can compete."""
+"""Nodes that compare images. They take lists as a whole, so that images of several sizes can compete."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from aigiqa_reward import BestOfNOutput, rerank
+from aigiqa_reward import BestOfNOutput, RewardFunction, rerank
 from aigiqa_reward.images import load, to_bhwc
 from aigiqa_reward.report import contact_sheet
 from aigiqa_reward.sampling import NothingRankedError
 
-from .arguments import PROMPT, REWARD, grouped, image_batches, in_comfyui, logged_warnings, only
+from .inputs import PROMPT, REWARD, grouped, image_batches, in_comfyui, logged_warnings, only
 from .latents import Latent, latent_batches, latent_rows
-from .memory import blocked, ready
+from .reward import blocked, ready
 
 IMAGES = (
     "IMAGE",
@@ -27,47 +27,56 @@ LATENT = ("LATENT", {"tooltip": "Optional: what the images were decoded from; th
 ASPECTS = ("total", "quality", "correspondence")
 NONE_PASSES = ("error", "stop", "best")
 
-_OUTPUTS = (
-    "The chosen images, as they came in; a list of single images where their sizes differ.",
-    "The chosen rows of latent, to sample on. With the batch's seed they draw the noise that they had, if the images' "
-    "sides are multiples of 16 px; with latents of 16 or more channels (SD 3, FLUX) at any size.",
-    "Total of each chosen image, higher is better.",
-    "Place of each chosen image among those that competed, from 0.",
-)
-
 
 @dataclass
 class _Chosen:
-    """What leaves the node, one entry an image."""
+    """What leaves a node, one entry per image."""
 
     images: list[Tensor] = field(default_factory=list)
     latents: list[Latent] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
 
+    def add(self, rows: list[Tensor], latents: list[Latent], index: int, score: float) -> None:
+        self.images.append(rows[index])
+        self.latents += latents[index : index + 1]
+        self.scores.append(score)
+        self.indices.append(index)
+
     def outputs(self, *, latent_given: bool) -> tuple[Any, Any, Any, Any]:
         latents = latent_batches(self.latents) if latent_given else blocked("connect an input to latent to use this")
         return image_batches(self.images), latents, self.scores, self.indices
 
 
-class SelectBest:
-    """Select Best Images (AIGIQA)."""
+class _Choosing:
+    """The outputs of both nodes that choose."""
 
     CATEGORY = "AIGIQA"
+    RETURN_TYPES = ("IMAGE", "LATENT", "FLOAT", "INT")
+    RETURN_NAMES = ("images", "latent", "scores", "indices")
+    OUTPUT_TOOLTIPS = (
+        "The chosen images, as they came in; a list of single images where their sizes differ.",
+        "The chosen rows of latent, to sample further. With the batch's seed they draw the noise that they had, if the "
+        "images' sides are multiples of 16 px; with latents of 16 or more channels (SD 3, FLUX) at any size.",
+        "Score of each chosen image, higher is better: the total, or the aspect that was filtered by.",
+        "Place of each chosen image among those that competed, from 0.",
+    )
+    INPUT_IS_LIST = True
+    OUTPUT_IS_LIST = (True, True, True, True)
+
+
+class SelectBest(_Choosing):
+    """Select Best Images (AIGIQA)."""
+
     DESCRIPTION = (
         "Ranks images by a reward and passes on the best of them, best first, with their latents. Images with NaN "
         "pixels are left out, with a warning in the console; where no other image is left, that is an error."
     )
-    RETURN_TYPES = ("IMAGE", "LATENT", "FLOAT", "INT")
-    RETURN_NAMES = ("images", "latent", "scores", "indices")
-    OUTPUT_TOOLTIPS = _OUTPUTS
-    INPUT_IS_LIST = True
-    OUTPUT_IS_LIST = (True, True, True, True)
     FUNCTION = "select"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """Inputs, as ComfyUI asks for them."""
+        """Declare the inputs."""
         top_k = {
             "default": 1,
             "min": 0,
@@ -87,12 +96,7 @@ class SelectBest:
         top_k: Sequence[int],
         latent: Sequence[Any] | None = None,
     ) -> tuple[Any, Any, Any, Any]:
-        """Rank and keep; every input is a list, as INPUT_IS_LIST has it.
-
-        Raises:
-            TypeError, ValueError: inputs that do not fit, such as latents and images of different numbers.
-                Or no image could be ranked.
-        """
+        """Rank and keep the best; every input is a list."""
         count = only("top_k", top_k)
         if count < 0:
             raise ValueError(f"top_k: expected a number of at least 0, got {count}; 0 ranks all")
@@ -102,31 +106,25 @@ class SelectBest:
                 output, fault = _ranked(rows, text, judge, min(count, len(rows)) or len(rows))
                 faults += fault
                 for index, score in zip(output.seeds, output.scores, strict=True):
-                    _keep(chosen, rows, latents, index, score)
+                    chosen.add(rows, latents, index, score)
         if not chosen.images:
             raise ValueError(f"images: {'; '.join(faults)}")
         return chosen.outputs(latent_given=latent is not None)
 
 
-class Filter:
+class Filter(_Choosing):
     """Filter Images by Score (AIGIQA)."""
 
-    CATEGORY = "AIGIQA"
     DESCRIPTION = (
-        "Passes on the images that score at least a threshold, in their order, with their latents. What happens when "
-        "none does is chosen by if_none: an error that names the best score, a silent stop of what follows, or the "
-        "best image."
+        "Passes on the images that score at least a threshold, in their order, with their latents. if_none decides "
+        "what happens when none does: an error that names the best score, a silent stop of what follows, or the best "
+        "image."
     )
-    RETURN_TYPES = ("IMAGE", "LATENT", "FLOAT", "INT")
-    RETURN_NAMES = ("images", "latent", "scores", "indices")
-    OUTPUT_TOOLTIPS = (*_OUTPUTS[:2], "Score of each chosen image in the aspect, higher is better.", _OUTPUTS[3])
-    INPUT_IS_LIST = True
-    OUTPUT_IS_LIST = (True, True, True, True)
     FUNCTION = "filter"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """Inputs, as ComfyUI asks for them."""
+        """Declare the inputs."""
         threshold = {
             "default": 0.5,
             "min": -10.0,
@@ -134,22 +132,20 @@ class Filter:
             "step": 0.01,
             "tooltip": "Least score that passes. 1 is the best score that people gave; most good images lie below.",
         }
+        aspect = {"default": "total", "tooltip": "Which score is compared to the threshold."}
+        if_none = {
+            "default": "error",
+            "tooltip": "Where no image passes. error: the run fails and says by how much. stop: what follows does not "
+            "run, the rest does. best: the best image passes; where none can be scored the run fails.",
+        }
         return {
             "required": {
                 "reward": REWARD,
                 "images": IMAGES,
                 "prompt": PROMPT,
                 "threshold": ("FLOAT", threshold),
-                "aspect": (list(ASPECTS), {"default": "total", "tooltip": "Which score is held against it."}),
-                "if_none": (
-                    list(NONE_PASSES),
-                    {
-                        "default": "error",
-                        "tooltip": "Where no image passes. error: the run fails and says by how much. stop: what "
-                        "follows does not run, the rest does. best: the best image passes; where none can be scored "
-                        "the run fails.",
-                    },
-                ),
+                "aspect": (list(ASPECTS), aspect),
+                "if_none": (list(NONE_PASSES), if_none),
             },
             "optional": {"latent": LATENT},
         }
@@ -164,12 +160,7 @@ class Filter:
         if_none: Sequence[str],
         latent: Sequence[Any] | None = None,
     ) -> tuple[Any, Any, Any, Any]:
-        """Keep what scores enough; every input is a list, as INPUT_IS_LIST has it.
-
-        Raises:
-            TypeError, ValueError: inputs that do not fit; with if_none "error" also that no image passes,
-                with "best" that none could be scored.
-        """
+        """Keep the images that score enough; every input is a list."""
         least, by, otherwise = only("threshold", threshold), only("aspect", aspect), only("if_none", if_none)
         for name, value, known in (("aspect", by, ASPECTS), ("if_none", otherwise, NONE_PASSES)):
             if value not in known:
@@ -181,20 +172,20 @@ class Filter:
                 faults += fault
                 for index, score in enumerate(_aspect(output, by) if output.seeds else []):
                     if score >= least:  # never true of NaN, which dropped images have
-                        _keep(chosen, rows, latents, index, score)
+                        chosen.add(rows, latents, index, score)
                     if not math.isnan(score) and (best is None or score > best[-1]):
                         best = rows, latents, index, score
+        if not chosen.images and otherwise == "stop":
+            return tuple(blocked(None) for _ in self.RETURN_TYPES)
+        if not chosen.images and best is None:
+            raise ValueError(f"images: {'; '.join(faults) or f'the reward gave NaN as {by} of each'}")
+        if not chosen.images and otherwise == "error":
+            raise ValueError(
+                f"threshold: no image passes: the best {by} is {best[-1]:.3f}, below {least:.3f}; lower the threshold, "
+                "make more images, or choose another if_none"
+            )
         if not chosen.images:
-            if otherwise == "stop":
-                return tuple(blocked(None) for _ in self.RETURN_TYPES)
-            if best is None:
-                raise ValueError(f"images: {'; '.join(faults) or f'the reward gave NaN as {by} of each'}")
-            if otherwise == "error":
-                raise ValueError(
-                    f"threshold: no image passes: the best {by} is {best[-1]:.3f}, below {least:.3f}; lower the "
-                    "threshold, make more images, or choose another if_none"
-                )
-            _keep(chosen, *best)
+            chosen.add(*best)
         return chosen.outputs(latent_given=latent is not None)
 
 
@@ -204,54 +195,48 @@ class ContactSheet:
     CATEGORY = "AIGIQA"
     DESCRIPTION = (
         "Draws all images with their scores in one picture, the best one in a frame. An image that cannot be scored "
-        "is a tile that says why. The images are scored anew."
+        "is a tile with the reason. The images are scored again."
     )
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("sheet",)
-    OUTPUT_TOOLTIPS = ("One picture a prompt, for Preview Image or Save Image.",)
+    OUTPUT_TOOLTIPS = ("One picture per prompt, for Preview Image or Save Image.",)
     INPUT_IS_LIST = True
     OUTPUT_IS_LIST = (True,)
     FUNCTION = "draw"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """Inputs, as ComfyUI asks for them."""
+        """Declare the inputs."""
         return {"required": {"reward": REWARD, "images": IMAGES, "prompt": PROMPT}}
 
     def draw(self, reward: Sequence[Any], images: Sequence[Any], prompt: Sequence[str]) -> tuple[list[Tensor]]:
-        """Score and draw; every input is a list, as INPUT_IS_LIST has it.
-
-        Raises:
-            TypeError, ValueError: inputs that do not fit.
-        """
+        """Score and draw; every input is a list."""
         with ready(only("reward", reward)) as judge:
-            sheets = [
-                contact_sheet(_ranked(rows, text, judge, len(rows))[0], text or "")
-                for rows, text in grouped(images, prompt)
-            ]
-        return ([to_bhwc(load(sheet)[None]) for sheet in sheets],)
+            outputs = [(_ranked(rows, text, judge, len(rows))[0], text) for rows, text in grouped(images, prompt)]
+        return ([to_bhwc(load(contact_sheet(output, text or ""))[None]) for output, text in outputs],)
 
 
-Contest = tuple[list[Tensor], str | None, list[Latent]]
-
-
-def _contests(images: Sequence[Any], prompts: Sequence[Any], latents: Sequence[Any] | None) -> list[Contest]:
-    """Groups of images that compete, their prompts, and the latents of their images, where these are given."""
+def _contests(
+    images: Sequence[Any], prompts: Sequence[Any], latents: Sequence[Any] | None
+) -> Iterator[tuple[list[Tensor], str | None, list[Latent]]]:
+    """Yield the groups of images that compete, each with its prompt and the images' latents if there are any."""
     groups = grouped(images, prompts)
-    if latents is None:
-        return [(rows, text, []) for rows, text in groups]
-    every, count = latent_rows(latents), sum(len(rows) for rows, _ in groups)
-    if len(every) != count:
+    every, count = latent_rows(latents or []), sum(len(rows) for rows, _ in groups)
+    if latents is not None and len(every) != count:
         remedy = "connect the LATENT that these images were decoded from, or none"
         if any(row["samples"].ndim == 5 and row["samples"].shape[2] > 1 for row in every):
             remedy = "a video's LATENT is one row for all its frames, which cannot be chosen apart: connect none"
         raise ValueError(f"latent: expected a row for each of the {count} images, got {len(every)}; {remedy}")
-    rest = iter(every)
-    return [(rows, text, [next(rest) for _ in rows]) for rows, text in groups]
+    start = 0
+    for rows, text in groups:
+        yield rows, text, every[start : start + len(rows)]
+        start += len(rows)
 
 
-def _ranked(rows: list[Tensor], text: str | None, reward: Any, top_k: int) -> tuple[BestOfNOutput, list[str]]:
-    """The ranking, and why there is none where no image could be scored; the console tells it each time."""
+def _ranked(
+    rows: list[Tensor], text: str | None, reward: RewardFunction, top_k: int
+) -> tuple[BestOfNOutput, list[str]]:
+    """Rank images, and collect why there is no ranking where no image could be scored; logged in every run."""
     faults = []
     with logged_warnings():
         try:
@@ -264,17 +249,9 @@ def _ranked(rows: list[Tensor], text: str | None, reward: Any, top_k: int) -> tu
 
 
 def _aspect(output: BestOfNOutput, aspect: str) -> list[float]:
-    """Scores of all images, in their order."""
+    """Return the scores of all images, in their order."""
     if aspect == "correspondence":
         if output.all_correspondence is None:
             raise ValueError("aspect: correspondence needs a prompt and a reward that gives it; fill in prompt")
         return output.all_correspondence
     return output.all_quality if aspect == "quality" else output.all_scores
-
-
-def _keep(chosen: _Chosen, rows: list[Tensor], latents: list[Latent], index: int, score: float) -> None:
-    chosen.images.append(rows[index])
-    chosen.scores.append(score)
-    chosen.indices.append(index)
-    if latents:
-        chosen.latents.append(latents[index])

@@ -1,0 +1,166 @@
+"""Runs fine-tuning algorithms by hand: a context on a tiny pipeline with a moved adapter, batches, gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pipelines
+import torch
+from accelerate import Accelerator
+from finetuned import PROMPTS, stir, warmth
+from PIL import Image
+from pipelines import FEW_STEPS
+from torch import Tensor
+
+from aigiqa_reward.datasets import PreferencePairs
+from aigiqa_reward.finetuning.algorithms.base import Algorithm
+from aigiqa_reward.finetuning.batch import Batch, Outcome
+from aigiqa_reward.finetuning.context import TrainingContext
+from aigiqa_reward.finetuning.lora import LoRA
+from aigiqa_reward.sampling.rollout import Rollout
+
+PLAIN: dict[str, Any] = {**FEW_STEPS, "guidance_scale": 1.0}
+GUIDED: dict[str, Any] = {**FEW_STEPS, "guidance_scale": 3.0}
+
+
+def precise() -> Any:
+    """Stable Diffusion in float64, paler, so that no pixel lies where the input of a reward is clamped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = pipelines.stable_diffusion().to(torch.float64)
+    pipe.vae.decoder.conv_out.weight.data *= 0.3
+    return pipe
+
+
+def context_of(
+    pipe: Any,
+    reward: Any = warmth,
+    *,
+    moved: float = 0.3,
+    rank: int = 2,
+    call: Mapping[str, Any] = PLAIN,
+    **options: Any,
+) -> TrainingContext:
+    """Context with an adapter in the pipeline's dtype, moved away from B = 0 by normal numbers."""
+    rollout = Rollout(pipe, **call)
+    lora = LoRA(rollout.family, rank=rank)
+    for weight in lora.weights.values():
+        weight.data = weight.data.to(pipe.dtype)
+    stir(lora, moved)
+    return TrainingContext(rollout=rollout, lora=lora, reward=reward, accelerator=Accelerator(cpu=True), **options)
+
+
+def changed(context: TrainingContext, **options: Any) -> TrainingContext:
+    """The same pipeline and adapter with other options."""
+    kept = {name: getattr(context, name) for name in ("rollout", "lora", "reward", "accelerator")}
+    return TrainingContext(**{**kept, **options})
+
+
+def batch_of(
+    rows: Iterable[int] = (0,), *, group: int = 1, round: int = 0, step: int | None = None, size: int = 0, seed: int = 0
+) -> Batch:
+    """Rows of a step; the rows of group i have prompt i."""
+    rows = tuple(rows)
+    places = tuple(row // group % len(PROMPTS) for row in rows)
+    return Batch(
+        prompts=tuple(PROMPTS[place] for place in places),
+        places=places,
+        rows=rows,
+        round=round,
+        step=round if step is None else step,
+        size=size or len(rows),
+        seed=seed,
+    )
+
+
+def batches(*parts: Sequence[int], **more: Any) -> list[Batch]:
+    """The parts of one step."""
+    return [batch_of(rows, size=sum(map(len, parts)), **more) for rows in parts]
+
+
+def run_backward(
+    algorithm: Algorithm, context: TrainingContext, parts: Sequence[Batch], memory: Mapping[str, Tensor] | None = None
+) -> list[list[Outcome]]:
+    """The outcomes of each part, after the backward pass of each as in the loop."""
+    with torch.no_grad():
+        memory = algorithm.prepare(context, parts) if memory is None else memory
+    outcomes = []
+    for part, batch in enumerate(parts):
+        outcomes.append([])
+        for outcome in algorithm.losses(context, batch, part, memory):
+            (outcome.loss * len(batch) / batch.size).backward()
+            outcomes[-1].append(outcome)
+    return outcomes
+
+
+def take_gradient(context: TrainingContext) -> Tensor:
+    """The gradient, flat over all weights, which are then without."""
+    found = []
+    for weight in context.lora.weights.values():
+        found.append(torch.zeros_like(weight).flatten() if weight.grad is None else weight.grad.flatten())
+        weight.grad = None
+    return torch.cat(found)
+
+
+def gradient(
+    context: TrainingContext, algorithm: Algorithm, *parts: Batch, memory: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """The gradient of all losses of a step."""
+    take_gradient(context)
+    run_backward(algorithm, context, parts, memory)
+    return take_gradient(context)
+
+
+def loss_of(
+    algorithm: Algorithm, context: TrainingContext, parts: Sequence[Batch], memory: Mapping[str, Tensor]
+) -> float:
+    """The loss of a step."""
+    return sum(
+        float(outcome.loss.detach()) * len(batch) / batch.size
+        for part, batch in enumerate(parts)
+        for outcome in algorithm.losses(context, batch, part, memory)
+    )
+
+
+def flat(context: TrainingContext) -> Tensor:
+    return torch.cat([weight.detach().flatten() for weight in context.lora.weights.values()])
+
+
+def put(context: TrainingContext, values: Tensor) -> None:
+    """The opposite of `flat`."""
+    weights = list(context.lora.weights.values())
+    with torch.no_grad():
+        for weight, part in zip(weights, values.split([w.numel() for w in weights]), strict=True):
+            weight.copy_(part.view_as(weight))
+
+
+def slope(context: TrainingContext, loss: Callable[[], float], direction: Tensor, small: float = 1e-4) -> float:
+    """Central difference of a loss along a direction in the space of the adapter's weights."""
+    start, values = flat(context), []
+    for sign in (1, -1):
+        put(context, start + sign * small * direction)
+        values.append(loss())
+    put(context, start)
+    return (values[0] - values[1]) / (2 * small)
+
+
+def directions(context: TrainingContext, count: int = 2) -> list[Tensor]:
+    like = flat(context)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    return [torch.randn(like.shape, generator=generator, dtype=like.dtype) for generator in generators]
+
+
+def write_pairs(folder: Path, count: int = 3) -> PreferencePairs:
+    """Pairs of random images of 32 px, of the prompts in turn."""
+    generator = torch.Generator().manual_seed(0)
+    files: dict[str, list[Path]] = {"better": [], "worse": []}
+    for name, found in files.items():
+        for place in range(count):
+            image = torch.randint(256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+            found.append(folder / f"{name} {place}.png")
+            Image.fromarray(image.numpy()).resize((32, 32)).save(found[-1])
+    prompts = tuple(PROMPTS[place % len(PROMPTS)] for place in range(count))
+    return PreferencePairs(prompts=prompts, better=tuple(files["better"]), worse=tuple(files["worse"]))

@@ -1,0 +1,128 @@
+"""A reward bound to prompts: encoded once, finite rows only, its own precision, and with or without gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aigiqa_reward import RewardOutput, create_reward
+from aigiqa_reward.rewards.bound import BoundReward, device_of, reward_name
+from aigiqa_reward.types import PromptError, PromptFeatures
+
+
+class Lengths:
+    """Brightness and the length of the prompt; records what it encoded and was given."""
+
+    name = "lengths"
+
+    def __init__(self) -> None:
+        self.encoded: list[list[str]] = []
+        self.seen: list[Tensor] = []
+
+    def encode_prompts(self, prompts: list[str]) -> PromptFeatures:
+        for prompt in prompts:
+            if "?" in prompt:
+                raise PromptError(prompt)
+        self.encoded.append(prompts)
+        texts = tuple(dict.fromkeys(prompts))
+        lengths = torch.tensor([float(len(text)) for text in texts])
+        index = torch.tensor([texts.index(prompt) for prompt in prompts])
+        return PromptFeatures(texts=texts, index=index, tensors={"length": lengths}, model="lengths")
+
+    def __call__(self, images: Tensor, prompts: PromptFeatures | None) -> RewardOutput:
+        self.seen.append(images)
+        quality = images.mean(dim=(1, 2, 3))
+        length = None if prompts is None else prompts.rows("length").to(quality)
+        return RewardOutput(
+            total=quality if length is None else quality + length,
+            quality=quality,
+            correspondence=length,
+            details={"map": images[:, 0]},
+        )
+
+
+def brightness(images: Tensor, prompts: list[str]) -> Tensor:
+    assert isinstance(prompts, list)
+    return images.mean(dim=(1, 2, 3))
+
+
+def levels(*values: float) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).clone()
+
+
+def test_prompts_are_encoded_once_and_looked_up_afterwards() -> None:
+    reward = Lengths()
+    bound = BoundReward(reward, ["aa", "b", "aa"])
+    images = levels(0.1, 0.2, 0.3)
+    assert bound(images, ["b", "aa", "b"]).correspondence.tolist() == [1, 2, 1]
+    assert bound(images, "b").correspondence.tolist() == [1, 1, 1]
+    assert bound(images, None).correspondence is None
+    assert reward.encoded == [["aa", "b", "aa"]]
+    assert bound(images[:1], ["ccc"]).total.tolist() == pytest.approx([3.1])
+    assert BoundReward(brightness).encode(["a"]) == ["a"], "of a reward that encodes nothing"
+    assert BoundReward(brightness)(images, "a").total.tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_unreadable_prompts_are_found_and_the_others_encoded() -> None:
+    reward = Lengths()
+    bound = BoundReward(reward)
+    assert list(bound.unreadable(["a", "?", "b", "??", "a"])) == ["?", "??"]
+    assert reward.encoded == [["a", "b"]]
+    assert bound.unreadable(["b"]) == {} == BoundReward(brightness).unreadable(["?"])
+    with pytest.raises(PromptError, match=r"'\?' holds no readable word"):
+        BoundReward(reward, ["?"])
+
+
+def test_only_finite_images_are_scored() -> None:
+    reward = Lengths()
+    images = levels(0.1, torch.nan, 0.3, torch.inf).requires_grad_()
+    output = BoundReward(reward).score(images, ["a", "bb", "ccc", "dddd"])
+    assert output.total.nan_to_num(-1).tolist() == pytest.approx([1.1, -1, 3.3, -1])
+    assert output.correspondence is not None
+    assert output.correspondence.nan_to_num(-1).tolist() == [1, -1, 3, -1]
+    assert not output.total.requires_grad
+    assert len(reward.seen[0]) == 2
+    assert BoundReward(brightness).score(images[1:2], "a").total.isnan().tolist() == [True]
+    assert "map" in BoundReward(reward).score(images[:1], "a").details
+
+
+def test_precision_and_range_are_the_rewards() -> None:
+    reward = Lengths()
+    bound = BoundReward(reward)
+    for dtype, expected in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
+        bound(levels(-3.0, 0.5, 9.0).to(dtype), "a")
+        assert reward.seen[-1].dtype == expected
+    assert -1 < float(reward.seen[-1].min()) < float(reward.seen[-1].max()) < 2  # what a Reward accepts
+    linear = nn.Conv2d(3, 1, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = BoundReward(lambda images, prompts: linear(images).flatten())(levels(0.5), "a").total
+    assert total.dtype == torch.float32
+
+
+def test_a_reward_without_gradients_is_refused_by_name() -> None:
+    BoundReward(brightness).check_differentiable("RewardGuidance", "a fox")
+    BoundReward(create_reward("compact")).check_differentiable("RewardGuidance", "a fox")
+
+    def flat(images: Tensor, prompts: list[str]) -> Tensor:
+        return images.detach().mean(dim=(1, 2, 3))
+
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^reward: DRaFT needs its gradient.*flat returns scores"):
+        BoundReward(flat).check_differentiable("DRaFT", "a fox")
+
+
+def test_device_and_name_are_those_of_the_reward() -> None:
+    class Placed(nn.Linear):
+        device: Any = "meta"
+
+    assert device_of(brightness) is device_of(nn.Identity()) is BoundReward(brightness).device is None
+    assert device_of(nn.Linear(2, 2, device="meta")) == device_of(Placed(2, 2)) == torch.device("meta")
+    assert (BoundReward(Lengths()).name, reward_name(brightness), reward_name(nn.Identity())) == (
+        "lengths",
+        "brightness",
+        "Identity",
+    )
+    with pytest.raises(TypeError, match=r"reward: expected a Reward or a function.*got str.*create_reward"):
+        BoundReward("compact")  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""Which run a folder belongs to, what identifies its settings, and JSON without NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from aigiqa_reward.utils.run_folder import (
+    RunFolder,
+    differences,
+    identity,
+    read_jsonl,
+    reward_identity,
+    to_json,
+    weights_digest,
+    write_json,
+)
+
+
+def folder(path: Path, **more: Any) -> RunFolder:
+    return RunFolder(path, argument="out", contents=("*.png", "rows"), **more)
+
+
+def test_a_run_resumes_its_own_folder_and_no_other(tmp_path: Path) -> None:
+    run = folder(tmp_path / "new")
+    assert run.settings() is None
+    assert not run.started
+    run.check({"seed": 1})
+    assert not run.path.exists(), "a check writes nothing"
+    run.begin({"seed": 1, "rate": math.nan})
+    assert run.settings() == {"seed": 1, "rate": None}
+    run.begin({"seed": 1, "rate": math.nan})
+    with pytest.raises(
+        ValueError, match=r"^out: .*new holds a run with other settings \(more: None there, 'x' now; seed"
+    ):
+        run.begin({"seed": 2, "rate": None, "more": "x"})
+    run.begin({"seed": 2, "rate": None}, ignore=["seed"])
+    assert run.settings() == {"seed": 2, "rate": None}
+
+
+def test_overwriting_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.begin({"seed": 1})
+    for name in ("a.png", "mine.txt"):
+        (tmp_path / name).write_text(name)
+    run.begin({"seed": 2}, overwrite=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"run.json", "mine.txt"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["a.png", "rows", "run.json"])
+def test_a_folder_that_no_run_wrote_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
+    (tmp_path / name).write_text("[1, 2]")
+    with pytest.raises(ValueError, match=f"^out: .*{name}.*choose another folder"):
+        folder(tmp_path).begin({}, overwrite=overwrite)
+    assert (tmp_path / name).read_text() == "[1, 2]"
+    with pytest.raises(ValueError, match=r"^out: expected a folder, got the file"):
+        folder(tmp_path / name).settings()
+    (tmp_path / "run.json").write_text('{"seed": ')
+    with pytest.raises(ValueError, match=r"^out: cannot read .*run\.json"):
+        folder(tmp_path).settings()
+
+
+def test_settings_count_once_there_is_something_to_resume(tmp_path: Path) -> None:
+    run = folder(tmp_path, started="checkpoint-*")
+    run.begin({"seed": 1})
+    run.begin({"seed": 2})
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match="seed: 2 there, 3 now"):
+        run.begin({"seed": 3})
+
+
+def test_differences_are_named_and_shortened() -> None:
+    before, now = {"a": 1, "b": [1, 2], "c": "x" * 500}, {"a": 1.0, "b": (1, 2), "c": "y" * 500, "d": 0}
+    first, second = differences(before, now)
+    assert (len(first) < 200, first[:4], second) == (True, "c: '", "d: None there, 0 now")
+    assert differences(before, now, ignore=("c", "d")) == []
+
+
+def test_json_has_no_nan_and_lines_may_be_cut_off(tmp_path: Path) -> None:
+    value = {"a": [1.5, math.inf, (math.nan,)], "b": {"c": -math.inf}}
+    write_json(tmp_path / "new" / "a.json", value)
+    expected = {"a": [1.5, None, [None]], "b": {"c": None}}
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == json.loads(to_json(value)) == expected
+    assert read_jsonl(b'{"a": 1}\n\n{"a": 2}\n{"a": ') == [{"a": 1}, {"a": 2}]
+    with pytest.raises(ValueError):
+        read_jsonl(b'{"a": \n{"a": 2}\n')
+
+
+def test_values_are_identified_by_their_content() -> None:
+    array = np.arange(6.0).reshape(2, 3)
+    values = [array, array + 1, torch.from_numpy(array), Image.new("L", (2, 3)), Image.new("L", (2, 3), 1), array.T]
+    found = [identity(value) for value in values]
+    assert len(set(found)) == len(values)
+    assert found == [identity(value.copy() if hasattr(value, "copy") else value.clone()) for value in values]
+    assert identity({"a": (1, None, "x"), 3: object}) == {"a": [1, None, "x"], "3": "builtins.object"}
+
+
+def test_a_reward_is_identified_by_every_bit_of_its_weights_and_its_shares() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).bfloat16()
+    before = weights_digest(module)
+    assert weights_digest(module) == before
+    with torch.no_grad():
+        module[0].weight.view(torch.int16)[1, 2] += 1
+    changed = weights_digest(module)
+    module.quality_weight = 0.3
+    assert len({before, changed, weights_digest(module)}) == 3
+    assert reward_identity(module).startswith("Sequential ")
+    assert reward_identity(by_hand) == "by_hand"
+
+
+def by_hand(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return images.mean(dim=(1, 2, 3))
