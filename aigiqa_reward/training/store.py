@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.lib.format import open_memmap
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from aigiqa_reward import images as pixels
@@ -363,16 +364,10 @@ class LiveImages:
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: _stacked([part[name] for part in parts]) for name in parts[0]}
-
-
-def _stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Concatenate tensors (1, ...); sequences, which may differ in length, are padded with zeros to the longest."""
-    longest = max((row.shape[1] for row in rows if row.ndim > 1), default=0)
-    padded = [
-        row
-        if row.ndim < 2 or row.shape[1] == longest
-        else torch.cat([row, row.new_zeros(1, longest - row.shape[1], *row.shape[2:])], dim=1)
-        for row in rows
-    ]
-    return torch.cat(padded)
+    """Stack tensors (1, ...) by name; sequences, which may differ in length, are padded with zeros to the longest."""
+    return {
+        name: torch.cat([part[name] for part in parts])
+        if parts[0][name].ndim < 2
+        else pad_sequence([part[name][0] for part in parts], batch_first=True)
+        for name in parts[0]
+    }
