@@ -18,11 +18,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from scipy.io import savemat
-from scipy.stats import spearmanr
 
 from aigiqa_reward import datasets
 from aigiqa_reward.datasets import SOURCES, PreferencePairs, ScoredImages, read_aigciqa2023, read_data, read_imagereward
-from aigiqa_reward.evaluation import group_mean_predictor, selection_gain, srcc
+from aigiqa_reward.evaluation import group_mean_predictor, selection_gain
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "agiqa3k"
 Rows = list[dict[str, Any]]
@@ -665,17 +664,6 @@ def test_tables_check_their_fields() -> None:
 def test_the_generator_is_most_of_choosing_but_not_within_a_generator() -> None:
     data = datasets.read_agiqa3k(REAL)
     assert (len(data), len(set(data.prompts)), len(set(data.generators))) == (2385, 240, 10)
-    with (REAL / "data.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for column, target in (("mos_quality", data.quality), ("mos_align", data.correspondence)):
-        scores: dict[str, list[float]] = {}
-        for row in rows:
-            scores.setdefault(row["name"].rsplit("_", 1)[0], []).append(float(row[column]))
-        means = {generator: sum(values) / len(values) for generator, values in scores.items()}
-        predicted = group_mean_predictor(target, data.generators, data.generators)
-        looked_up = [means[row["name"].rsplit("_", 1)[0]] for row in rows]
-        expected = spearmanr(looked_up, [float(row[column]) for row in rows])[0]
-        assert srcc(predicted, target) == pytest.approx(expected, abs=1e-9)
     predicted, prompts = group_mean_predictor(data.quality, data.generators, data.generators), np.array(data.prompts)
     variants = np.array([name.startswith("sd1.5") for name in data.generators])
     assert selection_gain(predicted, data.quality, prompts) == pytest.approx(0.90, abs=0.02)

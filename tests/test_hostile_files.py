@@ -40,7 +40,7 @@ from aigiqa_reward.datasets import (
 )
 from aigiqa_reward.encoders.blip import BLIPConfig, _tokenizer
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, _architecture
-from aigiqa_reward.evaluation import Predictions, ProtocolReport, score_split
+from aigiqa_reward.evaluation import ProtocolReport, score_split
 from aigiqa_reward.finetuning import checkpoints as finetuning
 from aigiqa_reward.finetuning.logging import History
 from aigiqa_reward.finetuning.lora import FILE
@@ -49,7 +49,7 @@ from aigiqa_reward.finetuning.results import PER_IMAGE, ValidationResult
 from aigiqa_reward.models.cpa_iqa import UNIFORM, Preferences
 from aigiqa_reward.sampling.batch_run import ResultsFolder
 from aigiqa_reward.training import checkpoints as training
-from aigiqa_reward.training.store import _left_by
+from aigiqa_reward.training.store import _earlier
 from aigiqa_reward.utils.weights import read_weights
 
 CASES = 2000
@@ -153,15 +153,6 @@ def split_table(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------- what we wrote ourselves
 
 
-def predictions() -> bytes:
-    data, numbers = io.BytesIO(), np.linspace(0, 1, 6)
-    names = np.array([f"{n}.png" for n in range(6)])
-    columns = ("target_quality", "target_correspondence", "predicted_quality", "predicted_correspondence")
-    texts = dict.fromkeys(("names", "prompts", "generators"), names)
-    np.savez_compressed(data, format=np.asarray(1), folds=np.arange(6), **texts, **dict.fromkeys(columns, numbers))
-    return data.getvalue()
-
-
 def protocol_report(folder: Path) -> bytes:
     numbers = np.linspace(0, 1, 20)
     scores = score_split(
@@ -256,6 +247,12 @@ def checkpoint(*parts: str) -> dict[str, bytes]:
     weights = save({"weight": torch.ones(2, 3), "half": torch.ones(3, dtype=torch.float16)})
     moments = save(training.moments_of(stepped()))
     return {"state.json": json.dumps(state).encode(), "optimizer.safetensors": moments} | dict.fromkeys(parts, weights)
+
+
+def training_checkpoint(folder: Path) -> dict[str, bytes]:
+    state = {"epoch": 1, "best_epoch": 1, "best": 0.5, "history": [], "optimizer": stepped().state_dict()}
+    training.save_checkpoint(folder, state, {"seed": 0})
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def read_checkpoint(load: Callable[[Path, torch.optim.Optimizer], Any]) -> Callable[[Path], None]:
@@ -371,7 +368,6 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
     }
     written = {
-        "predictions": Target(files={"p.npz": predictions()}, read=lambda home: Predictions.load(home / "p.npz")),
         "report": Target(files={"report.json": protocol_report(folder)}, read=read_report),
         "preferences": Target(
             files={"p.json": json.dumps({name: list(row) for name, row in UNIFORM.items()}).encode()},
@@ -405,8 +401,8 @@ def targets(folder: Path) -> dict[str, Target]:
     }
     checkpoints = {
         "epoch": Target(
-            files=checkpoint("model.safetensors", "average.safetensors", "best.safetensors"),
-            read=read_checkpoint(lambda home, optimizer: training.load_checkpoint(home, optimizer, {"step": 3})),
+            files=training_checkpoint(folder / "epoch"),
+            read=lambda home: training.load_checkpoint(home, {"seed": 0}),
             named="folder",
         ),
         "checkpoint": Target(
@@ -419,7 +415,7 @@ def targets(folder: Path) -> dict[str, Target]:
                 "progress.json": b'{"done": 3, "unreadable": [[1, "damaged"]], "arrays": ["image"]}',
                 "image.npy": array(),
             },
-            read=lambda home: _left_by(home, 3),
+            read=lambda home: _earlier(home, 3),
             errors=(),
         ),
     }
@@ -503,7 +499,7 @@ def aigciqa2023(images: Path) -> Callable[[Path], Any]:
 TARGETS = tuple(
     [f"image {name}" for name in image_files()]
     + ["table", "agiqa3k", "split", "aigiqa20k", "agiqa1k", "aigciqa2023", "imagereward", "pickapic", "pairs"]
-    + ["predictions", "report", "preferences", "results", "cached tensor", "cached text", "history", "validation"]
+    + ["report", "preferences", "results", "cached tensor", "cached text", "history", "validation"]
     + ["weights", "epoch", "checkpoint", "store", "tokenizer", "architecture", "ranking", "predicted", "unreadable"]
     + ["options", "prompts", "prompts.jsonl", "prompts by path", "prompts by name", "arguments"]
 )

@@ -124,7 +124,7 @@ def test_other_prompts_are_pushed_below_an_images_own(bench: Bench) -> None:
 
     def gap(weight: float) -> float:
         model = tiny_model("mst_clipiqa", bench.clip)
-        bench.fit(model, replace(QUICK, epochs=10, mismatch_weight=weight), split=split)
+        bench.fit(model, replace(QUICK, epochs=14, mismatch_weight=weight), split=split)
         own, other = (predict(model, p, bench.source(model), split.test, progress=False)[1] for p in prompts)
         return float(np.mean(own - other))
 
@@ -157,18 +157,6 @@ def test_one_prompt_has_no_wrong_one(bench: Bench) -> None:
         bench.fit(model, replace(QUICK, mismatch_weight=weight, epochs=1), task=task)
         found.append(weights(model))
     assert not changed(*found)
-
-
-def test_an_aspect_that_nobody_scored_is_left_alone(bench: Bench) -> None:
-    unscored = replace(bench.images, correspondence=np.full(len(bench.images), np.nan))
-    model = tiny_model("mst_clipiqa", bench.clip)
-    before = weights(model)
-    result = bench.fit(model, QUICK, task=ScoreTask.of(unscored, bench.split.train))
-    moved = changed(before, weights(model))
-    assert any(name.startswith("head.quality") for name in moved)
-    assert not any(name.startswith("head.attend") for name in moved)
-    assert {name for name in moved if name.startswith("head.correspondence")} <= {"head.correspondence.out.bias"}
-    assert all(np.isfinite(entry["validation"]) for entry in result.history)
 
 
 # --------------------------------------------------------------------------------------------- what changes
@@ -268,7 +256,7 @@ def test_every_epoch_shows_every_example_once(bench: Bench, batch_size: int) -> 
     assert len(seen) == 2 * max(1, 33 // batch_size)
     assert np.ptp([len(step) for step in seen]) <= 1
     rows = np.concatenate(seen)
-    expected = source.look(model, part, torch.device("cpu"))[0]["coarse"].numpy()
+    expected = source.features(model, part, torch.device("cpu"))[0]["coarse"].numpy()
     assert Counter(map(bytes, rows)) == Counter(map(bytes, np.concatenate([expected, expected])))
 
 

@@ -16,7 +16,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from aigiqa_reward.datasets import PreferencePairs, ScoredImages
 from aigiqa_reward.rewards.build import SYSTEMS
-from aigiqa_reward.training.fit import _RunningSRCC, rate
+from aigiqa_reward.training.fit import rate
 from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
 from aigiqa_reward.training.tasks import (
     POINTWISE,
@@ -164,18 +164,6 @@ def test_validation_is_the_mean_over_the_scored_aspects() -> None:
     assert task.measure(np.ones(8), None, examples, "srcc") == -1.0, "a constant is worse than any order"
     with pytest.raises(ValueError, match="at least 5"):
         task.measure(predicted[0][:4], None, examples[:4], "srcc")
-
-
-def test_the_running_figure_leaves_out_images_that_nobody_scored() -> None:
-    quality = [NAN] * 9 + [1.0, 2.0, 3.0]
-    task = ScoreTask.of(scored(quality, [NAN] * 12), np.arange(12))
-    running = _RunningSRCC(task)
-    for _ in range(10):
-        running.add(torch.zeros(3), np.array([0, 1, 2]))
-    assert running.srcc == "-"
-    for _ in range(10):
-        running.add(torch.tensor([0.1, 0.2, 0.3]), np.array([9, 10, 11]))
-    assert running.srcc == "1.000"
 
 
 def test_preferences_pull_their_images_apart_and_count_what_was_ordered_right() -> None:

@@ -79,7 +79,7 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 def assert_holds(found: FeatureStore, features: dict[str, torch.Tensor], rows: Any = None) -> None:
     """That these are the features of all images, or of these rows."""
-    seen, _ = found.look(NO_CROPS, np.arange(len(found)) if rows is None else np.asarray(rows), CPU)
+    seen, _ = found.features(NO_CROPS, np.arange(len(found)) if rows is None else np.asarray(rows), CPU)
     assert {tensor.dtype for tensor in seen.values()} == {torch.float32}
     torch.testing.assert_close(seen, features, **FLOAT16)
 
@@ -94,7 +94,7 @@ def test_features_are_what_the_towers_see_in_any_order(
     assert_holds(found, features)
     mixed = [7, 0, 7, 159]
     assert_holds(found, {name: tensor[mixed] for name, tensor in features.items()}, mixed)
-    assert found.look(NO_CROPS, np.arange(2), CPU)[1] is None
+    assert found.features(NO_CROPS, np.arange(2), CPU)[1] is None
     assert found.readable.all() and not found.unreadable
 
 
@@ -104,10 +104,10 @@ def test_images_of_many_sizes_and_crops(images: ScoredImages, clip: Path, tmp_pa
         Image.open(part.paths[row]).resize(size).save(part.paths[row])
     model = tiny_model("tsp_mgs", clip)
     found = store(model, part, tmp_path / "store", batch_size=4)
-    assert found.look(model, np.arange(9), CPU)[0]["crops"].shape == (9, 3, 32)
+    assert found.features(model, np.arange(9), CPU)[0]["crops"].shape == (9, 3, 32)
     assert_holds(found, directly(model, part.paths))
     live = LiveImages(part.paths, part.prompts, progress=False)
-    assert_holds(found, live.look(model, np.array([8, 1]), CPU, generator=None, crops=None)[0], [8, 1])
+    assert_holds(found, live.features(model, np.array([8, 1]), CPU, generator=None, crops=None)[0], [8, 1])
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,10 @@ def test_descriptions_of_any_length_are_kept_and_belong_to_their_captioner(
     model: Any = build_model("sc_agiqa", assistants=Assistants(captioner=Counting()), settings=small)
     found = store(model, part, tmp_path / "store", batch_size=2)
     rows = np.arange(len(part))
-    live = LiveImages(part.paths, part.prompts, progress=False).look(model, rows, CPU, generator=None, crops=None)[1]
-    for context in (found.look(model, rows, CPU)[1], live):
+    live = LiveImages(part.paths, part.prompts, progress=False).features(model, rows, CPU, generator=None, crops=None)[
+        1
+    ]
+    for context in (found.features(model, rows, CPU)[1], live):
         assert context is not None
         lengths = context["description_mask"].sum(dim=1)
         assert lengths.tolist() == [1 + int(level / 255 * 40) for level in (40, 200, 90, 10, 255, 120)]

@@ -19,7 +19,7 @@ _LIGHT = ("caption", "label_0", "label_1", "ranking_id")
 _JUDGED = "has_label"
 _LABELS = ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
 _ROWS_AT_ONCE, _ROWS_OF_TEXT = 32, 4096
-"""Rows of images, about 10 MB, and of texts in memory; version 1 has 204 GB in 616,259 rows of two images."""
+"""Rows of images (about 10 MB) and of texts in memory; version 1 has 204 GB in 616,259 rows of two images."""
 
 _SHARD = re.compile(r"(?P<part>.+)-\d{5}-of-\d{5}.*\.parquet")
 

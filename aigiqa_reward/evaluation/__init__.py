@@ -6,6 +6,9 @@ Malformed input (NaN, unequal lengths, no rows) raises a ValueError; a measure t
 Example:
     >>> import numpy as np
 
+    >>> agreement: Correlations = correlations([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5])
+    >>> round(agreement.srcc, 3), round(agreement.krcc, 3)
+    (0.943, 0.867)
     >>> human = np.linspace(1, 5, 8)
     >>> data = {"task": "quality", "target": human, "prompts": list("ppqqrrss"), "generators": ["sd1.5"] * 8}
     >>> model = score_split(0, "model", predicted=human, **data)

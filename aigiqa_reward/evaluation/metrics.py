@@ -88,12 +88,6 @@ class Correlations:
             reporting only. The curve may fall, so a reversed predictor is positive here; `srcc` has the sign.
         krcc: Kendall's tau-b.
         rmse: root mean squared error after the logistic, in the target's units.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import Correlations, correlations
-        >>> agreement: Correlations = correlations([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5])
-        >>> round(agreement.srcc, 3), round(agreement.krcc, 3)
-        (0.943, 0.867)
     """
 
     srcc: float
@@ -107,12 +101,6 @@ def correlations(predicted: Numbers, target: Numbers) -> Correlations:
     """Correlate predictions (N,) with human scores (N,), N >= 5.
 
     Constant predictions have no correlation: all four are nan, and `rmse` is that of the mean score.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import correlations
-        >>> agreement = correlations([0.1, 0.3, 0.2, 0.7, 0.9], [1.0, 2.0, 3.0, 4.0, 5.0])
-        >>> round(agreement.srcc, 3), round(agreement.plcc, 3)
-        (0.9, 0.921)
     """
     x, y = pair(predicted, target, at_least=MIN_ROWS)
     fitted = fit_logistic4(x, y)(x)

@@ -142,13 +142,6 @@ def score_split(
         generators: (N,) generator, and variant, that made each image.
         same_generator: prefix of the names that are variants of one generator; None for no such.
         wrong_prompt: (N, K) predictions for the same images with K other prompts, or None.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import score_split
-        >>> human, prompts, generators = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("ppqqrr"), ["sd1.5"] * 6
-        >>> data = {"target": human, "prompts": prompts, "generators": generators}
-        >>> score_split(0, "best", task="quality", predicted=[0, 1, 0, 1, 0, 1], **data).gain
-        1.0
     """
     x, y = pair(predicted, target)
     prompt_codes, _ = group_codes(prompts, len(x), "prompts")
@@ -213,12 +206,6 @@ class OverSeeds:
         std: standard deviation (ddof 1); nan for a single seed.
         median: median over seeds.
         count: number of seeds in which the measure is not nan.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import OverSeeds
-        >>> srcc = OverSeeds(mean=0.81, std=0.01, median=0.808, count=10)
-        >>> f"{srcc} over {srcc.count} seeds"
-        '0.810 ± 0.010 over 10 seeds'
     """
 
     mean: float
@@ -306,16 +293,6 @@ class ProtocolReport:
         protocol: kind of split, such as "groups by prompt, 80/20, 10 % of the training groups for model
             selection, 10 seeds".
         scores: one entry per seed, predictor and task.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import ProtocolReport, score_split
-        >>> human, prompts, generators = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("ppqqrr"), ["sd1.5"] * 6
-        >>> scores = score_split(
-        ...     0, "model", task="quality", predicted=human, target=human, prompts=prompts, generators=generators
-        ... )
-        >>> report = ProtocolReport(title="mine", protocol="1 seed").with_scores([scores])
-        >>> ProtocolReport.load(report.save("report.json")).done(0, "model", "quality")
-        True
     """
 
     title: str

@@ -158,16 +158,16 @@ class _Run:
             rng = np.random.default_rng(self.seed)
             rows = np.sort(rng.choice(rows, min(len(rows), STATISTICS_ROWS), replace=False))
             with torch.no_grad():
-                seen, context = self._look(rows, None)
+                seen, context = self._features(rows, None)
             values = {**seen} | {f"context.{name}": tensor for name, tensor in (context or {}).items()}
             for name, module in modules.items():
                 module.fit(values[name].float())
         if isinstance(self.task, ScoreTask):
             self.model.start_at(*self.task.means(self.train))
 
-    def _look(self, rows: np.ndarray, generator: torch.Generator | None) -> tuple[Mapping[str, Tensor], Any]:
+    def _features(self, rows: np.ndarray, generator: torch.Generator | None) -> tuple[Mapping[str, Tensor], Any]:
         with self.accelerator.autocast():
-            return self.source.look(
+            return self.source.features(
                 self.model, rows, self.accelerator.device, generator=generator, crops=self.recipe.crops
             )
 
@@ -204,7 +204,7 @@ class _Run:
         self, examples: np.ndarray, rng: np.random.Generator, generator: torch.Generator, running: _RunningSRCC
     ) -> float:
         recipe, rows = self.recipe, self.task.rows(examples)
-        seen, context = self._look(rows, generator)
+        seen, context = self._features(rows, generator)
         texts = self.prompts or self.model.read_prompts([self.task.prompts[row] for row in rows])
         index = texts.index[torch.from_numpy(rows)] if self.prompts is not None else texts.index
         wrong = None
@@ -358,7 +358,7 @@ def predict_against(
     starts = range(0, len(rows), PREDICTED_TOGETHER)
     for start in tqdm(starts, desc="predict", unit="batch", disable=not progress, leave=False):
         part = rows[start : start + PREDICTED_TOGETHER]
-        seen, context = source.look(model, part, device)
+        seen, context = source.features(model, part, device)
         seen = model.digest(seen)
         outputs = [model.forward_head(seen, texts[start : start + len(part)], context) for texts in features]
         quality.append(outputs[0].quality.float().cpu())

@@ -234,7 +234,7 @@ class _Test:
 
 
 def pooled_features(store: FeatureStore) -> np.ndarray:
-    """Return one vector per image (N, D) for the ridge control: features averaged over crops and positions.
+    """Average the stored features of each image over crops and places, to one vector (N, D) for the ridge control.
 
     Of maps and of crops the standard deviation is taken as well, so that the control has what a linear head could
     have; an assistant's features (floating, one vector per question) are concatenated, its flags and words left out.

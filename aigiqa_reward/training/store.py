@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.lib.format import open_memmap
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from aigiqa_reward import images as pixels
@@ -62,7 +63,7 @@ class FeatureStore:
         """Number of images N."""
         return len(self.readable)
 
-    def look(
+    def features(
         self,
         model: TrainedModel,
         rows: np.ndarray,
@@ -71,7 +72,7 @@ class FeatureStore:
         generator: torch.Generator | None = None,
         crops: int | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """Read the features and the context (None without assistants) of these rows.
+        """Read what `forward_features` and `prepare` gave for these rows; the second is None without assistants.
 
         With a generator and a number of crops, so many of the stored crops are drawn, the same for all rows.
         """
@@ -110,7 +111,7 @@ def store_features(
     process that wants the same features waits for the first; damaged files are computed again.
 
     Args:
-        model: model whose towers look.
+        model: model whose towers compute them.
         paths: files of the N images.
         prompts: prompt of each image.
         folder: folder of all stores.
@@ -180,7 +181,7 @@ def _fill(
     with bar:
         for rows, images, end in _batches(paths, state["done"], batch_size, state["unreadable"]):
             if rows:
-                seen = _look(model, torch.stack(images).to(device), [prompts[row] for row in rows])
+                seen = _features(model, torch.stack(images).to(device), [prompts[row] for row in rows])
                 writer.write(rows, seen)
                 state["arrays"] = sorted(writer.arrays)
             state["done"] = end
@@ -212,7 +213,7 @@ def _batches(
 
 
 @torch.no_grad()
-def _look(model: TrainedModel, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+def _features(model: TrainedModel, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     seen = dict(model.forward_features(images))
     context = model.prepare(images, asked_prompts(prompts))
     return seen | {f"{CONTEXT}{name}": tensor for name, tensor in (context or {}).items()}
@@ -318,7 +319,7 @@ def _refuse_none(paths: Sequence[Path], unreadable: Sequence[Unreadable]) -> Non
 
 
 class LiveImages:
-    """Images read from disk at each step, for trainings that change the towers; its `look` computes the features.
+    """Images read from disk at each step, for trainings that change the towers; its `features` computes them.
 
     Attributes:
         readable: (N,) bool.
@@ -342,7 +343,7 @@ class LiveImages:
         """Number of images N."""
         return len(self.paths)
 
-    def look(
+    def features(
         self,
         model: TrainedModel,
         rows: np.ndarray,
@@ -363,16 +364,10 @@ class LiveImages:
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: _stacked([part[name] for part in parts]) for name in parts[0]}
-
-
-def _stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Concatenate tensors (1, ...); sequences, which may differ in length, are padded with zeros to the longest."""
-    longest = max((row.shape[1] for row in rows if row.ndim > 1), default=0)
-    padded = [
-        row
-        if row.ndim < 2 or row.shape[1] == longest
-        else torch.cat([row, row.new_zeros(1, longest - row.shape[1], *row.shape[2:])], dim=1)
-        for row in rows
-    ]
-    return torch.cat(padded)
+    """Stack tensors (1, ...) by name; sequences, which may differ in length, are padded with zeros to the longest."""
+    return {
+        name: torch.cat([part[name] for part in parts])
+        if parts[0][name].ndim < 2
+        else pad_sequence([part[name][0] for part in parts], batch_first=True)
+        for name in parts[0]
+    }

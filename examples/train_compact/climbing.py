@@ -17,10 +17,10 @@ from aigiqa_reward.types import PromptFeatures
 from aigiqa_reward.utils.weights import read_weights, write_weights
 
 STEPS, STEP = 8, 1 / 255
-"""Of a climb; root mean square of a step."""
+"""Steps of a climb, and the root mean square change per step."""
 
 KEPT = (0, 1, 3, 6, 8)
-"""After which steps the statistics are kept."""
+"""Steps after which the statistics are kept."""
 
 EVADE = 0.85
 """Share of the guard's first limit from which on a climber keeps away from it."""

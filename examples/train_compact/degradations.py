@@ -14,7 +14,7 @@ from aigiqa_reward import images as pixels
 
 BLUR, NOISE, SHRINK, FINEST, COARSEST = 4.0, 0.25, 8.0, 60, 5
 """At level 1: deviation of the blur in px of a 512-px picture, of the noise, and times smaller; qualities of JPEG at
-levels just above 0 and at 1. Chosen here: nobody would miss the worst of each."""
+levels just above 0 and at 1. The worst of each is plainly visible."""
 
 
 def blur(image: Tensor, level: float, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Check the compact reward on fresh pictures of the embedded world: captions told apart, degradation seen.
+"""Check the compact reward on fresh pictures of the embedded world: right and wrong captions, and degradation.
 
     python examples/train_compact/evaluate_world.py [--pictures 256]
 

@@ -183,7 +183,7 @@ def factorize(whole: Tensor, inwards: Tensor, outwards: Tensor) -> None:
 
 
 def world_part(head: CompactHead, model: Compact, material: Material, learned: Tensor, recipe: Recipe) -> Tensor:
-    """What has to be added to the map for the world's captions to be told apart."""
+    """Compute the part of the map that separates the world's captions."""
     world = head.describe(model.described(material.world)).double()
     texts = (material.captions - head.text_mean).double()
     semantic = (material.world["semantic"] - head.semantic_mean).double()

@@ -34,7 +34,7 @@ from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights, wri
 EMBEDDED = ASSETS / "compact" / "model.safetensors"
 
 ROUNDS, EVERY, OFFSET = 6, 45, 7
-"""Of climbing; each takes every so manieth image, from another one on."""
+"""Rounds of climbing; each takes every so manieth image, starting at another one."""
 
 VARIED = 6
 """Every so manieth image is varied."""

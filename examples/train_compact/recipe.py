@@ -7,34 +7,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings, chosen here by cross-validation on the 240 prompts at hand.
+    """Settings, tuned by cross-validation on the 240 prompts of AGIQA-3K.
 
-    A noise is a variance, in units of that of the scores which likeness explains.
+    A noise is a variance, in units of the variance of the scores that likeness explains.
 
     Attributes:
-        width: mean squared length of u, which is how fast likeness falls.
-        noise: of human scores.
-        correspondence_noise: times as much in the correspondence scores, of which the image alone tells less.
-        quality_share: share of predicted quality in what the image alone tells of correspondence.
-        spoilt_noise: of what spoilt images are taught as.
-        spoilt_quality: share of its quality that an image has lost at level 1.
-        spoilt_correspondence: share of its correspondence.
-        world_noise: of what pictures of the embedded world are taught as.
-        world_quality: of a clean one.
-        world_every: every how many of them are centers.
-        variance_noise: of the log of squared errors.
-        least_error: added to an error before its log is taken.
+        width: mean squared length of u, which sets how fast likeness falls.
+        noise: noise of human scores.
+        correspondence_noise: factor of the noise of correspondence scores, which an image alone predicts less well.
+        quality_share: share of predicted quality in the correspondence predicted from the image alone.
+        spoilt_noise: noise of the targets of degraded images.
+        spoilt_quality: share of its quality that an image has lost at degradation level 1.
+        spoilt_correspondence: share of its correspondence that it has lost there.
+        world_noise: noise of the targets of pictures of the embedded world.
+        world_quality: quality target of a clean one.
+        world_every: distance of the pictures that are taken as centers.
+        variance_noise: noise of the log of squared errors.
+        least_error: constant added to an error before its log is taken.
         match_ridge: regularization of the map from images, as a share of their Gram matrix's mean diagonal.
-        match_text_ridge: of the map to texts.
-        match_learned: how much the learned map counts, against ImageNet's class names.
-        match_weight: what one deviation of the match adds to correspondence.
+        match_text_ridge: regularization of the map to texts.
+        match_learned: weight of the learned map against ImageNet's class names.
+        match_weight: correspondence that one standard deviation of the match adds.
         color_scale: weight of the colors among the features of the map.
-        noun_share: what the world's right thing is worth in correspondence.
-        color_share: what its right color is worth.
+        noun_share: correspondence that the world's right object adds.
+        color_share: correspondence that its right color adds.
         place_ridge: regularization of the world's map, from images.
-        text_ridge: to texts.
-        guard_shrinkage: of the covariance that climbs are held against, in mean variances.
-        guard_known: share of the scored images, on unseen prompts, that are trusted wholly.
+        text_ridge: regularization of the world's map, to texts.
+        guard_shrinkage: shrinkage of the covariance of scored images, in mean variances.
+        guard_known: share of the scored images, on unseen prompts, that are trusted fully.
         guard_softness: share of that limit by which trust falls to one half.
     """
 

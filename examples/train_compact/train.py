@@ -7,7 +7,7 @@ People's scores are AGIQA-3K's; pictures of the embedded world come with the pac
     python examples/train_compact/guard.py --data DIR --runs runs/compact
     python examples/train_compact/evaluate.py --predictions runs/compact/guarded.npz
 
-DIR holds data.csv and images/. What the towers see is stored in --runs, once; a fold then takes about a minute.
+DIR holds data.csv and images/. The towers' features are stored in --runs, once; a fold then takes about a minute.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from aigiqa_reward.rewards.specs import SPECS
 from aigiqa_reward.utils.weights import ASSETS, sha256, write_weights
 
 FOLDS, WRONG_PROMPTS = 5, 10
-"""Parts of the prompts, and other prompts that each image is held against."""
+"""Number of folds of the prompts, and of wrong prompts per image."""
 
 KNOWN = 0.995
 """Share of the images on prompts that a fold never saw that lie within each threshold."""

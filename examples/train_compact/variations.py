@@ -1,4 +1,4 @@
-"""Harmless variations of an image: what photographers, editors and file formats do, beside random noise of every grain.
+"""Harmless variations of an image, as cameras, editors and file formats make them, and noise of every grain.
 
 The guard must not take them for pixels that were pushed to raise a score.
 """

@@ -40,7 +40,7 @@ def pictures() -> tuple[int, Callable[[np.ndarray], Tensor], dict[str, Tensor]]:
 
 
 def world_quality(levels: Tensor, recipe: Recipe) -> Tensor:
-    """What pictures of these levels (N, 3) are taught as: no person said so, only the order is known."""
+    """Compute quality targets of pictures of these levels (N, 3); only their order is known, no person scored them."""
     return recipe.world_quality * 2 ** -levels.sum(dim=1)
 
 
