@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 STARTS_WITHIN, RUNS_WITHIN = 300, 1500
-"""Seconds: chosen here for a loaded machine of two cores."""
+"""Seconds, for a loaded machine of two cores."""
 
 
 def comfyui_python() -> str:

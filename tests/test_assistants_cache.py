@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -157,47 +156,6 @@ def test_a_damaged_entry_is_computed_again_with_a_warning_and_rewritten(cache, d
         cache.get_or_compute("x", asked.contents, lambda rows: pytest.fail("asked again"), form=form)
 
 
-# --------------------------------------------------------------------------------------------- several processes
-
-WRITER = """
-import sys, time
-from pathlib import Path
-import torch
-from aigiqa_reward.assistants.cache import AssistantCache
-
-folder = Path(sys.argv[1])
-print("ready", flush=True)
-while not (folder / "start").exists():
-    time.sleep(0.001)
-for name, max_bytes in (("roomy", 10**9), ("evicting", 300_000)):
-    cache, contents = AssistantCache(folder / name, max_bytes=max_bytes), [str(number) for number in range(40)]
-    for turn in range(4):
-        values = cache.get_or_compute(
-            f"turn {turn}", contents, lambda rows: [torch.full((2000,), float(row)) for row in rows], form=torch.Tensor
-        )
-        assert all(bool((value == row).all()) and value.shape == (2000,) for row, value in enumerate(values)), turn
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_folder(tmp_path):
-    command = [sys.executable, "-W", "error::UserWarning", "-c", WRITER, str(tmp_path)]
-    place = {"cwd": Path(__file__).parents[1], "text": True}
-    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **place) for _ in range(2)]
-    for writer in writers:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n", writer.communicate()[1]
-    (tmp_path / "start").touch()
-    for writer in writers:
-        _, errors = writer.communicate(timeout=60)
-        assert writer.returncode == 0, errors
-    roomy, evicting = files(tmp_path / "roomy"), files(tmp_path / "evicting")
-    assert len(roomy) == 160
-    assert 0 < sum(path.stat().st_size for path in evicting) <= 330_000  # a twentieth more for each process
-    for path in (*roomy, *evicting):  # every file is whole; no temporary one is left
-        assert load_file(path)["value"].shape == (2000,)
-
-
 # --------------------------------------------------------------------------------------------- size and folders
 
 
@@ -244,3 +202,21 @@ def test_an_entry_that_is_a_folder_is_computed_around(cache):
     asked = Asked(["a"])
     with pytest.warns(UserWarning, match="is damaged"), pytest.warns(UserWarning, match="cannot write"):
         assert cache.get_or_compute("x", ["a"], asked.texts, form=str) == ["A"]
+
+
+def test_several_writers_share_a_folder(tmp_path):
+    contents = [str(number) for number in range(40)]
+
+    def turns(_writer: int) -> None:
+        cache = AssistantCache(tmp_path, max_bytes=300_000)
+        for turn in range(4):
+            values = cache.get_or_compute(
+                f"turn {turn}", contents, lambda rows: [torch.full((2000,), float(row)) for row in rows], form=Tensor
+            )
+            assert all(value.shape == (2000,) and bool((value == row).all()) for row, value in enumerate(values)), turn
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(3) as pool:
+        warnings.simplefilter("error")
+        list(pool.map(turns, range(3)))
+    assert 0 < sum(path.stat().st_size for path in files(tmp_path)) <= 345_000  # a twentieth more for each writer
+    assert all(load_file(path)["value"].shape == (2000,) for path in files(tmp_path)), "whole, and no temporary file"

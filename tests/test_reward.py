@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.multiprocessing as multiprocessing
 from PIL import Image
 from torch import Tensor, nn
 
+import aigiqa_reward
 from aigiqa_reward import RewardOutput, Scorer, create_reward
 from aigiqa_reward.models.base import FullPrecision
 from aigiqa_reward.rewards.reward import Calibration, check_aspect_weights
@@ -174,13 +176,17 @@ def test_a_metric_takes_files_and_pictures_of_any_size(tmp_path):
     assert found.compute() == 0.5
 
 
-def test_a_metric_without_what_it_needs_says_so():
+def test_a_metric_without_what_it_needs_says_so(monkeypatch):
     with pytest.raises(ValueError, match="aspect: expected one of total, quality, correspondence, got 'beauty'"):
         metric("beauty")
     with pytest.raises(ValueError, match="aspect: the reward gives no correspondence here; pass prompts"):
         metric("correspondence").update(drawn(2, seed=0))
     with pytest.warns(UserWarning, match="compute"):
         assert math.isnan(metric().compute())
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.delitem(sys.modules, "aigiqa_reward.rewards.metric")
+    with pytest.raises(ImportError, match=r"pip install 'aigiqa-reward\[metrics\]'"):
+        _ = aigiqa_reward.RewardMetric
 
 
 def _score_a_share(rank: int, folder: str) -> None:

@@ -17,7 +17,6 @@ from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
 from aigiqa_reward.models.base import QualityModel
 from aigiqa_reward.models.compact import Compact, CompactConfig
 from aigiqa_reward.models.cpa_iqa import CPAIQA, CPAIQAConfig
-from aigiqa_reward.models.ma_agiqa import MAAGIQA, MAAGIQAConfig
 from aigiqa_reward.models.mst_clipiqa import MSTCLIPIQA, MSTCLIPIQAConfig
 from aigiqa_reward.models.sc_agiqa import SCAGIQA, SCAGIQAConfig
 from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
@@ -92,6 +91,8 @@ def _sc_agiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assista
 
 
 def _ma_agiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
+    from aigiqa_reward.models.ma_agiqa import MAAGIQA, MAAGIQAConfig  # imports torchvision, which takes seconds
+
     vision, semantics = towers["vision"], assistants.semantics
     if semantics is not None:
         settings = {**settings, "semantics_width": semantics.width}
