@@ -129,20 +129,13 @@ UNIFORM = Preferences({name: (0.0,) * len(COMPONENTS) for name in SCENARIOS})
 `Preferences.load`."""
 
 
+# fmt: off
 DISTORTIONS = (
-    "anatomical_error",
-    "physical_law_violation",
-    "rendering_artifact",
-    "texture_repetition",
-    "edge_blur",
-    "light_shadow_contradiction",
-    "noise",
-    "compression",
-    "color_cast",
-    "over_smoothing",
-    "warped_geometry",
+    "anatomical_error", "physical_law_violation", "rendering_artifact", "texture_repetition", "edge_blur",
+    "light_shadow_contradiction", "noise", "compression", "color_cast", "over_smoothing", "warped_geometry",
     "garbled_text",
 )
+# fmt: on
 """The first six are named in the paper; the other six are our choice. `CPAIQAConfig.distortions` replaces them."""
 
 SHARPNESS = 10.0
