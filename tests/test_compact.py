@@ -95,9 +95,6 @@ def test_settings_are_checked() -> None:
             CompactConfig(crops=crops)  # type: ignore[arg-type]
 
 
-# --------------------------------------------------------------------------------------------- the embedded world
-
-
 @pytest.fixture(scope="module")
 def unseen() -> np.ndarray:
     """Every pair of thing and color that neither the reward nor the generator was trained on."""
@@ -140,9 +137,6 @@ def test_quality_falls_as_degradation_grows(reward: Reward, unseen: np.ndarray, 
             qualities.append(float(reward(degraded, None).quality.mean()))
     assert qualities == sorted(qualities, reverse=True)
     assert qualities[0] > qualities[-1] + 0.05
-
-
-# --------------------------------------------------------------------------------------------- what it does not know
 
 
 def test_a_raw_score_is_a_sum_of_likenesses(reward: Reward) -> None:
@@ -194,9 +188,6 @@ def test_held_out_intervals_have_their_coverage() -> None:
     with np.load(EXAMPLES.parent / "train_compact" / "predictions.npz", allow_pickle=False) as table:
         standard = np.abs(table["target_quality"] - table["predicted_quality"]) / table["predicted_uncertainty"]
     assert 0.77 < float((standard < norm.ppf(0.9)).mean()) < 0.83
-
-
-# --------------------------------------------------------------------------------------------- its own gradient
 
 
 def ascended(reward: Reward, image: torch.Tensor, steps: int) -> torch.Tensor:
@@ -251,9 +242,6 @@ def test_the_guard_holds_an_ascent_back(reward: Reward) -> None:
         free, held = float(open_reward(free).quality) - start, float(reward(held).quality) - start
     assert free > 0.3
     assert held < 0.75 * free
-
-
-# --------------------------------------------------------------------------------------------- own scores
 
 
 @pytest.mark.slow

@@ -44,9 +44,6 @@ def grounded(encoder: BLIPEncoder, images: Tensor, texts: list[str]) -> Tensor:
     return encoder.ground(encoder.look(images), **encoder.read(texts))
 
 
-# ------------------------------------------------------------------------------------------------ what it computes
-
-
 def test_states_are_those_of_the_published_class(folder: Path, encoder: BLIPEncoder) -> None:
     model = BlipForImageTextRetrieval.from_pretrained(folder).eval()
     tokens = BertTokenizerFast.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
@@ -108,9 +105,6 @@ def test_outputs_never_fall_below_float32(encoder: BLIPEncoder, weights: torch.d
     assert seen.dtype == encoder.ground(seen, **features).dtype == torch.float64
 
 
-# --------------------------------------------------------------------------------------------------- what it reads
-
-
 def test_padding_and_truncation_of_a_tokenizer_file_are_not_followed(encoder: BLIPEncoder, broken: Path) -> None:
     shutil.copy(TOWERS / "tokenizer.json", broken / "tokenizer.json")  # pads and cuts to 128
     long = " ".join(["apple"] * 150)
@@ -148,9 +142,6 @@ def test_unreadable_texts_are_refused(
         encoder.read(texts)
     with pytest.raises(ValueError, match=r"images: expected 32 x 32 px, got 24 x 24"):
         encoder.look(draw_images(side=24))
-
-
-# ------------------------------------------------------------------------------------------- saving and loading
 
 
 def test_a_description_builds_the_same_encoder_without_the_folder(tmp_path: Path) -> None:

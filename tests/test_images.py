@@ -8,15 +8,13 @@ import re
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hostile import png_that_claims
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,22 +24,11 @@ from aigiqa_reward.images import ImageError
 COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [250, 180, 20]], dtype=np.uint8)
 
 
-def natural(height: int, width: int, seed: int, *, contrast: float = 0.18) -> np.ndarray:
-    """(H, W, 3) uint8 with a 1/f spectrum and the sharp edges of occluding shapes, as photographs have."""
+def natural(height: int, width: int, seed: int, *, contrast: float = 0.9) -> np.ndarray:
+    """(H, W, 3) uint8 with sharp edges, flat parts and grain."""
     rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    amplitude = 1 / np.maximum(frequency, 1 / max(height, width))
-    channels = []
-    for _ in range(3):
-        phase = np.exp(2j * np.pi * rng.random(frequency.shape))
-        channels.append(np.fft.irfft2(amplitude * phase, s=(height, width)))
-    image = np.stack(channels, axis=-1)
-    image = 0.5 + contrast * (image - image.mean((0, 1))) / image.std((0, 1))
-    rows, columns = np.mgrid[:height, :width]
-    for _ in range(10):
-        top, left, radius = rng.integers(height), rng.integers(width), rng.integers(2, max(3, min(height, width) // 3))
-        shape = np.hypot(rows - top, columns - left) < radius
-        image[shape] = 0.4 * image[shape] + 0.6 * (0.5 + 2 * contrast * (rng.random(3) - 0.5))
+    blocks = rng.random((-(-height // 8), -(-width // 8), 3)).repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+    image = 0.5 + contrast * (blocks - 0.5) + 0.03 * rng.normal(size=blocks.shape)
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -62,30 +49,6 @@ def pillow_float(array: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([np.asarray(band) for band in bands], axis=-1).clip(0, 255) / 255
 
 
-def pillow_8bit(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    resized = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized).astype(np.float64) / 255
-
-
-def assert_pillows_steps_give_pillows_levels(array: np.ndarray, height: int, width: int) -> None:
-    """Rounded to 8 bits after each of its two passes as Pillow does, the tensor path gives Pillow's gray levels.
-
-    Pillow may begin with the rows or with the columns, whichever is cheaper. A value that ties between two levels may
-    be rounded the other way by Pillow's integer arithmetic, which the second pass can spread to a second level.
-    """
-    pillow = pillow_8bit(array, height, width)
-    errors = []
-    for between in ((array.shape[0], width), (height, array.shape[1])):
-        image = tensor_of(array).double()
-        for size in (between, (height, width)):
-            image = torch.floor(pixels.resize(image, size).clamp(0, 1) * 255 + 0.5) / 255
-        errors.append(np.abs(array_of(image) - pillow) * 255)
-    error = min(errors, key=np.mean)
-    assert error.max() < 2.01
-
-
-# --------------------------------------------------------------------------------------------- resizing
-
 SIZES = [
     ((256, 256), (112, 112)),
     ((333, 257), (149, 97)),  # odd sizes, down
@@ -100,32 +63,23 @@ def test_resize_is_pillows_antialiased_bicubic(size, target):
     image = natural(*size, seed=0)
     ours = array_of(pixels.resize(tensor_of(image), target).clamp(0, 1))
     assert np.abs(ours - pillow_float(image, *target)).max() < 1e-4
-    assert_pillows_steps_give_pillows_levels(image, *target)
-
-
-@pytest.mark.parametrize(("size", "target"), SIZES)
-def test_resize_stays_within_one_gray_level_of_8_bit_pillow_where_nothing_clips(size, target):
-    image = natural(*size, seed=2, contrast=0.08)
-    ours = array_of(pixels.resize(tensor_of(image), target).clamp(0, 1))
-    # Pillow rounds twice: half a level after each pass, the first one spread by the second pass's kernel
-    error = np.abs(ours - pillow_8bit(image, *target)) * 255
+    # Pillow rounds 8-bit images twice: half a level after each pass, the first one spread by the second pass's kernel.
+    image = natural(*size, seed=2, contrast=0.4)  # nothing clips between the passes
+    ours = array_of(pixels.resize(tensor_of(image), target))
+    pillow = np.asarray(Image.fromarray(image).resize(target[::-1], Image.Resampling.BICUBIC))
+    error = np.abs(ours * 255 - pillow)
     assert np.quantile(error, 0.995) < 1
     assert error.max() < 1.3
 
 
 @pytest.mark.slow
 def test_resize_of_scored_images_is_pillows(agiqa3k):
-    files = sorted((agiqa3k / "images").glob("*.jpg"))[:: 2385 // 8]
-    assert len(files) >= 8
-    for file in files:
+    for file in sorted((agiqa3k / "images").glob("*.jpg"))[:: 2385 // 8]:
         with Image.open(file) as opened:
             image = np.array(opened.convert("RGB"))
         for target in ((224, 224), (97, 131)):
             ours = array_of(pixels.resize(tensor_of(image), target).clamp(0, 1))
             assert np.abs(ours - pillow_float(image, *target)).max() < 1e-4
-            assert_pillows_steps_give_pillows_levels(image, *target)
-            # without the steps, only what Pillow clips between its passes can differ by more
-            assert (np.abs(ours - pillow_8bit(image, *target)) > 1 / 255).mean() < 0.02
 
 
 def test_resize_keeps_overshoot_and_double_precision_and_lifts_half():
@@ -149,8 +103,6 @@ def test_scaling_keeps_the_aspect_ratio():
     assert pixels.resize_to_area(image, 16 * 32, least=20).shape == (1, 3, 20, 32)
 
 
-# --------------------------------------------------------------------------------------------- gradients
-
 FILL = torch.tensor([0.3, 0.5, 0.7])
 
 OPERATIONS = {
@@ -159,31 +111,20 @@ OPERATIONS = {
     "resize to area": lambda x: pixels.resize_to_area(x, 20, least=3),
     "reduce": lambda x: pixels.reduce_to(x, 4),
     "letterbox down": lambda x: pixels.letterbox(x, 6, fill=FILL),
-    "letterbox up": lambda x: pixels.letterbox(x, 11, fill=FILL),
     "even crops": lambda x: pixels.even_crops(x, 4, 3),
     "even crops enlarged": lambda x: pixels.even_crops(x, 9, 2),
     "random crops": lambda x: pixels.random_crops(x, 4, 2, generator=torch.Generator().manual_seed(0)),
     "normalize": lambda x: pixels.normalize(x, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
     "from VAE": pixels.from_vae,
-    "to VAE": pixels.to_vae,
-    "to BHWC": pixels.to_bhwc,
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_gradients_equal_finite_differences(name):
+def test_gradients_equal_finite_differences_and_no_pixel_is_read_on_the_host(name):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(1, 3, 6, 8, dtype=torch.float64, generator=generator) * 2 - 0.5  # also outside [0, 1]
     assert torch.autograd.gradcheck(OPERATIONS[name], (images.requires_grad_(),))
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_pixels_are_never_read_on_the_host(name):
-    """A meta tensor has no values, so whatever would look at one raises."""
-    OPERATIONS[name](torch.empty(2, 3, 20, 27, device="meta"))
-
-
-# --------------------------------------------------------------------------------------------- layouts
+    OPERATIONS[name](torch.empty(2, 3, 20, 27, device="meta"))  # has no values, so that reading one raises
 
 
 def test_letterbox_shows_the_whole_image_centered_on_the_fill():
@@ -224,9 +165,6 @@ def test_to_pil_of_load_is_exact_on_8_bits(dtype):
         assert np.array_equal(np.asarray(back), image)
     overshoot = torch.tensor([1.2, -0.2, 1.2]).view(1, 3, 1, 1).expand(-1, -1, 16, 16)
     assert pixels.to_pil(overshoot.to(dtype))[0].getpixel((3, 3)) == (255, 0, 255)
-
-
-# --------------------------------------------------------------------------------------------- crops
 
 
 def aspect_ratios() -> Iterator[tuple[int, int, int]]:
@@ -299,9 +237,6 @@ def test_random_crops_repeat_with_their_generator_only():
         corner = int(crop[0, 0, 0])
         row, column = corner // 50 % 60, corner % 50
         assert torch.equal(crop, images.flatten(0, 1)[corner // 3000 :][:3, row : row + 16, column : column + 16])
-
-
-# --------------------------------------------------------------------------------------------- check
 
 
 def batch(**values: Any) -> Tensor:
@@ -377,26 +312,6 @@ def test_check_synchronizes_once_and_not_without_validation():
         assert mode.count == validate
 
 
-# --------------------------------------------------------------------------------------------- load: files that are not
-
-
-@contextmanager
-def at_most_more_memory(byte_count: int) -> Iterator[None]:
-    """Let the process take `byte_count` more address space, where the system can hold it to that."""
-    resource = pytest.importorskip("resource")
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        yield
-        return
-    used = int(status.read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + byte_count, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
 def jpeg_bytes(**options: Any) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(natural(64, 64, seed=0)).save(buffer, "JPEG", **options)
@@ -441,13 +356,12 @@ def test_paths_of_no_image_are_image_errors(tmp_path, monkeypatch, path, reason)
         pixels.load(path)
 
 
-@pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (100_001, 1000)])
-def test_a_header_that_claims_too_many_pixels_is_refused_before_any_memory_is_taken(tmp_path, width, height):
+def test_a_header_that_claims_too_many_pixels_is_refused(tmp_path):
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_that_claims(width, height))
+    path.write_bytes(png_that_claims(30_000, 30_000))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with at_most_more_memory(200_000_000), pytest.raises(ImageError, match=r"bomb\.png.*100,000,000 pixels"):
+        with pytest.raises(ImageError, match=r"bomb\.png.*100,000,000 pixels"):
             pixels.load(path)
 
 
@@ -466,9 +380,6 @@ def test_tiny_images_are_refused(tmp_path):
 def test_other_types_are_refused(source):
     with pytest.raises(TypeError, match=f"PIL image, a path, an array or a tensor, got {type(source).__name__}"):
         pixels.load(source)
-
-
-# --------------------------------------------------------------------------------------------- load: modes and formats
 
 
 def mosaic(height: int = 18, width: int = 26) -> np.ndarray:
@@ -526,15 +437,11 @@ def test_alpha_is_composited_on_white(tmp_path, gray):
     assert loaded[:, :, 0].min() == 1
 
 
-@pytest.mark.parametrize("suffix", ["png", "gif"])
-def test_a_transparent_entry_of_a_palette_is_white(tmp_path, suffix):
-    indices = (np.mgrid[:20, :20][1] >= 10).astype(np.uint8)
-    image = Image.fromarray(indices).convert("L")
+def test_a_transparent_entry_of_a_palette_is_white(tmp_path):
+    image = Image.fromarray((np.mgrid[:20, :20][1] >= 10).astype(np.uint8)).convert("L")
     image.putpalette([255, 0, 0, 0, 0, 255])
-    image.save(tmp_path / f"palette.{suffix}", transparency=1)
-    with Image.open(tmp_path / f"palette.{suffix}") as opened:
-        assert opened.mode == "P"
-    loaded = pixels.load(tmp_path / f"palette.{suffix}")
+    image.save(tmp_path / "palette.png", transparency=1)
+    loaded = pixels.load(tmp_path / "palette.png")
     assert loaded[:, 5, 5].tolist() == [1, 0, 0]
     assert loaded[:, 5, 15].tolist() == [1, 1, 1]
 
@@ -628,18 +535,10 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_exif_rotation_is_applied(tmp_path, orientation):
-    stored = Image.fromarray(mosaic())
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(mosaic()).save(tmp_path / "turned.png", exif=exif)
     assert_is(pixels.load(tmp_path / "turned.png"), UPRIGHT[orientation](mosaic()))
-    stored.save(tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
-    with Image.open(tmp_path / "turned.jpg") as opened:
-        upright = np.asarray(ImageOps.exif_transpose(opened))
-    assert_is(pixels.load(tmp_path / "turned.jpg"), upright)
-
-
-# --------------------------------------------------------------------------------------------- load: arrays and tensors
 
 
 def array_layouts() -> dict[str, tuple[Any, np.ndarray]]:

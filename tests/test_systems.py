@@ -100,9 +100,6 @@ def tensors(output: ModelOutput) -> dict[str, Tensor]:
     return named if output.correspondence is None else {"correspondence": output.correspondence, **named}
 
 
-# ------------------------------------------------------------------------------------------------ gradients
-
-
 def test_pixel_gradient_equals_central_differences(exact: TrainedModel) -> None:
     images = scenes(1, 96, 80).double().requires_grad_()
     prompts = exact.encode_prompts(PROMPTS[:1])
@@ -160,9 +157,6 @@ def test_training_reaches_every_part_of_the_head(model: TrainedModel) -> None:
     assert all(p.grad is None for name, p in trained.named_parameters() if not name.startswith("head."))
 
 
-# ------------------------------------------------------------------------------------------------ rows
-
-
 @torch.no_grad()
 def test_rows_do_not_depend_on_their_batch(model: TrainedModel) -> None:
     images, order = scenes(3, 80, 112), torch.tensor([2, 0, 1])
@@ -190,9 +184,6 @@ def test_quality_does_not_depend_on_prompts(model: TrainedModel) -> None:
     assert not model.needs_prompts
 
 
-# ------------------------------------------------------------------------------------------------ precision
-
-
 @torch.no_grad()
 def test_float64_throughout(exact: TrainedModel, request: pytest.FixtureRequest) -> None:
     images = scenes(2, 64, 80)
@@ -216,9 +207,6 @@ def test_heads_of_half_precision_towers_stay_at_float32(model: TrainedModel) -> 
     for name, value in tensors(score(half, images, PROMPTS)).items():
         assert value.dtype in (torch.float32, torch.bool), name
         assert torch.isfinite(value.float()).all(), name
-
-
-# ------------------------------------------------------------------------------------------------ features and head
 
 
 @torch.no_grad()

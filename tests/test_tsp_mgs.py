@@ -169,9 +169,6 @@ def test_training_draws_its_own_crops(clip: OpenCLIPEncoder, images: Tensor) -> 
     assert model.forward_features(images, crops=2)["crops"].shape == (3, 2, 32)
 
 
-# ------------------------------------------------------------------------------------------------ adapters
-
-
 def test_an_untrained_adapter_leaves_the_frozen_towers_score(clip: OpenCLIPEncoder, images: Tensor) -> None:
     frozen, fresh = build(clip), build(clip, adapter_rank=4)
     fresh.head.standard.fit(draw(20, 1, 32)[:, 0, 0])
@@ -194,9 +191,6 @@ def test_an_adapter_serves_its_task_alone(clip: OpenCLIPEncoder, images: Tensor)
     assert (after.quality - before.quality).abs().min() > 1e-4
     (after.correspondence.sum()).backward()
     assert all(p.grad is None for p in model.head.adapters["quality"].parameters())
-
-
-# ------------------------------------------------------------------------------------------------ fixed texts
 
 
 @pytest.fixture

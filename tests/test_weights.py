@@ -44,9 +44,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-# --------------------------------------------------------------------------------------------- round trips
-
-
 def test_tensors_come_back_as_they_were(path, tensors):
     write_weights(path, tensors)
     back = read_weights(path)
@@ -94,9 +91,6 @@ def test_rows_of_zeros_and_views_survive(path):
     assert torch.equal(back["a"], tensor.T)
     assert torch.equal(back["b"], tensor[:, 1])
     torch.testing.assert_close(back["c"], zeros, atol=0.01, rtol=0)
-
-
-# --------------------------------------------------------------------------------------------- damage
 
 
 def test_lossless_storage_is_equal_and_small(path):
@@ -179,9 +173,6 @@ def test_weights_that_are_not_finite_are_refused(path, tensors, storage):
         read_weights(path)
 
 
-# --------------------------------------------------------------------------------------------- atomic writing
-
-
 def test_a_failed_serialisation_leaves_the_old_file(path, tensors):
     write_weights(path, tensors)
     before = path.read_bytes()
@@ -212,9 +203,6 @@ def test_a_file_is_replaced_whole_and_readable(path):
     assert path.read_bytes() == b"new and longer"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert path.stat().st_mode & 0o444 == 0o444
-
-
-# --------------------------------------------------------------------------------------------- strict loading
 
 
 def test_a_fitting_state_is_loaded(path):
@@ -254,9 +242,6 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(name):
     with pytest.raises(WeightsError, match=rf"heads\.safetensors does not fit Small: .*{message}"):
         load_strictly(module, tensors, source="heads.safetensors")
     assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
-
-
-# --------------------------------------------------------------------------------------------- hostile files
 
 
 def made_up(path: Path, header: object, data: bytes = b"") -> Path:
