@@ -211,12 +211,3 @@ def test_samples_show_what_the_prompt_says(pipe: StableDiffusionPipeline, judge:
     noun, color = judge.recognizes(images, prompts)
     assert int(noun.sum()) >= 7
     assert int(color.sum()) >= 7
-
-
-def test_samples_follow_seed_and_prompt(pipe: StableDiffusionPipeline):
-    def sample(prompt: str) -> torch.Tensor:
-        generator = torch.Generator("cpu").manual_seed(0)
-        return pipe(prompt, generator=generator, num_inference_steps=4, guidance_scale=3.0, output_type="pt").images
-
-    assert torch.equal(sample("a key on red"), sample("a key on red"))
-    assert float((sample("a key on red") - sample("a key on blue")).abs().mean()) > 0.05

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import BertTokenizerFast, BlipForImageTextRetrieval, CLIPConfig
 
 from aigiqa_reward.encoders.blip import BLIPConfig, BLIPEncoder
-from aigiqa_reward.encoders.compact import TOWERS
 from aigiqa_reward.utils.weights import load_strictly
 
 TEXTS = ["a red apple", "a very long description of a castle on a hill above the sea at dusk"]
@@ -103,14 +102,6 @@ def test_outputs_never_fall_below_float32(encoder: BLIPEncoder, weights: torch.d
         assert seen.dtype == encoder.ground(seen, **features).dtype == expected
     seen = encoder.look(draw_images())
     assert seen.dtype == encoder.ground(seen, **features).dtype == torch.float64
-
-
-def test_padding_and_truncation_of_a_tokenizer_file_are_not_followed(encoder: BLIPEncoder, broken: Path) -> None:
-    shutil.copy(TOWERS / "tokenizer.json", broken / "tokenizer.json")  # pads and cuts to 128
-    long = " ".join(["apple"] * 150)
-    again = BLIPEncoder(BLIPConfig(path_or_id=str(broken), window=200))
-    assert again.read(TEXTS)["text"].tolist() == encoder.read(TEXTS)["text"].tolist()
-    assert again.read([long])["mask"].sum() == 152
 
 
 def test_words_beyond_the_window_are_named_and_the_end_is_kept(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import struct
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -136,13 +135,6 @@ def test_letterbox_shows_the_whole_image_centered_on_the_fill():
     upright = pixels.letterbox(image.transpose(2, 3), 40, fill=FILL)
     torch.testing.assert_close(upright, boxed.transpose(2, 3))
     assert pixels.letterbox(torch.rand(1, 3, 16, 2048), 32, fill=FILL).shape == (1, 3, 32, 32)
-
-
-def test_normalize_is_the_towers_affine_map():
-    image = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-    expected = (image.numpy() - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(std, (1, 3, 1, 1))
-    np.testing.assert_allclose(pixels.normalize(image, mean, std).numpy(), expected, atol=1e-12)
 
 
 def test_vae_range_and_channels_last_round_trips():
@@ -483,27 +475,6 @@ def test_animations_give_their_first_frame_with_a_warning(tmp_path, suffix):
         opened.seek(2)
         with pytest.warns(UserWarning, match="first frame"):
             assert torch.equal(pixels.load(opened), loaded)
-
-
-def pages(count: int) -> bytes:
-    """A TIFF of one gray page of 20 x 20 px, and a chain of `count` pages behind it that hold nothing."""
-    first = 8 + 2 + 12 * 8 + 4  # where its pixels are
-    tags = [(256, 20), (257, 20), (258, 8), (259, 1), (262, 1), (273, first), (278, 20), (279, 400)]
-    listed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    chain, at = b"", first + 400
-    for page in range(count):
-        at += 6
-        chain += struct.pack("<HI", 0, at if page < count - 1 else 0)
-    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + listed + struct.pack("<I", first + 400)
-    return head + b"\x80" * 400 + chain
-
-
-def test_pages_behind_the_first_are_not_read(tmp_path):
-    (tmp_path / "pages.tif").write_bytes(pages(3))
-    with pytest.warns(UserWarning, match=r"pages\.tif: animated"):
-        loaded = pixels.load(tmp_path / "pages.tif")
-    assert loaded.shape == (3, 20, 20)
-    assert loaded.unique().tolist() == pytest.approx([128 / 255])
 
 
 @pytest.mark.parametrize(

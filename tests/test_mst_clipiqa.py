@@ -156,12 +156,6 @@ def test_a_fresh_branch_depends_on_the_prompt_only_by_the_anchor(towers: Towers,
     assert torch.allclose(alone, expected[:1])
 
 
-def test_towers_of_fixed_size_see_images_at_their_own(towers: Towers) -> None:
-    images = draw(2, 48, 40)
-    given = build(towers, coarse_side=224, fine_side=512)(images, None).quality
-    assert torch.equal(given, build(towers, coarse_side=32, fine_side=32)(images, None).quality)
-
-
 def test_start_at_sets_the_heads_biases(towers: Towers) -> None:
     model = build(towers, moved=False)
     model.start_at(0.25, 0.75)

@@ -1,6 +1,6 @@
 """TSP-MGS: task-specific prompts and multi-granularity similarity (Xia et al.).
 
-A CLIP model compares the image, and crops of it, with L level texts T for the task at hand and with the words W of the
+A CLIP model compares the image, and crops of it, with L level texts T for the task and with the words W of the
 prompt:
 
     p_j   = softmax_j(s cos(F, T_j)),                 s CLIP's logit scale                                        (3)
