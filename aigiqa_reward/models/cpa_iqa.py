@@ -50,7 +50,7 @@ class Preferences(Mapping[str, tuple[float, ...]]):
 
     Example:
         >>> from aigiqa_reward import create_reward
-
+        >>> from aigiqa_reward.models.cpa_iqa import Preferences
         >>> sharp = {"global": 0, "local": 0, "implicit": 0, "distortion": 1, "low_level": 1}
         >>> preferences = Preferences({"poster": sharp})
         >>> create_reward("cpa_iqa", preferences=preferences, scenario="poster").name

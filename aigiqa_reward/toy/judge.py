@@ -151,7 +151,7 @@ def load_judge(*, device: str | torch.device = "cpu") -> Judge:
 
     Example:
         >>> import torch
-
+        >>> from aigiqa_reward.toy.judge import load_judge
         >>> judge = load_judge()
         >>> judge.accepts(torch.zeros(1, 3, 64, 64), ["a red apple on a blue background"])
         tensor([False])
