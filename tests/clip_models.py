@@ -1,7 +1,7 @@
 """A tiny open_clip model with random weights, as a folder: 32 px, 2 layers a tower, no downloads.
 
-Freshly drawn towers say almost the same of every image and of every text. Here the layers that carry content from
-pixels and tokens to the pooled token are turned up, so that scores differ as plainly as those of a trained model.
+The layers that carry content from pixels and tokens to the pooled token are scaled up, so that outputs differ between
+inputs.
 """
 
 from __future__ import annotations
@@ -25,15 +25,7 @@ CONFIG = {
 
 
 def write_tiny_clip(folder: Path, seed: int) -> Path:
-    """Write `open_clip_config.json` and `open_clip_model.safetensors`; `local-dir:FOLDER` is the model's name.
-
-    Args:
-        folder: created if it does not exist.
-        seed: of the weights; the global random state is left as it was.
-
-    Returns:
-        The folder.
-    """
+    """Write `open_clip_config.json` and `open_clip_model.safetensors`; `local-dir:FOLDER` is the model's name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     with torch.random.fork_rng(devices=[]), torch.no_grad():

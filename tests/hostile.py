@@ -1,8 +1,7 @@
-"""Files that somebody damaged or made up, and what a reader may do with one: read it right, or say what is wrong.
+"""Damaged and made-up files, on which a reader may succeed or raise a clear error that names the file.
 
-A `Target` is a reader, what it reads when all is well, and the exceptions that are its clear errors. `attack` runs it
-on many damaged files and holds every run against the same rules: no other exception, the file's name in the message,
-nothing written outside its folder, no more than a bounded time and memory.
+A `Target` is a reader, the files that it reads, and the exceptions that are its clear errors. `attack` runs it on many
+damaged files and checks each run: no other exception, nothing written outside its folder, bounded time and memory.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 SECONDS = 20
-"""Longest that one file may take, on a busy machine."""
+"""Longest time per file, on a busy machine."""
 
 MEMORY = 1_500_000_000
 """Bytes that reading one small file may add to the process."""
@@ -65,10 +64,10 @@ class Target:
     """A reader under attack.
 
     Attributes:
-        files: what lies in its folder when all is well, by relative name.
-        read: given the folder; the name of the damaged file, which errors have to hold, is the key in `files`.
+        files: whole files of its folder, by relative name.
+        read: reader of the folder.
         errors: its clear errors.
-        named: what an error has to name; None is the damaged file.
+        named: name in every error; None is the damaged file.
         kept: files that are not damaged.
     """
 
@@ -138,7 +137,7 @@ VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(TEXTS, SCALAR
 
 @st.composite
 def rewritten(draw: st.DrawFn) -> Damage:
-    """Somewhere in a JSON file another value, a name more or a name less: what a flipped byte seldom makes."""
+    """Change, add or remove values of a JSON file, as flipped bytes seldom do."""
     turns = draw(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 2), TEXTS, VALUES), max_size=3))
 
     def damage(data: bytes) -> bytes:
@@ -165,20 +164,13 @@ def rewritten(draw: st.DrawFn) -> Damage:
 
 
 def _spots(node: Any) -> list[tuple[Any, Any]]:
-    """Every place of a JSON value: what holds it, and under which name or number."""
+    """Every place of a JSON value: its container, and its name or number there."""
     keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
     return [spot for key in keys for spot in [(node, key), *_spots(node[key])]]
 
 
 def attack(target: Target, home: Path, cases: int, *, repeatable: bool) -> None:
-    """Run a reader on damaged files.
-
-    Args:
-        target: the reader.
-        home: an empty folder for all of this.
-        cases: how many.
-        repeatable: the same ones at every call, for a suite that must not be a lottery.
-    """
+    """Run a reader on `cases` damaged files in an empty folder, on the same ones at every call if `repeatable`."""
     folder, elsewhere = home / "folder", home / "elsewhere"
     elsewhere.mkdir(parents=True)
     attacked = sorted(target.files.keys() - target.kept)
@@ -205,7 +197,7 @@ def attack(target: Target, home: Path, cases: int, *, repeatable: bool) -> None:
 
 
 def lay(target: Target, folder: Path, other: Mapping[str, bytes] | None = None) -> None:
-    """Put the files of a target into a folder, some of them with another content."""
+    """Write the files of a target, some of them with other contents."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, data in {**target.files, **(other or {})}.items():
         file = folder / name
@@ -214,7 +206,7 @@ def lay(target: Target, folder: Path, other: Mapping[str, bytes] | None = None) 
 
 
 def hold(target: Target, folder: Path, name: str, elsewhere: Path) -> BaseException | None:
-    """Run the reader on a folder, and check what it did; returns its error."""
+    """Run the reader on a folder, check its effects, and return its error."""
     spent, held = resource.getrusage(resource.RUSAGE_SELF).ru_utime, peak()
     raised = None
     try:

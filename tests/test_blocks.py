@@ -35,9 +35,6 @@ def double(build: Callable[[], nn.Module]) -> nn.Module:
         return stir(build()).double().eval()
 
 
-# ------------------------------------------------------------------------------------------------ maxima and levels
-
-
 def test_smooth_maximum_lies_between_mean_and_maximum() -> None:
     values = rows(200, 7) / 3
     found = smooth_maximum(values, dim=1)
@@ -59,9 +56,6 @@ def test_levels_are_softmax_shares_and_span_from_0_to_their_number() -> None:
     sure = torch.eye(5, dtype=torch.float64)
     assert torch.allclose(expected_level(sure), torch.tensor([0, 1.25, 2.5, 3.75, 5], dtype=torch.float64))
     assert torch.allclose(expected_level(torch.tensor([[0.5, 0.5]])), torch.tensor([1.0]))
-
-
-# ------------------------------------------------------------------------------------------------ small modules
 
 
 def test_anchor_is_a_weighted_cosine() -> None:
@@ -107,9 +101,6 @@ def test_full_precision_is_never_lowered_however_deep_it_sits() -> None:
     assert {p.dtype for p in outside.double().parameters()} == {torch.float64}
 
 
-# ------------------------------------------------------------------------------------------------ fusion and experts
-
-
 def test_gated_fusion_is_its_equation() -> None:
     fusion = double(lambda: GatedFusion(6, 10, 8, hidden=5))
     coarse, fine = rows(4, 6), rows(4, 10, seed=1)
@@ -143,9 +134,6 @@ def test_start_at_sets_the_experts_biases() -> None:
         for expert in several.experts:
             expert[3].weight.zero_()
     assert torch.allclose(several(h)[0], torch.full((9,), 0.625, dtype=torch.float64))
-
-
-# ------------------------------------------------------------------------------------------------ attention
 
 
 @pytest.mark.parametrize("memory", [8, 6], ids=["as wide", "narrower"])

@@ -14,7 +14,6 @@ from scored_images import write_scored_images
 from aigiqa_reward import Reward, Scorer, create_reward
 from aigiqa_reward import images as pixels
 from aigiqa_reward.datasets import split_rows
-from aigiqa_reward.models.compact import CompactConfig
 from aigiqa_reward.toy.degradations import degrade
 from aigiqa_reward.toy.pictures import all_pairs, compose
 from aigiqa_reward.toy.world import caption
@@ -89,15 +88,6 @@ def test_scores_follow_human_scores_on_its_benchmark(reward: Reward, agiqa3k: Pa
     assert spearmanr(output.correspondence, images.correspondence).statistic > 0.6
 
 
-def test_settings_are_checked() -> None:
-    for crops in (0, 1.5, True):
-        with pytest.raises(ValueError, match=f"crops: expected an integer of at least 1, got {crops}"):
-            CompactConfig(crops=crops)  # type: ignore[arg-type]
-
-
-# --------------------------------------------------------------------------------------------- the embedded world
-
-
 @pytest.fixture(scope="module")
 def unseen() -> np.ndarray:
     """Every pair of thing and color that neither the reward nor the generator was trained on."""
@@ -140,9 +130,6 @@ def test_quality_falls_as_degradation_grows(reward: Reward, unseen: np.ndarray, 
             qualities.append(float(reward(degraded, None).quality.mean()))
     assert qualities == sorted(qualities, reverse=True)
     assert qualities[0] > qualities[-1] + 0.05
-
-
-# --------------------------------------------------------------------------------------------- what it does not know
 
 
 def test_a_raw_score_is_a_sum_of_likenesses(reward: Reward) -> None:
@@ -194,9 +181,6 @@ def test_held_out_intervals_have_their_coverage() -> None:
     with np.load(EXAMPLES.parent / "train_compact" / "predictions.npz", allow_pickle=False) as table:
         standard = np.abs(table["target_quality"] - table["predicted_quality"]) / table["predicted_uncertainty"]
     assert 0.77 < float((standard < norm.ppf(0.9)).mean()) < 0.83
-
-
-# --------------------------------------------------------------------------------------------- its own gradient
 
 
 def ascended(reward: Reward, image: torch.Tensor, steps: int) -> torch.Tensor:
@@ -251,9 +235,6 @@ def test_the_guard_holds_an_ascent_back(reward: Reward) -> None:
         free, held = float(open_reward(free).quality) - start, float(reward(held).quality) - start
     assert free > 0.3
     assert held < 0.75 * free
-
-
-# --------------------------------------------------------------------------------------------- own scores
 
 
 @pytest.mark.slow

@@ -167,9 +167,6 @@ def test_tiers_left_out_count_nowhere(clip: OpenCLIPEncoder, images: Tensor) -> 
     )
 
 
-# ------------------------------------------------------------------------------------------------ prompts and regions
-
-
 def test_a_prompts_row_does_not_depend_on_the_others(clip: OpenCLIPEncoder, images: Tensor) -> None:
     model = build(clip, attributes=Shouting())
     prompts = model.encode_prompts(PROMPTS)
@@ -209,9 +206,6 @@ def test_regions_are_found_in_the_letterboxed_image_without_gradients(clip: Open
     assert torch.equal(model(wide, prompts).correspondence, model(wide, prompts, {"regions": regions}).correspondence)
     with pytest.raises(ValueError, match=r"trained with a segmenter.*Assistants\(segmenter="):
         empty_model("cpa_iqa", json.loads(json.dumps(model.describe())))
-
-
-# ------------------------------------------------------------------------------------------------ preferences
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -263,3 +257,33 @@ def test_extreme_preferences_leave_every_score_finite(clip: OpenCLIPEncoder, ima
         output = model(images.float(), model.encode_prompts(PROMPTS))
         for scores in (output.quality, output.correspondence, output.details["score"]):
             assert torch.isfinite(scores).all()
+
+
+def test_preferences_are_read_by_name_in_any_order(tmp_path: Path) -> None:
+    rows = {name: dict(zip(COMPONENTS[::-1], row[::-1], strict=True)) for name, row in list(MATRIX.items())[::-1]}
+    (tmp_path / "m.json").write_text(json.dumps(rows))
+    read = Preferences.load(tmp_path / "m.json")
+    assert read == MATRIX
+    assert hash(read) == hash(MATRIX)
+    assert read.matrix() == MATRIX.matrix()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"preferences: cannot read .*m\.json' as JSON"),
+        ("{", r"preferences: cannot read .*m\.json' as JSON"),
+        ("[1, 2]", "preferences: expected an object of scenarios in .*, got list"),
+        ("{}", "preferences: expected at least one scenario, got none"),
+        ('{"poster": [1, 2, 3]}', "scenario 'poster' needs 5 finite weights"),
+        ('{"poster": [1, 2, 3, 4, NaN]}', "scenario 'poster' needs 5 finite weights"),
+        ('{"poster": {"global": 1}}', r"scenario 'poster' has the weights \['global'\], expected"),
+        ('{"poster": ["a", 2, 3, 4, 5]}', "scenario 'poster' has weights that are not numbers"),
+        ('{"poster": 7}', "scenario 'poster' has weights that are not numbers: 7"),
+    ],
+)
+def test_files_that_hold_no_matrix_are_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "m.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Preferences.load(tmp_path / "m.json")

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import BertTokenizerFast, BlipForImageTextRetrieval, CLIPConfig
 
 from aigiqa_reward.encoders.blip import BLIPConfig, BLIPEncoder
-from aigiqa_reward.encoders.compact import TOWERS
 from aigiqa_reward.utils.weights import load_strictly
 
 TEXTS = ["a red apple", "a very long description of a castle on a hill above the sea at dusk"]
@@ -42,9 +41,6 @@ def draw_images(count: int = 2, side: int = 32) -> Tensor:
 
 def grounded(encoder: BLIPEncoder, images: Tensor, texts: list[str]) -> Tensor:
     return encoder.ground(encoder.look(images), **encoder.read(texts))
-
-
-# ------------------------------------------------------------------------------------------------ what it computes
 
 
 def test_states_are_those_of_the_published_class(folder: Path, encoder: BLIPEncoder) -> None:
@@ -108,17 +104,6 @@ def test_outputs_never_fall_below_float32(encoder: BLIPEncoder, weights: torch.d
     assert seen.dtype == encoder.ground(seen, **features).dtype == torch.float64
 
 
-# --------------------------------------------------------------------------------------------------- what it reads
-
-
-def test_padding_and_truncation_of_a_tokenizer_file_are_not_followed(encoder: BLIPEncoder, broken: Path) -> None:
-    shutil.copy(TOWERS / "tokenizer.json", broken / "tokenizer.json")  # pads and cuts to 128
-    long = " ".join(["apple"] * 150)
-    again = BLIPEncoder(BLIPConfig(path_or_id=str(broken), window=200))
-    assert again.read(TEXTS)["text"].tolist() == encoder.read(TEXTS)["text"].tolist()
-    assert again.read([long])["mask"].sum() == 152
-
-
 def test_words_beyond_the_window_are_named_and_the_end_is_kept(folder: Path) -> None:
     encoder = BLIPEncoder(BLIPConfig(path_or_id=str(folder), window=6))
     with pytest.warns(UserWarning, match=r"window of 6 tokens.*'five six'"):
@@ -148,9 +133,6 @@ def test_unreadable_texts_are_refused(
         encoder.read(texts)
     with pytest.raises(ValueError, match=r"images: expected 32 x 32 px, got 24 x 24"):
         encoder.look(draw_images(side=24))
-
-
-# ------------------------------------------------------------------------------------------- saving and loading
 
 
 def test_a_description_builds_the_same_encoder_without_the_folder(tmp_path: Path) -> None:

@@ -31,9 +31,6 @@ def images() -> Tensor:
     return draw(2, 96, 128)
 
 
-# ------------------------------------------------------------------------------------------------ images
-
-
 def plain_embedding(encoder: CompactEncoder, feature: np.ndarray) -> np.ndarray:
     """The docstring's equation for one feature vector."""
     part = encoder.alignment
@@ -109,9 +106,6 @@ def test_unseen_pictures_are_nearest_to_their_own_captions() -> None:
     texts = encoder.encode_text([caption(*pair) for pair in unseen.tolist()])
     likeness = torch.cosine_similarity(encoder.encode_image(pictures)[:, None], texts[None], dim=2)
     assert (likeness.argmax(dim=1) == torch.arange(16)).double().mean() > 0.9
-
-
-# ------------------------------------------------------------------------------------------------ texts
 
 
 def test_words_mean_about_what_their_text_means(encoder: CompactEncoder) -> None:

@@ -33,9 +33,6 @@ def frozen(config: TimmConfig, *blocks: int) -> TimmEncoder:
         return TimmEncoder(replace(config, blocks=blocks)).requires_grad_(False).eval().double()
 
 
-# ------------------------------------------------------------------------------------------------------- open_clip
-
-
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_clip(tmp_path_factory.mktemp("clip"), seed=0)
@@ -133,9 +130,6 @@ def test_open_clip_outputs_never_fall_below_float32(clip: OpenCLIPEncoder) -> No
     clip.to(torch.bfloat16)
     images = draw_images().bfloat16()
     assert {clip.encode_map(images).dtype, clip.encode_image(images).dtype} == {torch.float32}
-
-
-# ------------------------------------------------------------------------------------------------------------ timm
 
 
 def recorded(encoder: TimmEncoder, images: Tensor) -> list[Tensor]:

@@ -1,20 +1,19 @@
+"""Images: loading, resizing and cropping compared with Pillow and numpy, and every refusal."""
+
 from __future__ import annotations
 
 import io
 import os
 import re
-import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hostile import png_that_claims
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,22 +23,11 @@ from aigiqa_reward.images import ImageError
 COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [250, 180, 20]], dtype=np.uint8)
 
 
-def natural(height: int, width: int, seed: int, *, contrast: float = 0.18) -> np.ndarray:
-    """(H, W, 3) uint8 with a 1/f spectrum and the sharp edges of occluding shapes, as photographs have."""
+def natural(height: int, width: int, seed: int, *, contrast: float = 0.9) -> np.ndarray:
+    """(H, W, 3) uint8 with sharp edges, flat parts and grain."""
     rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    amplitude = 1 / np.maximum(frequency, 1 / max(height, width))
-    channels = []
-    for _ in range(3):
-        phase = np.exp(2j * np.pi * rng.random(frequency.shape))
-        channels.append(np.fft.irfft2(amplitude * phase, s=(height, width)))
-    image = np.stack(channels, axis=-1)
-    image = 0.5 + contrast * (image - image.mean((0, 1))) / image.std((0, 1))
-    rows, columns = np.mgrid[:height, :width]
-    for _ in range(10):
-        top, left, radius = rng.integers(height), rng.integers(width), rng.integers(2, max(3, min(height, width) // 3))
-        shape = np.hypot(rows - top, columns - left) < radius
-        image[shape] = 0.4 * image[shape] + 0.6 * (0.5 + 2 * contrast * (rng.random(3) - 0.5))
+    blocks = rng.random((-(-height // 8), -(-width // 8), 3)).repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+    image = 0.5 + contrast * (blocks - 0.5) + 0.03 * rng.normal(size=blocks.shape)
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -60,78 +48,37 @@ def pillow_float(array: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([np.asarray(band) for band in bands], axis=-1).clip(0, 255) / 255
 
 
-def pillow_8bit(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    resized = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized).astype(np.float64) / 255
-
-
-def assert_pillows_steps_give_pillows_levels(array: np.ndarray, height: int, width: int) -> None:
-    """Rounded to 8 bits after each of its two passes as Pillow does, the tensor path gives Pillow's gray levels.
-
-    Pillow may begin with the rows or with the columns, whichever is cheaper. A value that ties between two levels may
-    be rounded the other way by Pillow's integer arithmetic, which the second pass can spread to a second level.
-    """
-    pillow = pillow_8bit(array, height, width)
-    errors = []
-    for between in ((array.shape[0], width), (height, array.shape[1])):
-        image = tensor_of(array).double()
-        for size in (between, (height, width)):
-            image = torch.floor(pixels.resize(image, size).clamp(0, 1) * 255 + 0.5) / 255
-        errors.append(np.abs(array_of(image) - pillow) * 255)
-    error = min(errors, key=np.mean)
-    assert error.max() < 2.01
-
-
-# --------------------------------------------------------------------------------------------- resizing
-
 SIZES = [
     ((256, 256), (112, 112)),
     ((333, 257), (149, 97)),  # odd sizes, down
     ((64, 48), (129, 97)),  # up
     ((100, 77), (99, 78)),  # one axis up, the other down
     ((257, 400), (31, 400)),  # one axis only
-    ((40, 41), (40, 320)),
-    ((17, 300), (224, 224)),  # far from square
 ]
 
 
 @pytest.mark.parametrize(("size", "target"), SIZES)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_resize_is_pillows_antialiased_bicubic(size, target, seed):
-    image = natural(*size, seed=seed)
+def test_resize_is_pillows_antialiased_bicubic(size, target):
+    image = natural(*size, seed=0)
     ours = array_of(pixels.resize(tensor_of(image), target).clamp(0, 1))
     assert np.abs(ours - pillow_float(image, *target)).max() < 1e-4
-    assert_pillows_steps_give_pillows_levels(image, *target)
-
-
-@pytest.mark.parametrize(("size", "target"), SIZES)
-def test_resize_stays_within_one_gray_level_of_8_bit_pillow_where_nothing_clips(size, target):
-    image = natural(*size, seed=2, contrast=0.08)
-    ours = array_of(pixels.resize(tensor_of(image), target).clamp(0, 1))
-    # Pillow rounds twice: half a level after each pass, the first one spread by the second pass's kernel
-    error = np.abs(ours - pillow_8bit(image, *target)) * 255
+    # Pillow rounds 8-bit images twice: half a level after each pass, the first one spread by the second pass's kernel.
+    image = natural(*size, seed=2, contrast=0.4)  # nothing clips between the passes
+    ours = array_of(pixels.resize(tensor_of(image), target))
+    pillow = np.asarray(Image.fromarray(image).resize(target[::-1], Image.Resampling.BICUBIC))
+    error = np.abs(ours * 255 - pillow)
     assert np.quantile(error, 0.995) < 1
     assert error.max() < 1.3
 
 
+@pytest.mark.slow
 def test_resize_of_scored_images_is_pillows(agiqa3k):
-    files = sorted((agiqa3k / "images").glob("*.jpg"))[:: 2385 // 8]
-    assert len(files) >= 8
-    for file in files:
+    for file in sorted((agiqa3k / "images").glob("*.jpg"))[:: 2385 // 8]:
         with Image.open(file) as opened:
             image = np.array(opened.convert("RGB"))
         for target in ((224, 224), (97, 131)):
             ours = array_of(pixels.resize(tensor_of(image), target).clamp(0, 1))
             assert np.abs(ours - pillow_float(image, *target)).max() < 1e-4
-            assert_pillows_steps_give_pillows_levels(image, *target)
-            # without the steps, only what Pillow clips between its passes can differ by more
-            assert (np.abs(ours - pillow_8bit(image, *target)) > 1 / 255).mean() < 0.02
-
-
-def test_the_comparison_with_pillow_can_fail():
-    image = natural(256, 256, seed=0)
-    plain = torch.nn.functional.interpolate(tensor_of(image), size=(112, 112), mode="bicubic", align_corners=False)
-    assert np.abs(array_of(plain.clamp(0, 1)) - pillow_float(image, 112, 112)).max() > 0.05
 
 
 def test_resize_keeps_overshoot_and_double_precision_and_lifts_half():
@@ -150,13 +97,10 @@ def test_scaling_keeps_the_aspect_ratio():
     image = torch.rand(1, 3, 60, 120)
     assert pixels.reduce_to(image, 60) is image
     assert pixels.reduce_to(image, 30).shape == (1, 3, 30, 60)
-    assert pixels.enlarge_to(image, 60) is image
-    assert pixels.enlarge_to(image, 90).shape == (1, 3, 90, 180)
+    assert pixels.reduce_to(image, 90) is image
     assert pixels.resize_to_area(image, 200 * 400, least=32).shape == (1, 3, 200, 400)
     assert pixels.resize_to_area(image, 16 * 32, least=20).shape == (1, 3, 20, 32)
 
-
-# --------------------------------------------------------------------------------------------- gradients
 
 FILL = torch.tensor([0.3, 0.5, 0.7])
 
@@ -164,39 +108,22 @@ OPERATIONS = {
     "resize down": lambda x: pixels.resize(x, (4, 5)),
     "resize up": lambda x: pixels.resize(x, (9, 13)),
     "resize to area": lambda x: pixels.resize_to_area(x, 20, least=3),
-    "enlarge": lambda x: pixels.enlarge_to(x, 9),
     "reduce": lambda x: pixels.reduce_to(x, 4),
     "letterbox down": lambda x: pixels.letterbox(x, 6, fill=FILL),
-    "letterbox up": lambda x: pixels.letterbox(x, 11, fill=FILL),
     "even crops": lambda x: pixels.even_crops(x, 4, 3),
     "even crops enlarged": lambda x: pixels.even_crops(x, 9, 2),
     "random crops": lambda x: pixels.random_crops(x, 4, 2, generator=torch.Generator().manual_seed(0)),
     "normalize": lambda x: pixels.normalize(x, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
     "from VAE": pixels.from_vae,
-    "to VAE": pixels.to_vae,
-    "to BHWC": pixels.to_bhwc,
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_gradients_equal_finite_differences(name):
+def test_gradients_equal_finite_differences_and_no_pixel_is_read_on_the_host(name):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(1, 3, 6, 8, dtype=torch.float64, generator=generator) * 2 - 0.5  # also outside [0, 1]
     assert torch.autograd.gradcheck(OPERATIONS[name], (images.requires_grad_(),))
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_pixels_are_never_read_on_the_host(name):
-    """A meta tensor has no values, so whatever would look at one raises."""
-    OPERATIONS[name](torch.empty(2, 3, 20, 27, device="meta"))
-
-
-def test_a_host_read_would_be_seen():
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        pixels.to_pil(torch.empty(2, 3, 20, 27, device="meta"))
-
-
-# --------------------------------------------------------------------------------------------- layouts
+    OPERATIONS[name](torch.empty(2, 3, 20, 27, device="meta"))  # has no values, so that reading one raises
 
 
 def test_letterbox_shows_the_whole_image_centered_on_the_fill():
@@ -207,39 +134,15 @@ def test_letterbox_shows_the_whole_image_centered_on_the_fill():
     torch.testing.assert_close(border, FILL.view(1, 3, 1, 1).expand_as(border), atol=1e-6, rtol=0)
     upright = pixels.letterbox(image.transpose(2, 3), 40, fill=FILL)
     torch.testing.assert_close(upright, boxed.transpose(2, 3))
-
-
-@pytest.mark.parametrize(("height", "width"), [(16, 2048), (2048, 16), (17, 18), (40, 40)])
-def test_letterbox_is_square_whatever_the_aspect_ratio(height, width):
-    assert pixels.letterbox(torch.rand(1, 3, height, width), 32, fill=FILL).shape == (1, 3, 32, 32)
-
-
-def test_normalize_is_the_towers_affine_map():
-    image = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-    expected = (image.numpy() - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(std, (1, 3, 1, 1))
-    np.testing.assert_allclose(pixels.normalize(image, mean, std).numpy(), expected, atol=1e-12)
+    assert pixels.letterbox(torch.rand(1, 3, 16, 2048), 32, fill=FILL).shape == (1, 3, 32, 32)
 
 
 def test_vae_range_and_channels_last_round_trips():
     image = torch.rand(2, 3, 20, 24, dtype=torch.float64)
     torch.testing.assert_close(pixels.from_vae(pixels.to_vae(image)), image, atol=1e-12, rtol=0)
-    assert pixels.to_vae(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-1, 0, 1]
+    assert pixels.to_vae(torch.tensor([0.0, 0.5, 1.2])).tolist() == pytest.approx([-1, 0, 1.4])
     assert torch.equal(pixels.from_bhwc(pixels.to_bhwc(image)), image)
     assert pixels.to_bhwc(image)[1, 4, 7].tolist() == image[1, :, 4, 7].tolist()
-
-
-def test_vae_conversion_passes_overshoot_and_its_gradient():
-    decoded = torch.tensor([-1.4, 0.2, 1.6], requires_grad=True)
-    converted = pixels.from_vae(decoded)
-    assert converted.min() < 0
-    assert converted.max() > 1
-    converted.sum().backward()
-    assert decoded.grad is not None
-    assert decoded.grad.tolist() == [0.5, 0.5, 0.5]
-
-
-def test_wrong_layouts_are_told():
     with pytest.raises(ValueError, match=r"expected \(B, H, W, 3\), got shape \(1, 3, 20, 24\)"):
         pixels.from_bhwc(torch.rand(1, 3, 20, 24))
     with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\), got shape \(1, 20, 24, 3\)"):
@@ -249,20 +152,11 @@ def test_wrong_layouts_are_told():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_to_pil_of_load_is_exact_on_8_bits(dtype):
     values = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    images = [natural(33, 47, seed=0), natural(33, 47, seed=1), values]
-    for image in images:
+    for image in (natural(33, 47, seed=0), values):
         [back] = pixels.to_pil(pixels.load(Image.fromarray(image))[None].to(dtype))
         assert np.array_equal(np.asarray(back), image)
-
-
-def test_to_pil_clamps_overshoot():
-    image = torch.full((1, 3, 16, 16), 1.2)
-    image[:, 1] = -0.2
-    [converted] = pixels.to_pil(image)
-    assert converted.getpixel((3, 3)) == (255, 0, 255)
-
-
-# --------------------------------------------------------------------------------------------- crops
+    overshoot = torch.tensor([1.2, -0.2, 1.2]).view(1, 3, 1, 1).expand(-1, -1, 16, 16)
+    assert pixels.to_pil(overshoot.to(dtype))[0].getpixel((3, 3)) == (255, 0, 255)
 
 
 def aspect_ratios() -> Iterator[tuple[int, int, int]]:
@@ -274,7 +168,7 @@ def aspect_ratios() -> Iterator[tuple[int, int, int]]:
     yield from ((512, 512, 224), (300, 517, 224), (1001, 640, 224), (225, 224, 224))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 9, 15, 16])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 9, 15])
 def test_even_offsets_lie_inside_in_number_and_reach_the_borders(count):
     for height, width, side in aspect_ratios():
         offsets = pixels.even_offsets(height, width, side, count)
@@ -295,7 +189,7 @@ def test_even_offsets_lie_inside_in_number_and_reach_the_borders(count):
             assert reaches_columns
 
 
-@pytest.mark.parametrize("count", [2, 4, 9, 15])
+@pytest.mark.parametrize("count", [4, 15])
 def test_even_offsets_are_distinct_and_evenly_spaced_where_there_is_room(count):
     for height, width in ((2000, 2000), (1500, 4000), (4000, 1500), (24 * 128, 24), (24, 24 * 128)):
         offsets = pixels.even_offsets(height, width, 24, count)
@@ -322,7 +216,7 @@ def test_crops_of_a_small_image_are_enlarged_squares_of_its_short_side():
     torch.testing.assert_close(crops[:, 1], pixels.resize(images[..., -18:], (24, 24)))
 
 
-def test_random_crops_repeat_with_their_generator_and_leave_the_global_one_alone():
+def test_random_crops_repeat_with_their_generator_only():
     images = torch.arange(2 * 3 * 60 * 50, dtype=torch.float32).reshape(2, 3, 60, 50)
     before = torch.get_rng_state()
     first = pixels.random_crops(images, 16, 6, generator=torch.Generator().manual_seed(3))
@@ -337,9 +231,6 @@ def test_random_crops_repeat_with_their_generator_and_leave_the_global_one_alone
         assert torch.equal(crop, images.flatten(0, 1)[corner // 3000 :][:3, row : row + 16, column : column + 16])
 
 
-# --------------------------------------------------------------------------------------------- check
-
-
 def batch(**values: Any) -> Tensor:
     images = torch.full((2, 3, 20, 24), 0.5)
     images[1, 2, 3, 4] = values.get("value", 0.5)
@@ -349,21 +240,18 @@ def batch(**values: Any) -> Tensor:
 BAD = {
     "NaN": (batch(value=float("nan")), ValueError, r"NaN or infinite values in image\(s\) \[1\].*float32 or bfloat16"),
     "infinite": (batch(value=float("inf")), ValueError, r"NaN or infinite values in image\(s\) \[1\]"),
-    "minus infinite": (batch(value=-float("inf")), ValueError, r"NaN or infinite values in image\(s\) \[1\]"),
     "[-1, 1]": (torch.linspace(-1, 1, 3 * 256).view(1, 3, 16, 16), ValueError, r"\[-1, 1\]; .*images\.from_vae"),
     "0..255": (torch.linspace(0, 255, 3 * 256).view(1, 3, 16, 16), ValueError, r"\[0, 255\]; divide 8-bit .* by 255"),
-    "normalized": (torch.linspace(-2.1, 2.6, 768).view(1, 3, 16, 16), ValueError, "before any normalization"),
+    "normalized": (torch.linspace(-2.1, 2.6, 768).view(1, 3, 16, 16), ValueError, "pixels that are not normalized"),
     "integers": (torch.ones(1, 3, 16, 16, dtype=torch.uint8), TypeError, r"floating-point.*torch\.uint8.*/ 255"),
     "latent": (torch.rand(1, 4, 16, 16), ValueError, "3 channels.*VAE latent must be decoded"),
     "channels last": (torch.rand(1, 16, 16, 3), ValueError, r"images\.from_bhwc"),
     "one image": (torch.rand(3, 16, 16), ValueError, r"4 dimensions.*\(3, 16, 16\).*images\[None\]"),
-    "a vector": (torch.rand(3), ValueError, "4 dimensions"),
     "gray": (torch.rand(1, 1, 16, 16), ValueError, r"expand\(-1, 3, -1, -1\)"),
     "many channels": (torch.rand(1, 16, 32, 32), ValueError, "expected 3 channels"),
     "empty": (torch.rand(0, 3, 16, 16), ValueError, "at least one image"),
     "15 px wide": (torch.rand(1, 3, 16, 15), ValueError, "at least 16 px, got 15 x 16"),
     "15 px high": (torch.rand(1, 3, 15, 16), ValueError, "at least 16 px, got 16 x 15"),
-    "an array": (np.zeros((1, 3, 16, 16), np.float32), TypeError, "float tensor.*got ndarray"),
     "a list": ([torch.rand(3, 16, 16)], TypeError, "float tensor.*got list"),
     "nothing": (None, TypeError, "float tensor.*got NoneType"),
 }
@@ -384,17 +272,14 @@ def test_check_passes_the_same_tensor_with_a_decoders_overshoot(dtype):
     assert pixels.check(images) is images
 
 
-@pytest.mark.parametrize("name", ["NaN", "infinite", "[-1, 1]", "0..255"])
-def test_values_pass_without_validation(name):
-    images = BAD[name][0]
-    assert pixels.check(images, validate=False) is images
-
-
-@pytest.mark.parametrize("name", ["integers", "latent", "one image", "15 px wide", "empty", "an array"])
-def test_shapes_and_types_never_pass(name):
+@pytest.mark.parametrize("name", ["NaN", "[-1, 1]", "integers", "latent", "one image", "15 px wide", "empty", "a list"])
+def test_only_values_pass_without_validation(name):
     images, error, message = BAD[name]
-    with pytest.raises(error, match=message):
-        pixels.check(images, validate=False)
+    if name in ("NaN", "[-1, 1]"):
+        assert pixels.check(images, validate=False) is images
+    else:
+        with pytest.raises(error, match=message):
+            pixels.check(images, validate=False)
 
 
 class CountSynchronizations(TorchDispatchMode):
@@ -413,36 +298,10 @@ class CountSynchronizations(TorchDispatchMode):
 
 def test_check_synchronizes_once_and_not_without_validation():
     images = torch.rand(4, 3, 32, 32)
-    with CountSynchronizations() as mode:
-        pixels.check(images)
-    assert mode.count == 1
-    with CountSynchronizations() as mode:
-        pixels.check(images, validate=False)
-    assert mode.count == 0
-    with CountSynchronizations() as mode:  # the counter counts
-        bool((images > 0).all())
-        float(images.sum())
-    assert mode.count == 2
-
-
-# --------------------------------------------------------------------------------------------- load: files that are not
-
-
-@contextmanager
-def at_most_more_memory(byte_count: int) -> Iterator[None]:
-    """Let the process take `byte_count` more address space, where the system can hold it to that."""
-    resource = pytest.importorskip("resource")
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        yield
-        return
-    used = int(status.read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + byte_count, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    for validate in (True, False):
+        with CountSynchronizations() as mode:
+            pixels.check(images, validate=validate)
+        assert mode.count == validate
 
 
 def jpeg_bytes(**options: Any) -> bytes:
@@ -470,21 +329,13 @@ def test_files_that_hold_no_image_are_named_with_the_reason(tmp_path):
         pixels.load(str(tmp_path))
 
 
-@pytest.mark.parametrize("address", ["https://example.org/a.png", "http://example.org/a.png"])
-def test_addresses_are_not_fetched(address):
-    with pytest.raises(ImageError, match="not fetched; download"):
-        pixels.load(address)
-
-
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
         ("", "image: expected a path, got an empty text"),
-        ("nul\0.png", "no such file"),
+        ("https://example.org/a.png", "not fetched; download"),
         ("half \ud800.png", "no such file"),
-        ("~", "~: no such file"),
         ("a" * 5000, "aaa: cannot be read"),
-        ("a cat " * 2000, "a cat"),
         (".", "is a folder"),
         ("/dev/zero", "is a pipe or a device"),
         ("pipe.png", r"pipe\.png: is a pipe or a device"),
@@ -493,46 +344,34 @@ def test_addresses_are_not_fetched(address):
 def test_paths_of_no_image_are_image_errors(tmp_path, monkeypatch, path, reason):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.png")
-    for source in (path, Path(path)) if path else (path,):
-        with pytest.raises(ImageError, match=reason):
-            pixels.load(source)
+    with pytest.raises(ImageError, match=reason):
+        pixels.load(path)
 
 
-@pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (12_000, 12_000), (100_001, 1000)])
-def test_a_header_that_claims_too_many_pixels_is_refused_before_any_memory_is_taken(tmp_path, width, height):
+def test_a_header_that_claims_too_many_pixels_is_refused(tmp_path):
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_that_claims(width, height))
+    path.write_bytes(png_that_claims(30_000, 30_000))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with at_most_more_memory(200_000_000), pytest.raises(ImageError, match=r"bomb\.png.*100,000,000 pixels"):
+        with pytest.raises(ImageError, match=r"bomb\.png.*100,000,000 pixels"):
             pixels.load(path)
 
 
 def test_opened_images_that_turn_out_damaged_are_image_errors():
-    whole = jpeg_bytes()
-    with Image.open(io.BytesIO(whole[: len(whole) // 2])) as truncated, pytest.raises(ImageError, match="truncated"):
+    with Image.open(io.BytesIO(jpeg_bytes()[:800])) as truncated, pytest.raises(ImageError, match="truncated"):
         pixels.load(truncated)
-    closed = Image.new("RGB", (32, 32))
-    closed.close()
-    with pytest.raises(ImageError, match="cannot be read"):
-        pixels.load(closed)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (15, 40), (40, 15)])
-def test_tiny_images_are_refused(tmp_path, size):
-    path = tmp_path / "tiny.png"
-    Image.new("RGB", size, "red").save(path)
-    with pytest.raises(ImageError, match=rf"tiny\.png.*at least 16 px, got {size[0]} x {size[1]}"):
-        pixels.load(path)
+def test_tiny_images_are_refused(tmp_path):
+    Image.new("RGB", (40, 15), "red").save(tmp_path / "tiny.png")
+    with pytest.raises(ImageError, match=r"tiny\.png.*at least 16 px, got 40 x 15"):
+        pixels.load(tmp_path / "tiny.png")
 
 
-@pytest.mark.parametrize("source", [3, None, b"bytes", [1, 2], {"image": 1}])
+@pytest.mark.parametrize("source", [None, b"bytes", [1, 2]])
 def test_other_types_are_refused(source):
     with pytest.raises(TypeError, match=f"PIL image, a path, an array or a tensor, got {type(source).__name__}"):
         pixels.load(source)
-
-
-# --------------------------------------------------------------------------------------------- load: modes and formats
 
 
 def mosaic(height: int = 18, width: int = 26) -> np.ndarray:
@@ -553,16 +392,30 @@ def test_png_and_path_types(tmp_path):
     image = mosaic()
     path = tmp_path / "image.png"
     Image.fromarray(image).save(path)
-    for source in (path, str(path), Image.fromarray(image), Image.open(path)):
-        assert_is(pixels.load(source), image)
+    with os.scandir(os.fsencode(tmp_path)) as entries, warnings.catch_warnings():
+        warnings.simplefilter("error")  # of Pillow's read-only arrays, or of an animation
+        for source in (
+            path,
+            str(path),
+            next(entries),
+            Image.fromarray(image),
+            Image.open(path),
+            np.asarray(Image.open(path)),
+        ):
+            assert_is(pixels.load(source), image)
 
 
-def test_grayscale_and_bilevel_are_repeated(tmp_path):
+def test_grayscale_bilevel_and_palettes_give_their_colors(tmp_path):
     gray = mosaic()[..., 0]
     Image.fromarray(gray).save(tmp_path / "gray.png")
     assert_is(pixels.load(tmp_path / "gray.png"), np.repeat(gray[..., None], 3, axis=-1))
     bilevel = Image.fromarray((mosaic()[..., 2] > 0).astype(np.uint8) * 255).convert("1")
     assert_is(pixels.load(bilevel), np.repeat((mosaic()[..., 2:] > 0) * 255, 3, axis=-1))
+    indices = np.arange(400, dtype=np.uint8).reshape(20, 20) % 4
+    image = Image.fromarray(indices).convert("L")
+    image.putpalette(COLORS.flatten().tolist())
+    image.save(tmp_path / "palette.png")
+    assert_is(pixels.load(tmp_path / "palette.png"), COLORS[indices])
 
 
 @pytest.mark.parametrize("gray", [True, False])
@@ -576,25 +429,13 @@ def test_alpha_is_composited_on_white(tmp_path, gray):
     assert loaded[:, :, 0].min() == 1
 
 
-@pytest.mark.parametrize("suffix", ["png", "gif"])
-def test_a_transparent_entry_of_a_palette_is_white(tmp_path, suffix):
-    indices = (np.mgrid[:20, :20][1] >= 10).astype(np.uint8)
-    image = Image.fromarray(indices).convert("L")
+def test_a_transparent_entry_of_a_palette_is_white(tmp_path):
+    image = Image.fromarray((np.mgrid[:20, :20][1] >= 10).astype(np.uint8)).convert("L")
     image.putpalette([255, 0, 0, 0, 0, 255])
-    image.save(tmp_path / f"palette.{suffix}", transparency=1)
-    with Image.open(tmp_path / f"palette.{suffix}") as opened:
-        assert opened.mode == "P"
-    loaded = pixels.load(tmp_path / f"palette.{suffix}")
+    image.save(tmp_path / "palette.png", transparency=1)
+    loaded = pixels.load(tmp_path / "palette.png")
     assert loaded[:, 5, 5].tolist() == [1, 0, 0]
     assert loaded[:, 5, 15].tolist() == [1, 1, 1]
-
-
-def test_an_opaque_palette_gives_its_colors(tmp_path):
-    indices = np.arange(400, dtype=np.uint8).reshape(20, 20) % 4
-    image = Image.fromarray(indices).convert("L")
-    image.putpalette(COLORS.flatten().tolist())
-    image.save(tmp_path / "palette.png")
-    assert_is(pixels.load(tmp_path / "palette.png"), COLORS[indices])
 
 
 def test_cmyk_inks_subtract_from_white(tmp_path):
@@ -621,46 +462,19 @@ def test_16_bit_grayscale_keeps_its_precision(tmp_path, suffix):
     assert torch.equal(loaded[0], loaded[2])
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
-def test_of_an_animation_the_first_frame_is_taken_with_a_warning(tmp_path, suffix):
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_animations_give_their_first_frame_with_a_warning(tmp_path, suffix):
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "lime", "blue")]
     path = tmp_path / f"moving.{suffix}"
     options = {"lossless": True} if suffix == "webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, **options)
-    with pytest.warns(UserWarning, match=rf"moving\.{suffix}: animated.*first of its frames"):
+    with pytest.warns(UserWarning, match=rf"moving\.{suffix}: animated.*only its first frame"):
         loaded = pixels.load(path)
     assert loaded[:, 5, 5].tolist() == [1, 0, 0]
     with Image.open(path) as opened:
         opened.seek(2)
-        with pytest.warns(UserWarning, match="first of its frames"):
+        with pytest.warns(UserWarning, match="first frame"):
             assert torch.equal(pixels.load(opened), loaded)
-
-
-def pages(count: int) -> bytes:
-    """A TIFF of one gray page of 20 x 20 px, and a chain of `count` pages behind it that hold nothing."""
-    first = 8 + 2 + 12 * 8 + 4  # where its pixels are
-    tags = [(256, 20), (257, 20), (258, 8), (259, 1), (262, 1), (273, first), (278, 20), (279, 400)]
-    listed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    chain, at = b"", first + 400
-    for page in range(count):
-        at += 6
-        chain += struct.pack("<HI", 0, at if page < count - 1 else 0)
-    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + listed + struct.pack("<I", first + 400)
-    return head + b"\x80" * 400 + chain
-
-
-def test_pages_behind_the_first_are_not_looked_at(tmp_path):
-    (tmp_path / "pages.tif").write_bytes(pages(3))
-    with pytest.warns(UserWarning, match=r"pages\.tif: animated"):
-        loaded = pixels.load(tmp_path / "pages.tif")
-    assert loaded.shape == (3, 20, 20)
-    assert loaded.unique().tolist() == pytest.approx([128 / 255])
-
-
-def test_paths_may_be_bytes_under_the_protocol(tmp_path):
-    Image.fromarray(mosaic()).save(tmp_path / "named.png")
-    with os.scandir(os.fsencode(tmp_path)) as entries:
-        assert torch.equal(pixels.load(next(entries)), pixels.load(tmp_path / "named.png"))
 
 
 @pytest.mark.parametrize(
@@ -678,14 +492,6 @@ def test_tensors_without_values_of_their_own_are_refused(source, reason):
         pixels.load(source)
 
 
-def test_still_images_do_not_warn(tmp_path):
-    Image.fromarray(mosaic()).save(tmp_path / "still.gif")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pixels.load(tmp_path / "still.gif")
-        pixels.load(np.asarray(Image.fromarray(mosaic())))  # Pillow's arrays are read-only
-
-
 UPRIGHT = {
     1: lambda stored: stored,
     2: np.fliplr,
@@ -700,18 +506,10 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_exif_rotation_is_applied(tmp_path, orientation):
-    stored = Image.fromarray(mosaic())
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(mosaic()).save(tmp_path / "turned.png", exif=exif)
     assert_is(pixels.load(tmp_path / "turned.png"), UPRIGHT[orientation](mosaic()))
-    stored.save(tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
-    with Image.open(tmp_path / "turned.jpg") as opened:
-        upright = np.asarray(ImageOps.exif_transpose(opened))
-    assert_is(pixels.load(tmp_path / "turned.jpg"), upright)
-
-
-# --------------------------------------------------------------------------------------------- load: arrays and tensors
 
 
 def array_layouts() -> dict[str, tuple[Any, np.ndarray]]:
@@ -722,7 +520,6 @@ def array_layouts() -> dict[str, tuple[Any, np.ndarray]]:
     faded = image * 0.2 + 255 * 0.8
     unit = image / 255
     return {
-        "uint8 HWC": (image, image),
         "uint8 CHW": (image.transpose(2, 0, 1), image),
         "uint8 HW": (image[..., 0], gray),
         "uint8 HW1": (image[..., :1], gray),
@@ -731,12 +528,10 @@ def array_layouts() -> dict[str, tuple[Any, np.ndarray]]:
         "float16 HWC": (unit.astype(np.float16), unit.astype(np.float16).astype(np.float64) * 255),
         "float32 HWC": (unit.astype(np.float32), image),
         "float64 CHW": (unit.transpose(2, 0, 1), image),
-        "big-endian": (unit.astype(">f4"), image),
         "big-endian 16 bits": (image.astype(">u2") * 257, image),
         "mirrored view": (image[::-1, ::-1], image[::-1, ::-1]),
         "tensor CHW": (torch.from_numpy(unit).permute(2, 0, 1).float(), image),
         "tensor HWC": (torch.from_numpy(unit), image),
-        "tensor HW": (torch.from_numpy(image[..., 0].copy()), gray),
         "tensor uint8": (torch.from_numpy(image).permute(2, 0, 1), image),
         "tensor RGBA": (torch.from_numpy(np.concatenate([unit, alpha / 255], axis=-1)).permute(2, 0, 1), faded),
         "tensor with gradient": (torch.from_numpy(unit).requires_grad_(), image),
@@ -749,26 +544,17 @@ def test_arrays_and_tensors_of_every_layout(name):
     loaded = pixels.load(source)
     assert_is(loaded, expected)
     assert not loaded.requires_grad
-    assert_is(loaded.clone(), expected)
-
-
-def test_what_is_loaded_does_not_share_memory_with_its_source():
-    array = np.full((3, 20, 20), 0.5, np.float32)
-    loaded = pixels.load(array)
+    held = source.detach().numpy() if isinstance(source, Tensor) else source
+    before = held.copy()
     loaded.zero_()
-    assert array.min() == 0.5
+    assert np.array_equal(held, before), "no memory is shared"
 
 
 BAD_ARRAYS = {
     "int64": (np.zeros((20, 20, 3), np.int64), r"uint8, uint16 or floats.*int64"),
-    "bool": (np.zeros((20, 20), bool), r"uint8, uint16 or floats.*bool"),
-    "complex": (np.zeros((20, 20, 3), complex), r"uint8, uint16 or floats.*complex"),
     "objects": (np.array([[None] * 20] * 20), "expected numbers, got dtype object"),
-    "strings": (np.array([["a"] * 20] * 20), "expected numbers"),
-    "int tensor": (torch.zeros(3, 20, 20, dtype=torch.int64), r"uint8, uint16 or floats.*int64"),
     "two channels": (np.zeros((20, 20, 2), np.uint8), r"C of 1, 3 or 4, got shape \(20, 20, 2\)"),
     "a batch": (np.zeros((1, 20, 20, 3), np.uint8), r"got shape \(1, 20, 20, 3\)"),
-    "a vector": (torch.zeros(20), r"got shape \(20,\)"),
     "0..255 floats": (np.full((20, 20, 3), 200.0), "divide 8-bit values by 255"),
     "[-1, 1] floats": (np.linspace(-1, 1, 1200).reshape(20, 20, 3), r"images\.from_vae"),
     "NaN": (np.full((20, 20, 3), np.nan), "NaN or infinite"),
@@ -781,14 +567,3 @@ def test_arrays_that_hold_no_image_are_refused(name):
     source, message = BAD_ARRAYS[name]
     with pytest.raises(ImageError, match=message):
         pixels.load(source)
-
-
-def test_all_sources_of_one_scored_image_agree(agiqa3k):
-    path = sorted((agiqa3k / "images").glob("*.jpg"))[100]
-    from_file = pixels.load(path)
-    with Image.open(path) as opened:
-        array = np.asarray(opened.convert("RGB"))
-        assert torch.equal(pixels.load(opened), from_file)
-    assert_is(from_file, array)
-    assert torch.equal(pixels.load(array), from_file)
-    assert torch.equal(pixels.load(from_file), from_file)

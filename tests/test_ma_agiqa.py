@@ -37,9 +37,6 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------ MANIQA's head
-
-
 def attend_channels(module: TransposedAttention, x: np.ndarray) -> np.ndarray:
     """Channels as tokens, (C, places) to (C, places)."""
     query, key, value = (linear(layer, x) for layer in (module.query, module.key, module.value))
@@ -92,9 +89,6 @@ def test_swin_blocks_add_their_scale_and_look_across_windows() -> None:
     assert corner[0, :, 3, 3].norm() < 1e-20, "a shift does not wrap around the border"
 
 
-# ------------------------------------------------------------------------------------------------ fusion
-
-
 def plain_fusion(module: AdaptiveFusion, vectors: list[np.ndarray]) -> tuple[float, np.ndarray]:
     """Equation 4 for one row."""
     own, *assisting = vectors
@@ -115,9 +109,6 @@ def test_adaptive_fusion_is_its_equation() -> None:
         assert np.allclose(array(weights[b]), gate)
     assert weights.shape == (3, 4)
     assert (weights.sum(dim=1) - 1).abs().min() > 1e-3, "a sigmoid each, as the paper has it, and no softmax"
-
-
-# ------------------------------------------------------------------------------------------------ the model
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,6 @@ def scenes(count: int, height: int, width: int, *, seed: int = 0) -> torch.Tenso
     return (0.15 + 0.7 * blocks + strength * grain).clamp(0.1, 0.9)
 
 
-# --------------------------------------------------------------------------------------------- gradients
-
-
 def test_pixel_gradient_equals_central_differences(make: Maker) -> None:
     reward = make(dtype=torch.float64)
     images = scenes(1, 96, 80).double().requires_grad_()
@@ -112,9 +109,6 @@ def test_pixels_get_gradients_and_weights_none(reward: Reward) -> None:
     assert torch.equal(reward(images, PROMPTS[:1]).total, before.total)
 
 
-# --------------------------------------------------------------------------------------------- rows
-
-
 def test_rows_do_not_depend_on_their_batch(reward: Reward, seen: tuple[torch.Tensor, RewardOutput]) -> None:
     (images, together), order = seen, torch.tensor([2, 0, 1])
     with torch.no_grad():
@@ -146,9 +140,6 @@ def test_encoded_prompts_score_like_their_strings(reward: Reward, seen: tuple[to
         assert torch.allclose(reward(images, reward.encode_prompts(PROMPTS)).total, output.total, atol=1e-6)
         one = reward.encode_prompts(PROMPTS[:1]).expand(2)
         assert torch.allclose(reward(images[:2], one).total, reward(images[:2], PROMPTS[:1] * 2).total, atol=1e-5)
-
-
-# --------------------------------------------------------------------------------------------- inputs
 
 
 def test_one_image_has_one_score_in_every_form(reward: Reward, tmp_path: Path) -> None:
@@ -201,9 +192,6 @@ def test_bfloat16_keeps_the_ranking_of_real_images(make: Maker, agiqa3k: Path) -
         assert kendalltau(getattr(full, aspect).numpy(), getattr(half, aspect).numpy()).statistic >= 0.90
 
 
-# --------------------------------------------------------------------------------------------- errors
-
-
 def test_errors_name_the_argument_and_the_remedy(reward: Reward) -> None:
     images = scenes(2, 64, 64)
     with pytest.raises(ValueError, match=r"2 images.*expand"):
@@ -235,9 +223,6 @@ def test_prompts_are_scored_with_a_warning(reward: Reward, prompt: str, message:
         features = reward.encode_prompts([prompt])
     with torch.no_grad():
         assert torch.isfinite(reward(scenes(1, 64, 64), features).total).all()
-
-
-# --------------------------------------------------------------------------------------------- saving
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,6 @@ def count(*parts: nn.Module | nn.Parameter | None) -> int:
     )
 
 
-# ------------------------------------------------------------------------------------------------ published sizes
-
-
 Towers = tuple[OpenCLIPEncoder, OpenCLIPEncoder]
 
 
@@ -63,9 +60,6 @@ def test_trained_parameters_are_those_of_the_paper() -> None:
     second = MSTCLIPIQA(RELEASED_B, *published)
     assert count(second.head.fusion, second.head.attend, second.head.quality) == 2_299_010
     assert count(second.head.quality) == count(second.head.correspondence)
-
-
-# ------------------------------------------------------------------------------------------------ equations
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +156,6 @@ def test_a_fresh_branch_depends_on_the_prompt_only_by_the_anchor(towers: Towers,
     assert torch.allclose(alone, expected[:1])
 
 
-def test_towers_of_fixed_size_see_images_at_their_own(towers: Towers) -> None:
-    images = draw(2, 48, 40)
-    given = build(towers, coarse_side=224, fine_side=512)(images, None).quality
-    assert torch.equal(given, build(towers, coarse_side=32, fine_side=32)(images, None).quality)
-
-
 def test_start_at_sets_the_heads_biases(towers: Towers) -> None:
     model = build(towers, moved=False)
     model.start_at(0.25, 0.75)
@@ -185,9 +173,6 @@ def test_a_description_builds_both_towers_again(towers: Towers) -> None:
     first, second = (m(images, m.encode_prompts(PROMPTS[:2])) for m in (model, again))
     assert torch.equal(first.quality, second.quality)
     assert torch.equal(first.correspondence, second.correspondence)
-
-
-# ------------------------------------------------------------------------------------------------ bottleneck
 
 
 def test_bottleneck_penalty_is_the_divergence_from_the_standard_normal(
@@ -214,9 +199,6 @@ def test_bottleneck_draws_from_its_normal_in_training() -> None:
     sigma = np.exp(linear(layer.log_variance, relu(linear(layer.hidden, array(mean))))[0] / 2)
     assert np.allclose(array(drawn.mean(dim=0)), array(mean)[0], atol=5 * sigma.max() / 200)
     assert np.allclose(array(drawn.std(dim=0)), sigma, rtol=0.03)
-
-
-# ------------------------------------------------------------------------------------------------ compact towers
 
 
 def test_the_compact_tower_sees_the_whole_image_at_two_resolutions() -> None:

@@ -32,9 +32,6 @@ SAID = "A red cube on a green floor."
 SMALL: dict[str, Any] = {"width": 16, "heads": 4, "crops": 2, "short_side": 64, "prompt_in_quality": False}
 
 
-# ------------------------------------------------------------------------------------------------ visibility
-
-
 def sensitivity(v: float) -> float:
     """Mannos and Sakrison 1974, as printed."""
     return 2.6 * (0.0192 + 0.114 * v) * np.exp(-((0.114 * v) ** 1.1))
@@ -116,9 +113,6 @@ def test_pooling_is_its_equations() -> None:
             sum(w * x for w, x in zip(array(weights[b]), f * place * channel, strict=True)) / array(weights[b]).sum()
         )
         assert np.allclose(array(found[b]), plain)
-
-
-# ------------------------------------------------------------------------------------------------ the model
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from plain import stir
+from test_model_contract import _leaves_global_randomness_alone as _leaves_global_randomness_alone
 from test_model_contract import scenes
 from torch import Tensor
 
-from aigiqa_reward.models.base import FullPrecision, ModelOutput, TrainedModel
+from aigiqa_reward.models.base import ModelOutput, TrainedModel
 from aigiqa_reward.rewards.build import SYSTEMS, build_model, empty_model
 
 PROMPTS = ["a red apple on a table", "a castle in the clouds above a long river, oil painting", "two cats"]
@@ -100,9 +100,6 @@ def tensors(output: ModelOutput) -> dict[str, Tensor]:
     return named if output.correspondence is None else {"correspondence": output.correspondence, **named}
 
 
-# ------------------------------------------------------------------------------------------------ gradients
-
-
 def test_pixel_gradient_equals_central_differences(exact: TrainedModel) -> None:
     images = scenes(1, 96, 80).double().requires_grad_()
     prompts = exact.encode_prompts(PROMPTS[:1])
@@ -160,9 +157,6 @@ def test_training_reaches_every_part_of_the_head(model: TrainedModel) -> None:
     assert all(p.grad is None for name, p in trained.named_parameters() if not name.startswith("head."))
 
 
-# ------------------------------------------------------------------------------------------------ rows
-
-
 @torch.no_grad()
 def test_rows_do_not_depend_on_their_batch(model: TrainedModel) -> None:
     images, order = scenes(3, 80, 112), torch.tensor([2, 0, 1])
@@ -190,9 +184,6 @@ def test_quality_does_not_depend_on_prompts(model: TrainedModel) -> None:
     assert not model.needs_prompts
 
 
-# ------------------------------------------------------------------------------------------------ precision
-
-
 @torch.no_grad()
 def test_float64_throughout(exact: TrainedModel, request: pytest.FixtureRequest) -> None:
     images = scenes(2, 64, 80)
@@ -203,22 +194,6 @@ def test_float64_throughout(exact: TrainedModel, request: pytest.FixtureRequest)
         assert single[name].dtype in (torch.float32, torch.bool), name
         assert torch.allclose(value.float(), single[name].float(), rtol=1e-3, atol=1e-3), name
     assert len({t.dtype for t in exact.state_dict().values() if t.is_floating_point()}) == 1
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_heads_of_half_precision_towers_stay_at_float32(model: TrainedModel) -> None:
-    half, images = build(model.name, torch.bfloat16), scenes(3, 64, 80)
-    assert isinstance(half.head, FullPrecision)
-    numbers = [t for t in half.head.state_dict().values() if t.is_floating_point()]
-    assert {t.dtype for t in numbers} == {torch.float32}
-    assert {p.dtype for name, p in half.named_parameters() if not name.startswith("head.")} == {torch.bfloat16}
-    for name, value in tensors(score(half, images, PROMPTS)).items():
-        assert value.dtype in (torch.float32, torch.bool), name
-        assert torch.isfinite(value.float()).all(), name
-
-
-# ------------------------------------------------------------------------------------------------ features and head
 
 
 @torch.no_grad()
@@ -268,10 +243,3 @@ def test_feature_settings_are_those_that_change_the_features(model: TrainedModel
     for name in names & NEARBY.keys():
         after = features(**{name: getattr(config, name) + NEARBY[name]})
         assert same(after, before) != (name in model.feature_settings), name
-
-
-@pytest.fixture(autouse=True)
-def _leaves_global_randomness_alone() -> Iterator[None]:
-    before = torch.random.get_rng_state()
-    yield
-    assert torch.equal(before, torch.random.get_rng_state()), "the library drew from the global generator"

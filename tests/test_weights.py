@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aigiqa_reward.utils import io as weights
 from aigiqa_reward.utils.io import write_atomically
 from aigiqa_reward.utils.weights import WeightsError, load_strictly, read_weights, sha256, write_weights
 
@@ -36,15 +35,13 @@ def tensors() -> dict[str, Tensor]:
         "body.weight": torch.randn(8, 3, 3, 3, generator=generator) * torch.logspace(-3, 2, 8).view(-1, 1, 1, 1),
         "head.bias": torch.randn(5, generator=generator),
         "steps": torch.tensor(7),
+        "double": torch.rand(4, dtype=torch.float64, generator=generator),
     }
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
-
-
-# --------------------------------------------------------------------------------------------- round trips
 
 
 def test_tensors_come_back_as_they_were(path, tensors):
@@ -71,12 +68,6 @@ def test_half_precision_is_stored_and_float32_read(path, tensors, dtype, epsilon
         assert bool(((back[name] - tensors[name]).abs() <= bound).all())
 
 
-def test_double_precision_is_kept(path):
-    tensor = torch.rand(4, dtype=torch.float64)
-    write_weights(path, {"a": tensor})
-    assert torch.equal(read_weights(path)["a"], tensor)
-
-
 def test_int8_is_within_half_a_step_of_each_rows_scale(path, tensors):
     write_weights(path, tensors, dtype=torch.float16, to_int8=lambda name, tensor: tensor.ndim > 1)
     with safe_open(path, framework="pt") as file:
@@ -93,31 +84,16 @@ def test_int8_is_within_half_a_step_of_each_rows_scale(path, tensors):
     np.testing.assert_allclose(np.abs(restored).reshape(8, -1).max(axis=1), scale * 127, rtol=1e-6)
 
 
-def test_a_row_of_zeros_survives_int8(path):
-    tensor = torch.tensor([[0.0, 0.0], [1.0, -2.0]])
-    write_weights(path, {"a": tensor}, to_int8=lambda name, tensor: True)
-    torch.testing.assert_close(read_weights(path)["a"], tensor, atol=0.01, rtol=0)
-
-
-def test_views_are_written_as_they_are_seen(path):
-    tensor = torch.arange(12.0).view(3, 4)
-    write_weights(path, {"a": tensor.T, "b": tensor[:, 1]})
+def test_rows_of_zeros_and_views_survive(path):
+    tensor, zeros = torch.arange(12.0).view(3, 4), torch.tensor([[0.0, 0.0], [1.0, -2.0]])
+    write_weights(path, {"a": tensor.T, "b": tensor[:, 1], "c": zeros}, to_int8=lambda name, tensor: name == "c")
     back = read_weights(path)
     assert torch.equal(back["a"], tensor.T)
     assert torch.equal(back["b"], tensor[:, 1])
+    torch.testing.assert_close(back["c"], zeros, atol=0.01, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------- damage
-
-
-def test_the_hash_is_the_files(path, tensors):
-    write_weights(path, tensors)
-    expected = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert sha256(path) == expected
-    assert read_weights(path, expected_sha256=expected).keys() == tensors.keys()
-
-
-def test_what_lossless_storage_gives_back_is_equal_and_small(path):
+def test_lossless_storage_is_equal_and_small(path):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -145,12 +121,13 @@ def test_what_lossless_storage_gives_back_is_equal_and_small(path):
     assert {name: stored[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("place", [0, 60, -1])
-def test_one_altered_byte_is_refused(path, tensors, place):
+def test_one_altered_byte_is_refused(path, tensors):
     write_weights(path, tensors)
-    expected = sha256(path)
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sha256(path) == expected
+    assert read_weights(path, expected_sha256=expected).keys() == tensors.keys()
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[-1] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(WeightsError, match=rf"model\.safetensors was altered.*sha256 {expected[:12]}.*reinstall"):
         read_weights(path, expected_sha256=expected)
@@ -171,7 +148,7 @@ def test_pickles_are_never_opened(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("keep", [0, 5, 40, 0.5, 0.99])
+@pytest.mark.parametrize("keep", [0, 5, 0.5])
 def test_truncated_files_are_refused(path, tensors, keep):
     write_weights(path, tensors)
     data = path.read_bytes()
@@ -188,67 +165,34 @@ def test_missing_files_and_folders_are_named(tmp_path):
         read_weights(tmp_path / "folder.safetensors")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_weights_that_are_not_finite_are_refused(path, tensors, bad, dtype):
-    tensors["head.bias"][3] = bad
-    write_weights(path, tensors, dtype=dtype)
-    with pytest.raises(WeightsError, match=r"NaN or infinite values in 'head\.bias'"):
-        read_weights(path)
-
-
-def test_weights_that_are_not_finite_do_not_hide_in_int8(path, tensors):
+@pytest.mark.parametrize("storage", [{}, {"dtype": torch.float16}, {"to_int8": lambda name, tensor: tensor.ndim > 1}])
+def test_weights_that_are_not_finite_are_refused(path, tensors, storage):
     tensors["body.weight"][2, 0, 0, 0] = float("nan")
-    write_weights(path, tensors, to_int8=lambda name, tensor: tensor.ndim > 1)
+    write_weights(path, tensors, **storage)
     with pytest.raises(WeightsError, match=r"NaN or infinite values in 'body\.weight'"):
         read_weights(path)
 
 
-# --------------------------------------------------------------------------------------------- atomic writing
-
-
-def test_a_failed_serialisation_leaves_the_old_file(path, tensors):
-    write_weights(path, tensors)
-    before = path.read_bytes()
-    shared = torch.rand(4, 4)
-    with pytest.raises(RuntimeError, match="share memory"):  # safetensors refuses tied tensors
-        write_weights(path, {"a": shared, "b": shared})
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("data", ["text is not bytes", None])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, data):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(path):
     write_atomically(path, b"old")
     with pytest.raises(TypeError):
-        write_atomically(path, data)
+        write_atomically(path, "text is not bytes")
     assert path.read_bytes() == b"old"
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_a_failed_replacement_leaves_nothing_behind(path):
-    path.mkdir()
+    (path.parent / "folder").mkdir()
     with pytest.raises(OSError, match="directory"):
-        write_atomically(path, b"new")
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+        write_atomically(path.parent / "folder", b"new")
+    assert {file.name for file in path.parent.iterdir()} == {path.name, "folder"}
 
 
 def test_a_file_is_replaced_whole_and_readable(path):
+    path = path.parent / "made" / path.name
     write_atomically(path, b"old")
     with path.open("rb") as reader:
         write_atomically(path, b"new and longer")
-        assert reader.read() == b"old"  # who had it open still reads the old one
+        assert reader.read() == b"old"  # an open reader still reads the old one
     assert path.read_bytes() == b"new and longer"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert path.stat().st_mode & 0o444 == 0o444
-
-
-def test_folders_are_made(tmp_path):
-    write_atomically(tmp_path / "a" / "b" / "c.bin", b"x")
-    assert (tmp_path / "a" / "b" / "c.bin").read_bytes() == b"x"
-
-
-# --------------------------------------------------------------------------------------------- strict loading
 
 
 def test_a_fitting_state_is_loaded(path):
@@ -290,23 +234,17 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(name):
     assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
 
 
-def test_embedded_assets_lie_in_the_package():
-    assert Path(weights.__file__).parent / "assets" == weights.ASSETS
-
-
-# --------------------------------------------------------------------------------------------- hostile files
-
-
 def made_up(path: Path, header: object, data: bytes = b"") -> Path:
-    """A safetensors file with this header, whatever follows."""
+    """A safetensors file with this header, or with one of this claimed length."""
     text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    length = header if isinstance(header, int) else len(text)
+    path.write_bytes(struct.pack("<Q", length) + text + data)
     return path
 
 
-@pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "F8_E8M0", "F8_E4M3", "F8_E5M2", "C64", "U16"])
+@pytest.mark.parametrize("kind", ["F4", "F8_E8M0", "F8_E4M3", "C64", "U16"])
 def test_types_of_numbers_that_no_model_has_are_refused(path, kind):
-    bits = {"F4": 4, "F6_E2M3": 6, "C64": 64, "U16": 16}.get(kind, 8)
+    bits = {"F4": 4, "C64": 64, "U16": 16}.get(kind, 8)
     size = 4 * bits // 8
     made_up(path, {"a": {"dtype": kind, "shape": [4], "data_offsets": [0, size]}}, b"\1" * size)
     with pytest.raises(WeightsError, match=r"model\.safetensors holds .*which no model here has"):
@@ -318,11 +256,8 @@ def test_scales_that_fit_nothing_are_refused(path, scale):
     write_weights(path, {"a": torch.ones(4, 2), "a.row_scale": scale})
     with pytest.raises(WeightsError, match=r"scales of shape .* for 'a'"):
         read_weights(path)
-
-
-def test_scales_of_nothing_are_not_lost(path):
     write_weights(path, {"a": torch.ones(2), "b.row_scale": torch.ones(2)})
-    assert read_weights(path).keys() == {"a", "b.row_scale"}
+    assert read_weights(path).keys() == {"a", "b.row_scale"}, "a scale of nothing is a weight"
 
 
 @pytest.mark.parametrize(
@@ -330,7 +265,7 @@ def test_scales_of_nothing_are_not_lost(path):
     [
         {"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}},
         {"a": {"dtype": "F32", "shape": [10**9, 10**3], "data_offsets": [0, 4 * 10**12]}},
-        {"a": {"dtype": "F32", "shape": [2**63, 2**63], "data_offsets": [0, 4]}},
+        2**30 * 10,
     ],
 )
 def test_headers_that_claim_huge_tensors_are_refused(path, header):
@@ -338,15 +273,9 @@ def test_headers_that_claim_huge_tensors_are_refused(path, header):
         read_weights(made_up(path, header, b"\0" * 4))
 
 
-def test_a_header_of_ten_gigabytes_is_refused(path):
-    path.write_bytes(struct.pack("<Q", 10 * 2**30) + b"{}")
-    with pytest.raises(WeightsError, match="not a whole safetensors file"):
-        read_weights(path)
-
-
 def test_a_file_larger_than_the_memory_is_refused_unread(path):
     with path.open("wb") as file:
-        file.truncate(200 * 2**30)  # holes, which take no room on the disk
+        file.truncate(200 * 2**30)  # sparse
     with pytest.raises(WeightsError, match="214,748,364,800 bytes, expected at most 16,000,000,000"):
         read_weights(path)
 

@@ -25,16 +25,7 @@ VISION = {
 
 
 def write_tiny_blip(folder: Path, seed: int, **text: object) -> Path:
-    """Write the model and its tokenizer as `save_pretrained` does.
-
-    Args:
-        folder: created if it does not exist.
-        seed: of the weights; the global random state is left as it was.
-        **text: what to change in the text tower's configuration.
-
-    Returns:
-        The folder.
-    """
+    """Write the model and its tokenizer as `save_pretrained` does."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = Tokenizer.from_file(str(TOWERS / "tokenizer.json")).get_vocab()
     words = sorted(vocabulary, key=vocabulary.__getitem__)

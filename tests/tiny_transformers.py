@@ -1,7 +1,7 @@
 """Tiny models of transformers' own classes with random weights, as folders written by save_pretrained; no downloads.
 
-Freshly drawn weights say almost the same of every input. Here they are drawn wide enough that answers differ between
-inputs as plainly as those of a trained model, and where an answer is given, the model says it to any question.
+Weights are drawn wide enough that outputs differ between inputs; where an answer is given, it is the answer to any
+question.
 """
 
 from __future__ import annotations
@@ -71,14 +71,7 @@ def tiny_tokenizer(answer: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def write_tiny_llama(folder: Path, *, seed: int = 0, answer: str | None = None, chat: bool = False) -> Path:
-    """Write a causal language model of 2 layers with its tokenizer.
-
-    Args:
-        folder: created if it does not exist.
-        seed: of the weights; the global random state is left as it was.
-        answer: what the model says to any prompt; None for what its random weights say.
-        chat: give the tokenizer a chat template.
-    """
+    """Write a causal language model of 2 layers with its tokenizer, whose answer to any prompt is `answer`."""
     tokenizer = tiny_tokenizer(answer)
     tokenizer.chat_template = TEXT_CHAT if chat else None
     model = _drawn(lambda: LlamaForCausalLM(_llama(tokenizer)), seed)

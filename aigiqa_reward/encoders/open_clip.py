@@ -34,6 +34,7 @@ class OpenCLIPConfig:
             file; None for a local-dir, which holds its own weights.
 
     Example:
+        >>> from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
         >>> OpenCLIPConfig(architecture="ViT-L-14", pretrained="laion2b_s32b_b82k").architecture
         'ViT-L-14'
     """

@@ -40,6 +40,7 @@ class TimmConfig:
         blocks: numbers of the blocks whose maps `levels` joins, from 0, or from -1 backwards, in the model's order.
 
     Example:
+        >>> from aigiqa_reward.encoders.timm import TimmConfig
         >>> half = (0.5, 0.5, 0.5)
         >>> TimmConfig(architecture="vit_base_patch8_224", mean=half, std=half, blocks=(6, 7, 8, 9)).smooth
         0.0

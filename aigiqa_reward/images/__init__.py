@@ -56,29 +56,9 @@ from aigiqa_reward.images.resize import (
     unletterbox,
 )
 
+# fmt: off
 __all__ = [
-    "HIGHEST",
-    "LOWEST",
-    "MAX_PIXELS",
-    "MIN_SIDE",
-    "ImageError",
-    "ImageSource",
-    "check",
-    "even_crops",
-    "even_offsets",
-    "finite_rows",
-    "from_bhwc",
-    "from_vae",
-    "letterbox",
-    "load",
-    "load_batch",
-    "normalize",
-    "random_crops",
-    "reduce_to",
-    "resize",
-    "resize_to_area",
-    "to_bhwc",
-    "to_pil",
-    "to_vae",
-    "unletterbox",
+    "HIGHEST", "LOWEST", "MAX_PIXELS", "MIN_SIDE", "ImageError", "ImageSource", "check", "even_crops",
+    "even_offsets", "finite_rows", "from_bhwc", "from_vae", "letterbox", "load", "load_batch", "normalize",
+    "random_crops", "reduce_to", "resize", "resize_to_area", "to_bhwc", "to_pil", "to_vae", "unletterbox",
 ]

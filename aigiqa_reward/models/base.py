@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,10 @@ class FullPrecision(nn.Module):
             return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
 
         return super()._apply(keep, recurse)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # parameters, buffers and submodules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +205,6 @@ class Standardize(FullPrecision):
         self.axis = axis
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("deviation", torch.ones(width))
-        self.mean: Tensor
-        self.deviation: Tensor
 
     def fit(self, rows: Tensor) -> None:
         """Take mean and std from features of the training images."""

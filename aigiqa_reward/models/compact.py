@@ -62,17 +62,6 @@ class Likeness(FullPrecision):
         guards: number of directions H.
     """
 
-    mean: Tensor
-    deviation: Tensor
-    basis: Tensor
-    centres: Tensor
-    weights: Tensor
-    bias: Tensor
-    thresholds: Tensor
-    guard: Tensor
-    guard_bias: Tensor
-    guard_limits: Tensor
-
     def __init__(self, columns: int, directions: int, centers: int, guards: int) -> None:
         super().__init__()
         for name, tensor in {
@@ -160,12 +149,6 @@ class CompactConfig(ModelConfig):
 
 class CompactHead(FullPrecision):
     """Everything behind the towers."""
-
-    described_mean: Tensor
-    described_deviation: Tensor
-    semantic_mean: Tensor
-    text_mean: Tensor
-    match_deviation: Tensor
 
     def __init__(self, config: CompactConfig, columns: int, described: int, semantic: int) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ class Preferences(Mapping[str, tuple[float, ...]]):
 
     Example:
         >>> from aigiqa_reward import create_reward
-
+        >>> from aigiqa_reward.models.cpa_iqa import Preferences
         >>> sharp = {"global": 0, "local": 0, "implicit": 0, "distortion": 1, "low_level": 1}
         >>> preferences = Preferences({"poster": sharp})
         >>> create_reward("cpa_iqa", preferences=preferences, scenario="poster").name
@@ -129,20 +129,13 @@ UNIFORM = Preferences({name: (0.0,) * len(COMPONENTS) for name in SCENARIOS})
 `Preferences.load`."""
 
 
+# fmt: off
 DISTORTIONS = (
-    "anatomical_error",
-    "physical_law_violation",
-    "rendering_artifact",
-    "texture_repetition",
-    "edge_blur",
-    "light_shadow_contradiction",
-    "noise",
-    "compression",
-    "color_cast",
-    "over_smoothing",
-    "warped_geometry",
+    "anatomical_error", "physical_law_violation", "rendering_artifact", "texture_repetition", "edge_blur",
+    "light_shadow_contradiction", "noise", "compression", "color_cast", "over_smoothing", "warped_geometry",
     "garbled_text",
 )
+# fmt: on
 """The first six are named in the paper; the other six are our choice. `CPAIQAConfig.distortions` replaces them."""
 
 SHARPNESS = 10.0

@@ -1,6 +1,6 @@
 """TSP-MGS: task-specific prompts and multi-granularity similarity (Xia et al.).
 
-A CLIP model compares the image, and crops of it, with L level texts T for the task at hand and with the words W of the
+A CLIP model compares the image, and crops of it, with L level texts T for the task and with the words W of the
 prompt:
 
     p_j   = softmax_j(s cos(F, T_j)),                 s CLIP's logit scale                                        (3)
@@ -142,18 +142,17 @@ class TSPMGS(TrainedModel):
         del context
         projected = {name: self.encoder.project(features) for name, features in seen.items()}
         perception = self._perception(self.encoder, projected["whole"]).expand(len(seen["whole"]), -1, -1)
-        embedded = self._embedded("quality", seen, projected)
-        quality, levels = self._coarse("quality", embedded, perception)
+        quality, levels = self._coarse("quality", self._embedded("quality", seen, projected), perception)
         details = {"quality_levels": levels}
         if prompts is None:
             return ModelOutput(quality=quality, correspondence=None, details=details)
         if self.config.words_in_quality:
-            quality, _ = self._with_words("quality", quality, embedded, prompts)
-        embedded = self._embedded("correspondence", seen, projected)
+            quality, _ = self._with_words("quality", quality, self._embedded("quality", seen, projected), prompts)
         texts = prompts.rows("levels").to(projected["whole"].dtype)
+        embedded = self._embedded("correspondence", seen, projected)
         correspondence, details["correspondence_levels"] = self._coarse("correspondence", embedded, texts)
         correspondence, details["word_similarity"] = self._with_words(
-            "correspondence", correspondence, embedded, prompts
+            "correspondence", correspondence, self._embedded("correspondence", seen, projected), prompts
         )
         return ModelOutput(quality=quality, correspondence=correspondence, details=details)
 

@@ -1,4 +1,4 @@
-"""Ways in which a generated picture fails, at known levels: blur, noise, and warped shapes."""
+"""Degradations of generated pictures at known levels: blur, noise, and warped shapes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ DEGRADATIONS = ("blur", "noise", "warp")
 """The kinds, in the order of every tensor of levels; each level goes from 0 (none) to 1."""
 
 BLUR = 3.0
-"""Deviation of the Gaussian at level 1, in px of a 64-px picture."""
+"""Std of the Gaussian at level 1, in px of a 64-px picture."""
 
 NOISE = 0.3
-"""Deviation of the noise at level 1."""
+"""Std of the noise at level 1."""
 
 WARP = 7.0
-"""Deviation of the displacement at level 1, in px."""
+"""Std of the displacement at level 1, in px."""
 
 
 def blur(images: Tensor, levels: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def degrade(images: Tensor, levels: Tensor, generator: torch.Generator) -> Tenso
 
 
 def random_levels(count: int, *, clean: float, generator: torch.Generator) -> Tensor:
-    """Levels (count, 3) for training: uniform, each kind left out in half of the pictures, all in a share `clean`."""
+    """Draw levels (count, 3): uniform, each kind absent in half of the pictures, all in a share `clean`."""
     levels = torch.rand((count, len(DEGRADATIONS)), generator=generator)
     levels *= torch.rand(levels.shape, generator=generator) > 0.5
     return levels * (torch.rand(count, generator=generator) > clean)[:, None]

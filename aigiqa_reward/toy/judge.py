@@ -1,7 +1,7 @@
-"""The judge of the embedded world: knows what a picture shows, so that a rising reward can be told from a hacked one.
+"""The judge of the embedded world: measures what a picture shows, independently of any reward.
 
-It is a small classifier of thing and background color, trained on composed pictures alone, never on generated ones. It
-shares no weight with any reward. So that it stays independent, do not optimize against it.
+A small classifier of thing and background color, trained on composed pictures alone, never on generated ones. It shares
+no weight with any reward and shows reward hacking, as long as nothing is optimized against it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,14 @@ from aigiqa_reward.types import Images, RewardOutput
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
 
 STRONG = 0.4
-"""Level of degradation from which a picture is not right: chosen here, above the judge's levels of clean pictures."""
+"""Least degradation at which a picture is not accepted, above the judge's levels of clean pictures."""
 
 _SHA256 = "66da39860707b38c1e69423acf4b9bbcd50e1f2fdd8498acc0933351ee8fcc42"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the judge sees in B pictures, whatever their prompts.
-
-    Attributes:
-        nouns: (B, 64) log-probabilities, in the order of `world.NOUNS`.
-        colors: (B, 8) log-probabilities of the background's color, in the order of `world.COLOR_NAMES`.
-        degradation: (B, 3) levels in [0, 1], in the order of DEGRADATIONS.
-    """
+    """Log-probabilities of nouns and background colors in B pictures, and levels of degradation in [0, 1]."""
 
     nouns: Float[Tensor, "batch 64"]
     colors: Float[Tensor, "batch 8"]
@@ -57,9 +51,9 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Recognizes thing, background color and degradation; as a RewardFunction, the log-probability of a prompt.
+    """A classifier of thing, background color and degradation, with random weights; `load_judge` loads trained ones.
 
-    Its weights are random: `load_judge` gives the trained one.
+    As a RewardFunction it returns the log-probability of a prompt.
     """
 
     def __init__(self) -> None:
@@ -79,16 +73,12 @@ class Judge(nn.Module):
         self.degradation = nn.Linear(128, len(DEGRADATIONS))
 
     def logits(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
-        """Of nouns (B, 64), colors (B, 8) and degradation levels (B, 3), for pictures (B, 3, 64, 64) in [0, 1]."""
+        """Compute logits (B, 64), (B, 8) and (B, 3) for pictures (B, 3, 64, 64) in [0, 1]."""
         pooled = self.trunk(2 * images - 1).mean(dim=(2, 3))
         return self.noun(pooled), self.colour(pooled), self.degradation(pooled)
 
     def examine(self, images: Images) -> Verdict:
-        """What the pictures (B, 3, H, W) in [0, 1] show; any size from 16 px, brought to 64 x 64.
-
-        Raises:
-            TypeError, ValueError: not such pictures.
-        """
+        """Examine pictures (B, 3, H, W) in [0, 1], of any size from 16 px, resized to 64 x 64."""
         pixels.check(images)
         if images.shape[2:] != (SIDE, SIDE):
             images = pixels.resize(images, (SIDE, SIDE))
@@ -105,8 +95,7 @@ class Judge(nn.Module):
             in nats. `quality`: minus the mean level of degradation, in [-1, 0].
 
         Raises:
-            TypeError, ValueError: not such pictures, not a text for each, or one that names no thing or no background
-                color of the embedded world.
+            ValueError: a prompt that names no thing or no background color of the embedded world.
         """
         verdict = self.examine(images)
         nouns, colors = subject_indices(prompts, count=images.shape[0])
@@ -116,12 +105,12 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def recognizes(self, images: Images, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Whether the likeliest noun, and the likeliest color, are the prompt's: two (B,) booleans."""
+        """Return (B,) whether the likeliest noun is the prompt's, and (B,) whether the color is."""
         return _recognized(self.examine(images), prompts)
 
     @torch.no_grad()
     def accepts(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Whether a picture is right, (B,): noun and color recognized, and no degradation of STRONG or more."""
+        """Return (B,) whether noun and color are recognized and every degradation is below STRONG."""
         verdict = self.examine(images)
         noun, color = _recognized(verdict, prompts)
         return noun & color & (verdict.degradation.amax(dim=1).cpu() < STRONG)
@@ -133,12 +122,7 @@ def _recognized(verdict: Verdict, prompts: Sequence[str]) -> tuple[Tensor, Tenso
 
 
 def subject_indices(prompts: Sequence[str], *, count: int) -> tuple[Tensor, Tensor]:
-    """Indices (B,) of the prompts' nouns and colors.
-
-    Raises:
-        TypeError: not a list of texts.
-        ValueError: not `count` of them, or one that names no thing or no background color of the embedded world.
-    """
+    """Return the indices (B,) of the nouns and colors of `count` prompts."""
     if not isinstance(prompts, list | tuple):
         got = "one text" if isinstance(prompts, str) else type(prompts).__name__
         raise TypeError(f"prompts: expected a list of {count} texts, got {got}; pass [text] * {count}")
@@ -163,14 +147,11 @@ def _known(prompt: str) -> tuple[int, int]:
 
 
 def load_judge(*, device: str | torch.device = "cpu") -> Judge:
-    """The trained judge, frozen, in eval mode; gradients reach the pixels.
-
-    Raises:
-        WeightsError: its file is missing or damaged.
+    """Load the trained judge, frozen, in eval mode; gradients reach the pixels.
 
     Example:
         >>> import torch
-
+        >>> from aigiqa_reward.toy.judge import load_judge
         >>> judge = load_judge()
         >>> judge.accepts(torch.zeros(1, 3, 64, 64), ["a red apple on a blue background"])
         tensor([False])

@@ -1,7 +1,7 @@
 """Real pictures of the embedded world: emoji composed on colored backgrounds.
 
-Generator, judge and the embedded reward learned from such pictures; fresh ones are what they are checked on. The emoji
-are Fluent 3D (Microsoft, MIT license), collected by examples/train_generator/sprites.py.
+Generator, judge and the embedded reward were trained on such pictures and are tested on fresh ones. The emoji are
+Fluent 3D (Microsoft, MIT license), collected by examples/train_generator/sprites.py.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ SIZES = tuple(range(44, 57, 2))
 """Sides in px that a cell is scaled to."""
 
 SHIFT = 5
-"""How far from the middle it may lie, in px."""
+"""Largest distance from the middle in px."""
 
 SHADE = 4.0
-"""Deviation of the background's color from its name's, of 255."""
+"""Std of the background's color, of 255."""
 
 
 @cache
@@ -64,11 +64,11 @@ def _compose(noun: int, color: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def compose(pairs: Int[np.ndarray, "batch 2"], rng: np.random.Generator) -> Images:
-    """A picture of each thing on its background, at a random size, place and flip, in a random shade of the color.
+    """Compose pictures of things on backgrounds, at random sizes, places and flips, in random shades of the color.
 
     Args:
         pairs: indices of noun and color (`world.NOUNS`, `world.COLOR_NAMES`).
-        rng: what is random is drawn from it.
+        rng: source of randomness.
 
     Returns:
         (B, 3, 64, 64) float32 in [0, 1], at the 256 levels of a file.
@@ -78,5 +78,5 @@ def compose(pairs: Int[np.ndarray, "batch 2"], rng: np.random.Generator) -> Imag
 
 
 def all_pairs(*, held_out: bool) -> Int[np.ndarray, "pairs 2"]:
-    """Every (noun, color) that training shows, or every one that it never does."""
+    """Return every (noun, color) that training shows, or every one that it never shows."""
     return np.array([(n, c) for n in range(len(NOUNS)) for c in range(len(COLORS)) if is_held_out(n, c) == held_out])

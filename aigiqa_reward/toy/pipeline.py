@@ -30,21 +30,17 @@ def load_embedded_pipeline(
     """Load the embedded text-to-image pipeline: 64 x 64 px, offline, 20 MB.
 
     A stock `StableDiffusionPipeline` (CLIPTextModel, UNet2DConditionModel, AutoencoderTiny, DDIM with v-prediction),
-    trained from nothing on 64 emoji in front of 8 background colors. It knows prompts such as "a red apple on a blue
+    trained from scratch on 64 emoji in front of 8 background colors. It knows prompts such as "a red apple on a blue
     background" (`aigiqa_reward.toy.world` lists the words) and is made for `num_inference_steps=20,
-    guidance_scale=3`; the pipeline's own defaults are Stable Diffusion's. Its pictures are for trying things out and
-    for tests, where a judge knows what is right (`aigiqa_reward.toy.judge`).
+    guidance_scale=3`; the pipeline's own defaults are Stable Diffusion's. It is for trying things out and for tests,
+    in which `aigiqa_reward.toy.judge` measures the pictures.
 
     Args:
-        device: where to put it.
-        dtype: of its parts; the files hold float16.
-
-    Returns:
-        A new pipeline, with its progress bar off.
+        device: device of its parts.
+        dtype: type of its parts; the files hold float16.
 
     Raises:
         WeightsError: a file of its weights, or its tokenizer, is missing or damaged.
-        TypeError: `dtype` is not a floating-point type.
 
     Example:
         >>> import torch
@@ -59,7 +55,7 @@ def load_embedded_pipeline(
 
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point type such as torch.float32, got {dtype!r}")
-    for name, expected in _SHA256.items():  # diffusers would only log what is missing
+    for name, expected in _SHA256.items():  # diffusers only logs missing files
         read_checked(GENERATOR / name, expected_sha256=expected)
     with quiet_libraries():  # diffusers warns of an AutoencoderTiny as a pipeline's `vae`, which works
         pipe = StableDiffusionPipeline.from_pretrained(GENERATOR, use_safetensors=True).to(device=device, dtype=dtype)
@@ -69,7 +65,7 @@ def load_embedded_pipeline(
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep diffusers and transformers from logging and showing bars, until it ends."""
+    """Keep diffusers and transformers from logging and showing progress bars."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
