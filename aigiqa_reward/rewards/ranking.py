@@ -15,6 +15,7 @@ def rank(scores: Iterable[SupportsFloat]) -> list[int]:
     """Return the indices of scores (N,), best first: ties go to the earlier one, NaN comes last.
 
     Example:
+        >>> from aigiqa_reward.rewards.ranking import rank
         >>> rank([0.2, float("nan"), 0.7, 0.7])
         [2, 3, 0, 1]
     """
