@@ -29,7 +29,7 @@ class PromptError(ValueError):
 
     Example:
         >>> from aigiqa_reward import create_reward
-
+        >>> from aigiqa_reward.types import PromptError
         >>> try:
         ...     create_reward("compact").encode_prompts(["a fox", "\u200b"])
         ... except PromptError as error:
@@ -58,8 +58,7 @@ class PromptFeatures:
 
     Example:
         >>> from aigiqa_reward import create_reward
-
-        >>> features: PromptFeatures = create_reward("compact").encode_prompts(["a fox", "a cat", "a fox"])
+        >>> features = create_reward("compact").encode_prompts(["a fox", "a cat", "a fox"])
         >>> len(features), features.texts, features.prompts
         (3, ('a fox', 'a cat'), ['a fox', 'a cat', 'a fox'])
         >>> len(features[:1].expand(8))

@@ -1,4 +1,4 @@
-"""A reward that counts what it scored, and breaks where it is told to."""
+"""A reward that counts what it scored, and fails on a given prompt."""
 
 from __future__ import annotations
 

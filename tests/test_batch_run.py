@@ -34,7 +34,7 @@ def pipe() -> Any:
 
 
 class Redness(Breaking):
-    """Tells seeds apart."""
+    """Differs between seeds."""
 
     def __init__(self, fails_on: str = "", error: type[BaseException] = RuntimeError) -> None:
         super().__init__("redness", redness, fails_on, error)
@@ -131,26 +131,25 @@ def test_an_interrupted_run_is_resumed(pipe: Any, tmp_path: Path) -> None:
     assert set(again.prompts) == {"one more"}
 
 
-def test_what_was_sampled_of_the_prompt_at_work_is_kept_but_done_again(pipe: Any, tmp_path: Path) -> None:
-    class Once(Redness):
-        def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-            if len(self.prompts) == 2:
-                raise KeyboardInterrupt
-            return super().__call__(images, prompts)
+def test_candidates_of_the_interrupted_prompt_are_kept_but_sampled_again(pipe: Any, tmp_path: Path) -> None:
+    def interrupted(images: torch.Tensor) -> torch.Tensor:
+        if len(reward.prompts) > 2:
+            raise KeyboardInterrupt
+        return redness(images)
 
+    reward = Breaking("redness", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fill(searching(pipe, Once(), batch_size=1), tmp_path, PROMPTS[:1])
+        fill(searching(pipe, reward, batch_size=1), tmp_path, PROMPTS[:1])
     rows = lines((tmp_path / "results.jsonl").read_text())
     assert [(row["seed"], row["finished"]) for row in rows] == [(0, False), (1, False)]
     assert not ResultsFolder.open(tmp_path).finished(0)
-    again = Once.__mro__[1]()
-    again.name = "redness"
+    again = Redness()
     fill(searching(pipe, again), tmp_path, PROMPTS[:1])
     assert len(again.prompts) == 3
     assert len(list((tmp_path / "images").iterdir())) == 2
 
 
-def test_a_prompt_that_fails_is_named_and_the_others_go_on(pipe: Any, tmp_path: Path) -> None:
+def test_a_prompt_that_fails_is_named_and_the_others_are_sampled(pipe: Any, tmp_path: Path) -> None:
     prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[2]]
     with pytest.raises(BestOfEachError, match=r"1 of 3 prompts failed: prompt 1 .*red apple.*RuntimeError: broken"):
         fill(searching(pipe, Redness(PROMPTS[0])), tmp_path, prompts)
@@ -166,7 +165,7 @@ def test_a_prompt_that_fails_is_named_and_the_others_go_on(pipe: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["image", '{"prompt": ', "[]"])
-def test_a_damaged_prompt_is_done_again(pipe: Any, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_prompt_is_sampled_again(pipe: Any, tmp_path: Path, damage: str) -> None:
     fill(searching(pipe, Redness()), tmp_path)
     before = contents(tmp_path)
     if damage == "image":

@@ -31,7 +31,7 @@ PROMPT = "a cat on a mat"
 
 
 def corner(images: Tensor, prompts: list[str]) -> Tensor:
-    """Redness of a corner: a reward that tells seeds apart by far more than rounding."""
+    """Redness of a corner: a reward whose differences between seeds are far above rounding."""
     assert len(prompts) == len(images)
     return images[:, 0, :4, :4].mean(dim=(1, 2))
 
@@ -556,7 +556,7 @@ def test_images_that_the_safety_checker_flags_are_dropped(monkeypatch):
 
 
 @pytest.mark.parametrize(("total", "name"), [(math.nan, "NaN"), (math.inf, "inf")])
-def test_a_reward_that_gives_no_finite_number_is_told(sd, total, name):
+def test_a_reward_that_gives_no_finite_number_drops_the_image(sd, total, name):
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         scores = corner(images, prompts)
         scores[0] = total
@@ -649,7 +649,7 @@ def test_a_pipeline_without_a_number_of_images_is_called_one_at_a_time(sd):
     assert out.all_scores == make(sd, n=3, batch_size=1)(PROMPT, **FEW_STEPS).all_scores
 
 
-def test_what_does_not_make_image_tensors_is_told(sd):
+def test_what_does_not_make_image_tensors_is_refused(sd):
     with pytest.raises(TypeError, match=r"pipe: expected an output whose .images is a tensor"):
         make(lambda prompt, **arguments: sd(prompt, **{**arguments, "output_type": "pil"}))(PROMPT, **FEW_STEPS)
 

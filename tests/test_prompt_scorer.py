@@ -1,4 +1,4 @@
-"""Prompts judged by their images, held against the embedded pipeline called by hand and a reward that is known."""
+"""Scores of prompts, compared with the embedded pipeline called by hand and a known reward."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_best_of_n_counts_the_best_candidate_by_the_original_text(pipe: Any) -> 
 
 
 @pytest.mark.parametrize("best_of", [False, True])
-def test_images_that_cannot_be_judged_are_told_and_spoil_no_other(pipe: Any, best_of: bool) -> None:
+def test_images_that_cannot_be_scored_are_reported_and_spoil_no_other(pipe: Any, best_of: bool) -> None:
     reward, spoilt = Seen(), Spoilt(pipe, nan=PENGUIN, flagged=CROWN)
     source: Any = BestOfN(spoilt, reward, n=1) if best_of else spoilt
     scorer = PromptScorer(source, None if best_of else reward, batch_size=3, **SETTINGS)
@@ -109,7 +109,7 @@ def test_an_error_of_the_pipeline_is_not_taken_for_a_dropped_image(pipe: Any) ->
             scorer.score([APPLE])
 
 
-def test_a_reward_that_gives_no_finite_number_is_told(pipe: Any) -> None:
+def test_a_reward_that_gives_no_finite_number_drops_the_image(pipe: Any) -> None:
     def undecided(images: Tensor, prompts: list[str]) -> Tensor:
         return torch.tensor([{"?": torch.nan, "!": torch.inf}.get(prompt, 1.0) for prompt in prompts])
 

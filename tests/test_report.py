@@ -64,7 +64,7 @@ def pixels(result: BestOfNOutput, prompt: str = PROMPT) -> np.ndarray:
 
 
 def find(sheet: np.ndarray, image: Image.Image) -> tuple[Box, int] | None:
-    """Where the image stands in the sheet with each pixel a square, and the side of the squares."""
+    """Find the image in the sheet with each pixel a square, and the side of the squares."""
     small = np.asarray(image)
     corners = np.nonzero((sheet @ [1, 256, 65536]) == small[0, 0] @ [1, 256, 65536])
     for top, left in zip(*map(np.ndarray.tolist, corners), strict=True):

@@ -126,7 +126,7 @@ def test_large_images_are_made_smaller(tmp_path: Path) -> None:
     assert (attributes["width"], attributes["height"]) == ("1000", "1500")
 
 
-def test_the_table_tells_what_became_of_everybody(tmp_path: Path) -> None:
+def test_the_table_lists_the_outcome_of_every_candidate(tmp_path: Path) -> None:
     _, page = written(tmp_path, [("a", searched())])
     cells = page.text_in("td")
     assert [cells.count(text) for text in ("pruned after 2 of 8 steps", "winner 1", "winner 2", HOSTILE)] == [1] * 4

@@ -24,7 +24,7 @@ HALVE = Halving(at=(0.34, 0.67), keep=0.5)
 
 
 def corner(images: Tensor, prompts: list[str]) -> Tensor:
-    """Redness of a corner: tells seeds apart by far more than rounding."""
+    """Redness of a corner: differences between seeds are far above rounding."""
     assert len(prompts) == len(images)
     return images[:, 0, :4, :4].mean(dim=(1, 2))
 

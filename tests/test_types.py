@@ -45,7 +45,7 @@ def package_modules() -> list[ModuleType]:
 
 
 def shape_annotations(module: ModuleType) -> Iterator[tuple[int, ast.expr]]:
-    """Every `Float[...]` and its like in a module's source, wherever it stands."""
+    """Every `Float[...]` and its like in a module's source, anywhere."""
     for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
             name = getattr(jaxtyping, node.value.id, None)

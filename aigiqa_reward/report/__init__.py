@@ -5,7 +5,7 @@ Plots and curves load matplotlib when they are first used, pages only for heat m
 Example:
     >>> import torch
     >>> from aigiqa_reward import create_reward
-
+    >>> from aigiqa_reward.report import HeatMaps, draw_heat_maps, heat_maps
     >>> images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     >>> heat = heat_maps(create_reward("compact"), images)
     >>> isinstance(heat, HeatMaps), heat.kind, heat.maps.shape

@@ -58,14 +58,7 @@ def printable(text: str) -> str:
 
 
 def wrapped(text: str, typeface: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
-    """Break a text into at most `most` lines of `width` px, between words if possible, and end it with … if it is cut.
-
-    Args:
-        text: text of one line, see `printable`.
-        typeface: font with its size.
-        width: px.
-        most: lines.
-    """
+    """Break a text into at most `most` lines of `width` px, between words if possible; a cut text ends with …."""
     text, lines = text[:2000], []  # more never fits, and measuring it would take long
     while text and len(lines) < most:
         end = _fitting(text, typeface, width)
@@ -103,16 +96,7 @@ def fitted(image: Image.Image, side: int) -> Image.Image:
 
 
 def draw_card(sheet: Image.Image, box: Box, image: Image.Image | None, height: int, note: str, *, framed: bool) -> None:
-    """Draw a card with an image, or an empty tile, in the `height` px at its top.
-
-    Args:
-        sheet: picture to draw on.
-        box: place of the card.
-        image: image to center there; None for an empty tile.
-        height: px for the image, without the padding around it.
-        note: text in the empty tile, or over the image.
-        framed: whether to surround the card with a frame.
-    """
+    """Draw a card with an image, or an empty tile, in the `height` px at its top, and a note over it."""
     draw = ImageDraw.Draw(sheet)
     left, top, right, bottom = box
     if framed:
@@ -143,14 +127,7 @@ def draw_row(draw: ImageDraw.ImageDraw, box: Box, baseline: int, name: str, valu
 def plot(
     height: float, heights: Sequence[float], columns: int = 1, *, gap: float = 0.1
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Make a white figure of 1280 px with panels that share their axes along rows and columns.
-
-    Args:
-        height: inches.
-        heights: relative heights of the rows of panels.
-        columns: panels per row.
-        gap: inches between rows.
-    """
+    """Make a white figure, 1280 px wide and `height` inches high, with rows of panels of relative heights."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

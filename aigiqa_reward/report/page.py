@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 from PIL import Image, features
 
 from aigiqa_reward.report._style import CARD, INK, LINE, MUTED, PAPER, WINNER, number
@@ -94,7 +93,7 @@ def write_page(
 
 def _cleaned(value: object) -> object:
     """Replace control characters and lone surrogates in a text that goes into the page."""
-    if isinstance(value, Markup):
+    if hasattr(value, "__html__"):  # marked as safe
         return value
     return "".join(
         c if c.isprintable() or c == "\n" else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(value)
@@ -171,7 +170,7 @@ def _curves(output: BestOfNOutput) -> dict[str, Any] | None:
     }
 
 
-def _image(image: Image.Image) -> Markup:
+def _image(image: Image.Image) -> str:
     """Encode an image as a data URI: WebP, or PNG if it is small or Pillow has no WebP."""
     shown, data = image.convert("RGB"), io.BytesIO()
     shown.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
@@ -199,5 +198,5 @@ def _heat_map(name: str, values: Any) -> dict[str, Any]:
     return {"name": name.replace("_", " "), "source": _uri("png", data), "low": low, "high": high, **size}
 
 
-def _uri(kind: str, data: io.BytesIO) -> Markup:
-    return Markup(f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}")
+def _uri(kind: str, data: io.BytesIO) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -15,6 +15,7 @@ def rank(scores: Iterable[SupportsFloat]) -> list[int]:
     """Return the indices of scores (N,), best first: ties go to the earlier one, NaN comes last.
 
     Example:
+        >>> from aigiqa_reward.rewards.ranking import rank
         >>> rank([0.2, float("nan"), 0.7, 0.7])
         [2, 3, 0, 1]
     """
@@ -59,13 +60,7 @@ class TopK:
         return _key(value, index) < _key(worst.score, worst.index)
 
     def push(self, score: SupportsFloat, index: int, item: Any) -> bool:
-        """Add a candidate if it is one of the best `k` so far, and return whether it is.
-
-        Args:
-            score: higher is better; NaN is never kept.
-            index: number of the candidate, unique.
-            item: object to keep with it.
-        """
+        """Add a candidate with a unique number and an item if it is one of the best `k`; return whether it is."""
         if not self.accepts(score, index):
             return False
         entry = Ranked(score=float(score), index=index, item=item)

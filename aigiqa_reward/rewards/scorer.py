@@ -46,7 +46,7 @@ class ScoringError(ValueError):
     Example:
         >>> from PIL import Image
         >>> from aigiqa_reward import Scorer, create_reward
-
+        >>> from aigiqa_reward.rewards.scorer import ScoringError
         >>> inputs = [Image.new("RGB", (64, 64), "red"), "missing.png"]
         >>> try:
         ...     Scorer(create_reward("compact")).score(inputs)

@@ -3,7 +3,6 @@
 Example:
     >>> from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline, rerank
     >>> from aigiqa_reward.sampling import BestOfEachError, NothingRankedError, best_of_each
-
     >>> search = BestOfN(load_embedded_pipeline(), create_reward("compact"), n=2, progress=False)
     >>> folder = best_of_each(search, ["a red apple", "a cat"], "out/", num_inference_steps=2, progress=False)
     >>> [(result.prompt, len(result.output.all_scores)) for result in folder]

@@ -195,12 +195,9 @@ class Tally:
         self.calls: int | None = None
 
     def add(self, seeds: Sequence[int], candidates: Sequence[Judged], picture: Callable[[int], Picture]) -> None:
-        """Add candidates that reached their end.
+        """Add candidates (B,) that reached their end; `picture(row)` is called only for the best so far.
 
-        Args:
-            seeds: (B,) their unique seeds; of two equal scores the smaller seed wins.
-            candidates: (B,) their scores.
-            picture: function that returns the picture of row i, called only for those that are among the best so far.
+        Of two equal scores the smaller seed wins.
         """
         for row, (seed, candidate) in enumerate(zip(seeds, candidates, strict=True)):
             self._judged[seed] = candidate
@@ -259,11 +256,7 @@ class Tally:
 def conclude(output: BestOfNOutput, top_k: int, *, name: str, stacklevel: int) -> None:
     """Warn once of all candidates that were dropped; raise a NothingRankedError if none is left.
 
-    Args:
-        output: final output.
-        top_k: number of images that were asked for.
-        name: what the reader knows a seed as: "seed" or "image".
-        stacklevel: as for `warnings.warn`, counted from this function.
+    `name` is what users know a seed as, "seed" or "image"; `stacklevel` is that of `warnings.warn`.
     """
     if not output.dropped:
         return

@@ -49,13 +49,7 @@ def images_of(result: Any, count: int) -> tuple[Tensor, list[bool]]:
 
 
 def check_pipe_kwargs(pipe_kwargs: Mapping[str, Any], owner: str, owned: Mapping[str, str]) -> None:
-    """Refuse arguments of a pipeline that its caller sets, and embeddings of several prompts.
-
-    Args:
-        pipe_kwargs: arguments that a user passes on to the pipeline.
-        owner: class that calls the pipeline, for errors.
-        owned: arguments that it sets itself, and what to do instead.
-    """
+    """Refuse embeddings of several prompts, and arguments that the `owner` sets; `owned` has them with the remedies."""
     for name, value in pipe_kwargs.items():
         if name in owned:
             raise ValueError(f"{name}: {owner} sets this argument of the pipeline itself; {owned[name]}")
@@ -80,16 +74,8 @@ def in_chunks(
 ) -> Generator[tuple[Sequence[Item], Result], None, None]:
     """Work on consecutive items together, and yield each chunk with its result.
 
-    A chunk that runs out of memory is halved and repeated, and later ones are no larger.
-
-    Args:
-        items: items in order.
-        size: largest number of items per chunk.
-        work: function of a chunk; called again for the same items after a torch.OutOfMemoryError.
-        pipe: pipeline whose parts are offloaded before the next try.
-
-    Raises:
-        torch.OutOfMemoryError: not even one item fits.
+    A chunk that runs out of memory is halved and repeated, after the pipeline was offloaded, and later ones are no
+    larger. If not even one item fits, the torch.OutOfMemoryError is raised with remedies.
     """
     while items:
         chunk = items[:size]

@@ -214,12 +214,6 @@ def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Ge
 
     The safety checker sees final images only, and a last decoding may overflow. If fewer than `least` candidates can
     be ranked at the end, those that were pruned last continue in their place, best previews first.
-
-    Args:
-        search: search over the prompt.
-        seeds: (N,) seeds of the candidates.
-        plan: when to prune, and down to how many.
-        least: candidates to be ranked at the end.
     """
     pipe, size, alive = search.rollout.pipe, search.batch_size, list(seeds)
     waiting: list[list[int]] = []
@@ -246,13 +240,7 @@ def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Ge
 
 
 def climb(search: Search, seeds: Sequence[int], plan: ZeroOrder) -> Generator[None, None, None]:
-    """Search among noises near the best one so far, and yield after each chunk; see `ZeroOrder`.
-
-    Args:
-        search: search over the prompt.
-        seeds: (N,) seeds of the generators from which the candidates' fresh noise comes.
-        plan: candidates per round, and radius.
-    """
+    """Search among noises near the best one so far, with fresh noise from the seeds; yield after each chunk."""
     pivot: Tensor | None = None
     best = -math.inf
     for first in range(0, len(seeds), plan.neighbors):

@@ -9,13 +9,7 @@ from typing import Any
 
 
 def integer(argument: str, value: Any, *, least: int | None = None) -> int:
-    """Return an integer, of Python or numpy; True and False are refused.
-
-    Args:
-        argument: name of the argument, for errors.
-        value: value to check.
-        least: smallest accepted value.
-    """
+    """Return an integer of Python or numpy, at least `least`; `argument` is its name in errors."""
     expected = "an integer" if least is None else f"an integer of at least {least}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(
@@ -29,14 +23,7 @@ def integer(argument: str, value: Any, *, least: int | None = None) -> int:
 
 
 def number(argument: str, value: Any, expected: str, accepts: Callable[[float], bool]) -> float:
-    """Return a real number as a float; True and False are refused.
-
-    Args:
-        argument: name of the argument, for errors.
-        value: value to check.
-        expected: which numbers are accepted, for errors.
-        accepts: test of a number; it should refuse NaN.
-    """
+    """Return a real number that `accepts` accepts as a float; errors say which are `expected`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{argument}: expected a number {expected}, got {value!r} ({type(value).__name__})")
     if not accepts(float(value)):
@@ -45,13 +32,7 @@ def number(argument: str, value: Any, expected: str, accepts: Callable[[float], 
 
 
 def first_seed(seed: Any, count: int, of: str) -> int:
-    """Return the first of `count` consecutive seeds, all of which torch.Generator accepts.
-
-    Args:
-        seed: first seed.
-        count: number of seeds.
-        of: what needs them, for errors.
-    """
+    """Return the first of `count` consecutive seeds that torch.Generator accepts; errors name what they are `of`."""
     first = integer("seed", seed)
     lowest, highest = -(2**63), 2**64 - count  # torch.Generator.manual_seed takes [-2**63, 2**64)
     if not lowest <= first <= highest:
@@ -82,13 +63,7 @@ def check_prompt(prompt: object) -> str | None:
 
 
 def check_text(text: object, argument: str, remedy: str) -> str:
-    """Return a text that is not blank.
-
-    Args:
-        text: text to check.
-        argument: name of the argument, for errors.
-        remedy: what to do instead, for errors.
-    """
+    """Return a text that is not blank; errors end with the remedy."""
     if text is None or (isinstance(text, str) and not text.strip()):
         raise ValueError(f"{argument}: expected a text for the reward to see, got {text!r}; {remedy}")
     if not isinstance(text, str):
