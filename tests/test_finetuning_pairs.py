@@ -1,4 +1,4 @@
-"""Preference pairs: which images they are of, a folder that goes on and mixes with no other, tables read again."""
+"""Preference pairs: which images they are of, resumed folders, refusal of other settings, tables read again."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def test_with_several_scales_an_image_is_paired_with_itself(pipe, tmp_path):
     swapped = PreferencePairs(prompts=pairs.prompts, better=pairs.worse, worse=pairs.better)
     assert fingerprint(swapped) != fingerprint(pairs) == fingerprint(again)
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
-    told: list[tuple[int, int]] = []
-    assert len(build(pipe, tmp_path, PROMPTS[:2], progress=lambda *done: told.append(done), **more)) == 2
-    assert told[-1] == (6, 6), "a second prompt, three images at two scales"
+    shown: list[tuple[int, int]] = []
+    assert len(build(pipe, tmp_path, PROMPTS[:2], progress=lambda *done: shown.append(done), **more)) == 2
+    assert shown[-1] == (6, 6), "a second prompt, three images at two scales"
     assert kept.items() <= {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}.items()
 
 
@@ -193,7 +193,7 @@ def test_refused_candidates_and_ties_are_in_no_pair(pipe, tmp_path):
     assert brightness(pairs.worse[0]) == pytest.approx(found[0], abs=2 / 255)
 
 
-# --------------------------------------------------------------------------------------------- going on
+# --------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("error", [pytest.param(KeyboardInterrupt, marks=pytest.mark.slow), RuntimeError])
