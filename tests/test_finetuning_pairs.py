@@ -213,18 +213,6 @@ def test_an_interrupted_run_goes_on_prompt_by_prompt(pipe, built, tmp_path, erro
     assert [file.read_bytes() for file in pairs.better] == [file.read_bytes() for file in expected.better]
 
 
-def test_other_settings_are_refused_with_the_differences(pipe, built):
-    folder, _ = built
-    before = (folder / "pairs.parquet").read_bytes()
-    with pytest.raises(ValueError, match=r"other settings \(n: 4 there, 6 now; .*_inference_steps': 2.* seed: 0 there"):
-        build(pipe, folder, n=6, num_inference_steps=3, seed=1)
-    with pytest.raises(ValueError, match=r"lora: None there, 'run 3' now"):
-        build(pipe, folder, settings={"lora": "run 3"})
-    with pytest.raises(ValueError, match=r"prompt 0: "):
-        build(pipe, folder, PROMPTS[::-1])
-    assert (folder / "pairs.parquet").read_bytes() == before
-
-
 def test_bad_arguments_are_refused_before_anything_is_sampled(pipe, tmp_path):
     reward = Brightness()
     for match, arguments in {
