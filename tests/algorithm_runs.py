@@ -10,6 +10,7 @@ from typing import Any
 import pipelines
 import torch
 from accelerate import Accelerator
+from finetuned import CALL as PLAIN
 from finetuned import PROMPTS, stir, warmth
 from PIL import Image
 from pipelines import FEW_STEPS
@@ -22,7 +23,6 @@ from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.sampling.rollout import Rollout
 
-PLAIN: dict[str, Any] = {**FEW_STEPS, "guidance_scale": 1.0}
 GUIDED: dict[str, Any] = {**FEW_STEPS, "guidance_scale": 3.0}
 
 

@@ -1,8 +1,6 @@
-"""The scripts that print figures: what the documentation shows is what they print, and their commands run.
+"""Scripts that print figures: the documentation shows what they print, and their commands run.
 
-Not run here: those that train what is embedded, for hours or on data that does not travel with the package (align,
-train, evaluate_limits and towers of train_compact, train_systems/train.py, autoencoder and denoiser of train_generator,
-sprites.py). They are only asked what they do.
+Scripts that train embedded assets, for hours or on data outside of the package, only print their help here.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from commands import run
-from documentation import ROOT
 
+ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 EMBEDDED = EXAMPLES / "finetune_embedded"
 
@@ -77,7 +75,7 @@ def test_the_generator_can_be_checked(printed) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["draft", "refl", "ddpo", "dpo"])
 def test_the_recipes_on_the_embedded_pipeline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they stand, but for one step of two rows."""
+    """With one step of two rows."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "watched.txt").write_text("a crab on a green background\n")
     few = ["--train_batch_size", "2", "--max_train_steps", "1", "--validation_seeds", "1"]

@@ -172,7 +172,7 @@ def test_mixed_precision_keeps_the_gradient(name: str, pairs: PreferencePairs, t
     assert found.dtype == torch.float32
     assert not torch.equal(found, expected)
     assert float(torch.cosine_similarity(found, expected, dim=0)) > 0.9
-    assert float(found.norm() / expected.norm()) == pytest.approx(1, abs=0.15)
+    assert float(found.norm() / expected.norm()) == pytest.approx(1, abs=0.25)
 
 
 # --------------------------------------------------------------------------------------------- settings

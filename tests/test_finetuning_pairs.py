@@ -1,4 +1,4 @@
-"""Preference pairs: which images they are of, a folder that goes on and mixes with no other, tables read again."""
+"""Preference pairs: which images they are of, resumed folders, refusal of other settings, tables read again."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def test_with_several_scales_an_image_is_paired_with_itself(pipe, tmp_path):
     swapped = PreferencePairs(prompts=pairs.prompts, better=pairs.worse, worse=pairs.better)
     assert fingerprint(swapped) != fingerprint(pairs) == fingerprint(again)
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
-    told: list[tuple[int, int]] = []
-    assert len(build(pipe, tmp_path, PROMPTS[:2], progress=lambda *done: told.append(done), **more)) == 2
-    assert told[-1] == (6, 6), "a second prompt, three images at two scales"
+    shown: list[tuple[int, int]] = []
+    assert len(build(pipe, tmp_path, PROMPTS[:2], progress=lambda *done: shown.append(done), **more)) == 2
+    assert shown[-1] == (6, 6), "a second prompt, three images at two scales"
     assert kept.items() <= {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}.items()
 
 
@@ -193,7 +193,7 @@ def test_refused_candidates_and_ties_are_in_no_pair(pipe, tmp_path):
     assert brightness(pairs.worse[0]) == pytest.approx(found[0], abs=2 / 255)
 
 
-# --------------------------------------------------------------------------------------------- going on
+# --------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("error", [pytest.param(KeyboardInterrupt, marks=pytest.mark.slow), RuntimeError])
@@ -211,18 +211,6 @@ def test_an_interrupted_run_goes_on_prompt_by_prompt(pipe, built, tmp_path, erro
     whole, expected = built
     assert rows_of(tmp_path) == rows_of(whole)
     assert [file.read_bytes() for file in pairs.better] == [file.read_bytes() for file in expected.better]
-
-
-def test_other_settings_are_refused_with_the_differences(pipe, built):
-    folder, _ = built
-    before = (folder / "pairs.parquet").read_bytes()
-    with pytest.raises(ValueError, match=r"other settings \(n: 4 there, 6 now; .*_inference_steps': 2.* seed: 0 there"):
-        build(pipe, folder, n=6, num_inference_steps=3, seed=1)
-    with pytest.raises(ValueError, match=r"lora: None there, 'run 3' now"):
-        build(pipe, folder, settings={"lora": "run 3"})
-    with pytest.raises(ValueError, match=r"prompt 0: "):
-        build(pipe, folder, PROMPTS[::-1])
-    assert (folder / "pairs.parquet").read_bytes() == before
 
 
 def test_bad_arguments_are_refused_before_anything_is_sampled(pipe, tmp_path):

@@ -1,4 +1,4 @@
-"""The mathematics of DDPO and Flow-GRPO against closed forms: Gaussians, quadrature, PPO, advantages, a toy flow."""
+"""The mathematics of DDPO and Flow-GRPO against closed forms: Gaussians, quadrature, PPO, advantages, the SDE."""
 
 from __future__ import annotations
 
@@ -90,20 +90,6 @@ def test_expected_gradient_is_the_closed_form_exactly(sampler, reward):
     one, zero = (policy_of(sampler, latents[:1], torch.full((1, 1), v, dtype=torch.float64)).mean for v in (1.0, 0.0))
     expected = -slope(policy.mean[0].detach()) * (one - zero)[0]
     assert float(found) == pytest.approx(float(expected), rel=1e-9)
-
-
-def test_mean_over_dimensions_scales_the_gradient_by_their_number():
-    generator = torch.Generator().manual_seed(2)
-    latents, clean, after = torch.randn(3, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
-    advantages = torch.randn(6, generator=generator, dtype=torch.float64)
-    clean.requires_grad_(True)
-    policy = policy_of("flow", latents, clean)
-    log_prob = policy.log_prob(after)
-    loss = clipped_surrogate((log_prob - log_prob.detach()).exp(), advantages, 1e-4).sum()
-    (found,) = torch.autograd.grad(loss, clean, retain_graph=True)
-    joint = Normal(policy.mean, policy.std).log_prob(after).sum(dim=(1, 2, 3))
-    (plain,) = torch.autograd.grad(-(advantages * joint).sum(), clean)
-    torch.testing.assert_close(found * (3 * 4 * 4), plain)
 
 
 @pytest.mark.parametrize(
@@ -258,83 +244,3 @@ def test_with_few_steps_the_ancestral_sampler_is_less_noisy():
             noises[sampler] = math.hypot(float(weights.eps) * deviation / time, float(weights.fresh))
     assert noises["ancestral"] == pytest.approx(0.1, rel=1e-4)
     assert noises["sde"] > 0.13
-
-
-class Toy:
-    """The flow of Gaussian data, whose clean predictions are moved by a parameter theta (T,) for each step."""
-
-    def __init__(self, steps: int = 6) -> None:
-        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-        self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
-        self.steps = steps
-
-    def policy(self, step: int, latents: Tensor, theta: Tensor) -> GaussianStep:
-        clean = clean_of_gaussian_data(latents, float(noise_level(self.scheduler, step)[1])) + theta[step]
-        weights = flow_sde_weights(self.scheduler, step, SDE)
-        mean = step_mean(self.scheduler, step, latents, clean, weights)
-        return GaussianStep(mean=mean, std=weights.fresh)
-
-    def sample(self, theta: Tensor, count: int, seed: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        path = [torch.randn(count, 1, generator=generator, dtype=torch.float64)]
-        for step in range(self.steps):
-            noise = torch.randn(count, 1, generator=generator, dtype=torch.float64)
-            path.append(self.policy(step, path[-1], theta).draw(noise).detach())
-        return path
-
-    def objective(self, theta: Tensor, target: float) -> Tensor:
-        """E[-(x0 - target)^2] in closed form, differentiable in theta; the last step's is held fixed."""
-        mean, variance = theta.new_zeros(()), theta.new_ones(())
-        for step in range(self.steps):
-            moved = theta.detach() if step + 1 == self.steps else theta
-            zero, one = (self.policy(step, theta.new_full((1,), v), moved).mean[0] for v in (0.0, 1.0))
-            mean = zero + (one - zero) * mean
-            variance = (one - zero) ** 2 * variance + flow_sde_weights(self.scheduler, step, SDE).fresh ** 2
-        return -((mean - target) ** 2) - variance
-
-
-def surrogate(toy: Toy, theta: Tensor, path: list[Tensor], advantages: Tensor, old: Tensor) -> Tensor:
-    """(count,) over all trained steps, with old parameters' probabilities."""
-    total = torch.zeros_like(advantages)
-    for step in range(toy.steps - 1):
-        before, after = toy.policy(step, path[step], old).log_prob(path[step + 1]), path[step + 1]
-        ratio = (toy.policy(step, path[step], theta).log_prob(after) - before.detach()).exp()
-        total = total + clipped_surrogate(ratio, advantages, 0.2)
-    return total
-
-
-def test_gradient_of_a_sampled_flow_is_that_of_the_closed_form_objective():
-    toy, target, count = Toy(), 1.4, 200_000
-    start = 0.05 * torch.arange(toy.steps, dtype=torch.float64)
-    theta = start.clone().requires_grad_(True)
-    (expected,) = torch.autograd.grad(toy.objective(theta, target), theta)
-
-    path = toy.sample(start, count, seed=0)
-    rewards = -((path[-1][:, 0] - target) ** 2)
-    each = start.expand(count, -1).T.clone().requires_grad_(True)  # a theta for every sample: gradients of each
-    loss = surrogate(toy, each[:, :, None], path, rewards - rewards.mean(), start)
-    (samples,) = torch.autograd.grad(loss.sum(), each)
-    error = samples.std(dim=1) / math.sqrt(count)
-    assert (expected[:-1].abs() > 10 * error[:-1]).any()
-    assert (expected[-1], samples[-1].abs().max()) == (0, 0)
-    assert ((samples.mean(dim=1) + expected)[:-1].abs() < 4 * error[:-1]).all()
-
-
-@pytest.mark.slow
-def test_flow_grpo_takes_a_flow_to_where_its_reward_is_highest():
-    """Groups of 16, two updates a round: the closed-form objective climbs from far below to near the best there is."""
-    toy, target = Toy(), 1.4
-    theta = torch.zeros(toy.steps, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([theta], lr=0.02)
-    first = float(toy.objective(theta.detach(), target))
-    for turn in range(80):
-        old = theta.detach().clone()
-        path = toy.sample(old, 256, seed=turn)
-        advantages = group_advantages(-((path[-1][:, 0] - target) ** 2), 16, limit=5.0)[0]
-        for _ in range(2):
-            optimizer.zero_grad()
-            surrogate(toy, theta, path, advantages, old).mean().backward()
-            optimizer.step()
-    variance = -float(toy.objective(torch.zeros(toy.steps, dtype=torch.float64), MEAN))  # of x0, whatever theta
-    assert first < -variance - 0.3
-    assert float(toy.objective(theta.detach(), target)) > -variance - 0.02

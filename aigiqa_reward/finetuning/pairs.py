@@ -60,15 +60,7 @@ _Pair = tuple[dict[str, Any], dict[str, Any]]
 def check_pairing(
     guidance_scales: Sequence[float], reward_guidance: float, pairs_per_prompt: int, n: int, named: str
 ) -> tuple[float, ...]:
-    """Check how images are paired, and return the guidance scales.
-
-    Args:
-        guidance_scales: None, or at least two different scales at which each noise is sampled.
-        reward_guidance: 0, or the scale of a `RewardGuidance` with which each noise is sampled once more.
-        pairs_per_prompt: Pairs per prompt, at most n if the images of one noise are paired, else n / 2.
-        n: Noises per prompt.
-        named: Argument that sets n, for errors.
-    """
+    """Check how images are paired, see `build_preference_pairs`, and return the guidance scales; `named` sets n."""
     if not isinstance(guidance_scales, Sequence) or isinstance(guidance_scales, str):
         raise TypeError(f"guidance_scales: expected several numbers, as (1.0, 4.0), got {guidance_scales!r}")
     scales = tuple(number("guidance_scales", s, "in each place", math.isfinite) for s in guidance_scales)
@@ -85,13 +77,7 @@ def check_pairing(
 
 
 class GuidedBestOfN(BestOfN):
-    """A BestOfN whose images are sampled with reward guidance.
-
-    Args:
-        search: BestOfN to copy.
-        scale: Scale of the `RewardGuidance`.
-        prompt: A prompt to come, to check pipeline and reward with.
-    """
+    """A copy of a BestOfN that samples with `RewardGuidance` of a scale; a prompt checks pipeline and reward."""
 
     def __init__(self, search: BestOfN, scale: float, prompt: str) -> None:
         super().__init__(search.pipe, search.reward, n=search.n, top_k=search.top_k, batch_size=search.batch_size)
@@ -369,18 +355,10 @@ def own_pairs(
     progress: bool,
     **arguments: Any,
 ) -> PreferencePairs:
-    """Make pairs of the pipeline's images in `folder`/pairs, or find them there.
+    """Make pairs of the pipeline's images in the `folder`/pairs of a training, or find them there.
 
-    Args:
-        context: Pipeline, reward and processes of the training.
-        prompts: Training prompts.
-        folder: Folder of the training.
-        config: Settings of the training; its seed gives other images than those of validation.
-        progress: Whether to show a progress bar.
-        **arguments: Further arguments of `build_preference_pairs`.
-
-    Warns:
-        UserWarning: Some prompts failed, or some pairs do not exceed the margin; they are left out.
+    It warns of prompts that failed and of pairs that do not exceed the margin, which are left out. The seed of the
+    training gives other images than those of validation. `arguments` are for `build_preference_pairs`.
     """
     made = folder / "pairs"
     if checkpoints_in(folder):

@@ -1,4 +1,4 @@
-"""The loop that all three trainings share: moving average, checkpoints, going on after an interruption."""
+"""The training loop of generator, autoencoder and judge: EMA, checkpoints, resuming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fit(
 ) -> nn.Module:
     """Train `module` in place on `loss_of(module, generator)`; returns the moving average of its weights.
 
-    Each step's randomness is seeded by its number, so that an interrupted run goes on as it would have.
+    The seed of each step is its number, so that an interrupted run is resumed exactly.
     """
     optimizer = torch.optim.AdamW(module.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)

@@ -35,7 +35,7 @@ def random_pairs(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, scale and shift each picture a little; the background goes on beyond the edge."""
+    """Turn, scale and shift each picture a little; with the background continued beyond the edge."""
     count = len(images)
     angle, scale = (0.08 * torch.randn(count, generator=generator) for _ in range(2))
     cosine, sine = angle.cos() * scale.exp(), angle.sin() * scale.exp()

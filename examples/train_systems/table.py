@@ -59,7 +59,7 @@ def table(reports: dict[str, ProtocolReport], task: str) -> list[str]:
 
 
 def ablations(reports: dict[str, ProtocolReport]) -> list[str]:
-    lines = ["| switched off | quality SRCC, change | correspondence SRCC, change |", "| --- | ---: | ---: |"]
+    lines = ["| ablation | quality SRCC, change | correspondence SRCC, change |", "| --- | ---: | ---: |"]
     for name, report in reports.items():
         run = {score.predictor for score in report.scores}
         for ablation in [ablation for ablation in ABLATIONS[name] if ablation in run]:

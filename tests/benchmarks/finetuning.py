@@ -1,12 +1,12 @@
-"""What fine-tuning by the compact reward gains on the embedded generator: the reward, a held-out one, and the judge.
+"""Gains of fine-tuning the embedded generator by the compact reward: reward, held-out reward and independent judge.
 
     python tests/benchmarks/finetuning.py draft refl dpo ddpo --seeds 3 --plot finetuning.png --pictures pictures.png
 
-Each algorithm trains a LoRA a seed by its one command, `aigiqa-reward finetune NAME --config
-examples/finetune_embedded/NAME.yaml`. The kept weights are then held against the generator without them on 40 prompts
-of pairs that neither generator nor training ever saw, 8 images each from the same noise; the checkpoints on the way
-give the curves, on every fourth of these prompts and 4 images. Minutes are those of each algorithm's fastest training.
-What is finished lies in --runs and is not done again; a training that was interrupted goes on.
+Each algorithm trains one LoRA per seed by `aigiqa-reward finetune NAME --config examples/finetune_embedded/NAME.yaml`.
+The kept weights are compared with the generator without them on 40 prompts of pairs that neither the generator nor the
+training has seen, 8 images each from the same noise; the checkpoints give the curves, on every fourth of these prompts
+and 4 images. Minutes are those of each algorithm's fastest training. Results in --runs are reused, and an interrupted
+training is resumed.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from aigiqa_reward.utils.weights import read_weights, write_weights
 RECIPES = Path("examples/finetune_embedded")
 CALL: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 1.0}
 IMAGES, BEST_OF = 8, 4
-"""Images of a held-out prompt, and the best of N that a gain is measured by."""
+"""Images per held-out prompt, and the N of the best-of-N that gains are compared with."""
 
 PART, CURVE_IMAGES = 4, 4
-"""For the curves every PART-th prompt is looked at, and so many images of it."""
+"""Curves use every PART-th prompt and this many images of each."""
 
 FIRST_SEED = 1000
-"""Of the images; trainings and validations draw others."""
+"""First seed of the images; trainings and validations use others."""
 
 COLUMNS = ("reward", "held-out", "judge", "right")
 DRAWS = 10_000
 MARGIN = 0.03
-"""By which the share of right pictures may fall."""
+"""Largest accepted loss in the share of right pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tools:
-    """What every image needs."""
+class Models:
+    """Pipeline, rewards and judge."""
 
     pipe: Any
     reward: Any
@@ -76,15 +76,15 @@ class Tools:
         return torch.stack([*scores, *judged], dim=1)
 
 
-def measured(tools: Tools, folder: Path | None, prompts: list[str], file: Path, count: int = IMAGES) -> np.ndarray:
+def measured(models: Models, folder: Path | None, prompts: list[str], file: Path, count: int = IMAGES) -> np.ndarray:
     """(prompts, count, 4) with the adapter of a folder, or without any; kept in a file."""
     if not file.exists():
         if folder is not None:
-            tools.pipe.load_lora_weights(folder)
+            models.pipe.load_lora_weights(folder)
         try:
-            values = [tools.values(prompt, count) for prompt in tqdm(prompts, desc=file.stem, leave=False)]
+            values = [models.values(prompt, count) for prompt in tqdm(prompts, desc=file.stem, leave=False)]
         finally:
-            tools.pipe.unload_lora_weights()
+            models.pipe.unload_lora_weights()
         write_weights(file, {"values": torch.stack(values)})
     return read_weights(file)["values"].numpy()
 
@@ -181,7 +181,7 @@ def clock(folder: Path) -> dict[int, float]:
 
 
 def curve(
-    tools: Tools, folder: Path, times: dict[int, float], prompts: list[str], base: np.ndarray, figures: Path
+    models: Models, folder: Path, times: dict[int, float], prompts: list[str], base: np.ndarray, figures: Path
 ) -> list[tuple[float, np.ndarray]]:
     """Seconds, as `times` has them, and mean change (4,) of all columns at each checkpoint, on a part of the images."""
     start = base[::PART, :CURVE_IMAGES]
@@ -189,7 +189,7 @@ def curve(
     for path in checkpoints_in(folder):
         step = int(path.name.rpartition("-")[2])
         file = figures / f"curve-{folder.name}-{step}.safetensors"
-        values = measured(tools, path, prompts[::PART], file, CURVE_IMAGES)
+        values = measured(models, path, prompts[::PART], file, CURVE_IMAGES)
         points.append((times[step], (values - start).mean(axis=(0, 1))))
     return points
 
@@ -219,7 +219,7 @@ def plot(curves: dict[str, list[list[tuple[float, np.ndarray]]]], gain: float, p
     write_atomically(path, data.getvalue())
 
 
-def pictures(tools: Tools, folders: dict[str, Path], prompts: list[str], path: Path, side: int = 128) -> None:
+def pictures(models: Models, folders: dict[str, Path], prompts: list[str], path: Path, side: int = 128) -> None:
     """The first image of a few held-out prompts, one row without fine-tuning and one for each algorithm."""
     from io import BytesIO
 
@@ -228,9 +228,9 @@ def pictures(tools: Tools, folders: dict[str, Path], prompts: list[str], path: P
     rows = []
     for folder in (None, *folders.values()):
         if folder is not None:
-            tools.pipe.load_lora_weights(folder)
-        rows.append(torch.cat([tools.images(prompt, 1) for prompt in prompts[:8]], dim=3))
-        tools.pipe.unload_lora_weights()
+            models.pipe.load_lora_weights(folder)
+        rows.append(torch.cat([models.images(prompt, 1) for prompt in prompts[:8]], dim=3))
+        models.pipe.unload_lora_weights()
     sheet = to_pil(torch.cat(rows, dim=2))[0]
     scale = side / rows[0].shape[2]
     data = BytesIO()
@@ -242,8 +242,8 @@ def pictures(tools: Tools, folders: dict[str, Path], prompts: list[str], path: P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("algorithms", nargs="+", choices=("draft", "refl", "dpo", "ddpo"))
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each")
-    parser.add_argument("--runs", type=Path, default=Path("runs/finetuning"), help="folder for what is finished")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings per algorithm")
+    parser.add_argument("--runs", type=Path, default=Path("runs/finetuning"), help="folder of results")
     parser.add_argument("--plot", type=Path, help="PNG of the curves of all trainings")
     parser.add_argument("--pictures", type=Path, help="PNG of images before and after, seed 0")
     parser.add_argument("--threads", type=int, default=1, help="of each training and of measuring")
@@ -251,23 +251,23 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     prompts = (RECIPES / "held-out.txt").read_text().splitlines()
     reward = create_reward("compact")
-    tools = Tools(pipe=load_embedded_pipeline(), reward=reward, holdout=default_holdout(reward), judge=load_judge())
+    models = Models(pipe=load_embedded_pipeline(), reward=reward, holdout=default_holdout(reward), judge=load_judge())
     figures = arguments.runs / "figures"
-    base = measured(tools, None, prompts, figures / "base.safetensors")
+    base = measured(models, None, prompts, figures / "base.safetensors")
     tuned, seconds, curves, first = {}, {}, {}, {}
     for name in arguments.algorithms:
         folders = [train(name, seed, arguments.runs, arguments.threads) for seed in range(arguments.seeds)]
-        tuned[name] = np.stack([measured(tools, f, prompts, figures / f"{f.name}.safetensors") for f in folders])
+        tuned[name] = np.stack([measured(models, f, prompts, figures / f"{f.name}.safetensors") for f in folders])
         # What else the machine did slowed the others; one that ended early is no measure.
         times = min(map(clock, folders), key=lambda times: (-max(times), times[max(times)]))
         seconds[name] = times[max(times)]
         first[name] = folders[0]
         print(report(base, tuned, seconds), flush=True)
         if arguments.plot:
-            curves[name] = [curve(tools, folder, times, prompts, base, figures) for folder in folders]
+            curves[name] = [curve(models, folder, times, prompts, base, figures) for folder in folders]
             plot(curves, float(best_of(base).mean()), arguments.plot)
     if arguments.pictures:
-        pictures(tools, first, prompts, arguments.pictures)
+        pictures(models, first, prompts, arguments.pictures)
 
 
 if __name__ == "__main__":

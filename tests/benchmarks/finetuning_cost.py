@@ -1,4 +1,4 @@
-"""What a DRaFT step costs beside an ordinary LoRA denoising step of the same model: memory and time, by phase.
+"""Cost of a DRaFT step relative to an ordinary LoRA denoising step of the same model: memory and time, by phase.
 
     python tests/benchmarks/finetuning_cost.py --size sd15 --batch 1 --repeats 3 [--device cuda] [--checkpointed]
     python tests/benchmarks/finetuning_cost.py --all-steps 10 25 50

@@ -1,9 +1,9 @@
-"""What share of best-of-N's time scoring takes, with a generator of Stable Diffusion 1.5's real size (random weights).
+"""Share of scoring in the time of best of N, with a generator of the size of Stable Diffusion 1.5 (random weights).
 
     python tests/benchmarks/overhead.py --repeats 3 --batch 1 --threads 2 [--device cuda]
 
-One denoiser call with guidance, one decoding and one scoring at 512 x 512 px are timed in turn; an image is STEPS of
-the first and one of each other. Sampling whole images would only repeat the first, for hours on a CPU.
+One denoiser call with guidance, one decoding and one scoring at 512 x 512 px are timed in turn; the time of an image is
+STEPS of the first plus one of each other.
 """
 
 from __future__ import annotations

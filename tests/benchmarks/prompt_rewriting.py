@@ -1,14 +1,13 @@
-"""Whether GRPO learns from the reward of rewrites: a tiny language model adds a word to prompts of the embedded world.
+"""Does GRPO learn from the reward of rewrites? A tiny language model adds a word to prompts of the embedded world.
 
     python tests/benchmarks/prompt_rewriting.py --seeds 3
 
-The language model (Qwen3's class, two layers, random) reads "penguin" and writes one word, of which "a penguin, WORD
-background" is made; a word that is no color makes nonsense, and ending at once adds nothing. It is trained by trl's
-GRPOTrainer with `RewriteReward`: the compact reward of the embedded generator's image, judged against "a penguin". So
-few are the rewrites that all can be scored: what a language model earns is not sampled but is the mean over its words,
-each by its probability. It is shown for things that it was and was not trained on, at the trained noise and another.
-Each language model's own random beginning is its baseline, beside the original as it is; in brackets the least and the
-most over the language models.
+The language model (Qwen3's class, two layers, random weights) reads "penguin" and writes one word, which gives "a
+penguin, WORD background"; a word that is no color makes nonsense, and ending at once adds nothing. It is trained by
+trl's GRPOTrainer with `RewriteReward`: the compact reward of the generated image, scored against "a penguin". All
+rewrites can be scored, so the expected reward is exact: the mean over all words by their probability. It is shown
+for things in and outside of the training, at the trained noise and at another, before training, after, and for the
+original prompt; in brackets the minimum and maximum over the language models.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def train(model: Any, tokenizer: Any, scorer: PromptScorer, originals: list[str]
             seed=seed,
         )
         reward = RewriteReward(scorer, compose=compose)
-        rows = originals * GROUPS  # a step draws that many rows; of fewer, trl would train on none and say nothing
+        rows = originals * GROUPS  # one step; with fewer rows trl silently trains on none
         data = Dataset.from_dict({"prompt": [question(original) for original in rows], "original": rows})
         GRPOTrainer(model, reward, args, data, processing_class=tokenizer).train()
 

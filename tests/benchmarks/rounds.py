@@ -1,4 +1,4 @@
-"""Interleaved rounds: every contestant runs once a round, and the figure is the median over rounds."""
+"""Interleaved timing: every candidate runs once per round; results are medians over rounds."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What searching costs and gains on the embedded generator: the reward, and the judge who knows what is right.
+"""Cost and gain of search methods on the embedded generator, by the reward and by the independent judge.
 
     python tests/benchmarks/search.py --prompts 40 --split hard --plot search.png
 
 For prompts of two splits (trained pairs, held-out pairs), 4 blocks of 64 candidates each are sampled by our own loop,
 and the reward scores every image, and of the first 16 of a block every preview at the steps at which `Halving` looks.
-Plain and pruned best of N are read off that table, since a survivor is the unpruned image of its seed. Zero-order
-search, particles and guidance then sample on their own, from the block's first seed. A denoiser call is one row through
-the denoiser; a backward pass counts as two. A finished prompt is a file in --runs and is not sampled again.
+Plain and pruned best of N are computed from that table, since a survivor is the unpruned image of its seed. Zero-order
+search, particles and guidance sample from the block's first seed. A denoiser call is one row through the denoiser; a
+backward pass counts as two. Finished prompts are files in --runs and are not sampled again.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ DRAWS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tools:
-    """What every prompt needs."""
+class Models:
+    """Pipeline, reward and judge."""
 
     pipe: Any
     reward: Any
@@ -63,9 +63,9 @@ class Tools:
             return torch.stack([self.reward(images, prompts).total, *judged], dim=1)
 
 
-def sample_block(tools: Tools, prompt: str, first: int) -> tuple[Tensor, Tensor]:
+def sample_block(models: Models, prompt: str, first: int) -> tuple[Tensor, Tensor]:
     """Previews (PREVIEWED, looks) and final values (CANDIDATES, 3) of seeds `first` and on."""
-    rollout = Rollout(tools.pipe, **CALL)
+    rollout = Rollout(models.pipe, **CALL)
     previews, finals = [], []
     for start in range(first, first + CANDIDATES, BATCH):
         generators = [torch.Generator().manual_seed(seed) for seed in range(start, start + BATCH)]
@@ -77,23 +77,23 @@ def sample_block(tools: Tools, prompt: str, first: int) -> tuple[Tensor, Tensor]
                 state = rollout.advance(state, prediction.output)
                 if state.step in LOOKS and start < first + PREVIEWED:
                     shown = rollout.decode(prediction.clean).clamp(0, 1)
-                    columns.append(tools.reward(shown, [prompt] * BATCH).total)
+                    columns.append(models.reward(shown, [prompt] * BATCH).total)
             images = rollout.decode(state.latents).clamp(0, 1)
         previews += [torch.stack(columns, dim=1)] if columns else []
-        finals.append(tools.values(images, prompt))
+        finals.append(models.values(images, prompt))
     return torch.cat(previews), torch.cat(finals)
 
 
-def guided(tools: Tools, prompt: str, seed: int, **arguments: Any) -> Any:
+def guided(models: Models, prompt: str, seed: int, **arguments: Any) -> Any:
     """One guided image."""
-    with RewardGuidance(tools.pipe, tools.reward, prompt, **arguments) as guidance:
+    with RewardGuidance(models.pipe, models.reward, prompt, **arguments) as guidance:
         generator = torch.Generator().manual_seed(seed)
-        return tools.pipe(prompt=prompt, generator=generator, callback_on_step_end=guidance, **CALL).images[0]
+        return models.pipe(prompt=prompt, generator=generator, callback_on_step_end=guidance, **CALL).images[0]
 
 
-def searches(tools: Tools) -> dict[str, tuple[int, Callable[[str, int], Any]]]:
+def searches(models: Models) -> dict[str, tuple[int, Callable[[str, int], Any]]]:
     """Of each search its denoiser calls, and what samples its image for a prompt and a seed."""
-    pipe, reward = tools.pipe, tools.reward
+    pipe, reward = models.pipe, models.reward
 
     def zero_order(prompt: str, seed: int) -> Any:
         return BestOfN(pipe, reward, n=16, search="zero_order", progress=False)(prompt, seed=seed, **CALL).images[0]
@@ -105,21 +105,21 @@ def searches(tools: Tools) -> dict[str, tuple[int, Callable[[str, int], Any]]]:
     return {
         "zero-order search, 16": (16 * STEPS, zero_order),
         "particles, 8": (8 * STEPS, particles),
-        "guidance at the clean image": (STEPS, lambda prompt, seed: guided(tools, prompt, seed)),
+        "guidance at the clean image": (STEPS, lambda prompt, seed: guided(models, prompt, seed)),
         "guidance through the denoiser": (
             STEPS + (STEPS - 1) * 3,
-            lambda prompt, seed: guided(tools, prompt, seed, through_denoiser=True, **CALL),
+            lambda prompt, seed: guided(models, prompt, seed, through_denoiser=True, **CALL),
         ),
     }
 
 
-def sample_prompt(tools: Tools, prompt: str) -> dict[str, Tensor]:
+def sample_prompt(models: Models, prompt: str) -> dict[str, Tensor]:
     """Previews (BLOCKS, PREVIEWED, looks), finals (BLOCKS, CANDIDATES, 3), and of each search (BLOCKS, 3)."""
-    blocks = [sample_block(tools, prompt, block * CANDIDATES) for block in range(BLOCKS)]
+    blocks = [sample_block(models, prompt, block * CANDIDATES) for block in range(BLOCKS)]
     found = {"previews": torch.stack([b[0] for b in blocks]), "finals": torch.stack([b[1] for b in blocks])}
-    for name, (_, sample) in searches(tools).items():
+    for name, (_, sample) in searches(models).items():
         images = torch.stack([load(sample(prompt, block * CANDIDATES)) for block in range(BLOCKS)])
-        found[name] = tools.values(images, prompt)
+        found[name] = models.values(images, prompt)
     return found
 
 
@@ -134,7 +134,7 @@ def version() -> str:
 
 def sample_all(count: int, runs: Path, only: str | None) -> dict[str, dict[str, np.ndarray]]:
     """Of each split, `sample_prompt` of `count` prompts, stacked."""
-    tools = Tools(pipe=load_embedded_pipeline(), reward=create_reward("compact"), judge=load_judge())
+    models = Models(pipe=load_embedded_pipeline(), reward=create_reward("compact"), judge=load_judge())
     tables: dict[str, dict[str, np.ndarray]] = {}
     for split, held_out in SPLITS.items():
         if only not in (None, split):
@@ -144,7 +144,7 @@ def sample_all(count: int, runs: Path, only: str | None) -> dict[str, dict[str, 
         for number, pair in enumerate(tqdm(pairs, desc=split, unit="prompt")):
             file = runs / f"{split}_{version()}_{number:03d}.safetensors"
             if not file.exists():
-                write_weights(file, sample_prompt(tools, caption(*pair.tolist())))
+                write_weights(file, sample_prompt(models, caption(*pair.tolist())))
             found.append(read_weights(file))
         tables[split] = {name: torch.stack([entry[name] for entry in found]).numpy() for name in found[0]}
     return tables
@@ -243,8 +243,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG of gains against calls")
     arguments = parser.parse_args()
     tables = sample_all(arguments.prompts, arguments.runs, arguments.split)
-    tools = Tools(pipe=None, reward=None, judge=load_judge())
-    calls = {name: cost for name, (cost, _) in searches(tools).items()}
+    models = Models(pipe=None, reward=None, judge=load_judge())
+    calls = {name: cost for name, (cost, _) in searches(models).items()}
     print(report(tables, calls))
     if arguments.plot:
         plot(tables, calls, arguments.plot)

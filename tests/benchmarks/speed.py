@@ -1,10 +1,9 @@
-"""What a score costs, in one run: bare towers, the rewards, and the usual loop through PIL and a processor.
+"""Cost of a score: bare towers, rewards, and the usual loop through PIL and a processor.
 
     python tests/benchmarks/speed.py [--repeats 7] [--batch 8] [--threads 2] [--device cpu]
 
-Every contestant runs once a round, rounds are interleaved, and the figure is the median over rounds, as a ratio to one
-open_clip ViT-B/16 image forward on the same batch: absolute times on a shared CPU mean little. CLIP weights are random,
-which costs the same.
+Every candidate runs once per round; results are medians over interleaved rounds, relative to one open_clip ViT-B/16
+image forward on the same batch, since absolute times on a shared CPU mean little. CLIP weights are random.
 """
 
 from __future__ import annotations

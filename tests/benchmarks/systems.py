@@ -1,11 +1,11 @@
-"""What the five systems cost beside their bare towers, in one run.
+"""Cost of the five systems relative to their bare towers.
 
     python tests/benchmarks/systems.py [--repeats 7] [--batch 8] [--threads 2] [--device cpu]
 
-MST-CLIPIQA on ViT-B/32 and ViT-B/16 is held against the two bare tower forwards on the same 224 px batch; the systems
-on the compact towers, at 512 px, against an open_clip ViT-B/16 image forward. Every contestant runs once a round,
-rounds are interleaved, figures are medians over rounds. CLIP weights are random, which costs the same. It ends with how
-many texts the text tower reads for a batch with one prompt.
+MST-CLIPIQA on ViT-B/32 and ViT-B/16 is compared with the two bare tower forwards on the same 224 px batch; the systems
+on the compact towers, at 512 px, with an open_clip ViT-B/16 image forward. Every candidate runs once per round; results
+are medians over interleaved rounds. CLIP weights are random. The last line is the number of texts that the text tower
+reads for a batch with one prompt.
 """
 
 from __future__ import annotations

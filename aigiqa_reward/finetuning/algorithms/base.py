@@ -78,14 +78,8 @@ class Algorithm(ABC):
     ) -> Algorithm:
         """Return the algorithm to train with: this one, or a copy with examples that are made now.
 
-        It runs once before the training, while the adapter changes nothing yet.
-
-        Args:
-            context: Pipeline, reward and processes.
-            prompts: Training prompts.
-            folder: Folder of the training; what is made in it is found again on resuming.
-            config: Settings of the training.
-            progress: Whether to show a progress bar.
+        It runs once before the training, while the adapter changes nothing yet. What it makes in `folder`, the folder
+        of the training, must be found again on resuming.
         """
         del context, prompts, folder, config, progress
         return self
@@ -99,11 +93,7 @@ class Algorithm(ABC):
     def losses(self, context: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """Yield the losses of a batch; the loop runs the backward pass of each before it asks for the next.
 
-        Args:
-            context: Pipeline, reward and processes.
-            batch: Rows to train on.
-            part: Index of the batch among those of this process.
-            memory: Result of `prepare`.
+        `part` is the index of the batch among those of this process, `memory` the result of `prepare`.
         """
 
 

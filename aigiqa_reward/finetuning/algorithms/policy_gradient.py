@@ -330,15 +330,9 @@ class PolicyGradient(Algorithm):
     def step_loss(
         self, context: TrainingContext, state: State, after: Tensor, *, advantages: Tensor, old: Tensor, alive: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss (B,) of one step and what to log.
+        """Return the loss (B,) of the step from `state` to the latents `after` (B, ...), and what to log.
 
-        Args:
-            context: Pipeline and reference model.
-            state: State before the step.
-            after: (B, ...) latents that were drawn.
-            advantages: (B,) of the resulting images.
-            old: (B,) log-probabilities when they were drawn.
-            alive: (B,) 0 for rows that are left out, else 1.
+        `old` (B,) are the log-probabilities when `after` was drawn, `alive` (B,) is 0 for rows that are left out.
         """
         policy = self.policy(state, context.predict(state).clean)
         change = (policy.log_prob(after) - old) * alive
