@@ -39,7 +39,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "r.json": ProtocolReport.load,
     "p.json": Preferences.load,
     "epoch/state.json": lambda file: training.load_checkpoint(file.parent, optimizer(), {}),
-    "checkpoint-1/state.json": lambda file: finetuning.load_checkpoint(file.parent, optimizer()),
+    "checkpoint-1/state.json": lambda file: finetuning.load_checkpoint(file.parent, None),  # pyright: ignore[reportArgumentType]
     "unreadable.json": read_unreadable,
     "open_clip_config.json": lambda file: OpenCLIPEncoder(OpenCLIPConfig(architecture=f"local-dir:{file.parent}")),
 }
