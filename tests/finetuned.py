@@ -1,4 +1,4 @@
-"""What tests of fine-tuning share: prompts, a call, a reward that is a function of pixels, a moved adapter."""
+"""What the tests of fine-tuning share: prompts, a reward that is a function of pixels, an adapter with an effect."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CALL: dict[str, Any] = {**FEW_STEPS, "guidance_scale": 1.0}
 
 
 def warmth(images: Tensor, prompts: list[str]) -> Tensor:
-    """Not linear in any pixel, of all pixels, another for each prompt."""
+    """A score that depends on all pixels, linearly on none, and differently for each prompt."""
     assert len(images) == len(prompts)
     lengths = torch.tensor([len(prompt) / 10 for prompt in prompts], dtype=images.dtype)
     return (images[:, 0].square() - images[:, 1] * images[:, 2]).mean(dim=(1, 2)) * lengths
 
 
 def stir(lora: LoRA, size: float = 0.3, seed: int = 0) -> LoRA:
-    """Away from B = 0."""
+    """Add noise to the weights, so that B is not 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in lora.weights.values():
