@@ -24,7 +24,7 @@ from huggingface_hub.utils import filter_repo_objects
 from pipelines import FAMILIES, FEW_STEPS
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten_with_path
 
 from aigiqa_reward import Scorer, create_reward
 from aigiqa_reward.datasets import PreferencePairs
@@ -188,7 +188,10 @@ def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path, caplog
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     last = [load_checkpoint(tmp_path / name / "checkpoint-5", stored(pipelines.stable_diffusion())) for name in "ab"]
     assert last[0].step == 5
-    for mine, other in zip(*(tree_leaves(vars(found)) for found in last), strict=True):
+    leaves = [dict(tree_flatten_with_path(vars(checkpoint))[0]) for checkpoint in last]
+    assert leaves[0].keys() == leaves[1].keys()
+    for path, mine in leaves[0].items():
+        other = leaves[1][path]
         assert torch.equal(mine, other) if isinstance(mine, Tensor) else mine == other
     assert {path.name for path in (tmp_path / "b").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
     rates = [line["learning_rate"] for line in found.history]
