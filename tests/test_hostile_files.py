@@ -41,11 +41,7 @@ from aigiqa_reward.datasets import (
 from aigiqa_reward.encoders.blip import BLIPConfig, _tokenizer
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, _architecture
 from aigiqa_reward.evaluation import Predictions, ProtocolReport, score_split
-from aigiqa_reward.finetuning import checkpoints as finetuning
-from aigiqa_reward.finetuning.logging import History
-from aigiqa_reward.finetuning.lora import FILE
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
-from aigiqa_reward.finetuning.results import PER_IMAGE, ValidationResult
 from aigiqa_reward.models.cpa_iqa import UNIFORM, Preferences
 from aigiqa_reward.sampling.batch_run import ResultsFolder
 from aigiqa_reward.training import checkpoints as training
@@ -228,14 +224,6 @@ def cached(form: Any, suffix: str, data: bytes) -> Target:
     return Target(files={key_of("who", "what") + suffix: data}, read=read, errors=())
 
 
-def read_history(folder: Path) -> None:
-    from accelerate import Accelerator
-
-    history = History(folder, Accelerator(cpu=True), steps=4, images=1, progress=False)
-    history.resume(2)
-    assert 0 <= history.seconds < 2**64
-
-
 def read_ranking(folder: Path) -> None:
     """What an earlier ranking copied goes, and nothing else."""
     copy_ranked([], folder, originals=[], overwrite=True)
@@ -290,19 +278,6 @@ def tokenizer() -> bytes:
     return made.to_str().encode()
 
 
-def validation(folder: Path) -> dict[str, bytes]:
-    result = ValidationResult(
-        step=5,
-        prompts=("a",),
-        numbers={name: np.ones((1, 2)) for name in PER_IMAGE},
-        diversity=np.ones(1),
-        nonfinite=0,
-        tiles=np.zeros((1, 2, 8, 8, 3), dtype=np.uint8),
-    )
-    result.write(folder)
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.*")}
-
-
 def read_options(folder: Path) -> None:
     command = typer.Typer()
 
@@ -327,7 +302,6 @@ def targets(folder: Path) -> dict[str, Target]:
     usage = (CommandError,)
     rows = "path,prompt,quality\nimages/1.png,a fox,1.5\nimages/2.png,'b',2\n"
     ranked = [{"id": "1", "prompt": "p", "generations": ["1.png", "2.png"], "ranking": [1, 2]}]
-    step = {"step": 1, "seconds": 0.5, "reward": 0.1}
     tables = {
         "table": Target(
             files={"t.csv": rows.encode(), **pictures},
@@ -389,15 +363,6 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         "cached tensor": cached(torch.Tensor, ".safetensors", save({"value": torch.arange(12.0).view(3, 4)})),
         "cached text": cached(str, ".json", b'"an answer"'),
-        "history": Target(
-            files={"history.jsonl": "".join(json.dumps({**step, "step": n}) + "\n" for n in (1, 2)).encode()},
-            read=read_history,
-        ),
-        "validation": Target(
-            files=validation(folder / "validation"),
-            read=lambda home: ValidationResult.read(home, 5),
-            named="step 5",
-        ),
         "weights": Target(
             files={"w.safetensors": save({"a": torch.ones(4, 4), "b": torch.ones(3, dtype=torch.bfloat16)})},
             read=lambda home: read_weights(home / "w.safetensors"),
@@ -407,11 +372,6 @@ def targets(folder: Path) -> dict[str, Target]:
         "epoch": Target(
             files=checkpoint("model.safetensors", "average.safetensors", "best.safetensors"),
             read=read_checkpoint(lambda home, optimizer: training.load_checkpoint(home, optimizer, {"step": 3})),
-            named="folder",
-        ),
-        "checkpoint": Target(
-            files=checkpoint(FILE, *finetuning._PARTS.values()),
-            read=read_checkpoint(finetuning.load_checkpoint),
             named="folder",
         ),
         "store": Target(
@@ -503,8 +463,8 @@ def aigciqa2023(images: Path) -> Callable[[Path], Any]:
 TARGETS = tuple(
     [f"image {name}" for name in image_files()]
     + ["table", "agiqa3k", "split", "aigiqa20k", "agiqa1k", "aigciqa2023", "imagereward", "pickapic", "pairs"]
-    + ["predictions", "report", "preferences", "results", "cached tensor", "cached text", "history", "validation"]
-    + ["weights", "epoch", "checkpoint", "store", "tokenizer", "architecture", "ranking", "predicted", "unreadable"]
+    + ["predictions", "report", "preferences", "results", "cached tensor", "cached text"]
+    + ["weights", "epoch", "store", "tokenizer", "architecture", "ranking", "predicted", "unreadable"]
     + ["options", "prompts", "prompts.jsonl", "prompts by path", "prompts by name", "arguments"]
 )
 
