@@ -127,16 +127,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, lora: LoRA, *, limit: 
 def load_checkpoint(
     path: Path, lora: LoRA, check: Callable[[Mapping[str, Any]], None] = lambda numbers: None
 ) -> Checkpoint:
-    """Read a checkpoint.
-
-    Args:
-        path: folder of the checkpoint.
-        lora: adapter that can read its weights.
-        check: called with `step`, `settings` and `monitor` before the tensors are read.
-
-    Raises:
-        WeightsError: a file is missing or damaged.
-    """
+    """Read a checkpoint."""
     with _reading(path):
         numbers = read_json(path / _NUMBERS)
     check(numbers)
@@ -167,10 +158,6 @@ def find_checkpoint(folder: Path, wanted: str | Path | None) -> Path | None:
     Args:
         folder: output folder of the training.
         wanted: None, "latest" (None if there is none), or the name or path of a checkpoint.
-
-    Raises:
-        ValueError: there is no such checkpoint, or the folder has later ones or those of another training; or nothing
-            is wanted, and the folder has checkpoints or weights.
     """
     there = checkpoints_in(folder)
     if wanted is None:

@@ -38,9 +38,7 @@ class FinetuneConfig:
     """
 
     rank: int = field(default=8, metadata={"help": "LoRA rank."})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "LoRA scale times the rank; None takes the rank, so that the scale is 1."}
-    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; None takes the rank."})
     target_modules: tuple[str, ...] | None = field(
         default=None, metadata={"help": "Name endings of the layers to adapt; None takes the attention projections."}
     )
@@ -50,18 +48,12 @@ class FinetuneConfig:
         default=False,
         metadata={"help": "Recompute activations of denoiser and decoder in the backward pass to save memory."},
     )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; None takes the algorithm's default."}
-    )
+    learning_rate: float | None = field(default=None, metadata={"help": "Learning rate, by default the algorithm's."})
     lr_scheduler: Schedule = field(default="constant", metadata={"help": "Learning rate schedule of diffusers."})
     lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of learning rate warmup."})
     max_train_steps: int = field(default=500, metadata={"help": "Total number of optimizer steps."})
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Maximum gradient norm for clipping; infinity for no clipping."}
-    )
-    weight_decay: float = field(
-        default=1e-4, metadata={"help": "Weight decay of AdamW, which pulls the adapter towards zero."}
-    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm for clipping."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
     use_8bit_adam: bool = field(default=False, metadata={"help": "Use the 8-bit AdamW of bitsandbytes."})
     ema_decay: float = field(
         default=0.0,
@@ -89,11 +81,9 @@ class FinetuneConfig:
         },
     )
     checkpointing_steps: int = field(
-        default=100, metadata={"help": "Optimizer steps between checkpoints; 0 writes one at the end only."}
+        default=100, metadata={"help": "Steps between checkpoints; 0 for only one at the end."}
     )
-    checkpoints_total_limit: int | None = field(
-        default=2, metadata={"help": "Maximum number of checkpoints to keep; None keeps all."}
-    )
+    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; None keeps all."})
     validation_steps: int = field(default=50, metadata={"help": "Optimizer steps between validations."})
     validation_seeds: int = field(default=4, metadata={"help": "Number of images per validation prompt."})
     patience: int = field(
@@ -109,9 +99,7 @@ class FinetuneConfig:
     )
     seed: int = field(default=0, metadata={"help": "Random seed."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the output folder to the Hugging Face Hub."})
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Hub repository to upload to; None takes the name of the output folder."}
-    )
+    hub_model_id: str | None = field(default=None, metadata={"help": "Hub repository, by default the folder's name."})
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +12,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from aigiqa_reward.finetuning.batch import Batch
+from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.lora import LoRA
+from aigiqa_reward.finetuning.optimizers import accelerator_of
 from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import Prediction, Rollout, State
 from aigiqa_reward.types import RewardFunction, RewardOutput
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 REMEMBERED = 512
 """Number of prompts whose conditioning is cached: 2 GB at FLUX's 4 MB per prompt."""
@@ -154,3 +159,43 @@ class TrainingContext:
         """Gather the rows of all processes, (B,) to (processes * B,), in the order of the processes."""
         gathered: Any = self.accelerator.gather(values)
         return gathered
+
+
+def create_context(
+    pipe: DiffusionPipeline, reward: RewardFunction, config: FinetuneConfig, folder: Path, report_to: str | None
+) -> TrainingContext:
+    """Add the adapter to a pipeline, and check that the pipeline can be trained."""
+    rollout = Rollout(pipe, need="fine-tuning", **config.sampling)
+    if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
+        raise ValueError(
+            "pipe: expected all parts on one device, got a pipeline with CPU offload or a device_map, which a backward "
+            "pass does not support; save memory with gradient_checkpointing and a smaller train_batch_size instead"
+        )
+    _check_precision(rollout, config)
+    accelerator = accelerator_of(config, folder, rollout.family.device, report_to)
+    lora = LoRA(
+        rollout.family, rank=config.rank, alpha=config.lora_alpha, targets=config.target_modules, seed=config.seed
+    )
+    ceiling = config.reward_ceiling
+    if isinstance(ceiling, str):  # "auto"
+        ceiling = 1.0 if isinstance(reward, Reward) else None
+    return TrainingContext(
+        rollout=rollout,
+        lora=lora,
+        reward=reward,
+        accelerator=accelerator,
+        checkpointed=config.gradient_checkpointing,
+        ceiling=ceiling,
+        penalty=config.kl_coeff or 0.0,
+    )
+
+
+def _check_precision(rollout: Rollout, config: FinetuneConfig) -> None:
+    """Refuse float16 parts without gradient scaling, in which small gradients would silently become 0."""
+    for name, part in (("denoiser", rollout.family.denoiser), ("decoder", rollout.pipe.vae)):
+        narrow = any(weight.dtype == torch.float16 for weight in part.parameters())
+        if narrow and config.mixed_precision != "fp16":
+            raise ValueError(
+                f"pipe: its {name} is in float16, in which small gradients vanish; load it in bfloat16 "
+                "(torch_dtype=torch.bfloat16), or pass mixed_precision='fp16', which scales them"
+            )

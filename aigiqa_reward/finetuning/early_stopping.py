@@ -38,9 +38,6 @@ class Monitor:
       - saturation: three times as many pixel values at the ends of the range as at the first validation (and 10
         percentage points more), or only a third of the others left.
     It should stop at once when more than half of the images are not finite.
-
-    Args:
-        patience: number of consecutive validations.
     """
 
     def __init__(self, patience: int = 2) -> None:
@@ -59,12 +56,7 @@ class Monitor:
         return mean(self._best["holdout"]) if self._best else math.nan
 
     def add(self, step: int, result: ValidationResult) -> str | None:
-        """Add the next validation, and return `stop`: the reason to stop, or None. A reason stays.
-
-        Raises:
-            ValueError: the step is not after the last one, or prompts or seeds are other than before.
-        """
-        self._check(step, result)
+        """Add the next validation, and return `stop`: the reason to stop, or None. A reason stays."""
         figures = {"diversity": mean(result.diversity), "saturation": mean(result.numbers["saturation"])}
         if self._count == 0:
             self._first = {**figures, "nonfinite": float(result.nonfinite)}
@@ -84,15 +76,6 @@ class Monitor:
             self.best_step = step
             self._best = {"holdout": result.holdout, "reward": result.reward}
         return self.stop
-
-    def _check(self, step: int, result: ValidationResult) -> None:
-        if self.last_step is not None and step <= self.last_step:
-            raise ValueError(f"step: expected one after {self.last_step}, the last validation, got {step}")
-        if self._best and result.holdout.shape != self._best["holdout"].shape:
-            raise ValueError(
-                f"result: expected the prompts and seeds of the earlier validations, {self._best['holdout'].shape}, "
-                f"got {result.holdout.shape}; resume with the same validation prompts"
-            )
 
     def _signs(self, result: ValidationResult, figures: Mapping[str, float]) -> dict[str, str]:
         """Return what looks wrong now, by kind."""

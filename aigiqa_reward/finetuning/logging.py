@@ -32,15 +32,7 @@ _WINDOW = 20  # steps that the speed is averaged over
 
 
 class History:
-    """The lines of `history.jsonl`: one per step, one per validation.
-
-    Args:
-        folder: output folder of the training.
-        accelerator: accelerator whose main process writes, and whose trackers get the same numbers.
-        steps: total number of optimizer steps.
-        images: rows in the batch of a step.
-        progress: whether to show a progress bar.
-    """
+    """The lines of `history.jsonl`: one per step, one per validation."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, *, steps: int, images: int, progress: bool) -> None:
         self.file = folder / FILE
@@ -114,12 +106,7 @@ SHOWING: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "w
 
 
 def check_tracker(report_to: str | None) -> None:
-    """Refuse a tracker that is unknown or not installed; Accelerate would ignore it silently.
-
-    Raises:
-        ValueError: Accelerate has no tracker of that name.
-        ImportError: it is not installed; the message says how to install it.
-    """
+    """Refuse a tracker that is unknown or not installed; Accelerate would ignore it silently."""
     if report_to is None:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers

@@ -36,15 +36,7 @@ JOINT_ATTENTION = (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add
 class LoRA:
     """One trained adapter on a pipeline's denoiser, in float32. All other weights of the pipeline are frozen.
 
-    Args:
-        family: adapter to the pipeline.
-        rank: LoRA rank r.
-        alpha: scale of the adapter times r; None for r.
-        targets: name endings of the layers to adapt; None for the attention projections.
-        seed: seed of the initial values of A, normal with standard deviation 1 / r.
-
-    Raises:
-        ValueError: no layer has such a name, or the pipeline already has an adapter named "reward".
+    A is initialized from a normal distribution with standard deviation 1 / rank.
     """
 
     def __init__(
@@ -151,11 +143,7 @@ class LoRA:
         return {self._stored(name): w.detach().clone() for name, w in self.weights.items()}
 
     def load(self, state: Mapping[str, Tensor], *, source: str = "the checkpoint") -> None:
-        """Copy weights of `state()` into the adapter.
-
-        Raises:
-            WeightsError: the weights are of an adapter with another rank or other layers.
-        """
+        """Copy weights of `state()` into the adapter."""
         expected = {self._stored(name): weight for name, weight in self.weights.items()}
         if {n: w.shape for n, w in expected.items()} != {n: w.shape for n, w in state.items()}:
             raise WeightsError(
@@ -167,12 +155,7 @@ class LoRA:
                 weight.copy_(state[name])
 
     def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
-        """Write the weights for `pipe.load_lora_weights(folder)`, atomically.
-
-        Args:
-            folder: target folder.
-            state: weights of `state()`; None for the current ones.
-        """
+        """Write the weights for `pipe.load_lora_weights(folder)`, atomically."""
         config = self.denoiser.peft_config[ADAPTER].to_dict()
         metadata = {f"{self.prefix}.{name}": _plain(value) for name, value in config.items()}
         state = self.state() if state is None else state

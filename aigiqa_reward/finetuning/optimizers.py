@@ -40,11 +40,7 @@ class FinetuningError(RuntimeError):
 
 
 def accelerator_of(config: FinetuneConfig, folder: Path, device: torch.device, report_to: str | None) -> Accelerator:
-    """Create the accelerator of a training.
-
-    Raises:
-        ValueError: fp16 on a CPU, where no gradients are scaled, or an optimizer that is not installed.
-    """
+    """Create the accelerator of a training."""
     if config.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision: expected bf16 or no on a CPU, got fp16; pass mixed_precision='bf16'")
     if config.use_8bit_adam:
@@ -73,12 +69,6 @@ class Optimization:
 
     The adapter is not wrapped for distributed training: its gradients are small and come from several calls of the
     denoiser, so they are summed over the processes once per step.
-
-    Args:
-        lora: adapter to train.
-        accelerator: device, precision and processes.
-        config: settings of the training.
-        learning_rate: peak learning rate.
     """
 
     def __init__(self, lora: LoRA, accelerator: Accelerator, config: FinetuneConfig, learning_rate: float) -> None:
@@ -125,10 +115,6 @@ class Optimization:
     def gather(self, *, finite: bool, asked: bool) -> bool:
         """Sum the gradients of all processes, and return whether any process was asked to stop.
 
-        Args:
-            finite: whether this process's losses were finite.
-            asked: whether this process was asked to stop.
-
         Raises:
             FinetuningError: losses of some process were NaN or infinite.
         """
@@ -144,11 +130,7 @@ class Optimization:
         return bool(flags[1] > 0)
 
     def step(self) -> float:
-        """Take an optimizer step, and return the gradient norm before clipping.
-
-        Raises:
-            FinetuningError: the norm is NaN or infinite, which only fp16 may be, where it lowers the gradient scale.
-        """
+        """Take an optimizer step, and return the gradient norm before clipping."""
         norm = self.accelerator.clip_grad_norm_(self.weights, self.config.max_grad_norm)
         length = math.nan if norm is None else float(norm)
         if not math.isfinite(length) and self.accelerator.scaler is None:

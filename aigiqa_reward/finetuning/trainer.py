@@ -6,7 +6,6 @@ import errno
 import logging
 import signal
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
@@ -32,17 +31,15 @@ from aigiqa_reward.finetuning.checkpoints import (
     set_aside,
 )
 from aigiqa_reward.finetuning.config import FinetuneConfig
-from aigiqa_reward.finetuning.context import TrainingContext
+from aigiqa_reward.finetuning.context import TrainingContext, create_context
 from aigiqa_reward.finetuning.early_stopping import Monitor
 from aigiqa_reward.finetuning.logging import History, check_tracker, show_picture
 from aigiqa_reward.finetuning.lora import LoRA
-from aigiqa_reward.finetuning.optimizers import FinetuningError, Optimization, accelerator_of
+from aigiqa_reward.finetuning.optimizers import FinetuningError, Optimization
 from aigiqa_reward.finetuning.reporting import draw_course
 from aigiqa_reward.finetuning.results import FinetuneResult
-from aigiqa_reward.finetuning.validation import Validation, default_holdout
-from aigiqa_reward.rewards.bound import BoundReward, reward_name
-from aigiqa_reward.rewards.reward import Reward
-from aigiqa_reward.sampling.rollout import Rollout
+from aigiqa_reward.finetuning.validation import Validation, frozen, held_out, warn_of_weak
+from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.run_folder import differences, reward_identity
 
@@ -53,11 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 class Interruption:
-    """A context in which the first SIGINT or SIGTERM is only noted, and the second raises KeyboardInterrupt.
-
-    Attributes:
-        asked: whether there was one.
-    """
+    """A context in which the first SIGINT or SIGTERM is only noted, and the second raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -84,19 +77,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Trainer:
-    """The training loop.
-
-    Args:
-        context: pipeline, adapter, reward and processes.
-        prompts: training prompts, or those of the algorithm's examples.
-        algorithm: source of the losses.
-        folder: output folder.
-        config: all other settings.
-        validation: source of validation results; None keeps the last weights.
-        decisive: what else decides the result of the training, as JSON, to be compared on resuming.
-        callbacks: callbacks.
-        progress: whether to show a progress bar.
-    """
+    """The training loop; the arguments are those of `finetune`."""
 
     def __init__(
         self,
@@ -107,8 +88,7 @@ class Trainer:
         config: FinetuneConfig,
         validation: Validation | None,
         decisive: Mapping[str, Any],
-        callbacks: Sequence[TrainingCallback] = (),
-        *,
+        callbacks: Sequence[TrainingCallback],
         progress: bool,
     ) -> None:
         self.context, self.algorithm, self.folder, self.config = context, algorithm, folder, config
@@ -139,11 +119,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------- resuming
 
     def resume(self, wanted: str | Path | None, report_to: str | None = None) -> None:
-        """Restore a checkpoint, if one is wanted, and start a tracker, if one is.
-
-        Raises:
-            ValueError: there is no such checkpoint, or it was written with other settings.
-        """
+        """Restore a checkpoint, if one is wanted, and start a tracker, if one is."""
         with self.accelerator.main_process_first():
             path = find_checkpoint(self.folder, wanted)
             if path is None and self.accelerator.is_main_process:
@@ -177,13 +153,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------- training
 
     def run(self) -> FinetuneResult:
-        """Train to the end, or until the training is stopped.
-
-        Raises:
-            FinetuningError: a loss or gradient is NaN, or the disk is full.
-            KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
-            Exception: any error of the reward or the pipeline, once a checkpoint is written; a note names it.
-        """
+        """Train to the end, or until the training is stopped."""
         try:
             return self._run()
         except FinetuningError:
@@ -388,8 +358,7 @@ def finetune(
         reward: a Reward, or any function f(images, prompts) that returns (B,) scores; a module is frozen.
         train_data: training prompts, or preference pairs for DPO.
         algorithm: `DRaFT()`, `ReFL()`, `DPO()`, `DDPO()` or `FlowGRPO()`.
-        output_dir: folder for `pytorch_lora_weights.safetensors` (for `pipe.load_lora_weights`), `history.jsonl`,
-            `checkpoint-<step>/`, `validation/` and plots.
+        output_dir: folder for `pytorch_lora_weights.safetensors`, `history.jsonl`, checkpoints, validations and plots.
         config: all other settings.
         validation_prompts: prompts of the validation images. Without them the last weights are kept, and reward hacking
             is not detected.
@@ -408,30 +377,64 @@ def finetune(
     algorithm = _with_pairs(algorithm, train_data)
     prompts = _checked("train_data", train_data) if algorithm.examples is None else list(algorithm.examples)
     check_tracker(report_to)
-    context = _context(pipe, _frozen(reward), config, folder, report_to)
+    BoundReward(reward)  # a TypeError if it cannot be called
+    context = create_context(pipe, frozen(reward), config, folder, report_to)
     with _adapter_removed_on_error(context.lora):
-        if algorithm.examples is None:
-            _check_readable(context.reward, "train_data", prompts)
-        algorithm.check(context, prompts)
-        validation = _validation(context, validation_prompts, prompts, holdout, folder, config)
-        find_checkpoint(folder, resume_from_checkpoint)  # a folder that cannot be used must raise before the sampling
+        validation = _validation(context, prompts, validation_prompts, holdout, folder, config)
+        find_checkpoint(folder, resume_from_checkpoint)  # unusable folders must raise before hours of sampling
         repository = _create_repository(context, folder, config)
-        folder.mkdir(parents=True, exist_ok=True)
-        algorithm = algorithm.ready(context, prompts, folder, config, progress=progress)
-        prompts = prompts if algorithm.examples is None else list(algorithm.examples)
-        decisive = {
-            "holdout_reward": holdout if isinstance(holdout, str) else reward_identity(holdout),
-            "validation_prompts": list(validation_prompts),
-        }
-        trainer = Trainer(
-            context, prompts, algorithm, folder, config, validation, decisive, callbacks, progress=progress
-        )
+        algorithm, prompts = _ready(context, prompts, algorithm, folder, config, progress=progress)
+        named = holdout if isinstance(holdout, str) else reward_identity(holdout)
+        watched = {"holdout_reward": named, "validation_prompts": list(validation_prompts)}
+        trainer = Trainer(context, prompts, algorithm, folder, config, validation, watched, callbacks, progress)
         trainer.resume(resume_from_checkpoint, report_to)
     kept = (FinetuningError, KeyboardInterrupt)
     with context.gradient_checkpointing(), _adapter_removed_on_error(context.lora, but=kept):
         result = trainer.run()
     _upload(folder, repository)
     return result
+
+
+def _ready(
+    context: TrainingContext,
+    prompts: list[str],
+    algorithm: Algorithm,
+    folder: Path,
+    config: FinetuneConfig,
+    *,
+    progress: bool,
+) -> tuple[Algorithm, list[str]]:
+    """Check algorithm and prompts, and make the algorithm's own examples, if it has some."""
+    if algorithm.examples is None:
+        _check_readable(context.reward, "train_data", prompts)
+    algorithm.check(context, prompts)
+    folder.mkdir(parents=True, exist_ok=True)
+    algorithm = algorithm.ready(context, prompts, folder, config, progress=progress)
+    return algorithm, prompts if algorithm.examples is None else list(algorithm.examples)
+
+
+def _validation(
+    context: TrainingContext,
+    trained: Sequence[str],
+    prompts: Sequence[str],
+    holdout: RewardFunction | Literal["auto"],
+    folder: Path,
+    config: FinetuneConfig,
+) -> Validation | None:
+    if not len(prompts):
+        return None
+    checked = _checked("validation_prompts", prompts)
+    _check_readable(context.reward, "validation_prompts", checked)
+    if context.accelerator.is_main_process:
+        warn_of_weak(checked, trained, config.validation_seeds)
+    return Validation(
+        context,
+        checked,
+        held_out(context, holdout),
+        seeds=config.validation_seeds,
+        folder=folder / "validation",
+        batch_size=config.train_batch_size,
+    )
 
 
 # --------------------------------------------------------------------------------------------- arguments
@@ -491,63 +494,9 @@ def _check_readable(reward: RewardFunction, argument: str, prompts: Sequence[str
             raise ValueError(f"{argument}: expected texts that the reward can read: {why.removeprefix('prompts: ')}")
 
 
-def _frozen(reward: RewardFunction) -> RewardFunction:
-    BoundReward(reward)  # a TypeError if it cannot be called
-    if isinstance(reward, nn.Module):
-        reward.requires_grad_(False).eval()
-    return reward
-
-
-# --------------------------------------------------------------------------------------------- parts of a training
-
-
-def _context(
-    pipe: DiffusionPipeline, reward: RewardFunction, config: FinetuneConfig, folder: Path, report_to: str | None
-) -> TrainingContext:
-    rollout = Rollout(pipe, need="fine-tuning", **config.sampling)
-    if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
-        raise ValueError(
-            "pipe: expected all parts on one device, got a pipeline with CPU offload or a device_map, which a backward "
-            "pass does not support; save memory with gradient_checkpointing and a smaller train_batch_size instead"
-        )
-    _check_precision(rollout, config)
-    accelerator = accelerator_of(config, folder, rollout.family.device, report_to)
-    lora = LoRA(
-        rollout.family, rank=config.rank, alpha=config.lora_alpha, targets=config.target_modules, seed=config.seed
-    )
-    ceiling = config.reward_ceiling
-    if isinstance(ceiling, str):  # "auto"
-        ceiling = 1.0 if isinstance(reward, Reward) else None
-    return TrainingContext(
-        rollout=rollout,
-        lora=lora,
-        reward=reward,
-        accelerator=accelerator,
-        checkpointed=config.gradient_checkpointing,
-        ceiling=ceiling,
-        penalty=config.kl_coeff or 0.0,
-    )
-
-
-def _check_precision(rollout: Rollout, config: FinetuneConfig) -> None:
-    """Refuse float16 parts without gradient scaling, in which small gradients would silently become 0."""
-    for name, part in (("denoiser", rollout.family.denoiser), ("decoder", rollout.pipe.vae)):
-        narrow = any(weight.dtype == torch.float16 for weight in part.parameters())
-        if narrow and config.mixed_precision != "fp16":
-            raise ValueError(
-                f"pipe: its {name} is in float16, in which small gradients vanish; load it in bfloat16 "
-                "(torch_dtype=torch.bfloat16), or pass mixed_precision='fp16', which scales them"
-            )
-
-
 @contextmanager
 def _adapter_removed_on_error(lora: LoRA, *, but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """Remove the adapter if anything is raised, so that the pipeline can be trained again.
-
-    Args:
-        lora: the adapter.
-        but: errors after which the pipeline has the kept weights.
-    """
+    """Remove the adapter if anything is raised, so that the pipeline can be trained again."""
     try:
         yield
     except but:
@@ -555,63 +504,6 @@ def _adapter_removed_on_error(lora: LoRA, *, but: tuple[type[BaseException], ...
     except BaseException:
         lora.remove()
         raise
-
-
-def _validation(
-    context: TrainingContext,
-    prompts: Sequence[str],
-    trained: Sequence[str],
-    holdout: RewardFunction | Literal["auto"],
-    folder: Path,
-    config: FinetuneConfig,
-) -> Validation | None:
-    if not len(prompts):
-        return None
-    checked = _checked("validation_prompts", prompts)
-    _check_readable(context.reward, "validation_prompts", checked)
-    if context.accelerator.is_main_process:
-        _warn_of_weak(checked, trained, config.validation_seeds)
-    return Validation(
-        context,
-        checked,
-        _held_out(context, holdout),
-        seeds=config.validation_seeds,
-        folder=folder / "validation",
-        batch_size=config.train_batch_size,
-    )
-
-
-def _warn_of_weak(prompts: Sequence[str], trained: Sequence[str], seeds: int) -> None:
-    known = set(trained)
-    if both := [prompt for prompt in prompts if prompt in known]:
-        warnings.warn(
-            f"validation_prompts: {len(both)} of {len(prompts)} are training prompts too (first: {both[0]!r}), so that "
-            "they do not show how the training affects other prompts; pass others",
-            stacklevel=4,
-        )
-    if len(prompts) * seeds == 1:
-        warnings.warn(
-            "validation_prompts: one image gives no estimate of the noise, so that reward hacking cannot be detected; "
-            "pass eight prompts or more, or at least validation_seeds=2",
-            stacklevel=4,
-        )
-
-
-def _held_out(context: TrainingContext, holdout: RewardFunction | Literal["auto"]) -> RewardFunction:
-    if isinstance(holdout, str) and holdout == "auto":
-        return _frozen(default_holdout(context.reward, context.rollout.family.device))
-    if isinstance(holdout, str) or not callable(holdout):
-        raise TypeError(
-            f"holdout: expected 'auto', a Reward or a function f(images, prompts), got {holdout!r}; make one with "
-            "create_reward('pickscore')"
-        )
-    same = isinstance(holdout, nn.Module) and reward_identity(holdout) == reward_identity(context.reward)
-    if holdout is context.reward or same:
-        raise ValueError(
-            f"holdout: expected a reward that is not trained on, got the trained one, {reward_name(context.reward)}; "
-            "leave it out to use an embedded system with another head"
-        )
-    return _frozen(holdout)
 
 
 # --------------------------------------------------------------------------------------------- the Hub

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,11 +18,12 @@ from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.reporting import draw_validation
 from aigiqa_reward.finetuning.results import PER_IMAGE, SHOWN_PROMPTS, SHOWN_SEEDS, ValidationResult, picture_file
 from aigiqa_reward.images import finite_rows, resize
-from aigiqa_reward.rewards.bound import BoundReward, device_of
+from aigiqa_reward.rewards.bound import BoundReward, device_of, reward_name
 from aigiqa_reward.rewards.factory import create_reward
 from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.rewards.specs import TOWER_FILES
 from aigiqa_reward.types import RewardFunction
+from aigiqa_reward.utils.run_folder import reward_identity
 
 # --------------------------------------------------------------------------------------------- measures
 
@@ -59,9 +62,6 @@ class Looks:
 
     The tower needs no download and little compute (EfficientNet-Lite0, 0.4 GFLOP per image). Unlike a distance between
     pixels it does not count noise as diversity.
-
-    Args:
-        device: device of the tower.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -125,6 +125,31 @@ def default_holdout(reward: RewardFunction, device: torch.device | None = None) 
     return create_reward(left[0], quality_weight=1.0, correspondence_weight=0.0, device=device)
 
 
+def frozen(reward: RewardFunction) -> RewardFunction:
+    """Freeze a reward that is a module."""
+    if isinstance(reward, nn.Module):
+        reward.requires_grad_(False).eval()
+    return reward
+
+
+def held_out(context: TrainingContext, holdout: RewardFunction | Literal["auto"]) -> RewardFunction:
+    """Return the held-out reward, frozen, and refuse the trained one."""
+    if isinstance(holdout, str) and holdout == "auto":
+        return default_holdout(context.reward, context.rollout.family.device)
+    if isinstance(holdout, str) or not callable(holdout):
+        raise TypeError(
+            f"holdout: expected 'auto', a Reward or a function f(images, prompts), got {holdout!r}; make one with "
+            "create_reward('pickscore')"
+        )
+    same = isinstance(holdout, nn.Module) and reward_identity(holdout) == reward_identity(context.reward)
+    if holdout is context.reward or same:
+        raise ValueError(
+            f"holdout: expected a reward that is not trained on, got the trained one, {reward_name(context.reward)}; "
+            "leave it out to use an embedded system with another head"
+        )
+    return frozen(holdout)
+
+
 # --------------------------------------------------------------------------------------------- validation
 
 TILE = 256
@@ -169,9 +194,6 @@ class Validation:
         """Sample and score all images with the current weights; every process must call it and gets the same result.
 
         Images with NaN or infinite pixels are counted, and have NaN scores.
-
-        Args:
-            step: optimizer steps taken so far.
         """
         from accelerate.utils import gather_object
 
@@ -253,3 +275,20 @@ def _tiles(images: Tensor) -> np.ndarray:
         scale = TILE / max(height, width)
         images = resize(images, (max(1, round(height * scale)), max(1, round(width * scale))))
     return (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def warn_of_weak(prompts: Sequence[str], trained: Sequence[str], seeds: int) -> None:
+    """Warn of validation prompts that cannot show what they should."""
+    known = set(trained)
+    if both := [prompt for prompt in prompts if prompt in known]:
+        warnings.warn(
+            f"validation_prompts: {len(both)} of {len(prompts)} are training prompts too (first: {both[0]!r}), so that "
+            "they do not show how the training affects other prompts; pass others",
+            stacklevel=4,
+        )
+    if len(prompts) * seeds == 1:
+        warnings.warn(
+            "validation_prompts: one image gives no estimate of the noise, so that reward hacking cannot be detected; "
+            "pass eight prompts or more, or at least validation_seeds=2",
+            stacklevel=4,
+        )
