@@ -1,4 +1,4 @@
-"""A reward that counts what it scored, and breaks where it is told to."""
+"""A reward that records the prompts it scored, and raises at a given one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Breaking:
-    """Scores by `score`, (B, 3, H, W) to (B,), until it comes to a prompt."""
+    """Scores images (B, 3, H, W) by `score`, and raises `error` at the prompt `fails_on`."""
 
     def __init__(
         self,

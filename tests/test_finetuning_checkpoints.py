@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import random
-import resource
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -182,23 +179,3 @@ def whole(path: Path, lora: LoRA) -> bool:
         return load_whole(path, lora) > 0
     except WeightsError:
         return False
-
-
-def save_onto_a_full_disk(folder: Path, lora: LoRA) -> None:
-    size = max(file.stat().st_size for file in (folder / "checkpoint-1").iterdir())
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    try:
-        save(folder, lora, 2)
-    except OSError as error:
-        sys.exit(error.errno)
-
-
-def test_a_full_disk_leaves_the_former_checkpoint(lora: LoRA, tmp_path: Path) -> None:
-    """A limit on the size of files stands for it: writes fail half way in the same manner."""
-    save(tmp_path, lora, 1)
-    process = FORK.Process(target=save_onto_a_full_disk, args=(tmp_path, lora))
-    process.start()
-    process.join()
-    assert process.exitcode == errno.EFBIG
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert load_whole(tmp_path / "checkpoint-1", lora) == 1

@@ -78,19 +78,6 @@ def test_noise_alone_seldom_stops(rewards: list[float]) -> None:
     assert stopped <= 4
 
 
-def test_the_usual_bound_would_stop_on_noise() -> None:
-    """Why the bound depends on the number of validations: without that, the same noise stops many trainings."""
-
-    class Usual(Monitor):
-        def _hacked(self, result: Any) -> bool:
-            fall, error, _ = paired(result.holdout, self._best["holdout"])
-            rise, _, _ = paired(result.reward, self._best["reward"])
-            return rise > 0 and fall < -1.645 * error
-
-    stopped = sum(run(seed, [0.0] * 10, RISING, Usual()).stop is not None for seed in range(80))
-    assert stopped > 12
-
-
 def test_ties_go_to_the_earlier() -> None:
     monitor = Monitor()
     for step in (0, 10, 20):

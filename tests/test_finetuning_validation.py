@@ -1,18 +1,14 @@
-"""Validation images, their scores and measures, what is written, and two processes as one."""
+"""Validation images, their scores and measures, and what is written."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from commands import ENVIRONMENT
 from torch import Tensor
 from validated import CALL, PROMPTS, SEEDS, brightness, redness, tools_of, validate
 
@@ -97,14 +93,14 @@ def test_validation_draws_nothing_from_the_global_state_and_repeats_itself(tools
 
 
 def test_the_embedded_rewards_judge_by_default(tools: Any) -> None:
-    compact = create_reward("compact")
+    compact, mst = create_reward("compact"), create_reward("mst_clipiqa")
     judged = tools_of(load_embedded_pipeline(), compact)
     result = Validation(judged, PROMPTS[:1], default_holdout(compact), seeds=2, batch_size=2).run(0)
     images = calls(tools.rollout.pipe)[0, :2]
     with torch.no_grad():
         trained = compact(images, [PROMPTS[0]] * 2)
-        other = create_reward("mst_clipiqa")(images, None)
-        beside = create_reward("mst_clipiqa")(images, [PROMPTS[0]] * 2).correspondence
+        other = mst(images, None)
+        beside = mst(images, [PROMPTS[0]] * 2).correspondence
     np.testing.assert_allclose(result.reward[0], trained.total, atol=1e-3)
     np.testing.assert_allclose(result.holdout[0], other.total, atol=1e-3)
     np.testing.assert_allclose(result.numbers["holdout_correspondence"][0], beside, atol=1e-3)
@@ -230,43 +226,3 @@ def test_what_is_written_is_read_again(validated: Any) -> None:
         np.testing.assert_array_equal(again.numbers[name], result.numbers[name])
     with pytest.raises(ValueError, match="folder: cannot read the validation of step 8"):
         ValidationResult.read(folder, 8)
-
-
-# ------------------------------------------------------------------------------------------------ processes
-
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import numpy as np
-from accelerate import PartialState
-from validated import validate
-
-out = Path(sys.argv[1])
-result = validate(out / "written")
-state = PartialState()
-assert state.num_processes == 2
-np.savez(out / f"{{state.process_index}}.npz", tiles=result.tiles, diversity=result.diversity, **result.numbers)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_two_processes_give_the_result_of_one(validated: Any, tmp_path: Path) -> None:
-    result, _ = validated
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, tmp_path],
-        env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    both = [dict(np.load(tmp_path / f"{process}.npz")) for process in (0, 1)]
-    for name, values in {**result.numbers, "diversity": result.diversity}.items():
-        np.testing.assert_allclose(both[0][name], values, rtol=1e-5, atol=2e-5)
-        np.testing.assert_array_equal(both[0][name], both[1][name])
-    assert np.abs(both[0]["tiles"].astype(int) - result.tiles).max() <= 1
-    assert ValidationResult.read(tmp_path / "written", 7).prompts == PROMPTS
