@@ -38,7 +38,7 @@ def adapter() -> LoRA:
 
 
 def trained(lora: LoRA, steps: int) -> torch.optim.Optimizer:
-    """An optimizer that has taken steps on a loss of its own."""
+    """An optimizer that has taken some steps."""
     weights = list(lora.weights.values())
     optimizer = torch.optim.AdamW(weights, lr=1e-3)
     for step in range(steps):
@@ -132,7 +132,7 @@ def save_on_and_on(folder: Path, lora: LoRA, first: int, said: Any) -> None:
 
 
 def killed(folder: Path, lora: LoRA, first: int, delay: float) -> int:
-    """Save in a tight loop until killed; the step that was said to be saved last."""
+    """Save in a tight loop until killed; the last step that was reported as saved."""
     said, saying = FORK.Pipe(duplex=False)
     process = FORK.Process(target=save_on_and_on, args=(folder, lora, first, saying))
     process.start()

@@ -132,7 +132,7 @@ def test_accumulated_parts_are_one_batch(tmp_path: Path, algorithm: Any) -> None
 
 
 def test_a_denoiser_that_computes_its_blocks_again_changes_nothing(tmp_path: Path) -> None:
-    """Also where the user has told it to: what is computed without the adapter is computed again without it."""
+    """Also where the user enabled it: what is computed without the adapter is recomputed without it."""
 
     def how(pipe: Any) -> list[Any]:
         parts = [m for part in (pipe.unet, pipe.vae) for m in part.modules() if hasattr(m, "gradient_checkpointing")]
@@ -344,14 +344,14 @@ def train_onto_a_full_disk(folder: Path) -> None:
     train(folder, max_train_steps=1, checkpointing_steps=1)
     size = max(file.stat().st_size for file in (folder / "checkpoint-1").iterdir())
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    told = r"^step 2: cannot write to .* \(File too large\); checkpoint-1 is complete: free some space, .*='latest'$"
-    with pytest.raises(FinetuningError, match=told):
+    message = r"^step 2: cannot write to .* \(File too large\); checkpoint-1 is complete: free some space, .*='latest'$"
+    with pytest.raises(FinetuningError, match=message):
         train(folder, max_train_steps=2, checkpointing_steps=1, resume_from_checkpoint="latest")
     sys.exit(3)
 
 
 def test_a_full_disk_ends_a_training_and_leaves_its_last_checkpoint(tmp_path: Path) -> None:
-    """A limit on the size of files stands for it: writes fail half way in the same manner."""
+    """Simulated by a limit on the size of files, with which writes fail half way in the same manner."""
     process = multiprocessing.get_context("fork").Process(target=train_onto_a_full_disk, args=(tmp_path / "a",))
     process.start()
     process.join()

@@ -1,4 +1,4 @@
-"""Trainings of several steps a round, gone on from the middle of one, and trainings that are watched."""
+"""Trainings with several steps per round, resumed in the middle of one, and validated trainings."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_training_goes_on_in_the_middle_of_a_round(name: str, tmp_path: Path) 
     ids=["reward", "scales"],
 )
 def test_without_pairs_they_are_made_first(tmp_path: Path, contrast: dict[str, Any]) -> None:
-    """The training is that on the pairs of `build_preference_pairs`, also where it goes on."""
+    """The training is that on the pairs of `build_preference_pairs`, also when it is resumed."""
     own = DPO(candidates=2, pairs_per_prompt=2, timesteps="sampler", **contrast)
 
     def images(run: str) -> dict[Path, int]:

@@ -1,4 +1,4 @@
-"""Which prompts a step's batch holds."""
+"""The prompts of each step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_prompt_comes_once_an_epoch() -> None:
     shown = [prompt for step in range(7) for _, prompt in sorted(rows_of(plan.batches(step)).items())]
     epochs = [shown[start : start + 7] for start in range(0, 42, 7)]
     assert [Counter(epoch) for epoch in epochs] == [Counter(PROMPTS)] * 6
-    assert len({tuple(epoch) for epoch in epochs}) == 6, "each in an order of its own"
+    assert len({tuple(epoch) for epoch in epochs}) == 6, "each in its own order"
     assert all([PROMPTS[place] for place in b.places] == list(b.prompts) for b in plan.batches(5))
     assert shown != [p for s in range(7) for _, p in sorted(rows_of(schedule(seed=1).batches(s)).items())]
 

@@ -371,7 +371,6 @@ def finetune(
 
     Raises:
         FinetuningError: a loss became NaN, or an upload failed; the weights are on disk.
-        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
     config, folder = _config_and_folder(algorithm, config, output_dir)
     algorithm = _with_pairs(algorithm, train_data)
@@ -388,8 +387,7 @@ def finetune(
         watched = {"holdout_reward": named, "validation_prompts": list(validation_prompts)}
         trainer = Trainer(context, prompts, algorithm, folder, config, validation, watched, callbacks, progress)
         trainer.resume(resume_from_checkpoint, report_to)
-    kept = (FinetuningError, KeyboardInterrupt)
-    with context.gradient_checkpointing(), _adapter_removed_on_error(context.lora, but=kept):
+    with context.gradient_checkpointing(), _adapter_removed_on_error(context.lora, but=_KEEPING):
         result = trainer.run()
     _upload(folder, repository)
     return result
@@ -492,6 +490,10 @@ def _check_readable(reward: RewardFunction, argument: str, prompts: Sequence[str
     for start in range(0, len(prompts), _AT_ONCE):
         for why in bound.unreadable(prompts[start : start + _AT_ONCE]).values():
             raise ValueError(f"{argument}: expected texts that the reward can read: {why.removeprefix('prompts: ')}")
+
+
+_KEEPING = (FinetuningError, KeyboardInterrupt)
+"""Errors after which the pipeline has the kept weights."""
 
 
 @contextmanager
