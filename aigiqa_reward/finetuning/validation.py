@@ -70,7 +70,7 @@ class Looks:
     @property
     def width(self) -> int:
         """Length of a vector."""
-        return self.tower.width
+        return self.tower.encoder.width
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
