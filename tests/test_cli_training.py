@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -141,29 +142,17 @@ def test_another_training_does_not_mix_with_what_a_folder_holds(trained: tuple[P
     assert contents(folder) == before
 
 
-def test_a_table_of_ones_own(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_another_table(data: Path, tiny: list[str], tmp_path: Path) -> None:
     table = read_agiqa3k(data)
     shutil.copytree(data / "images", tmp_path / "pictures")
     rows = zip(table.names, table.prompts, table.quality, strict=True)
     cells = "".join(f"pictures/{name},{prompt},{quality}\n" for name, prompt, quality in rows)
     (tmp_path / "scores.csv").write_text("path,prompt,quality\n" + cells)
-    options = ["--set", "crops=2", "--set", "train_crops=1", "--set", "levels=one", "--epochs", "1"]
-    result = run(
-        "train",
-        "tsp_mgs",
-        "--data",
-        f"csv:{tmp_path / 'scores.csv'}",
-        *options,
-        "--cache",
-        cache,
-        "--output-dir",
-        tmp_path / "out",
-        "--device",
-        "cpu",
-    )
+    options = ["--set", "fusion=mean", "--set", "width=16", "--epochs", "1", "--output-dir", tmp_path / "out"]
+    result = run("train", *tiny, "--data", f"csv:{tmp_path / 'scores.csv'}", *options)
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'out'}\n"), result.output
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["model"]["config"]
-    assert (settings["crops"], settings["train_crops"], settings["levels"]) == (2, 1, "one")
+    assert (settings["fusion"], settings["width"]) == ("mean", 16)
     some = [tmp_path / "pictures" / name for name in table.names[:3]]
     best = run("rank", *some, "--reward", tmp_path / "out", "--format", "jsonl")
     assert best.exit_code == 0, best.output
@@ -294,7 +283,8 @@ def test_evaluate_writes_tables_and_plots_and_computes_nothing_twice(
             assert float(row["srcc"]) == pytest.approx(expected, abs=1e-6)
 
     before = contents(folder)
-    again = run(*arguments, "--cache", tmp_path / "unused")
+    unused = [str(tmp_path / "unused") if before == "--cache" else word for before, word in pairwise(["", *arguments])]
+    again = run(*unused)
     assert (again.exit_code, again.stdout) == (0, result.stdout)
     assert not (tmp_path / "unused").exists()
     assert contents(folder)["report.json"] == before["report.json"]
@@ -378,27 +368,23 @@ def test_evaluate_given_weights(data: Path, trained: tuple[Path, list[str], str]
         (["train", "mst_clipiqa", "--data", "COLUMN"], "no column mos_align"),
         (["train", "mst_clipiqa"], "--data"),
         (["train", "mst_clipiqa", "DATA", "--loss", "mes"], "--loss: expected one of mse"),
-        (["train", "mst_clipiqa", "DATA", "--epochs", "0"], "--epochs: expected an integer of at least 1"),
         (["train", "mst_clipiqa", "DATA", "--learning-rate", "nan"], "--learning-rate: expected"),
         (
             ["train", "mst_clipiqa", "DATA", "--split", "csv"],
             "--split: expected whole, group, random_image or csv:FILE",
         ),
         (["train", "mst_clipiqa", "DATA", "--split", "csv:no.csv"], "--split: expected a CSV file .* found none"),
-        (["train", "mst_clipiqa", "DATA", "--set", "width"], "--set: expected KEY=VALUE"),
         (["train", "mst_clipiqa", "DATA", "--set", "width=1", "--set", "width=2"], "--set: got width twice"),
         (["train", "TINY", "DATA", "--set", "widht=8"], "--set: .*'widht'"),
         (["train", "TINY", "DATA", "--set", "fusion=sum"], "fusion: expected"),
         (["train", "mst_clipiqa", "DATA", "--tower", "clip=ViT-B-32:openai"], "--tower: .*coarse.*fine.* got clip"),
         (["train", "mst_clipiqa", "DATA", "--tower", "coarse=ViT-B-32"], "random weights"),
-        (["train", "sc_agiqa", "DATA", "--tower", "vision=ViT-B-32:openai"], "--tower: "),
         (["train", "mst_clipiqa", "DATA", "--preset", "papers"], "--preset: expected None or 'paper'"),
         (["train", "mst_clipiqa", "DATA", "--preset", "paper", "--init", "embedded"], "init: .* neither preset nor"),
         (["train", "mst_clipiqa", "DATA", "--init", "no/folder/here"], "--init: expected a folder"),
         (["train", "mst_clipiqa", "DATA", "--hub-model-id", "a/b"], "--hub-model-id: .*with --push-to-hub"),
         (["train", "mst_clipiqa", "DATA", "--device", "nowhere"], "--device: cannot compute on 'nowhere'"),
         (["train", "TINY", "DATA", "--output-dir", "DATA.CSV"], "--output-dir: expected a folder"),
-        (["evaluate", "mst_clipqa", "DATA"], "did you mean 'mst_clipiqa'"),
         (["evaluate", "mst_clipiqa", "DATA", "--split", "whole"], "--split: expected group, random_image or csv:FILE"),
         (["evaluate", "mst_clipiqa", "DATA", "--seeds", "2", "--ablation-seeds", "4"], "got 2 and 4"),
         (["evaluate", "mst_clipiqa", "DATA", "--weights", "no/folder/here"], "--weights: expected a folder"),

@@ -69,7 +69,12 @@ def report_unreadable(entries: Sequence[tuple[str, str]], place: object) -> None
         say("error", reason if reason.startswith(f"{path}: ") else f"{path}: {reason}")
     if entries:
         rest = f"; the others are listed in {place}" if len(entries) > _LISTED else ""
-        say("error", f"{len(entries)} image{'s' * (len(entries) > 1)} could not be read and left out{rest}")
+        some = (
+            "1 image could not be read and was"
+            if len(entries) == 1
+            else f"{len(entries)} images could not be read and were"
+        )
+        say("error", f"{some} left out{rest}")
 
 
 @contextmanager
