@@ -7,16 +7,17 @@
         state = rollout.advance(state, prediction.output)
     images = rollout.decode(state.latents)         # (B, 3, H, W), nominally in [0, 1]
 
-Run to its end it makes the images of `pipe(prompt, generator=..., **pipe_kwargs)`. They differ only where a sampler
-draws noise between steps and the pipeline passes it no generator (SD3, FLUX): the pipeline then uses the global random
-state, we use the candidates' generators. Nothing here disables gradients.
+It makes the images of `pipe(prompt, generator=..., **pipe_kwargs)`, unless a sampler draws noise between steps and the
+pipeline passes it no generator (SD3, FLUX): the pipeline then uses the global random state, we the candidates'
+generators. Nothing here disables gradients.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,22 +37,14 @@ class State:
     """Candidates in the middle of their sampling. A step makes a new state; the old one stays valid.
 
     Only the generators change: two continuations of one state draw different noise in a stochastic sampler.
-
-    Attributes:
-        latents: (B, ...) as the scheduler sees them.
-        conditioning: B rows.
-        shared: denoiser inputs that all candidates share.
-        generators: (B,) sources of the samplers' noise.
-        scheduler: our own copy, with these candidates' history.
-        step: number of steps taken.
     """
 
-    latents: Tensor
-    conditioning: Conditioning
-    shared: Mapping[str, Tensor]
-    generators: tuple[torch.Generator, ...]
-    scheduler: Any
-    step: int = 0
+    latents: Tensor  # (B, ...) as the scheduler sees them
+    conditioning: Conditioning  # B rows
+    shared: Mapping[str, Tensor]  # denoiser inputs that all candidates share
+    generators: tuple[torch.Generator, ...]  # (B,) sources of the samplers' noise
+    scheduler: Any  # our own copy, with these candidates' history
+    step: int = 0  # steps taken
 
     def __len__(self) -> int:
         """Number of candidates B."""
@@ -70,10 +63,9 @@ class State:
     def __getitem__(self, rows: Sequence[int]) -> State:
         """These candidates alone, with their histories; a place may come several times."""
         rows = list(rows)
-        index = torch.as_tensor(rows, dtype=torch.long, device=self.latents.device)
         return replace(
             self,
-            latents=self.latents[index],
+            latents=self.latents[torch.as_tensor(rows, dtype=torch.long, device=self.latents.device)],
             conditioning=self.conditioning[rows],
             generators=tuple(self.generators[row] for row in rows),
             scheduler=with_history_of(self.scheduler, rows, self.latents),
@@ -86,13 +78,12 @@ class State:
     @staticmethod
     def cat(states: Sequence[State]) -> State:
         """Join candidates of several states of one rollout at the same step, in order."""
-        first = states[0]
-        if len({state.step for state in states}) > 1:
-            raise ValueError(f"states: expected all at one step, got {sorted({state.step for state in states})}")
+        if len(steps := {state.step for state in states}) > 1:
+            raise ValueError(f"states: expected all at one step, got {sorted(steps)}")
         if len(states) == 1:
-            return first
+            return states[0]
         return replace(
-            first,
+            states[0],
             latents=torch.cat([state.latents for state in states]),
             conditioning=Conditioning.cat([state.conditioning for state in states]),
             generators=tuple(generator for state in states for generator in state.generators),
@@ -102,15 +93,10 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A denoiser's prediction for a state.
+    """A denoiser's prediction for a state."""
 
-    Attributes:
-        output: (B, ...) after guidance, the scheduler's input.
-        clean: (B, ...) the latents x0 that follow from it, in at least float32.
-    """
-
-    output: Tensor
-    clean: Tensor
+    output: Tensor  # (B, ...) after guidance, the scheduler's input
+    clean: Tensor  # (B, ...) the latents x0 that follow from it, in at least float32
 
 
 class Rollout:
@@ -126,6 +112,15 @@ class Rollout:
         self.family: Family = family_of(pipe, pipe_kwargs, need=need)
         check_scheduler(pipe.scheduler, need=need, flow=self.family.flow)
         self.pipe: Any = pipe
+
+    @contextmanager
+    def offloading(self) -> Iterator[None]:
+        """Offload the pipeline's models at the end, as the pipeline does at the end of a call."""
+        try:
+            yield
+        finally:
+            if hasattr(self.pipe, "maybe_free_model_hooks"):
+                self.pipe.maybe_free_model_hooks()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts to conditioning of B rows, without gradients."""
@@ -149,20 +144,15 @@ class Rollout:
         self.family.set_timesteps(scheduler, drawn)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
-        return State(
-            latents=self.family.as_started(drawn, scheduler) if latents is None else latents,
-            conditioning=conditioning,
-            shared=shared,
-            generators=tuple(generators),
-            scheduler=scheduler,
-        )
+        if latents is None:
+            latents = self.family.as_started(drawn, scheduler)
+        sources = tuple(generators)
+        return State(latents=latents, conditioning=conditioning, shared=shared, generators=sources, scheduler=scheduler)
 
     def predict(self, state: State, *, checkpointed: bool = False) -> Prediction:
         """Run the denoiser once (on two rows per candidate with classifier-free guidance).
 
-        Args:
-            state: not done.
-            checkpointed: keep no activations of the denoiser for the backward pass, compute them again there.
+        With `checkpointed` the backward pass computes the denoiser's activations again instead of keeping them.
         """
         scheduler, time, latents = state.scheduler, state.scheduler.timesteps[state.step], state.latents
         if hasattr(scheduler, "scale_model_input"):
@@ -177,11 +167,12 @@ class Rollout:
     def advance(self, state: State, output: Tensor) -> State:
         """Take the scheduler's step with a model output."""
         scheduler = with_history_of(state.scheduler, range(len(state)), state.latents)
-        time = scheduler.timesteps[state.step]
-        offered = {"generator": list(state.generators), "eta": self.family.options.eta}
-        taken = inspect.signature(scheduler.step).parameters
-        arguments: dict[str, Any] = {name: value for name, value in offered.items() if name in taken}
-        latents = scheduler.step(output, time, state.latents, **arguments, return_dict=False)[0]
+        offered: dict[str, Any] = {"generator": list(state.generators), "eta": self.family.options.eta}
+        taken = offered.keys() & inspect.signature(scheduler.step).parameters
+        arguments = {name: offered[name] for name in taken}
+        latents = scheduler.step(
+            output, scheduler.timesteps[state.step], state.latents, **arguments, return_dict=False
+        )[0]
         return replace(state, latents=latents, scheduler=scheduler, step=state.step + 1)
 
     def run(self, state: State, until: int | None = None) -> State:
@@ -194,9 +185,7 @@ class Rollout:
     def show(self, latents: Tensor, *, final: bool = False) -> Tensor:
         """Decode to images (B, 3, H, W) in [0, 1] as the pipeline does: clamped, without gradients; NaN stays.
 
-        Args:
-            latents: (B, ...) without noise.
-            final: whether the images are the result, which gets the pipeline's watermark, where it has one.
+        With `final` they get the pipeline's watermark, where it has one.
         """
         with torch.no_grad():
             images = self.family.decode(latents)

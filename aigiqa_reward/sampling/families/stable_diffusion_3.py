@@ -20,9 +20,8 @@ class StableDiffusion3(Family):
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
         shift: dict[str, Any] = {}
         if scheduler.config.get("use_dynamic_shifting", None):
-            patch = self.pipe.transformer.config.patch_size
-            tokens = (latents.shape[2] // patch) * (latents.shape[3] // patch)
-            shift = {"mu": linear_shift(tokens, scheduler, highest=1.16)}
+            rows, columns = (side // self.pipe.transformer.config.patch_size for side in latents.shape[2:])
+            shift = {"mu": linear_shift(rows * columns, scheduler, highest=1.16)}
         self.retrieve_timesteps(scheduler, **shift)
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:

@@ -28,8 +28,7 @@ class ZImage(Family):
 
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
         steps = self.options.num_inference_steps
-        tokens = (latents.shape[2] // 2) * (latents.shape[3] // 2)
-        mu = linear_shift(tokens, scheduler)
+        mu = linear_shift((latents.shape[2] // 2) * (latents.shape[3] // 2), scheduler)
         self.retrieve_timesteps(scheduler, sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
@@ -52,8 +51,8 @@ class ZImage(Family):
         if limit <= 0:
             return guided
         axes = tuple(range(1, guided.ndim))
-        norms = [torch.linalg.vector_norm(value, dim=axes, keepdim=True) for value in (positive, guided)]
-        return guided * (limit * norms[0] / norms[1]).clamp(max=1)
+        wanted, norm = (torch.linalg.vector_norm(value, dim=axes, keepdim=True) for value in (positive, guided))
+        return guided * (limit * wanted / norm).clamp(max=1)
 
     def finish(self, output: Tensor) -> Tensor:
         return -output
