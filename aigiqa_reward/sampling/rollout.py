@@ -25,11 +25,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.families import Conditioning, Family, family_of
 from aigiqa_reward.sampling.schedulers import check_scheduler, joined_history, predict_clean, with_history_of
+from aigiqa_reward.utils.checks import check_prompt, check_reward, check_text, first_seed
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from aigiqa_reward.types import RewardFunction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +117,6 @@ class Rollout:
         check_scheduler(pipe.scheduler, need=need, flow=self.family.flow)
         self.pipe: Any = pipe
 
-    @contextmanager
-    def offloading(self) -> Iterator[None]:
-        """Offload the pipeline's models at the end, as the pipeline does at the end of a call."""
-        try:
-            yield
-        finally:
-            if hasattr(self.pipe, "maybe_free_model_hooks"):
-                self.pipe.maybe_free_model_hooks()
-
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts to conditioning of B rows, without gradients."""
         with torch.no_grad():
@@ -199,3 +194,42 @@ class Rollout:
 def displayed(images: Tensor) -> Tensor:
     """Clamp images to [0, 1] as an image file does; NaN and infinity stay."""
     return torch.where(images.isfinite(), images.clamp(0, 1), images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Parts of one call of a `PromptSampler`."""
+
+    rollout: Rollout
+    reward: BoundReward
+    prompt: str
+    text: str  # the prompt that the reward sees
+    seed: int
+
+
+class PromptSampler:
+    """Base of methods that sample one prompt by our own loop, with a reward; arguments as in `ParticleSteering`."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, reward: RewardFunction, reward_prompt: str | None, progress: bool
+    ) -> None:
+        self._name = type(self).__name__
+        family_of(pipe, need=self._name)
+        self.pipe: Any = pipe
+        self.reward: RewardFunction = check_reward(reward)
+        if reward_prompt is not None:
+            check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
+        self.reward_prompt, self.progress = reward_prompt, progress
+
+    @contextmanager
+    def _call(self, prompt: str, first: int, seeds: int, of: str, pipe_kwargs: dict[str, Any]) -> Iterator[Call]:
+        """Check the arguments of a call, and offload the pipeline's models at its end, as the pipeline does."""
+        seed = first_seed(first, seeds, of)
+        prompt = check_text(check_prompt(prompt), "prompt", "pass a description of the image")
+        text = prompt if self.reward_prompt is None else self.reward_prompt
+        rollout = Rollout(self.pipe, need=self._name, **pipe_kwargs)
+        try:
+            yield Call(rollout=rollout, reward=BoundReward(self.reward, [text]), prompt=prompt, text=text, seed=seed)
+        finally:
+            if hasattr(self.pipe, "maybe_free_model_hooks"):
+                self.pipe.maybe_free_model_hooks()
