@@ -1,10 +1,7 @@
 """Callbacks for a diffusers pipeline's steps: log a reward's scores of the previews, or stop when they are good enough.
 
-    with RewardLogger(pipe, reward, prompt, every=5) as logger:
-        image = pipe(prompt, callback_on_step_end=logger).images[0]
-
-A preview is the decoded prediction of the clean latents x0 at a step. Where a pipeline samples at another size and
-resizes the image in the end (Sana's `use_resolution_binning`), previews have the size that is sampled.
+A preview is the decoded prediction of the clean latents x0 at a step, of the size that is sampled (Sana's
+`use_resolution_binning` resizes the image only in the end).
 """
 
 from __future__ import annotations
@@ -109,9 +106,14 @@ class Watch(ABC, Generic[Entry]):
             )
         check_scheduler(self.pipe.scheduler, need=self._name, served=_SERVED, flow=self._adapter.flow)
         self.history, self._called, self._steps, self._calls = [], None, 0, 0
-        self._taps = [_tap(self.pipe.scheduler, "step"), _tap(self.pipe, "prepare_latents")]
-        for tap, listener in zip(self._taps, (self._on_step, self._on_prepare), strict=True):
+        wanted = (self.pipe.scheduler, "step", self._on_step), (self.pipe, "prepare_latents", self._on_prepare)
+        for target, name, listener in wanted:
+            tap = vars(target).get(name)
+            if not isinstance(tap, _Tap):
+                tap = _Tap(target, name)
+                setattr(target, name, tap)
             tap.listeners[id(self)] = listener
+            self._taps.append(tap)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
@@ -120,11 +122,8 @@ class Watch(ABC, Generic[Entry]):
             tap.remove_idle()
         self._taps, self._called = [], None
         if self._steps and not self._calls and kind is None:
-            warnings.warn(
-                f"{self._name} was entered, but the pipeline never called it; pass it: "
-                "pipe(prompt, callback_on_step_end=...)",
-                stacklevel=2,
-            )
+            message = "was entered, but the pipeline never called it; pass it: pipe(prompt, callback_on_step_end=...)"
+            warnings.warn(f"{self._name} {message}", stacklevel=2)
 
     def __call__(
         self, pipeline: DiffusionPipeline, step_index: int, timestep: float, callback_kwargs: dict[str, Any]
@@ -156,13 +155,13 @@ class Watch(ABC, Generic[Entry]):
 
     def places(self, count: int) -> list[int]:
         """Return which of the P prompts each of `count` images was made for."""
-        each, over = divmod(count, len(self.texts))
-        if over:
+        given = len(self.texts)
+        if count % given:
             raise ValueError(
-                f"prompt: expected one text, or as many as the batch has prompts, got {len(self.texts)} for {count} "
-                "images; pass the same list as to the pipeline"
+                f"prompt: expected one text, or as many as the batch has prompts, got {given} for {count} images; pass "
+                "the same list as to the pipeline"
             )
-        return [place for place in range(len(self.texts)) for _ in range(each)]
+        return [place for place in range(given) for _ in range(count // given)]
 
     def prompts(self, images: Tensor) -> list[str]:
         """Return the prompt of each of the images (B, 3, H, W)."""
@@ -171,8 +170,7 @@ class Watch(ABC, Generic[Entry]):
     def decode(self, clean: Tensor) -> Tensor:
         """Decode latents x0 to images (B, 3, H, W), nominally in [0, 1], not clamped; differentiable."""
         assert self._size is not None  # every pipeline of a family prepares its latents
-        height, width = self._size
-        return self._adapter(self.pipe, SamplingOptions(height=height, width=width)).decode(clean)
+        return self._adapter(self.pipe, SamplingOptions(height=self._size[0], width=self._size[1])).decode(clean)
 
     def preview(self, seen: SeenStep) -> tuple[Tensor, LoggedStep]:
         """Return latents x0 (B, ...) predicted at a step, and the scores of their images, clamped as files are."""
@@ -217,15 +215,6 @@ class _Tap:
                 setattr(self.target, self.name, tap.before)
 
 
-def _tap(target: Any, name: str) -> _Tap:
-    """Return the tap around a method, which is added if there is none."""
-    tap = vars(target).get(name)
-    if not isinstance(tap, _Tap):
-        tap = _Tap(target, name)
-        setattr(target, name, tap)
-    return tap
-
-
 class RewardLogger(Watch[LoggedStep]):
     """Scores the previews of a run; the images are the same, bit for bit, as without it.
 
@@ -237,8 +226,7 @@ class RewardLogger(Watch[LoggedStep]):
         prompt: text that the reward sees for all images, or a list of the batch's texts.
         every: score steps 0, every, 2 every, ... and the last.
 
-    Attributes:
-        history: entries since the `with` block was entered; each call of the pipeline starts at step 0.
+    `history` has the entries since the `with` block was entered; each call of the pipeline starts at step 0.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -257,7 +245,7 @@ class RewardLogger(Watch[LoggedStep]):
         self.every = integer("every", every, least=1)
 
     def after_step(self, seen: SeenStep) -> None:
-        """Score the preview of every `every`-th step and of the last."""
+        """Score the preview, at the steps that are due."""
         if seen.final or seen.index % self.every == 0:
             self.history.append(self.preview(seen)[1])
 
@@ -274,9 +262,8 @@ class EarlyExit(Watch[LoggedStep]):
         patience: end when the mean total of the batch has not risen for so many steps; at least 1.
         first: share of the steps, in [0, 1], that is always taken, and not scored: early previews are blurs.
 
-    Attributes:
-        exited_at: number of the last step taken in the latest run, from 0; None if the run was not ended early.
-        history: scores of the previews of the latest run.
+    Of the latest run, `history` has the previews' scores, and `exited_at` the number of the last step taken, from 0; it
+    is None if the run was not ended early.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline

@@ -34,9 +34,6 @@ class GuidedStep(LoggedStep):
 class RewardGuidance(Watch[GuidedStep]):
     """Moves the latents up the gradient of the reward's total after each step of a stock pipeline.
 
-        with RewardGuidance(pipe, reward, prompt, scale=20.0) as guidance:
-            image = pipe(prompt, callback_on_step_end=guidance).images[0]
-
     Write the latents before step i as x_i = alpha_i x0 + sigma_i eps, with n_i^2 = alpha_i^2 + sigma_i^2, the share of
     noise s_i = sigma_i / n_i in [0, 1], and c(g) = g / max(1, ||g|| / clip) per image. After step i
 
@@ -44,13 +41,12 @@ class RewardGuidance(Watch[GuidedStep]):
         x_{i+1} += scale s_{i+1} n_{i+1} c(n_{i+1} g),    g = d total(decode(x0(x_{i+1}))) / d x_{i+1}
 
     The first differentiates the decoder and the reward only, at x0 as predicted in step i, and is equivalent to a step
-    from a moved x0 with the same noise (MPGD: He et al. 2024, Manifold Preserving Guided Diffusion); after the last
-    step x0 is x_{i+1} itself and alpha_{i+1} = 1. The second (`through_denoiser=True`) calls the denoiser again at
-    x_{i+1} and differentiates it as well (Chung et al. 2023, Diffusion Posterior Sampling; Bansal et al. 2023,
-    Universal Guidance for Diffusion Models): per step one more forward and backward pass of it, with its memory, and no
-    guidance after the last step. s fades with the noise; n makes the move independent of how a scheduler scales its
-    latents. Gradients of a reward in [0, 1] are mostly well below 1 in norm (0.03 to 0.1 of the compact reward at the
-    embedded pipeline's latents, whose norm is about 30), so that `scale` is large; `history` has the lengths of moves.
+    from a moved x0 with the same noise (He et al. 2024, Manifold Preserving Guided Diffusion); after the last step x0
+    is x_{i+1} itself and alpha_{i+1} = 1. The second (`through_denoiser=True`) calls the denoiser again at x_{i+1} and
+    differentiates it as well (Chung et al. 2023, Diffusion Posterior Sampling; Bansal et al. 2023, Universal Guidance):
+    one more forward and backward pass per step, and no guidance after the last. Gradients of a reward in [0, 1] are
+    mostly well below 1 in norm (0.03 to 0.1 of the compact reward at the embedded pipeline's latents, whose norm is
+    about 30), so that `scale` is large; `history` has the lengths of the moves, since the `with` block was entered.
 
     Neither the scheduler's state nor any parameter's `.grad` changes. In float16 gradients may vanish or overflow: load
     the whole pipeline in bfloat16 or float32. (The VAEs of Stable Diffusion 1.x and SDXL are refused in float16.)
@@ -60,14 +56,10 @@ class RewardGuidance(Watch[GuidedStep]):
         prompt: see `RewardLogger`; with `through_denoiser` the prompt of the pipeline's call.
         scale: length of a move at full noise and clipped gradient is at most `scale * clip`; 0 changes nothing.
         through_denoiser: whether to use the second formula.
-        start: share of the steps, in [0, 1], from which on to guide.
-        stop: share of the steps before which to stop.
+        start, stop: first share of the steps to guide, in [0, 1], and the share before which to stop.
         clip: maximum gradient norm per image for clipping, above 0; `math.inf` for no clipping.
         every: guide every `every`-th step.
         **pipe_kwargs: with `through_denoiser`, the arguments of the pipeline's call (height, guidance_scale, ...).
-
-    Attributes:
-        history: the guided steps since the `with` block was entered.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -99,13 +91,17 @@ class RewardGuidance(Watch[GuidedStep]):
             raise ValueError(f"start, stop: expected shares of the steps, 0 <= start < stop <= 1, got {start}, {stop}")
         family_of(pipe, pipe_kwargs, need="RewardGuidance")  # refuses a misspelt argument now
         self.start, self.stop, self.every = start, stop, integer("every", every, least=1)
-        self.through_denoiser = through_denoiser
-        self._pipe_kwargs = pipe_kwargs
+        self.through_denoiser, self._pipe_kwargs = through_denoiser, pipe_kwargs
         self._rollout: Rollout | None = None
         self._conditioning: Conditioning | None = None
 
     def __enter__(self) -> Self:
-        _check_vae(self.pipe.vae)
+        vae = self.pipe.vae
+        if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+            raise ValueError(
+                "pipe: RewardGuidance takes gradients through the VAE, which overflows in float16 (its configuration "
+                "says force_upcast); load the whole pipeline in bfloat16 or float32"
+            )
         if self.through_denoiser:
             self._rollout = Rollout(self.pipe, need="RewardGuidance", **self._pipe_kwargs)
             self._conditioning = self._rollout.encode(self.texts)
@@ -196,13 +192,4 @@ def _check_same(name: str, sampled: Any, given: Any) -> None:
         raise ValueError(
             f"{name}: the pipeline samples with {sampled}, and RewardGuidance has {given}, its argument or the "
             "default; pass both the same arguments"
-        )
-
-
-def _check_vae(vae: Any) -> None:
-    """Refuse one that the pipeline casts to float32 to decode, which cannot be done during backpropagation."""
-    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        raise ValueError(
-            "pipe: RewardGuidance takes gradients through the VAE, which overflows in float16 (its configuration says "
-            "force_upcast); load the whole pipeline in bfloat16 or float32"
         )

@@ -153,7 +153,7 @@ class Family(ABC):
             latents: (B, ...) scaled as the scheduler wants a model's input.
             time: () entry of `scheduler.timesteps`, or (B,) one per row.
             rows: `positive`, `negative`, or both joined.
-            shared: inputs that all candidates have in common, as `start` returns them.
+            shared: inputs that all candidates share, as `start` returns them.
         """
 
     @property
@@ -290,16 +290,9 @@ class Family(ABC):
                 f"{tuple(images.shape)}; resize them, or pass their height and width"
             )
         with self._without_overflow(images):
-            latents = self.latents_from_encoded(self._encoded(pixels.to_vae(images.to(self.pipe.vae.dtype))))
+            encoded = self._encoded(pixels.to_vae(images.to(self.pipe.vae.dtype)))
+            latents = self.pack(self.normalize(encoded))
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
-
-    def latents_to_decode(self, latents: Tensor) -> Tensor:
-        """Unpack, scale and shift latents for the VAE's decoder."""
-        return self.denormalize(self.unpack(latents))
-
-    def latents_from_encoded(self, encoded: Tensor) -> Tensor:
-        """Convert what the VAE's encoder gives to latents as the scheduler sees them; undoes `latents_to_decode`."""
-        return self.pack(self.normalize(encoded))
 
     def unpack(self, latents: Tensor) -> Tensor:
         """Lay latents out as the VAE does."""
@@ -332,24 +325,20 @@ class Family(ABC):
     def _without_overflow(self, given: Tensor) -> Iterator[None]:
         """Keep a VAE that overflows in float16 in float32, outside of float16 autocast."""
         vae, kind = self.pipe.vae, given.device.type
-        if not getattr(vae.config, "force_upcast", False):
-            yield
-            return
+        overflows = getattr(vae.config, "force_upcast", False)
         narrowed = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        with torch.autocast(kind, enabled=False) if narrowed else nullcontext():
-            if vae.dtype != torch.float16:
-                yield
-                return
-            if torch.is_grad_enabled() and given.requires_grad:
-                raise ValueError(
-                    "the pipeline's VAE overflows in float16 (its configuration says force_upcast), and its type "
-                    "cannot change during backpropagation; load it in bfloat16, or call pipe.vae.to(torch.float32)"
-                )
-            vae.to(torch.float32)
+        half = overflows and vae.dtype == torch.float16
+        if half and torch.is_grad_enabled() and given.requires_grad:
+            raise ValueError(
+                "the pipeline's VAE overflows in float16 (its configuration says force_upcast), and its type cannot "
+                "change during backpropagation; load it in bfloat16, or call pipe.vae.to(torch.float32)"
+            )
+        with torch.autocast(kind, enabled=False) if overflows and narrowed else nullcontext():
+            vae.to(torch.float32) if half else None
             try:
                 yield
             finally:
-                vae.to(torch.float16)
+                vae.to(torch.float16) if half else None
 
     def _encoded(self, frames: Tensor) -> Tensor:
         """Run the VAE's encoder on images (B, 3, H, W) in [-1, 1]."""
@@ -358,7 +347,7 @@ class Family(ABC):
 
     def _decoded(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
-        decoded = vae.decode(self.latents_to_decode(latents.to(vae.dtype)), return_dict=False)[0]
+        decoded = vae.decode(self.denormalize(self.unpack(latents.to(vae.dtype))), return_dict=False)[0]
         return pixels.from_vae(decoded[:, :, 0] if decoded.ndim == 5 else decoded)
 
     def marked(self, images: Tensor) -> Tensor:
@@ -384,6 +373,7 @@ class TwoPass(Family):
 
     flow: ClassVar[bool] = True
     one_pass: ClassVar[bool] = False
+    own_sigmas: ClassVar[bool] = False  # whether the pipeline gives its sigmas even where the scheduler has flow sigmas
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         negatives = self.negatives(prompts) or []
@@ -398,12 +388,10 @@ class TwoPass(Family):
         return super().channels // 4
 
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
-        sigmas = None if scheduler.config.get("use_flow_sigmas") else self.linear_sigmas()
+        steps, flow_sigmas = self.options.num_inference_steps, scheduler.config.get("use_flow_sigmas")
+        linear = np.linspace(1.0, 1 / steps, steps)  # noise levels before shifting
+        sigmas = None if flow_sigmas and not self.own_sigmas else linear
         self.retrieve_timesteps(scheduler, sigmas=sigmas, mu=self.shift(latents.shape[1], scheduler))
-
-    def linear_sigmas(self) -> Any:
-        """Noise levels before shifting, from 1 to 1 / steps."""
-        return np.linspace(1.0, 1 / self.options.num_inference_steps, self.options.num_inference_steps)
 
     def shift(self, tokens: int, scheduler: Any) -> float:
         """Return the mu of the schedule for a number of image tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,13 +15,10 @@ class QwenImage(TrueGuidance):
 
     pipelines = ("QwenImagePipeline",)
     standardizes: ClassVar[bool] = True
+    own_sigmas: ClassVar[bool] = True
 
     def rows(self, texts: Sequence[str]) -> dict[str, Tensor | None]:
         return dict(zip(("encoder_hidden_states", "encoder_hidden_states_mask"), self.encoded(texts), strict=True))
-
-    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
-        mu = self.shift(latents.shape[1], scheduler)
-        self.retrieve_timesteps(scheduler, sigmas=self.linear_sigmas(), mu=mu)
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         block = self.pipe.vae_scale_factor * 2
