@@ -253,8 +253,7 @@ class RewardLogger(Watch[LoggedStep]):
 class EarlyExit(Watch[LoggedStep]):
     """Ends a run as soon as its preview is good enough, or no longer improves, and returns the preview as the image.
 
-    The remaining steps are skipped, with their calls of the denoiser. Each step before costs a decoding and a call of
-    the reward. Previews lack what the skipped steps would have added: mostly fine detail.
+    Each step before costs a decoding and a call of the reward. Previews lack mostly fine detail.
 
     Args:
         pipe, reward, prompt: see `RewardLogger`.
@@ -292,10 +291,6 @@ class EarlyExit(Watch[LoggedStep]):
         self.first = number("first", first, "in [0, 1], a share of the steps; try 0.3", lambda v: 0 <= v <= 1)
         self.exited_at: int | None = None
 
-    def __enter__(self) -> Self:
-        self.exited_at = None
-        return super().__enter__()
-
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if self.exited_at is not None:
             self.pipe._interrupt = False  # the pipelines do so only when they are called again
@@ -318,7 +313,6 @@ class EarlyExit(Watch[LoggedStep]):
     def _is_stuck(self) -> bool:
         """Whether the best mean is `patience` steps old; of equal ones the earlier is the best."""
         means = [sum(step.total) / len(step.total) for step in self.history]
-        if self.patience is None or math.isnan(means[-1]):
-            return False
-        best = max(range(len(means)), key=lambda place: -math.inf if math.isnan(means[place]) else means[place])
-        return len(means) - 1 - best >= self.patience
+        ranked = [-math.inf if math.isnan(mean) else mean for mean in means]
+        age = len(ranked) - 1 - ranked.index(max(ranked))
+        return self.patience is not None and not math.isnan(means[-1]) and age >= self.patience

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.callbacks import LoggedStep, SeenStep, Watch
 from aigiqa_reward.sampling.families import Conditioning, family_of
-from aigiqa_reward.sampling.rollout import Rollout, State
+from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.schedulers import noise_level
 from aigiqa_reward.types import RewardFunction, RewardOutput
 from aigiqa_reward.utils.checks import integer, number
@@ -122,11 +122,10 @@ class RewardGuidance(Watch[GuidedStep]):
         levels = [noise_level(self.pipe.scheduler, index) for index in (seen.index, seen.index + (not last))]
         (alpha, sigma), (next_alpha, next_sigma) = ([value.to(seen.latents.device) for value in ab] for ab in levels)
         if self.through_denoiser:
-            norm = (next_alpha**2 + next_sigma**2).sqrt()
-            output, gradient = self._through_denoiser(seen)
-            gradient, weight = norm * gradient, next_sigma  # sigma = s n
+            output, gradient = self._judge(self._through_denoiser, seen)
+            gradient, weight = (next_alpha**2 + next_sigma**2).sqrt() * gradient, next_sigma  # sigma = s n
         else:
-            output, gradient = self._at_clean(seen)
+            output, gradient = self._judge(self._at_clean, seen)
             weight = sigma / (alpha**2 + sigma**2).sqrt() * (1.0 if last else next_alpha)
         norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
         kept = (norms / self.clip).clamp(min=1).reciprocal().view(-1, *[1] * (gradient.ndim - 1))
@@ -142,34 +141,26 @@ class RewardGuidance(Watch[GuidedStep]):
             return False  # another callback has chosen the image, or no call of the denoiser is left
         return self.start <= seen.index / seen.count < self.stop and seen.index % self.every == 0
 
-    def _at_clean(self, seen: SeenStep) -> tuple[RewardOutput, Tensor]:
+    def _at_clean(self, seen: SeenStep) -> tuple[Tensor, Tensor]:
         clean = seen.clean(self.pipe.scheduler).detach().requires_grad_()
-        with torch.enable_grad():
-            return self._judge(self.decode(clean), clean)
+        return self.decode(clean), clean
 
-    def _through_denoiser(self, seen: SeenStep) -> tuple[RewardOutput, Tensor]:
+    def _through_denoiser(self, seen: SeenStep) -> tuple[Tensor, Tensor]:
         rollout, conditioning = self._rollout, self._conditioning
         assert rollout is not None and conditioning is not None  # made on entering
         _check_same("height, width", self._size, rollout.family.size())
-        conditioning = conditioning[self.places(len(seen.latents))]
-        generators = tuple(torch.Generator().manual_seed(row) for row in range(len(seen.latents)))
-        with torch.no_grad():
-            _, shared = rollout.family.start(generators, conditioning)  # its noise is not used
+        generators = [torch.Generator().manual_seed(row) for row in range(len(seen.latents))]  # their noise is not used
+        state = rollout.start(conditioning[self.places(len(seen.latents))], generators)
         latents = seen.latents.detach().to(torch.promote_types(seen.latents.dtype, torch.float32)).requires_grad_()
-        with torch.enable_grad():
-            state = State(
-                latents=latents.to(seen.latents.dtype),
-                conditioning=conditioning,
-                shared=shared,
-                generators=generators,
-                scheduler=copy.copy(self.pipe.scheduler),  # which notes what it scales
-                step=seen.index + 1,
-            )
-            return self._judge(rollout.decode(rollout.predict(state).clean), latents)
+        scheduler = copy.copy(self.pipe.scheduler)  # which notes what it scales
+        state = replace(state, latents=latents.to(seen.latents.dtype), scheduler=scheduler, step=seen.index + 1)
+        return rollout.decode(rollout.predict(state).clean), latents
 
-    def _judge(self, images: Tensor, latents: Tensor) -> tuple[RewardOutput, Tensor]:
-        output = self.reward(images, self.prompts(images))
-        gradient = reward_gradient(self.reward, output.total, latents, "RewardGuidance")
+    def _judge(self, paint: Callable[[SeenStep], tuple[Tensor, Tensor]], seen: SeenStep) -> tuple[RewardOutput, Tensor]:
+        with torch.enable_grad():
+            images, latents = paint(seen)
+            output = self.reward(images, self.prompts(images))
+            gradient = reward_gradient(self.reward, output.total, latents, "RewardGuidance")
         if not bool(gradient.isfinite().all()):
             raise ValueError(
                 "reward: the gradient of the total has NaN or infinite values; a half-precision VAE overflows easily: "

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 Optimizer = Literal["sgd", "adam"]
 
 LEARNING_RATES: dict[Optimizer, float] = {"sgd": 5.0, "adam": 0.02}
-"""Default learning rates. For sgd ReNO's; for adam our choice: as its steps do not shrink with the gradient, 20 of them
-move noise of standard deviation 1 by at most 0.4 per number."""
+"""Defaults: for sgd ReNO's; 20 steps of adam at 0.02 move noise of unit variance by at most 0.4 per number."""
 
 
 def norm_log_likelihood(noise: Tensor) -> Tensor:
@@ -43,13 +42,9 @@ def norm_log_likelihood(noise: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseOptimizerOutput(BestOfNOutput):
-    """The best image of the optimization, as the only candidate; `noises` holds its initial latents.
+    """The best image of the optimization, as the only candidate; `noises` holds its initial latents."""
 
-    Attributes:
-        history: totals of the image before each step of the optimizer and after the last; the first is the seed's.
-    """
-
-    history: list[float]
+    history: list[float]  # totals of the image before each step of the optimizer (the first is the seed's), and at last
 
     @property
     def noise(self) -> Tensor:
@@ -128,16 +123,13 @@ class NoiseOptimizer(PromptSampler):
     def __call__(self, prompt: str, seed: int = 0, **pipe_kwargs: Any) -> NoiseOptimizerOutput:
         """Optimize the noise of one prompt.
 
+        If an image, its total or a gradient is not finite, it warns and returns the best so far; without one, or if the
+        safety checker flagged all, a NothingRankedError is raised.
+
         Args:
             prompt: one text.
             seed: seed of the initial noise.
             **pipe_kwargs: arguments of the pipeline's call (steps, guidance, size, negative prompt, ...).
-
-        Warns:
-            UserWarning: if an image, its total or a gradient is not finite: the best so far is returned.
-
-        Raises:
-            NothingRankedError: if there is no image: not finite from the start, or all flagged by the safety checker.
         """
         if torch.is_inference_mode_enabled():
             raise ValueError("NoiseOptimizer: torch.inference_mode() forbids gradients; call it outside of that block")

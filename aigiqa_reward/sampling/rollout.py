@@ -91,7 +91,7 @@ class State:
             latents=torch.cat([state.latents for state in states]),
             conditioning=Conditioning.cat([state.conditioning for state in states]),
             generators=tuple(generator for state in states for generator in state.generators),
-            scheduler=joined_history([s.scheduler for s in states], [s.latents for s in states]),
+            scheduler=joined_history([state.scheduler for state in states], states[0].latents),
         )
 
 
@@ -125,12 +125,9 @@ class Rollout:
     def start(
         self, conditioning: Conditioning, generators: Sequence[torch.Generator], latents: Tensor | None = None
     ) -> State:
-        """Draw the initial noise of B candidates.
+        """Draw the initial noise of B candidates, each from its generator, as the pipeline would.
 
-        Args:
-            conditioning: B rows.
-            generators: (B,) candidate i draws from generator i what the pipeline would draw from it.
-            latents: (B, ...) initial latents to use instead; the generators draw theirs all the same.
+        Initial `latents` (B, ...) are used instead where given; the generators draw theirs all the same.
         """
         with torch.no_grad():
             drawn, shared = self.family.start(generators, conditioning)
@@ -139,8 +136,7 @@ class Rollout:
         self.family.set_timesteps(scheduler, drawn)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
-        if latents is None:
-            latents = self.family.as_started(drawn, scheduler)
+        latents = self.family.as_started(drawn, scheduler) if latents is None else latents
         sources = tuple(generators)
         return State(latents=latents, conditioning=conditioning, shared=shared, generators=sources, scheduler=scheduler)
 
@@ -152,11 +148,8 @@ class Rollout:
         scheduler, time, latents = state.scheduler, state.scheduler.timesteps[state.step], state.latents
         if hasattr(scheduler, "scale_model_input"):
             latents = scheduler.scale_model_input(latents, time)
-        arguments = (latents, time, state.conditioning, state.shared)
-        if checkpointed:
-            output: Any = checkpoint(self.family.predict, *arguments, use_reentrant=False)
-        else:
-            output = self.family.predict(*arguments)
+        arguments, predict = (latents, time, state.conditioning, state.shared), self.family.predict
+        output: Any = checkpoint(predict, *arguments, use_reentrant=False) if checkpointed else predict(*arguments)
         return Prediction(output=output, clean=predict_clean(scheduler, state.step, state.latents, output))
 
     def advance(self, state: State, output: Tensor) -> State:

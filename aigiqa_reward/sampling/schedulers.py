@@ -28,10 +28,8 @@ FLOW = _names("FlowMatchEuler", "FlowMatchHeun", kind="Discrete")
 
 SERVED = (*BY_TIMESTEP, *BY_SIGMA, *EXPLODING, *FLOW)
 
-SEVERAL_CALLS_A_STEP = (
-    "DPMSolverSinglestepScheduler",
-    *_names("Heun", "KDPM2", "KDPM2Ancestral", "FlowMatchHeun", kind="Discrete"),
-)
+SEVERAL_CALLS_A_STEP = _names("Heun", "KDPM2", "KDPM2Ancestral", "FlowMatchHeun", kind="Discrete")
+SEVERAL_CALLS_A_STEP += _names("DPMSolverSinglestep")
 """Higher-order schedulers that call the denoiser several times per step, between the samples of the process."""
 
 
@@ -90,7 +88,13 @@ def predict_clean(scheduler: Any, step: int, latents: Tensor, output: Tensor) ->
     alpha, sigma = (value.to(latents.device) for value in noise_level(scheduler, step))
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
     output = output.to(x.dtype)
-    kind = _kind(scheduler)
+    name = type(scheduler).__name__
+    kind = "flow_prediction" if name in FLOW else scheduler.config.prediction_type
+    if (kind == "flow_prediction") != is_flow(scheduler):
+        raise ValueError(
+            f"scheduler: {name} has prediction_type={kind!r} with use_flow_sigmas="
+            f"{bool(scheduler.config.get('use_flow_sigmas'))}; they belong together: set both, or neither"
+        )
     if kind == "flow_prediction":
         return x - sigma * output
     if kind == "sample":
@@ -100,21 +104,8 @@ def predict_clean(scheduler: Any, step: int, latents: Tensor, output: Tensor) ->
     if kind == "v_prediction":
         norm = (alpha**2 + sigma**2).sqrt()  # 1, but for latents whose variance explodes
         return (alpha / norm) * (x / norm) - (sigma / norm) * output
-    raise ValueError(
-        f"scheduler: {type(scheduler).__name__} has prediction_type={kind!r}; expected epsilon, sample, v_prediction "
-        "or flow_prediction"
-    )
-
-
-def _kind(scheduler: Any) -> str:
-    kind = "flow_prediction" if type(scheduler).__name__ in FLOW else scheduler.config.prediction_type
-    if (kind == "flow_prediction") != is_flow(scheduler):
-        raise ValueError(
-            f"scheduler: {type(scheduler).__name__} has prediction_type={kind!r} with "
-            f"use_flow_sigmas={bool(scheduler.config.get('use_flow_sigmas'))}; flow_prediction and flow sigmas belong "
-            "together: set both, or neither"
-        )
-    return kind
+    known = "epsilon, sample, v_prediction or flow_prediction"
+    raise ValueError(f"scheduler: {name} has prediction_type={kind!r}; expected {known}")
 
 
 def with_history_of(scheduler: Any, rows: Sequence[int], like: Tensor) -> Any:
@@ -123,20 +114,20 @@ def with_history_of(scheduler: Any, rows: Sequence[int], like: Tensor) -> Any:
     History is recognized by the shape of `like`, the latents (B, ...) of the run.
     """
     index = torch.as_tensor(list(rows), dtype=torch.long, device=like.device)
-    return _rebuilt(scheduler, like, lambda values: values[0][index.to(values[0].device)], [scheduler])
+    return _rebuilt([scheduler], like, lambda values: values[0][index.to(values[0].device)])
 
 
-def joined_history(schedulers: Sequence[Any], likes: Sequence[Tensor]) -> Any:
+def joined_history(schedulers: Sequence[Any], like: Tensor) -> Any:
     """Join the histories of several schedulers at the same step, in order."""
-    return _rebuilt(schedulers[0], likes[0], torch.cat, schedulers)
+    return _rebuilt(schedulers, like, torch.cat)
 
 
-def _rebuilt(first: Any, like: Tensor, combine: Callable[[list[Tensor]], Tensor], sources: Sequence[Any]) -> Any:
+def _rebuilt(sources: Sequence[Any], like: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Any:
     def remembered(value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim == like.ndim and value.shape[1:] == like.shape[1:]
 
-    result = copy.copy(first)
-    for name, value in vars(first).items():
+    result = copy.copy(sources[0])
+    for name, value in vars(sources[0]).items():
         if remembered(value):
             setattr(result, name, combine([getattr(source, name) for source in sources]))
         elif isinstance(value, list):

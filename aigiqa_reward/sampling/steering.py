@@ -45,10 +45,7 @@ def log_potential(potential: Potential, rewards: Tensor, temperature: float) -> 
 
 
 def last_log_potential(rewards: Tensor, so_far: Tensor, temperature: float) -> Tensor:
-    """Return the logarithm of the final images' potential: all potentials of a line then multiply to exp(r / T).
-
-    `so_far` (N,) is the sum of the logarithms of the potentials at the previews, `temperature` is T.
-    """
+    """Return the logarithm of the final images' potential, so that all of a line, with `so_far`, sum to r / T."""
     return rewards / temperature - so_far
 
 
@@ -60,7 +57,7 @@ def effective_sample_size(weights: Tensor) -> float:
 def systematic_resampling(weights: Tensor, offset: float) -> list[int]:
     """Return the places of N survivors, ascending; place i comes N w_i times, rounded up or down (Kitagawa 1996).
 
-    The weights (N,) have any positive sum; `offset`, uniform in [0, 1), is the only randomness.
+    `offset`, uniform in [0, 1), is the only randomness.
     """
     edges = weights.cumsum(0) / weights.sum()
     points = (offset + torch.arange(len(weights), dtype=weights.dtype)) / len(weights)
@@ -71,8 +68,7 @@ def systematic_resampling(weights: Tensor, offset: float) -> list[int]:
 class SteeringOutput(BestOfNOutput):
     """The best particles of one prompt; particle i has the seed `seed + i`.
 
-    A seed alone does not reproduce its image; the same call of the same `ParticleSteering` does. Previews are those
-    of a particle's line of descent.
+    Only the same call reproduces an image, not its seed alone. Previews are those of a particle's line of descent.
 
     Attributes:
         effective_sample_sizes: (steps taken, effective sample size) at each preview, before any resampling.
@@ -88,24 +84,23 @@ class SteeringOutput(BestOfNOutput):
 class ParticleSteering(PromptSampler):
     """Samples particles of one prompt, which a reward copies or drops during sampling.
 
-    At some of the steps, the predicted clean image of each particle is decoded and scored. A potential of these scores
+    At some of the steps, each particle's predicted clean image is decoded and scored. A potential of these scores
     weighs the particles; when their effective sample size has fallen below `resample_below * particles`, they are
-    resampled by their weights. Copies diverge again, because the sampler adds noise (`ancestral_step`, in place of the
-    scheduler's own step). Without resampling, the weighted particles represent the model's images tilted by
-    exp(total / temperature); with it, better ones are reached.
+    resampled by their weights. Copies diverge again, because the sampler adds noise (`ancestral_step`). Without
+    resampling, the weighted particles represent the model's images tilted by exp(total / temperature); with it, better
+    ones are reached.
 
-    Initial and later noise of particle i come from the seed `seed + i`; resampling draws from the seed
-    `seed + particles`. The same call gives the same bits; another `batch_size` gives the same particles up to rounding.
+    Particle i draws all its noise from the seed `seed + i`, resampling from `seed + particles`. The same call gives the
+    same bits; another `batch_size` gives the same particles up to rounding.
 
     Args:
         pipe: a text-to-image pipeline of a family in `sampling.families`, with a scheduler of `ANCESTRAL`; not changed.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; needs no gradients.
         particles: number of particles, at least 2.
         potential: "difference" rewards a preview that has become better, "max" the best one of the line of descent,
-            "sum" all of them. The final images' potential compensates for the previews', so that each has the same
-            target; for "sum" with many previews it can no longer do so.
+            "sum" all of them. All have the same target, but "sum" misses it with many previews.
         temperature: above 0, on the scale of the totals; the smaller, the fewer lines of descent survive. The paper's
-            lambda of 10 is for ImageReward, whose scores spread ten times as wide as ours.
+            0.1 is for ImageReward, whose scores spread ten times as wide as ours.
         resample_below: share of `particles` in [0, 1]; 0 never resamples.
         first: share of the steps in [0, 1] after which the first preview is scored; 1 for none.
         every: number of steps between previews after the first.
@@ -150,8 +145,7 @@ class ParticleSteering(PromptSampler):
         self.resample_below = number("resample_below", resample_below, "in [0, 1]; try 0.5", lambda v: 0 <= v <= 1)
         self.first = number("first", first, "in [0, 1], a share of the steps; try 0.2", lambda v: 0 <= v <= 1)
         self.every = integer("every", every, least=1)
-        equal = "in (0, 1], without noise copies of a particle would stay equal; try 1.0"
-        self.eta = number("eta", eta, equal, lambda value: 0 < value <= 1)
+        self.eta = number("eta", eta, "in (0, 1]: copies diverge by noise; try 1.0", lambda v: 0 < v <= 1)
         self.top_k = integer("top_k", top_k, least=1)
         if self.top_k > self.particles:
             raise ValueError(f"top_k: expected at most particles={self.particles}, got {self.top_k}; ask for fewer")
@@ -160,17 +154,13 @@ class ParticleSteering(PromptSampler):
     def __call__(self, prompt: str, seed: int = 0, **pipe_kwargs: Any) -> SteeringOutput:
         """Sample the particles of one prompt and return the best.
 
+        Particles whose pixels or totals are not finite, or that the safety checker flags, have the weight 0; one
+        warning names those that were not replaced. If none is left, a NothingRankedError is raised.
+
         Args:
             prompt: one text.
             seed: seed of the first particle.
             **pipe_kwargs: arguments of the pipeline's call (steps, guidance, size, negative prompt, ...).
-
-        Warns:
-            UserWarning: once, if particles were dropped and not replaced: not finite, flagged by the safety checker, or
-                given a total that is not finite. Their weight is 0.
-
-        Raises:
-            NothingRankedError: if no particle is left.
         """
         check_scheduler(self.pipe.scheduler, need=self._name, served=ANCESTRAL)
         if "eta" in pipe_kwargs:

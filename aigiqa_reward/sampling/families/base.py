@@ -100,10 +100,7 @@ def _at(rows: Rows, places: Sequence[int]) -> Rows:
 
 
 def joined(parts: Sequence[Rows]) -> dict[str, Any]:
-    """Join rows one after the other, name by name.
-
-    Texts of unequal length are padded with zeros, which their mask (NAME_mask, None for "all of it") then hides.
-    """
+    """Join rows name by name; texts of unequal length are padded with zeros, hidden by NAME_mask (None: all counts)."""
     columns: dict[str, list[Any]] = {name: [part[name] for part in parts] for name in parts[0]}
     masked = {name.removesuffix("_mask") for name in columns if name.endswith("_mask")} & columns.keys()
     for name in masked:
@@ -128,8 +125,7 @@ def _cat(values: list[Any], *, padded: bool) -> Any:
 class Family(ABC):
     """One architecture of diffusers' text-to-image pipelines, split into its parts.
 
-    The parts run the pipeline's own modules and methods exactly as its `__call__` does; the loop itself is in
-    `sampling.rollout`. Nothing here changes the pipeline or disables gradients.
+    They run the pipeline's own modules and methods as its call does, without changing it or disabling gradients.
     """
 
     pipelines: ClassVar[tuple[str, ...]]  # names of the diffusers classes that it supports
@@ -361,11 +357,10 @@ class Family(ABC):
 
 def linear_shift(tokens: int, scheduler: Any, *, highest: float = 1.15) -> float:
     """Return the mu of a dynamically shifted schedule, linear in the number of image tokens, as in SD3 and FLUX."""
-    get = scheduler.config.get
-    low, high = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
-    first, last = get("base_shift", 0.5), get("max_shift", highest)
-    slope = (last - first) / (high - low)
-    return tokens * slope + first - slope * low
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": highest}
+    return calculate_shift(tokens, *(scheduler.config.get(name, default) for name, default in defaults.items()))
 
 
 class TwoPass(Family):

@@ -24,8 +24,7 @@ class StableDiffusion(Family):
         return self.guidance > 1 and self.pipe.unet.config.time_cond_proj_dim is None
 
     def size(self) -> tuple[int, int]:
-        """Height and width, or the defaults: this pipeline drops a height that comes without a width."""
-        if self.options.height and self.options.width:
+        if self.options.height and self.options.width:  # this pipeline drops a height that comes without a width
             return self.options.height, self.options.width
         side, factor = self.pipe.unet.config.sample_size, self.pipe.vae_scale_factor
         height, width = (side, side) if isinstance(side, int) else side
@@ -55,14 +54,10 @@ class StableDiffusion(Family):
         return embedding.to(device=latents.device, dtype=latents.dtype)
 
     def guide(self, negative: Tensor, positive: Tensor, time: Tensor) -> Tensor:
-        guided = super().guide(negative, positive, time)
-        share = self.options.guidance_rescale
-        if not share:
-            return guided
-        # Lin et al. 2024 (Common Diffusion Noise Schedules and Sample Steps are Flawed), section 3.4.
-        axes = list(range(1, guided.ndim))
-        rescaled = guided * (positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
-        return share * rescaled + (1 - share) * guided
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+        guided, share = super().guide(negative, positive, time), self.options.guidance_rescale
+        return rescale_noise_cfg(guided, positive, share) if share else guided
 
     def flagged(self, images: Tensor) -> list[bool]:
         if getattr(self.pipe, "safety_checker", None) is None:
@@ -83,13 +78,13 @@ class StableDiffusionXL(StableDiffusion):
         return Family.size(self)
 
     def negatives(self, prompts: Sequence[str]) -> list[str] | None:
-        """The negative prompt of each row; without one SDXL may want zeros in place of the empty text."""
+        # Without a negative prompt SDXL may want zeros in place of the empty text.
         return None if self.options.negative_prompt is None else super().negatives(prompts)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         found, second = super().encode(prompts), self.pipe.text_encoder_2
-        texts: Any = found.positive["encoder_hidden_states"]
-        pooled: Any = found.positive["text_embeds"]
+        texts, pooled = (found.positive[name] for name in self.text_inputs)
+        assert isinstance(texts, Tensor) and isinstance(pooled, Tensor)
         sizes = self.pipe._get_add_time_ids(
             self.options.original_size or self.size(),
             self.options.crops_coords_top_left,
