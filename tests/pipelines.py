@@ -4,8 +4,6 @@ Each builder draws its weights from a fixed seed and leaves the global random st
 contrast is turned up, so that images of different seeds look different (random decoders paint almost gray).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Text encoders are as deep as the pipelines' default arguments ask for, and their
 different prompts paint different images, although most pipelines pad a prompt to hundreds of tokens.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

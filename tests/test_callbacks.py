@@ -1,7 +1,5 @@
 """RewardLogger and EarlyExit on diffusers' own pipelines: scores, prompts, entering and leaving, errors."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from typing import Any

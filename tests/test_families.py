@@ -1,7 +1,5 @@
 """Every architecture's parts, put together again, against diffusers' own call of the same pipeline."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """States, gradients and refusals of our own sampling loop, on tiny pipelines of diffusers' real classes."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from typing import Any

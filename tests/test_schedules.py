@@ -1,8 +1,7 @@
-"""Clean predictions and histories of diffusers' schedulers, against the schedulers themselves."""
-
-from __future__ import annotations
+"""Clean predictions, histories and the ancestral sampler, against diffusers' schedulers themselves."""
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,11 +10,20 @@ import diffusers
 import pipelines
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
+from diffusers import FlowMatchEulerDiscreteScheduler as FlowMatchEuler
+from pipelines import _BETAS as BETAS
 from pipelines import SIDE
 from pipelines_current import pipeline
 from torch import Tensor
 
+from aigiqa_reward.sampling.ancestral import advance, ancestral_step
 from aigiqa_reward.sampling.rollout import Rollout, State
 from aigiqa_reward.sampling.schedulers import SERVED, noise_level, predict_clean
 
@@ -255,3 +263,52 @@ def test_other_kinds_of_predictions_are_refused(name, config, message):
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match=rf"^scheduler: {name}Scheduler has prediction_type=.*{message}"):
         predict_clean(scheduler, 0, noise(0), noise(1))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "eta", "source"),
+    [
+        *((DDIMScheduler(**BETAS, clip_sample=False), eta, {"eta": eta}) for eta in (0.0, 0.4, 1.0)),
+        (FlowMatchEuler(shift=3.0), 0.0, {}),
+        (EulerDiscreteScheduler(**BETAS), 0.0, {}),
+        (EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction", timestep_spacing="trailing"), 0.0, {}),
+        (EulerAncestralDiscreteScheduler(**BETAS), 1.0, {"generator": torch.Generator()}),
+    ],
+)
+def test_the_ancestral_sampler_is_diffusers_own(scheduler, eta, source):
+    scheduler.set_timesteps(5)
+    latents, output, fresh = (noise(seed, torch.float32) for seed in (0, 1, 7))
+    for step, time in enumerate(scheduler.timesteps):
+        given = {"variance_noise": fresh} if "eta" in source else {}
+        source.get("generator", torch.Generator()).manual_seed(7)
+        clean = predict_clean(scheduler, step, latents, output)
+        expected = scheduler.step(output, time, latents, **source, **given).prev_sample
+        found = ancestral_step(scheduler, step, latents, clean, eta, fresh)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        latents = expected
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_with_any_noise_latents_keep_their_mean_and_variance(eta):
+    scheduler = FlowMatchEuler(shift=3.0)
+    scheduler.set_timesteps(4)
+    count, clean = 200_000, torch.tensor(1.7)
+    before, fresh = torch.randn(2, count, generator=torch.Generator().manual_seed(0))
+    for step in range(3):
+        alpha, sigma = noise_level(scheduler, step)
+        after = ancestral_step(scheduler, step, alpha * clean + sigma * before, clean.expand(count), eta, fresh)
+        alpha, sigma = noise_level(scheduler, step + 1)
+        assert float(after.mean()) == pytest.approx(float(alpha * clean), abs=5 * float(sigma) / math.sqrt(count))
+        assert float(after.std()) == pytest.approx(float(sigma), rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux", pytest.param("sd3", marks=pytest.mark.slow)])
+def test_our_sampler_without_noise_is_the_pipelines(family):
+    rollout = Rollout(pipeline(family), height=SIDE, width=SIDE, num_inference_steps=5)
+    with torch.no_grad():
+        state = start = rollout.start(rollout.encode(["a cat on a mat"]), [torch.Generator().manual_seed(0)])
+        while not state.done:
+            clean = rollout.predict(state).clean
+            state = advance(state, clean, 0.0, torch.full_like(clean, 9.0))
+        expected = rollout.run(start).latents
+    torch.testing.assert_close(state.latents, expected, atol=1e-4, rtol=1e-4)

@@ -1,7 +1,5 @@
 """Stock calls of tiny pipelines to be watched, and rewards to watch them with."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
