@@ -130,15 +130,10 @@ class Watch(ABC, Generic[Entry]):
     ) -> dict[str, Any]:
         """Handle a step, as diffusers calls it."""
         called, self._called, self._calls = self._called, None, self._calls + 1
-        if not self._taps:
-            raise ValueError(
-                f"callback_on_step_end: {self._name} works only within its with block: "
-                f"with {self._name}(pipe, ...) as watch: pipe(prompt, callback_on_step_end=watch)"
-            )
         if pipeline is not self.pipe or called is None:
             raise ValueError(
-                f"callback_on_step_end: {self._name} listens to the pipeline and the scheduler that it was entered "
-                "with, and another one runs; make one for that pipeline, and set pipe.scheduler before the with block"
+                f"callback_on_step_end: {self._name} works only within its with block, for the pipeline and the "
+                "scheduler that it was entered with; make one for that pipeline, and set pipe.scheduler before"
             )
         count = len(self.pipe.scheduler.timesteps)
         seen = SeenStep(

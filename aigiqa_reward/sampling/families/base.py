@@ -135,6 +135,7 @@ class Family(ABC):
     scales_noise: ClassVar[bool] = False  # whether initial latents are multiplied by `init_noise_sigma`
     flow: ClassVar[bool] = False  # whether it was trained by flow matching: it predicts noise minus image
     standardizes: ClassVar[bool] = False  # whether it uses the VAE's `latents_mean` and `latents_std`
+    packing: ClassVar[int] = 1  # pixels of the latents per token
     one_pass: ClassVar[bool] = True  # whether one call of twice the rows predicts for both kinds of prompts
 
     def __init__(self, pipe: DiffusionPipeline, options: SamplingOptions) -> None:
@@ -201,33 +202,28 @@ class Family(ABC):
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return self.options.height or side, self.options.width or side
 
-    @property
-    def channels(self) -> int:
-        """Channels of the latents that the pipeline is asked to draw."""
-        return self.denoiser.config.in_channels
-
     def start(
         self, generators: Sequence[torch.Generator], conditioning: Conditioning
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw noise (B, ...) as the pipeline does, candidate i from generator i; and the denoiser's shared inputs."""
         texts: Any = conditioning.positive[self.text_inputs[0]]
         kind = torch.float32 if self.float32_noise else texts.dtype
-        drawn = self.pipe.prepare_latents(
-            len(generators), self.channels, *self.size(), kind, self.device, list(generators), None
-        )
+        channels = self.denoiser.config.in_channels // self.packing
+        sources, size = list(generators), self.size()
+        drawn = self.pipe.prepare_latents(len(sources), channels, *size, kind, self.device, sources, None)
         return (drawn, {}) if isinstance(drawn, Tensor) else (drawn[0], {"img_ids": drawn[1]})
 
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
         """Give a scheduler the steps that the pipeline would take from these latents."""
-        self.retrieve_timesteps(scheduler)
-
-    def retrieve_timesteps(self, scheduler: Any, *, sigmas: Any = None, **more: Any) -> None:
-        """Call diffusers' function of that name; the caller's own sigmas replace the default ones given here."""
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
-        options = self.options
-        sigmas = sigmas if options.sigmas is None else options.sigmas
-        retrieve_timesteps(scheduler, options.num_inference_steps, self.device, options.timesteps, sigmas, **more)
+        options, more = self.options, self.schedule(scheduler, latents)
+        more |= {} if options.sigmas is None else {"sigmas": options.sigmas}
+        retrieve_timesteps(scheduler, options.num_inference_steps, self.device, options.timesteps, **more)
+
+    def schedule(self, scheduler: Any, latents: Tensor) -> dict[str, Any]:
+        """Return the pipeline's own `sigmas` and `mu`, where it sets them."""
+        return {}
 
     def as_started(self, latents: Tensor, scheduler: Any) -> Tensor:
         """Rescale initial latents for a scheduler that knows its initial std only now; the pipeline used its own's."""
@@ -368,6 +364,7 @@ class TwoPass(Family):
 
     flow: ClassVar[bool] = True
     one_pass: ClassVar[bool] = False
+    packing: ClassVar[int] = 4
     own_sigmas: ClassVar[bool] = False  # whether the pipeline gives its sigmas even where the scheduler has flow sigmas
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -378,15 +375,11 @@ class TwoPass(Family):
     def rows(self, texts: Sequence[str]) -> Rows:
         """Return inputs of the denoiser for these texts."""
 
-    @property
-    def channels(self) -> int:
-        return super().channels // 4
-
-    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
+    def schedule(self, scheduler: Any, latents: Tensor) -> dict[str, Any]:
         steps, flow_sigmas = self.options.num_inference_steps, scheduler.config.get("use_flow_sigmas")
         linear = np.linspace(1.0, 1 / steps, steps)  # noise levels before shifting
         sigmas = None if flow_sigmas and not self.own_sigmas else linear
-        self.retrieve_timesteps(scheduler, sigmas=sigmas, mu=self.shift(latents.shape[1], scheduler))
+        return {"sigmas": sigmas, "mu": self.shift(latents.shape[1], scheduler)}
 
     def shift(self, tokens: int, scheduler: Any) -> float:
         """Return the mu of the schedule for a number of image tokens."""

@@ -26,10 +26,10 @@ class ZImage(Family):
     def size(self) -> tuple[int, int]:
         return self.options.height or 1024, self.options.width or 1024
 
-    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
+    def schedule(self, scheduler: Any, latents: Tensor) -> dict[str, Any]:
         steps = self.options.num_inference_steps
         mu = linear_shift((latents.shape[2] // 2) * (latents.shape[3] // 2), scheduler)
-        self.retrieve_timesteps(scheduler, sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+        return {"sigmas": torch.linspace(1.0, 1 / steps, steps).tolist(), "mu": mu}
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         frames = latents.to(self.pipe.transformer.dtype).unsqueeze(2)
