@@ -4,8 +4,6 @@ Text encoders are as deep as the pipelines' default arguments ask for, and their
 different prompts paint different images, although most pipelines pad a prompt to hundreds of tokens.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -42,15 +40,14 @@ from tiny_language_models import (
 )
 
 
+# fmt: off
 @_seeded(10)
 def flux_2() -> Flux2Pipeline:
     """Three layers of Mistral 3 side by side, packed and normalized latents, embedded guidance."""
     processor = mistral_processor()
     return Flux2Pipeline(
-        tokenizer=processor,
-        text_encoder=mistral_3(processor, layers=30),
-        transformer=_flux_2_transformer(guidance_embeds=True),
-        vae=_flux_2_vae(),
+        tokenizer=processor, text_encoder=mistral_3(processor, layers=30),
+        transformer=_flux_2_transformer(guidance_embeds=True), vae=_flux_2_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
 
@@ -60,10 +57,8 @@ def flux_2_klein() -> Flux2KleinPipeline:
     """Three layers of Qwen3 side by side, packed and normalized latents, true classifier-free guidance."""
     tokenizer = qwen_tokenizer()
     return Flux2KleinPipeline(
-        tokenizer=tokenizer,
-        text_encoder=qwen_3(tokenizer, layers=27),
-        transformer=_flux_2_transformer(guidance_embeds=False),
-        vae=_flux_2_vae(),
+        tokenizer=tokenizer, text_encoder=qwen_3(tokenizer, layers=27),
+        transformer=_flux_2_transformer(guidance_embeds=False), vae=_flux_2_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
 
@@ -73,19 +68,11 @@ def qwen_image() -> QwenImagePipeline:
     """Qwen2.5-VL, a prompt template whose tokens are dropped again, latents with a time axis and their own mean."""
     tokenizer = qwen_tokenizer()
     return QwenImagePipeline(
-        tokenizer=tokenizer,
-        text_encoder=qwen_2_5_vl(tokenizer),
-        transformer=_attentive(
-            QwenImageTransformer2DModel(
-                in_channels=16,
-                out_channels=4,
-                num_layers=2,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=WIDTH,
-                axes_dims_rope=(4, 6, 6),
-            )
-        ),
+        tokenizer=tokenizer, text_encoder=qwen_2_5_vl(tokenizer),
+        transformer=_attentive(QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+        )),
         vae=_qwen_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(
             base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02, use_dynamic_shifting=True
@@ -98,21 +85,12 @@ def z_image() -> ZImagePipeline:
     """Qwen3's last layer but one as a list of embeddings without padding, one stream, FLUX.1's autoencoder."""
     tokenizer = qwen_tokenizer()
     return ZImagePipeline(
-        tokenizer=tokenizer,
-        text_encoder=qwen_3(tokenizer, layers=3).model,
+        tokenizer=tokenizer, text_encoder=qwen_3(tokenizer, layers=3).model,
         transformer=ZImageTransformer2DModel(
-            in_channels=4,
-            dim=32,
-            n_layers=2,
-            n_refiner_layers=1,
-            n_heads=2,
-            n_kv_heads=2,
-            cap_feat_dim=WIDTH,
-            axes_dims=[4, 6, 6],
-            axes_lens=[1024, 64, 64],
+            in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
+            axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],
         ).eval(),
-        vae=_vae(shift_factor=0.1),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(shift_factor=0.1), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
 
@@ -121,18 +99,10 @@ def sana() -> SanaPipeline:
     """Gemma 2 behind a long instruction, linear attention, deep compression autoencoder, DPM++ along a flow."""
     tokenizer = gemma_tokenizer()
     return SanaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=gemma_2(tokenizer),
+        tokenizer=tokenizer, text_encoder=gemma_2(tokenizer),
         transformer=SanaTransformer2DModel(
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_cross_attention_heads=2,
-            cross_attention_head_dim=16,
-            cross_attention_dim=32,
-            caption_channels=WIDTH,
+            in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=16,
+            num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=WIDTH,
             sample_size=32,
         ).eval(),
         vae=_deep_compression_vae(),
@@ -153,13 +123,8 @@ def pixart_alpha() -> PixArtAlphaPipeline:
 
 
 CURRENT_FAMILIES: dict[str, Callable[[], Any]] = {
-    "flux_2": flux_2,
-    "flux_2_klein": flux_2_klein,
-    "qwen_image": qwen_image,
-    "z_image": z_image,
-    "sana": sana,
-    "pixart_sigma": pixart_sigma,
-    "pixart_alpha": pixart_alpha,
+    "flux_2": flux_2, "flux_2_klein": flux_2_klein, "qwen_image": qwen_image, "z_image": z_image, "sana": sana,
+    "pixart_sigma": pixart_sigma, "pixart_alpha": pixart_alpha,
 }
 """Every architecture by name; each call builds a new pipeline with the same weights."""
 
@@ -188,23 +153,12 @@ def pipeline(name: str) -> Any:
     return {**FAMILIES, **CURRENT_FAMILIES}[name]()
 
 
-# --------------------------------------------------------------------------------------------- parts
-
-
 def _flux_2_transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
-    return _attentive(
-        Flux2Transformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=3 * WIDTH,
-            timestep_guidance_channels=32,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=guidance_embeds,
-        )
-    )
+    return _attentive(Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    ))
 
 
 def _attentive(transformer: Any) -> Any:
@@ -225,49 +179,28 @@ def _flux_2_vae() -> AutoencoderKLFlux2:
 
 def _qwen_vae() -> AutoencoderKLQwenImage:
     vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[-0.2, 0.1, 0.0, 0.3],
-        latents_std=[1.1, 0.9, 1.2, 0.8],
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[-0.2, 0.1, 0.0, 0.3], latents_std=[1.1, 0.9, 1.2, 0.8],
     ).eval()
     vae.decoder.conv_out.weight.data *= 2
     return vae
 
 
 def _deep_compression_vae() -> AutoencoderDC:
-    blocks = ("ResBlock", "EfficientViTBlock")
-    return AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=4,
-        encoder_block_types=blocks,
-        decoder_block_types=blocks,
-        encoder_block_out_channels=(8, 16),
-        decoder_block_out_channels=(8, 16),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        scaling_factor=0.41407,
-    ).eval()
+    half: dict[str, Any] = {
+        "block_types": ("ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 16), "layers_per_block": (1, 1),
+        "qkv_multiscales": ((), (5,)),
+    }
+    both = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in half.items()}
+    return AutoencoderDC(latent_channels=4, attention_head_dim=4, **both, scaling_factor=0.41407).eval()
 
 
 def _pixart(pipeline: type, *, sample_size: int) -> Any:
-    return _quiet(
-        pipeline(
-            tokenizer=_t5_tokenizer(),
-            text_encoder=_t5(width=32),
-            transformer=PixArtTransformer2DModel(
-                sample_size=sample_size,
-                num_layers=2,
-                num_attention_heads=2,
-                attention_head_dim=24,
-                cross_attention_dim=48,
-                caption_channels=32,
-            ).eval(),
-            vae=_vae(),
-            scheduler=DPMSolverMultistepScheduler(),
-        )
-    )
+    return _quiet(pipeline(
+        tokenizer=_t5_tokenizer(), text_encoder=_t5(width=32),
+        transformer=PixArtTransformer2DModel(
+            sample_size=sample_size, num_layers=2, num_attention_heads=2, attention_head_dim=24,
+            cross_attention_dim=48, caption_channels=32,
+        ).eval(),
+        vae=_vae(), scheduler=DPMSolverMultistepScheduler(),
+    ))

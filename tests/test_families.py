@@ -1,7 +1,5 @@
 """Every architecture's parts, put together again, against diffusers' own call of the same pipeline."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Iterable
@@ -22,9 +20,6 @@ from aigiqa_reward.sampling.rollout import Rollout
 
 PROMPTS = ("a cat on a mat", "a cat on a mat", "a red apple, two pears and a bunch of grapes")
 SEEDS = [3, 4, 5]
-CLOSE = {"atol": 1e-4, "rtol": 0}
-"""Of images, whose range is 1, and of latents, as a part of their greatest."""
-
 EARLIER: dict[str, tuple[str, dict[str, Any]]] = {
     "sd guided": ("sd", {"guidance_scale": 5.0}),
     "sd unguided": ("sd", {"guidance_scale": 1.0}),
@@ -61,7 +56,6 @@ def marked(names: Iterable[str]) -> list[Any]:
 
 @functools.cache
 def pipeline(kind: str) -> Any:
-    """One to share; nothing here changes it."""
     if kind == "lcm":  # a UNet that gets the guidance scale, and its scheduler, which draws noise at each step
         pipe = pipelines.stable_diffusion()
         with pipelines._weights_of(seed=4):
@@ -94,14 +88,12 @@ def rollout_of(case: str) -> Rollout:
 @functools.cache
 @torch.no_grad()
 def sampled(case: str) -> tuple[Tensor, Tensor]:
-    """Last latents and images of the three candidates together."""
     rollout = rollout_of(case)
     state = rollout.run(rollout.start(rollout.encode(PROMPTS), generators()))
     return state.latents, rollout.decode(state.latents)
 
 
 def called(case: str, output_type: str) -> Tensor:
-    """The same candidates by the pipeline's call."""
     kind, call = CASES[case]
     if "negative_prompt" in call:  # which some pipelines want once per prompt
         call = {**call, "negative_prompt": [call["negative_prompt"]] * len(PROMPTS)}
@@ -110,10 +102,7 @@ def called(case: str, output_type: str) -> Tensor:
 
 def assert_close(one: Tensor, other: Tensor) -> None:
     scale = max(1.0, float(other.abs().max()))
-    torch.testing.assert_close(one / scale, other / scale, **CLOSE)
-
-
-# --------------------------------------------------------------------------------------------- the same samples
+    torch.testing.assert_close(one / scale, other / scale, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", marked(CASES))
@@ -135,12 +124,10 @@ def test_prompts_encoded_and_sampled_together_are_those_alone(case):
 
 
 @pytest.mark.parametrize("case", marked(["sd3 negative", "qwen_image guided", "z_image truncated", "sana guided"]))
-@pytest.mark.parametrize("groups", [[[0], [1], [2]], pytest.param([[2], [1, 2]], marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_prompts_encoded_apart_can_be_joined(case, groups):
-    rollout = rollout_of(case)
-    joined = Conditioning.cat([rollout.encode([PROMPTS[row] for row in group]) for group in groups])
-    rows = [row for group in groups for row in group]
+def test_prompts_encoded_apart_can_be_joined(case):
+    rollout, rows = rollout_of(case), [0, 2, 1, 2]
+    joined = Conditioning.cat([rollout.encode([PROMPTS[row] for row in group]) for group in ([0], [2], [1, 2])])
     state = rollout.run(rollout.start(joined, generators([SEEDS[row] for row in rows])))
     assert_close(state.latents, sampled(case)[0][rows])
 
@@ -148,7 +135,6 @@ def test_prompts_encoded_apart_can_be_joined(case, groups):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_prompts_make_a_difference_and_each_row_may_have_a_time_of_its_own(kind):
-    """Without the first, agreement about several prompts would mean little."""
     rollout = Rollout(pipeline(kind), **CALL.get(kind, FEW_STEPS))
     conditioning = Conditioning(positive=rollout.encode(PROMPTS).positive)
     state = rollout.start(conditioning, generators([7, 7, 7]))
@@ -174,7 +160,6 @@ def test_gradients_reach_all_latents_and_checkpointing_changes_nothing(kind):
         state = rollout.start(conditioning, generators(SEEDS[1:]), first)
         while not state.done:
             state = rollout.advance(state, rollout.predict(state, checkpointed=checkpointed).output)
-        assert state.steps >= 2
         found.append(torch.autograd.grad(rollout.decode(state.latents).sum(), (first, state.latents)))
     (plain, last), (again, _) = found
     assert (last != 0).float().mean() > 0.9
@@ -184,18 +169,13 @@ def test_gradients_reach_all_latents_and_checkpointing_changes_nothing(kind):
     torch.testing.assert_close(again, plain, atol=1e-6 * float(plain.abs().max()), rtol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------- particular pipelines
-
-
 def test_a_vae_that_overflows_in_half_precision_is_cast_and_restored():
     pipe = pipelines.stable_diffusion_xl()
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        exact = Rollout(pipe, **FEW_STEPS).family.encode_images(images)
-    pipe.vae.to(torch.float16)
-    assert pipe.vae.config.force_upcast
     rollout = Rollout(pipe, **FEW_STEPS)
     with torch.no_grad():
+        exact = rollout.family.encode_images(images)
+        pipe.vae.to(torch.float16)
         state = rollout.run(rollout.start(rollout.encode(PROMPTS), generators()))
         decoded = rollout.decode(state.latents)
         torch.testing.assert_close(rollout.family.encode_images(images), exact, atol=5e-3, rtol=5e-2)
@@ -218,8 +198,7 @@ def test_latents_of_the_caller_replace_the_noise_and_leave_the_generators_in_ste
     state = rollout.start(conditioning, replaced, own)
     rollout.start(conditioning, plain)
     assert torch.equal(state.latents, own)
-    for one, other in zip(plain, replaced, strict=True):
-        assert torch.equal(one.get_state(), other.get_state())
+    assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(plain, replaced, strict=True))
     with torch.no_grad():
         state = rollout.run(state)
     call = {**CASES["sd guided"][1], "latents": own}
@@ -227,7 +206,7 @@ def test_latents_of_the_caller_replace_the_noise_and_leave_the_generators_in_ste
 
 
 def test_a_size_that_was_not_trained_is_sampled_at_the_nearest_and_cropped():
-    call = {**FEW_STEPS, "height": 250, "width": 270, "num_inference_steps": 1, "guidance_scale": 1.0}
+    call = {"height": 250, "width": 270, "num_inference_steps": 1, "guidance_scale": 1.0}
     rollout = Rollout(pipeline("pixart binned"), **call, use_resolution_binning=True)
     with torch.no_grad():
         state = rollout.run(rollout.start(rollout.encode(PROMPTS[:1]), generators([3])))
@@ -244,7 +223,7 @@ def test_a_size_that_was_not_trained_is_sampled_at_the_nearest_and_cropped():
 
 
 def test_earlier_calls_of_the_pipeline_do_not_count():
-    """Euler scales its noise by the first of its steps, not by that of the call before."""
+    # Euler scales its noise by the first of its steps, not by that of the call before.
     pipe = reference("sdxl")
     pipe(prompt=PROMPTS[0], generator=generators([0]), **{**FEW_STEPS, "timesteps": [301, 101]})
     rollout = Rollout(pipe, **CASES["sdxl guided"][1])
@@ -253,32 +232,25 @@ def test_earlier_calls_of_the_pipeline_do_not_count():
     assert_close(state.latents, called("sdxl guided", "latent"))
 
 
-# --------------------------------------------------------------------------------------------- from images to latents
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_encoding_has_the_layout_of_decoding(kind):
-    """Latents to the VAE's own form and back are the same; and the images of latents are encoded to their shape."""
     rollout = Rollout(pipeline(kind), **CALL.get(kind, FEW_STEPS))
     with torch.no_grad():
         latents = rollout.start(rollout.encode(PROMPTS), generators()).latents
         encoded = rollout.family.encode_images(rollout.show(latents))
-    assert encoded.shape == latents.shape
-    assert encoded.dtype == torch.float32
+    assert encoded.shape == latents.shape and encoded.dtype == torch.float32
     assert (encoded[0] - encoded[1]).abs().max() > 0
     exact = latents.double()
-    again = rollout.family.latents_from_encoded(rollout.family.latents_to_decode(exact))
+    again = rollout.family.pack(rollout.family.normalize(rollout.family.denormalize(rollout.family.unpack(exact))))
     torch.testing.assert_close(again, exact, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
 @torch.no_grad()
 def test_images_are_encoded_as_diffusers_scripts_do(kind):
-    """And FLUX's as by its image-to-image pipeline."""
     pipe = pipeline(kind)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    family = Rollout(pipe, **FEW_STEPS).family
-    config = pipe.vae.config
+    family, config = Rollout(pipe, **FEW_STEPS).family, pipe.vae.config
     expected = (pipe.vae.encode(images * 2 - 1).latent_dist.mode() - (config.shift_factor or 0)) * config.scaling_factor
     if kind == "flux":
         expected = FluxImg2ImgPipeline(**pipe.components)._pack_latents(expected, 2, 4, 16, 16)
@@ -295,8 +267,8 @@ def test_means_of_a_vaes_latents_are_subtracted():
     encoded = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     mean, std = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([2.0, 1.0, 0.5, 4.0])
     expected = (encoded - mean.view(1, 4, 1, 1)) / std.view(1, 4, 1, 1) * pipe.vae.config.scaling_factor
-    torch.testing.assert_close(family.latents_from_encoded(encoded), expected)
-    torch.testing.assert_close(family.latents_to_decode(expected), encoded)
+    torch.testing.assert_close(family.normalize(encoded), expected)
+    torch.testing.assert_close(family.denormalize(expected), encoded)
 
 
 @torch.no_grad()

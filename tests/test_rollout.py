@@ -1,9 +1,7 @@
 """States, gradients and refusals of our own sampling loop, on tiny pipelines of diffusers' real classes."""
 
-from __future__ import annotations
-
 import copy
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -22,11 +20,11 @@ from aigiqa_reward.sampling.schedulers import SERVED
 
 PROMPTS = ["a cat on a mat", "a red apple", "two dogs"]
 FOUR = {**FEW_STEPS, "num_inference_steps": 4}
+ALL = {**FAMILIES, **CURRENT_FAMILIES}
 
 
 @pytest.fixture(scope="module")
 def sd() -> Any:
-    """One to share by tests that change nothing."""
     return pipeline("sd")
 
 
@@ -42,9 +40,6 @@ def of_class(pipe: Any, cls: type) -> Any:
     return pipelines._quiet(cls(**pipe.components, requires_safety_checker=False))
 
 
-# --------------------------------------------------------------------------------------------- states
-
-
 @torch.no_grad()
 def test_a_state_counts_its_steps_and_stays_valid_when_others_come_of_it(sd):
     rollout = Rollout(sd, **FOUR)
@@ -52,8 +47,6 @@ def test_a_state_counts_its_steps_and_stays_valid_when_others_come_of_it(sd):
     assert (len(start), start.step, start.steps, start.done) == (3, 0, 4, False)
     state = rollout.run(start, until=2)
     assert (len(state), state.step, state.done) == (3, 2, False)
-    with pytest.raises(FrozenInstanceError):
-        state.step = 1  # type: ignore[misc]
     before, history = state.latents.clone(), copy.deepcopy(vars(state.scheduler))
     ends = [rollout.run(state) for _ in range(2)]
     rollout.run(state[[2, 0, 2]])
@@ -71,23 +64,20 @@ def test_second_calls_of_a_step_count_as_steps(sd):
     pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(sd.scheduler.config)
     calls: list[int] = []
     hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    rollout = Rollout(pipe, **FOUR)
-    state = rollout.run(started(rollout))
+    state = (rollout := Rollout(pipe, **FOUR)).run(started(rollout))
     hook.remove()
     assert len(calls) == state.steps == 7
 
 
 @torch.no_grad()
 def test_rows_bring_everything_that_is_theirs(sd):
-    rollout = Rollout(sd, **FOUR)
+    rollout, places = Rollout(sd, **FOUR), [2, 0, 2]
     state = rollout.run(started(rollout), until=1)
-    picked = state[[2, 0, 2]]
-    for new, old in enumerate((2, 0, 2)):
-        assert torch.equal(picked.latents[new], state.latents[old])
-        assert picked.generators[new] is state.generators[old]
-        for name, rows in state.conditioning.positive.items():
-            assert torch.equal(picked.conditioning.positive[name][new], rows[old])
-    assert picked.step == 1
+    picked = state[places]
+    assert torch.equal(picked.latents, state.latents[places]) and picked.step == 1
+    assert all(picked.generators[new] is state.generators[old] for new, old in enumerate(places))
+    for name, rows in state.conditioning.positive.items():
+        assert torch.equal(picked.conditioning.positive[name], rows[places])
 
 
 def test_a_detached_state_continues_without_the_past(sd):
@@ -108,9 +98,6 @@ def test_clean_predictions_are_in_single_precision():
     assert state.latents.dtype == prediction.output.dtype == torch.bfloat16
     assert prediction.clean.dtype == torch.float32
     assert rollout.advance(state, prediction.output).latents.dtype == torch.bfloat16
-
-
-# --------------------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize(
@@ -139,9 +126,8 @@ def test_gradients_are_those_of_finite_differences(scheduler, checkpointed):
     direction = torch.randn(first.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     leaf = first.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(value(leaf), leaf)
-    step = 1e-5
     with torch.no_grad():
-        expected = (value(first + step * direction) - value(first - step * direction)) / (2 * step)
+        expected = (value(first + 1e-5 * direction) - value(first - 1e-5 * direction)) / 2e-5
     assert float((gradient * direction).sum()) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -160,27 +146,20 @@ def test_gradients_reach_weights_that_want_them_but_not_the_prompts(sd):
     torch.testing.assert_close(*found)
 
 
-# --------------------------------------------------------------------------------------------- the pipeline stays
-
-
 @pytest.mark.parametrize(
-    "family",
-    [
-        name if name in ("sdxl", "flux", "z_image") else pytest.param(name, marks=pytest.mark.slow)
-        for name in (*FAMILIES, *CURRENT_FAMILIES)
-    ],
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f not in ("sdxl", "flux", "z_image"))) for f in ALL]
 )
 def test_the_pipeline_is_left_as_it_was(family):
-    pipe = {**FAMILIES, **CURRENT_FAMILIES}[family]()
+    pipe = ALL[family]()
     held = dict(vars(pipe))
     modules = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
 
-    def attributes() -> list[Any]:
-        modes = [[part.training for part in module.modules()] for module in modules]
-        return [modes, [[parameter.requires_grad for parameter in module.parameters()] for module in modules]]
+    def flags() -> list[bool]:
+        modes = [part.training for module in modules for part in module.modules()]
+        return [*modes, *(weight.requires_grad for module in modules for weight in module.parameters())]
 
     weights = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in modules]
-    before, schedule, randomness = attributes(), copy.deepcopy(vars(pipe.scheduler)), torch.get_rng_state()
+    before, schedule, randomness = flags(), copy.deepcopy(vars(pipe.scheduler)), torch.get_rng_state()
     rollout = Rollout(pipe, **{**CALL.get(family, FEW_STEPS), **GUIDED.get(family, {})})
     state = started(rollout)
     first = state.latents.clone().requires_grad_()
@@ -189,18 +168,11 @@ def test_the_pipeline_is_left_as_it_was(family):
     assert vars(pipe).keys() == held.keys()
     assert all(vars(pipe)[name] is value for name, value in held.items())
     assert_same(vars(pipe.scheduler), schedule)
-    assert attributes() == before
+    assert flags() == before
     assert not any(part._forward_hooks for part in rollout.family.denoiser.modules())
     assert all(parameter.grad is None for module in modules for parameter in module.parameters())
     assert_same([dict(module.state_dict()) for module in modules], weights)
     assert torch.equal(torch.get_rng_state(), randomness)
-
-
-# --------------------------------------------------------------------------------------------- refusals
-
-
-class Renamed(StableDiffusionPipeline):
-    """A user's own class with the same loop."""
 
 
 class Rewritten(StableDiffusionPipeline):
@@ -211,7 +183,7 @@ class Rewritten(StableDiffusionPipeline):
 
 
 def test_a_users_subclass_is_supported_unless_its_loop_is_another(sd):
-    own = of_class(sd, Renamed)
+    own = of_class(sd, type("Renamed", (StableDiffusionPipeline,), {}))
     with torch.no_grad():
         rollout, plain = Rollout(own, **FEW_STEPS), Rollout(sd, **FEW_STEPS)
         assert torch.equal(rollout.run(started(rollout)).latents, plain.run(started(plain)).latents)
@@ -224,10 +196,8 @@ def test_a_users_subclass_is_supported_unless_its_loop_is_another(sd):
 def test_other_pipelines_schedulers_and_arguments_are_refused(sd):
     with pytest.raises(TypeError, match="pruning runs a pipeline's parts itself") as caught:
         Rollout(of_class(sd, StableDiffusionImg2ImgPipeline), need="pruning")
-    message = str(caught.value)
-    assert all(name in message for name in ("StableDiffusionXLPipeline", "FluxPipeline", "PixArtSigmaPipeline"))
-    assert "got StableDiffusionImg2ImgPipeline" in message
-    assert "Plain BestOfN (pruning=None, search='random') works with any pipeline" in message
+    for text in ("FluxPipeline", "PixArtSigmaPipeline", "got StableDiffusionImg2ImgPipeline", "Plain BestOfN"):
+        assert text in str(caught.value)
     pipe = of_class(sd, StableDiffusionPipeline)
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(ValueError, match="steering cannot serve EDMEulerScheduler; it serves") as refused:
@@ -250,10 +220,7 @@ def test_flow_models_are_not_sampled_by_schedulers_that_misread_them(kind):
     Rollout(pipe, **FEW_STEPS)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("ip_adapter_image", "image.png"), ("prompt_embeds", torch.zeros(1, 77, 32)), ("guidance_scal", 2.0)],
-)
+@pytest.mark.parametrize(("name", "value"), [("prompt_embeds", torch.zeros(1, 77, 32)), ("guidance_scal", 2.0)])
 def test_unsupported_arguments_are_named(sd, name, value):
     with pytest.raises(ValueError, match=rf"^{name}: .*StableDiffusionPipeline.*serves .*guidance_scale") as caught:
         Rollout(sd, **{**FEW_STEPS, name: value})

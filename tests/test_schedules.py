@@ -1,8 +1,7 @@
-"""Clean predictions and histories of diffusers' schedulers, against the schedulers themselves."""
-
-from __future__ import annotations
+"""Clean predictions, histories and the ancestral sampler, against diffusers' schedulers themselves."""
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,11 +10,20 @@ import diffusers
 import pipelines
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
+from diffusers import FlowMatchEulerDiscreteScheduler as FlowMatchEuler
+from pipelines import _BETAS as BETAS
 from pipelines import SIDE
 from pipelines_current import pipeline
 from torch import Tensor
 
+from aigiqa_reward.sampling.ancestral import advance, ancestral_step
 from aigiqa_reward.sampling.rollout import Rollout, State
 from aigiqa_reward.sampling.schedulers import SERVED, noise_level, predict_clean
 
@@ -69,41 +77,34 @@ FLOW: dict[str, Case] = {
 }
 CASES = {**DISCRETE, **FLOW}
 DRAWING = {"ddim eta", "ddpm", "ddpm own timesteps", "lcm", "tcd", "dpm++ sde", "sa", "flow sa", "euler ancestral"}
-DRAWING |= {"kdpm2 ancestral", "flow euler stochastic"}
-"""Those that draw noise on the way."""
+DRAWING |= {"kdpm2 ancestral", "flow euler stochastic"}  # noise between steps
 FAST = {"ddim eta", "pndm", "lcm", "dpm++ sde", "unipc", "euler karras", "heun", "kdpm2"}
-FAST |= {"flow euler shifted", "flow dpm++"}
-"""One for each kind of scheduler; the others are slow."""
-V = {"ddim eta", "unipc", "euler karras"}
-"""Of these, the ones that are tested fast with v_prediction, too."""
+FAST |= {"flow euler shifted", "flow dpm++"}  # one for each kind of scheduler; the others are slow
+V = {"ddim eta", "unipc", "euler karras"}  # of these, the ones that are tested fast with v_prediction, too
 
 
 def marked(names: Iterable[str]) -> list[Any]:
     return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+KINDS = [(case, "flow") if case in FLOW else (case, kind) for case in CASES for kind in ("epsilon", "v_prediction")]
 KINDS = [
-    pytest.param(
-        case, kind, marks=[pytest.mark.slow] * (case not in FAST or (kind == "v_prediction" and case not in V))
-    )
-    for case in CASES
-    for kind in (["flow"] if case in FLOW else ["epsilon", "v_prediction"])
+    pytest.param(case, kind, marks=[pytest.mark.slow] * (case not in (V if kind == "v_prediction" else FAST)))
+    for case, kind in dict.fromkeys(KINDS)
 ]
 """Cases and what the model predicts."""
 
 
-def config_of(kind: str) -> dict[str, Any]:
-    return {} if kind == "flow" else {"prediction_type": kind}
-
-
-def scheduler_of(case: str, **config: Any) -> Any:
+def scheduler_of(case: str, kind: str) -> Any:
     name, changes, _ = CASES[case]
     base = {} if case in FLOW else pipeline("sd").scheduler.config
-    return getattr(diffusers, name).from_config(base, **{**changes, **config})
+    return getattr(diffusers, name).from_config(
+        base, **changes, **({} if kind == "flow" else {"prediction_type": kind})
+    )
 
 
-def pipe_of(case: str, **config: Any) -> Any:
-    scheduler = scheduler_of(case, **config)
+def pipe_of(case: str, kind: str) -> Any:
+    scheduler = scheduler_of(case, kind)
     if case in FLOW:
         return pipelines._quiet(StableDiffusion3Pipeline(**{**pipeline("sd3").components, "scheduler": scheduler}))
     components = {**pipeline("sd").components, "scheduler": scheduler}
@@ -111,7 +112,7 @@ def pipe_of(case: str, **config: Any) -> Any:
 
 
 def rollout_of(case: str) -> Rollout:
-    return Rollout(pipe_of(case), **CALL, **CASES[case][2])
+    return Rollout(pipe_of(case, "flow" if case in FLOW else "epsilon"), **CALL, **CASES[case][2])
 
 
 def generators() -> list[torch.Generator]:
@@ -119,7 +120,6 @@ def generators() -> list[torch.Generator]:
 
 
 def with_fresh_generators(state: State) -> State:
-    """The same state, that draws from copies."""
     return replace(state, generators=tuple(generator.clone_state() for generator in state.generators))
 
 
@@ -136,27 +136,19 @@ def test_every_served_scheduler_is_here():
     assert {name for name, _, _ in CASES.values()} == set(SERVED)
 
 
-# --------------------------------------------------------------------------------------------- the pipeline's samples
-
-
 @pytest.mark.parametrize(("case", "kind"), [p for p in KINDS if p.values[0] not in FLOW or p.values[0] not in DRAWING])
 @torch.no_grad()
 def test_a_rollout_ends_where_the_pipeline_ends(case, kind):
     """But for noise on the way in SD3, which its pipeline draws from the global random state."""
     call = {**CALL, **CASES[case][2]}
-    rollout = Rollout(pipe_of(case, **config_of(kind)), **call)
+    rollout = Rollout(pipe_of(case, kind), **call)
     state = rollout.run(rollout.start(rollout.encode(PROMPTS), generators()))
-    pipe = pipe_of(case, **config_of(kind))
-    expected = pipe(prompt=PROMPTS, generator=generators(), output_type="latent", **call).images
+    expected = pipe_of(case, kind)(prompt=PROMPTS, generator=generators(), output_type="latent", **call).images
     assert_close(state.latents, expected)
 
 
-# --------------------------------------------------------------------------------------------- clean predictions
-
-
 def timed(case: str, kind: str, steps: int) -> Any:
-    """The case's scheduler with its timesteps set."""
-    scheduler = scheduler_of(case, **config_of(kind))
+    scheduler = scheduler_of(case, kind)
     scheduler.set_timesteps(steps, **({"mu": 0.8} if scheduler.config.get("use_dynamic_shifting") else {}))
     return scheduler
 
@@ -172,17 +164,13 @@ def test_noise_levels_are_those_of_the_schedulers_own_noising(case):
             continue  # the points between two steps are tested below
         seen.add(float(time))
         alpha, sigma = noise_level(scheduler, step)
-        assert_close(alpha * clean + sigma * eps, _noised(scheduler, clean, eps, time))
+        if hasattr(scheduler, "scale_noise"):  # a copy, for Heun notes the first step that it was asked about
+            time = time if case == "flow heun" else time[None]
+            noised = copy.copy(scheduler).scale_noise(clean, time, eps)
+        else:
+            noised = scheduler.add_noise(clean, eps, time[None])
+        assert_close(alpha * clean + sigma * eps, noised)
     assert len(seen) >= 3
-
-
-def _noised(scheduler: Any, clean: Tensor, eps: Tensor, time: Tensor) -> Tensor:
-    """As the scheduler noises training images at this time."""
-    if type(scheduler).__name__ == "FlowMatchHeunDiscreteScheduler":
-        return copy.copy(scheduler).scale_noise(clean, time, eps)  # notes the first step that it was asked about
-    if hasattr(scheduler, "scale_noise"):
-        return scheduler.scale_noise(clean, time[None], eps)
-    return scheduler.add_noise(clean, eps, time[None])
 
 
 @pytest.mark.parametrize(("case", "kind"), KINDS)
@@ -196,7 +184,9 @@ def test_clean_predictions_are_the_schedulers_own(case, kind):
         expected = _converted(scheduler, x, output, time)
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(x, time)
-        result = scheduler.step(output, time, x, **_noise_source(scheduler))
+        drawing = "generator" in scheduler.step.__code__.co_varnames
+        source = {"generator": torch.Generator().manual_seed(0)} if drawing else {}
+        result = scheduler.step(output, time, x, **source)
         expected = getattr(result, "pred_original_sample", None) if expected is None else expected
         if expected is not None:
             assert_close(clean, expected.to(clean.dtype))
@@ -204,11 +194,6 @@ def test_clean_predictions_are_the_schedulers_own(case, kind):
         x = result.prev_sample
     without_x0 = ("PNDM", "LCM", "TCD", "FlowMatch")  # covered by the test above and the one below
     assert compared >= 5 or type(scheduler).__name__.startswith(without_x0)
-
-
-def _noise_source(scheduler: Any) -> dict[str, Any]:
-    drawing = "generator" in scheduler.step.__code__.co_varnames
-    return {"generator": torch.Generator().manual_seed(0)} if drawing else {}
 
 
 def _converted(scheduler: Any, x: Tensor, output: Tensor, time: Tensor) -> Tensor | None:
@@ -227,10 +212,7 @@ def _converted(scheduler: Any, x: Tensor, output: Tensor, time: Tensor) -> Tenso
 
 @pytest.mark.parametrize("case", marked(case for case in CASES if case not in DRAWING))
 def test_a_model_that_always_knows_the_noise_sees_the_clean_latents_everywhere(case):
-    """From noise to latents on one straight line: at the second calls of Heun's and DPM-2's steps as anywhere.
-
-    And without noise on the way, generators are left alone.
-    """
+    """At the second calls of Heun's and DPM-2's steps as well; and generators are left alone."""
     rollout = rollout_of(case)
     state = rollout.start(rollout.encode(PROMPTS), generators())
     drawn = [generator.get_state() for generator in state.generators]
@@ -246,21 +228,9 @@ def test_a_model_that_always_knows_the_noise_sees_the_clean_latents_everywhere(c
     assert all(torch.equal(g.get_state(), b) for g, b in zip(state.generators, drawn, strict=True))
 
 
-def test_other_kinds_of_predictions_are_refused():
-    scheduler = scheduler_of("ddim")
-    scheduler.register_to_config(prediction_type="score")
-    scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match=r"DDIMScheduler has prediction_type='score'; expected epsilon, sample"):
-        predict_clean(scheduler, 0, noise(0), noise(1))
-
-
-# --------------------------------------------------------------------------------------------- histories
-
-
 @pytest.mark.parametrize("case", marked(CASES))
 @torch.no_grad()
 def test_candidates_keep_their_histories(case):
-    """Picked, parted and joined in the middle of a run, they end where they would have ended."""
     rollout = rollout_of(case)
     start = rollout.start(rollout.encode(PROMPTS), generators())
     middle = rollout.run(start, until=start.steps // 2)
@@ -280,10 +250,65 @@ def test_candidates_keep_their_histories(case):
 
 
 @pytest.mark.parametrize(
-    "config", [{"use_flow_sigmas": True, "prediction_type": "epsilon"}, {"prediction_type": "flow_prediction"}]
+    ("name", "config", "message"),
+    [
+        ("DDIM", {"prediction_type": "score"}, "expected epsilon, sample"),
+        ("DPMSolverMultistep", {"use_flow_sigmas": True, "prediction_type": "epsilon"}, "belong together"),
+        ("DPMSolverMultistep", {"prediction_type": "flow_prediction"}, "belong together"),
+    ],
 )
-def test_flow_sigmas_and_flow_prediction_belong_together(config):
-    scheduler = diffusers.DPMSolverMultistepScheduler(**config)
+def test_other_kinds_of_predictions_are_refused(name, config, message):
+    scheduler = getattr(diffusers, f"{name}Scheduler")()
+    scheduler.register_to_config(**config)
     scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match=r"^scheduler: DPMSolverMultistepScheduler has .* belong together"):
-        predict_clean(scheduler, 1, torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
+    with pytest.raises(ValueError, match=rf"^scheduler: {name}Scheduler has prediction_type=.*{message}"):
+        predict_clean(scheduler, 0, noise(0), noise(1))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "eta", "source"),
+    [
+        *((DDIMScheduler(**BETAS, clip_sample=False), eta, {"eta": eta}) for eta in (0.0, 0.4, 1.0)),
+        (FlowMatchEuler(shift=3.0), 0.0, {}),
+        (EulerDiscreteScheduler(**BETAS), 0.0, {}),
+        (EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction", timestep_spacing="trailing"), 0.0, {}),
+        (EulerAncestralDiscreteScheduler(**BETAS), 1.0, {"generator": torch.Generator()}),
+    ],
+)
+def test_the_ancestral_sampler_is_diffusers_own(scheduler, eta, source):
+    scheduler.set_timesteps(5)
+    latents, output, fresh = (noise(seed, torch.float32) for seed in (0, 1, 7))
+    for step, time in enumerate(scheduler.timesteps):
+        given = {"variance_noise": fresh} if "eta" in source else {}
+        source.get("generator", torch.Generator()).manual_seed(7)
+        clean = predict_clean(scheduler, step, latents, output)
+        expected = scheduler.step(output, time, latents, **source, **given).prev_sample
+        found = ancestral_step(scheduler, step, latents, clean, eta, fresh)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        latents = expected
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_with_any_noise_latents_keep_their_mean_and_variance(eta):
+    scheduler = FlowMatchEuler(shift=3.0)
+    scheduler.set_timesteps(4)
+    count, clean = 200_000, torch.tensor(1.7)
+    before, fresh = torch.randn(2, count, generator=torch.Generator().manual_seed(0))
+    for step in range(3):
+        alpha, sigma = noise_level(scheduler, step)
+        after = ancestral_step(scheduler, step, alpha * clean + sigma * before, clean.expand(count), eta, fresh)
+        alpha, sigma = noise_level(scheduler, step + 1)
+        assert float(after.mean()) == pytest.approx(float(alpha * clean), abs=5 * float(sigma) / math.sqrt(count))
+        assert float(after.std()) == pytest.approx(float(sigma), rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux", pytest.param("sd3", marks=pytest.mark.slow)])
+def test_our_sampler_without_noise_is_the_pipelines(family):
+    rollout = Rollout(pipeline(family), height=SIDE, width=SIDE, num_inference_steps=5)
+    with torch.no_grad():
+        state = start = rollout.start(rollout.encode(["a cat on a mat"]), [torch.Generator().manual_seed(0)])
+        while not state.done:
+            clean = rollout.predict(state).clean
+            state = advance(state, clean, 0.0, torch.full_like(clean, 9.0))
+        expected = rollout.run(start).latents
+    torch.testing.assert_close(state.latents, expected, atol=1e-4, rtol=1e-4)

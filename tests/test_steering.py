@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 import math
 import statistics
@@ -14,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, PN
 from pipelines import SIDE
 from pipelines_current import pipeline
 from torch import Tensor
+from watched import families
 
 from aigiqa_reward.sampling.ancestral import ancestral_step
 from aigiqa_reward.sampling.candidates import BestOfNOutput
@@ -52,27 +51,21 @@ def same(one: SteeringOutput, other: SteeringOutput, levels: int) -> None:
         assert np.abs(np.asarray(image).astype(int) - np.asarray(again)).max() <= levels
 
 
-# --------------------------------------------------------------------------------------------- weights
-
-
 def test_the_effective_sample_size_at_its_ends():
-    assert effective_sample_size(torch.full((5,), 0.2)) == pytest.approx(5)
-    assert effective_sample_size(torch.tensor([0.0, 3.0, 0.0])) == pytest.approx(1)
-    assert effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0])) == pytest.approx(2)
-    # weights 1, 2, 3: 36 / 14
-    assert effective_sample_size(torch.tensor([1.0, 2.0, 3.0])) == pytest.approx(36 / 14)
+    for weights, expected in (([0.2] * 5, 5), ([0.0, 3.0, 0.0], 1), ([1.0, 2.0, 3.0], 36 / 14)):
+        assert effective_sample_size(torch.tensor(weights)) == pytest.approx(expected)
 
 
 def test_systematic_resampling_copies_by_weight():
     generator = torch.Generator().manual_seed(0)
     weights = torch.tensor([0.05, 0.0, 0.6, 0.15, 0.2], dtype=torch.float64)
     counts = []
-    for offset in torch.rand(4000, generator=generator, dtype=torch.float64).tolist():
+    for offset in torch.rand(2000, generator=generator, dtype=torch.float64).tolist():
         places = systematic_resampling(weights * 3, offset)
         assert places == sorted(places)
         counts.append(np.bincount(places, minlength=5))
         assert (np.abs(counts[-1] - 5 * weights.numpy()) < 1 + 1e-9).all()
-    assert np.mean(counts, axis=0) == pytest.approx((5 * weights).tolist(), abs=0.03)
+    assert np.mean(counts, axis=0) == pytest.approx((5 * weights).tolist(), abs=0.04)
     assert systematic_resampling(torch.ones(4, dtype=torch.float64), 0.5) == [0, 1, 2, 3]
     assert systematic_resampling(torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64), 0.0) == [1, 1, 1]
 
@@ -83,17 +76,13 @@ def test_potentials_multiply_to_the_tilt(potential):
     logs = torch.stack([log_potential(potential, rewards[:, : k + 1], 0.2) for k in range(5)])
     last = last_log_potential(rewards[:, 5], logs.sum(dim=0), 0.2)
     torch.testing.assert_close(logs.sum(dim=0) + last, rewards[:, 5] / 0.2)
-    by_hand = {
-        "difference": [math.exp((row[2] - row[1]) / 0.2) for row in rewards.tolist()],
-        "max": [math.exp(max(row[:3]) / 0.2) for row in rewards.tolist()],
-        "sum": [math.exp(sum(row[:3]) / 0.2) for row in rewards.tolist()],
-    }
-    assert logs[2].exp().tolist() == pytest.approx(by_hand[potential])
+    by_hand = {"difference": lambda row: row[2] - row[1], "max": max, "sum": sum}[potential]
+    assert logs[2].tolist() == pytest.approx([by_hand(row[:3]) / 0.2 for row in rewards.tolist()])
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_particles_stand_for_the_tilted_distribution(potential):
-    """Gaussian data, whose x0 is known: every step is linear, and r(x) = x at temperature T moves the mean by var/T."""
+    # Gaussian data, whose x0 is known: every step is linear, and r(x) = x at temperature T moves the mean by var/T.
     scheduler, count, temperature = FlowMatchEulerDiscreteScheduler(), 40_000, 2.0
     scheduler.set_timesteps(12)
     generator = torch.Generator().manual_seed(1)
@@ -123,32 +112,27 @@ def test_particles_stand_for_the_tilted_distribution(potential):
     assert float(plain.var() / temperature) > 0.2
 
 
-# --------------------------------------------------------------------------------------------- on pipelines
-
-
 def test_the_same_call_gives_the_same_bits_and_chunks_change_nothing(sd):
     arguments = {"temperature": 0.05, "top_k": 4, "particles": 4}
     one = make(sd, **arguments)(PROMPT, seed=3, **STEPS)
     assert len(set(one.ancestors)) < 4  # there was resampling to agree on
     again = make(sd, **arguments)(PROMPT, seed=3, **STEPS)
     same(one, again, levels=0)
-    assert one.all_scores == again.all_scores
-    assert one.effective_sample_sizes == again.effective_sample_sizes
+    assert (one.all_scores, one.effective_sample_sizes) == (again.all_scores, again.effective_sample_sizes)
     other = make(sd, **arguments, batch_size=3)(PROMPT, seed=3, **STEPS)
     same(one, other, levels=2)
     assert other.all_scores == pytest.approx(one.all_scores, abs=1e-3)
     assert isinstance(one, BestOfNOutput)
-    assert one.all_seeds == [3, 4, 5, 6]
-    assert one.denoiser_calls == 4 * 5
+    assert one.all_seeds == [3, 4, 5, 6] and one.denoiser_calls == 4 * 5
     assert [step for step, _ in one.effective_sample_sizes] == [1, 2, 3, 4]
     assert sum(one.weights) == pytest.approx(1)
     assert len(set(one.all_scores)) == 4  # copies part
     assert [preview.step for preview in one.previews[3]] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("family", ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "flux"))])
-def test_a_high_temperature_steers_nothing_and_a_low_one_raises_the_reward(family):
-    pipe = pipeline(family)
+@families("sd3", slow=("sd", "flux"))
+def test_a_high_temperature_steers_nothing_and_a_low_one_raises_the_reward(name):
+    pipe = pipeline(name)
     arguments = {"every": 2, "first": 0.4}
     plain = make(pipe, first=1.0)(PROMPT, seed=0, **STEPS)
     hot = make(pipe, temperature=1e9, **arguments)(PROMPT, seed=0, **STEPS)
@@ -175,25 +159,21 @@ def test_what_is_not_finite_gets_no_weight():
     pipe = pipelines.stable_diffusion()
     calls = []
 
-    def break_second(_: Any, args: Any, output: Tensor) -> Tensor:
+    def break_second(_: Any, args: Any, output: Tensor) -> None:
         calls.append(len(output))
         if len(calls) == 2:  # the second preview: place 1 of 4
             output[1, 0, 0, 0] = math.nan
-        return output
 
     pipe.vae.decoder.register_forward_hook(break_second)
     with pytest.warns(UserWarning, match="seed 1: NaN or infinite pixels"):
         out = make(pipe, resample_below=0.0)(PROMPT, **STEPS)
-    assert out.weights[1] == 0
-    assert sum(out.weights) == pytest.approx(1)
-    assert list(out.dropped) == [1]
-    assert out.denoiser_calls == 20 - 3
+    assert out.weights[1] == 0 and sum(out.weights) == pytest.approx(1)
+    assert list(out.dropped) == [1] and out.denoiser_calls == 20 - 3
     calls.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # its place is taken by a copy of another
         out = make(pipe, resample_below=1.0, temperature=1e9)(PROMPT, **STEPS)
-    assert set(out.ancestors) == {0, 2, 3}
-    assert out.dropped == {}
+    assert set(out.ancestors) == {0, 2, 3} and out.dropped == {}
     with pytest.raises(RuntimeError, match="none of the 4 candidates could be ranked"):
         make(pipe, lambda images, prompts: images[:, 0, 0, 0] * math.nan)(PROMPT, **STEPS)
     calls.clear()
@@ -202,13 +182,11 @@ def test_what_is_not_finite_gets_no_weight():
         scores = corner(images, prompts)
         return torch.where(scores == scores.max(), torch.inf, scores)
 
+    plan = make(pipe, overflow_at_the_end, resample_below=0.0, first=1.0)
     with pytest.warns(UserWarning, match=r"seed \d: the reward gave inf\)"):
-        out = make(pipe, overflow_at_the_end, resample_below=0.0, first=1.0)(
-            PROMPT, **{**STEPS, "num_inference_steps": 2}
-        )
+        out = plan(PROMPT, **{**STEPS, "num_inference_steps": 2})
     assert [weight == 0 for weight in out.weights] == [seed in out.dropped for seed in range(4)]
-    assert sum(out.weights) == pytest.approx(1)
-    assert math.isfinite(out.scores[0])
+    assert sum(out.weights) == pytest.approx(1) and math.isfinite(out.scores[0])
 
 
 def test_bad_arguments_are_refused(sd):
@@ -219,8 +197,6 @@ def test_bad_arguments_are_refused(sd):
     for name, value in refused.items():
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             make(sd, **{name: value})
-    with pytest.raises(ValueError, match=r"temperature: expected a number above 0.*nan"):
-        make(sd, temperature=math.nan)
     with pytest.raises(TypeError, match=r"temperature: expected a number above 0.*'hot'"):
         make(sd, temperature="hot")
     with pytest.raises(TypeError, match="ParticleSteering runs a pipeline's parts itself"):
@@ -229,15 +205,10 @@ def test_bad_arguments_are_refused(sd):
         make(sd)([PROMPT])
     with pytest.raises(ValueError, match="eta: expected as an argument of ParticleSteering"):
         make(sd)(PROMPT, eta=0.5)
-    with pytest.raises(ValueError, match=r"latents: .* does not serve"):
-        make(sd)(PROMPT, latents=torch.zeros(1, 4, 16, 16))
     with pytest.raises(ValueError, match=r"seed: expected an integer in .* got 18446744073709551615; pass a smaller"):
         make(sd)(PROMPT, seed=2**64 - 1)
-
-
-@pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler])
-def test_schedulers_with_points_in_between_are_refused(sd, scheduler):
     pipe = copy.copy(sd)
-    pipe.scheduler = scheduler.from_config(sd.scheduler.config)
-    with pytest.raises(ValueError, match=rf"ParticleSteering cannot serve {scheduler.__name__}.*DDIMScheduler"):
-        make(pipe)
+    for scheduler in (PNDMScheduler, HeunDiscreteScheduler):  # which have points between the steps
+        pipe.scheduler = scheduler.from_config(sd.scheduler.config)
+        with pytest.raises(ValueError, match=rf"ParticleSteering cannot serve {scheduler.__name__}.*DDIMScheduler"):
+            make(pipe)

@@ -1,9 +1,8 @@
 """Stock calls of tiny pipelines to be watched, and rewards to watch them with."""
 
-from __future__ import annotations
-
 from typing import Any
 
+import pytest
 import torch
 from pipelines import SIDE
 from pipelines_current import CALL
@@ -24,8 +23,7 @@ class Recorder:
     """Redness that keeps what it was shown."""
 
     def __init__(self) -> None:
-        self.images: list[Tensor] = []
-        self.prompts: list[list[str]] = []
+        self.images, self.prompts = [], []
 
     def __call__(self, images: Tensor, prompts: list[str]) -> RewardOutput:
         self.images.append(images)
@@ -36,10 +34,15 @@ class Recorder:
 
 
 def sample(pipe: Any, name: str = "sd", *, seed: int = 0, steps: int = STEPS, prompt: Any = PROMPT, **more: Any):
-    """Images (B, 3, H, W) of a stock call."""
     call = {**CALL.get(name, {}), "height": SIDE, "width": SIDE, "num_inference_steps": steps, "output_type": "pt"}
     call |= {"generator": torch.Generator().manual_seed(seed), **more}
     return pipe(prompt=prompt, **call).images
+
+
+def families(*names: str, slow: tuple[str, ...]) -> Any:
+    """Parametrize a test's `name`; the names in `slow` are marked so."""
+    params = [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+    return pytest.mark.parametrize("name", params)
 
 
 def is_left_alone(pipe: Any) -> bool:
@@ -51,11 +54,8 @@ def assert_same(one: Any, other: Any) -> None:
     if isinstance(one, Tensor):
         assert torch.equal(one, other)
     elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert_same(one[name], other[name])
+        assert_same([*one, *one.values()], [*other, *other.values()])
     elif isinstance(one, list):
-        assert len(one) == len(other)
         for left, right in zip(one, other, strict=True):
             assert_same(left, right)
     elif not callable(one):

@@ -42,8 +42,7 @@ def ancestral_weights(scheduler: Any, step: int, eta: float) -> StepWeights:
         x'  = alpha' x0 + sqrt(sigma'^2 - tau^2) eps + tau noise
 
     That is DDIM's eta where alpha^2 + sigma^2 = 1, Euler (eta=0) to Euler ancestral (eta=1) where alpha = 1, and for
-    flow matching Euler (eta=0) and a sampler with the same marginals otherwise. It uses the scheduler's noise levels
-    only, and no history.
+    flow matching Euler (eta=0) and a sampler with the same marginals otherwise. It needs no history.
 
     Args:
         scheduler: one of `ANCESTRAL`, with its timesteps set.
@@ -51,24 +50,17 @@ def ancestral_weights(scheduler: Any, step: int, eta: float) -> StepWeights:
         eta: in [0, 1]; 0 adds no noise, 1 as much as a Markovian sampler.
     """
     alpha, sigma = noise_level(scheduler, step)
-    if is_last(scheduler, step):
-        next_alpha, next_sigma = torch.ones_like(alpha), torch.zeros_like(sigma)
-    else:
-        next_alpha, next_sigma = noise_level(scheduler, step + 1)
-    kept = alpha * next_sigma / (next_alpha * sigma)
-    tau = eta * next_sigma * (1 - kept**2).clamp(min=0).sqrt()
+    last = is_last(scheduler, step)
+    after = (torch.ones_like(alpha), torch.zeros_like(sigma)) if last else noise_level(scheduler, step + 1)
+    next_alpha, next_sigma = after
+    tau = eta * next_sigma * (1 - (alpha * next_sigma / (next_alpha * sigma)) ** 2).clamp(min=0).sqrt()
     return StepWeights(clean=next_alpha, eps=(next_sigma**2 - tau**2).clamp(min=0).sqrt(), fresh=tau)
 
 
 def step_mean(scheduler: Any, step: int, latents: Tensor, clean: Tensor, weights: StepWeights) -> Tensor:
     """Return the mean (B, ...) of the latents after a step, in at least float32; differentiable in both tensors.
 
-    Args:
-        scheduler: one of `ANCESTRAL`, with its timesteps set.
-        step: number of the step, from 0.
-        latents: (B, ...) before it, not scaled for the model.
-        clean: (B, ...) latents x0 predicted there.
-        weights: their weights.
+    `latents` (B, ...) are those before it, not scaled for the model; `clean` (B, ...) are the x0 predicted there.
     """
     alpha, sigma = (value.to(latents.device) for value in noise_level(scheduler, step))
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
@@ -77,10 +69,7 @@ def step_mean(scheduler: Any, step: int, latents: Tensor, clean: Tensor, weights
 
 
 def ancestral_step(scheduler: Any, step: int, latents: Tensor, clean: Tensor, eta: float, noise: Tensor) -> Tensor:
-    """Return the latents of step `step + 1`: `step_mean` plus noise (B, ...), standard normal; arguments as there.
-
-    They have the latents' type, and are computed in at least float32.
-    """
+    """Return the latents of step `step + 1`, of the same type: `step_mean` plus standard normal noise (B, ...)."""
     weights = ancestral_weights(scheduler, step, eta)
     mean = step_mean(scheduler, step, latents, clean, weights)
     return (mean + weights.fresh.to(mean.device) * noise.to(mean.dtype)).to(latents.dtype)

@@ -1,11 +1,7 @@
 """Callbacks for a diffusers pipeline's steps: log a reward's scores of the previews, or stop when they are good enough.
 
-    with RewardLogger(pipe, reward, prompt, every=5) as logger:
-        image = pipe(prompt, callback_on_step_end=logger).images[0]
-    print([step.total for step in logger.history])
-
-A preview is the decoded prediction of the clean latents x0 at a step. Where a pipeline samples at another size and
-resizes the image in the end (Sana's `use_resolution_binning`), previews have the size that is sampled.
+A preview is the decoded prediction of the clean latents x0 at a step, of the size that is sampled (Sana's
+`use_resolution_binning` resizes the image only in the end).
 """
 
 from __future__ import annotations
@@ -27,12 +23,10 @@ from aigiqa_reward.sampling.families import SamplingOptions, family_of
 from aigiqa_reward.sampling.rollout import displayed
 from aigiqa_reward.sampling.schedulers import SERVED, SEVERAL_CALLS_A_STEP, check_scheduler, predict_clean
 from aigiqa_reward.types import RewardFunction, RewardOutput
-from aigiqa_reward.utils.checks import check_text, integer
+from aigiqa_reward.utils.checks import check_text, integer, number
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-__all__ = ["EarlyExit", "LoggedStep", "RewardLogger"]
 
 Entry = TypeVar("Entry", bound="LoggedStep")
 
@@ -41,21 +35,13 @@ _SERVED = [name for name in SERVED if name not in SEVERAL_CALLS_A_STEP]
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedStep:
-    """Scores of a batch's previews at one step. Higher is better; NaN where a preview has NaN or infinite pixels.
+    """Scores of a batch's previews at one step. Higher is better; NaN where a preview has NaN or infinite pixels."""
 
-    Attributes:
-        step: number of the step, from 0.
-        timestep: the scheduler's entry for it.
-        total: (B,) one per image.
-        quality: (B,) equal to `total` if the reward gives one number only.
-        correspondence: (B,) None if the reward gives none.
-    """
-
-    step: int
-    timestep: float
-    total: list[float]
-    quality: list[float]
-    correspondence: list[float] | None
+    step: int  # from 0
+    timestep: float  # the scheduler's entry for it
+    total: list[float]  # (B,)
+    quality: list[float]  # (B,) equal to `total` if the reward gives one number only
+    correspondence: list[float] | None  # (B,) None if the reward gives none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +64,7 @@ class SeenStep:
 
     def scores(self, output: RewardOutput) -> dict[str, Any]:
         """Return the fields of a `LoggedStep`."""
-        columns = {name: getattr(output, name) for name in ("total", "quality", "correspondence")}
+        columns = {"total": output.total, "quality": output.quality, "correspondence": output.correspondence}
         lists = {name: None if value is None else value.detach().tolist() for name, value in columns.items()}
         return {"step": self.index, "timestep": self.timestep, **lists}
 
@@ -86,15 +72,8 @@ class SeenStep:
 class Watch(ABC, Generic[Entry]):
     """A context manager to pass as `callback_on_step_end`, alone or within diffusers' MultiPipelineCallbacks.
 
-    Args:
-        pipe: a text-to-image pipeline of a family in `sampling.families`, which has step callbacks.
-        reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; it stays on its device.
-        prompt: one text for all images, or P texts for B = P k images, each for k in a row, as pipelines make
-            `num_images_per_prompt=k`.
-
-    Raises:
-        ValueError: on entering, a pipeline without step callbacks, or a scheduler that calls the denoiser several times
-            per step.
+    `prompt` is one text for all images, or P texts for B = P k images, each for k in a row, as pipelines make
+    `num_images_per_prompt=k`. The other arguments are those of `RewardLogger`.
     """
 
     tensor_inputs: ClassVar[list[str]] = ["latents"]
@@ -103,9 +82,9 @@ class Watch(ABC, Generic[Entry]):
         self._name = type(self).__name__
         self._adapter = type(family_of(pipe, need=self._name))
         self.pipe: Any = pipe
-        texts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        texts = (list(prompt) if isinstance(prompt, list | tuple) else [prompt]) or [""]
         remedy = "pass the prompt of the images, or a list of one prompt per image"
-        self.texts = [check_text(text, "prompt", remedy) for text in texts or [""]]
+        self.texts = [check_text(text, "prompt", remedy) for text in texts]
         self.reward = BoundReward(reward, self.texts)
         self.history: list[Entry] = []
         self._taps: list[_Tap] = []
@@ -120,17 +99,21 @@ class Watch(ABC, Generic[Entry]):
     def __enter__(self) -> Self:
         if self._taps:
             raise ValueError(f"{self._name}: is entered already; make another one for a second with block")
-        pipe = self.pipe
-        if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        if "callback_on_step_end" not in inspect.signature(type(self.pipe).__call__).parameters:
             raise ValueError(
-                f"pipe: {self._name} is called after each step, and {type(pipe).__name__} has no callback_on_step_end; "
-                "use BestOfN or ParticleSteering, which run its parts themselves"
+                f"pipe: {self._name} is called after each step, and {type(self.pipe).__name__} has no "
+                "callback_on_step_end; use BestOfN or ParticleSteering, which run its parts themselves"
             )
-        check_scheduler(pipe.scheduler, need=self._name, served=_SERVED, flow=self._adapter.flow)
+        check_scheduler(self.pipe.scheduler, need=self._name, served=_SERVED, flow=self._adapter.flow)
         self.history, self._called, self._steps, self._calls = [], None, 0, 0
-        self._taps = [_tap(pipe.scheduler, "step"), _tap(pipe, "prepare_latents")]
-        for tap, listener in zip(self._taps, (self._on_step, self._on_prepare), strict=True):
+        wanted = (self.pipe.scheduler, "step", self._on_step), (self.pipe, "prepare_latents", self._on_prepare)
+        for target, name, listener in wanted:
+            tap = vars(target).get(name)
+            if not isinstance(tap, _Tap):
+                tap = _Tap(target, name)
+                setattr(target, name, tap)
             tap.listeners[id(self)] = listener
+            self._taps.append(tap)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
@@ -139,26 +122,18 @@ class Watch(ABC, Generic[Entry]):
             tap.remove_idle()
         self._taps, self._called = [], None
         if self._steps and not self._calls and kind is None:
-            warnings.warn(
-                f"{self._name} was entered, but the pipeline never called it; pass it: "
-                "pipe(prompt, callback_on_step_end=...)",
-                stacklevel=2,
-            )
+            message = "was entered, but the pipeline never called it; pass it: pipe(prompt, callback_on_step_end=...)"
+            warnings.warn(f"{self._name} {message}", stacklevel=2)
 
     def __call__(
         self, pipeline: DiffusionPipeline, step_index: int, timestep: float, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Handle a step, as diffusers calls it."""
         called, self._called, self._calls = self._called, None, self._calls + 1
-        if not self._taps:
-            raise ValueError(
-                f"callback_on_step_end: {self._name} works only within its with block: "
-                f"with {self._name}(pipe, ...) as watch: pipe(prompt, callback_on_step_end=watch)"
-            )
         if pipeline is not self.pipe or called is None:
             raise ValueError(
-                f"callback_on_step_end: {self._name} listens to the pipeline and the scheduler that it was entered "
-                "with, and another one runs; make one for that pipeline, and set pipe.scheduler before the with block"
+                f"callback_on_step_end: {self._name} works only within its with block, for the pipeline and the "
+                "scheduler that it was entered with; make one for that pipeline, and set pipe.scheduler before"
             )
         count = len(self.pipe.scheduler.timesteps)
         seen = SeenStep(
@@ -175,13 +150,13 @@ class Watch(ABC, Generic[Entry]):
 
     def places(self, count: int) -> list[int]:
         """Return which of the P prompts each of `count` images was made for."""
-        each, over = divmod(count, len(self.texts))
-        if over:
+        given = len(self.texts)
+        if count % given:
             raise ValueError(
-                f"prompt: expected one text, or as many as the batch has prompts, got {len(self.texts)} for {count} "
-                "images; pass the same list as to the pipeline"
+                f"prompt: expected one text, or as many as the batch has prompts, got {given} for {count} images; pass "
+                "the same list as to the pipeline"
             )
-        return [place for place in range(len(self.texts)) for _ in range(each)]
+        return [place for place in range(given) for _ in range(count // given)]
 
     def prompts(self, images: Tensor) -> list[str]:
         """Return the prompt of each of the images (B, 3, H, W)."""
@@ -190,19 +165,14 @@ class Watch(ABC, Generic[Entry]):
     def decode(self, clean: Tensor) -> Tensor:
         """Decode latents x0 to images (B, 3, H, W), nominally in [0, 1], not clamped; differentiable."""
         assert self._size is not None  # every pipeline of a family prepares its latents
-        height, width = self._size
-        return self._adapter(self.pipe, SamplingOptions(height=height, width=width)).decode(clean)
+        return self._adapter(self.pipe, SamplingOptions(height=self._size[0], width=self._size[1])).decode(clean)
 
-    def preview(self, seen: SeenStep) -> Tensor:
-        """Return latents x0 (B, ...) predicted at a step, of the type of its latents; without gradients."""
+    def preview(self, seen: SeenStep) -> tuple[Tensor, LoggedStep]:
+        """Return latents x0 (B, ...) predicted at a step, and the scores of their images, clamped as files are."""
         with torch.no_grad():
-            return seen.clean(self.pipe.scheduler).to(seen.latents.dtype)
-
-    def rate(self, clean: Tensor) -> RewardOutput:
-        """Score (B,) the decoded latents x0, clamped as an image file is, without gradients; NaN where not finite."""
-        with torch.no_grad():
+            clean = seen.clean(self.pipe.scheduler).to(seen.latents.dtype)
             images = displayed(self.decode(clean))
-        return self.reward.score(images, self.prompts(images))
+        return clean, LoggedStep(**seen.scores(self.reward.score(images, self.prompts(images))))
 
     def _on_step(self, arguments: Mapping[str, Any], result: Any) -> None:
         self._steps += 1
@@ -212,18 +182,12 @@ class Watch(ABC, Generic[Entry]):
         self._size = int(arguments["height"]), int(arguments["width"])
 
 
-_ABSENT = object()
-
-
 class _Tap:
-    """A wrapper around a method of one object that passes the arguments and the result to its listeners.
-
-    One tap serves all listeners, so that they may leave in any order.
-    """
+    """A wrapper around a method that passes arguments and result to its listeners, who may leave in any order."""
 
     def __init__(self, target: Any, name: str) -> None:
         self.target, self.name = target, name
-        self.before = vars(target).get(name, _ABSENT)
+        self.before = vars(target).get(name)
         self.__wrapped__ = getattr(target, name)  # pipelines look at the signature of a scheduler's step
         self.listeners: dict[int, Callable[[Mapping[str, Any], Any], None]] = {}
 
@@ -240,19 +204,10 @@ class _Tap:
     def remove_idle(self) -> None:
         """Restore the object, unless somebody still listens, or has put another wrapper on top since."""
         while isinstance(tap := vars(self.target).get(self.name), _Tap) and not tap.listeners:
-            if tap.before is _ABSENT:
+            if tap.before is None:
                 delattr(self.target, self.name)
             else:
                 setattr(self.target, self.name, tap.before)
-
-
-def _tap(target: Any, name: str) -> _Tap:
-    """Return the tap around a method, which is added if there is none."""
-    tap = vars(target).get(name)
-    if not isinstance(tap, _Tap):
-        tap = _Tap(target, name)
-        setattr(target, name, tap)
-    return tap
 
 
 class RewardLogger(Watch[LoggedStep]):
@@ -261,13 +216,12 @@ class RewardLogger(Watch[LoggedStep]):
     The last entry of a run is the score of the images themselves. Each entry costs a decoding and a call of the reward.
 
     Args:
-        pipe: a text-to-image pipeline of Stable Diffusion 1 to 3.5, SDXL, FLUX, Qwen-Image, Z-Image or Sana.
+        pipe: a pipeline of Stable Diffusion 1 to 3.5, SDXL, FLUX, Qwen-Image, Z-Image or Sana.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; it stays on its device.
-        prompt: the text that the reward sees for all images, or a list of the batch's texts.
+        prompt: text that the reward sees for all images, or a list of the batch's texts.
         every: score steps 0, every, 2 every, ... and the last.
 
-    Attributes:
-        history: entries since the `with` block was entered; each call of the pipeline starts at step 0.
+    `history` has the entries since the `with` block was entered; each call of the pipeline starts at step 0.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -286,28 +240,24 @@ class RewardLogger(Watch[LoggedStep]):
         self.every = integer("every", every, least=1)
 
     def after_step(self, seen: SeenStep) -> None:
-        """Score the preview of every `every`-th step and of the last."""
+        """Score the preview, at the steps that are due."""
         if seen.final or seen.index % self.every == 0:
-            self.history.append(LoggedStep(**seen.scores(self.rate(self.preview(seen)))))
+            self.history.append(self.preview(seen)[1])
 
 
 class EarlyExit(Watch[LoggedStep]):
     """Ends a run as soon as its preview is good enough, or no longer improves, and returns the preview as the image.
 
-    The remaining steps are skipped, with their calls of the denoiser. Each step before costs a decoding and a call of
-    the reward. Previews lack what the skipped steps would have added: mostly fine detail.
+    Each step before costs a decoding and a call of the reward. Previews lack mostly fine detail.
 
     Args:
-        pipe: see `RewardLogger`.
-        reward: see `RewardLogger`.
-        prompt: see `RewardLogger`.
+        pipe, reward, prompt: see `RewardLogger`.
         above: end when the totals of all images of the batch are at least this.
         patience: end when the mean total of the batch has not risen for so many steps; at least 1.
         first: share of the steps, in [0, 1], that is always taken, and not scored: early previews are blurs.
 
-    Attributes:
-        exited_at: number of the last step taken in the latest run, from 0; None if the run was not ended early.
-        history: scores of the previews of the latest run.
+    Of the latest run, `history` has the previews' scores, and `exited_at` the number of the last step taken, from 0; it
+    is None if the run was not ended early.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -331,18 +281,10 @@ class EarlyExit(Watch[LoggedStep]):
         super().__init__(pipe, reward, prompt)
         if above is None and patience is None:
             raise ValueError("above, patience: expected at least one of them, got neither; pass above=0.8, say")
-        if above is not None and not math.isfinite(above):
-            raise ValueError(f"above: expected a finite total, got {above}; leave it out to use patience alone")
-        if not 0 <= first <= 1:
-            raise ValueError(f"first: expected a share of the steps in [0, 1], got {first}; pass 0.3, say")
-        self.above = above
+        self.above = None if above is None else number("above", above, "that is finite", math.isfinite)
         self.patience = None if patience is None else integer("patience", patience, least=1)
-        self.first = first
+        self.first = number("first", first, "in [0, 1], a share of the steps; try 0.3", lambda v: 0 <= v <= 1)
         self.exited_at: int | None = None
-
-    def __enter__(self) -> Self:
-        self.exited_at = None
-        return super().__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if self.exited_at is not None:
@@ -355,21 +297,17 @@ class EarlyExit(Watch[LoggedStep]):
             self.exited_at, self.history = None, []
         if seen.final or seen.index + 1 < self.first * seen.count:
             return None
-        clean = self.preview(seen)
-        self.history.append(LoggedStep(**seen.scores(self.rate(clean))))
-        if not (self._is_good() or self._is_stuck()):
+        clean, entry = self.preview(seen)
+        self.history.append(entry)
+        is_good = self.above is not None and all(total >= self.above for total in entry.total)
+        if not (is_good or self._is_stuck()):
             return None
-        self.exited_at = seen.index
-        self.pipe._interrupt = True
+        self.exited_at, self.pipe._interrupt = seen.index, True
         return clean
-
-    def _is_good(self) -> bool:
-        return self.above is not None and all(total >= self.above for total in self.history[-1].total)
 
     def _is_stuck(self) -> bool:
         """Whether the best mean is `patience` steps old; of equal ones the earlier is the best."""
         means = [sum(step.total) / len(step.total) for step in self.history]
-        if self.patience is None or math.isnan(means[-1]):
-            return False
-        best = max(range(len(means)), key=lambda place: -math.inf if math.isnan(means[place]) else means[place])
-        return len(means) - 1 - best >= self.patience
+        ranked = [-math.inf if math.isnan(mean) else mean for mean in means]
+        age = len(ranked) - 1 - ranked.index(max(ranked))
+        return self.patience is not None and not math.isnan(means[-1]) and age >= self.patience

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.callbacks import LoggedStep, SeenStep, Watch
 from aigiqa_reward.sampling.families import Conditioning, family_of
-from aigiqa_reward.sampling.rollout import Rollout, State
+from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.schedulers import noise_level
 from aigiqa_reward.types import RewardFunction, RewardOutput
-from aigiqa_reward.utils.checks import integer
+from aigiqa_reward.utils.checks import integer, number
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -25,22 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedStep(LoggedStep):
-    """One step of guidance; the scores are those before it.
+    """One step of guidance; the scores are those before it."""
 
-    Attributes:
-        gradient_norm: (B,) norm of the gradient before clipping.
-        shift_norm: (B,) Euclidean length of the move of the latents.
-    """
-
-    gradient_norm: list[float]
-    shift_norm: list[float]
+    gradient_norm: list[float]  # (B,) before clipping
+    shift_norm: list[float]  # (B,) Euclidean length of the move of the latents
 
 
 class RewardGuidance(Watch[GuidedStep]):
     """Moves the latents up the gradient of the reward's total after each step of a stock pipeline.
-
-        with RewardGuidance(pipe, reward, prompt, scale=20.0) as guidance:
-            image = pipe(prompt, callback_on_step_end=guidance).images[0]
 
     Write the latents before step i as x_i = alpha_i x0 + sigma_i eps, with n_i^2 = alpha_i^2 + sigma_i^2, the share of
     noise s_i = sigma_i / n_i in [0, 1], and c(g) = g / max(1, ||g|| / clip) per image. After step i
@@ -49,35 +41,25 @@ class RewardGuidance(Watch[GuidedStep]):
         x_{i+1} += scale s_{i+1} n_{i+1} c(n_{i+1} g),    g = d total(decode(x0(x_{i+1}))) / d x_{i+1}
 
     The first differentiates the decoder and the reward only, at x0 as predicted in step i, and is equivalent to a step
-    from a moved x0 with the same noise (MPGD: He et al. 2024, Manifold Preserving Guided Diffusion); after the last
-    step x0 is x_{i+1} itself and alpha_{i+1} = 1. The second (`through_denoiser=True`) calls the denoiser again at
-    x_{i+1} and differentiates it as well (Chung et al. 2023, Diffusion Posterior Sampling; Bansal et al. 2023,
-    Universal Guidance for Diffusion Models): per step one more forward and backward pass of it, with its memory, and no
-    guidance after the last step. s fades with the noise; n makes the move independent of how a scheduler scales its
-    latents. Gradients of a reward in [0, 1] are mostly well below 1 in norm (0.03 to 0.1 of the compact reward at the
-    embedded pipeline's latents, whose norm is about 30), so that `scale` is large; `history` has the lengths of moves.
+    from a moved x0 with the same noise (He et al. 2024, Manifold Preserving Guided Diffusion); after the last step x0
+    is x_{i+1} itself and alpha_{i+1} = 1. The second (`through_denoiser=True`) calls the denoiser again at x_{i+1} and
+    differentiates it as well (Chung et al. 2023, Diffusion Posterior Sampling; Bansal et al. 2023, Universal Guidance):
+    one more forward and backward pass per step, and no guidance after the last. Gradients of a reward in [0, 1] are
+    mostly well below 1 in norm (0.03 to 0.1 of the compact reward at the embedded pipeline's latents, whose norm is
+    about 30), so that `scale` is large; `history` has the lengths of the moves, since the `with` block was entered.
 
     Neither the scheduler's state nor any parameter's `.grad` changes. In float16 gradients may vanish or overflow: load
     the whole pipeline in bfloat16 or float32. (The VAEs of Stable Diffusion 1.x and SDXL are refused in float16.)
 
     Args:
-        pipe: see `RewardLogger`.
-        reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput` with gradients in the images.
-        prompt: see `RewardLogger`. With `through_denoiser` it must be the prompt of the pipeline's call.
+        pipe, reward: see `RewardLogger`; the reward must be differentiable with respect to the images.
+        prompt: see `RewardLogger`; with `through_denoiser` the prompt of the pipeline's call.
         scale: length of a move at full noise and clipped gradient is at most `scale * clip`; 0 changes nothing.
         through_denoiser: whether to use the second formula.
-        start: share of the steps, in [0, 1], from which on to guide.
-        stop: share of the steps before which to stop.
+        start, stop: first share of the steps to guide, in [0, 1], and the share before which to stop.
         clip: maximum gradient norm per image for clipping, above 0; `math.inf` for no clipping.
         every: guide every `every`-th step.
         **pipe_kwargs: with `through_denoiser`, the arguments of the pipeline's call (height, guidance_scale, ...).
-
-    Attributes:
-        history: the guided steps since the `with` block was entered.
-
-    Raises:
-        ValueError: on entering, a VAE that overflows in float16; at a step, a reward without gradients, or gradients
-            that are not finite.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -103,22 +85,23 @@ class RewardGuidance(Watch[GuidedStep]):
         **pipe_kwargs: Any,
     ) -> None:
         super().__init__(pipe, reward, prompt)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale: expected a finite number, got {scale}; pass 20.0, and look at .history")
+        self.scale = number("scale", scale, "that is finite; try 20.0, and look at .history", math.isfinite)
+        self.clip = number("clip", clip, "above 0; math.inf for no clipping", lambda v: v > 0)
         if not 0 <= start < stop <= 1:
             raise ValueError(f"start, stop: expected shares of the steps, 0 <= start < stop <= 1, got {start}, {stop}")
-        if not clip > 0:
-            raise ValueError(f"clip: expected a norm above 0, got {clip}; pass math.inf for no clipping")
         family_of(pipe, pipe_kwargs, need="RewardGuidance")  # refuses a misspelt argument now
-        self.scale, self.clip = float(scale), float(clip)
         self.start, self.stop, self.every = start, stop, integer("every", every, least=1)
-        self.through_denoiser = through_denoiser
-        self._pipe_kwargs = pipe_kwargs
+        self.through_denoiser, self._pipe_kwargs = through_denoiser, pipe_kwargs
         self._rollout: Rollout | None = None
         self._conditioning: Conditioning | None = None
 
     def __enter__(self) -> Self:
-        _check_vae(self.pipe.vae)
+        vae = self.pipe.vae
+        if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+            raise ValueError(
+                "pipe: RewardGuidance takes gradients through the VAE, which overflows in float16 (its configuration "
+                "says force_upcast); load the whole pipeline in bfloat16 or float32"
+            )
         if self.through_denoiser:
             self._rollout = Rollout(self.pipe, need="RewardGuidance", **self._pipe_kwargs)
             self._conditioning = self._rollout.encode(self.texts)
@@ -128,83 +111,56 @@ class RewardGuidance(Watch[GuidedStep]):
         """Return the moved latents, if this step is guided."""
         if seen.index == 0 and self._rollout is not None:  # later another callback may have cut guidance off
             given = self._rollout.family.options.guidance_scale
-            self._check_same("guidance_scale", getattr(self.pipe, "guidance_scale", None), given)
+            _check_same("guidance_scale", getattr(self.pipe, "guidance_scale", None), given)
         if not self._is_due(seen):
             return None
         if torch.is_inference_mode_enabled():
             raise ValueError(
-                "RewardGuidance: torch.inference_mode() forbids gradients; call the pipeline outside of it (it runs "
-                "without gradients by itself, and guidance turns them on where it needs them)"
+                "RewardGuidance: torch.inference_mode() forbids gradients; call the pipeline outside of it"
             )
         last = seen.index + 1 == seen.count
         levels = [noise_level(self.pipe.scheduler, index) for index in (seen.index, seen.index + (not last))]
         (alpha, sigma), (next_alpha, next_sigma) = ([value.to(seen.latents.device) for value in ab] for ab in levels)
         if self.through_denoiser:
-            norm = (next_alpha**2 + next_sigma**2).sqrt()
-            output, gradient = self._through_denoiser(seen)
-            gradient, weight = norm * gradient, next_sigma  # sigma = s n
+            output, gradient = self._judge(self._through_denoiser, seen)
+            gradient, weight = (next_alpha**2 + next_sigma**2).sqrt() * gradient, next_sigma  # sigma = s n
         else:
-            output, gradient = self._at_clean(seen)
+            output, gradient = self._judge(self._at_clean, seen)
             weight = sigma / (alpha**2 + sigma**2).sqrt() * (1.0 if last else next_alpha)
         norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
         kept = (norms / self.clip).clamp(min=1).reciprocal().view(-1, *[1] * (gradient.ndim - 1))
         shift = self.scale * weight * kept * gradient
         shifts = torch.linalg.vector_norm(shift.flatten(1), dim=1)
-        entry = GuidedStep(**seen.scores(output), gradient_norm=norms.tolist(), shift_norm=shifts.tolist())
-        self.history.append(entry)
+        lengths = {"gradient_norm": norms.tolist(), "shift_norm": shifts.tolist()}
+        self.history.append(GuidedStep(**seen.scores(output), **lengths))
         return (seen.latents + shift).to(seen.latents.dtype)
 
     def _is_due(self, seen: SeenStep) -> bool:
         last = seen.index + 1 == seen.count
-        if seen.final and not last:
-            return False  # another callback has chosen the image
-        if last and self.through_denoiser:
-            return False
+        if (seen.final and not last) or (last and self.through_denoiser):
+            return False  # another callback has chosen the image, or no call of the denoiser is left
         return self.start <= seen.index / seen.count < self.stop and seen.index % self.every == 0
 
-    def _at_clean(self, seen: SeenStep) -> tuple[RewardOutput, Tensor]:
+    def _at_clean(self, seen: SeenStep) -> tuple[Tensor, Tensor]:
         clean = seen.clean(self.pipe.scheduler).detach().requires_grad_()
-        with torch.enable_grad():
-            return self._judge(self.decode(clean), clean)
+        return self.decode(clean), clean
 
-    def _through_denoiser(self, seen: SeenStep) -> tuple[RewardOutput, Tensor]:
-        rollout = self._rollout
-        assert rollout is not None  # made on entering
-        state = self._state(rollout, seen)
+    def _through_denoiser(self, seen: SeenStep) -> tuple[Tensor, Tensor]:
+        rollout, conditioning = self._rollout, self._conditioning
+        assert rollout is not None and conditioning is not None  # made on entering
+        _check_same("height, width", self._size, rollout.family.size())
+        generators = [torch.Generator().manual_seed(row) for row in range(len(seen.latents))]  # their noise is not used
+        state = rollout.start(conditioning[self.places(len(seen.latents))], generators)
         latents = seen.latents.detach().to(torch.promote_types(seen.latents.dtype, torch.float32)).requires_grad_()
+        scheduler = copy.copy(self.pipe.scheduler)  # which notes what it scales
+        state = replace(state, latents=latents.to(seen.latents.dtype), scheduler=scheduler, step=seen.index + 1)
+        return rollout.decode(rollout.predict(state).clean), latents
+
+    def _judge(self, paint: Callable[[SeenStep], tuple[Tensor, Tensor]], seen: SeenStep) -> tuple[RewardOutput, Tensor]:
         with torch.enable_grad():
-            state = replace(state, latents=latents.to(seen.latents.dtype))
-            return self._judge(rollout.decode(rollout.predict(state).clean), latents)
-
-    def _state(self, rollout: Rollout, seen: SeenStep) -> State:
-        """The batch before the next step, for the denoiser; with a copy of the scheduler, which scales its input."""
-        self._check_same("height, width", self._size, rollout.family.size())
-        count = len(seen.latents)
-        assert self._conditioning is not None  # made on entering
-        conditioning = self._conditioning[self.places(count)]
-        generators = [torch.Generator().manual_seed(row) for row in range(count)]
-        with torch.no_grad():
-            _, shared = rollout.family.start(generators, conditioning)  # its noise is not used
-        return State(
-            latents=seen.latents,
-            conditioning=conditioning,
-            shared=shared,
-            generators=tuple(generators),
-            scheduler=copy.copy(self.pipe.scheduler),
-            step=seen.index + 1,
-        )
-
-    def _check_same(self, name: str, sampled: Any, given: Any) -> None:
-        if sampled != given:
-            raise ValueError(
-                f"{name}: the pipeline samples with {sampled}, and RewardGuidance has {given}, its argument or the "
-                "default; pass both the same arguments"
-            )
-
-    def _judge(self, images: Tensor, latents: Tensor) -> tuple[RewardOutput, Tensor]:
-        """Scores of images, and the gradient of their totals in the latents they come from."""
-        output = self.reward(images, self.prompts(images))
-        gradient = reward_gradient(self.reward, output.total, latents, "RewardGuidance")
+            images, latents = paint(seen)
+            output = self.reward(images, self.prompts(images))
+            gradient = reward_gradient(self.reward, output.total, latents, "RewardGuidance")
         if not bool(gradient.isfinite().all()):
             raise ValueError(
                 "reward: the gradient of the total has NaN or infinite values; a half-precision VAE overflows easily: "
@@ -222,11 +178,9 @@ def reward_gradient(reward: BoundReward, totals: Tensor, latents: Tensor, needed
     return found
 
 
-def _check_vae(vae: Any) -> None:
-    """Refuse one that the pipeline casts to float32 to decode, which cannot be done during backpropagation."""
-    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+def _check_same(name: str, sampled: Any, given: Any) -> None:
+    if sampled != given:
         raise ValueError(
-            "pipe: RewardGuidance takes gradients through the VAE, which overflows in float16 (its configuration says "
-            "force_upcast); load the whole pipeline in bfloat16 or float32 (with the VAE alone in another type its own "
-            "call fails)"
+            f"{name}: the pipeline samples with {sampled}, and RewardGuidance has {given}, its argument or the "
+            "default; pass both the same arguments"
         )

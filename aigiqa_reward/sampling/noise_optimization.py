@@ -9,47 +9,32 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from aigiqa_reward.rewards.bound import BoundReward
-from aigiqa_reward.sampling.candidates import (
-    FLAGGED,
-    NON_FINITE,
-    BestOfNOutput,
-    Picture,
-    Tally,
-    conclude,
-    judged,
-    why_dropped,
-)
-from aigiqa_reward.sampling.families import family_of
+from aigiqa_reward.sampling import candidates
+from aigiqa_reward.sampling.candidates import BestOfNOutput, Picture, Tally, conclude, judged, why_dropped
 from aigiqa_reward.sampling.guidance import reward_gradient
-from aigiqa_reward.sampling.rollout import Rollout, State, displayed
+from aigiqa_reward.sampling.rollout import Call, PromptSampler, State, displayed
 from aigiqa_reward.types import RewardFunction, RewardOutput
-from aigiqa_reward.utils.checks import check_prompt, check_reward, check_text, first_seed, integer, number
+from aigiqa_reward.utils.checks import integer, number
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-__all__ = ["NoiseOptimizer", "NoiseOptimizerOutput", "norm_log_likelihood"]
-
 Optimizer = Literal["sgd", "adam"]
 
 LEARNING_RATES: dict[Optimizer, float] = {"sgd": 5.0, "adam": 0.02}
-"""Default learning rates. For sgd ReNO's; for adam our choice: as its steps do not shrink with the gradient, 20 of them
-move noise of standard deviation 1 by at most 0.4 per number."""
+"""Defaults: for sgd ReNO's; 20 steps of adam at 0.02 move noise of unit variance by at most 0.4 per number."""
 
 
 def norm_log_likelihood(noise: Tensor) -> Tensor:
-    """Return the logarithm of the chi density of the norm of standard normal noise e (Eyring et al. 2024, ReNO).
+    """Return the logarithm of the chi density of the norm of d standard normal numbers e, without its constant.
 
-    It is (d - 1) log ||e|| - ||e||^2 / 2 + const, highest at ||e|| = sqrt(d - 1).
-
-    The result is without the constant and differentiable; noise has d numbers in any shape.
+    It is (d - 1) log ||e|| - ||e||^2 / 2, highest at ||e|| = sqrt(d - 1), and differentiable.
     """
     norm = torch.linalg.vector_norm(noise)
     return (noise.numel() - 1) * norm.log() - norm.square() / 2
@@ -57,30 +42,23 @@ def norm_log_likelihood(noise: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseOptimizerOutput(BestOfNOutput):
-    """The best image of the optimization, as the only candidate; `noises` holds its initial latents.
+    """The best image of the optimization, as the only candidate; `noises` holds its initial latents."""
 
-    Attributes:
-        history: total of the image before each step of the optimizer, and after the last one; history[0] is the image
-            of the seed.
-    """
-
-    history: list[float]
+    history: list[float]  # totals of the image before each step of the optimizer (the first is the seed's), and at last
 
     @property
     def noise(self) -> Tensor:
         """Initial latents (1, ...) of the best image, on the CPU, of the pipeline's own type, as its call takes them.
 
-        `pipe(prompt, latents=output.noise, **pipe_kwargs)` makes the image again. They are of about unit variance:
-        Stable Diffusion, SDXL and PixArt multiply what they are given by their scheduler's `init_noise_sigma`. FLUX
-        and Qwen-Image take them packed, (1, tokens, channels); FLUX.2 as (1, channels, height, width) of its tokens;
-        all others as (1, channels, height, width). A sampler that draws noise between steps continues where the initial
-        noise ended: give such a pipeline a generator of the seed that has drawn `noise.shape` numbers before.
+        `pipe(prompt, latents=output.noise, **pipe_kwargs)` makes the image again. They are of about unit variance, and
+        packed where the pipeline's call takes them so: (1, tokens, channels) in FLUX and Qwen-Image. A sampler that
+        draws noise between steps needs a generator of the seed that has drawn `noise.shape` numbers before.
         """
         assert self.noises is not None, "an output without an image is an error"
         return self.noises[0]
 
 
-class NoiseOptimizer:
+class NoiseOptimizer(PromptSampler):
     """Optimizes the initial noise of one image through the whole rollout: all steps, decoder and reward.
 
     In each iteration the noise e takes a step of gradient ascent on
@@ -128,99 +106,72 @@ class NoiseOptimizer:
         reward_prompt: str | None = None,
         progress: bool = True,
     ) -> None:
-        family_of(pipe, need="NoiseOptimizer")
-        self.pipe: Any = pipe
-        self.reward: RewardFunction = check_reward(reward)
+        super().__init__(pipe, reward, reward_prompt, progress)
         self.iterations = integer("iterations", iterations, least=1)
         if optimizer not in LEARNING_RATES:
             raise ValueError(f"optimizer: expected one of {', '.join(LEARNING_RATES)}, got {optimizer!r}")
         self.optimizer: Optimizer = optimizer
-        default = LEARNING_RATES[optimizer]
-        rate = default if learning_rate is None else learning_rate
-        self.learning_rate = number("learning_rate", rate, f"above 0; try {default}", lambda v: 0 < v < math.inf)
+        rate = LEARNING_RATES[optimizer] if learning_rate is None else learning_rate
+        expected = f"above 0; try {LEARNING_RATES[optimizer]}"
+        self.learning_rate = number("learning_rate", rate, expected, lambda v: 0 < v < math.inf)
         expected = "of at least 0; try 0.01"
         self.regularization = number("regularization", regularization, expected, lambda v: 0 <= v < math.inf)
         self.clip = number("clip", clip, "above 0; try 0.1, or math.inf for no clipping", lambda v: v > 0)
         self.checkpointed = checkpointed
         self.longest = integer("longest", longest, least=1)
-        if reward_prompt is not None:
-            check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
-        self.reward_prompt = reward_prompt
-        self.progress = progress
 
     def __call__(self, prompt: str, seed: int = 0, **pipe_kwargs: Any) -> NoiseOptimizerOutput:
         """Optimize the noise of one prompt.
+
+        If an image, its total or a gradient is not finite, it warns and returns the best so far; without one, or if the
+        safety checker flagged all, a NothingRankedError is raised.
 
         Args:
             prompt: one text.
             seed: seed of the initial noise.
             **pipe_kwargs: arguments of the pipeline's call (steps, guidance, size, negative prompt, ...).
-
-        Warns:
-            UserWarning: if an image, its total or a gradient is not finite: the best so far is returned.
-
-        Raises:
-            NothingRankedError: if there is no image: not finite from the start, or all flagged by the safety checker.
         """
-        seed = first_seed(seed, 1, "the noise")
-        text = check_text(check_prompt(prompt), "prompt", "pass a description of the image")
         if torch.is_inference_mode_enabled():
             raise ValueError("NoiseOptimizer: torch.inference_mode() forbids gradients; call it outside of that block")
-        rollout = Rollout(self.pipe, need="NoiseOptimizer", **pipe_kwargs)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        try:
-            start = rollout.start(rollout.encode([text]), [generator])
-            if start.steps > self.longest:
-                raise ValueError(
-                    f"num_inference_steps: expected at most longest={self.longest} calls of the denoiser, got "
-                    f"{start.steps}; the gradient passes through each, which takes time and memory, and fades or "
-                    "explodes over many. Use a model of one to four steps with num_inference_steps=1 to 4, raise "
-                    "longest=, or use BestOfN or ParticleSteering, which need no gradients"
-                )
-            text = text if self.reward_prompt is None else self.reward_prompt
-            bound, after = BoundReward(self.reward, [text]), generator.get_state()
-            ascent = _Ascent(plan=self, rollout=rollout, start=start, reward=bound, text=text, after=after)
+        with self._call(prompt, seed, 1, "the noise", pipe_kwargs) as call:
+            ascent = _Ascent(self, call)
             with torch.enable_grad(), without_weight_gradients(self.pipe, self.reward):
                 stopped = ascent.climb()
-        finally:
-            if hasattr(self.pipe, "maybe_free_model_hooks"):
-                self.pipe.maybe_free_model_hooks()  # offloads, as the pipeline does at the end of a call
-        output = ascent.output(seed, stopped)
+        output = ascent.output(stopped)
         conclude(output, 1, name="seed", stacklevel=3)
         if stopped is not None:
-            warnings.warn(
+            message = (
                 f"NoiseOptimizer stopped after {len(ascent.history)} images because of {stopped}; the best so far is "
-                "returned. Half precision overflows easily: load the pipeline in bfloat16 or float32, or lower "
-                "learning_rate=",
-                stacklevel=2,
+                "returned. Half precision overflows easily: use bfloat16 or float32, or lower learning_rate="
             )
+            warnings.warn(message, stacklevel=2)
         return output
 
 
-@dataclass(kw_only=True)
 class _Ascent:
     """One call of a NoiseOptimizer."""
 
-    plan: NoiseOptimizer
-    rollout: Rollout
-    start: State  # one candidate at its beginning
-    reward: BoundReward
-    text: str  # the prompt that the reward sees
-    after: Tensor  # state of the generator that has drawn the initial noise
-    history: list[float] = field(default_factory=list)
-    best: tuple[Tensor, RewardOutput, Tensor] | None = None  # image (1, 3, H, W), scores and noise (1, ...), on the CPU
-    calls: int = 0  # of the denoiser
-
-    @property
-    def sigma(self) -> float | Tensor:
-        """Standard deviation of the initial latents."""
-        return getattr(self.start.scheduler, "init_noise_sigma", 1.0)
+    def __init__(self, plan: NoiseOptimizer, call: Call) -> None:
+        self.plan, self.call = plan, call
+        generator = torch.Generator("cpu").manual_seed(call.seed)
+        self.start: State = call.rollout.start(call.rollout.encode([call.prompt]), [generator])
+        if self.start.steps > plan.longest:
+            raise ValueError(
+                f"num_inference_steps: expected at most longest={plan.longest} calls of the denoiser, got "
+                f"{self.start.steps}; the gradient passes through each and fades or explodes over many. Use a model of "
+                "one to four steps, raise longest=, or use BestOfN or ParticleSteering, which need no gradients"
+            )
+        self.after = generator.get_state()  # of the generator that has drawn the initial noise
+        self.sigma: float | Tensor = getattr(self.start.scheduler, "init_noise_sigma", 1.0)  # std of initial latents
+        self.history: list[float] = []
+        self.best: tuple[Tensor, RewardOutput, Tensor] | None = None  # image (1, 3, H, W), scores and noise, on the CPU
+        self.calls = 0  # of the denoiser
 
     def climb(self) -> str | None:
         """Optimize to the end; or return the reason for stopping before."""
         from tqdm.auto import tqdm
 
-        plan, latents = self.plan, self.start.latents
+        plan, latents, reward = self.plan, self.start.latents, self.call.reward
         kind = torch.promote_types(latents.dtype, torch.float32)
         noise = (latents / self.sigma).detach().to(kind).requires_grad_()
         if plan.optimizer == "adam":
@@ -234,8 +185,7 @@ class _Ascent:
             reason = self.judge(image.detach(), noise.detach())
             if last or reason is not None:
                 return reason
-            totals = self.reward(image, [self.text]).total
-            gradient = reward_gradient(self.reward, totals, noise, "NoiseOptimizer")
+            gradient = reward_gradient(reward, reward(image, [self.call.text]).total, noise, "NoiseOptimizer")
             likelihood = torch.autograd.grad(norm_log_likelihood(noise), noise)[0]
             noise.grad = gradient + plan.regularization * likelihood
             if not bool(nn.utils.clip_grad_norm_([noise], plan.clip).isfinite()):
@@ -245,44 +195,41 @@ class _Ascent:
 
     def image(self, noise: Tensor) -> Tensor:
         """Sample the image (1, 3, H, W), not clamped, from noise of unit variance."""
-        generator = torch.Generator("cpu")
+        generator, rollout = torch.Generator("cpu"), self.call.rollout
         generator.set_state(self.after)
         latents = noise.to(self.start.latents.dtype) * self.sigma  # in this order, as pipelines do
         state = replace(self.start, latents=latents, generators=(generator,))
         while not state.done:
-            prediction = self.rollout.predict(state, checkpointed=self.plan.checkpointed and torch.is_grad_enabled())
-            state = self.rollout.advance(state, prediction.output)
+            prediction = rollout.predict(state, checkpointed=self.plan.checkpointed and torch.is_grad_enabled())
+            state = rollout.advance(state, prediction.output)
             self.calls += 1
-        return self.rollout.decode(state.latents)
+        return rollout.decode(state.latents)
 
     def judge(self, image: Tensor, noise: Tensor) -> str | None:
         """Record the total of an image as a file would have it, and the image if it is the best; or say why not."""
         if not bool(image.isfinite().all()):
-            return NON_FINITE
+            return candidates.NON_FINITE
         shown = displayed(image)
-        output = self.reward.score(shown, [self.text])
-        total = float(output.total)
-        if (why := why_dropped(total)) is not None:
+        output = self.call.reward.score(shown, [self.call.text])
+        if (why := why_dropped(total := float(output.total))) is not None:
             return why
         self.history.append(total)
         if self.best is not None and total <= float(self.best[1].total):
             return None
-        if not self.rollout.family.flagged(shown)[0]:
+        if not self.call.rollout.family.flagged(shown)[0]:
             self.best = image.cpu(), output.to("cpu"), noise.to("cpu", self.start.latents.dtype, copy=True)
         return None
 
-    def output(self, seed: int, stopped: str | None) -> NoiseOptimizerOutput:
-        """The best image as the output of the call."""
-        tally = Tally(1)
+    def output(self, stopped: str | None) -> NoiseOptimizerOutput:
+        tally, family, start = Tally(1), self.call.rollout.family, self.start
         tally.calls = self.calls
         if self.best is None:
-            tally.leave(seed, stopped or FLAGGED)
+            tally.leave(self.call.seed, stopped or candidates.FLAGGED)
         else:
             image, scores, noise = self.best
-            family, start = self.rollout.family, self.start
             latents = family.as_passed(noise.to(start.latents.device) * self.sigma, start.scheduler)
             latents = latents.to("cpu", noise.dtype)
-            tally.add([seed], judged(scores), lambda row: Picture.of(family.marked(image), row, latents))
+            tally.add([self.call.seed], judged(scores), lambda row: Picture.of(family.marked(image), row, latents))
         return NoiseOptimizerOutput(**vars(tally.output()), history=self.history)
 
 

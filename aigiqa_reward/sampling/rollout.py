@@ -7,16 +7,17 @@
         state = rollout.advance(state, prediction.output)
     images = rollout.decode(state.latents)         # (B, 3, H, W), nominally in [0, 1]
 
-Run to its end it makes the images of `pipe(prompt, generator=..., **pipe_kwargs)`. They differ only where a sampler
-draws noise between steps and the pipeline passes it no generator (SD3, FLUX): the pipeline then uses the global random
-state, we use the candidates' generators. Nothing here disables gradients.
+It makes the images of `pipe(prompt, generator=..., **pipe_kwargs)`, unless a sampler draws noise between steps and the
+pipeline passes it no generator (SD3, FLUX): the pipeline then uses the global random state, we the candidates'
+generators. Nothing here disables gradients.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.families import Conditioning, Family, family_of
 from aigiqa_reward.sampling.schedulers import check_scheduler, joined_history, predict_clean, with_history_of
+from aigiqa_reward.utils.checks import check_prompt, check_reward, check_text, first_seed
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from aigiqa_reward.types import RewardFunction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,22 +41,14 @@ class State:
     """Candidates in the middle of their sampling. A step makes a new state; the old one stays valid.
 
     Only the generators change: two continuations of one state draw different noise in a stochastic sampler.
-
-    Attributes:
-        latents: (B, ...) as the scheduler sees them.
-        conditioning: B rows.
-        shared: denoiser inputs that all candidates share.
-        generators: (B,) sources of the samplers' noise.
-        scheduler: our own copy, with these candidates' history.
-        step: number of steps taken.
     """
 
-    latents: Tensor
-    conditioning: Conditioning
-    shared: Mapping[str, Tensor]
-    generators: tuple[torch.Generator, ...]
-    scheduler: Any
-    step: int = 0
+    latents: Tensor  # (B, ...) as the scheduler sees them
+    conditioning: Conditioning  # B rows
+    shared: Mapping[str, Tensor]  # denoiser inputs that all candidates share
+    generators: tuple[torch.Generator, ...]  # (B,) sources of the samplers' noise
+    scheduler: Any  # our own copy, with these candidates' history
+    step: int = 0  # steps taken
 
     def __len__(self) -> int:
         """Number of candidates B."""
@@ -70,10 +67,9 @@ class State:
     def __getitem__(self, rows: Sequence[int]) -> State:
         """These candidates alone, with their histories; a place may come several times."""
         rows = list(rows)
-        index = torch.as_tensor(rows, dtype=torch.long, device=self.latents.device)
         return replace(
             self,
-            latents=self.latents[index],
+            latents=self.latents[torch.as_tensor(rows, dtype=torch.long, device=self.latents.device)],
             conditioning=self.conditioning[rows],
             generators=tuple(self.generators[row] for row in rows),
             scheduler=with_history_of(self.scheduler, rows, self.latents),
@@ -86,31 +82,25 @@ class State:
     @staticmethod
     def cat(states: Sequence[State]) -> State:
         """Join candidates of several states of one rollout at the same step, in order."""
-        first = states[0]
-        if len({state.step for state in states}) > 1:
-            raise ValueError(f"states: expected all at one step, got {sorted({state.step for state in states})}")
+        if len(steps := {state.step for state in states}) > 1:
+            raise ValueError(f"states: expected all at one step, got {sorted(steps)}")
         if len(states) == 1:
-            return first
+            return states[0]
         return replace(
-            first,
+            states[0],
             latents=torch.cat([state.latents for state in states]),
             conditioning=Conditioning.cat([state.conditioning for state in states]),
             generators=tuple(generator for state in states for generator in state.generators),
-            scheduler=joined_history([s.scheduler for s in states], [s.latents for s in states]),
+            scheduler=joined_history([state.scheduler for state in states], states[0].latents),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A denoiser's prediction for a state.
+    """A denoiser's prediction for a state."""
 
-    Attributes:
-        output: (B, ...) after guidance, the scheduler's input.
-        clean: (B, ...) the latents x0 that follow from it, in at least float32.
-    """
-
-    output: Tensor
-    clean: Tensor
+    output: Tensor  # (B, ...) after guidance, the scheduler's input
+    clean: Tensor  # (B, ...) the latents x0 that follow from it, in at least float32
 
 
 class Rollout:
@@ -135,12 +125,9 @@ class Rollout:
     def start(
         self, conditioning: Conditioning, generators: Sequence[torch.Generator], latents: Tensor | None = None
     ) -> State:
-        """Draw the initial noise of B candidates.
+        """Draw the initial noise of B candidates, each from its generator, as the pipeline would.
 
-        Args:
-            conditioning: B rows.
-            generators: (B,) candidate i draws from generator i what the pipeline would draw from it.
-            latents: (B, ...) initial latents to use instead; the generators draw theirs all the same.
+        Initial `latents` (B, ...) are used instead where given; the generators draw theirs all the same.
         """
         with torch.no_grad():
             drawn, shared = self.family.start(generators, conditioning)
@@ -149,39 +136,31 @@ class Rollout:
         self.family.set_timesteps(scheduler, drawn)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
-        return State(
-            latents=self.family.as_started(drawn, scheduler) if latents is None else latents,
-            conditioning=conditioning,
-            shared=shared,
-            generators=tuple(generators),
-            scheduler=scheduler,
-        )
+        latents = self.family.as_started(drawn, scheduler) if latents is None else latents
+        sources = tuple(generators)
+        return State(latents=latents, conditioning=conditioning, shared=shared, generators=sources, scheduler=scheduler)
 
     def predict(self, state: State, *, checkpointed: bool = False) -> Prediction:
         """Run the denoiser once (on two rows per candidate with classifier-free guidance).
 
-        Args:
-            state: not done.
-            checkpointed: keep no activations of the denoiser for the backward pass, compute them again there.
+        With `checkpointed` the backward pass computes the denoiser's activations again instead of keeping them.
         """
         scheduler, time, latents = state.scheduler, state.scheduler.timesteps[state.step], state.latents
         if hasattr(scheduler, "scale_model_input"):
             latents = scheduler.scale_model_input(latents, time)
-        arguments = (latents, time, state.conditioning, state.shared)
-        if checkpointed:
-            output: Any = checkpoint(self.family.predict, *arguments, use_reentrant=False)
-        else:
-            output = self.family.predict(*arguments)
+        arguments, predict = (latents, time, state.conditioning, state.shared), self.family.predict
+        output: Any = checkpoint(predict, *arguments, use_reentrant=False) if checkpointed else predict(*arguments)
         return Prediction(output=output, clean=predict_clean(scheduler, state.step, state.latents, output))
 
     def advance(self, state: State, output: Tensor) -> State:
         """Take the scheduler's step with a model output."""
         scheduler = with_history_of(state.scheduler, range(len(state)), state.latents)
-        time = scheduler.timesteps[state.step]
-        offered = {"generator": list(state.generators), "eta": self.family.options.eta}
-        taken = inspect.signature(scheduler.step).parameters
-        arguments: dict[str, Any] = {name: value for name, value in offered.items() if name in taken}
-        latents = scheduler.step(output, time, state.latents, **arguments, return_dict=False)[0]
+        offered: dict[str, Any] = {"generator": list(state.generators), "eta": self.family.options.eta}
+        taken = offered.keys() & inspect.signature(scheduler.step).parameters
+        arguments = {name: offered[name] for name in taken}
+        latents = scheduler.step(
+            output, scheduler.timesteps[state.step], state.latents, **arguments, return_dict=False
+        )[0]
         return replace(state, latents=latents, scheduler=scheduler, step=state.step + 1)
 
     def run(self, state: State, until: int | None = None) -> State:
@@ -194,9 +173,7 @@ class Rollout:
     def show(self, latents: Tensor, *, final: bool = False) -> Tensor:
         """Decode to images (B, 3, H, W) in [0, 1] as the pipeline does: clamped, without gradients; NaN stays.
 
-        Args:
-            latents: (B, ...) without noise.
-            final: whether the images are the result, which gets the pipeline's watermark, where it has one.
+        With `final` they get the pipeline's watermark, where it has one.
         """
         with torch.no_grad():
             images = self.family.decode(latents)
@@ -210,3 +187,42 @@ class Rollout:
 def displayed(images: Tensor) -> Tensor:
     """Clamp images to [0, 1] as an image file does; NaN and infinity stay."""
     return torch.where(images.isfinite(), images.clamp(0, 1), images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Parts of one call of a `PromptSampler`."""
+
+    rollout: Rollout
+    reward: BoundReward
+    prompt: str
+    text: str  # the prompt that the reward sees
+    seed: int
+
+
+class PromptSampler:
+    """Base of methods that sample one prompt by our own loop, with a reward; arguments as in `ParticleSteering`."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, reward: RewardFunction, reward_prompt: str | None, progress: bool
+    ) -> None:
+        self._name = type(self).__name__
+        family_of(pipe, need=self._name)
+        self.pipe: Any = pipe
+        self.reward: RewardFunction = check_reward(reward)
+        if reward_prompt is not None:
+            check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
+        self.reward_prompt, self.progress = reward_prompt, progress
+
+    @contextmanager
+    def _call(self, prompt: str, first: int, seeds: int, of: str, pipe_kwargs: dict[str, Any]) -> Iterator[Call]:
+        """Check the arguments of a call, and offload the pipeline's models at its end, as the pipeline does."""
+        seed = first_seed(first, seeds, of)
+        prompt = check_text(check_prompt(prompt), "prompt", "pass a description of the image")
+        text = prompt if self.reward_prompt is None else self.reward_prompt
+        rollout = Rollout(self.pipe, need=self._name, **pipe_kwargs)
+        try:
+            yield Call(rollout=rollout, reward=BoundReward(self.reward, [text]), prompt=prompt, text=text, seed=seed)
+        finally:
+            if hasattr(self.pipe, "maybe_free_model_hooks"):
+                self.pipe.maybe_free_model_hooks()

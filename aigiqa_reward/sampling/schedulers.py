@@ -26,25 +26,17 @@ EXPLODING = _names("Euler", "EulerAncestral", "Heun", "LMS", "KDPM2", "KDPM2Ance
 FLOW = _names("FlowMatchEuler", "FlowMatchHeun", kind="Discrete")
 """Noise levels by step; latents are (1 - sigma) x0 + sigma eps, the model predicts eps - x0."""
 
-_AS_FLOW = "use_flow_sigmas=True, prediction_type='flow_prediction'"
-
 SERVED = (*BY_TIMESTEP, *BY_SIGMA, *EXPLODING, *FLOW)
 
-SEVERAL_CALLS_A_STEP = (
-    *_names("Heun", "KDPM2", "KDPM2Ancestral", "FlowMatchHeun", kind="Discrete"),
-    *_names("DPMSolverSinglestep"),
-)
+SEVERAL_CALLS_A_STEP = _names("Heun", "KDPM2", "KDPM2Ancestral", "FlowMatchHeun", kind="Discrete")
+SEVERAL_CALLS_A_STEP += _names("DPMSolverSinglestep")
 """Higher-order schedulers that call the denoiser several times per step, between the samples of the process."""
 
 
 def check_scheduler(scheduler: Any, *, need: str, served: Sequence[str] = SERVED, flow: bool = False) -> None:
     """Refuse a scheduler whose state our loop cannot carry (subclasses may hold more), or that does not fit the model.
 
-    Args:
-        scheduler: scheduler of a pipeline.
-        need: name of the caller, for the error.
-        served: names of the classes that the caller can use.
-        flow: whether the model was trained by flow matching, whose output other schedulers misread.
+    With `flow` the model was trained by flow matching, whose output other schedulers misread.
     """
     name = type(scheduler).__name__
     if name in served and (not flow or is_flow(scheduler)):
@@ -52,7 +44,8 @@ def check_scheduler(scheduler: Any, *, need: str, served: Sequence[str] = SERVED
     serves, first = ", ".join(served), served[0]
     if flow or name.startswith("FlowMatch") or is_flow(scheduler):
         own, others = ([each for each in served if each in kind] for kind in (FLOW, BY_SIGMA))
-        serves, first = f"{', '.join(own)}; and with {_AS_FLOW}: {', '.join(others)}", own[0]
+        serves = f"{', '.join(own)}; and with use_flow_sigmas=True, prediction_type='flow_prediction': "
+        serves, first = serves + ", ".join(others), own[0]
     raise ValueError(
         f"scheduler: {need} cannot serve {name}{' for a model of flow matching' if flow else ''}; it serves {serves}. "
         f"Set pipe.scheduler = {first}.from_config(pipe.scheduler.config)"
@@ -68,8 +61,7 @@ def is_flow(scheduler: Any) -> bool:
 def noise_level(scheduler: Any, step: int) -> tuple[Tensor, Tensor]:
     """Return the scalars alpha and sigma in float32, with latents = alpha x0 + sigma eps, before step number `step`."""
     if type(scheduler).__name__ in BY_TIMESTEP:
-        time = int(scheduler.timesteps[step])
-        kept = scheduler.alphas_cumprod[time].to(torch.float32)
+        kept = scheduler.alphas_cumprod[int(scheduler.timesteps[step])].to(torch.float32)
         return kept.sqrt(), (1 - kept).sqrt()
     sigma = _sigma(scheduler, step)
     if is_flow(scheduler):
@@ -91,16 +83,18 @@ def _sigma(scheduler: Any, step: int) -> Tensor:
 def predict_clean(scheduler: Any, step: int, latents: Tensor, output: Tensor) -> Tensor:
     """Return the clean latents x0 that follow from a model's output, in at least float32; differentiable in both.
 
-    Args:
-        scheduler: scheduler with its timesteps set.
-        step: number of the step that `output` was predicted for.
-        latents: (B, ...) before that step, not scaled for the model.
-        output: (B, ...) of the model, after guidance.
+    `latents` (B, ...) are those before the step, not scaled for the model; `output` (B, ...) is after guidance.
     """
     alpha, sigma = (value.to(latents.device) for value in noise_level(scheduler, step))
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
     output = output.to(x.dtype)
-    kind = _kind(scheduler)
+    name = type(scheduler).__name__
+    kind = "flow_prediction" if name in FLOW else scheduler.config.prediction_type
+    if (kind == "flow_prediction") != is_flow(scheduler):
+        raise ValueError(
+            f"scheduler: {name} has prediction_type={kind!r} with use_flow_sigmas="
+            f"{bool(scheduler.config.get('use_flow_sigmas'))}; they belong together: set both, or neither"
+        )
     if kind == "flow_prediction":
         return x - sigma * output
     if kind == "sample":
@@ -110,50 +104,30 @@ def predict_clean(scheduler: Any, step: int, latents: Tensor, output: Tensor) ->
     if kind == "v_prediction":
         norm = (alpha**2 + sigma**2).sqrt()  # 1, but for latents whose variance explodes
         return (alpha / norm) * (x / norm) - (sigma / norm) * output
-    raise ValueError(
-        f"scheduler: {type(scheduler).__name__} has prediction_type={kind!r}; expected epsilon, sample, v_prediction "
-        "or flow_prediction"
-    )
-
-
-def _kind(scheduler: Any) -> str:
-    """What the model predicts, by name."""
-    kind = "flow_prediction" if type(scheduler).__name__ in FLOW else scheduler.config.prediction_type
-    if (kind == "flow_prediction") != is_flow(scheduler):
-        raise ValueError(
-            f"scheduler: {type(scheduler).__name__} has prediction_type={kind!r} with "
-            f"use_flow_sigmas={bool(scheduler.config.get('use_flow_sigmas'))}; flow_prediction and flow sigmas belong "
-            "together: set both, or neither"
-        )
-    return kind
-
-
-# --------------------------------------------------------------------------------------------- histories
+    known = "epsilon, sample, v_prediction or flow_prediction"
+    raise ValueError(f"scheduler: {name} has prediction_type={kind!r}; expected {known}")
 
 
 def with_history_of(scheduler: Any, rows: Sequence[int], like: Tensor) -> Any:
-    """Copy a scheduler with the history of these candidates only.
+    """Copy a scheduler with the history of the candidates in these rows only, which may repeat.
 
-    Args:
-        scheduler: scheduler in the middle of a run.
-        rows: places of candidates, which may repeat.
-        like: (B, ...) latents of the run; the history of a candidate is recognized by their shape.
+    History is recognized by the shape of `like`, the latents (B, ...) of the run.
     """
     index = torch.as_tensor(list(rows), dtype=torch.long, device=like.device)
-    return _rebuilt(scheduler, like, lambda values: values[0][index.to(values[0].device)], [scheduler])
+    return _rebuilt([scheduler], like, lambda values: values[0][index.to(values[0].device)])
 
 
-def joined_history(schedulers: Sequence[Any], likes: Sequence[Tensor]) -> Any:
+def joined_history(schedulers: Sequence[Any], like: Tensor) -> Any:
     """Join the histories of several schedulers at the same step, in order."""
-    return _rebuilt(schedulers[0], likes[0], torch.cat, schedulers)
+    return _rebuilt(schedulers, like, torch.cat)
 
 
-def _rebuilt(first: Any, like: Tensor, combine: Callable[[list[Tensor]], Tensor], sources: Sequence[Any]) -> Any:
+def _rebuilt(sources: Sequence[Any], like: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Any:
     def remembered(value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim == like.ndim and value.shape[1:] == like.shape[1:]
 
-    result = copy.copy(first)
-    for name, value in vars(first).items():
+    result = copy.copy(sources[0])
+    for name, value in vars(sources[0]).items():
         if remembered(value):
             setattr(result, name, combine([getattr(source, name) for source in sources]))
         elif isinstance(value, list):

@@ -24,16 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "Conditioning", "Family", "SamplingOptions", "family_of", "find_family"]
 
 FAMILIES: tuple[type[Family], ...] = (
-    StableDiffusion,
-    StableDiffusionXL,
-    StableDiffusion3,
-    Flux,
-    Flux2,
-    Flux2Klein,
-    QwenImage,
-    ZImage,
-    Sana,
-    PixArt,
+    *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Flux2, Flux2Klein),
+    *(QwenImage, ZImage, Sana, PixArt),
 )
 """Every architecture that our own loop runs."""
 
@@ -49,13 +41,7 @@ def find_family(pipe: object) -> type[Family] | None:
 
 
 def family_of(pipe: DiffusionPipeline, pipe_kwargs: Mapping[str, Any] | None = None, *, need: str = "this") -> Family:
-    """Return the adapter of a pipeline for calls with these arguments.
-
-    Args:
-        pipe: a text-to-image pipeline of diffusers.
-        pipe_kwargs: arguments of its call, as in `pipe(prompt, **pipe_kwargs)`.
-        need: name of the caller, for the error.
-    """
+    """Return the adapter of a pipeline for calls `pipe(prompt, **pipe_kwargs)`; `need` names the caller in errors."""
     found = find_family(pipe)
     if found is None:
         names = ", ".join(name for family in FAMILIES for name in family.pipelines)

@@ -25,10 +25,7 @@ Rows: TypeAlias = Mapping[str, Tensor | list[Tensor] | None]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Arguments of a pipeline's call that a family supports, named as the pipelines name them.
-
-    Those that the caller does not give have the pipeline's own defaults; None where the pipeline has no such argument.
-    """
+    """Arguments of a pipeline's call that a family supports; those not given have the pipeline's own defaults."""
 
     num_inference_steps: int = 50
     timesteps: list[int] | None = None
@@ -61,12 +58,11 @@ class SamplingOptions:
         parameters = inspect.signature(type(pipe).__call__).parameters
         served = sorted({field.name for field in fields(cls)} & set(parameters))
         given = {name: value for name, value in given.items() if value is not None}
-        for name in given:
-            if name not in served:
-                raise ValueError(
-                    f"{name}: this sampling method runs the loop of {type(pipe).__name__} itself and does not serve "
-                    f"that argument; leave it out, or use plain best of N. It serves {', '.join(served)}"
-                )
+        if unknown := [name for name in given if name not in served]:
+            raise ValueError(
+                f"{unknown[0]}: this sampling method runs the loop of {type(pipe).__name__} itself and does not serve "
+                f"that argument; leave it out, or use plain best of N. It serves {', '.join(served)}"
+            )
         defaults = {name: parameters[name].default for name in served if parameters[name].default is not None}
         options = cls(**{**defaults, **given})
         if isinstance(options.negative_prompt, list | tuple):
@@ -76,29 +72,22 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Prompts as inputs of a denoiser, one row per candidate.
+    """Prompts as inputs of a denoiser, one row per candidate."""
 
-    Attributes:
-        positive: named inputs for the prompts.
-        negative: the same names for the negative prompts; None without classifier-free guidance.
-    """
-
-    positive: Rows
-    negative: Rows | None = None
+    positive: Rows  # named inputs for the prompts
+    negative: Rows | None = None  # the same names for the negative prompts; None without classifier-free guidance
 
     def __getitem__(self, rows: Sequence[int]) -> Conditioning:
         """The rows at these places; a place may come several times."""
-        return Conditioning(
-            positive=_at(self.positive, rows), negative=None if self.negative is None else _at(self.negative, rows)
-        )
+        negative = None if self.negative is None else _at(self.negative, rows)
+        return Conditioning(positive=_at(self.positive, rows), negative=negative)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Join the rows of several conditionings of one call, in order."""
         negatives = [part.negative for part in parts if part.negative is not None]
-        return Conditioning(
-            positive=joined([part.positive for part in parts]), negative=joined(negatives) if negatives else None
-        )
+        negative = joined(negatives) if negatives else None
+        return Conditioning(positive=joined([part.positive for part in parts]), negative=negative)
 
 
 def _at(rows: Rows, places: Sequence[int]) -> Rows:
@@ -111,21 +100,15 @@ def _at(rows: Rows, places: Sequence[int]) -> Rows:
 
 
 def joined(parts: Sequence[Rows]) -> dict[str, Any]:
-    """Join rows one after the other, name by name.
-
-    Texts of unequal length are padded with zeros, which their mask (NAME_mask, None for "all of it") then hides.
-    """
+    """Join rows name by name; texts of unequal length are padded with zeros, hidden by NAME_mask (None: all counts)."""
     columns: dict[str, list[Any]] = {name: [part[name] for part in parts] for name in parts[0]}
-    masked: set[str] = set()
-    for name, masks in columns.items():
-        texts = columns.get(name.removesuffix("_mask"), masks)
-        if texts is masks:
-            continue
-        masked |= {name, name.removesuffix("_mask")}
+    masked = {name.removesuffix("_mask") for name in columns if name.endswith("_mask")} & columns.keys()
+    for name in masked:
+        texts, masks = columns[name], columns[f"{name}_mask"]
         if len({text.shape[1] for text in texts}) > 1 or any(mask is not None for mask in masks):
             whole = [text.new_ones(text.shape[:2], dtype=torch.int64) for text in texts]
-            columns[name] = [whole[place] if mask is None else mask for place, mask in enumerate(masks)]
-    return {name: _cat(values, padded=name in masked) for name, values in columns.items()}
+            columns[f"{name}_mask"] = [one if mask is None else mask for one, mask in zip(whole, masks, strict=True)]
+    return {name: _cat(values, padded=name.removesuffix("_mask") in masked) for name, values in columns.items()}
 
 
 def _cat(values: list[Any], *, padded: bool) -> Any:
@@ -142,28 +125,18 @@ def _cat(values: list[Any], *, padded: bool) -> Any:
 class Family(ABC):
     """One architecture of diffusers' text-to-image pipelines, split into its parts.
 
-    The parts run the pipeline's own modules and methods exactly as its `__call__` does; the loop itself is in
-    `sampling.rollout`. Nothing here changes the pipeline or disables gradients.
-
-    Attributes:
-        pipelines: names of the diffusers classes that it supports.
-        denoiser_name: the pipeline's attribute that holds the denoiser.
-        text_inputs: the denoiser's names for what `encode_prompt` returns.
-        float32_noise: whether the pipeline draws its noise in float32, not in the type of the text embeddings.
-        scales_noise: whether the pipeline multiplies initial latents by its scheduler's `init_noise_sigma`.
-        flow: whether the denoiser was trained by flow matching: it predicts noise minus image.
-        one_pass: whether the prompt's and the negative prompt's predictions are made in one call of twice the rows.
-        pipe: the pipeline.
-        options: the arguments of its call.
+    They run the pipeline's own modules and methods as its call does, without changing it or disabling gradients.
     """
 
-    pipelines: ClassVar[tuple[str, ...]]
-    denoiser_name: ClassVar[str] = "transformer"
-    text_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
-    float32_noise: ClassVar[bool] = False
-    scales_noise: ClassVar[bool] = False
-    flow: ClassVar[bool] = False
-    one_pass: ClassVar[bool] = True
+    pipelines: ClassVar[tuple[str, ...]]  # names of the diffusers classes that it supports
+    denoiser_name: ClassVar[str] = "transformer"  # the pipeline's attribute that holds the denoiser
+    text_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)  # names for what `encode_prompt` returns
+    float32_noise: ClassVar[bool] = False  # whether noise is drawn in float32, not in the text embeddings' type
+    scales_noise: ClassVar[bool] = False  # whether initial latents are multiplied by `init_noise_sigma`
+    flow: ClassVar[bool] = False  # whether it was trained by flow matching: it predicts noise minus image
+    standardizes: ClassVar[bool] = False  # whether it uses the VAE's `latents_mean` and `latents_std`
+    packing: ClassVar[int] = 1  # pixels of the latents per token
+    one_pass: ClassVar[bool] = True  # whether one call of twice the rows predicts for both kinds of prompts
 
     def __init__(self, pipe: DiffusionPipeline, options: SamplingOptions) -> None:
         self.pipe: Any = pipe
@@ -175,12 +148,10 @@ class Family(ABC):
 
         Args:
             latents: (B, ...) scaled as the scheduler wants a model's input.
-            time: () the step's entry of `scheduler.timesteps`, or (B,) one for each row.
+            time: () entry of `scheduler.timesteps`, or (B,) one per row.
             rows: `positive`, `negative`, or both joined.
-            shared: inputs that all candidates have in common, as `start` returns them.
+            shared: inputs that all candidates share, as `start` returns them.
         """
-
-    # ----------------------------------------------------------------------------------------- conditioning
 
     @property
     def denoiser(self) -> Any:
@@ -212,8 +183,7 @@ class Family(ABC):
 
     def encoded(self, prompts: Sequence[str], **more: Any) -> Any:
         """Call `pipe.encode_prompt` with these prompts, those of the options that it takes, and `more`."""
-        function = self.pipe.encode_prompt
-        taken, own = inspect.signature(function).parameters, self.options
+        taken, own = inspect.signature(self.pipe.encode_prompt).parameters, self.options
         attention = own.cross_attention_kwargs or own.joint_attention_kwargs or own.attention_kwargs or {}
         options = {name: getattr(own, name, None) for name in taken if name != "negative_prompt"}
         values = {name: value for name, value in options.items() if value is not None}
@@ -221,63 +191,48 @@ class Family(ABC):
         values |= {"num_images_per_prompt": 1, **more}
         if "scale" in attention:  # strength of LoRA layers
             values["lora_scale"] = attention["scale"]
-        return function(**{name: value for name, value in values.items() if name in taken})
+        return self.pipe.encode_prompt(**{name: value for name, value in values.items() if name in taken})
 
     def negatives(self, prompts: Sequence[str]) -> list[str] | None:
         """The negative prompt of each row."""
         return [self.options.negative_prompt or ""] * len(prompts)
-
-    # ----------------------------------------------------------------------------------------- noise and steps
 
     def size(self) -> tuple[int, int]:
         """Height and width in pixels that the latents represent."""
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return self.options.height or side, self.options.width or side
 
-    @property
-    def channels(self) -> int:
-        """Channels of the latents that the pipeline is asked to draw."""
-        return self.denoiser.config.in_channels
-
     def start(
         self, generators: Sequence[torch.Generator], conditioning: Conditioning
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw noise (B, ...) as the pipeline does, candidate i from generator i, in the scheduler's layout.
-
-        It comes with named inputs of the denoiser that all candidates have in common (positions of the tokens).
-        """
+        """Draw noise (B, ...) as the pipeline does, candidate i from generator i; and the denoiser's shared inputs."""
         texts: Any = conditioning.positive[self.text_inputs[0]]
         kind = torch.float32 if self.float32_noise else texts.dtype
-        drawn = self.pipe.prepare_latents(
-            len(generators), self.channels, *self.size(), kind, self.device, list(generators), None
-        )
+        channels = self.denoiser.config.in_channels // self.packing
+        sources, size = list(generators), self.size()
+        drawn = self.pipe.prepare_latents(len(sources), channels, *size, kind, self.device, sources, None)
         return (drawn, {}) if isinstance(drawn, Tensor) else (drawn[0], {"img_ids": drawn[1]})
 
     def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
         """Give a scheduler the steps that the pipeline would take from these latents."""
-        self.retrieve_timesteps(scheduler)
-
-    def retrieve_timesteps(self, scheduler: Any, *, sigmas: Any = None, **more: Any) -> None:
-        """Call diffusers' function of that name; the caller's own sigmas replace the default ones given here."""
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
-        options = self.options
-        sigmas = sigmas if options.sigmas is None else options.sigmas
-        retrieve_timesteps(scheduler, options.num_inference_steps, self.device, options.timesteps, sigmas, **more)
+        options, more = self.options, self.schedule(scheduler, latents)
+        more |= {} if options.sigmas is None else {"sigmas": options.sigmas}
+        retrieve_timesteps(scheduler, options.num_inference_steps, self.device, options.timesteps, **more)
+
+    def schedule(self, scheduler: Any, latents: Tensor) -> dict[str, Any]:
+        """Return the pipeline's own `sigmas` and `mu`, where it sets them."""
+        return {}
 
     def as_started(self, latents: Tensor, scheduler: Any) -> Tensor:
-        """Rescale initial latents that the pipeline has drawn, for a scheduler whose steps are set only now.
-
-        Some schedulers know their initial std only then, and the pipeline has multiplied by its own scheduler's.
-        """
+        """Rescale initial latents for a scheduler that knows its initial std only now; the pipeline used its own's."""
         wanted, used = (getattr(s, "init_noise_sigma", 1.0) for s in (scheduler, self.pipe.scheduler))
         return latents / used * wanted if self.scales_noise and wanted != used else latents
 
     def as_passed(self, latents: Tensor, scheduler: Any) -> Tensor:
         """Convert initial latents (B, ...) to the form in which the pipeline's call takes them as `latents=`."""
         return latents / scheduler.init_noise_sigma if self.scales_noise else latents
-
-    # ----------------------------------------------------------------------------------------- prediction
 
     def predict(
         self, latents: Tensor, time: Tensor, conditioning: Conditioning, shared: Mapping[str, Tensor]
@@ -309,21 +264,16 @@ class Family(ABC):
         context = getattr(self.denoiser, "cache_context", None)
         return nullcontext() if context is None or self.one_pass else context(name)
 
-    # ----------------------------------------------------------------------------------------- the VAE
-
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents without noise to images (B, 3, H, W), nominally in [0, 1], not clamped; differentiable."""
         with self._without_overflow(latents):
             return self._decoded(latents)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode images to latents without noise, as the scheduler sees them, in at least float32.
+        """Encode images (B, 3, H, W) in [0, 1], of the size that is sampled, to the scheduler's latents without noise.
 
-        Where the encoder gives a distribution, its mode is taken, so that an image always has the same latents (as
-        diffusers' FLUX pipelines do; its training scripts draw a sample).
-
-        Args:
-            images: (B, 3, H, W) in [0, 1], of the size that is sampled.
+        They are in at least float32. Where the encoder gives a distribution, its mode is taken, so that an image always
+        has the same latents (as diffusers' FLUX pipelines do; its training scripts draw a sample).
         """
         wanted = self.size()
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *wanted):
@@ -332,16 +282,9 @@ class Family(ABC):
                 f"{tuple(images.shape)}; resize them, or pass their height and width"
             )
         with self._without_overflow(images):
-            latents = self.latents_from_encoded(self._encoded(pixels.to_vae(images.to(self.pipe.vae.dtype))))
+            encoded = self._encoded(pixels.to_vae(images.to(self.pipe.vae.dtype)))
+            latents = self.pack(self.normalize(encoded))
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
-
-    def latents_to_decode(self, latents: Tensor) -> Tensor:
-        """Unpack, scale and shift latents for the VAE's decoder."""
-        return self.denormalize(self.unpack(latents))
-
-    def latents_from_encoded(self, encoded: Tensor) -> Tensor:
-        """Convert what the VAE's encoder gives to latents as the scheduler sees them; undoes `latents_to_decode`."""
-        return self.pack(self.normalize(encoded))
 
     def unpack(self, latents: Tensor) -> Tensor:
         """Lay latents out as the VAE does."""
@@ -353,51 +296,50 @@ class Family(ABC):
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Undo `normalize`."""
-        scaled = latents / self.pipe.vae.config.scaling_factor
-        return scaled + self._shift if self._shift else scaled
+        shift, std = self._statistics(latents)
+        return latents * std / getattr(self.pipe.vae.config, "scaling_factor", 1.0) + shift
 
     def normalize(self, encoded: Tensor) -> Tensor:
         """Shift and scale the VAE's latents to about unit variance."""
-        shifted = encoded - self._shift if self._shift else encoded
-        return shifted * self.pipe.vae.config.scaling_factor
+        shift, std = self._statistics(encoded)
+        return (encoded - shift) * getattr(self.pipe.vae.config, "scaling_factor", 1.0) / std
 
-    @property
-    def _shift(self) -> float | None:
-        return getattr(self.pipe.vae.config, "shift_factor", None)
+    def _statistics(self, like: Tensor) -> tuple[Any, Any]:
+        """Mean and std of the VAE's latents, as far as its configuration states them and the pipeline uses them."""
+        config = self.pipe.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if not self.standardizes or mean is None or std is None:
+            return getattr(config, "shift_factor", None) or 0.0, 1.0
+        shape = (1, -1, *[1] * (like.ndim - 2))
+        return like.new_tensor(mean).view(shape), like.new_tensor(std).view(shape)
 
     @contextmanager
     def _without_overflow(self, given: Tensor) -> Iterator[None]:
         """Keep a VAE that overflows in float16 in float32, outside of float16 autocast."""
         vae, kind = self.pipe.vae, given.device.type
-        if not getattr(vae.config, "force_upcast", False):
-            yield
-            return
+        overflows = getattr(vae.config, "force_upcast", False)
         narrowed = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        with torch.autocast(kind, enabled=False) if narrowed else nullcontext():
-            if vae.dtype != torch.float16:
-                yield
-                return
-            if torch.is_grad_enabled() and given.requires_grad:
-                raise ValueError(
-                    "the pipeline's VAE overflows in float16 (its configuration says force_upcast), and its type "
-                    "cannot change during backpropagation; load it in bfloat16, or call pipe.vae.to(torch.float32)"
-                )
-            vae.to(torch.float32)
+        half = overflows and vae.dtype == torch.float16
+        if half and torch.is_grad_enabled() and given.requires_grad:
+            raise ValueError(
+                "the pipeline's VAE overflows in float16 (its configuration says force_upcast), and its type cannot "
+                "change during backpropagation; load it in bfloat16, or call pipe.vae.to(torch.float32)"
+            )
+        with torch.autocast(kind, enabled=False) if overflows and narrowed else nullcontext():
+            vae.to(torch.float32) if half else None
             try:
                 yield
             finally:
-                vae.to(torch.float16)
+                vae.to(torch.float16) if half else None
 
     def _encoded(self, frames: Tensor) -> Tensor:
         """Run the VAE's encoder on images (B, 3, H, W) in [-1, 1]."""
-        result = self.pipe.vae.encode(frames)
-        if hasattr(result, "latent_dist"):
-            return result.latent_dist.mode()
-        return result.latents if hasattr(result, "latents") else result.latent  # the deep compression autoencoder's
+        result = self.pipe.vae.encode(frames)  # a distribution, or `latents`, or the deep compression one's `latent`
+        return result.latent_dist.mode() if hasattr(result, "latent_dist") else result[0]
 
     def _decoded(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
-        decoded = vae.decode(self.latents_to_decode(latents.to(vae.dtype)), return_dict=False)[0]
+        decoded = vae.decode(self.denormalize(self.unpack(latents.to(vae.dtype))), return_dict=False)[0]
         return pixels.from_vae(decoded[:, :, 0] if decoded.ndim == 5 else decoded)
 
     def marked(self, images: Tensor) -> Tensor:
@@ -411,11 +353,10 @@ class Family(ABC):
 
 def linear_shift(tokens: int, scheduler: Any, *, highest: float = 1.15) -> float:
     """Return the mu of a dynamically shifted schedule, linear in the number of image tokens, as in SD3 and FLUX."""
-    get = scheduler.config.get
-    low, high = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
-    first, last = get("base_shift", 0.5), get("max_shift", highest)
-    slope = (last - first) / (high - low)
-    return tokens * slope + first - slope * low
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": highest}
+    return calculate_shift(tokens, *(scheduler.config.get(name, default) for name, default in defaults.items()))
 
 
 class TwoPass(Family):
@@ -423,6 +364,8 @@ class TwoPass(Family):
 
     flow: ClassVar[bool] = True
     one_pass: ClassVar[bool] = False
+    packing: ClassVar[int] = 4
+    own_sigmas: ClassVar[bool] = False  # whether the pipeline gives its sigmas even where the scheduler has flow sigmas
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         negatives = self.negatives(prompts) or []
@@ -432,18 +375,11 @@ class TwoPass(Family):
     def rows(self, texts: Sequence[str]) -> Rows:
         """Return inputs of the denoiser for these texts."""
 
-    @property
-    def channels(self) -> int:
-        return super().channels // 4
-
-    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
-        sigmas = None if scheduler.config.get("use_flow_sigmas") else self.linear_sigmas()
-        self.retrieve_timesteps(scheduler, sigmas=sigmas, mu=self.shift(latents.shape[1], scheduler))
-
-    def linear_sigmas(self) -> Any:
-        """Noise levels before shifting, from 1 to 1 / steps."""
-        steps = self.options.num_inference_steps
-        return np.linspace(1.0, 1 / steps, steps)
+    def schedule(self, scheduler: Any, latents: Tensor) -> dict[str, Any]:
+        steps, flow_sigmas = self.options.num_inference_steps, scheduler.config.get("use_flow_sigmas")
+        linear = np.linspace(1.0, 1 / steps, steps)  # noise levels before shifting
+        sigmas = None if flow_sigmas and not self.own_sigmas else linear
+        return {"sigmas": sigmas, "mu": self.shift(latents.shape[1], scheduler)}
 
     def shift(self, tokens: int, scheduler: Any) -> float:
         """Return the mu of the schedule for a number of image tokens."""

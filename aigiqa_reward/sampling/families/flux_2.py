@@ -59,9 +59,10 @@ class Flux2(TwoPass):
         return (self.pipe._patchify_latents(encoded) - mean) / std
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        statistics = self.pipe.vae.bn
-        variance = statistics.running_var.view(1, -1, 1, 1) + self.pipe.vae.config.batch_norm_eps
-        return statistics.running_mean.view(1, -1, 1, 1).to(like), variance.sqrt().to(like)
+        mean, variance = (
+            value.view(1, -1, 1, 1) for value in (self.pipe.vae.bn.running_mean, self.pipe.vae.bn.running_var)
+        )
+        return mean.to(like), (variance + self.pipe.vae.config.batch_norm_eps).sqrt().to(like)
 
 
 class Flux2Klein(Flux2):

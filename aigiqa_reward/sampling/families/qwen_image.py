@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,13 +14,11 @@ class QwenImage(TrueGuidance):
     """Qwen-Image, text to image."""
 
     pipelines = ("QwenImagePipeline",)
+    standardizes: ClassVar[bool] = True
+    own_sigmas: ClassVar[bool] = True
 
     def rows(self, texts: Sequence[str]) -> dict[str, Tensor | None]:
         return dict(zip(("encoder_hidden_states", "encoder_hidden_states_mask"), self.encoded(texts), strict=True))
-
-    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
-        mu = self.shift(latents.shape[1], scheduler)
-        self.retrieve_timesteps(scheduler, sigmas=self.linear_sigmas(), mu=mu)
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         block = self.pipe.vae_scale_factor * 2
@@ -39,17 +37,8 @@ class QwenImage(TrueGuidance):
         guided = super().guide(negative, positive, time)
         return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
-    def denormalize(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
-        return latents * std + mean
-
-    def normalize(self, encoded: Tensor) -> Tensor:
-        mean, std = self._statistics(encoded)
-        return ((encoded - mean) / std)[:, :, 0]
+    def pack(self, latents: Tensor) -> Tensor:
+        return super().pack(latents[:, :, 0])  # the only frame
 
     def _encoded(self, frames: Tensor) -> Tensor:
         return super()._encoded(frames.unsqueeze(2))
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, ...]:
-        config = self.pipe.vae.config
-        return tuple(like.new_tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))

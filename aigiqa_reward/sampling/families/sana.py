@@ -15,14 +15,13 @@ class _Binned(Family):
     """Text with a mask, and `use_resolution_binning`: sampled at the nearest trained size, then resized and cropped."""
 
     text_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "encoder_attention_mask")
-    bins: ClassVar[Mapping[int, str]]
+    bins: ClassVar[Mapping[int, int]]  # px of the pipeline's list of trained sizes, by the transformer's sample size
 
     def encoded(self, prompts: Sequence[str], **more: Any) -> Any:
         texts, mask, negatives, negative_mask = super().encoded(prompts, **more)
         return texts, negatives, mask, negative_mask
 
     def wanted_size(self) -> tuple[int, int]:
-        """Height and width of the final images."""
         side = self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
         return self.options.height or side, self.options.width or side
 
@@ -36,7 +35,7 @@ class _Binned(Family):
                 f"use_resolution_binning: {type(self.pipe).__name__} lists no trained sizes for a transformer of "
                 f"sample size {trained}; pass use_resolution_binning=False"
             )
-        ratios = getattr(sys.modules[type(self.pipe).__module__], self.bins[trained])
+        ratios = getattr(sys.modules[type(self.pipe).__module__], f"ASPECT_RATIO_{self.bins[trained]}_BIN")
         return self.pipe.image_processor.classify_height_width_bin(*wanted, ratios=ratios)
 
     def finish(self, output: Tensor) -> Tensor:
@@ -45,11 +44,9 @@ class _Binned(Family):
         return output.chunk(2, dim=1)[0] if config.out_channels // 2 == config.in_channels else output
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        images = super()._decoded(latents)
-        height, width = self.wanted_size()
-        if images.shape[-2:] == (height, width):
-            return images
-        return self.pipe.image_processor.resize_and_crop_tensor(images, width, height)
+        images, (height, width) = super()._decoded(latents), self.wanted_size()
+        same = images.shape[-2:] == (height, width)
+        return images if same else self.pipe.image_processor.resize_and_crop_tensor(images, width, height)
 
 
 class Sana(_Binned):
@@ -58,12 +55,7 @@ class Sana(_Binned):
     pipelines = ("SanaPipeline",)
     flow: ClassVar[bool] = True
     float32_noise: ClassVar[bool] = True
-    bins: ClassVar[Mapping[int, str]] = {
-        128: "ASPECT_RATIO_4096_BIN",
-        64: "ASPECT_RATIO_2048_BIN",
-        32: "ASPECT_RATIO_1024_BIN",
-        16: "ASPECT_RATIO_512_BIN",
-    }
+    bins: ClassVar[Mapping[int, int]] = {128: 4096, 64: 2048, 32: 1024, 16: 512}
 
     def wanted_size(self) -> tuple[int, int]:
         return self.options.height or 1024, self.options.width or 1024
@@ -86,12 +78,7 @@ class PixArt(_Binned):
 
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     scales_noise: ClassVar[bool] = True
-    bins: ClassVar[Mapping[int, str]] = {
-        256: "ASPECT_RATIO_2048_BIN",
-        128: "ASPECT_RATIO_1024_BIN",
-        64: "ASPECT_RATIO_512_BIN",
-        32: "ASPECT_RATIO_256_BIN",
-    }
+    bins: ClassVar[Mapping[int, int]] = {256: 2048, 128: 1024, 64: 512, 32: 256}
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         return self.pipe.transformer(
@@ -103,12 +90,9 @@ class PixArt(_Binned):
         )[0]
 
     def _sizes(self, latents: Tensor) -> dict[str, Tensor | None]:
-        """Size and aspect ratio, inputs of PixArt-alpha at 1024 px."""
         alpha = type(self.pipe).__name__ == "PixArtAlphaPipeline"
-        if not alpha or self.pipe.transformer.config.sample_size != 128:
+        if not alpha or self.pipe.transformer.config.sample_size != 128:  # inputs of PixArt-alpha at 1024 px
             return {"resolution": None, "aspect_ratio": None}
         height, width = self.size()
-        return {
-            "resolution": latents.new_tensor([height, width]).repeat(len(latents), 1),
-            "aspect_ratio": latents.new_tensor([height / width]).repeat(len(latents), 1),
-        }
+        values = {"resolution": [height, width], "aspect_ratio": [height / width]}
+        return {name: latents.new_tensor(value).repeat(len(latents), 1) for name, value in values.items()}

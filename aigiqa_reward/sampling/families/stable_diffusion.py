@@ -24,12 +24,11 @@ class StableDiffusion(Family):
         return self.guidance > 1 and self.pipe.unet.config.time_cond_proj_dim is None
 
     def size(self) -> tuple[int, int]:
-        """Height and width, or the defaults: this pipeline drops a height that comes without a width."""
-        if self.options.height and self.options.width:
+        if self.options.height and self.options.width:  # this pipeline drops a height that comes without a width
             return self.options.height, self.options.width
-        side = self.pipe.unet.config.sample_size
+        side, factor = self.pipe.unet.config.sample_size, self.pipe.vae_scale_factor
         height, width = (side, side) if isinstance(side, int) else side
-        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
+        return height * factor, width * factor
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         return self.pipe.unet(
@@ -46,7 +45,7 @@ class StableDiffusion(Family):
         return None
 
     def _guidance_embedding(self, latents: Tensor) -> Tensor | None:
-        """Embedded guidance scale, an input of latent consistency models in place of guidance."""
+        # The guidance scale is an input of latent consistency models, in place of guidance.
         width = self.pipe.unet.config.time_cond_proj_dim
         if width is None:
             return None
@@ -55,14 +54,10 @@ class StableDiffusion(Family):
         return embedding.to(device=latents.device, dtype=latents.dtype)
 
     def guide(self, negative: Tensor, positive: Tensor, time: Tensor) -> Tensor:
-        guided = super().guide(negative, positive, time)
-        share = self.options.guidance_rescale
-        if not share:
-            return guided
-        # Lin et al. 2024 (Common Diffusion Noise Schedules and Sample Steps are Flawed), section 3.4.
-        axes = list(range(1, guided.ndim))
-        rescaled = guided * (positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
-        return share * rescaled + (1 - share) * guided
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+        guided, share = super().guide(negative, positive, time), self.options.guidance_rescale
+        return rescale_noise_cfg(guided, positive, share) if share else guided
 
     def flagged(self, images: Tensor) -> list[bool]:
         if getattr(self.pipe, "safety_checker", None) is None:
@@ -77,19 +72,19 @@ class StableDiffusionXL(StableDiffusion):
 
     pipelines = ("StableDiffusionXLPipeline",)
     text_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "text_embeds")
+    standardizes: ClassVar[bool] = True
 
     def size(self) -> tuple[int, int]:
         return Family.size(self)
 
     def negatives(self, prompts: Sequence[str]) -> list[str] | None:
-        """The negative prompt of each row; without one SDXL may want zeros in place of the empty text."""
+        # Without a negative prompt SDXL may want zeros in place of the empty text.
         return None if self.options.negative_prompt is None else super().negatives(prompts)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        found = super().encode(prompts)
-        texts: Any = found.positive["encoder_hidden_states"]
-        pooled: Any = found.positive["text_embeds"]
-        second = self.pipe.text_encoder_2
+        found, second = super().encode(prompts), self.pipe.text_encoder_2
+        texts, pooled = (found.positive[name] for name in self.text_inputs)
+        assert isinstance(texts, Tensor) and isinstance(pooled, Tensor)
         sizes = self.pipe._get_add_time_ids(
             self.options.original_size or self.size(),
             self.options.crops_coords_top_left,
@@ -104,25 +99,7 @@ class StableDiffusionXL(StableDiffusion):
     def _added(self, rows: Rows) -> dict[str, Any]:
         return {name: rows[name] for name in ("text_embeds", "time_ids")}
 
-    def denormalize(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
-        return latents * std / self.pipe.vae.config.scaling_factor + mean
-
-    def normalize(self, encoded: Tensor) -> Tensor:
-        mean, std = self._statistics(encoded)
-        return (encoded - mean) * self.pipe.vae.config.scaling_factor / std
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Mean and std of the VAE's latents, where its configuration states them."""
-        config = self.pipe.vae.config
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is None or std is None:
-            return 0.0, 1.0
-        mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-        return mean, std
-
     def marked(self, images: Tensor) -> Tensor:
         watermark = getattr(self.pipe, "watermark", None)  # on by default where invisible-watermark is installed
-        if watermark is None:
-            return images
-        return pixels.from_vae(watermark.apply_watermark(pixels.to_vae(images))).to(images)
+        marked = images if watermark is None else pixels.from_vae(watermark.apply_watermark(pixels.to_vae(images)))
+        return marked.to(images)

@@ -17,13 +17,10 @@ class StableDiffusion3(Family):
     text_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "pooled_projections")
     flow: ClassVar[bool] = True
 
-    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
-        shift: dict[str, Any] = {}
-        if scheduler.config.get("use_dynamic_shifting", None):
-            patch = self.pipe.transformer.config.patch_size
-            tokens = (latents.shape[2] // patch) * (latents.shape[3] // patch)
-            shift = {"mu": linear_shift(tokens, scheduler, highest=1.16)}
-        self.retrieve_timesteps(scheduler, **shift)
+    def schedule(self, scheduler: Any, latents: Tensor) -> dict[str, Any]:
+        rows, columns = (side // self.pipe.transformer.config.patch_size for side in latents.shape[2:])
+        dynamic = scheduler.config.get("use_dynamic_shifting", None)
+        return {"mu": linear_shift(rows * columns, scheduler, highest=1.16)} if dynamic else {}
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         return self.pipe.transformer(

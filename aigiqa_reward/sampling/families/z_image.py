@@ -26,11 +26,10 @@ class ZImage(Family):
     def size(self) -> tuple[int, int]:
         return self.options.height or 1024, self.options.width or 1024
 
-    def set_timesteps(self, scheduler: Any, latents: Tensor) -> None:
+    def schedule(self, scheduler: Any, latents: Tensor) -> dict[str, Any]:
         steps = self.options.num_inference_steps
-        tokens = (latents.shape[2] // 2) * (latents.shape[3] // 2)
-        mu = linear_shift(tokens, scheduler)
-        self.retrieve_timesteps(scheduler, sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+        mu = linear_shift((latents.shape[2] // 2) * (latents.shape[3] // 2), scheduler)
+        return {"sigmas": torch.linspace(1.0, 1 / steps, steps).tolist(), "mu": mu}
 
     def denoise(self, latents: Tensor, time: Tensor, rows: Rows, shared: Mapping[str, Tensor]) -> Tensor:
         frames = latents.to(self.pipe.transformer.dtype).unsqueeze(2)
@@ -52,8 +51,8 @@ class ZImage(Family):
         if limit <= 0:
             return guided
         axes = tuple(range(1, guided.ndim))
-        norms = [torch.linalg.vector_norm(value, dim=axes, keepdim=True) for value in (positive, guided)]
-        return guided * (limit * norms[0] / norms[1]).clamp(max=1)
+        wanted, norm = (torch.linalg.vector_norm(value, dim=axes, keepdim=True) for value in (positive, guided))
+        return guided * (limit * wanted / norm).clamp(max=1)
 
     def finish(self, output: Tensor) -> Tensor:
         return -output
