@@ -1,5 +1,3 @@
-"""Many prompts into one folder: resumed, distributed over processes, and never mixed with another run."""
-
 from __future__ import annotations
 
 import json
@@ -34,8 +32,6 @@ def pipe() -> Any:
 
 
 class Redness(Breaking):
-    """Differs between seeds."""
-
     def __init__(self, fails_on: str = "", error: type[BaseException] = RuntimeError) -> None:
         super().__init__("redness", redness, fails_on, error)
 
@@ -53,7 +49,6 @@ def fill(search: BestOfN, out: Path, prompts: list[str] = PROMPTS, **more: Any) 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, with its place below the folder."""
     files = (file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 

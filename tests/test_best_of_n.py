@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import gc
 import math
 from pathlib import Path
@@ -30,7 +29,6 @@ PROMPT = "a cat on a mat"
 
 
 def corner(images: Tensor, prompts: list[str]) -> Tensor:
-    """Redness of a corner: a reward whose differences between seeds are far above rounding."""
     assert len(prompts) == len(images)
     return images[:, 0, :4, :4].mean(dim=(1, 2))
 
@@ -40,7 +38,6 @@ def make(pipe: Any, n: int = 6, reward: Any = corner, **arguments: Any) -> BestO
 
 
 def again(pipe: Any, seed: int, prompt: str | None = PROMPT, **arguments: Any) -> np.ndarray:
-    """The image of a seed as the documentation says that it is made again."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return np.asarray(pipe(prompt, generator=generator, **FEW_STEPS, **arguments).images[0]).astype(int)
 
@@ -64,13 +61,11 @@ def count_forwards(modules: list[nn.Module]) -> list[int]:
 
 
 def attributes(pipe: Any) -> dict[str, Any]:
-    """What a pipeline holds, but for the notes that diffusers leaves about the last call."""
     return {name: value for name, value in vars(pipe).items() if not name.startswith("_")}
 
 
 @pytest.fixture(scope="module")
 def sd() -> Any:
-    """One to share by tests that leave no hooks behind."""
     return pipelines.stable_diffusion()
 
 
@@ -138,44 +133,38 @@ def test_prompt_embeddings_of_the_user(sd):
         make(sd, reward_prompt=PROMPT)(None, prompt_embeds=torch.zeros(2, 77, 32), **FEW_STEPS)
 
 
-def image_to_image() -> tuple[Any, dict[str, Any]]:
-    pipe = StableDiffusionImg2ImgPipeline(**pipelines.stable_diffusion().components, requires_safety_checker=False)
-    return pipe, {"image": picture(), "strength": 0.8}
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
+MASK = Image.fromarray(np.full((SIDE, SIDE), 255, dtype=np.uint8))
 
 
-def inpainting() -> tuple[Any, dict[str, Any]]:
-    pipe = StableDiffusionInpaintPipeline(**pipelines.stable_diffusion().components, requires_safety_checker=False)
-    mask = Image.fromarray(np.full((SIDE, SIDE), 255, dtype=np.uint8))
-    return pipe, {"image": picture(), "mask_image": mask, "height": SIDE, "width": SIDE}
-
-
-def controlled() -> tuple[Any, dict[str, Any]]:
-    parts = pipelines.stable_diffusion()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        control = ControlNetModel.from_unet(parts.unet, conditioning_embedding_out_channels=(8, 16))
-        torch.nn.init.normal_(control.controlnet_down_blocks[0].weight)  # zeros would let the condition do nothing
-    pipe = StableDiffusionControlNetPipeline(**parts.components, controlnet=control, requires_safety_checker=False)
-    return pipe, {"image": picture()}
-
-
-def picture() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
-
-
-@pytest.mark.parametrize("build", [image_to_image, inpainting, controlled])
-def test_winners_of_pipelines_with_an_image_are_made_again_from_their_seeds(build):
-    pipe, arguments = build()
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (StableDiffusionImg2ImgPipeline, {"strength": 0.8}),
+        (StableDiffusionInpaintPipeline, {"mask_image": MASK, "height": SIDE, "width": SIDE}),
+        (StableDiffusionControlNetPipeline, {}),
+    ],
+)
+def test_winners_of_pipelines_with_an_image_are_made_again_from_their_seeds(kind, arguments):
+    parts = pipelines.stable_diffusion().components
+    if kind is StableDiffusionControlNetPipeline:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            control = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16))
+            nn.init.normal_(control.controlnet_down_blocks[0].weight)  # zeros would let the condition do nothing
+        parts["controlnet"] = control
+    pipe = kind(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    arguments |= {"num_inference_steps": 3}
+    arguments = {"image": PICTURE, "num_inference_steps": 3, **arguments}
     one, many = (make(pipe, n=5, top_k=2, batch_size=size)(PROMPT, seed=3, **arguments) for size in (1, 4))
     assert one.seeds == many.seeds
     assert max(one.all_scores) - min(one.all_scores) > 0.01
-    for seed, image in zip(one.seeds, one.images, strict=True):
-        own = pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **arguments).images[0]
-        assert np.array_equal(np.asarray(own), np.asarray(image))
-    with pytest.raises(TypeError, match=rf"^pipe: BestOfN\(pruning=\.\.\.\) .*got {type(pipe).__name__}\. Plain"):
+    own = [pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **arguments).images[0] for seed in one.seeds]
+    assert farthest(one.images, [np.asarray(image).astype(int) for image in own]) == 0
+    with pytest.raises(TypeError, match=rf"^pipe: BestOfN\(pruning=\.\.\.\) .*got {kind.__name__}\. Plain"):
         make(pipe, n=4, pruning="halving")(PROMPT, **arguments)
+    with pytest.raises(TypeError, match=r"pipe: expected an output whose .images is a tensor"):
+        make(lambda prompt, **more: pipe(prompt, **{**more, "output_type": "pil"}))(PROMPT, **arguments)
 
 
 def test_encodings_that_must_not_be_guessed_are_not():
@@ -217,32 +206,12 @@ def test_kept_encodings_are_bounded_follow_the_arguments_and_are_copies():
     assert "encode_prompt" not in vars(encoder)
 
 
-def test_a_wrapper_of_the_users_stays():
-    pipe = pipelines.stable_diffusion()
-    original, calls = pipe.encode_prompt, []
-
-    @functools.wraps(original)
-    def logged(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    pipe.encode_prompt = logged
-    make(pipe, n=3, batch_size=2)(PROMPT, **FEW_STEPS)
-    assert pipe.encode_prompt is logged
-    assert len(calls) == 1
-
-
 def test_arguments_reach_the_pipeline(sd):
     steps = []
-
-    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        steps.append(step)
-        return tensors
-
     more = {"negative_prompt": "a dog", "guidance_scale": 4.0, "height": 48, "width": 24}
-    result = make(sd, n=2, batch_size=1)(PROMPT, **{**FEW_STEPS, **more, "callback_on_step_end": on_step_end})
-    assert steps == [0, 1, 0, 1]
-    assert result.images[0].size == (24, 48)
+    watched = {"callback_on_step_end": lambda pipe, step, timestep, tensors: steps.append(step) or tensors}
+    result = make(sd, n=2, batch_size=1)(PROMPT, **{**FEW_STEPS, **more, **watched})
+    assert (steps, result.images[0].size) == ([0, 1, 0, 1], (24, 48))
     generator = torch.Generator().manual_seed(result.seeds[0])
     own = sd(PROMPT, generator=generator, **{**FEW_STEPS, **more}).images[0]
     assert np.array_equal(np.asarray(own), np.asarray(result.images[0]))
@@ -271,22 +240,18 @@ def test_constructor_arguments_are_checked(sd, arguments, error, match):
     ("prompt", "error", "match"),
     [
         (None, ValueError, "prompt: .*reward_prompt="),
-        (" \n", ValueError, "prompt: .*reward_prompt="),
         (["a cat", "a dog"], TypeError, "one prompt per call.*loop"),
-        (3, TypeError, "prompt: expected a text, got int"),
     ],
 )
 def test_unusable_prompts_raise_before_anything_is_sampled(prompt, error, match):
     pipe = pipelines.stable_diffusion()
     calls = count_forwards([pipe.unet, *text_encoders(pipe)])
     with pytest.raises(error, match=match):
-        make(pipe)(prompt, **FEW_STEPS)
-    with pytest.raises(error, match=match):
         make(pipe).stream(prompt, **FEW_STEPS)  # already here, not at the first output
     assert calls == []
 
 
-@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64 - 3, 2**64, 10**30])
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64 - 3])
 def test_seeds_beyond_a_generators_and_arguments_that_it_sets_are_refused(sd, seed):
     for last in (-(2**63), 2**64 - 1):
         torch.Generator().manual_seed(last)
@@ -328,7 +293,6 @@ def test_reward_prompt_is_what_the_reward_sees_and_nothing_else(sd):
 
 
 def live_images() -> int:
-    """Images in live tensors, of any dtype and on any device."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) is Tensor]
     return sum(t.shape[0] for t in tensors if t.ndim == 4 and tuple(t.shape[1:]) in ((3, 32, 32), (32, 32, 3)))
@@ -336,23 +300,18 @@ def live_images() -> int:
 
 def test_memory_does_not_grow_with_n():
     pipe = pipelines.stable_diffusion()
-    before = live_images()
-    while_scoring, between = {}, {}
-    for n in (4, 12):
-        chunks = iter(range(n // 4, 0, -1))
+    before, scoring, between = live_images(), [], []
 
-        def reward(images: Tensor, prompts: list[str], n: int = n, chunks: Any = chunks) -> Tensor:
-            if next(chunks) == 1:
-                while_scoring[n] = live_images() - before
-            return corner(images, prompts)
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        scoring.append(live_images() - before)
+        return corner(images, prompts)
 
-        for out in make(pipe, n=n, batch_size=4, reward=reward).stream(PROMPT, **FEW_STEPS):
-            assert len(out.images) == 1
-            if len(out.all_scores) == n:
-                between[n] = live_images() - before
-    assert between == {4: 0, 12: 0}  # the winners are PIL images
-    assert while_scoring[12] == while_scoring[4]
-    assert 4 <= while_scoring[4] <= 8
+    for out in make(pipe, n=12, batch_size=4, reward=reward).stream(PROMPT, **FEW_STEPS):
+        assert len(out.images) == 1
+        between.append(live_images() - before)
+    assert between == [0, 0, 0]  # the winners are PIL images
+    assert len(set(scoring)) == 1
+    assert 4 <= scoring[0] <= 8
 
 
 def out_of_memory_over(module: nn.Module, limit: int) -> list[int]:
@@ -381,16 +340,6 @@ def test_a_chunk_out_of_memory_is_halved_with_the_same_result():
     # 16 and 8 fail in the first step; then two images a chunk, two steps each, and the last one alone
     assert tried == [16, 8, *[4] * 10, 2, 2]
     assert len(calls) == 2
-
-
-def test_one_candidate_out_of_memory_raises_with_remedies():
-    pipe = pipelines.stable_diffusion()
-    before = attributes(pipe)
-    out_of_memory_over(pipe.unet, limit=1)
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        make(pipe)(PROMPT, **FEW_STEPS)
-    assert "enable_model_cpu_offload" in caught.value.__notes__[0]
-    assert attributes(pipe) == before
 
 
 def spoil(pipe: Any, seeds: set[int]) -> None:
@@ -446,23 +395,6 @@ def test_non_finite_images_never_reach_the_reward_and_are_named():
     assert "encode_prompt" not in vars(pipe)
 
 
-def test_images_that_the_safety_checker_flags_are_dropped(monkeypatch):
-    pipe = pipelines.stable_diffusion(safety_checker=True)
-    clean = make(pipe, n=6, top_k=6, batch_size=2)(PROMPT, **FEW_STEPS)
-    assert clean.dropped == {}
-    worst = clean.images[clean.seeds.index(2)]
-
-    def check(decoded: Tensor, *_: Any) -> tuple[Tensor, list[bool]]:
-        shown = (decoded / 2 + 0.5).clamp(0, 1).mul(255).permute(0, 2, 3, 1).numpy()
-        return decoded, [bool(np.abs(image - np.asarray(worst).astype(int)).max() < 3) for image in shown]
-
-    monkeypatch.setattr(pipe, "run_safety_checker", check)
-    with pytest.warns(UserWarning, match="seed 2: flagged by the pipeline's safety checker"):
-        out = make(pipe, n=6, top_k=6, batch_size=2)(PROMPT, **FEW_STEPS)
-    assert list(out.dropped) == [2]
-    assert out.seeds == [seed for seed in clean.seeds if seed != 2]
-
-
 def test_a_reward_that_gives_no_finite_number_drops_the_image(sd):
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         return corner(images, prompts).index_fill(0, torch.tensor(0), math.nan)
@@ -497,6 +429,10 @@ def test_errors_of_the_pipeline_leave_it_as_it_was():
         make(pipe)(PROMPT, prompt_embeds=torch.zeros(1, 77, 32))
     with pytest.raises(TypeError, match="should be the same type"):  # from inside encode_prompt
         make(pipe)(PROMPT, negative_prompt=["a dog"])
+    out_of_memory_over(pipe.unet, limit=1)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        make(pipe)(PROMPT, **FEW_STEPS)
+    assert "enable_model_cpu_offload" in caught.value.__notes__[0]
     assert attributes(pipe) == before
 
 
@@ -510,22 +446,6 @@ def test_a_pipeline_without_a_number_of_images_is_called_one_at_a_time(sd):
     out = make(pipe, n=3, batch_size=4)(PROMPT, **FEW_STEPS)
     assert [generator.initial_seed() for generator in calls] == [0, 1, 2]
     assert out.all_scores == make(sd, n=3, batch_size=1)(PROMPT, **FEW_STEPS).all_scores
-
-
-def test_what_does_not_make_image_tensors_is_refused(sd):
-    with pytest.raises(TypeError, match=r"pipe: expected an output whose .images is a tensor"):
-        make(lambda prompt, **arguments: sd(prompt, **{**arguments, "output_type": "pil"}))(PROMPT, **FEW_STEPS)
-
-
-@pytest.mark.slow
-def test_a_compiled_model_works():
-    plain = make(pipelines.stable_diffusion(), n=4, batch_size=2)(PROMPT, **FEW_STEPS)
-    pipe = pipelines.stable_diffusion()
-    pipe.unet = unet = torch.compile(pipe.unet, backend="eager")
-    out = make(pipe, n=4, batch_size=2)(PROMPT, **FEW_STEPS)
-    assert pipe.unet is unet
-    assert out.seeds == plain.seeds
-    assert out.all_scores == pytest.approx(plain.all_scores, abs=1e-3)
 
 
 def test_sequentially_offloaded_weights_work():
@@ -552,7 +472,6 @@ def test_model_offloading_works_also_after_running_out_of_memory():
 
 @pytest.fixture
 def gallery(tmp_path: Path) -> list[Any]:
-    """Five images of different kinds and sizes; the corner of number i has the brightness of place i."""
     levels = (0.2, 0.8, 0.4, 0.6, 0.8)
     arrays = [np.full((20 + 4 * i, 40 - 4 * i, 3), level, np.float32) for i, level in enumerate(levels)]
     path = tmp_path / "image.png"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import re
 import tracemalloc
 from dataclasses import replace
@@ -81,7 +80,8 @@ def pixels_of(attributes: dict[str, str | None]) -> np.ndarray:
 
 def test_it_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     maps = [[{"noise": np.eye(4)}]]
-    text, page = written(tmp_path, [("a red fox", searched())], maps=maps)
+    text, page = written(tmp_path, [("a\x00\x1b[31m fox", searched())], maps=maps)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
     assert not re.search(r"<script|javascript:|https?://|@import|url\(|<link|<iframe|<object", text, re.IGNORECASE)
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert all((a["src"] or "").startswith("data:image/") for a in page.all("img"))
@@ -89,14 +89,6 @@ def test_it_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert "default-src 'none'" in (policy["content"] or "")
     assert "prefers-color-scheme: dark" in text
     assert any(a.get("name") == "viewport" for a in page.all("meta"))
-
-
-@pytest.mark.parametrize("prompt", ["\x00\x1b[31m\x07", "\ud800", "漢字 🦊\nb"])
-def test_strange_characters_give_a_page(tmp_path: Path, prompt: str) -> None:
-    text, page = written(tmp_path, [(prompt, searched())])
-    (shown,) = page.text_in("h2")
-    assert len(shown) == len(prompt)
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
 
 
 def test_winners_show_their_pixels_scores_and_seeds(tmp_path: Path) -> None:
@@ -147,17 +139,6 @@ def test_a_curve_for_each_candidate_that_was_looked_at(tmp_path: Path) -> None:
     assert by_total[0.3][1] == pytest.approx(by_total[0.22][1] + slope * 0.08, abs=0.2)
 
 
-def test_labels_of_many_steps_do_not_overlap(tmp_path: Path) -> None:
-    looks = tuple(Preview(step=step, steps=1000, total=step / 1000, quality=0.5) for step in range(10, 1000, 10))
-    result = replace(output([noise(0)], [1.0]), previews={0: looks})
-    text, _ = written(tmp_path, [("a", result)])
-    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">(\d+)</text>', text)
-    spans = sorted((float(x) - 6 * len(step), float(x) + 6 * len(step)) for x, step in labels)  # 20 px high
-    assert len(labels) > 5
-    assert max(int(step) for _, step in labels) == 1000
-    assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans))
-
-
 def test_many_prompts_take_no_more_memory_than_few(tmp_path: Path) -> None:
     def peak(count: int) -> tuple[int, int]:
         outputs = ((f"prompt {i}", output([noise(i, (160, 160))])) for i in range(count))
@@ -205,7 +186,7 @@ EVERYWHERE = (
 @pytest.mark.parametrize("text", EVERYWHERE)
 def test_no_element_or_attribute_comes_from_anyones_text(tmp_path: Path, text: str) -> None:
     def page(word: str) -> tuple[Page, str]:
-        result = output([noise(seed) for seed in range(3)], dropped={0: word}, first_seed=0)
+        result = output([noise(seed) for seed in range(3)], dropped={0: word})
         named: Any = {1: word, 2: 2, 0: 0}  # a seed that is a text, which a caller's own search might have
         previews = {word: (Preview(step=1, steps=4, total=0.5, quality=0.5),), 2: ()}
         seeds, every = ([named[seed] for seed in column] for column in (result.seeds, result.all_seeds))

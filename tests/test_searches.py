@@ -24,7 +24,6 @@ HALVE = Halving(at=(0.34, 0.67), keep=0.5)
 
 
 def corner(images: Tensor, prompts: list[str]) -> Tensor:
-    """Redness of a corner: differences between seeds are far above rounding."""
     assert len(prompts) == len(images)
     return images[:, 0, :4, :4].mean(dim=(1, 2))
 
@@ -34,7 +33,6 @@ def make(pipe: Any, n: int = 8, **arguments: Any) -> BestOfN:
 
 
 def count_rows(module: torch.nn.Module) -> list[int]:
-    """Rows of all forwards from now on."""
     rows: list[int] = []
     module.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
@@ -48,7 +46,6 @@ def pixels_of(image: Any) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def sd() -> Any:
-    """Without guidance a row is a call."""
     return pipelines.stable_diffusion()
 
 
@@ -131,7 +128,6 @@ def test_candidates_with_bad_previews_are_dropped_and_the_others_continue(sd):
         return torch.where(scores == scores.max(), torch.inf, scores)  # one of each chunk of 4, 4, and then 3
 
     def held() -> int:
-        """Latents of single candidates that are anywhere."""
         gc.collect()
         tensors = [o for o in gc.get_objects() if type(o) is Tensor and not o.is_nested]  # those have no shape
         return sum(tensor.shape == (1, 4, SIDE // 2, SIDE // 2) for tensor in tensors)
@@ -208,9 +204,7 @@ def test_a_chunk_out_of_memory_is_halved_and_seeds_hold(part):
 
 @pytest.mark.parametrize("search", ["halving", "zero_order", "particles", "noise"])
 def test_final_images_bear_the_watermark_of_the_pipeline_and_previews_do_not(search):
-    """An object of the interface of diffusers' StableDiffusionXLWatermarker: images in [-1, 1], not clamped."""
-
-    class Watermarker:
+    class Watermarker:  # of diffusers' StableDiffusionXLWatermarker's interface: images in [-1, 1], not clamped
         rows = 0
 
         def apply_watermark(self, images: Tensor) -> Tensor:
@@ -228,10 +222,6 @@ def test_final_images_bear_the_watermark_of_the_pipeline_and_previews_do_not(sea
     }[search](PROMPT, **call)
     assert pipe.watermark.rows == {"halving": 2, "noise": 1}.get(search, 3)
     if search == "particles":  # no seed makes it again
-        pipe.watermark = None
-        bare = pixels_of(ParticleSteering(pipe, corner, particles=3, progress=False)(PROMPT, **call).images[0])
-        inside = (bare > 0) & (bare < 255)  # in [0, 1] the mark is x / 2 + 3 / 8
-        assert np.abs(pixels_of(found.images[0]) - (bare / 2 + 255 * 3 / 8))[inside].max() <= 2
         return
     own = {} if found.noises is None else {"latents": found.noises[0]}
     made = pipe(PROMPT, generator=torch.Generator().manual_seed(found.seeds[0]), **own, **call).images[0]

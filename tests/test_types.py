@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import ast
 import importlib
 import pkgutil
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import jaxtyping
@@ -41,15 +38,6 @@ def package_modules() -> list[ModuleType]:
     return [importlib.import_module(found.name) for found in walked if not found.name.endswith("__main__")]
 
 
-def shape_annotations(module: ModuleType) -> Iterator[tuple[int, ast.expr]]:
-    """Every `Float[...]` and its like in a module's source, anywhere."""
-    for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
-        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
-            name = getattr(jaxtyping, node.value.id, None)
-            if isinstance(name, type) and issubclass(name, jaxtyping.AbstractDtype):
-                yield node.lineno, node
-
-
 def test_shape_annotations_are_enforced_during_the_tests():
     with pytest.raises(jaxtyping.TypeCheckError, match="Float"):
         pixels.resize(torch.rand(3, 20, 20), (10, 10))
@@ -57,29 +45,6 @@ def test_shape_annotations_are_enforced_during_the_tests():
     assert len(modules) > 10
     for module in [aigiqa_reward, *modules]:
         assert type(module.__loader__).__module__.startswith("jaxtyping"), module.__name__
-
-
-def test_every_shape_annotation_can_be_evaluated():
-    """A broken one is silently not checked."""
-    count = 0
-    for module in package_modules():
-        for line, node in shape_annotations(module):
-            code = compile(ast.Expression(node), f"{module.__name__}:{line}", "eval")
-            try:
-                hint = eval(code, vars(module))
-            except Exception as error:
-                pytest.fail(f"{module.__name__}, line {line}: {ast.unparse(node)} does not evaluate ({error})")
-            assert issubclass(hint, jaxtyping.AbstractArray)
-            count += 1
-    assert count > 10
-
-
-def test_every_public_name_is_exported():
-    for name in aigiqa_reward.__all__:
-        assert getattr(aigiqa_reward, name).__name__ == name
-        assert name in dir(aigiqa_reward)
-    with pytest.raises(AttributeError, match="has no attribute 'create_rewards'"):
-        _ = aigiqa_reward.create_rewards
 
 
 def test_prompt_features_give_each_row_its_own_prompt():
@@ -150,8 +115,7 @@ def test_cat_leaves_out_details_that_do_not_fit_together():
 def test_a_tensor_becomes_an_output_and_an_output_stays():
     scores = torch.rand(3, requires_grad=True)
     converted = as_reward_output(scores, 3)
-    assert converted.total is scores
-    assert converted.quality is scores
+    assert converted.total is converted.quality is scores
     assert converted.correspondence is None
     given = output([1.0, 2.0])
     assert as_reward_output(given, 2) is given
