@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.scorer import Inputs, Scorer, check_images
 from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Judged, Picture, Tally, conclude, judge, judged
-from aigiqa_reward.sampling.pipeline_utils import (
-    PromptMemo,
-    check_pipe_kwargs,
-    generators_of,
-    images_of,
-    in_chunks,
-    takes,
-)
+from aigiqa_reward.sampling.pipeline_utils import PromptMemo, check_pipe_kwargs, in_chunks, sample, takes
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.search import Halving, Search, ZeroOrder, climb, halve
 from aigiqa_reward.types import RewardFunction
@@ -115,7 +105,7 @@ class BestOfN:
             check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
         self.reward_prompt = reward_prompt
         self.progress = progress
-        self._batched, self._named = takes(pipe, "num_images_per_prompt"), takes(pipe, "prompt")
+        self._batched = takes(pipe, "num_images_per_prompt")
 
     def __call__(self, prompt: str | None, seed: int = 0, **pipe_kwargs: Any) -> BestOfNOutput:
         """Sample, score and rank the candidates for one prompt; warn once of candidates that were dropped.
@@ -159,59 +149,38 @@ class BestOfN:
         if text is None:
             text = check_text(prompt, "prompt", "pass the reward's prompt as BestOfN(..., reward_prompt=)")
         reward, tally = BoundReward(self.reward, [text]), Tally(self.top_k, diverse=self.diverse)
-        call = _Call(prompt, text, pipe_kwargs, PromptMemo(self.pipe), reward, tally)
-        seeds = range(first, first + self.n)
-        run = self._own_loop(call, seeds) if self.pruning or self.search else self._pipelines_loop(call, seeds)
-        return self._outputs(call, run, stacklevel)
+        memo, seeds = PromptMemo(self.pipe), range(first, first + self.n)
 
-    def _outputs(self, call: _Call, run: Iterator[Any], stacklevel: int) -> Generator[BestOfNOutput, None, None]:
+        def sample_and_score(chunk: Sequence[int]) -> None:
+            count = {"num_images_per_prompt": len(chunk)} if self._batched else {}
+            with memo.installed():
+                images, flagged = sample(self.pipe, prompt, chunk, **pipe_kwargs, **count)
+            tally.add(chunk, judge(images, flagged, reward, text), lambda row: Picture.of(images, row))
+
+        if self.pruning or self.search:
+            run = self._own_loop(prompt, seeds, reward, text, tally, pipe_kwargs)
+        else:  # inpainting pipelines encode the masked image with the first generator only: a batch breaks the seeds
+            together = self._batched and "mask_image" not in pipe_kwargs
+            run = in_chunks(seeds, self.batch_size if together else 1, sample_and_score, self.pipe)
+        return self._outputs(tally, run, stacklevel)
+
+    def _outputs(self, tally: Tally, run: Iterator[Any], stacklevel: int) -> Generator[BestOfNOutput, None, None]:
         for _ in run:
-            yield call.tally.output()
+            yield tally.output()
         if hasattr(self.pipe, "maybe_free_model_hooks"):
             self.pipe.maybe_free_model_hooks()  # what the pipeline's own loop does at its end
-        conclude(call.tally.output(), self.top_k, name="seed", stacklevel=stacklevel)
+        conclude(tally.output(), self.top_k, name="seed", stacklevel=stacklevel)
 
-    def _pipelines_loop(self, call: _Call, seeds: range) -> Iterator[Any]:
-        def sample_and_score(chunk: Sequence[int]) -> None:
-            images, flagged = self._sample(call, chunk)
-            candidates = judge(images, flagged, call.reward, call.text)
-            call.tally.add(chunk, candidates, lambda row: Picture.of(images, row))
-
-        # Inpainting pipelines encode the masked image with the first generator only, so a batch would break the seeds.
-        together = self._batched and "mask_image" not in call.pipe_kwargs
-        return in_chunks(seeds, self.batch_size if together else 1, sample_and_score, self.pipe)
-
-    def _own_loop(self, call: _Call, seeds: range) -> Iterator[Any]:
+    def _own_loop(
+        self, prompt: str | None, seeds: range, reward: BoundReward, text: str, tally: Tally, kwargs: dict[str, Any]
+    ) -> Iterator[Any]:
         need = "BestOfN(pruning=...)" if self.pruning else "BestOfN(search=...)"
-        if call.prompt is None:
+        if prompt is None:
             raise ValueError(f"prompt: {need} encodes the prompt itself: expected a text, got None")
-        rollout = Rollout(self.pipe, need=need, **call.pipe_kwargs)
-        search = Search(rollout, call.prompt, call.reward, call.text, self.batch_size, call.tally)
+        search = Search(Rollout(self.pipe, need=need, **kwargs), prompt, reward, text, self.batch_size, tally)
         if self.pruning is None:
             return climb(search, seeds, self.search or ZeroOrder())
         return halve(search, seeds, self.pruning, least=self.top_k * POOL if self.diverse else self.top_k)
-
-    def _sample(self, call: _Call, seeds: Sequence[int]) -> tuple[Tensor, list[bool]]:
-        """Sample images (B, 3, H, W), and return which the pipeline's safety checker flagged."""
-        arguments = dict(call.pipe_kwargs, output_type="pt", generator=generators_of(seeds))
-        if self._batched:
-            arguments["num_images_per_prompt"] = len(seeds)
-        with torch.no_grad(), call.memo.installed():
-            # By name: the first argument of FLUX.2 is an image.
-            result = self.pipe(prompt=call.prompt, **arguments) if self._named else self.pipe(call.prompt, **arguments)
-        return images_of(result, len(seeds))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Parts of one call of a BestOfN that all its chunks share."""
-
-    prompt: str | None
-    text: str
-    pipe_kwargs: dict[str, Any]
-    memo: PromptMemo
-    reward: BoundReward
-    tally: Tally
 
 
 def _plan(argument: str, given: object, named: dict[str | None, Plan | None], kind: type[Plan]) -> Plan | None:

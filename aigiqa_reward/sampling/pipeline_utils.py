@@ -25,14 +25,12 @@ def takes(pipe: Callable[..., Any], argument: str) -> bool:
         return False
 
 
-def generators_of(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
-    """Return one generator on the CPU per seed, as a pipeline takes them: a single one without a list."""
+def sample(pipe: Any, prompt: Any, seeds: Sequence[int], /, **arguments: Any) -> tuple[Tensor, list[bool]]:
+    """Return a pipeline's images (B, 3, H, W) of B seeds, and whether its safety checker flagged them."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return generators if len(generators) > 1 else generators[0]
-
-
-def images_of(result: Any, count: int) -> tuple[Tensor, list[bool]]:
-    """Return the `count` images (B, 3, H, W) of a pipeline's output, and whether its safety checker flagged them."""
+    arguments |= {"output_type": "pt", "generator": generators if len(generators) > 1 else generators[0]}
+    with torch.no_grad():  # by name where it can be: the first argument of FLUX.2 is an image
+        result = pipe(prompt=prompt, **arguments) if takes(pipe, "prompt") else pipe(prompt, **arguments)
     images = getattr(result, "images", None)
     if not isinstance(images, Tensor):
         raise TypeError(
@@ -40,9 +38,9 @@ def images_of(result: Any, count: int) -> tuple[Tensor, list[bool]]:
             f"{type(result).__name__} with {type(images).__name__}; pass a diffusers pipeline that makes images"
         )
     pixels.check(images, validate=False, argument="the pipeline's images")
-    if len(images) != count:
-        raise ValueError(f"pipe: expected one image per generator, got {len(images)} images for {count} generators")
-    return images, getattr(result, "nsfw_content_detected", None) or [False] * count
+    if len(images) != len(seeds):
+        raise ValueError(f"pipe: expected one image per generator, got {len(images)} for {len(seeds)} generators")
+    return images, getattr(result, "nsfw_content_detected", None) or [False] * len(seeds)
 
 
 def check_pipe_kwargs(pipe_kwargs: Mapping[str, Any], owner: str, owned: Mapping[str, str]) -> None:

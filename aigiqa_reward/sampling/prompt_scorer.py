@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.candidates import FLAGGED, NothingRankedError, judge
-from aigiqa_reward.sampling.pipeline_utils import check_pipe_kwargs, generators_of, images_of, in_chunks, takes
+from aigiqa_reward.sampling.pipeline_utils import check_pipe_kwargs, in_chunks, sample
 from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.checks import check_reward, check_text, integer
 
@@ -122,7 +120,6 @@ class PromptScorer:
         self.cache_size = integer("cache_size", cache_size, least=0)
         check_pipe_kwargs(pipe_kwargs, "PromptScorer", _OWNED)
         self.pipe_kwargs = pipe_kwargs
-        self._named = takes(self.pipe, "prompt")
         self._known: dict[_Image, PromptScore] = {}
 
     @property
@@ -182,13 +179,11 @@ class PromptScorer:
 
     def _sample_and_score(self, chunk: Sequence[_Image]) -> list[PromptScore]:
         prompts: Any = [image.prompt for image in chunk] if len(chunk) > 1 else chunk[0].prompt
-        arguments = dict(self.pipe_kwargs, output_type="pt", generator=generators_of([image.seed for image in chunk]))
+        arguments = dict(self.pipe_kwargs)
         if len(chunk) > 1:  # pipelines differ in whether one negative prompt serves several prompts
             repeated = {n: v for n, v in arguments.items() if n.startswith("negative_prompt") and isinstance(v, str)}
             arguments |= {name: [text] * len(chunk) for name, text in repeated.items()}
-        with torch.no_grad():
-            result = self.pipe(prompt=prompts, **arguments) if self._named else self.pipe(prompts, **arguments)
-        pictures, flagged = images_of(result, len(chunk))
+        pictures, flagged = sample(self.pipe, prompts, [image.seed for image in chunk], **arguments)
         candidates = judge(pictures, flagged, BoundReward(self.reward), [image.judged_by for image in chunk])
         return [PromptScore(**vars(candidate)) for candidate in candidates]
 
