@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ROW = 1.25  # inches, height of a panel
-_PANELS: tuple[tuple[str, str, str | None, str | None], ...] = (
+_PANELS = (
     ("reward", COLORS[0], "reward", "reward"),
-    ("held-out reward", COLORS[1], "holdout", None),
-    ("diversity", COLORS[2], "diversity", None),
-    ("saturation", COLORS[2], "saturation", None),
-    ("KL", MUTED, None, "kl"),
+    ("held-out reward", COLORS[1], "holdout", ""),
+    ("diversity", COLORS[2], "diversity", ""),
+    ("saturation", COLORS[2], "saturation", ""),
+    ("KL", MUTED, "", "kl"),
 )
 """Title, color, name in a validation's summary, name in the line of a step."""
 
@@ -54,7 +54,8 @@ def draw_curves(history: Sequence[Line], kept_step: int | None, path: Path) -> P
     kept = next((line for line in validations + steps if line["step"] == kept_step), None)
     for (title, color, trained, validated), pair in zip(panels, grid, strict=True):
         for axes, column, divisor in zip(pair, (0, 1), (1, scale), strict=True):
-            _panel(axes, *((points[:, column] / divisor, points[:, 2]) for points in (trained, validated)), color)
+            thin, strong = ((points[:, column] / divisor, points[:, 2]) for points in (trained, validated))
+            _panel(axes, thin, strong, color)
             if kept is not None:
                 place = kept[("step", "seconds")[column]] / divisor
                 axes.axvline(place, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
@@ -73,7 +74,7 @@ def draw_curves(history: Sequence[Line], kept_step: int | None, path: Path) -> P
     return save_plot(figure, path)
 
 
-def _points(lines: Sequence[Line], name: str | None, *, smooth: bool = False) -> np.ndarray:
+def _points(lines: Sequence[Line], name: str, *, smooth: bool = False) -> np.ndarray:
     """Return step, seconds and value (N, 3) of the lines with a finite value, maybe the mean over a last twentieth."""
     finite = [line for line in lines if isinstance(line.get(name), int | float) and math.isfinite(line[name])]
     points = np.array([(line["step"], line["seconds"], line[name]) for line in finite], dtype=float).reshape(-1, 3)

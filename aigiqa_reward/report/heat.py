@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -53,9 +52,12 @@ def heat_maps(
         raise ValueError(f"prompts: expected one per image, got {len(texts)} prompts for {len(images)} images")
     given = [None if text is None else [text] for text in texts]
     if kind != "gradient":
-        found = (_distortion(reward, image[None], text) for image, text in zip(images, given, strict=True))
-        maps = list(itertools.takewhile(lambda heat: heat is not None, found))
-        if len(maps) == len(images):
+        maps: list[Tensor] = []
+        for image, text in zip(images, given, strict=True):
+            if (found := _distortion(reward, image[None], text)) is None:
+                break
+            maps.append(found)
+        else:
             return HeatMaps(kind="distortion", maps=torch.cat(maps))
         if kind == "distortion":
             raise ValueError("kind: this reward gives no distortion maps; use one that does, or kind='gradient'")

@@ -65,8 +65,8 @@ def write_page(
         >>> "a &lt;red&gt; square" in page, "<script" in page
         (True, False)
     """
-    loader, blocks = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, autoescape=True, finalize=_cleaned, **blocks)
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, finalize=_cleaned, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
     page = environment.get_template("page.html")
     target = Path(path)

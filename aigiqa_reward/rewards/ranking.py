@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, SupportsFloat
+from dataclasses import dataclass
+from typing import Any, SupportsFloat
 
 from aigiqa_reward.utils.checks import integer
 
@@ -22,7 +23,8 @@ def rank(scores: Iterable[SupportsFloat]) -> list[int]:
     return sorted(range(len(values)), key=lambda index: _key(values[index], index))
 
 
-class Ranked(NamedTuple):
+@dataclass(frozen=True)
+class Ranked:
     """A candidate in a `TopK`: its score, never NaN, its number, and the object pushed with it."""
 
     score: float

@@ -238,7 +238,8 @@ class ResultsFolder:
             return [math.nan if row[name] is None else row[name] for row in rows]
 
         def preview(scores: dict[str, Any]) -> Preview:
-            return Preview(**scores | {name: column(name, [scores])[0] for name in ("total", "quality")})
+            known = {name: column(name, [scores])[0] for name in ("total", "quality")}
+            return Preview(**{**scores, **known})
 
         return BestOfNOutput(
             images=[open_rgb(self.image_file(index, row["seed"])) for row in winners],
