@@ -223,10 +223,9 @@ def test_another_scheduler_dtype_or_reward_is_refused(tmp_path: Path) -> None:
     pipe.to(torch.float32)
     nudged = create_reward("compact")
     next(nudged.model.parameters()).view(-1)[0].mul_(1 + 1e-6)
-    for changed in (nudged, create_reward("compact", quality_weight=0.4)):
-        with pytest.raises(ValueError, match=r"reward: 'compact .*' there, .* now"):
-            again(changed)
-    again(create_reward("compact"))
+    with pytest.raises(ValueError, match=r"reward: 'compact .*' there, .* now"):
+        again(nudged)
+    again()
 
 
 @pytest.mark.parametrize(("name", "overwrite"), [("results.jsonl", False), ("settings.json", True), ("images", True)])
