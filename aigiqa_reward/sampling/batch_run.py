@@ -47,12 +47,9 @@ def describe(search: BestOfN, seed: int, settings: Mapping[str, Any], pipe_kwarg
         **{name: identity(value) for name, value in settings.items()},  # first, so that they replace none of the rest
         **pipeline_identity(search.pipe),
         "reward": reward_identity(search.reward),
-        "n": search.n,
-        "top_k": search.top_k,
+        **{name: getattr(search, name) for name in ("n", "top_k", "diverse", "reward_prompt")},
         "pruning": None if search.pruning is None else repr(search.pruning),
         "search": "random" if search.search is None else repr(search.search),
-        "diverse": search.diverse,
-        "reward_prompt": search.reward_prompt,
         "seed": integer("seed", seed),
         "pipe_kwargs": {name: identity(value) for name, value in pipe_kwargs.items()},
     }
@@ -62,12 +59,8 @@ def describe(search: BestOfN, seed: int, settings: Mapping[str, Any], pipe_kwarg
 class PromptResult:
     """Result of one prompt.
 
-    Attributes:
-        index: number of the prompt, from 0.
-        prompt: its text.
-        finished: whether all its candidates were sampled; a rerun skips it then.
-        error: why it failed; None if it did not.
-        output: its candidates so far; None without any.
+    It is `finished` once all candidates were sampled: a rerun skips it then. `output` has those so far; None without
+    any. `error` is why it failed.
     """
 
     index: int
@@ -214,18 +207,11 @@ class ResultsFolder:
         columns = zip(output.all_seeds, output.all_scores, output.all_quality, known, strict=True)
         for seed, total, quality, correspondence in columns:
             error = output.dropped.get(seed)
-            yield {
-                "seed": seed,
-                "prompt": self.prompts[index],
-                "total": total,
-                "quality": quality,
-                "correspondence": correspondence,
-                "error": error,
-                "prompt_index": index,
-                "rank": places.get(seed),
-                "image": f"{_IMAGES}/{self.image_file(index, seed).name}" if seed in places else None,
-                "pruned": error is None and math.isnan(total),
-            }
+            image = f"{_IMAGES}/{self.image_file(index, seed).name}" if seed in places else None
+            scores = {"total": total, "quality": quality, "correspondence": correspondence, "error": error}
+            place = {"prompt_index": index, "rank": places.get(seed), "image": image}
+            pruned = error is None and math.isnan(total)
+            yield {"seed": seed, "prompt": self.prompts[index], **scores, **place, "pruned": pruned}
 
     def _output(self, index: int, record: dict[str, Any]) -> BestOfNOutput:
         rows = record["candidates"]

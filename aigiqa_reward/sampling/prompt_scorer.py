@@ -32,13 +32,12 @@ _OWNED = {
 
 @dataclass(frozen=True, kw_only=True)
 class PromptScore:
-    """Scores of the images that a pipeline makes of one prompt. Higher is better.
+    """Scores of the images that a pipeline makes of one prompt; NaN if none could be scored. Higher is better.
 
     Attributes:
-        total: number to maximize; NaN if no image could be scored.
-        quality: perceptual quality; NaN likewise.
-        correspondence: correspondence to the text that the prompt is judged by; None if the reward gives none or no
-            image could be scored.
+        total: number to maximize.
+        quality: perceptual quality.
+        correspondence: correspondence to the text that the prompt is judged by; None if there is none.
         dropped: reason why no image could be scored; None if one could.
         cached: whether nothing was sampled for it, because it was known or asked for twice.
 
