@@ -28,15 +28,11 @@ Value = TypeVar("Value", Tensor, str)
 MAX_BYTES = 20_000_000_000
 """Default bound: the masks of about 75,000 images, or millions of descriptions."""
 
-_SUFFIXES = {Tensor: ".safetensors", str: ".json"}
 _ENTRY = re.compile(r"[0-9a-f]{64}\.(safetensors|json)")
 
 
 def key_of(identity: str, content: Content) -> str:
-    """Return the SHA-256 of who is asked (identity) and what about.
-
-    An image counts with its shape and its values as float32, a text with its UTF-8 bytes.
-    """
+    """Return the SHA-256 of who is asked and what about: an image's shape and float32 values, or a text's bytes."""
     if isinstance(content, str):
         about: dict[str, Any] = {"content": "text"}
         data: Any = content.encode("utf-8", "surrogatepass")
@@ -48,12 +44,6 @@ def key_of(identity: str, content: Content) -> str:
     return digest.hexdigest()
 
 
-def default_folder() -> Path:
-    """Return `aigiqa-reward/assistants` in XDG_CACHE_HOME, or in ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "aigiqa-reward" / "assistants"
-
-
 class AssistantCache:
     """A folder of assistants' answers: tensors as safetensors, texts as JSON, named by `key_of`.
 
@@ -61,17 +51,15 @@ class AssistantCache:
     are computed and not kept.
 
     Args:
-        folder: made when the first answer is stored; None for `default_folder()`.
+        folder: made when the first answer is stored; None for `aigiqa-reward/assistants` in XDG_CACHE_HOME or ~/.cache.
         max_bytes: size beyond which the oldest answers are deleted, checked once per twentieth of it written.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int = MAX_BYTES) -> None:
         if max_bytes <= 0:
-            raise ValueError(
-                f"max_bytes: expected a positive number of bytes, got {max_bytes}; for no cache at all, give the "
-                "assistant cache=None"
-            )
-        self.folder = Path(folder) if folder is not None else default_folder()
+            raise ValueError(f"max_bytes: expected a positive number, got {max_bytes}; for no cache pass cache=None")
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self.folder = Path(home, "aigiqa-reward", "assistants") if folder is None else Path(folder)
         self.max_bytes = max_bytes
         self._unchecked = max_bytes  # bytes written since the folder's size was last looked at
 
@@ -97,26 +85,16 @@ class AssistantCache:
             N answers in the rows' order; equal rows share one object.
         """
         keys = [key_of(identity, content) for content in contents]
-        known: dict[str, Value] = {}
-        missing: dict[str, int] = {}
-        for row, key in enumerate(keys):
-            if key not in known and key not in missing:
-                value = self._read(key, form)
-                if value is None:
-                    missing[key] = row
-                else:
-                    known[key] = value
-        if missing:
-            for key, value in zip(missing, compute(list(missing.values())), strict=True):
+        rows = {key: row for row, key in reversed(list(enumerate(keys)))}  # of equal rows the first
+        known = {key: value for key in rows if (value := self._read(key, form)) is not None}
+        if missing := sorted(rows.keys() - known.keys(), key=rows.__getitem__):
+            for key, value in zip(missing, compute([rows[key] for key in missing]), strict=True):
                 known[key] = value
                 self._write(key, value)
         return [known[key] for key in keys]
 
-    def _path(self, key: str, form: type) -> Path:
-        return self.folder / f"{key}{_SUFFIXES[form]}"
-
     def _read(self, key: str, form: type[Value]) -> Value | None:
-        path = self._path(key, form)
+        path = self.folder / f"{key}{'.safetensors' if form is Tensor else '.json'}"
         try:
             data = read_regular(path, most=MAX_BYTES)
             value = load(data)["value"] if form is Tensor else parse_json(data)
@@ -134,19 +112,18 @@ class AssistantCache:
             return None
 
     def _write(self, key: str, value: Tensor | str) -> None:
-        form = Tensor if isinstance(value, Tensor) else str
         if isinstance(value, Tensor):
-            data = save({"value": value.detach().cpu().contiguous()})
+            name, data = f"{key}.safetensors", save({"value": value.detach().cpu().contiguous()})
         else:
-            data = json.dumps(value).encode()
+            name, data = f"{key}.json", json.dumps(value).encode()
         if len(data) > self.max_bytes:
             return
         try:
-            write_atomically(self._path(key, form), data)
+            write_atomically(self.folder / name, data)
         except OSError as error:
             warnings.warn(
                 f"cache of assistants: cannot write into {self.folder} ({error.strerror}); answers are computed and "
-                "not kept. Pass AssistantCache(folder) with a folder that can be written, or set XDG_CACHE_HOME",
+                "not kept. Pass another folder, or set XDG_CACHE_HOME",
                 UserWarning,
                 stacklevel=5,
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aigiqa_reward.images import ImageSource, load_batch
 from aigiqa_reward.rewards.bound import device_of, reward_name
-from aigiqa_reward.types import RewardFunction, RewardOutput, as_reward_output
+from aigiqa_reward.types import RewardFunction, as_reward_output
 
 
 class RewardFn:
@@ -64,14 +64,10 @@ class RewardFn:
         with torch.set_grad_enabled(torch.is_grad_enabled() and batch.requires_grad):
             result = self.reward(batch.to(device_of(self.reward) or home), texts)  # pyright: ignore[reportArgumentType]
         output = as_reward_output(result, len(batch))
-        return output.total.to(home), _info(output)
-
-
-def _info(output: RewardOutput) -> dict[str, np.ndarray]:
-    columns = {"quality": output.quality, "correspondence": output.correspondence}
-    columns |= {f"details/{name}": detail for name, detail in output.details.items()}
-    return {
-        name: column.detach().float().cpu().numpy()
-        for name, column in columns.items()
-        if column is not None and column.shape == output.total.shape
-    }
+        columns = {"quality": output.quality, "correspondence": output.correspondence}
+        columns |= {f"details/{name}": detail for name, detail in output.details.items()}
+        return output.total.to(home), {
+            name: column.detach().float().cpu().numpy()
+            for name, column in columns.items()
+            if column is not None and column.shape == output.total.shape
+        }
