@@ -71,24 +71,26 @@ class AssistantCache:
         *,
         form: type[Value],
     ) -> list[Value]:
-        """Return the answer to each row, from the folder where it is known.
+        """Return the answer to each row, from the folder where it is known; equal rows share one object.
 
         Args:
             identity: what determines an answer besides the content: kind, model, revision, settings.
             contents: N images (3, H, W) or texts.
             compute: called at most once, with the numbers of the unknown rows in ascending order (of equal rows, the
-                first); returns or yields their answers in that order. Each is stored as it arrives, so that an
-                interruption loses only what was not yet computed.
+                first); returns or yields their answers, each of which is stored as it arrives.
             form: Tensor or str.
-
-        Returns:
-            N answers in the rows' order; equal rows share one object.
         """
         keys = [key_of(identity, content) for content in contents]
-        rows = {key: row for row, key in reversed(list(enumerate(keys)))}  # of equal rows the first
-        known = {key: value for key in rows if (value := self._read(key, form)) is not None}
-        if missing := sorted(rows.keys() - known.keys(), key=rows.__getitem__):
-            for key, value in zip(missing, compute([rows[key] for key in missing]), strict=True):
+        known: dict[str, Value] = {}
+        missing: dict[str, int] = {}
+        for row, key in enumerate(keys):
+            if key not in known and key not in missing:
+                if (value := self._read(key, form)) is None:
+                    missing[key] = row
+                else:
+                    known[key] = value
+        if missing:
+            for key, value in zip(missing, compute(list(missing.values())), strict=True):
                 known[key] = value
                 self._write(key, value)
         return [known[key] for key in keys]

@@ -24,8 +24,8 @@ def latent_rows(latents: Sequence[Any]) -> list[Latent]:
         if not isinstance(samples, Tensor):
             got = type(latent).__name__ if samples is None else f"samples of {type(samples).__name__}"
             raise TypeError(f"latent: expected a LATENT with a tensor of samples, got {got}; connect a LATENT")
-        places = latent.get("batch_index")
-        places = range(len(samples)) if places is None else places
+        if (places := latent.get("batch_index")) is None:
+            places = range(len(samples))
         if len(places) != len(samples):
             raise ValueError(
                 f"latent: expected a batch_index with a place for each of its {len(samples)} rows, got {len(places)}; "
