@@ -56,9 +56,6 @@ class AttributeReader(Protocol):
         ...
 
 
-_METHODS = {"captioner": "describe", "semantics": "read", "segmenter": "segment", "attributes": "decompose"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Assistants:
     """The assistants of a model; where one is None the model uses its offline substitute and says so in `details`.
@@ -76,15 +73,12 @@ class Assistants:
     attributes: AttributeReader | None = None
 
     def __post_init__(self) -> None:
-        for role, method in _METHODS.items():
+        methods = {"captioner": "describe", "semantics": "read", "segmenter": "segment", "attributes": "decompose"}
+        for role, method in methods.items():
             given = getattr(self, role)
             if isinstance(given, type) or (given is not None and not callable(getattr(given, method, None))):
                 got = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
                 raise TypeError(f"{role}: expected an assistant with a method {method}(), or None, got {got}")
-
-
-_NOT_IN_ANSWER = ("device", "batch_size")
-"""Fields of a configuration on which no answer depends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +126,7 @@ Config = TypeVar("Config", bound=AssistantConfig)
 
 
 class PretrainedAssistant(Generic[Config]):
-    """A pretrained model of transformers that gives text, masks or features, without gradients.
-
-    Each part of the model is loaded at its first use.
+    """A pretrained model of transformers that gives text, masks or features, without gradients; loaded at first use.
 
     Args:
         config: which model, and its settings.
@@ -160,12 +152,12 @@ class PretrainedAssistant(Generic[Config]):
 
     @cached_property
     def identity(self) -> str:
-        """JSON of everything that determines an answer besides the content.
+        """JSON of all that determines an answer besides the content: kind, model, revision, dtype, settings, recipe.
 
-        It holds the kind, the model, the revision, the dtype and the settings, and for a local folder the names, sizes
-        and times of its files, so that weights trained further count as another model.
+        For a local folder also the names, sizes and times of its files, so that other weights are another model.
         """
-        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name not in _NOT_IN_ANSWER}
+        settings = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        del settings["device"], settings["batch_size"]  # no answer depends on them
         settings["dtype"] = str(self.config.dtype).removeprefix("torch.")
         if (folder := self.config.folder) is not None:
             files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".md"]
@@ -200,14 +192,12 @@ class PretrainedAssistant(Generic[Config]):
             torch.empty(0, device=self.config.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: {self.config.device!r} is not available here; pass device='cpu'") from error
-        model, report = self._load(
-            self.parts[1], dtype=self.config.dtype, use_safetensors=True, output_loading_info=True
-        )
+        options = {"dtype": self.config.dtype, "use_safetensors": True, "output_loading_info": True}
+        model, report = self._load(self.parts[1], **options)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(
-                f"path_or_id: the checkpoint of {self.config.path_or_id!r} lacks {len(missing)} weights of "
-                f"{type(model).__name__} (first: {missing[0]}), which would be random; pass one that was saved as "
-                f"{self.wanted}"
+                f"path_or_id: {self.config.path_or_id!r} lacks {len(missing)} weights of {type(model).__name__} (first: "
+                f"{missing[0]}), which would be random; pass a checkpoint that was saved as {self.wanted}"
             )
         return model.requires_grad_(False).eval().to(self.config.device)
 
@@ -261,10 +251,7 @@ def pad_on_the_left(tokenizer: Any) -> None:
 
 
 def generate_greedily(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[str]:
-    """Generate greedily, one text per row, without the prompt.
-
-    The model's generation settings hold (end tokens, a repetition penalty), except for those of sampling.
-    """
+    """Generate greedily, one text per row, without the prompt; the model's settings hold except those of sampling."""
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     tokens = model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
     prompt = inputs["input_ids"]

@@ -45,10 +45,9 @@ def key_of(identity: str, content: Content) -> str:
 
 
 class AssistantCache:
-    """A folder of assistants' answers: tensors as safetensors, texts as JSON, named by `key_of`.
+    """A folder of assistants' answers, tensors as safetensors and texts as JSON; several processes may share it.
 
-    Several processes may share a folder. A damaged file is computed again. Where the folder cannot be written, answers
-    are computed and not kept.
+    A damaged file is computed again. Where the folder cannot be written, answers are computed and not kept.
 
     Args:
         folder: made when the first answer is stored; None for `aigiqa-reward/assistants` in XDG_CACHE_HOME or ~/.cache.
@@ -100,17 +99,14 @@ class AssistantCache:
         try:
             data = read_regular(path, most=MAX_BYTES)
             value = load(data)["value"] if form is Tensor else parse_json(data)
-            if not isinstance(value, form):
-                raise ValueError(f"holds no {form.__name__}")
-            return value
+            if isinstance(value, form):
+                return value
+            raise ValueError(f"holds no {form.__name__}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            warnings.warn(
-                f"cache of assistants: {path} is damaged ({error}); its answer is computed again",
-                UserWarning,
-                stacklevel=5,
-            )
+            message = f"cache of assistants: {path} is damaged ({error}); its answer is computed again"
+            warnings.warn(message, UserWarning, stacklevel=5)
             return None
 
     def _write(self, key: str, value: Tensor | str) -> None:

@@ -35,8 +35,8 @@ class ImageTextAssistant(PretrainedAssistant[Config]):
         processor = super()._processor
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
             raise ValueError(
-                f"path_or_id: {self.config.path_or_id!r} has no processor of images and text (found "
-                f"{type(processor).__name__}); save the model's processor into the same folder with save_pretrained"
+                f"path_or_id: {self.config.path_or_id!r} has a {type(processor).__name__}, no processor of images and "
+                "text; save the model's processor into the same folder with save_pretrained"
             )
         pad_on_the_left(processor.tokenizer)
         return processor
@@ -160,9 +160,8 @@ class LMMSemantics(ImageTextAssistant[SemanticsConfig]):
         layers, mask = getattr(output, "hidden_states", None), inputs["attention_mask"]
         if not layers or layers[-1].shape[:2] != mask.shape:
             raise ValueError(
-                f"path_or_id: {self.config.path_or_id!r} ({type(model).__name__}) does not return its language "
-                "model's hidden layer for every token; pass a decoder-only image-text-to-text model, such as LLaVA "
-                "or Qwen-VL"
+                f"path_or_id: {self.config.path_or_id!r} ({type(model).__name__}) does not return the language model's "
+                "hidden layer for every token; pass a decoder-only image-text-to-text model such as LLaVA or Qwen-VL"
             )
         weights = mask[:, :, None].float()
         return ((layers[-1].float() * weights).sum(dim=1) / weights.sum(dim=1)).cpu()

@@ -88,9 +88,8 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
         """Return the best mask of every point and its predicted intersection over union; float32, on the CPU."""
         model, device, dtype = self._model, self.config.device, self.config.dtype
         points = grid_points(images.shape[2], images.shape[3], self.config.points_per_side)
-        inputs = self._processor(
-            images=pixels.to_pil(images), input_points=[points[:, None].tolist()] * len(images), return_tensors="pt"
-        )
+        asked = [points[:, None].tolist()] * len(images)
+        inputs = self._processor(images=pixels.to_pil(images), input_points=asked, return_tensors="pt")
         embeddings = model.get_image_embeddings(inputs["pixel_values"].to(device, dtype))
         masks, scores = [], []
         for some in inputs["input_points"].float().to(device).split(_POINTS_AT_ONCE, dim=1):

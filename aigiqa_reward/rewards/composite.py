@@ -65,6 +65,7 @@ class CompositeReward(nn.Module):
         if not all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights.values()):
             raise ValueError(f"weights: expected finite numbers above 0, got {dict(weights)}")
         self.combine = combine
+        self._model = f"composite of {', '.join(members)}"
         self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         self.members = dict(members)
         try:
@@ -124,10 +125,6 @@ class CompositeReward(nn.Module):
     def as_reward_fn(self) -> RewardFn:
         """Wrap this reward as `f(images, prompts, metadata) -> (rewards, info)`, for policy-gradient trainers."""
         return RewardFn(self)
-
-    @property
-    def _model(self) -> str:
-        return f"composite of {', '.join(self.members)}"
 
     def _mean(self, values: Mapping[str, Tensor]) -> Tensor:
         share = sum(self.weights[name] for name in values)
