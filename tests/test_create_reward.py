@@ -55,7 +55,7 @@ ENCODER = OpenCLIPConfig(architecture="ViT-B-32")
 FOLDER = Path("somewhere")
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "compact", "preset": "paper"}, "embedded towers"),
-    ({"name": "compact", "encoder": ENCODER}, "embedded towers"),
+    ({"name": "compact", "encoder": ENCODER}, "only tsp_mgs"),
     ({"name": "compact", "assistants": Assistants(captioner=Described())}, "compact reward has none"),
     ({"name": "compact", "dtype": torch.int8}, "floating-point"),
     ({"name": "compact", "revision": "main"}, "weights is None"),

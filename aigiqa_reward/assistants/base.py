@@ -87,8 +87,7 @@ class AssistantConfig:
 
     Attributes:
         path_or_id: folder written by save_pretrained, or name of a model on the Hub.
-        revision: commit, tag or branch on the Hub; None for the default branch. Pin it: the cache knows answers by this
-            revision, and does not notice when a branch moves.
+        revision: commit, tag or branch on the Hub. Pin it: the cache does not notice when a branch moves.
         device: device of the model; images may be on another.
         dtype: dtype of the weights.
         batch_size: rows per forward pass.
@@ -196,8 +195,8 @@ class PretrainedAssistant(Generic[Config]):
         model, report = self._load(self.parts[1], **options)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(
-                f"path_or_id: {self.config.path_or_id!r} lacks {len(missing)} weights of {type(model).__name__} (first: "
-                f"{missing[0]}), which would be random; pass a checkpoint that was saved as {self.wanted}"
+                f"path_or_id: {self.config.path_or_id!r} lacks {len(missing)} weights of {type(model).__name__} "
+                f"(first: {missing[0]}), which would be random; pass a checkpoint that was saved as {self.wanted}"
             )
         return model.requires_grad_(False).eval().to(self.config.device)
 

@@ -23,10 +23,9 @@ from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
 from aigiqa_reward.rewards.specs import SPECS, TOWER_FILES
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
 
+Settings: TypeAlias = Mapping[str, Any]  # fields of a model's configuration
 TowerConfig: TypeAlias = OpenCLIPConfig | TimmConfig | BLIPConfig
 Tower: TypeAlias = OpenCLIPEncoder | TimmEncoder | BLIPEncoder | CompactEncoder
-
-
 _B32, _B16 = (OpenCLIPConfig(architecture=name, pretrained="openai") for name in ("ViT-B-32", "ViT-B-16"))
 _HALF = (0.5, 0.5, 0.5)  # the statistics that timm's ViTs of the AugReg recipe were trained with
 
@@ -46,29 +45,17 @@ PUBLISHED_TOWERS: dict[str, dict[str, TowerConfig]] = {
 }
 """The towers of `preset="paper"`, by system and role."""
 
-Settings: TypeAlias = Mapping[str, Any]
-"""Fields of a model's configuration."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """How one of the five systems is put together.
+    """How one of the five systems is put together."""
 
-    Attributes:
-        make: builds the model from settings, towers by role, and assistants.
-        embedded: settings of its configuration on the compact towers.
-        roles: names of its towers; the first is required, and is the compact one where it is embedded.
-        published: settings on other towers where the paper differs from the configuration's defaults.
-        assistants: assistants that it can use.
-        needs: assistants that it requires on other towers, and whose features its embedded head cannot read.
-    """
-
-    make: Callable[[Settings, Mapping[str, Any], Assistants], QualityModel]
-    embedded: Settings
-    roles: tuple[str, ...]
-    published: Settings = field(default_factory=dict)
-    assistants: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
+    make: Callable[[Settings, Mapping[str, Any], Assistants], QualityModel]  # of settings, towers by role, assistants
+    embedded: Settings  # on the compact towers
+    roles: tuple[str, ...]  # its towers; the first is required, and is the compact one where it is embedded
+    published: Settings = field(default_factory=dict)  # on other towers, where the paper differs from the defaults
+    assistants: tuple[str, ...] = ()  # that it can use
+    needs: tuple[str, ...] = ()  # that it requires on other towers; its embedded head cannot read their features
 
 
 def _ma_agiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
@@ -182,14 +169,7 @@ def empty_model(name: str, description: Mapping[str, Any], assistants: Assistant
 def load_embedded(
     name: str, *, assistants: Assistants | None = None, settings: Settings | None = None, folder: Path = ASSETS
 ) -> QualityModel:
-    """Build a model with its embedded weights.
-
-    Args:
-        name: "compact" or one of `SYSTEMS`.
-        assistants: assistants in place of the offline substitutes.
-        settings: fields of the configuration that do not change the weights' shapes.
-        folder: assets, whose files must have the hashes in `SPECS`.
-    """
+    """Build "compact" or one of `SYSTEMS` with its embedded weights; settings must not change the weights' shapes."""
     if name != "compact":
         model = build_model(name, assistants=assistants, settings=settings)
         load_strictly(model.get_submodule("head"), embedded_weights(name, "model.head.", folder), source=name)

@@ -111,7 +111,10 @@ class CompositeReward(nn.Module):
         if isinstance(prompts, PromptFeatures):
             check_features(prompts, self._model, len(images))
             assert isinstance(prompts, _MembersFeatures)
-            given = {**dict.fromkeys(self.members, prompts.prompts), **prompts.of_members()}
+            own = {
+                name: features[prompts.index.to(features.index.device)] for name, features in prompts.members.items()
+            }
+            given = {**dict.fromkeys(self.members, prompts.prompts), **own}
         outputs = {name: _call(name, member, images, given[name]) for name, member in self.members.items()}
         scales = {name: getattr(module, self.combine) for name, module in self.reference.items()}
         with_prompts = {n: o.correspondence for n, o in outputs.items() if o.correspondence is not None}
@@ -139,14 +142,9 @@ class _MembersFeatures(PromptFeatures):
 
     members: Mapping[str, PromptFeatures]
 
-    def of_members(self) -> dict[str, PromptFeatures]:
-        """Return each member's features of the rows."""
-        return {name: features[self.index.to(features.index.device)] for name, features in self.members.items()}
-
     def to(self, device: torch.device | str) -> PromptFeatures:
         """Move the features to another device."""
-        members = {name: features.to(device) for name, features in self.members.items()}
-        return replace(self, index=self.index.to(device), members=members)
+        return replace(self, index=self.index.to(device), members={n: f.to(device) for n, f in self.members.items()})
 
 
 class _Reference(FullPrecision):
@@ -181,8 +179,6 @@ def _at_least_float32(scores: Tensor) -> Tensor:
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
-def _call(
-    name: str, member: RewardFunction, images: Tensor, prompts: Sequence[str] | PromptFeatures | None
-) -> RewardOutput:
-    result = member(images.to(device_of(member) or images.device), prompts)  # pyright: ignore[reportArgumentType]
+def _call(name: str, member: RewardFunction, images: Tensor, prompts: Any) -> RewardOutput:
+    result = member(images.to(device_of(member) or images.device), prompts)
     return as_reward_output(result, len(images), source=f"member {name!r}")

@@ -108,11 +108,10 @@ def create_reward(
         raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
     else:
         with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
-            model = (
-                _zero_shot(name, preset, encoder, assistants)
-                if untrained
-                else _embedded(name, preset, assistants, settings)
-            )
+            if untrained:
+                model = _zero_shot(name, preset, encoder, assistants)
+            else:
+                model = _embedded(name, preset, assistants, settings)
         reward = Reward(model, spec, **shares)
         if name in SYSTEMS and not untrained:
             load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
@@ -144,12 +143,10 @@ def _zero_shot(
     name: str, preset: str | None, encoder: OpenCLIPConfig | None, assistants: Assistants | None
 ) -> QualityModel:
     """Build tsp_mgs without anything trained."""
-    if name == "compact":
-        raise ValueError("encoder, zero_shot: the compact reward has its own embedded towers; pass neither")
     if name != "tsp_mgs":
         raise ValueError(
-            f"encoder, zero_shot: only tsp_mgs scores without training, got them for {name}; "
-            f"to train on other towers, use aigiqa_reward.training or `aigiqa-reward train {name}`"
+            f"encoder, zero_shot: only tsp_mgs scores without training, got them for {name}; to train another system "
+            "on other towers, use aigiqa_reward.training or `aigiqa-reward train`"
         )
     if preset is not None and encoder is not None:
         raise ValueError("preset, encoder: 'paper' names the encoder already; pass one of them")
