@@ -73,6 +73,7 @@ class Kind:
 
     assistant: Any
     config: Any
+    method: str
     model: str
     rows: str
     options: dict[str, int] = field(default_factory=dict)
@@ -82,18 +83,17 @@ class Kind:
         return self.assistant(self.config(path_or_id=place, **self.options | options), cache=cache)
 
     def ask(self, assistant: Any, images: Tensor) -> Any:
-        if isinstance(assistant, LLMAttributes):  # a text for each image, of unequal lengths
+        if self.method == "decompose":  # a text for each image, of unequal lengths
             numbers = [(int(image[0, 0, 0] * 9), float(image.sum())) for image in images.detach()]
             return assistant.decompose([f"a photo of {'very ' * count}{total:.3f} cats" for count, total in numbers])
-        [method] = [name for name in ("describe", "read", "segment") if hasattr(assistant, name)]
-        return getattr(assistant, method)(images)
+        return getattr(assistant, self.method)(images)
 
 
 KINDS = {
-    "captioner": Kind(LMMCaptioner, CaptionerConfig, "llava", "input_ids", {"max_new_tokens": 12}),
-    "semantics": Kind(LMMSemantics, SemanticsConfig, "llava", "pixel_values"),
-    "segmenter": Kind(SAMSegmenter, SegmenterConfig, "sam", "image_embeddings", {"points_per_side": 3}),
-    "attributes": Kind(LLMAttributes, AttributesConfig, "llama", "input_ids", {"max_new_tokens": 6}),
+    "captioner": Kind(LMMCaptioner, CaptionerConfig, "describe", "llava", "input_ids", {"max_new_tokens": 12}),
+    "semantics": Kind(LMMSemantics, SemanticsConfig, "read", "llava", "pixel_values"),
+    "segmenter": Kind(SAMSegmenter, SegmenterConfig, "segment", "sam", "image_embeddings", {"points_per_side": 3}),
+    "attributes": Kind(LLMAttributes, AttributesConfig, "decompose", "llama", "input_ids", {"max_new_tokens": 6}),
 }
 
 
@@ -119,8 +119,10 @@ def passes(kind: Kind, assistant: Any) -> Iterator[list[int]]:
         handle.remove()
 
 
-def same(one: Any, other: Any) -> bool:
-    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+def same(one: Any, other: Any, tolerance: float = 0) -> bool:
+    if isinstance(one, Tensor):
+        return torch.allclose(one, other, atol=tolerance, rtol=tolerance)
+    return one == other
 
 
 def test_a_known_row_is_not_asked_again(kind, folders, images, tmp_path):
@@ -144,11 +146,8 @@ def test_only_missing_rows_are_asked_together_and_order_is_kept(kind, folders, i
         rest = kind.ask(assistant, images)
     assert set(seen) == {3}
     assert len(seen) == (len(QUESTIONS) if isinstance(assistant, LMMSemantics) else 1)
-    if isinstance(rest, Tensor):
-        torch.testing.assert_close(rest, whole, atol=1e-5, rtol=1e-5)
-    else:
-        assert rest == whole
-        assert len({str(row) for row in rest}) == 5  # rows differ, so that their order shows
+    assert same(rest, whole, 1e-5)
+    assert len({str(row) for row in rest}) == 5  # rows differ, so that their order shows
 
 
 def test_an_answer_depends_on_its_row_alone_and_draws_nothing(kind, folders, images):
@@ -158,10 +157,7 @@ def test_an_answer_depends_on_its_row_alone_and_draws_nothing(kind, folders, ima
     alone = [kind.ask(one, image[None]) for image in images]
     assert torch.equal(torch.get_rng_state(), state)
     for row, answer in enumerate(kind.ask(two, images)):
-        if isinstance(answer, Tensor):
-            torch.testing.assert_close(answer, alone[row][0], atol=1e-5, rtol=1e-5)
-        else:
-            assert answer == alone[row][0]
+        assert same(answer, alone[row][0], 1e-5)
 
 
 def test_no_gradient_is_kept(kind, folders, images):
@@ -244,7 +240,7 @@ def greedy(model: Any, inputs: dict[str, Tensor], count: int) -> list[int]:
     return said
 
 
-def test_a_description_is_the_greedy_answer_to_the_question(folders, images):
+def test_a_description_is_the_greedy_answer_to_the_question(folders, images, tmp_path):
     model = LlavaForConditionalGeneration.from_pretrained(folders.llava)
     processor = AutoProcessor.from_pretrained(folders.llava)
     described = LMMCaptioner(CaptionerConfig(path_or_id=str(folders.llava), max_new_tokens=6)).describe(images)
@@ -255,6 +251,12 @@ def test_a_description_is_the_greedy_answer_to_the_question(folders, images):
         assert processor.tokenizer.decode(greedy(model, inputs, 6)) == text
     other = CaptionerConfig(path_or_id=str(folders.llava), max_new_tokens=6, question="Which colors are there?")
     assert LMMCaptioner(other).describe(images) != described
+    folder = shutil.copytree(folders.llava, tmp_path / "model")  # a model that is set to sample
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings |= {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 3}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    sampling = CaptionerConfig(path_or_id=str(folder), max_new_tokens=6)
+    assert LMMCaptioner(sampling).describe(images[:2]) == described[:2]
 
 
 def test_a_model_that_places_image_tokens_itself_is_asked_but_not_for_hidden_layers(folders, images):
@@ -262,16 +264,6 @@ def test_a_model_that_places_image_tokens_itself_is_asked_but_not_for_hidden_lay
     assert len(captioner.describe(images[:2])) == 2
     with pytest.raises(ValueError, match=r"path_or_id: .*Blip2.*hidden layer.*pass a decoder-only"):
         LMMSemantics(SemanticsConfig(path_or_id=str(folders.blip2))).read(images[:1])
-
-
-def test_a_sampling_model_is_made_to_answer_greedily(folders, images, tmp_path):
-    folder = shutil.copytree(folders.llava, tmp_path / "model")
-    settings = json.loads((folder / "generation_config.json").read_text())
-    settings |= {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 3}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    options = {"max_new_tokens": 6}
-    drawn = LMMCaptioner(CaptionerConfig(path_or_id=str(folder), **options)).describe(images)
-    assert drawn == LMMCaptioner(CaptionerConfig(path_or_id=str(folders.llava), **options)).describe(images)
 
 
 def test_features_are_the_mean_of_the_last_hidden_layer_under_each_question(folders, images):
@@ -287,8 +279,6 @@ def test_features_are_the_mean_of_the_last_hidden_layer_under_each_question(fold
             with torch.no_grad():
                 states = model.model(**inputs).last_hidden_state[0]
             torch.testing.assert_close(feature, states.mean(dim=0), atol=1e-5, rtol=1e-4)
-    assert float((read[0] - read[1]).abs().max()) > 0.01  # images and questions show
-    assert float((read[:, 0] - read[:, 1]).abs().max()) > 0.01
 
 
 def test_padding_is_left_out_of_the_mean(folders, images):
