@@ -25,7 +25,7 @@ def contrast(images: Tensor, prompts: list[str] | None) -> Tensor:
 
 
 class Conv(nn.Module):
-    """A small trained judge: smooth, non-linear, with parameters and a buffer."""
+    """A small judge: smooth, non-linear, with parameters and a buffer."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -53,7 +53,6 @@ def some_images(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Te
 
 @pytest.fixture
 def sample() -> Tensor:
-    """(40, 3, 18, 20): what the references are measured on."""
     return some_images(40, seed=1)
 
 
@@ -118,16 +117,13 @@ def test_ranks_end_at_0_and_1_take_the_upper_end_of_ties_and_keep_nan():
     assert scores.grad.abs().max() <= 0.25  # one of four equal steps over a gap of 1; finite also at ties
 
 
-def test_weights_count_by_their_proportions_and_are_equal_unless_given(sample, images):
-    composite = compose(sample, "zscore")
-    reference = {name: module.totals for name, module in composite.reference.items()}
-
-    def total(**options: Any) -> Tensor:
-        return CompositeReward(MEMBERS, reference=reference, **options)(images, PROMPTS).total
-
+def test_weights_count_by_their_proportions_and_are_equal_unless_given(sample):
+    reference = {name: module.totals for name, module in compose(sample, "zscore").reference.items()}
     tenfold = {name: 10 * weight for name, weight in WEIGHTS.items()}
-    torch.testing.assert_close(total(weights=tenfold), composite(images, PROMPTS).total)
-    torch.testing.assert_close(total(), total(weights=dict.fromkeys(MEMBERS, 7)))
+    assert CompositeReward(MEMBERS, reference=reference, weights=tenfold).weights == pytest.approx(
+        {name: weight / 4.5 for name, weight in WEIGHTS.items()}
+    )
+    assert CompositeReward(MEMBERS, reference=reference).weights == pytest.approx(dict.fromkeys(MEMBERS, 1 / 3))
 
 
 @pytest.mark.parametrize(("combine", "dtype"), [("zscore", torch.bfloat16), ("rank", torch.int64)])

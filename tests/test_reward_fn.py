@@ -83,8 +83,7 @@ def test_a_composite_lists_the_totals_of_its_members(images: Tensor):
     reference = {"brightness": torch.tensor([0.0, 1.0]), "red": torch.tensor([0.0, 2.0])}
     composite = CompositeReward({"brightness": brightness, "red": red}, reference=reference)
     rewards, info = composite.as_reward_fn()(images, PROMPTS, [{}] * 3)
-    pixels = images.numpy()
-    bright, reddish = pixels.mean(axis=(1, 2, 3)), pixels[:, 0].mean(axis=(1, 2))
+    bright, reddish = images.numpy().mean(axis=(1, 2, 3)), images[:, 0].numpy().mean(axis=(1, 2))
     np.testing.assert_allclose(info["details/brightness"], bright, rtol=1e-5)
     np.testing.assert_allclose(info["details/red"], reddish, rtol=1e-5)
     scaled = [(bright - 0.5) / 0.5**0.5, (reddish - 1) / 2**0.5]
