@@ -339,7 +339,11 @@ def test_a_selected_latent_draws_the_noise_of_its_row_where_that_is_a_multiple_o
         ({"samples": SAMPLES[:2]}, ValueError, "a row for each of the 3 images, got 2"),
         ({"noise_mask": MASKS}, TypeError, "expected a LATENT.*got dict"),
         ({"samples": SAMPLES, "batch_index": [0, 1]}, ValueError, "a batch_index with .* of its 3 rows, got 2"),
-        ({"samples": torch.zeros(1, 16, 3, 2, 2)}, ValueError, "got 1; a video's LATENT is one row for all its frames"),
+        (
+            {"samples": torch.zeros(1, 16, 3, 2, 2)},
+            ValueError,
+            "got 1; .*a video's LATENT is one row for all its frames",
+        ),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(latent, error, message):
@@ -348,9 +352,6 @@ def test_latents_that_do_not_fit_are_refused(latent, error, message):
 
 
 def test_what_scores_enough_passes_in_its_order():
-    for wrong in ({"aspect": "beauty"}, {"if_none": "blank"}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected one of"):
-            keep([gray(0.5)], 0.1, **wrong)
     with pytest.raises(ValueError, match="aspect: correspondence needs a prompt"):
         keep([gray(0.5)], 0.1, aspect="correspondence", prompt=[""])
     images = gray(0.3, 0.9, 0.5, 0.6)
@@ -410,7 +411,7 @@ def test_a_sheet_shows_a_tile_for_each_image_that_has_no_score():
     ("arguments", "message"),
     [
         ({"device": "tpu"}, "device: expected one of auto, cpu"),
-        ({"dtype": "int8"}, "dtype: expected one of float32"),
+        ({"dtype": "int8"}, "dtype: expected a floating-point"),
         ({"weights": '"/no/such/folder"'}, "weights: expected a folder.*got '/no/such/folder'"),
     ],
 )

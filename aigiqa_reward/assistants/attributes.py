@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 from aigiqa_reward.assistants.base import AssistantConfig, PretrainedAssistant, generate_greedily, pad_on_the_left
 from aigiqa_reward.utils.checks import integer
 
-LIMIT = 8
-"""Largest number of attributes per prompt. CPA-IQA leaves k open; longer lists repeat themselves."""
+LIMIT = 8  # attributes per prompt: CPA-IQA leaves k open; longer lists repeat themselves
 
 
 def _words(text: str) -> frozenset[str]:

@@ -19,14 +19,10 @@ from torch import Tensor
 
 from aigiqa_reward.utils.io import parse_json, read_regular, write_atomically
 
-Content: TypeAlias = Tensor | str
-"""What an assistant is asked about: one image (3, H, W), or one text."""
+Content: TypeAlias = Tensor | str  # one image (3, H, W), or one text
+Value = TypeVar("Value", Tensor, str)  # an answer
 
-Value = TypeVar("Value", Tensor, str)
-"""An answer."""
-
-MAX_BYTES = 20_000_000_000
-"""Default bound: the masks of about 75,000 images, or millions of descriptions."""
+MAX_BYTES = 20_000_000_000  # the masks of about 75,000 images, or millions of descriptions
 
 _ENTRY = re.compile(r"[0-9a-f]{64}\.(safetensors|json)")
 

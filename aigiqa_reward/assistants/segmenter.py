@@ -16,11 +16,7 @@ from aigiqa_reward.assistants.base import AssistantConfig, PretrainedAssistant
 from aigiqa_reward.types import Images
 from aigiqa_reward.utils.checks import integer, number
 
-MASK_SIZE = 64
-"""Rows and columns of a mask over the whole image: a quarter of SAM's, several cells per CLIP patch."""
-
-_POINTS_AT_ONCE = 64
-"""Points per pass of the mask decoder, as in SAM's automatic mask generator (points_per_batch)."""
+MASK_SIZE = 64  # rows and columns of a mask over the whole image: a quarter of SAM's, several cells per CLIP patch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +88,7 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
         inputs = self._processor(images=pixels.to_pil(images), input_points=asked, return_tensors="pt")
         embeddings = model.get_image_embeddings(inputs["pixel_values"].to(device, dtype))
         masks, scores = [], []
-        for some in inputs["input_points"].float().to(device).split(_POINTS_AT_ONCE, dim=1):
+        for some in inputs["input_points"].float().to(device).split(64, dim=1):  # as SAM's points_per_batch
             output = model(image_embeddings=embeddings, input_points=some, multimask_output=True)
             best = output.iou_scores.float().max(dim=2)
             index = best.indices[:, :, None, None, None].expand(-1, -1, 1, *output.pred_masks.shape[-2:])

@@ -69,9 +69,8 @@ def create_reward(
 
     Args:
         name: one of `list_rewards()`.
-        preset: None for the embedded weights, offline; "paper" for the published towers from the Hub. The authors
-            publish no heads that may be used here, so only zero-shot tsp_mgs scores with it; train the other systems
-            (`aigiqa-reward train NAME --preset paper`) and pass the result as `weights`.
+        preset: None for the embedded weights, offline; "paper" for the published towers from the Hub, with which only
+            tsp_mgs scores, zero-shot; train the others (`aigiqa-reward train`) and pass the result as `weights`.
         encoder: open_clip model for zero-shot tsp_mgs.
         zero_shot: use tsp_mgs untrained, on `encoder` or else the compact towers.
         scenario: scenario of cpa_iqa; `aigiqa-reward scenarios` lists them.

@@ -74,8 +74,8 @@ class Calibration(FullPrecision):
 class Reward(nn.Module, ModelHubMixin):
     """A quality model as a reward function: `reward(images, prompts) -> RewardOutput`.
 
-    The weights are frozen, gradients are not: `reward(images, prompts).total.sum().backward()` fills `images.grad`. The
-    module always stays in evaluation mode, so that a trainer that calls `train()` on it cannot change scores.
+    The weights are frozen, gradients with respect to images are not. The module always stays in evaluation mode, so
+    that a trainer that calls `train()` on it cannot change scores.
 
     Args:
         model: quality model.
@@ -121,11 +121,6 @@ class Reward(nn.Module, ModelHubMixin):
         return self.calibration.quality.device
 
     @property
-    def _dtype(self) -> torch.dtype:
-        """The heads' dtype: float32, or float64 for a reward cast to it."""
-        return self.calibration.quality.dtype
-
-    @property
     def needs_prompts(self) -> bool:
         """Whether `prompts=None` is an error: the model needs them, or quality has no weight in `total`."""
         return self.model.needs_prompts or self.quality_weight == 0
@@ -140,7 +135,7 @@ class Reward(nn.Module, ModelHubMixin):
     def prepare(self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None = None) -> Context | None:
         """Run the model's assistants, if it has any; pass the result as `context`, which is fixed in gradients."""
         pixels.check(images)
-        return self.model.prepare(images.to(self._dtype), self._features(images, prompts))
+        return self.model.prepare(images.to(self.calibration.quality.dtype), self._features(images, prompts))
 
     def forward(
         self,
@@ -169,7 +164,7 @@ class Reward(nn.Module, ModelHubMixin):
             warn_ignored_context(self.name)
         elif context is not None:
             check_context(context, self.model.context_names, len(images))
-        raw = self.model(images.to(self._dtype), self._features(images, prompts), context)
+        raw = self.model(images.to(self.calibration.quality.dtype), self._features(images, prompts), context)
         quality = self.calibration(raw.quality, "quality")
         details = dict(raw.details)
         if "uncertainty" in details:  # a std of quality, on the same scale

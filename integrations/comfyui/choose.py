@@ -78,8 +78,6 @@ class SelectBest(_Choosing):
     ) -> tuple[Any, ...]:
         """Rank and keep the best; every input is a list."""
         count = only("top_k", top_k)
-        if count < 0:
-            raise ValueError(f"top_k: expected a number of at least 0, got {count}; 0 ranks all")
         chosen, faults = [], []
         with ready(only("reward", reward)) as judge:
             for rows, text, latents in _contests(images, prompt, latent):
@@ -129,9 +127,6 @@ class Filter(_Choosing):
     ) -> tuple[Any, ...]:
         """Keep the images that score enough; every input is a list."""
         least, by, otherwise = only("threshold", threshold), only("aspect", aspect), only("if_none", if_none)
-        for name, value, known in (("aspect", by, ASPECTS), ("if_none", otherwise, NONE_PASSES)):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         chosen, faults, best = [], [], None
         with ready(only("reward", reward)) as judge:
             for rows, text, latents in _contests(images, prompt, latent):
@@ -194,10 +189,10 @@ def _contests(
     groups = grouped(images, prompts)
     every, count = latent_rows(latents or []), sum(len(rows) for rows, _ in groups)
     if latents is not None and len(every) != count:
-        remedy = "connect the LATENT that these images were decoded from, or none"
-        if any(row["samples"].ndim == 5 and row["samples"].shape[2] > 1 for row in every):
-            remedy = "a video's LATENT is one row for all its frames, which cannot be chosen apart: connect none"
-        raise ValueError(f"latent: expected a row for each of the {count} images, got {len(every)}; {remedy}")
+        raise ValueError(
+            f"latent: expected a row for each of the {count} images, got {len(every)}; connect the LATENT that these "
+            "images were decoded from, or none (a video's LATENT is one row for all its frames)"
+        )
     start = 0
     for rows, text in groups:
         yield rows, text, every[start : start + len(rows)]

@@ -75,8 +75,6 @@ class RewardLoader:
         correspondence_weight: float = 0.5,
     ) -> tuple[LoadedReward]:
         """Build the reward on the CPU; its first use moves it to the device."""
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         place = compute_device(device)
         with torch.inference_mode(False):  # else the weights let no gradient pass, which heat maps need
             shares = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}

@@ -54,8 +54,6 @@ class Score:
 
     def score(self, reward: Any, images: Any, prompt: str = "", heat_map: str = "auto") -> tuple[list[float], str, Any]:
         """Score a batch; fails with the reason where an image cannot be scored or a chosen heat map not be drawn."""
-        if heat_map not in HEAT_MAPS:
-            raise ValueError(f"heat_map: expected one of {', '.join(HEAT_MAPS)}, got {heat_map!r}")
         rows, text = image_rows([images]), prompt_or_none(prompt)
         kind = fault = None
         with ready(reward) as judge, logged_warnings():
