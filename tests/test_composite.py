@@ -248,7 +248,7 @@ TWO = {"a": brightness, "b": contrast}
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"members": {}, "reference": {}}, "members: expected at least one reward"),
-    ({"members": {"a": 3}, "reference": {"a": GOOD["a"]}}, "members: expected a mapping from names"),
+    ({"members": {"a": 3}, "reference": {"a": GOOD["a"]}}, "members: expected at least one reward"),
     ({"combine": "mean"}, "combine: expected 'zscore' or 'rank', got 'mean'"),
     ({"reference": {"a": GOOD["a"]}}, r"reference: .*each of \['a', 'b'\], got \['a'\]"),
     ({"reference": {**GOOD, "b": torch.rand(1)}}, r"reference\['b'\].*at least 2"),

@@ -151,11 +151,6 @@ class AttributesConfig(AssistantConfig):
     limit: int = LIMIT
     max_new_tokens: int = 128
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        integer("limit", self.limit, least=1)
-        integer("max_new_tokens", self.max_new_tokens, least=1)
-
 
 class LLMAttributes(PretrainedAssistant[AttributesConfig]):
     """Splits prompts into short visual attributes, for CPA-IQA's implicit alignment.

@@ -106,13 +106,11 @@ class AssistantConfig:
                 f"path_or_id: expected a folder or a model's name on the Hub, got {self.path_or_id!r}; pickled "
                 "checkpoints are never opened: convert one with save_pretrained, which makes model.safetensors"
             )
-        try:
-            torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device: expected a torch device such as 'cuda:0', got {self.device!r}") from error
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating torch.dtype such as torch.bfloat16, got {self.dtype!r}")
-        integer("batch_size", self.batch_size, least=1)
+        for field in fields(self):
+            if type(field.default) is int:
+                integer(field.name, getattr(self, field.name), least=1)
 
     @property
     def folder(self) -> Path | None:

@@ -20,7 +20,6 @@ from aigiqa_reward.assistants.base import (
     generate_greedily,
     pad_on_the_left,
 )
-from aigiqa_reward.utils.checks import integer
 
 
 class ImageTextAssistant(PretrainedAssistant[Config]):
@@ -82,12 +81,6 @@ class CaptionerConfig(AssistantConfig):
 
     question: str = DESCRIBE
     max_new_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.question.strip():
-            raise ValueError("question: expected a text, got an empty one; leave it out for the default")
-        integer("max_new_tokens", self.max_new_tokens, least=1)
 
 
 class LMMCaptioner(ImageTextAssistant[CaptionerConfig]):

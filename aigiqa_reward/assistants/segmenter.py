@@ -38,8 +38,6 @@ class SegmenterConfig(AssistantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        integer("max_regions", self.max_regions, least=1)
-        integer("points_per_side", self.points_per_side, least=1)
         number("max_overlap", self.max_overlap, "in [0, 1]", lambda overlap: 0 <= overlap <= 1)
 
 

@@ -52,10 +52,10 @@ class CompositeReward(nn.Module):
         reference: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
-        if not isinstance(members, Mapping) or not all(callable(member) for member in members.values()):
-            raise TypeError(f"members: expected a mapping from names to rewards or functions, got {members!r}")
-        if not members:
-            raise ValueError("members: expected at least one reward, got none")
+        if not members or not all(callable(member) for member in members.values()):
+            raise TypeError(
+                f"members: expected at least one reward or function by name, got {members!r}"
+            )
         if combine not in ("zscore", "rank"):
             raise ValueError(f"combine: expected 'zscore' or 'rank', got {combine!r}")
         weights = dict.fromkeys(members, 1.0) if weights is None else weights
@@ -126,7 +126,7 @@ class CompositeReward(nn.Module):
         )
 
     def as_reward_fn(self) -> RewardFn:
-        """Wrap this reward as `f(images, prompts, metadata) -> (rewards, info)`, for policy-gradient trainers."""
+        """Wrap this reward as `Reward.as_reward_fn` does."""
         return RewardFn(self)
 
     def _mean(self, values: Mapping[str, Tensor]) -> Tensor:

@@ -150,7 +150,7 @@ def _zero_shot(
     if preset is not None and encoder is not None:
         raise ValueError("preset, encoder: 'paper' names the encoder already; pass one of them")
     settings = {"zero_shot": True, "adapter_rank": 0, "words_in_quality": False}
-    towers = None if encoder is None else {"clip": encoder}
+    towers = {} if encoder is None else {"clip": encoder}
     return build_model(name, preset=preset, towers=towers, assistants=assistants, settings=settings)
 
 

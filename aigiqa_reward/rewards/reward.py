@@ -228,8 +228,8 @@ class Reward(nn.Module, ModelHubMixin):
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             name: name that the reward must have.
-            quality_weight: share of quality in `total`; None keeps the saved one.
-            correspondence_weight: share of correspondence in `total`; None keeps the saved one.
+            quality_weight: share of quality in `total` instead of the saved one.
+            correspondence_weight: share of correspondence in `total` instead of the saved one.
             assistants: assistants of a reward that was trained with some; they are not saved with it.
             settings: fields of the model's configuration that differ from the saved ones.
             revision: branch, tag or commit of the Hub id.
@@ -254,9 +254,7 @@ class Reward(nn.Module, ModelHubMixin):
                 "expected a folder written by reward.save_pretrained"
             ) from error
         if name not in (None, spec.name):
-            raise WeightsError(
-                f"weights: {pretrained_model_name_or_path} holds a {spec.name!r} reward, expected {name!r}"
-            )
+            raise WeightsError(f"weights: {folder} holds a {spec.name!r} reward, expected {name!r}")
         shares |= {key: share for key, share in given.items() if share is not None}
         reward = cls(_empty(folder, spec.name, config["model"], assistants, settings or {}), spec, **shares).to(dtype)
         load_strictly(reward, read_weights(folder / _WEIGHTS), source=str(folder))
