@@ -36,7 +36,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.compact import CompactImageTower, CompactTextTower
@@ -53,14 +53,7 @@ OUTPUTS = ASPECTS + 2
 
 
 class Likeness(FullPrecision):
-    """Principal directions u of the statistics x, and raw scores by likeness to centers; fitted in closed form.
-
-    Args:
-        columns: width of x.
-        directions: width of u.
-        centers: number of centers.
-        guards: number of directions H.
-    """
+    """Principal directions u of the statistics x, and raw scores by likeness to centers; fitted in closed form."""
 
     def __init__(self, columns: int, directions: int, centers: int, guards: int) -> None:
         super().__init__()
@@ -83,7 +76,6 @@ class Likeness(FullPrecision):
         return ((statistics - self.mean) / self.deviation) @ self.basis.T
 
     def forward(self, directions: Float[Tensor, "batch directions"]) -> Float[Tensor, "batch outputs"]:
-        """Compute raw quality, correspondence from the image alone, log variance of quality, and g from u."""
         squares = directions.square().sum(dim=1, keepdim=True) + self.centres.square().sum(dim=1)
         likeness = torch.exp(2 * directions @ self.centres.T - squares)
         return likeness @ self.weights.T + self.bias
@@ -125,10 +117,8 @@ class CompactConfig(ModelConfig):
     Attributes:
         area: square root of the pixels to which whole images are scaled, keeping their aspect ratio.
         crop: side of the crops in px.
-        crops: crops of a square image, evenly spaced; longer images get up to four times as many, and squares of at
-            most `crop` px one, the whole.
-        resolution: short side in px to which larger images are scaled down before they are cropped, as the benchmark's
-            images were.
+        crops: crops of a square image; longer ones get up to four times as many, squares of at most `crop` px one.
+        resolution: short side in px to which larger images are scaled down before they are cropped.
         directions: number of principal directions.
         centers: number of training images that are compared with.
         place_rank: rank of W.
@@ -155,14 +145,12 @@ class CompactHead(FullPrecision):
         self.likeness = Likeness(columns, config.directions, config.centers, config.guards)
         self.scale = nn.Parameter(torch.ones(ASPECTS))
         self.learned = nn.Linear(config.directions, ASPECTS)
-        nn.init.zeros_(self.learned.weight)
-        nn.init.zeros_(self.learned.bias)
         self.place_in = nn.Linear(described, config.place_rank, bias=False)
         self.place_out = nn.Linear(config.place_rank, semantic, bias=False)
         self.world_in = nn.Linear(described, config.world_rank, bias=False)
         self.world_out = nn.Linear(config.world_rank, semantic, bias=False)
-        nn.init.zeros_(self.place_out.weight)
-        nn.init.zeros_(self.world_out.weight)
+        for weight in (*self.learned.parameters(), self.place_out.weight, self.world_out.weight):
+            nn.init.zeros_(weight)
         self.match_weight = nn.Parameter(torch.zeros(()))
         for name, tensor in {
             "described_mean": torch.zeros(described),
@@ -174,16 +162,9 @@ class CompactHead(FullPrecision):
             self.register_buffer(name, tensor)
 
     def describe(self, described: Float[Tensor, "batch described"]) -> Float[Tensor, "batch described"]:
-        """Standardize d as in training."""
         return (described - self.described_mean) / self.described_deviation
 
-    def match(
-        self,
-        described: Float[Tensor, "batch described"],
-        semantic: Float[Tensor, "batch semantic"],
-        text: Float[Tensor, "batch semantic"],
-        world: Float[Tensor, " batch"],
-    ) -> Float[Tensor, " batch"]:
+    def match(self, described: Tensor, semantic: Tensor, text: Tensor, world: Tensor) -> Float[Tensor, " batch"]:
         """Compute how much nearer this image is to this prompt than the average pair, in stds."""
         standard = self.describe(described)
         place = semantic - self.semantic_mean + self.place_out(self.place_in(standard))
@@ -192,14 +173,7 @@ class CompactHead(FullPrecision):
 
 
 class Compact(TrainedModel):
-    """The compact model on frozen towers.
-
-    Args:
-        config: settings.
-        semantic: tower of the whole image and its place among texts.
-        fine: tower of the whole image and its crops.
-        text: tower of the prompts.
-    """
+    """The compact model: `semantic` and `fine` see the whole image, `fine` its crops as well; `text` reads prompts."""
 
     name = "compact"
     feature_settings = ("area", "crop", "crops", "resolution")
@@ -218,11 +192,9 @@ class Compact(TrainedModel):
         self.head = CompactHead(config, columns, described, semantic.semantic_width)
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode sentences (P, 384)."""
         return {"pooled": self.text.encode(texts).pooled}
 
     def crops(self, images: Images) -> Float[Tensor, "batch crops 3 side side"]:
-        """Cut the second tower's crops."""
         height, width = images.shape[2:]
         native = pixels.reduce_to(images, self.config.resolution)
         if height == width <= self.config.crop:
@@ -230,15 +202,8 @@ class Compact(TrainedModel):
         elongation = min(4, round(max(height, width) / min(height, width)))
         return pixels.even_crops(native, self.config.crop, self.config.crops * elongation)
 
-    def forward_features(
-        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
-    ) -> Seen:
-        """Compute both towers' statistics, the place among texts, and the colors.
-
-        `tower` (B, c), `whole` and `crops` (B, c'), `semantic` (B, 384), `colors` (B, 125). Crops are always evenly
-        spaced ones, and averaged.
-        """
-        del generator, crops
+    def forward_features(self, images: Images, *, generator: Generator | None = None, crops: int | None = None) -> Seen:
+        """Compute `tower` (B, c), `whole`, `crops` (B, c'; means over even crops), `semantic` (B, 384), `colors`."""
         whole = pixels.resize_to_area(images, self.config.area**2, least=32)
         patches = self.crops(images)
         tower = self.semantic.encoder.statistics(whole)
@@ -262,8 +227,6 @@ class Compact(TrainedModel):
         return torch.cat([*last, seen["colors"]], dim=1)
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Compute quality with its uncertainty, correspondence, strangeness, and the trust t."""
-        del context
         head = self.head
         statistics = self.statistics(seen)
         directions = head.likeness.project(statistics)

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
 from aigiqa_reward.models.blocks import LowRank, expected_level, level_probabilities
@@ -49,8 +49,7 @@ class TSPMGSConfig(CropsConfig):
         levels: "five" level texts; or "one", the best level's alone, as an ablation.
         perception: "adjectives" (five levels, the paper's best) or "antonyms" (two).
         alpha: "fixed" (0 for perception, 1 for alignment), or "learned" for both.
-        words_in_quality: whether the prompt's words are added to perception, as in the paper; quality then needs
-            prompts.
+        words_in_quality: whether the prompt's words are added to perception, which then needs prompts (the paper).
         adapter_rank: rank of the trained adapters on frozen towers; 0 leaves them out.
         zero_shot: whether nothing is trained.
     """
@@ -88,10 +87,7 @@ class TSPHead(FullPrecision):
 
 
 class TSPMGS(TrainedModel):
-    """TSP-MGS on a contrastive encoder: zero-shot, with trained adapters, or with a fine-tuned encoder.
-
-    Zero-shot scores are not calibrated: Q_cg / L plus Q_fg / L, halved where both are present, in [-0.5, 1].
-    """
+    """TSP-MGS on a contrastive encoder: with trained adapters, fine-tuned, or zero-shot, uncalibrated in [-0.5, 1]."""
 
     name = "tsp_mgs"
     crop_features = ("crops",)
@@ -111,12 +107,10 @@ class TSPMGS(TrainedModel):
 
     @property
     def zero_shot(self) -> bool:
-        """Whether nothing was trained."""
         return self.config.zero_shot
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """The adapters' features; those of the whole image are on the crops' scale."""
         return {"crops": self.head.standard} if self.head.adapters else {}
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -126,9 +120,7 @@ class TSPMGS(TrainedModel):
         encoded = self.encoder.encode_text(levels).unflatten(0, (len(texts), len(ALIGNMENT_LEVELS)))
         return {"levels": encoded, "words": words, "mask": mask}
 
-    def forward_features(
-        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
-    ) -> Seen:
+    def forward_features(self, images: Images, *, generator: Generator | None = None, crops: int | None = None) -> Seen:
         """Compute features of the whole image, `whole` (B, d_f), and of the crops, `crops` (B, N, d_f)."""
         side = self.encoder.image_size
         cut = native_crops(images, side, self.config, generator=generator, crops=crops)
@@ -138,8 +130,6 @@ class TSPMGS(TrainedModel):
         }
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Compute quality by the perception texts, and correspondence by the prompt's level texts and words."""
-        del context
         projected = {name: self.encoder.project(features) for name, features in seen.items()}
         perception = self._perception(self.encoder, projected["whole"]).expand(len(seen["whole"]), -1, -1)
         quality, levels = self._coarse("quality", self._embedded("quality", seen, projected), perception)
