@@ -12,7 +12,7 @@ import pytest
 import torch
 from plain import stir
 from test_model_contract import _leaves_global_randomness_alone as _leaves_global_randomness_alone
-from test_model_contract import scenes
+from test_model_contract import assert_gradient_equals_differences, scenes
 from torch import Tensor
 
 from aigiqa_reward.models.base import ModelOutput, TrainedModel
@@ -101,39 +101,12 @@ def tensors(output: ModelOutput) -> dict[str, Tensor]:
 
 
 def test_pixel_gradient_equals_central_differences(exact: TrainedModel) -> None:
-    images = scenes(1, 96, 80).double().requires_grad_()
-    prompts = exact.encode_prompts(PROMPTS[:1])
-    context = exact.prepare(images.detach(), prompts)
-
-    def total(batch: Tensor) -> Tensor:
-        output = exact(batch, prompts, context)
-        assert output.correspondence is not None
-        return (output.quality + output.correspondence).sum()
-
-    (gradient,) = torch.autograd.grad(total(images), images)
-    assert gradient.norm() > 1e-6
-    generator, step = torch.Generator().manual_seed(1), 1e-5
-    with torch.no_grad():
-        for direction in (gradient, torch.randn(images.shape, generator=generator, dtype=torch.float64)):
-            direction = direction / direction.norm()
-            numeric = (total(images + step * direction) - total(images - step * direction)) / (2 * step)
-            analytic = (gradient * direction).sum()
-            assert abs(float(numeric - analytic)) <= 1e-4 * abs(float(analytic)) + 1e-8
-
-
-def test_each_aspect_reaches_the_pixels_and_contexts_have_no_gradient(model: TrainedModel) -> None:
-    images = scenes(1, 64, 64).requires_grad_()
-    output = score(model, images, PROMPTS[:1])
-    assert output.correspondence is not None
-    gradients = [
-        torch.autograd.grad(part.sum(), images, retain_graph=True)[0]
-        for part in (output.quality, output.correspondence)
-    ]
-    assert min(float(gradient.norm()) for gradient in gradients) > 1e-6
-    context = model.prepare(images, model.encode_prompts(PROMPTS[:1]))
-    assert not any(tensor.requires_grad for tensor in (context or {}).values())
-    again = score(model, images, PROMPTS[:1], context=context)
-    assert torch.allclose(torch.autograd.grad(again.quality.sum(), images)[0], gradients[0], atol=1e-7)
+    images, prompts = scenes(1, 96, 80), exact.encode_prompts(PROMPTS[:1])
+    context = exact.prepare(images.double(), prompts)
+    for aspect in ("quality", "correspondence"):
+        assert_gradient_equals_differences(
+            lambda batch, a=aspect: getattr(exact(batch, prompts, context), a).sum(), images
+        )
 
 
 def test_training_reaches_every_part_of_the_head(model: TrainedModel) -> None:

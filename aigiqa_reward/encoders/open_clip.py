@@ -50,9 +50,7 @@ class OpenCLIPConfig:
 class OpenCLIPEncoder(nn.Module):
     """An open_clip model with its own text transformer as a contrastive encoder; outputs are at least float32.
 
-    Args:
-        config: which model.
-        load_weights: False leaves the weights random, to be filled from a saved reward.
+    With `load_weights=False` the weights are random, to be filled from a saved reward.
 
     Attributes:
         image_size: side in px of its images, the only one accepted; `mean` and `std` are its training's.

@@ -66,8 +66,10 @@ def check(images: Tensor, *, validate: bool = True, argument: str = "images") ->
         raise ValueError(f"{argument}: expected 3 channels (B, 3, H, W), got shape {shape}{hint}")
     if not images.is_floating_point():
         raise TypeError(f"{argument}: expected a floating-point tensor, got {images.dtype}; divide 8-bit values by 255")
-    if shape[0] == 0 or min(shape[2:]) < MIN_SIDE:
-        raise ValueError(f"{argument}: expected at least one image, sides of at least {MIN_SIDE} px, got shape {shape}")
+    if shape[0] == 0:
+        raise ValueError(f"{argument}: expected at least one image, got shape {shape}")
+    if min(shape[2:]) < MIN_SIDE:
+        raise ValueError(f"{argument}: expected sides of at least {MIN_SIDE} px, got {shape[3]} x {shape[2]}")
     if validate:
         _check_values(images.detach(), argument)
     return images

@@ -202,35 +202,20 @@ def check_prompts(prompts: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Facts to know before choosing a reward.
+    """Facts to know before choosing a reward."""
 
-    Attributes:
-        name: name for `create_reward`.
-        title: the system's own name.
-        paper: its publication.
-        license: of the code here and of the weights.
-        scale: meaning of 0 and 1, and the range of scores.
-        input_size: preprocessing of an image, in pixels.
-        differentiable: whether pixel gradients exist.
-        gradient_path: modules that carry them, and what is fixed.
-        needs_prompt: whether quality depends on the prompt.
-        weights: weights that `create_reward(name)` loads.
-        megabytes: size of the embedded weights, 0 where none are.
-        sha256: hash of each embedded file.
-    """
-
-    name: str
+    name: str  # for `create_reward`
     title: str
     paper: str
-    license: str
-    scale: str
-    input_size: str
-    differentiable: bool
-    gradient_path: str
-    needs_prompt: bool
-    weights: str
-    megabytes: float
-    sha256: Mapping[str, str] = field(default_factory=dict)
+    license: str  # of the code here and of the weights
+    scale: str  # meaning of 0 and 1, and the range of scores
+    input_size: str  # preprocessing of an image, in pixels
+    differentiable: bool  # whether pixel gradients exist
+    gradient_path: str  # modules that carry them, and what is fixed
+    needs_prompt: bool  # whether quality depends on the prompt
+    weights: str  # that `create_reward(name)` loads
+    megabytes: float  # of embedded weights
+    sha256: Mapping[str, str] = field(default_factory=dict)  # of each embedded file
 
 
 def check_context(context: object, names: tuple[str, ...], batch: int) -> None:

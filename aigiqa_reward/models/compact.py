@@ -57,19 +57,12 @@ class Likeness(FullPrecision):
 
     def __init__(self, columns: int, directions: int, centers: int, guards: int) -> None:
         super().__init__()
-        for name, tensor in {
-            "mean": torch.zeros(columns),
-            "basis": torch.zeros(directions, columns),
-            "centres": torch.zeros(centers, directions),
-            "weights": torch.zeros(OUTPUTS, centers),
-            "bias": torch.zeros(OUTPUTS),
-            "guard": torch.zeros(guards, columns),
-            "guard_bias": torch.zeros(guards),
-            "deviation": torch.ones(columns),
-            "thresholds": torch.ones(2),
-            "guard_limits": torch.ones(2),
-        }.items():
-            self.register_buffer(name, tensor)
+        self.mean, self.deviation = nn.Buffer(torch.zeros(columns)), nn.Buffer(torch.ones(columns))
+        self.basis = nn.Buffer(torch.zeros(directions, columns))
+        self.centres = nn.Buffer(torch.zeros(centers, directions))
+        self.weights, self.bias = nn.Buffer(torch.zeros(OUTPUTS, centers)), nn.Buffer(torch.zeros(OUTPUTS))
+        self.guard, self.guard_bias = nn.Buffer(torch.zeros(guards, columns)), nn.Buffer(torch.zeros(guards))
+        self.thresholds, self.guard_limits = nn.Buffer(torch.ones(2)), nn.Buffer(torch.ones(2))
 
     def project(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch directions"]:
         """Compute u from x."""
@@ -98,10 +91,7 @@ class Likeness(FullPrecision):
         return ((standard @ self.guard.T + self.guard_bias).square().mean(dim=1) + 1e-12).sqrt()
 
     def trust(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
-        """Compute t: 1 up to the first limit of `pushed`, 1/2 at a second limit beyond it.
-
-        The fall with 1 / (1 + e^2) leaves a gradient that leads back from far away.
-        """
+        """Compute t: 1 up to the first limit of `pushed`, 1/2 at a second limit beyond it."""
         excess = ((self.pushed(statistics) - self.guard_limits[0]) / self.guard_limits[1]).clamp_min(0)
         return 1 / (1 + excess.square())
 
@@ -152,14 +142,9 @@ class CompactHead(FullPrecision):
         for weight in (*self.learned.parameters(), self.place_out.weight, self.world_out.weight):
             nn.init.zeros_(weight)
         self.match_weight = nn.Parameter(torch.zeros(()))
-        for name, tensor in {
-            "described_mean": torch.zeros(described),
-            "described_deviation": torch.ones(described),
-            "semantic_mean": torch.zeros(semantic),
-            "text_mean": torch.zeros(semantic),
-            "match_deviation": torch.ones(()),
-        }.items():
-            self.register_buffer(name, tensor)
+        self.described_mean, self.described_deviation = (nn.Buffer(f(described)) for f in (torch.zeros, torch.ones))
+        self.semantic_mean, self.text_mean = nn.Buffer(torch.zeros(semantic)), nn.Buffer(torch.zeros(semantic))
+        self.match_deviation = nn.Buffer(torch.ones(()))
 
     def describe(self, described: Float[Tensor, "batch described"]) -> Float[Tensor, "batch described"]:
         return (described - self.described_mean) / self.described_deviation

@@ -75,7 +75,7 @@ class Preferences(Mapping[str, tuple[float, ...]]):
         try:
             return cls(dict(read_json(path)))
         except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"preferences: {os.fspath(path)!r} holds no scenarios as JSON ({error})") from error
+            raise ValueError(f"preferences: cannot read {os.fspath(path)!r} as scenarios in JSON ({error})") from error
 
     def row(self, scenario: str) -> int:
         """Return the row of a scenario in the matrix, whose rows are in alphabetical order."""
@@ -246,13 +246,9 @@ class CPAIQA(TrainedModel):
     def _padded(self, lists: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """(P, k, d) and a mask; k is fixed, so that a text's row does not depend on the others."""
         flat = self.encoder.encode_text([text for texts in lists for text in texts])
-        out = flat.new_zeros(len(lists), self.config.attributes, flat.shape[1])
-        mask = torch.zeros(out.shape[:2], dtype=torch.bool, device=flat.device)
-        start = 0
-        for row, texts in enumerate(lists):
-            out[row, : len(texts)], mask[row, : len(texts)] = flat[start : start + len(texts)], True
-            start += len(texts)
-        return out, mask
+        counts, most = [len(texts) for texts in lists], self.config.attributes
+        out = torch.stack([F.pad(row, (0, 0, 0, most - len(row))) for row in flat.split(counts)])
+        return out, torch.arange(most, device=flat.device) < torch.tensor(counts, device=flat.device)[:, None]
 
     def prepare(self, images: Images, prompts: PromptFeatures | None) -> Context | None:
         """Compute the segmenter's masks (B, R, h, w) of the letterboxed image; None where a grid is used."""

@@ -140,10 +140,9 @@ class TSPMGS(TrainedModel):
             quality, _ = self._with_words("quality", quality, self._embedded("quality", seen, projected), prompts)
         texts = prompts.rows("levels").to(projected["whole"].dtype)
         embedded = self._embedded("correspondence", seen, projected)
-        correspondence, details["correspondence_levels"] = self._coarse("correspondence", embedded, texts)
-        correspondence, details["word_similarity"] = self._with_words(
-            "correspondence", correspondence, self._embedded("correspondence", seen, projected), prompts
-        )
+        coarse, details["correspondence_levels"] = self._coarse("correspondence", embedded, texts)
+        embedded = self._embedded("correspondence", seen, projected)  # again: gradients add up in the same order
+        correspondence, details["word_similarity"] = self._with_words("correspondence", coarse, embedded, prompts)
         return ModelOutput(quality=quality, correspondence=correspondence, details=details)
 
     def _embedded(self, task: str, seen: Seen, projected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -94,7 +94,8 @@ def _restored(name: str, stored: Mapping[str, Tensor], file: Path) -> Tensor:
     if name + _SCALE in stored:
         scale = stored[name + _SCALE]
         if tensor.ndim < 1 or scale.shape != tensor.shape[:1] or not scale.is_floating_point():
-            raise WeightsError(f"weights: {file} holds scales that do not fit {name!r}; expected one per row")
+            shape = tuple(scale.shape)
+            raise WeightsError(f"weights: {file} holds scales of shape {shape} for {name!r}; expected one per row")
         tensor = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
     elif tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()
@@ -160,10 +161,9 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: s
     """Load a state dict whose names, shapes and kinds of numbers all fit; a WeightsError otherwise."""
     expected = module.state_dict()
     problems = []
-    if missing := sorted(expected.keys() - tensors.keys()):
-        problems.append(f"{len(missing)} missing (first: {missing[0]})")
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        problems.append(f"{len(unknown)} unknown (first: {unknown[0]})")
+    for kind, names in (("missing", expected.keys() - tensors.keys()), ("unknown", tensors.keys() - expected.keys())):
+        if names:
+            problems.append(f"{len(names)} {kind} (first: {min(names)})")
     for name in sorted(expected.keys() & tensors.keys()):
         if expected[name].shape != tensors[name].shape:
             problems.append(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
