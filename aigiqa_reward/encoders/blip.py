@@ -62,11 +62,6 @@ class BLIPEncoder(nn.Module):
 
     `ground(look(images), **read(texts))` gives the state of every word of text i, conditioned on image i. With
     `load_weights=False` the weights are random, to be filled from a saved reward.
-
-    Attributes:
-        image_size: side in px of the images.
-        width, grounded_width: width of a word's state.
-        vision_width: width of the states from `look`.
     """
 
     mean = (0.48145466, 0.4578275, 0.40821073)

@@ -50,12 +50,8 @@ class OpenCLIPConfig:
 class OpenCLIPEncoder(nn.Module):
     """An open_clip model with its own text transformer as a contrastive encoder; outputs are at least float32.
 
-    With `load_weights=False` the weights are random, to be filled from a saved reward.
-
-    Attributes:
-        image_size: side in px of its images, the only one accepted; `mean` and `std` are its training's.
-        width: width of the joint space, whose embeddings are not normalized.
-        window: most tokens of a text, start and end included.
+    It takes images of `image_size` px only; embeddings are not normalized. With `load_weights=False` the weights are
+    random, to be filled from a saved reward.
     """
 
     any_size = False

@@ -26,8 +26,7 @@ class TimmConfig:
 
     Attributes:
         architecture: timm model name, without a pretrained tag.
-        mean: channel means in [0, 1], as `timm.get_pretrained_cfg(architecture)` lists them; the default is ImageNet's.
-        std: channel stds; the default is ImageNet's.
+        mean, std: of the channels in [0, 1], as `timm.get_pretrained_cfg(architecture)` lists; default: ImageNet's.
         pretrained: whether to fetch timm's published weights from the Hub.
         smooth: half width of the rounding of ReLU6's corners; 0 keeps the corners.
         image_size: side in px to build a model of fixed size for, such as a ViT; None takes the size in its name.
@@ -85,10 +84,7 @@ class SmoothReLU6(nn.Module):
 class TimmEncoder(nn.Module):
     """A timm model's feature maps and pooled features; differentiable in the pixels, in at least float32.
 
-    Attributes:
-        width: channels of the last feature map.
-        image_size: side in px of its images, the only one of a model of fixed size; else that of its training.
-        level_channels: channels of `levels`.
+    `image_size` is the side in px of its images, the only one of a model of fixed size; else that of its training.
     """
 
     def __init__(self, config: TimmConfig) -> None:
@@ -171,10 +167,8 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"architecture: timm's {name!r} gives no maps of its blocks; choose a ViT or EfficientNet")
         count = len(list(self.trunk.feature_info))
         numbers = [block + count if block < 0 else block for block in blocks]
-        if not all(0 <= block < count for block in numbers):
-            raise ValueError(f"blocks: expected numbers from {-count} to {count - 1} for {name!r}, got {list(blocks)}")
-        if numbers != sorted(set(numbers)):
-            raise ValueError(f"blocks: expected each block once, first to last, got {list(blocks)}")
+        if not all(0 <= block < count for block in numbers) or numbers != sorted(set(numbers)):
+            raise ValueError(f"blocks: expected increasing numbers from {-count} to {count - 1}, got {list(blocks)}")
         return numbers
 
     def _inputs(self, images: Images) -> Images:

@@ -24,7 +24,7 @@ ImageSource: TypeAlias = "Image | str | os.PathLike[str] | np.ndarray | Tensor"
 """What `load` reads: a PIL image, a path, an array or a tensor."""
 
 MAX_PIXELS = 100_000_000
-"""Largest image decoded, 1.2 GB as float32: above any generator's output, and a guard against decompression bombs."""
+"""Largest image decoded, 1.2 GB as float32: a guard against decompression bombs."""
 
 
 def load(source: ImageSource) -> Float[Tensor, "3 height width"]:

@@ -14,19 +14,15 @@ image's colors; all are centered on their means over the training images:
 
 V is such a map for pictures of the embedded world, which g, a fourth row of A, recognizes: about 1 there, else 0.
 
-Optimizing pixels for a frozen tower deceives it: twenty steps of 1/255 along a score's gradient raise it beyond 1
-without a visible change. Such steps move x far in directions in which images hardly differ. With those directions H,
-whitened,
+Optimizing pixels moves x far in directions in which images hardly differ. With those directions H, whitened,
 
     quality = t raw,    e = max(0, (rms(H x + h) - l) / m),    t = 1 / (1 + e^2),
 
 and correspondence alike; 99.8 % of rated images on unseen prompts have t = 1 exactly. The guard slows reward hacking
-down; it does not end it.
+down; it does not end it. Training on other scores scales quality and c_raw and adds a linear function of u to them.
 
-Training on other scores scales quality and c_raw and adds a linear function of u to them; the embedded weights do not.
-
-The design is ours. After MST-CLIPIQA it sees an image coarsely and finely; a Gaussian process (its mean is kernel ridge
-regression, fitted in closed form) replaces gated fusion, which had learned less from as many images.
+The design is ours: coarse and fine views after MST-CLIPIQA, and a Gaussian process (its mean is kernel ridge
+regression, fitted in closed form).
 """
 
 from __future__ import annotations
@@ -102,29 +98,17 @@ COLORS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class CompactConfig(ModelConfig):
-    """Settings of the compact model.
+    """Settings of the compact model."""
 
-    Attributes:
-        area: square root of the pixels to which whole images are scaled, keeping their aspect ratio.
-        crop: side of the crops in px.
-        crops: crops of a square image; longer ones get up to four times as many, squares of at most `crop` px one.
-        resolution: short side in px to which larger images are scaled down before they are cropped.
-        directions: number of principal directions.
-        centers: number of training images that are compared with.
-        place_rank: rank of W.
-        world_rank: rank of V.
-        guards: number of directions H.
-    """
-
-    area: int = 256
-    crop: int = 224
-    crops: int = 4
-    resolution: int = 512
-    directions: int = 256
-    centers: int = 4102
-    place_rank: int = 128
-    world_rank: int = 72
-    guards: int = 32
+    area: int = 256  # square root of the pixels to which whole images are scaled, keeping their aspect ratio
+    crop: int = 224  # side of the crops in px
+    crops: int = 4  # of a square image; longer ones get up to four times as many, squares of at most `crop` px one
+    resolution: int = 512  # short side in px to which larger images are scaled down before they are cropped
+    directions: int = 256  # rows of B
+    centers: int = 4102  # training images compared with
+    place_rank: int = 128  # of W
+    world_rank: int = 72  # of V
+    guards: int = 32  # rows of H
 
 
 class CompactHead(FullPrecision):

@@ -10,11 +10,10 @@
 The components keep apart what the aspects ask for: correspondence is the c-weighted mean of s_g, s_l and s_i, quality
 that of s_d and s_low; `details["score"]` is Q, `details["components"]` all five, `details["distortion_maps"]` the maps.
 
-Source: CPA-IQA, whose equations are lost in the available text; nearly all of the above is our inference, and so are
-six of the twelve distortions (see `DISTORTIONS`). The maps are learned from whole-image scores alone: they are named
-after what they should detect, which has not been validated. A region's embedding is the mean of the joint map under
-its mask, where the paper encodes softly masked crops. Without a segmenter the regions are a regular grid, without a
-language model the attributes are the prompt's noun phrases; `details` marks both.
+Source: CPA-IQA, whose equations are lost in the available text; nearly all of the above is our inference. The maps are
+learned from whole-image scores alone: they are named after what they should detect, which has not been validated. A
+region's embedding is the mean of the joint map under its mask, where the paper encodes softly masked crops. Without a
+segmenter the regions are a grid, without a language model the attributes are noun phrases; `details` marks both.
 """
 
 from __future__ import annotations
@@ -123,14 +122,12 @@ class CPAIQAConfig(ModelConfig):
     """Settings of CPA-IQA.
 
     Attributes:
-        hidden: width of the MLPs' hidden layers.
         side: side in px of the letterboxed image; towers of a fixed size ignore it.
         tiers: tiers that count, of "global", "local" and "implicit", as an ablation.
         attributes: most latent attributes, and noun phrases, per prompt.
         grid: rows and columns of the regions without a segmenter.
         distortions: names of the maps.
-        scenario: row of the preference matrix.
-        preferences: the preference matrix.
+        scenario: row of `preferences`.
         learn_preferences: whether the scenario's row is trained too.
     """
 
@@ -146,8 +143,8 @@ class CPAIQAConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "tiers", tuple(self.tiers))
-        object.__setattr__(self, "distortions", tuple(self.distortions))
+        for name in ("tiers", "distortions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.tiers or not set(self.tiers) <= set(COMPONENTS[:3]):
             raise ValueError(f"tiers: expected some of {COMPONENTS[:3]}, got {self.tiers}")
         if not self.distortions or len(set(self.distortions)) != len(self.distortions):

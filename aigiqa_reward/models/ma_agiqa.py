@@ -45,8 +45,7 @@ class MAAGIQAConfig(CropsConfig):
 
     Attributes:
         width: width of the MANIQA head's first stage; the second has half.
-        heads: heads of its Swin blocks.
-        window: windows of its Swin blocks, in places of the map.
+        heads, window: heads of its Swin blocks, and their windows in places of the map.
         swin_scale: scale of its Swin blocks' contribution (0.1 in the source).
         semantics_width: width of f_a and f_b: the multimodal model's hidden size.
         semantics: "features", or "zeros" as an ablation.

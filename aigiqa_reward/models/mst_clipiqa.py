@@ -9,11 +9,10 @@ projected but not normalized:
 
 With both towers' 512 dimensions the quality path has 788,353 trainable parameters, the paper's "0.8 M".
 
-Source: Meng, MST-CLIPIQA (arXiv), as reported, and the equations of the released code. The text's "information
-bottleneck" has no counterpart in that code; `bottleneck` is a variational one, beta KL(N(mu, s^2) || N(0, 1)) on z.
-Our inferences: the quality head's two layers; the prompt branch's low rank; a separate head for correspondence;
-identity as the start of W_c and W_f where they are square. On the compact towers, which have one image tower, the
-streams are the whole image at two resolutions, and correspondence has an `anchor` (see `blocks.Anchor`).
+Source: Meng, MST-CLIPIQA (arXiv), and the released code's equations. The "information bottleneck" has no counterpart in
+that code; `bottleneck` is a variational one, beta KL(N(mu, s^2) || N(0, 1)) on z. Our inferences: the quality head's
+two layers; the prompt branch's low rank; a separate head for correspondence; W_c and W_f start as the identity. On the
+compact towers the streams are the whole image at two resolutions, and correspondence has a `blocks.Anchor`.
 """
 
 from __future__ import annotations
@@ -41,16 +40,13 @@ class MSTCLIPIQAConfig(ModelConfig):
 
     Attributes:
         width: joint width d.
-        hidden: width of the gate's hidden layer.
-        head_hidden: width of the heads' hidden layers.
-        coarse_side: side in px of the coarse tower's view; towers of a fixed size ignore it.
-        fine_side: side in px of the fine tower's view.
+        hidden, head_hidden: widths of the gate's and the heads' hidden layers.
+        coarse_side, fine_side: sides in px of the towers' views; towers of a fixed size ignore them.
         fusion: "gate", or "mean" (g = 1/2 everywhere) as an ablation.
         quality_head: "regression"; or "levels", a softmax over five quality texts with a trained temperature
             (the released variant A, whose quality path has 722,561 parameters).
         prompt_branch: "low_rank"; "full" (the released variant B: full-rank attention to projected words); or None.
         rank: rank of the low-rank branch.
-        heads: attention heads.
         anchor: whether the similarity of image and prompt is added to correspondence.
         bottleneck: beta of the variational bottleneck; 0 leaves it out.
         dropout: dropout of both towers' features. Ours, for features much wider than a CLIP's.

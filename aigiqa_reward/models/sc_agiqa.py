@@ -38,11 +38,8 @@ from aigiqa_reward.models.blocks import Anchor, CrossAttention, Experts, masked_
 from aigiqa_reward.models.towers import CropsConfig, GroundedTextEncoder, LevelsEncoder, native_crops, square_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
 
-PIXELS_PER_DEGREE = 32.0
-"""Viewing distance: a 512 px image is 16 degrees wide, about two picture widths away (our inference)."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in the luminance (ITU-R BT.601)."""
+PIXELS_PER_DEGREE = 32.0  # a 512 px image is 16 degrees wide, about two picture widths away (our inference)
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
 
 def contrast_sensitivity(frequency: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

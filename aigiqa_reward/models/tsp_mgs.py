@@ -12,13 +12,10 @@ prompt:
 with F of the whole image I, the mean P over its crops, and alpha = 0 for perception and 1 for alignment (the paper's
 best) or learned. Scores here are Q / L, so that levels span [0, 1].
 
-Our inferences: the scale s (the printed equation has none, which leaves p nearly uniform); the crops (15 of 224 px,
-evenly spaced, after the short side is brought up to 512 px; IPCE's code, whose splits the paper reuses, does so); the
-whole image is letterboxed to keep its aspect ratio; perception leaves Q_fg out unless `words_in_quality`, so that
-quality does not depend on the prompt; zero-shot halves Q where both terms are in it, so that it stays below 1.
-
-The paper fine-tunes CLIP end to end, once per task. Where the towers are frozen, each task has a low-rank adapter
-instead (`adapter_rank`): F = project(f) + B A f, T = t + D C t, starting at zero.
+Our inferences: the scale s; 15 even crops of 224 px after the short side is brought up to 512 px, as in IPCE's code;
+the whole image is letterboxed; perception leaves Q_fg out unless `words_in_quality`; zero-shot halves Q where both
+terms are in it, so that it stays below 1. The paper fine-tunes CLIP once per task; on frozen towers each task has a
+low-rank adapter instead (`adapter_rank`): F = project(f) + B A f, T = t + D C t, starting at zero.
 """
 
 from __future__ import annotations

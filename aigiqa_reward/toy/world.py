@@ -88,7 +88,6 @@ def read_subject(prompt: str) -> Subject:
     """Find the thing and background color that a prompt names.
 
     The longest name wins, and a thing's own words are not its background: "a red apple" names no background color.
-    Of several colors the background's is taken: before that word, or after "on" or "in front of".
     """
     text = prompt.lower()
     noun = None

@@ -43,18 +43,12 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def read_weights(
     path: str | os.PathLike[str], *, expected_sha256: str | None = None, most_bytes: int = MAX_WEIGHT_BYTES
 ) -> dict[str, Tensor]:
-    """Read a safetensors file, undoing the storage types of `write_weights`.
+    """Read a safetensors file's tensors, floating ones as float32 (float64 if stored so); a WeightsError otherwise.
 
     Args:
         path: the file.
         expected_sha256: the only accepted hash; None accepts any.
         most_bytes: largest accepted size.
-
-    Returns:
-        Tensors by name; floating ones as float32 (float64 if stored so).
-
-    Raises:
-        WeightsError: a file that is missing, too large, altered, not safetensors, or not finite.
     """
     file = Path(path)
     if file.suffix != ".safetensors":
