@@ -109,9 +109,7 @@ def test_words_beyond_the_window_are_named_and_the_end_is_kept(folder: Path) -> 
         (["a cat", "  "], ValueError, "no readable word"),
     ],
 )
-def test_unreadable_texts_are_refused(
-    encoder: BLIPEncoder, texts: list[str], error: type[Exception], message: str
-) -> None:
+def test_unreadable_texts_are_refused(encoder, texts, error, message):
     with pytest.raises(error, match=f"texts: .*{message}"):
         encoder.read(texts)
     with pytest.raises(ValueError, match=r"images: expected sides of 32 px, got \(24, 24\)"):
@@ -151,9 +149,7 @@ def test_unused_heads_and_counters_may_be_missing_or_left_over(encoder: BLIPEnco
 
 def test_missing_and_unknown_weights_are_refused(broken: Path) -> None:
     change_weights(broken, drop="text_encoder.encoder.layer.1.crossattention.self.key.")
-    with pytest.raises(
-        ValueError, match=r"2 weights .*first: .*layer.1.crossattention.self.key.b"
-    ):
+    with pytest.raises(ValueError, match=r"2 weights .*first: .*layer.1.crossattention.self.key.b"):
         BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
     change_weights(broken, add={"visual_encoder.pos_embed": torch.zeros(1, 17, 32)})
     with pytest.raises(ValueError, match=r"3 weights .*model.safetensors"):

@@ -63,7 +63,6 @@ def test_any_size_from_32_px_has_a_place_per_32_px(encoder: CompactEncoder, size
 
 
 def test_a_place_sees_what_lies_there(encoder: CompactEncoder) -> None:
-    """Sushi beside gray: of the two halves' places, those of the sushi are nearer to its text."""
     sushi = pixels.resize(pixels.load(EXAMPLES / "sushi_xl22_normal.jpg")[None].double(), (224, 224))
     both = torch.cat([sushi, torch.full_like(sushi, 0.5)], dim=3)
     text = encoder.encode_text(["a tray of sushi"])[0].view(1, -1, 1, 1)
@@ -74,7 +73,6 @@ def test_a_place_sees_what_lies_there(encoder: CompactEncoder) -> None:
 
 @torch.no_grad()
 def test_unseen_pictures_are_nearest_to_their_own_captions() -> None:
-    """Pairs of thing and color that the map was never trained on; a guess finds 1 of the 16."""
     encoder, unseen = load_compact_encoder(), all_pairs(held_out=True)[::4]
     pictures = pixels.resize(compose(unseen, np.random.default_rng(5)), (256, 256))
     texts = encoder.encode_text([caption(*pair) for pair in unseen.tolist()])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain import array, cosine, draw, linear, stir, tiny_clip, with_rubbish
+from plain import array, cosine, draw, linear, stir, tiny_clip
 from scipy.special import expit, softmax
 from torch import Tensor
 
@@ -131,20 +131,6 @@ def test_scores_are_those_of_a_plain_loop(name: str, clip: OpenCLIPEncoder, imag
         assert torch.equal(model(images, None).quality, output.quality)
 
 
-def test_each_image_is_compared_with_its_own_texts_and_no_padding(clip: OpenCLIPEncoder, images: Tensor) -> None:
-    model = build(clip, zero_shot=True)
-    straight = model(images, model.encode_prompts(PROMPTS))
-    turned = model(images, model.encode_prompts([PROMPTS[0], PROMPTS[2], PROMPTS[1]]))
-    assert torch.allclose(straight.correspondence[0], turned.correspondence[0], atol=1e-6)
-    assert (straight.correspondence[1:] - turned.correspondence[1:]).abs().min() > 1e-3
-    assert torch.allclose(straight.details["correspondence_levels"].sum(dim=1), torch.ones(3).double())
-    prompts = model.encode_prompts([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
-    assert prompts.tensors["levels"].shape == (2, 5, 32)
-    expected, found = model(images, prompts), model(images, with_rubbish(prompts, {"words": "mask"}))
-    for name in TASKS:
-        assert torch.allclose(getattr(found, name), getattr(expected, name))
-
-
 def test_an_adapter_serves_its_task_alone(clip: OpenCLIPEncoder, images: Tensor) -> None:
     model = build(clip, adapter_rank=4)
     prompts = model.encode_prompts(PROMPTS)
@@ -163,22 +149,7 @@ def own_clip(tmp_path: Any) -> OpenCLIPEncoder:
     return tiny_clip(tmp_path / "clip")
 
 
-def test_kept_texts_are_forgotten_with_the_weights_they_came_from(
-    own_clip: OpenCLIPEncoder, clip: OpenCLIPEncoder, tmp_path: Any, images: Tensor
-) -> None:
-    model = build(own_clip)
-    before = model(images, None).quality
-    model.load_state_dict(build(tiny_clip(tmp_path / "other", seed=1)).state_dict())
-    fresh = build(tiny_clip(tmp_path / "fresh", seed=1))(images, None).quality
-    assert torch.equal(model(images, None).quality, fresh)
-    assert not torch.allclose(fresh, before, atol=1e-3)
-    images, model = images.float(), model.float()
-    fresh = build(tiny_clip(tmp_path / "single", seed=1)).float()
-    assert torch.equal(model.bfloat16()(images, None).quality, fresh.bfloat16()(images, None).quality)
-
-
 def test_texts_follow_a_tower_in_training_and_its_best_weights(own_clip: OpenCLIPEncoder, images: Tensor) -> None:
-    """As in fine-tuning: train, validate, train again, and put the best weights back."""
     model = build(own_clip)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = model(images, None).quality

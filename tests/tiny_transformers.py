@@ -4,6 +4,7 @@ Weights are drawn wide enough that outputs differ between inputs; where an answe
 question.
 """
 
+# fmt: off
 from __future__ import annotations
 
 import string
@@ -61,29 +62,19 @@ def write_tiny_llava(folder: Path, *, seed: int = 0, answer: str | None = None, 
     """Write an image-text-to-text model: a CLIP tower of 32 px and 4 patches, a LLaMA as above, a processor."""
     tokenizer = tiny_tokenizer(answer)
     vision = hf.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-        initializer_factor=20.0,
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+        patch_size=16, initializer_factor=20.0,
     )
     config = hf.LlavaConfig(
-        vision_config=vision,
-        text_config=_llama(tokenizer),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
+        vision_config=vision, text_config=_llama(tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
     )
     config.initializer_range = 0.5
     model = _drawn(lambda: hf.LlavaForConditionalGeneration(config), seed)
     _finish(model, model.model.language_model, tokenizer, answer)
     processor = hf.LlavaProcessor(
         image_processor=hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        tokenizer=tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        tokenizer=tokenizer, patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=CHAT if chat else None,
     )
     model.save_pretrained(folder)
@@ -101,15 +92,9 @@ def write_tiny_blip2(folder: Path) -> Path:
         vision_config={**small, "intermediate_size": 32, "image_size": 32, "patch_size": 16},
         qformer_config={**small, "intermediate_size": 32, "encoder_hidden_size": 32, "vocab_size": 8},
         text_config={
-            **small,
-            "model_type": "opt",
-            "vocab_size": len(processor.tokenizer),
-            "ffn_dim": 32,
-            "word_embed_proj_dim": 32,
-            "max_position_embeddings": 512,
-            "pad_token_id": 1,
-            "bos_token_id": processor.tokenizer.bos_token_id,
-            "eos_token_id": processor.tokenizer.eos_token_id,
+            **small, "model_type": "opt", "vocab_size": len(processor.tokenizer), "ffn_dim": 32,
+            "word_embed_proj_dim": 32, "max_position_embeddings": 512, "pad_token_id": 1,
+            "bos_token_id": processor.tokenizer.bos_token_id, "eos_token_id": processor.tokenizer.eos_token_id,
         },
         num_query_tokens=4,
         image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
@@ -124,15 +109,8 @@ def write_tiny_sam(folder: Path, *, seed: int = 0) -> Path:
     size = {"image_size": 64, "patch_size": 16}
     config = hf.SamConfig(
         vision_config=hf.SamVisionConfig(
-            hidden_size=32,
-            output_channels=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            mlp_dim=32,
-            window_size=2,
-            global_attn_indexes=[1],
-            num_pos_feats=16,
-            **size,
+            hidden_size=32, output_channels=32, num_hidden_layers=2, num_attention_heads=2, mlp_dim=32, window_size=2,
+            global_attn_indexes=[1], num_pos_feats=16, **size,
         ),
         prompt_encoder_config=hf.SamPromptEncoderConfig(hidden_size=32, mask_input_channels=4, **size),
         mask_decoder_config=hf.SamMaskDecoderConfig(
@@ -147,9 +125,7 @@ def write_tiny_sam(folder: Path, *, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     hf.SamProcessor(
         hf.SamImageProcessor(
-            size={"longest_edge": 64},
-            pad_size={"height": 64, "width": 64},
-            mask_size={"longest_edge": 16},
+            size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}, mask_size={"longest_edge": 16},
             mask_pad_size={"height": 16, "width": 16},
         )
     ).save_pretrained(folder)
@@ -158,17 +134,9 @@ def write_tiny_sam(folder: Path, *, seed: int = 0) -> Path:
 
 def _llama(tokenizer: hf.PreTrainedTokenizerFast) -> hf.LlamaConfig:
     return hf.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.5,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.5,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False,
     )
 
 
