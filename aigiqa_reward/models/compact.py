@@ -92,8 +92,7 @@ class Likeness(FullPrecision):
         return 1 / (1 + excess.square())
 
 
-COLORS = 5
-"""Levels per channel in the histogram of an image's colors."""
+COLORS = 5  # levels per channel in the histogram of an image's colors
 
 
 @dataclass(frozen=True, kw_only=True)

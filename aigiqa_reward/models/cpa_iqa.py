@@ -113,8 +113,7 @@ DISTORTIONS = (
 # fmt: on
 """The first six are named in the paper; the other six are our choice. `CPAIQAConfig.distortions` replaces them."""
 
-SHARPNESS = 10.0
-"""s of the smooth maxima, logsumexp(s x) / s - log(n) / s (our choice)."""
+SHARPNESS = 10.0  # s of the smooth maxima (our choice)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,8 +35,7 @@ from aigiqa_reward.models.blocks import Anchor
 from aigiqa_reward.models.towers import ContrastiveEncoder, CropsConfig, LevelsEncoder, native_crops, whole_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
 
-WHOLE_SIDE = 256
-"""Side in px of the whole image for the compact tower's substitute features and the match."""
+WHOLE_SIDE = 256  # px of the whole image, for the compact tower's substitute features and the match
 
 
 @dataclass(frozen=True, kw_only=True)

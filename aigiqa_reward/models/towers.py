@@ -20,14 +20,9 @@ from aigiqa_reward.types import Images
 
 View: TypeAlias = Float[Tensor, "batch 3 view_height view_width"]
 
-ContrastiveEncoder: TypeAlias = OpenCLIPEncoder | CompactEncoder
-"""A tower with images, their places, texts and words in one space."""
-
-LevelsEncoder: TypeAlias = TimmEncoder | CompactEncoder
-"""A tower with maps of its last blocks."""
-
-GroundedTextEncoder: TypeAlias = BLIPEncoder | CompactEncoder
-"""A tower that reads a text with attention to an image."""
+ContrastiveEncoder: TypeAlias = OpenCLIPEncoder | CompactEncoder  # images, their places, texts and words in one space
+LevelsEncoder: TypeAlias = TimmEncoder | CompactEncoder  # maps of the last blocks
+GroundedTextEncoder: TypeAlias = BLIPEncoder | CompactEncoder  # texts read with attention to an image
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
-"""The judge of the embedded world: measures what a picture shows, independently of any reward.
+"""The judge of the embedded world: a classifier that shares no weight with any reward, and so shows reward hacking.
 
-A small classifier of thing and background color, trained on composed pictures alone, never on generated ones. It shares
-no weight with any reward and shows reward hacking, as long as nothing is optimized against it.
+It was trained on composed pictures alone, never on generated ones.
 """
 
 from __future__ import annotations

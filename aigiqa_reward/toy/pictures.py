@@ -20,14 +20,9 @@ from aigiqa_reward.utils.weights import ASSETS
 SPRITES = ASSETS / "world" / "sprites.webp"
 """All emoji in the order of `world.THINGS`, row by row, each in the middle of a cell."""
 
-CELL, COLUMNS = 96, 8
-"""Side of a cell in px, and cells per row."""
-
-SIZES = tuple(range(44, 57, 2))
-"""Sides in px that a cell is scaled to."""
-
-SHIFT, SHADE = 5, 4.0
-"""Largest distance from the middle in px, and std of the background's color, of 255."""
+CELL, COLUMNS = 96, 8  # side of a cell in px, and cells per row
+SIZES = tuple(range(44, 57, 2))  # sides in px that a cell is scaled to
+SHIFT, SHADE = 5, 4.0  # largest distance from the middle in px, and std of the background's color, of 255
 
 
 @cache
