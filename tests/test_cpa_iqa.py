@@ -192,7 +192,7 @@ def test_regions_are_found_in_the_letterboxed_image_without_gradients(clip: Open
         empty_model("cpa_iqa", json.loads(json.dumps(model.describe())))
 
 
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("learned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_saved_reward_keeps_its_scenario(learned, clip, images, tmp_path):
     model = build(clip, learn_preferences=learned, tiers=("global", "implicit"), grid=2)
     again = empty_model("cpa_iqa", json.loads(json.dumps(model.describe()))).double().eval()

@@ -267,7 +267,7 @@ def test_files_that_hold_no_image_are_named_with_the_reason(tmp_path):
     ("path", "reason"),
     [
         ("", "image: expected a path, got an empty text"),
-        ("https://example.org/a.png", "no such file"),
+        ("https://example.org/a.png", "no such file; download addresses first"),
         ("half \ud800.png", "no such file"),
         ("a" * 5000, "aaa: cannot be read"),
         (".", "is a folder"),

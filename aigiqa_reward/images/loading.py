@@ -88,7 +88,8 @@ def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Te
     if not isinstance(sources, list | tuple | np.ndarray | Tensor):
         raise TypeError(f"images: expected a tensor, an array or a list of images, got {type(sources).__name__}")
     if isinstance(sources, np.ndarray | Tensor) and sources.ndim != 4:
-        raise ValueError(f"images: expected 4 dimensions, got shape {tuple(sources.shape)}; list single images")
+        shape = tuple(sources.shape)
+        raise ValueError(f"images: expected a batch of 4 dimensions, got shape {shape}; put single images in a list")
     if len(sources) == 0:
         raise ValueError("images: expected at least one image, got none")
     loaded = []
@@ -118,8 +119,10 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image]:
     name = os.fsdecode(path)
     file = Path(name)
     with _reading(name), warnings.catch_warnings():
-        if not name or not file.exists():
-            raise ImageError(f"{name}: no such file" if name else "image: expected a path, got an empty text")
+        if not name:
+            raise ImageError("image: expected a path, got an empty text")
+        if not file.exists():
+            raise ImageError(f"{name}: no such file{'; download addresses first' * ('://' in name)}")
         if not file.is_file():
             raise ImageError(f"{name}: is a folder, a pipe or a device; pass a file")
         if file.stat().st_size == 0:
