@@ -221,13 +221,14 @@ class ModelSpec:
 def check_context(context: object, names: tuple[str, ...], batch: int) -> None:
     """Refuse a context that `prepare` cannot have returned for this model and this number of images."""
     if not isinstance(context, Mapping) or not all(isinstance(value, Tensor) for value in context.values()):
-        raise TypeError(f"context: expected the output of reward.prepare, got {type(context).__name__}")
+        got = type(context).__name__
+        raise TypeError(f"context: expected what reward.prepare(images, prompts) returned, got {got}")
     if unknown := sorted(set(context) - set(names)):
         raise ValueError(f"context: expected some of {', '.join(names)}, got {unknown}; prepare it with this reward")
     for name, value in context.items():
         if value.ndim == 0 or len(value) != batch:
             shape = tuple(value.shape)
-            raise ValueError(f"context: {name!r} of shape {shape} does not fit {batch} images; prepare it with these")
+            raise ValueError(f"context: {name!r} has shape {shape} for {batch} images; call reward.prepare with these")
 
 
 def warn_ignored_context(name: str) -> None:

@@ -79,7 +79,7 @@ class Preferences(Mapping[str, tuple[float, ...]]):
     def row(self, scenario: str) -> int:
         """Return the row of a scenario in the matrix, whose rows are in alphabetical order."""
         if scenario not in self._rows:
-            raise ValueError(f"scenario: expected one of {', '.join(self._rows)}, got {scenario!r}")
+            raise ValueError(f"scenario: there is none called {scenario!r}; there are {', '.join(self._rows)}")
         return sorted(self._rows).index(scenario)
 
     def matrix(self) -> list[list[float]]:
