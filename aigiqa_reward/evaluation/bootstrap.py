@@ -49,14 +49,11 @@ def bootstrap_interval(
 
     Args:
         statistic: function of (M,) row numbers and their (M,) integer groups, of which each drawn copy is a
-            separate one; first called with all rows, for the estimate.
+            separate one; first called with all rows, for the estimate. Draws in which it is nan do not count.
         groups: (N,) group of each row.
         repeats: number of draws.
         level: coverage, between 0 and 1.
         seed: random seed.
-
-    Returns:
-        The estimate and the interval, over the draws in which the statistic is not nan.
 
     Example:
         >>> import numpy as np

@@ -38,20 +38,15 @@ def check_finite(array: np.ndarray, argument: str) -> np.ndarray:
     """Return an array (N, ...), checked to hold finite numbers."""
     bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
     if len(bad):
-        raise ValueError(
-            f"{argument}: expected finite numbers, got NaN or infinite ones in {len(bad)} rows, the first "
-            f"row {bad[0]}; drop or repair those rows"
-        )
+        raise ValueError(f"{argument}: expected finite numbers, got others in {len(bad)} rows, the first row {bad[0]}")
     return array
 
 
 def pair(predicted: Numbers, target: Numbers, *, at_least: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Return predictions and targets, (N,) finite numbers each."""
     x, y = numbers(predicted, "predicted"), numbers(target, "target")
-    if len(x) != len(y):
-        raise ValueError(f"predicted, target: expected equal lengths, got {len(x)} and {len(y)}")
-    if len(x) < at_least:
-        raise ValueError(f"predicted, target: expected at least {at_least} rows, got {len(x)}")
+    if len(x) != len(y) or len(x) < at_least:
+        raise ValueError(f"predicted, target: expected equal lengths of at least {at_least}, got {len(x)} and {len(y)}")
     return x, y
 
 
@@ -123,9 +118,7 @@ def srcc(predicted: Numbers, target: Numbers) -> float:
         (0.8, nan)
     """
     x, y = pair(predicted, target)
-    if is_constant(x) or is_constant(y):
-        return float("nan")
-    return pearson(rankdata(x), rankdata(y))
+    return float("nan") if is_constant(x) or is_constant(y) else pearson(rankdata(x), rankdata(y))
 
 
 @dataclass(frozen=True, kw_only=True)
