@@ -326,7 +326,9 @@ class ProtocolReport:
             values = read_json(path)
             if values["format"] != FORMAT:
                 raise ValueError(f"expected format {FORMAT}, got {values['format']}; save it again")
-            found = [{k: np.nan if v is None else v for k, v in entry.items()} for entry in values["scores"]]
+            found: list[dict[str, Any]] = [
+                {k: np.nan if v is None else v for k, v in entry.items()} for entry in values["scores"]
+            ]
             scores = tuple(SplitScores(**entry) for entry in found)
             return cls(title=values["title"], protocol=values["protocol"], scores=scores)
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
