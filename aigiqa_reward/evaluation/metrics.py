@@ -127,11 +127,6 @@ class Logistic4:
 
     Source: the monotonic fit of the Video Quality Experts Group (final report, phase II, 2003), usual in
     image quality assessment.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import Logistic4
-        >>> Logistic4(b1=5, b2=1, b3=0.5, b4=0.1)([-9, 0.5, 9]).round(3)
-        array([1., 3., 5.])
     """
 
     b1: float
@@ -150,14 +145,6 @@ def fit_logistic4(predicted: Numbers, target: Numbers) -> Logistic4:
 
     Constant predictions get the flat curve at the mean target. The width b4 stays within exp(-6) and exp(6)
     standard deviations of the predictions, from a step to a straight line.
-
-    Example:
-        >>> import numpy as np
-        >>> from aigiqa_reward.evaluation import Logistic4, fit_logistic4
-        >>> predicted = np.linspace(0, 1, 20)
-        >>> human = Logistic4(b1=5, b2=1, b3=0.5, b4=0.1)(predicted)
-        >>> bool(np.allclose(fit_logistic4(predicted, human)(predicted), human, atol=0.01))
-        True
     """
     x, y = pair(predicted, target, at_least=MIN_ROWS)
     if is_constant(x):

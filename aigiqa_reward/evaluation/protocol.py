@@ -60,15 +60,6 @@ class SplitScores:
         gain_within: selection gain over those of one generator and its variants.
         right_prompt_auc: probability that an image's right prompt scores above a wrong one.
         images: number of test images.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import SplitScores, score_split
-        >>> human, prompts, generators = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("ppqqrr"), ["sd1.5"] * 6
-        >>> scores: SplitScores = score_split(
-        ...     0, "model", task="quality", predicted=human, target=human, prompts=prompts, generators=generators
-        ... )
-        >>> scores.key, round(scores.srcc, 3), scores.gain, scores.images
-        ((0, 'model', 'quality'), 1.0, 1.0, 6)
     """
 
     seed: int

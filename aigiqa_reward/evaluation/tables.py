@@ -25,14 +25,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, word
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """One row of a paper's table, as printed; `protocol` is the kind of split, and the paper if not the method's own.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import PUBLISHED, PublishedResult
-        >>> rows: list[PublishedResult] = [row for row in PUBLISHED if row.benchmark == "AGIQA-3K"]
-        >>> all(0 < row.srcc < 1 for row in rows), sorted({row.task for row in rows})
-        (True, ['correspondence', 'quality'])
-    """
+    """One row of a paper's table, as printed; `protocol` is the kind of split, and the paper if not the method's own."""
 
     benchmark: str
     task: str

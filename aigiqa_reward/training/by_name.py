@@ -137,8 +137,7 @@ def whole_split(data: ScoredImages | PreferencePairs, *, seed: int = 0) -> Split
         (18, 2, 0)
     """
     held = group_split(data.groups, VALIDATION_FRACTION, seed)
-    empty = np.zeros(0, dtype=np.int64)
-    return Split(train=np.flatnonzero(~held), validation=np.flatnonzero(held), test=empty)
+    return Split(train=np.flatnonzero(~held), validation=np.flatnonzero(held), test=np.zeros(0, dtype=np.int64))
 
 
 def train_reward(
@@ -188,20 +187,12 @@ def train_reward(
     if accelerator is None or accelerator.is_main_process:
         if folder is not None:
             reward.save_pretrained(folder)
-            _write_record(folder, plan, result)
+            planned = {"name": plan.name, "preset": plan.preset, "settings": dict(plan.settings), "seed": plan.seed}
+            found = {"result": asdict(replace(result, unreadable=())), "unreadable": listed(result.unreadable)}
+            write_json(folder / "training.json", {"plan": planned, "recipe": asdict(recipe), **found})
         if hub_model_id is not None:
             _upload(reward, hub_model_id, folder)
     return Trained(reward=reward, task=task, source=source, result=result)
-
-
-def _write_record(folder: Path, plan: TrainingPlan, result: FitResult) -> None:
-    record = {
-        "plan": {"name": plan.name, "preset": plan.preset, "settings": dict(plan.settings), "seed": plan.seed},
-        "recipe": asdict(plan.chosen_recipe),
-        "result": asdict(replace(result, unreadable=())),
-        "unreadable": listed(result.unreadable),
-    }
-    write_json(folder / "training.json", record)
 
 
 def _upload(reward: Reward, hub_model_id: str, folder: Path | None) -> None:

@@ -37,7 +37,7 @@ PREDICTED_TOGETHER = 32
 """Images per forward pass of a prediction."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FitResult:
     """Outcome of a training, whose model holds the best epoch's weights, or the last's if the recipe keeps those.
 
@@ -96,27 +96,27 @@ def fit(
     return run.finish()
 
 
+@dataclass
 class _Run:
     """One training, whose state can be saved between epochs."""
 
-    def __init__(
-        self,
-        model: TrainedModel,
-        task: Task,
-        split: Split,
-        recipe: Recipe,
-        source: FeatureStore | LiveImages,
-        folder: Path | None,
-        seed: int,
-        accelerator: Accelerator,
-        progress: bool,
-    ) -> None:
+    model: TrainedModel
+    task: Task
+    split: Split
+    recipe: Recipe
+    source: FeatureStore | LiveImages
+    folder: Path | None
+    seed: int
+    accelerator: Accelerator
+    progress: bool
+
+    def __post_init__(self) -> None:
+        task, recipe, source, split = self.task, self.recipe, self.source, self.split
         if recipe.train_towers != isinstance(source, LiveImages):
             raise ValueError(
                 "source: expected images (LiveImages) for a recipe that trains the towers, else stored features; got "
                 f"{type(source).__name__} with train_towers={recipe.train_towers}"
             )
-        self.model, self.task, self.recipe, self.source, self.seed = model, task, recipe, source, seed
         self.train, self.validation = (
             task.usable(np.asarray(rows), source.readable) for rows in (split.train, split.validation)
         )
@@ -124,9 +124,9 @@ class _Run:
             counts = f"{len(self.train)} and {len(self.validation)}"
             raise ValueError(f"split: expected readable images for both parts, got {counts}")
         task.check_validation(self.validation)
-        self.folder = None if folder is None else folder / CHECKPOINT
-        self.accelerator, self.show = accelerator, progress and accelerator.is_main_process
-        self.steps = max(1, len(self.train) // (recipe.batch_size * accelerator.num_processes))
+        self.checkpoint = None if self.folder is None else self.folder / CHECKPOINT
+        self.show = self.progress and self.accelerator.is_main_process
+        self.steps = max(1, len(self.train) // (recipe.batch_size * self.accelerator.num_processes))
         self.epoch, self.best_epoch, self.best = 0, 0, -math.inf
         self.history: list[dict[str, float]] = []
 
@@ -246,27 +246,19 @@ class _Run:
                 self.best, self.best_epoch = value, self.epoch
                 self.best_state = trained_state(self.model, towers=self.recipe.train_towers)
         if self.show:
-            loss = self.history[-1]["loss"]
-            line = f"epoch {self.epoch}: loss {loss:.4f}, validation {value:.4f}, best {self.best:.4f}"
-            tqdm.write(line, file=sys.stderr)
+            line = f"loss {self.history[-1]['loss']:.4f}, validation {value:.4f}, best {self.best:.4f}"
+            tqdm.write(f"epoch {self.epoch}: {line}", file=sys.stderr)
 
     def save(self) -> None:
-        if self.folder is not None and self.accelerator.is_main_process:
-            state = {
-                "model": trained_state(self.model, towers=self.recipe.train_towers),
-                "average": self.average.weights,
-                "steps": self.average.steps,
-                "best_state": self.best_state,
-                "optimizer": self.optimizer.state_dict(),
-                "epoch": self.epoch,
-                "best_epoch": self.best_epoch,
-                "best": self.best,
-                "history": self.history,
-            }
-            save_checkpoint(self.folder, state, self.settings)
+        if self.checkpoint is not None and self.accelerator.is_main_process:
+            state = {name: getattr(self, name) for name in ("epoch", "best_epoch", "best", "history", "best_state")}
+            state |= {"average": self.average.weights, "steps": self.average.steps}
+            state["model"] = trained_state(self.model, towers=self.recipe.train_towers)
+            state["optimizer"] = self.optimizer.state_dict()
+            save_checkpoint(self.checkpoint, state, self.settings)
 
     def _resume(self) -> None:
-        state = None if self.folder is None else load_checkpoint(self.folder, self.settings)
+        state = None if self.checkpoint is None else load_checkpoint(self.checkpoint, self.settings)
         if state is None:
             return
         device = self.accelerator.device
@@ -281,13 +273,8 @@ class _Run:
     def finish(self) -> FitResult:
         self.model.load_state_dict(self.best_state, strict=False)
         self.model.requires_grad_(False).eval()
-        return FitResult(
-            best_epoch=self.best_epoch,
-            best=self.best,
-            history=tuple(self.history),
-            unreadable=self.source.unreadable,
-            stopped_early=self.epoch < self.recipe.epochs,
-        )
+        early, unreadable = self.epoch < self.recipe.epochs, self.source.unreadable
+        return FitResult(self.best_epoch, self.best, tuple(self.history), unreadable, stopped_early=early)
 
 
 class _Scoring(nn.Module):
@@ -411,8 +398,7 @@ def rate(recipe: Recipe, epochs: float) -> float:
 def _choose_weights(model: TrainedModel, *, towers: bool) -> None:
     """Unfreeze the head, and the towers if wanted, except CLIP's temperature."""
     for name, parameter in model.named_parameters():
-        frozen = name.endswith("logit_scale")
-        parameter.requires_grad_(name.startswith("head.") or (towers and not frozen))
+        parameter.requires_grad_(name.startswith("head.") or (towers and not name.endswith("logit_scale")))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"train_towers: the head of this {model.name} has no weights to train; train the towers, or give tsp_mgs "
