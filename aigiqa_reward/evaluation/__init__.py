@@ -24,8 +24,8 @@ Example:
     >>> curve: Logistic4 = fit_logistic4(predicted=human, target=human)
     >>> bool(np.allclose(curve(human), human, atol=0.01))
     True
-    >>> means: tuple[Interval, ...] = bootstrap_intervals(lambda rows, _: human[rows, None].mean(axis=0), list("ppqqrrss"))
-    >>> means[0].estimate
+    >>> mean: Interval = bootstrap_intervals(lambda rows, _: human[rows, None].mean(axis=0), list("ppqqrrss"))[0]
+    >>> mean.estimate
     3.0
     >>> best: PublishedResult = PUBLISHED[0]
     >>> best.method, best.srcc

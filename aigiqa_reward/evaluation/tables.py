@@ -25,7 +25,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, word
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """One row of a paper's table, as printed; `protocol` is the kind of split, and the paper if not the method's own."""
+    """One row of a paper's table, as printed; `protocol` is the kind of split, and the paper if it is another's."""
 
     benchmark: str
     task: str
