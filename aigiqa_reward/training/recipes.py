@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -99,69 +99,35 @@ class Recipe:
             raise ValueError("loss: 'none' leaves nothing to train with unless rank_weight is above 0")
 
 
+_TOWERS = Recipe(batch_size=16, train_towers=True)
+
 PUBLISHED: dict[str, Recipe] = {
     # MSE and margin loss of the released code. Its learning rate of 5e-6 barely moves fresh layers in 20 epochs: 1e-4.
     "mst_clipiqa": Recipe(rank_weight=1.0, learning_rate=1e-4, epochs=20, patience=10),
-    "tsp_mgs": Recipe(
-        loss="mae", learning_rate=5e-6, weight_decay=5e-4, batch_size=16, epochs=20, crops=8, train_towers=True
+    "tsp_mgs": replace(_TOWERS, loss="mae", learning_rate=5e-6, weight_decay=5e-4, epochs=20, crops=8),
+    "sc_agiqa": replace(
+        _TOWERS, loss="smooth_l1", learning_rate=1e-5, weight_decay=0.05, epochs=100, schedule="step", warmup_epochs=3,
+        crops=3, patience=10,
     ),
-    "sc_agiqa": Recipe(
-        loss="smooth_l1",
-        learning_rate=1e-5,
-        weight_decay=0.05,
-        batch_size=16,
-        epochs=100,
-        schedule="step",
-        warmup_epochs=3,
-        crops=3,
-        train_towers=True,
-        patience=10,
-    ),
-    "ma_agiqa": Recipe(
-        optimizer="adam",
-        learning_rate=1e-5,
-        weight_decay=1e-5,
-        batch_size=8,
-        epochs=30,
-        schedule="constant",
-        crops=1,
-        train_towers=True,
-        monitor="srcc+plcc",
+    "ma_agiqa": replace(
+        _TOWERS, optimizer="adam", learning_rate=1e-5, weight_decay=1e-5, batch_size=8, epochs=30, schedule="constant",
+        crops=1, monitor="srcc+plcc",
     ),
     # The text gives the loss alone; the rest is our inference.
     "cpa_iqa": Recipe(loss="pairwise", learning_rate=1e-3, epochs=20),
-}
+}  # fmt: skip
 """As the papers train, or where they are silent the released code, on the published towers. Best epoch by validation.
 
 TSP-MGS lets its rate fall "every 5 epochs" by a cosine; here one cosine spans all epochs. The sources give no patience
 for MST-CLIPIQA and SC-AGIQA; those values are ours."""
 
+_FROZEN = Recipe(margin=0.03, mismatch_weight=0.3, ema=0.99)
+
 EMBEDDED: dict[str, Recipe] = {
-    "mst_clipiqa": Recipe(rank_weight=1.0, margin=0.03, mismatch_weight=0.3, epochs=8, weight_decay=2.0, ema=0.99),
-    "tsp_mgs": Recipe(
-        loss="mae",
-        rank_weight=1.0,
-        margin=0.03,
-        mismatch_weight=0.3,
-        epochs=10,
-        learning_rate=2e-3,
-        weight_decay=1.0,
-        crops=4,
-        ema=0.99,
-    ),
-    "sc_agiqa": Recipe(
-        loss="smooth_l1",
-        rank_weight=0.5,
-        margin=0.03,
-        mismatch_weight=0.3,
-        epochs=6,
-        weight_decay=2.0,
-        crops=2,
-        ema=0.99,
-    ),
-    "ma_agiqa": Recipe(
-        rank_weight=0.5, margin=0.03, mismatch_weight=0.3, epochs=3, weight_decay=0.05, crops=1, ema=0.99
-    ),
+    "mst_clipiqa": replace(_FROZEN, rank_weight=1.0, epochs=8, weight_decay=2.0),
+    "tsp_mgs": replace(_FROZEN, loss="mae", rank_weight=1.0, epochs=10, learning_rate=2e-3, weight_decay=1.0, crops=4),
+    "sc_agiqa": replace(_FROZEN, loss="smooth_l1", rank_weight=0.5, epochs=6, weight_decay=2.0, crops=2),
+    "ma_agiqa": replace(_FROZEN, rank_weight=0.5, epochs=3, weight_decay=0.05, crops=1),
     "cpa_iqa": Recipe(
         loss="pairwise", temperature=0.1, mismatch_weight=1.0, epochs=8, weight_decay=3.0, keep="last", ema=0.99
     ),

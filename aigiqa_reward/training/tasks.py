@@ -145,15 +145,12 @@ class PairTask:
     pairs: PreferencePairs
 
     def __post_init__(self) -> None:
-        images = sorted({*self.pairs.better, *self.pairs.worse})
-        place = {path: row for row, path in enumerate(images)}
-        # All pairs of an image have one prompt.
-        prompt_of = dict(zip(self.pairs.better, self.pairs.prompts, strict=True))
-        prompt_of |= dict(zip(self.pairs.worse, self.pairs.prompts, strict=True))
-        self.paths = images
-        self.prompts = [prompt_of[path] for path in images]
-        self._better = np.array([place[path] for path in self.pairs.better])
-        self._worse = np.array([place[path] for path in self.pairs.worse])
+        better, worse = self.pairs.better, self.pairs.worse
+        prompt_of = dict(zip(better + worse, self.pairs.prompts * 2, strict=True))  # all pairs of an image have one
+        self.paths = sorted(prompt_of)
+        self.prompts = [prompt_of[path] for path in self.paths]
+        place = {path: row for row, path in enumerate(self.paths)}
+        self._better, self._worse = (np.array([place[path] for path in side]) for side in (better, worse))
 
     def rows(self, examples: np.ndarray) -> np.ndarray:
         """Return the preferred images of the pairs, then the others."""
