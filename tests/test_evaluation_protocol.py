@@ -7,6 +7,8 @@ import io
 import json
 import math
 import statistics
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -380,3 +382,9 @@ def test_ridge_refuses_malformed_input(changes: dict[str, Any], message: str) ->
     given |= {"features_test": np.zeros((3, 2)), "groups_train": [0, 0, 1, 1, 2, 2], **changes}
     with pytest.raises(ValueError, match=message):
         ridge_predict(**given)
+
+
+@pytest.mark.slow
+def test_measuring_loads_no_torch() -> None:
+    code = "import sys, aigiqa_reward.evaluation; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
