@@ -21,7 +21,7 @@ from aigiqa_reward.rewards.factory import create_reward, get_reward_spec
 from aigiqa_reward.rewards.reward import Calibration, Reward
 from aigiqa_reward.training.fit import FitResult, fit, predict
 from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe, option
-from aigiqa_reward.training.store import MAX_BYTES, FeatureStore, LiveImages, listed, store_features
+from aigiqa_reward.training.store import MAX_BYTES, ImageSource, LiveImages, listed, store_features
 from aigiqa_reward.training.tasks import PairTask, ScoreTask, Task
 from aigiqa_reward.utils.run_folder import write_json
 
@@ -119,7 +119,7 @@ class Trained:
 
     reward: Reward
     task: Task
-    source: FeatureStore | LiveImages
+    source: ImageSource
     result: FitResult
 
 
@@ -169,7 +169,7 @@ def train_reward(
     task: Task = ScoreTask.of(data, split.train) if isinstance(data, ScoredImages) else PairTask(data)
     task.check_validation(split.validation)  # before the features are computed; fit checks the readable ones
     show = progress and (accelerator is None or accelerator.is_main_process)
-    source: FeatureStore | LiveImages
+    source: ImageSource
     if recipe.train_towers:
         source = LiveImages(task.paths, task.prompts, progress=progress)
     else:
@@ -203,7 +203,7 @@ def _upload(reward: Reward, hub_model_id: str, folder: Path | None) -> None:
         raise OSError(f"hub_model_id: {saved}it was not uploaded to {hub_model_id}: {error}") from error
 
 
-def calibrate(reward: Reward, task: ScoreTask, source: FeatureStore | LiveImages, rows: np.ndarray) -> None:
+def calibrate(reward: Reward, task: ScoreTask, source: ImageSource, rows: np.ndarray) -> None:
     """Map raw scores onto the human scale by least squares on the training part; order is kept.
 
     For losses that fix the order of scores and not their scale.

@@ -20,7 +20,7 @@ from aigiqa_reward.datasets import Split
 from aigiqa_reward.models.base import TrainedModel
 from aigiqa_reward.training.checkpoints import load_checkpoint, save_checkpoint, settings_of, trained_state
 from aigiqa_reward.training.recipes import Recipe
-from aigiqa_reward.training.store import FeatureStore, LiveImages, Unreadable
+from aigiqa_reward.training.store import ImageSource, LiveImages, Unreadable
 from aigiqa_reward.training.tasks import ScoreTask, Task
 from aigiqa_reward.types import PromptFeatures
 
@@ -61,7 +61,7 @@ def fit(
     task: Task,
     split: Split,
     recipe: Recipe,
-    source: FeatureStore | LiveImages,
+    source: ImageSource,
     folder: Path | None,
     *,
     seed: int = 0,
@@ -104,7 +104,7 @@ class _Run:
     task: Task
     split: Split
     recipe: Recipe
-    source: FeatureStore | LiveImages
+    source: ImageSource
     folder: Path | None
     seed: int
     accelerator: Accelerator
@@ -308,12 +308,7 @@ class _Scoring(nn.Module):
 
 
 def predict(
-    model: TrainedModel,
-    prompts: Sequence[str],
-    source: FeatureStore | LiveImages,
-    rows: np.ndarray,
-    *,
-    progress: bool = True,
+    model: TrainedModel, prompts: Sequence[str], source: ImageSource, rows: np.ndarray, *, progress: bool = True
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Compute raw scores (M,) of rows: quality, and correspondence to `prompts[row]` or None."""
     quality, correspondence = predict_against(model, [prompts], source, rows, progress=progress)
@@ -324,7 +319,7 @@ def predict(
 def predict_against(
     model: TrainedModel,
     prompts: Sequence[Sequence[str]],
-    source: FeatureStore | LiveImages,
+    source: ImageSource,
     rows: np.ndarray,
     *,
     progress: bool = True,

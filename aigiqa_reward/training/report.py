@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -142,9 +141,13 @@ class _Test:
 
     def scores(self, variant: str, folder: Path) -> list[SplitScores]:
         """Measure the model and, unless it is an ablation, the controls; write its predictions to `folder`."""
-        images, rows = self.images, self.rows
+        images, rows, reward, source = self.images, self.rows, self.trained.reward, self.trained.source
         lists = [list(images.prompts), *(self._wrong_prompts() if images.has_correspondence else ())]
-        quality, against = self._predict(lists)
+        assert isinstance(reward.model, TrainedModel), "it was trained"
+        quality, against = predict_against(reward.model, lists, source, rows, progress=False)
+        quality = reward.calibration(torch.from_numpy(quality), "quality").numpy()
+        if against is not None:
+            against = reward.calibration(torch.from_numpy(against), "correspondence").numpy()
         own = None if against is None else against[:, 0]
         wrong = against[:, 1:] if against is not None and len(lists) > 1 else None
         found: dict[str, dict[str, np.ndarray | None]] = {
@@ -167,18 +170,6 @@ class _Test:
             if values is not None
         )
         return [score for score in scores if score is not None]
-
-    def _predict(self, prompts: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Predict calibrated quality (M,), and correspondence (M, K) to each of K prompts."""
-        reward = self.trained.reward
-        assert isinstance(reward.model, TrainedModel), "it was trained"
-        raw = predict_against(reward.model, prompts, self.trained.source, self.rows, progress=False)
-        quality, against = (
-            None if values is None else reward.calibration(torch.from_numpy(values), aspect).numpy()
-            for values, aspect in zip(raw, TASKS, strict=True)
-        )
-        assert quality is not None
-        return quality, against
 
     def _wrong_prompts(self) -> list[list[str]]:
         """Draw K lists of prompts of all images, in which each test image has another prompt of the test part."""

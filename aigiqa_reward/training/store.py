@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -347,3 +347,6 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         else pad_sequence([part[name][0] for part in parts], batch_first=True)
         for name in parts[0]
     }
+
+
+ImageSource: TypeAlias = FeatureStore | LiveImages
