@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -100,14 +100,12 @@ class TrainingContext:
         """
         if torch.is_grad_enabled() and state.latents.requires_grad:
             with self.lora.off():
-                own: Any = self.lora.checkpoint(self.rollout.predict, state)
-            own = own.output
+                own = self.lora.checkpoint(self.rollout.predict, state).output
         else:
             with self.reference():
                 own = self.rollout.predict(state).output
         least = torch.promote_types(own.dtype, torch.float32)
-        changed = prediction.output.to(least) - own.to(least)
-        return changed.square().flatten(1).mean(dim=1)
+        return (prediction.output.to(least) - own.to(least)).square().flatten(1).mean(dim=1)
 
     @contextmanager
     def gradient_checkpointing(self) -> Iterator[None]:
@@ -156,15 +154,13 @@ def create_context(
                 "(torch_dtype=torch.bfloat16), or pass mixed_precision='fp16', which scales them"
             )
     accelerator = accelerator_of(config, folder, rollout.family.device, report_to)
-    lora = LoRA(
-        rollout.family, rank=config.rank, alpha=config.lora_alpha, targets=config.target_modules, seed=config.seed
-    )
+    settings = {"rank": config.rank, "alpha": config.lora_alpha, "targets": config.target_modules, "seed": config.seed}
     ceiling = config.reward_ceiling
     if isinstance(ceiling, str):  # "auto"
         ceiling = 1.0 if isinstance(reward, Reward) else None
     return TrainingContext(
         rollout=rollout,
-        lora=lora,
+        lora=LoRA(rollout.family, **settings),
         reward=reward,
         accelerator=accelerator,
         checkpointed=config.gradient_checkpointing,

@@ -40,6 +40,7 @@ class FinetuningError(RuntimeError):
 
 
 def accelerator_of(config: FinetuneConfig, folder: Path, device: torch.device, report_to: str | None) -> Accelerator:
+    """Create the accelerator of a training."""
     if config.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision: expected bf16 or no on a CPU, got fp16; pass mixed_precision='bf16'")
     if config.use_8bit_adam:
@@ -127,15 +128,13 @@ class Optimization:
             raise FinetuningError(f"the gradient became NaN or infinite; {self._remedy()}")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if not self.optimizer.step_was_skipped:
-            self._skipped = 0
+        self._skipped = self._skipped + 1 if self.optimizer.step_was_skipped else 0
+        if self._skipped > MOST_SKIPPED:
+            raise FinetuningError(f"the gradient was NaN or infinite {self._skipped} times in a row; {self._remedy()}")
+        if not self._skipped:
             self.rates.step()
             if self.ema is not None:
                 self.ema.step(self.weights)
-        elif (skipped := self._skipped + 1) > MOST_SKIPPED:
-            raise FinetuningError(f"the gradient was NaN or infinite {skipped} times in a row; {self._remedy()}")
-        else:
-            self._skipped = skipped
         return length
 
     def means(self, numbers: Mapping[str, list[Tensor]]) -> dict[str, float]:
