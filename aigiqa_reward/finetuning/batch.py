@@ -23,11 +23,6 @@ def generator_of(seed: int, purpose: str, *place: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed_of(seed, purpose, *place))
 
 
-def numbers_of(seed: int, purpose: str, *place: int) -> np.random.Generator:
-    """Make a NumPy generator with the seed of `seed_of`."""
-    return np.random.default_rng(seed_of(seed, purpose, *place))
-
-
 Memory = Mapping[str, Tensor]
 """Named tensors that an algorithm keeps from step to step within a round; saved with a checkpoint."""
 
@@ -63,17 +58,12 @@ class Batch:
 
     def numbers(self, purpose: str) -> np.random.Generator:
         """Make one generator for all rows of the step, the same in all of its batches and processes."""
-        return numbers_of(self.seed, purpose, self.step)
+        return np.random.default_rng(seed_of(self.seed, purpose, self.step))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A loss and the numbers to log with it.
-
-    Attributes:
-        loss: () mean over the rows of a batch. The losses that an algorithm yields for one batch are added up.
-        measures: named (B,) or () tensors without gradients. Their means over the whole batch are logged.
-    """
+    """A loss (), the mean over the rows of a batch, and named (B,) or () tensors whose means are logged with it."""
 
     loss: Tensor
     measures: Mapping[str, Tensor] = field(default_factory=dict)
@@ -129,4 +119,4 @@ class Schedule:
 
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return numbers_of(seed, "order", epoch).permutation(count)
+    return np.random.default_rng(seed_of(seed, "order", epoch)).permutation(count)

@@ -15,7 +15,7 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 
 
 def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": text})
 
 
 def _launched() -> MixedPrecision:
@@ -58,12 +58,10 @@ class FinetuneConfig:
     ema_decay: float = _option(
         0.0, "Decay in [0, 1) of an EMA of the weights, which is then validated and saved; 0 uses none."
     )
-    mixed_precision: MixedPrecision = field(
-        default_factory=_launched,
-        metadata={
-            "help": "Precision of denoiser and decoder, by default that of `accelerate launch`, else no; LoRA weights "
-            "and reward stay in float32."
-        },
+    mixed_precision: MixedPrecision = _option(  # noqa: RUF009
+        _launched,
+        "Precision of denoiser and decoder, by default that of `accelerate launch`, else no; LoRA weights and reward "
+        "stay in float32.",
     )
     kl_coeff: float | None = _option(
         None,
@@ -79,12 +77,10 @@ class FinetuneConfig:
     validation_steps: int = _option(50, "Optimizer steps between validations.")
     validation_seeds: int = _option(4, "Number of images per validation prompt.")
     patience: int = _option(2, "Consecutive validations with a falling held-out reward before the training stops.")
-    sampling: Mapping[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Arguments of the pipeline call for training and validation images (num_inference_steps, "
-            "guidance_scale, height, width, ...)."
-        },
+    sampling: Mapping[str, Any] = _option(
+        dict,
+        "Arguments of the pipeline call for training and validation images (num_inference_steps, guidance_scale, "
+        "height, width, ...).",
     )
     seed: int = _option(0, "Random seed.")
     push_to_hub: bool = _option(False, "Upload the output folder to the Hugging Face Hub.")

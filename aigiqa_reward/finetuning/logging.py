@@ -65,7 +65,7 @@ class History:
         now = self.seconds
         self._times = [*self._times[-_WINDOW:], now]
         took = now - self._times[0]
-        more = {"images_per_second": self.images * (len(self._times) - 1) / took} if took > 0 else {}
+        more = {"images_per_second": self.images * (len(self._times) - 1) / took} if took else {}
         if self.accelerator.device.type == "cuda":
             more["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.accelerator.device) / 2**20
         self._note({"step": step, "seconds": round(now, 3), **numbers, **more})

@@ -23,15 +23,11 @@ from aigiqa_reward.sampling.families import Family
 from aigiqa_reward.utils.io import write_atomically
 from aigiqa_reward.utils.weights import WeightsError, read_weights
 
-ADAPTER = "reward"
-"""Name of the trained adapter in the pipeline."""
+ADAPTER = "reward"  # name in the pipeline
+FILE = "pytorch_lora_weights.safetensors"  # loaded by `pipe.load_lora_weights(folder)`
 
-FILE = "pytorch_lora_weights.safetensors"
-"""File that `pipe.load_lora_weights(folder)` loads."""
-
-ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
-JOINT_ATTENTION = (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
-"""Attention projections, as in diffusers' LoRA scripts: of UNets, and of transformers with joint attention."""
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+"""Attention projections, as in diffusers' LoRA scripts; the last four are those of joint attention."""
 
 
 class LoRA:
@@ -82,7 +78,7 @@ class LoRA:
         modules = dict(self.denoiser.named_modules())
         if names is None:
             kinds = {name.rpartition(".")[2] for name in modules}
-            names = [n for n in JOINT_ATTENTION if n.partition(".")[0] in kinds]
+            names = [n for n in ATTENTION if n.partition(".")[0] in kinds]
         plain = [n for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d) and ".lora_" not in n]
         layers = [n.removesuffix(".base_layer") for n in plain]  # with or without other adapters
         missing = [name for name in names if not any(n == name or n.endswith(f".{name}") for n in layers)]

@@ -17,24 +17,15 @@ from aigiqa_reward.finetuning.lora import LoRA
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-MOST_SKIPPED = 20
-"""Consecutive steps that fp16 may skip: each halves the gradient scale, from 2^16 down to below 1."""
+MOST_SKIPPED = 20  # consecutive steps in fp16: each halves the gradient scale, from 2^16 down to below 1
 
 
 class FinetuningError(RuntimeError):
     """A training that cannot continue; its weights are on disk.
 
     Example:
-        >>> from aigiqa_reward import load_embedded_pipeline
-        >>> from aigiqa_reward.finetuning import DRaFT, FinetuneConfig, FinetuningError, finetune
-        >>> def broken(images, prompts):
-        ...     return images.mean(dim=(1, 2, 3)) * float("nan")
-        >>> pipe, prompts = load_embedded_pipeline(), ["a red apple on a blue background"]
-        >>> config = FinetuneConfig(max_train_steps=1, train_batch_size=1, sampling={"num_inference_steps": 1})
-        >>> try:
-        ...     finetune(pipe, broken, prompts, DRaFT(), "broken/", config, progress=False)
-        ... except FinetuningError as error:
-        ...     print("nan" in str(error).lower())
+        >>> from aigiqa_reward.finetuning import FinetuningError
+        >>> issubclass(FinetuningError, RuntimeError)
         True
     """
 

@@ -40,6 +40,7 @@ from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.validation import Validation, frozen, held_out, warn_of_weak
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.types import RewardFunction
+from aigiqa_reward.utils.checks import check_reward
 from aigiqa_reward.utils.run_folder import differences, reward_identity
 
 if TYPE_CHECKING:
@@ -48,27 +49,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Interruption:
-    """A context in which the first SIGINT or SIGTERM is only noted, and the second raises KeyboardInterrupt."""
+@contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """Context in which the first SIGINT or SIGTERM is only noted, and the second raises KeyboardInterrupt."""
+    noted: list[int] = []
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def note(number: int, frame: FrameType | None) -> None:
+        if noted:
             raise KeyboardInterrupt
-        self.asked = True
+        noted.append(number)
         logger.warning("interrupted: stopping after this step; interrupt again to stop now")
+
+    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = [(kind, signal.signal(kind, note)) for kind in kinds]
+    try:
+        yield noted
+    finally:
+        for kind, handler in before:
+            signal.signal(kind, handler)
 
 
 class Trainer:
@@ -156,11 +154,11 @@ class Trainer:
 
     def _run(self) -> FinetuneResult:
         last, every = self.config.max_train_steps, self.config.checkpointing_steps
-        with Interruption() as interruption:
+        with interruptions() as noted:
             if self.step == 0:
                 self.validate()
             while self.step < last and self.stopped is None:
-                asked = self._try_step(interruption)
+                asked = self._try_step(noted)
                 if self.step == last or self.step % self.config.validation_steps == 0:
                     self.validate()
                 ended = self.step == last or asked or self.stopped is not None
@@ -171,10 +169,10 @@ class Trainer:
                     raise KeyboardInterrupt
         return self.finish()
 
-    def _try_step(self, interruption: Interruption) -> bool:
+    def _try_step(self, noted: list[int]) -> bool:
         """Take a step; if its loss or gradient is not finite, keep the weights before it and raise."""
         try:
-            return self.take_step(interruption)
+            return self.take_step(noted)
         except FinetuningError as error:
             which = "the weights of the best validation so far" if self.kept else "the weights before it"
             if self.finite:
@@ -182,7 +180,7 @@ class Trainer:
             text = f"step {self.step + 1}: {error}; {which} are kept in {self.finish().folder}"
             raise FinetuningError(text) from error
 
-    def take_step(self, interruption: Interruption) -> bool:
+    def take_step(self, noted: list[int]) -> bool:
         """Take an optimizer step, and return whether a process was interrupted."""
         batches = self.schedule.batches(self.step, self.accelerator.process_index)
         if not self._within_a_round:
@@ -190,7 +188,7 @@ class Trainer:
                 self.memory = self.algorithm.prepare(self.context, batches)
         measured: dict[str, list[Tensor]] = {}
         finite = [self._backward(batch, part, measured) for part, batch in enumerate(batches)]
-        asked = self.optimization.gather(finite=all(finite), asked=interruption.asked)
+        asked = self.optimization.gather(finite=all(finite), asked=bool(noted))
         if self.validation is None:
             with self.optimization.averaged():
                 self.finite = self.lora.state()
@@ -291,9 +289,9 @@ class Trainer:
         self.history.close()
         if self.kept:
             self.lora.load(self.kept)
-        rest, there = "there is no checkpoint yet", checkpoints_in(self.folder)
-        if there:
-            rest = f"{there[-1].name} is complete: free some space, and use resume_from_checkpoint='latest'"
+        rest = "there is no checkpoint yet"
+        for last in checkpoints_in(self.folder)[-1:]:
+            rest = f"{last.name} is complete: free some space, and use resume_from_checkpoint='latest'"
         return FinetuningError(f"step {self.step}: cannot write to {self.folder} ({error.strerror}); {rest}")
 
     def _rescued(self) -> str:
@@ -327,51 +325,44 @@ def finetune(
     interruptions. Under `torchrun` and `accelerate launch` the processes share the batch of each step.
 
     Args:
-        pipe: a text-to-image pipeline of a family in `sampling.families`. Its weights are frozen. On return the trained
-            adapter is loaded as "reward". Adapters that were already loaded stay active, are part of the reference
-            model and are not saved.
+        pipe: a text-to-image pipeline of a family in `sampling.families`. On return its weights are frozen and the
+            adapter is loaded as "reward". Other adapters stay active in the reference model too, and are not saved.
         reward: a Reward, or any function f(images, prompts) that returns (B,) scores; a module is frozen.
         train_data: training prompts, or preference pairs for DPO.
         algorithm: `DRaFT()`, `ReFL()`, `DPO()`, `DDPO()` or `FlowGRPO()`.
         output_dir: folder for `pytorch_lora_weights.safetensors`, `history.jsonl`, checkpoints, validations and plots.
         config: all other settings.
-        validation_prompts: prompts of the validation images. Without them the last weights are kept, and reward hacking
-            is not detected.
-        holdout: a reward that is not trained on, which decides which weights are kept; "auto" takes an embedded system
-            with another head.
+        validation_prompts: without them the last weights are kept, and reward hacking is not detected.
+        holdout: a reward that is not trained on, which decides which weights are kept; "auto" takes an embedded one.
         callbacks: callbacks, which can stop the training.
         resume_from_checkpoint: "latest", or the name or path of a checkpoint; None starts anew.
         report_to: tracker of Accelerate ("tensorboard", "wandb").
         progress: whether to show a progress bar.
-
-    Raises:
-        FinetuningError: a loss became NaN, or an upload failed; the weights are on disk.
     """
     folder = Path(output_dir)
     config = _checked_config(algorithm, config, folder)
     algorithm = _with_pairs(algorithm, train_data)
-    prompts = _checked("train_data", train_data) if algorithm.examples is None else list(algorithm.examples)
     check_tracker(report_to)
-    BoundReward(reward)  # a TypeError if it cannot be called
+    check_reward(reward)
+    prompts = _checked("train_data", train_data, reward) if algorithm.examples is None else list(algorithm.examples)
     context = create_context(pipe, frozen(reward), config, folder, report_to)
     with _adapter_removed_on_error(context.lora):
         validation = _validation(context, prompts, validation_prompts, holdout, folder, config)
         find_checkpoint(folder, resume_from_checkpoint)  # unusable folders must raise before hours of sampling
         repository = _create_repository(context, folder, config)
-        if algorithm.examples is None:
-            _check_readable(context.reward, "train_data", prompts)
         algorithm.check(context, prompts)
         folder.mkdir(parents=True, exist_ok=True)
         algorithm = algorithm.ready(context, prompts, folder, config, progress=progress)
         prompts = prompts if algorithm.examples is None else list(algorithm.examples)
-        named = holdout if isinstance(holdout, str) else reward_identity(holdout)
-        watched = {"holdout_reward": named, "validation_prompts": list(validation_prompts)}
+        held = holdout if isinstance(holdout, str) else reward_identity(holdout)
+        watched = {"holdout_reward": held, "validation_prompts": list(validation_prompts)}
         trainer = Trainer(context, prompts, algorithm, folder, config, validation, watched, callbacks, progress)
         trainer.resume(resume_from_checkpoint, report_to)
     # After these two errors the pipeline has the kept weights.
     with context.gradient_checkpointing(), _adapter_removed_on_error(context.lora, FinetuningError, KeyboardInterrupt):
         result = trainer.run()
-    _upload(folder, repository)
+    if repository is not None:
+        _upload(folder, repository)
     return result
 
 
@@ -385,8 +376,7 @@ def _validation(
 ) -> Validation | None:
     if not len(prompts):
         return None
-    checked = _checked("validation_prompts", prompts)
-    _check_readable(context.reward, "validation_prompts", checked)
+    checked = _checked("validation_prompts", prompts, context.reward)
     if context.accelerator.is_main_process:
         warn_of_weak(checked, trained, config.validation_seeds)
     sizes = {"seeds": config.validation_seeds, "batch_size": config.train_batch_size}
@@ -409,14 +399,13 @@ def _with_pairs(algorithm: Algorithm, train_data: Sequence[str] | PreferencePair
     if not isinstance(train_data, PreferencePairs):
         return algorithm
     if not isinstance(algorithm, DPO):
-        raise TypeError(
-            f"train_data: expected a list of prompts for {type(algorithm).__name__}, got preference pairs; pass "
-            "train_data.prompts, or train with DPO()"
-        )
+        name = type(algorithm).__name__
+        raise TypeError(f"train_data: expected a list of prompts for {name}, got preference pairs; train with DPO()")
     return replace(algorithm, pairs=train_data)
 
 
-def _checked(argument: str, prompts: Any) -> list[str]:
+def _checked(argument: str, prompts: Any, reward: RewardFunction) -> list[str]:
+    """Return prompts as a list; refuse what the reward would refuse in the middle of the training."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"{argument}: expected a list of texts, got {type(prompts).__name__}")
     if other := [prompt for prompt in prompts if not isinstance(prompt, str)]:
@@ -425,15 +414,11 @@ def _checked(argument: str, prompts: Any) -> list[str]:
     if blank or not len(prompts):
         what = f"a blank one at index {blank[0]}" if blank else "none"
         raise ValueError(f"{argument}: expected texts, got {what}; give one prompt per line, without empty lines")
-    return list(prompts)
-
-
-def _check_readable(reward: RewardFunction, argument: str, prompts: Sequence[str]) -> None:
-    """Refuse before the first step what the reward would refuse in the middle of the training."""
     bound = BoundReward(reward)
     for start in range(0, len(prompts), 256):
         for why in bound.unreadable(prompts[start : start + 256]).values():
             raise ValueError(f"{argument}: expected texts that the reward can read: {why.removeprefix('prompts: ')}")
+    return list(prompts)
 
 
 @contextmanager
@@ -458,19 +443,15 @@ def _create_repository(context: TrainingContext, folder: Path, config: FinetuneC
     try:
         return create_repo(name, exist_ok=True).repo_id
     except Exception as error:
-        raise ValueError(
-            f"push_to_hub: cannot create the repository {name} ({error}); log in with `hf auth login`"
-        ) from error
+        raise ValueError(f"push_to_hub: cannot create {name} ({error}); log in with `hf auth login`") from error
 
 
-def _upload(folder: Path, repository: str | None) -> None:
-    if repository is None:
-        return
+def _upload(folder: Path, repository: str) -> None:
     from huggingface_hub import upload_folder
 
     try:
-        ignored = ["checkpoint-*/**", ".*"]
-        upload_folder(repo_id=repository, folder_path=folder, commit_message="End of training", ignore_patterns=ignored)
+        options = {"commit_message": "End of training", "ignore_patterns": ["checkpoint-*/**", ".*"]}
+        upload_folder(repo_id=repository, folder_path=folder, **options)
     except Exception as error:
         raise FinetuningError(
             f"push_to_hub: the upload to {repository} failed ({error}); the weights are safe in {folder}; upload them "
