@@ -20,7 +20,6 @@ from commands import ENVIRONMENT, command, interrupt, lines, only_error, options
 from PIL import Image
 
 from aigiqa_reward import Reward, Scorer, __version__, create_reward, get_reward_spec, list_rewards
-from aigiqa_reward.cli._console import Row, render
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 
 KEYS = ["path", "prompt", "total", "quality", "correspondence", "error"]
@@ -234,16 +233,6 @@ def test_messages_are_one_line_and_literal(tiny: list[str], tmp_path: Path) -> N
     result = run("score", *tiny, tmp_path / "[bold]no\nsuch.png", "--format", "jsonl")
     assert result.exit_code == 1
     assert re.fullmatch(r"error: .*\[bold\]no\\nsuch\.png: no such file\n", result.stderr)
-
-
-def test_tables_keep_unscored_rows_apart() -> None:
-    rows = [
-        Row(key="a.png", prompt=None, total=0.5, quality=0.5),
-        Row(key="[b].png", prompt=None, error="[b].png: bad"),
-    ]
-    table = render(rows, "table", numbered=True).splitlines()
-    assert table[0].split() == ["#", "image", "total", "quality", "error"]
-    assert [line.split() for line in table[2:]] == [["1", "a.png", "0.5000", "0.5000"], ["[b].png", "bad"]]
 
 
 # --------------------------------------------------------------------------------------------- prompts
@@ -466,27 +455,24 @@ def test_rank_never_overwrites_an_image_it_ranks(tiny: list[str], tmp_path: Path
 # --------------------------------------------------------------------------------------------- several rewards
 
 
-def test_several_rewards_give_columns_each_and_rank_by_the_weighted_mean(paths: list[str]) -> None:
-    common = [*paths, "--prompt", PROMPT, "--reward", "compact:3", "--reward", "mst_clipiqa", "--device", "cpu"]
-    scored = lines(run("score", *common, "--format", "jsonl").stdout)
-    scorers = {name: Scorer(create_reward(name)).score(paths, PROMPT) for name in ("compact", "mst_clipiqa")}
-    for name, found in scorers.items():
+def test_several_rewards_give_columns_each_and_rank_by_the_weighted_mean(
+    paths: list[str], tiny: list[str], tiny_reward: Reward, clip: str, tmp_path: Path
+) -> None:
+    other = create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip), quality_weight=0.0)
+    other.save_pretrained(tmp_path / "a:b")
+    given = ["tsp_mgs:3" if word == "tsp_mgs" else word for word in tiny]
+    common = [*paths, "--prompt", PROMPT, *given, "--reward", tmp_path / "a:b"]
+    rows = lines(run("score", *common, "--format", "jsonl").stdout)
+    found = [Scorer(reward).score(paths, PROMPT) for reward in (tiny_reward, other)]
+    for name, output in zip(("tsp_mgs_1", "tsp_mgs_2"), found, strict=True):
         for aspect in ("total", "quality", "correspondence"):
-            column = [row[f"{name}.{aspect}"] for row in scored]
-            assert column == pytest.approx(getattr(found, aspect).tolist(), abs=1e-5)
-    mean = (3 * scorers["compact"].total + scorers["mst_clipiqa"].total) / 4
-    assert [row["total"] for row in scored] == pytest.approx(mean.tolist(), abs=1e-5)
+            column = [row[f"{name}.{aspect}"] for row in rows]
+            assert column == pytest.approx(getattr(output, aspect).tolist(), abs=1e-5)
+    mean = (3 * found[0].total + found[1].total) / 4
+    assert [row["total"] for row in rows] == pytest.approx(mean.tolist(), abs=1e-5)
     ranked = list(csv.DictReader(io.StringIO(run("rank", *common, "--format", "csv").stdout)))
     assert [row["path"] for row in ranked] == [paths[i] for i in mean.argsort(descending=True).tolist()]
-    assert "mst_clipiqa.total" in run("score", *common).stdout.splitlines()[0].split()
-
-
-def test_a_saved_reward_is_named_by_its_folder(paths: list[str], tmp_path: Path) -> None:
-    reward = create_reward("mst_clipiqa", quality_weight=0.9)
-    reward.save_pretrained(tmp_path / "a:b")
-    result = run("score", *paths, "--reward", f"{tmp_path / 'a:b'}:2", "--prompt", PROMPT, "--format", "jsonl")
-    assert result.exit_code == 0, result.output
-    assert_scores(lines(result.stdout), reward, paths, PROMPT)
+    assert "tsp_mgs_2.total" in run("score", *common).stdout.splitlines()[0].split()
 
 
 # --------------------------------------------------------------------------------------------- options

@@ -164,5 +164,5 @@ def test_defaults_are_those_of_the_library() -> None:
 
 
 def test_settings_note_the_reward_on_disk(room: Path, made: Path) -> None:
-    noted = json.loads((made / "settings.json").read_text())["settings"]
+    noted = json.loads((made / "settings.json").read_text())
     assert reward_identity(create_reward("tsp_mgs", weights=room / "judge")) in json.dumps(noted)

@@ -134,7 +134,7 @@ def _load_reward(name: str, options: RewardOptions, *, alone: bool) -> Reward:
         reward, saved = Reward.from_pretrained(name, **shares), {"weights": name}
     kind = name if reward is None else reward.name
     further: dict[str, Any] = {}
-    if alone or kind == "tsp_mgs":
+    if alone or (kind == "tsp_mgs" and not saved):
         tower = options.encoder and OpenCLIPConfig(architecture=options.encoder, pretrained=options.encoder_weights)
         further |= chosen(encoder=tower, zero_shot=options.zero_shot)
     if alone or kind == "cpa_iqa":
@@ -339,18 +339,9 @@ def _lora_source(pipe: Any, lora: str) -> dict[str, str]:
     place = Path(lora).expanduser()
     if not hasattr(pipe, "load_lora_weights"):
         raise CommandError(f"{type(pipe).__name__} takes no LoRA", argument="lora")
-    if place.is_file():
-        if place.suffix != ".safetensors":
-            text = f"expected a .safetensors file, got {lora}; pickled files are never opened"
-            raise CommandError(text, argument="lora")
+    if place.is_file() and place.suffix == ".safetensors":
         return {"pretrained_model_name_or_path_or_dict": str(place.parent), "weight_name": place.name}
-    if place.is_dir():
-        files = sorted(file.name for file in place.glob("*.safetensors"))
-        if not files:
-            raise CommandError(f"the folder {lora} holds no .safetensors file", argument="lora")
-        if len(files) > 1:
-            say("note", f"--lora: {lora} holds {len(files)} .safetensors files; name one of them to be sure")
-    elif not HUB_ID.fullmatch(lora):
+    if place.is_file() or not (HUB_ID.fullmatch(lora) or any(place.glob("*.safetensors"))):
         text = f"expected a .safetensors file, a folder with one or a Hub id owner/name, got {lora!r}"
         raise CommandError(text, argument="lora")
     return {"pretrained_model_name_or_path_or_dict": str(place) if place.exists() else lora}

@@ -39,7 +39,7 @@ _CHECKPOINT = "checkpoint"
 class DataOptions:
     """A model and human scores."""
 
-    model: str = argument("MODEL", "mst_clipiqa, tsp_mgs, sc_agiqa, ma_agiqa or cpa_iqa, or compact with --init.")
+    model: str = argument("MODEL", "mst_clipiqa, tsp_mgs, sc_agiqa, ma_agiqa, cpa_iqa, or compact with given weights.")
     data: str = option(
         dataclasses.MISSING,
         "Human scores (agiqa3k, agiqa1k, aigciqa2023, aigiqa20k), preferences (imagereward, pickapic), or csv with the "
