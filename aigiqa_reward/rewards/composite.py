@@ -53,9 +53,7 @@ class CompositeReward(nn.Module):
     ) -> None:
         super().__init__()
         if not members or not all(callable(member) for member in members.values()):
-            raise TypeError(
-                f"members: expected at least one reward or function by name, got {members!r}"
-            )
+            raise TypeError(f"members: expected at least one reward or function by name, got {members!r}")
         if combine not in ("zscore", "rank"):
             raise ValueError(f"combine: expected 'zscore' or 'rank', got {combine!r}")
         weights = dict.fromkeys(members, 1.0) if weights is None else weights
