@@ -39,7 +39,7 @@ ALGORITHMS = {
     "draft": "Fine-tune with DRaFT: backpropagate the reward through the last sampling steps.",
     "refl": "Fine-tune with ReFL: backpropagate the reward of one late step's predicted image.",
     "dpo": "Fine-tune with Diffusion-DPO: learn from pairs of a better and a worse image.",
-    "ddpo": "Fine-tune with DDPO: policy gradient on the reward, which needs no gradient of its own.",
+    "ddpo": "Fine-tune with DDPO: policy gradient, for rewards without gradients.",
     "grpo": "Fine-tune with Flow-GRPO: policy gradient for flow models such as SD3 and FLUX.",
 }
 """Names and help of the subcommands. Their options need torch, and are built when one is called."""
