@@ -42,18 +42,13 @@ PIXELS_PER_DEGREE = 32.0  # a 512 px image is 16 degrees wide, about two picture
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
 
-def contrast_sensitivity(frequency: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Compute a(v) = 2.6 (0.0192 + 0.114 v) exp(-(0.114 v)^1.1), v in cycles per degree (Mannos and Sakrison 1974)."""
-    scaled = 0.114 * frequency
-    return 2.6 * (0.0192 + scaled) * torch.exp(-(scaled**1.1))
-
-
 def frequency_weights(
     crops: Images, grid: tuple[int, int], *, pixels_per_degree: float = PIXELS_PER_DEGREE
 ) -> Float[Tensor, "batch places"]:
     """Compute the visibility in (0, 1) of the frequencies in each patch of a grid, in reading order (eq. 8).
 
-    The luminance of each patch is Fourier transformed; the amplitudes without the mean, weighted by a(v), are averaged
+    The luminance of each patch is Fourier transformed; the amplitudes without the mean, weighted by the sensitivity
+    a(v) = 2.6 (0.0192 + 0.114 v) exp(-(0.114 v)^1.1) at v cycles per degree (Mannos and Sakrison 1974), are averaged
     to a score; a sigmoid follows. Our inferences: the viewing distance, and that scores are standardized over the row's
     patches, since the sigmoid of raw amplitudes is nearly constant.
     """
@@ -63,8 +58,8 @@ def frequency_weights(
     spectrum = torch.fft.fft2(patches, norm="ortho")
     amplitude = (spectrum.real.square() + spectrum.imag.square() + 1e-12).sqrt()
     down, across = (torch.fft.fftfreq(n, device=crops.device, dtype=crops.dtype) for n in patches.shape[3:])
-    cycles = torch.hypot(down[:, None], across[None]) * pixels_per_degree
-    sensitivity = contrast_sensitivity(cycles)
+    scaled = 0.114 * (torch.hypot(down[:, None], across[None]) * pixels_per_degree)
+    sensitivity = 2.6 * (0.0192 + scaled) * torch.exp(-(scaled**1.1))
     sensitivity[0, 0] = 0  # mean brightness is not contrast
     score = (amplitude * sensitivity).mean(dim=(3, 4)).flatten(1)
     deviation = score.var(dim=1, keepdim=True, unbiased=False).add(1e-8).sqrt()
