@@ -119,7 +119,7 @@ def test_selection_gain_at_its_ends_and_without_a_choice() -> None:
     offset = rng.normal(size=12)[groups]  # what is common to a group changes no choice
     assert selection_gain(target + offset, target, groups) == pytest.approx(1)
     assert math.isnan(selection_gain(target, target, np.arange(101)))
-    assert math.isnan(selection_gain(target, np.full(101, 0.1), groups))
+    assert math.isnan(selection_gain(target, np.full(101, 3.0), groups))
     with pytest.raises(ValueError, match="groups: expected 101 labels"):
         selection_gain(target, target, [0, 1])
 

@@ -5,7 +5,7 @@ Malformed input (NaN, unequal lengths, no rows) raises a ValueError; a measure t
 
 Example:
     >>> import numpy as np
-
+    >>> from aigiqa_reward.evaluation import *
     >>> agreement: Correlations = correlations([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5])
     >>> round(agreement.srcc, 3), round(agreement.krcc, 3)
     (0.943, 0.867)

@@ -47,7 +47,7 @@ class TrainingPlan:
 
     Example:
         >>> from pathlib import Path
-
+        >>> from aigiqa_reward.training.by_name import TrainingPlan
         >>> from aigiqa_reward.training.recipes import Recipe
         >>> plan = TrainingPlan(name="mst_clipiqa", recipe=Recipe(epochs=3), cache=Path("features"))
         >>> plan.chosen_recipe.epochs
@@ -128,8 +128,8 @@ def whole_split(data: ScoredImages | PreferencePairs, *, seed: int = 0) -> Split
 
     Example:
         >>> from pathlib import Path
-
         >>> from aigiqa_reward.datasets import PreferencePairs
+        >>> from aigiqa_reward.training.by_name import whole_split
         >>> better, worse = ([Path(f"{name}{row}.png") for row in range(20)] for name in "ab")
         >>> prompts = tuple(f"prompt {row}" for row in range(20))
         >>> split = whole_split(PreferencePairs(prompts=prompts, better=tuple(better), worse=tuple(worse)))

@@ -38,6 +38,7 @@ class Recipe:
     """Settings of fitting a model to human scores.
 
     Example:
+        >>> from aigiqa_reward.training.recipes import Recipe
         >>> Recipe(loss="mse", learning_rate=1e-4, epochs=20, patience=3).schedule
         'cosine'
     """

@@ -52,6 +52,7 @@ class ProtocolSettings:
     """Number and kind of the splits of a protocol.
 
     Example:
+        >>> from aigiqa_reward.training.report import ABLATIONS, ProtocolSettings
         >>> ProtocolSettings(seeds=2, ablation_seeds=0).describe()
         'groups (prompts) 80/20, 10 % of the training groups to choose the epoch; 2 seeds, ablations 0'
         >>> sorted(ABLATIONS)  # the systems whose modules a protocol switches off in turn
