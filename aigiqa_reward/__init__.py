@@ -36,7 +36,6 @@ __all__ = [
     "load_embedded_pipeline",
     "rerank",
 ]
-
 _MODULES = {
     "rewards.composite": "CompositeReward",
     "rewards.factory": "create_reward get_reward_spec list_rewards",

@@ -23,10 +23,6 @@ Context: TypeAlias = Mapping[str, Tensor]
 class PromptError(ValueError):
     r"""A prompt in which a text encoder finds no word, such as one of zero-width spaces only.
 
-    Args:
-        prompt: the text.
-        argument: name of the argument, for the message.
-
     Example:
         >>> from aigiqa_reward import create_reward
         >>> from aigiqa_reward.types import PromptError
@@ -39,8 +35,7 @@ class PromptError(ValueError):
 
     def __init__(self, prompt: str, argument: str = "prompts") -> None:
         super().__init__(prompt, argument)
-        self.prompt = prompt
-        self.argument = argument
+        self.prompt, self.argument = prompt, argument
 
     def __str__(self) -> str:
         return f"{self.argument}: {self.prompt!r} holds no readable word; pass one with words, or None to score without"
@@ -86,10 +81,7 @@ class PromptFeatures:
     def expand(self, count: int) -> PromptFeatures:
         """Repeat the only row `count` times: one prompt for a whole batch of images."""
         if len(self) != 1:
-            raise ValueError(
-                f"expand: expected features of exactly one prompt, got {len(self)} rows; "
-                "encode the prompt of this batch alone, or pass one prompt per image"
-            )
+            raise ValueError(f"expand: expected features of exactly one prompt, got {len(self)} rows; encode one alone")
         return replace(self, index=self.index.expand(count))
 
     def to(self, device: torch.device | str) -> PromptFeatures:
@@ -138,7 +130,7 @@ class RewardOutput:
         return self._map(lambda tensor: tensor[rows])
 
     def __iter__(self) -> Iterator[Any]:
-        """Refuse to be unpacked or looped over, which every reader would understand differently."""
+        """Refuse to be unpacked or looped over, which could mean aspects or rows."""
         raise TypeError("RewardOutput is not iterable: use .total, .quality, .correspondence or .details")
 
     def to(self, device: torch.device | str) -> RewardOutput:
@@ -163,8 +155,6 @@ class RewardOutput:
 
         Details that are missing in one of them, or differ in size (maps of the images' own sizes), are left out.
         """
-        if not outputs:
-            raise ValueError("cat: expected at least one RewardOutput, got none")
         correspondence = [output.correspondence for output in outputs if output.correspondence is not None]
         details = {}
         for name in outputs[0].details:
@@ -199,19 +189,12 @@ class RewardFunction(Protocol):
 
 
 def as_reward_output(result: Tensor | RewardOutput, batch: int, *, source: str = "the reward") -> RewardOutput:
-    """Convert what a RewardFunction returned to a RewardOutput, and check that it has one score per image.
-
-    Args:
-        result: return value of the function.
-        batch: number of images that it was called with.
-        source: name of the function, for errors.
-    """
+    """Convert what a RewardFunction returned for `batch` images to a RewardOutput, and check its shapes."""
     if isinstance(result, Tensor):
         result = RewardOutput(total=result, quality=result)
     if not isinstance(result, RewardOutput):
-        raise TypeError(
-            f"{source} returned {type(result).__name__}; expected a tensor of shape ({batch},) or a RewardOutput"
-        )
+        kind = type(result).__name__
+        raise TypeError(f"{source} returned {kind}; expected a tensor of shape ({batch},) or a RewardOutput")
     for name in ("total", "quality", "correspondence"):
         scores = getattr(result, name)
         if scores is not None and tuple(scores.shape) != (batch,):

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from click import Context, Group
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -88,8 +87,8 @@ def command_reference() -> str:
 
 
 def _sections(command: Any, name: str) -> Iterator[str]:
-    context = Context(command)
-    if isinstance(command, Group):
+    context = command.context_class(command)
+    if hasattr(command, "list_commands"):
         for inner in sorted(command.list_commands(context)):
             yield from _sections(command.get_command(context, inner), f"{name} {inner}")
         return

@@ -36,13 +36,7 @@ def precise() -> Any:
 
 
 def context_of(
-    pipe: Any,
-    reward: Any = warmth,
-    *,
-    moved: float = 0.3,
-    rank: int = 2,
-    call: Mapping[str, Any] = PLAIN,
-    **options: Any,
+    pipe: Any, reward: Any = warmth, *, moved: float = 0.3, rank: int = 2, call: Any = PLAIN, **options: Any
 ) -> TrainingContext:
     """Context with an adapter in the pipeline's dtype, moved away from B = 0 by normal numbers."""
     rollout = Rollout(pipe, **call)
@@ -63,17 +57,10 @@ def batch_of(
     rows: Iterable[int] = (0,), *, group: int = 1, round: int = 0, step: int | None = None, size: int = 0, seed: int = 0
 ) -> Batch:
     """Rows of a step; the rows of group i have prompt i."""
-    rows = tuple(rows)
+    rows, step = tuple(rows), round if step is None else step
     places = tuple(row // group % len(PROMPTS) for row in rows)
-    return Batch(
-        prompts=tuple(PROMPTS[place] for place in places),
-        places=places,
-        rows=rows,
-        round=round,
-        step=round if step is None else step,
-        size=size or len(rows),
-        seed=seed,
-    )
+    prompts, size = tuple(PROMPTS[place] for place in places), size or len(rows)
+    return Batch(prompts=prompts, places=places, rows=rows, round=round, step=step, size=size, seed=seed)
 
 
 def batches(*parts: Sequence[int], **more: Any) -> list[Batch]:
@@ -87,20 +74,19 @@ def run_backward(
     """The outcomes of each part, after the backward pass of each as in the loop."""
     with torch.no_grad():
         memory = algorithm.prepare(context, parts) if memory is None else memory
-    outcomes = []
+    outcomes: list[list[Outcome]] = [[] for _ in parts]
     for part, batch in enumerate(parts):
-        outcomes.append([])
         for outcome in algorithm.losses(context, batch, part, memory):
             (outcome.loss * len(batch) / batch.size).backward()
-            outcomes[-1].append(outcome)
+            outcomes[part].append(outcome)
     return outcomes
 
 
 def take_gradient(context: TrainingContext) -> Tensor:
     """The gradient, flat over all weights, which are then without."""
-    found = []
-    for weight in context.lora.weights.values():
-        found.append(torch.zeros_like(weight).flatten() if weight.grad is None else weight.grad.flatten())
+    weights = [*context.lora.weights.values()]
+    found = [torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten() for w in weights]
+    for weight in weights:
         weight.grad = None
     return torch.cat(found)
 
@@ -131,10 +117,7 @@ def flat(context: TrainingContext) -> Tensor:
 
 def put(context: TrainingContext, values: Tensor) -> None:
     """The opposite of `flat`."""
-    weights = list(context.lora.weights.values())
-    with torch.no_grad():
-        for weight, part in zip(weights, values.split([w.numel() for w in weights]), strict=True):
-            weight.copy_(part.view_as(weight))
+    torch.nn.utils.vector_to_parameters(values, context.lora.weights.values())
 
 
 def slope(context: TrainingContext, loss: Callable[[], float], direction: Tensor, small: float = 1e-4) -> float:
@@ -149,8 +132,7 @@ def slope(context: TrainingContext, loss: Callable[[], float], direction: Tensor
 
 def directions(context: TrainingContext, count: int = 2) -> list[Tensor]:
     like = flat(context)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    return [torch.randn(like.shape, generator=generator, dtype=like.dtype) for generator in generators]
+    return [torch.randn(like.shape, generator=torch.Generator().manual_seed(s), dtype=like.dtype) for s in range(count)]
 
 
 def write_pairs(folder: Path, count: int = 3) -> PreferencePairs:

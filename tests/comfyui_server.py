@@ -15,13 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-STARTS_WITHIN, RUNS_WITHIN = 300, 1500
-"""Seconds, for a loaded machine of two cores."""
-
-
-def comfyui_python() -> str:
-    """The Python that has ComfyUI's requirements and this package: COMFYUI_PYTHON, else the one that runs the tests."""
-    return os.environ.get("COMFYUI_PYTHON", sys.executable)
+STARTS_WITHIN, RUNS_WITHIN = 300, 1500  # seconds, for a loaded machine of two cores
 
 
 class ComfyUI:
@@ -31,7 +25,6 @@ class ComfyUI:
         self.address, self.base, self.log = address, base, log
 
     def request(self, path: str, body: Any = None) -> Any:
-        """JSON in, JSON out, also of a refusal."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         try:
@@ -41,7 +34,6 @@ class ComfyUI:
             return json.load(refusal)
 
     def run(self, workflow: dict[str, Any]) -> dict[str, Any]:
-        """Queue a workflow in API format and wait for its end; the history's entry of it."""
         queued = self.request("/prompt", {"prompt": workflow})
         assert "prompt_id" in queued, queued
         end = time.monotonic() + RUNS_WITHIN
@@ -52,37 +44,21 @@ class ComfyUI:
         raise TimeoutError(f"no end of the workflow in {RUNS_WITHIN} s:\n{self.log.read_text()[-3000:]}")
 
     def saved(self, entry: dict[str, Any]) -> list[Path]:
-        """Files that a workflow wrote into the output folder."""
-        return [
-            self.base / "output" / image["subfolder"] / image["filename"]
-            for output in entry["outputs"].values()
-            for image in output.get("images", [])
-            if image["type"] == "output"
-        ]
-
-
-def error_of(entry: dict[str, Any]) -> str:
-    """What the user sees of a run that failed."""
-    [message] = [
-        content["exception_message"] for kind, content in entry["status"]["messages"] if kind.endswith("error")
-    ]
-    return message
+        images = [image for output in entry["outputs"].values() for image in output.get("images", [])]
+        written = [image for image in images if image["type"] == "output"]
+        return [self.base / "output" / image["subfolder"] / image["filename"] for image in written]
 
 
 @contextmanager
 def comfyui(base: Path, python_path: list[Path]) -> Iterator[ComfyUI]:
-    """Start a ComfyUI whose folders are in `base`, which holds custom_nodes, and end it again.
-
-    Args:
-        base: its base directory.
-        python_path: what its Python finds first.
-    """
+    """Start a ComfyUI whose folders are in `base`, which holds custom_nodes, and end it again."""
     for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [comfyui_python(), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)  # has ComfyUI's requirements and this package
+    command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
     command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
     command += ["--disable-auto-launch", "--disable-api-nodes"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, python_path))}

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from typer import Context
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from aigiqa_reward.cli import app
@@ -24,6 +26,15 @@ def run(*arguments: str | Path) -> Result:
 
 def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+def options_of(*names: str) -> dict[str, Any]:
+    """The options of a command by spelling."""
+    group: Any = get_command(app)
+    context = Context(group)
+    for name in names:
+        group = group.get_command(context, name)
+    return {spelling: each for each in group.get_params(context) for spelling in (*each.opts, *each.secondary_opts)}
 
 
 def only_error(result: Result) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pipelines
@@ -18,8 +16,9 @@ from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PROMPTS = ["a red apple", "a blue car", "a penguin"]
-SAMPLING = ["--num_inference_steps", "2", "--guidance_scale", "1.0", "--height", "32", "--width", "32"]
-TRAINING = ["--train_batch_size", "2", "--max_train_steps", "2", "--learning_rate", "0.01", "--rank", "2"]
+CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32}
+SAMPLING = ["--num_inference_steps", "2", "--guidance-scale", "1.0", "--height", "32", "--width", "32"]
+TRAINING = {"train_batch_size": 2, "max_train_steps": 2, "learning_rate": 0.01, "rank": 2}
 
 
 def furnish(folder: Path) -> Path:
@@ -33,23 +32,19 @@ def furnish(folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """As in processes that are started here, so that sums are added in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def training(**others: object) -> list[str]:
+    """Options of a short training."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in (TRAINING | others).items()]
 
 
-def judged_by(room: Path) -> list[str]:
-    return ["--reward", "tsp_mgs", "--reward_weights", str(room / "judge"), "--device", "cpu"]
+def sampled(room: Path, model: str = "sd") -> list[str]:
+    """Options that name a pipeline, and the reward that judges its images."""
+    return ["--model", str(room / model), "--reward", str(room / "judge"), "--device", "cpu", *SAMPLING]
 
 
 def from_prompts(room: Path, model: str = "sd") -> list[str]:
-    """Options that say which pipeline samples which prompts for which reward."""
-    named = ["--pretrained_model_name_or_path", str(room / model), "--prompts", str(room / "prompts.txt")]
-    return [*named, *judged_by(room), *SAMPLING]
+    """Options that name which pipeline samples which prompts for which reward."""
+    return [*sampled(room, model), "--prompts", str(room / "prompts.txt")]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -63,7 +58,7 @@ def assert_equal_weights(one: Path, other: Path) -> None:
 
 
 def refused(result: Result, status: int = 2) -> str:
-    """The error of a command that did nothing; notes and warnings may stand before it."""
+    """The error of a command that did nothing; notes and warnings may come before it."""
     assert result.exit_code == status, result.output
     assert result.stdout == ""
     assert re.fullmatch(r"((note|warning): [^\n]+\n)*error: [^\n]+\n", result.stderr), result.stderr

@@ -27,22 +27,12 @@ SECONDS = 20
 MEMORY = 1_500_000_000
 """Bytes that reading one small file may add to the process."""
 
+# fmt: off
 NAMES = (
-    "../escaped",
-    "/tmp/absolute-escaped",
-    "two\nlines",
-    "-rf",
-    "a" * 300,
-    "ünïcödé-\u202e-名前",
-    "$(touch escaped)",
-    "nul\0byte",
-    " ",
-    "",
-    "half \ud800 of a character",
-    "con.png",
-    "{0.__class__}",
-    "%s%n",
+    "../escaped", "/tmp/absolute-escaped", "two\nlines", "-rf", "a" * 300, "ünïcödé-\u202e-名前", "$(touch escaped)",
+    "nul\0byte", " ", "", "half \ud800 of a character", "con.png", "{0.__class__}", "%s%n",
 )
+# fmt: on
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:

@@ -1,7 +1,6 @@
-"""Human-scored images in AGIQA-3K's layout whose scores are known by construction, and small towers to see them.
+"""Human-scored images in AGIQA-3K's layout, and small towers to see them.
 
-Quality is how sharp an image is, correspondence how much of the prompt's color it has. A prompt names its color, so
-that correspondence cannot be told from the image alone; the generator says nothing of either.
+Quality is how sharp an image is, correspondence how much of the color that its prompt names it has.
 """
 
 from __future__ import annotations
@@ -62,7 +61,6 @@ def picture(sharp: float, share: float, color: str, rng: np.random.Generator) ->
 
 
 def tiny_tower(clip: Path) -> OpenCLIPConfig:
-    """The tower in a folder of `write_tiny_clip`."""
     return OpenCLIPConfig(architecture=f"local-dir:{clip}")
 
 

@@ -1,5 +1,3 @@
-"""Many prompts into one folder: resumed, distributed over processes, and never mixed with another run."""
-
 from __future__ import annotations
 
 import json
@@ -14,7 +12,7 @@ import pytest
 import torch
 from breaking import Breaking
 from commands import ENVIRONMENT, lines
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler
 from hostile import png_that_claims
 from PIL import Image
 
@@ -34,8 +32,6 @@ def pipe() -> Any:
 
 
 class Redness(Breaking):
-    """Differs between seeds."""
-
     def __init__(self, fails_on: str = "", error: type[BaseException] = RuntimeError) -> None:
         super().__init__("redness", redness, fails_on, error)
 
@@ -53,12 +49,8 @@ def fill(search: BestOfN, out: Path, prompts: list[str] = PROMPTS, **more: Any) 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, with its place below the folder."""
     files = (file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
-
-
-# --------------------------------------------------------------------------------------------- what it writes
 
 
 def test_each_prompt_gives_what_best_of_n_gives_alone(pipe: Any, tmp_path: Path) -> None:
@@ -108,9 +100,6 @@ def test_files_are_named_by_numbers_and_stay_in_the_folder(pipe: Any, tmp_path: 
     assert [row["prompt"] for row in lines((out / "results.jsonl").read_text())] == hostile
 
 
-# --------------------------------------------------------------------------------------------- resumed
-
-
 def test_an_interrupted_run_is_resumed(pipe: Any, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     fill(searching(pipe, Redness()), whole)
@@ -137,16 +126,13 @@ def test_candidates_of_the_interrupted_prompt_are_kept_but_sampled_again(pipe: A
             raise KeyboardInterrupt
         return redness(images)
 
-    reward = Breaking("redness", interrupted)
+    reward, again = Breaking("redness", interrupted), Redness()
     with pytest.raises(KeyboardInterrupt):
         fill(searching(pipe, reward, batch_size=1), tmp_path, PROMPTS[:1])
     rows = lines((tmp_path / "results.jsonl").read_text())
     assert [(row["seed"], row["finished"]) for row in rows] == [(0, False), (1, False)]
-    assert not ResultsFolder.open(tmp_path).finished(0)
-    again = Redness()
     fill(searching(pipe, again), tmp_path, PROMPTS[:1])
     assert len(again.prompts) == 3
-    assert len(list((tmp_path / "images").iterdir())) == 2
 
 
 def test_a_prompt_that_fails_is_named_and_the_others_are_sampled(pipe: Any, tmp_path: Path) -> None:
@@ -192,27 +178,22 @@ def test_results_that_cannot_be_read_count_as_none(pipe: Any, tmp_path: Path, fi
     assert list(results) == []
 
 
-# --------------------------------------------------------------------------------------------- refusals
-
-
 def test_other_settings_are_refused_with_the_differences(pipe: Any, tmp_path: Path) -> None:
     fill(searching(pipe, Redness()), tmp_path, PROMPTS[:2], settings={"lora": None})
     before = contents(tmp_path)
     other = searching(pipe, Redness(), n=4, top_k=1, diverse=True)
     with pytest.raises(ValueError, match="run with other settings") as caught:
-        best_of_each(
-            other,
-            ["a", PROMPTS[1]],
-            tmp_path,
-            seed=9,
-            settings={"lora": "x"},
-            progress=False,
-            **SETTINGS | {"eta": 0.5},
-        )
-    message = str(caught.value)
-    for part in ("n: 3 there, 4 now", "top_k: 2 there, 1 now", "diverse: False there", "seed: 0 there, 9 now"):
-        assert part in message
-    assert all(part in message for part in ("'eta': 0.5", "lora: None there, 'x' now", "prompt 0: 'a red apple"))
+        fill(other, tmp_path, ["a", PROMPTS[1]], seed=9, settings={"lora": "x"}, eta=0.5)
+    for part in (
+        "n: 3 there, 4",
+        "top_k: 2 there",
+        "diverse: False",
+        "seed: 0 there",
+        "'eta': 0.5",
+        "lora: None there",
+    ):
+        assert part in str(caught.value)
+    assert "prompt 0: 'a red apple" in str(caught.value)
     with pytest.raises(ValueError, match="prompts: 2 there, 1 now"):
         fill(searching(pipe, Redness()), tmp_path, PROMPTS[:1], settings={"lora": None})
     assert contents(tmp_path) == before
@@ -231,14 +212,10 @@ def test_another_scheduler_dtype_or_reward_is_refused(tmp_path: Path) -> None:
 
     again()
     scheduler = pipe.scheduler
-    for other in (
-        DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading"),
-        EulerDiscreteScheduler.from_config(scheduler.config),
-    ):
-        pipe.scheduler = other
-        with pytest.raises(ValueError, match=f"scheduler: '{type(scheduler).__name__} .* now") as caught:
-            again()
-        assert "reward" not in str(caught.value)
+    pipe.scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading")
+    with pytest.raises(ValueError, match=f"scheduler: '{type(scheduler).__name__} .* now") as caught:
+        again()
+    assert "reward" not in str(caught.value)
     pipe.scheduler = type(scheduler).from_config(scheduler.config)
     pipe.to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"dtype: 'torch.float32' there, 'torch.bfloat16' now"):
@@ -246,14 +223,12 @@ def test_another_scheduler_dtype_or_reward_is_refused(tmp_path: Path) -> None:
     pipe.to(torch.float32)
     nudged = create_reward("compact")
     next(nudged.model.parameters()).view(-1)[0].mul_(1 + 1e-6)
-    for changed in (nudged, create_reward("compact", quality_weight=0.4)):
-        with pytest.raises(ValueError, match=r"reward: 'compact .*' there, .* now"):
-            again(changed)
-    again(create_reward("compact"))
+    with pytest.raises(ValueError, match=r"reward: 'compact .*' there, .* now"):
+        again(nudged)
+    again()
 
 
-@pytest.mark.parametrize("name", ["results.jsonl", "settings.json", "images"])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("name", "overwrite"), [("results.jsonl", False), ("settings.json", True), ("images", True)])
 def test_a_folder_of_somebody_else_is_left_alone(pipe: Any, tmp_path: Path, name: str, overwrite: bool) -> None:
     (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match=rf"out: .*{name} was not written by"):
@@ -266,7 +241,6 @@ def test_a_folder_of_somebody_else_is_left_alone(pipe: Any, tmp_path: Path, name
     [
         ("a text", {}, TypeError, "prompts: expected several texts"),
         ([], {}, ValueError, "prompts: expected at least one"),
-        (["a", " "], {}, ValueError, r"prompts\[1\]: expected a text"),
         (["a", 3], {}, TypeError, r"prompts\[1\]: expected a text"),
         (["a"], {"seed": 2**64 - 2}, ValueError, "seed: expected an integer in"),
         (["a"], {"generator": None}, ValueError, "generator: BestOfN sets"),
@@ -281,8 +255,6 @@ def test_wrong_arguments_leave_no_folder(
         best_of_each(searching(pipe, Redness()), prompts, tmp_path / "out", progress=False, **more)
     assert not (tmp_path / "out").exists()
 
-
-# --------------------------------------------------------------------------------------------- processes
 
 SCRIPT = """
 import sys

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import functools
-import gc
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,15 @@ from pipelines import FAMILIES, FEW_STEPS, SIDE
 from test_bound import Lengths
 from torch import Tensor, nn
 
-from aigiqa_reward import BestOfN, BestOfNOutput, rerank
+from aigiqa_reward import BestOfN, rerank
 from aigiqa_reward.sampling import NothingRankedError
-from aigiqa_reward.sampling.pipeline_utils import PromptMemo, is_one_prompt
-from aigiqa_reward.types import RewardOutput
+from aigiqa_reward.sampling.pipeline_utils import PromptMemo, repeated
 
 PROMPT = "a cat on a mat"
+SOME = [pytest.param(name, marks=() if name in ("sd", "sd3", "flux") else pytest.mark.slow) for name in FAMILIES]
 
 
 def corner(images: Tensor, prompts: list[str]) -> Tensor:
-    """Redness of a corner: a reward whose differences between seeds are far above rounding."""
     assert len(prompts) == len(images)
     return images[:, 0, :4, :4].mean(dim=(1, 2))
 
@@ -41,7 +39,6 @@ def make(pipe: Any, n: int = 6, reward: Any = corner, **arguments: Any) -> BestO
 
 
 def again(pipe: Any, seed: int, prompt: str | None = PROMPT, **arguments: Any) -> np.ndarray:
-    """The image of a seed as the documentation says that it is made again."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return np.asarray(pipe(prompt, generator=generator, **FEW_STEPS, **arguments).images[0]).astype(int)
 
@@ -65,20 +62,15 @@ def count_forwards(modules: list[nn.Module]) -> list[int]:
 
 
 def attributes(pipe: Any) -> dict[str, Any]:
-    """What a pipeline holds, but for the notes that diffusers leaves about the last call."""
     return {name: value for name, value in vars(pipe).items() if not name.startswith("_")}
 
 
 @pytest.fixture(scope="module")
 def sd() -> Any:
-    """One to share by tests that leave no hooks behind."""
     return pipelines.stable_diffusion()
 
 
-# --------------------------------------------------------------------------------------------- every family
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_winners_are_the_pipelines_own_images_whatever_the_batch_size(family):
     pipe = FAMILIES[family]()
     again(pipe, 0)
@@ -100,7 +92,7 @@ def test_winners_are_the_pipelines_own_images_whatever_the_batch_size(family):
         assert float(corner(pixels, [PROMPT])) == pytest.approx(score, abs=1 / 255)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_the_prompt_is_encoded_once(family):
     pipe = FAMILIES[family]()
     calls = count_forwards(text_encoders(pipe))
@@ -113,26 +105,14 @@ def test_the_prompt_is_encoded_once(family):
         assert calls == once, (n, batch_size)
 
 
-@pytest.mark.parametrize(
-    ("family", "negative", "count"),
-    [
-        pytest.param(f, negative, count, marks=() if negative and count == 3 else pytest.mark.slow)
-        for f in FAMILIES
-        for negative in (False, True)
-        for count in (1, 3)
-    ],
-)
-def test_remembered_encodings_change_no_bit_of_an_image(family, negative, count):
+@pytest.mark.parametrize("family", SOME)
+def test_remembered_encodings_change_no_bit_of_an_image(family):
     pipe = FAMILIES[family]()
-    arguments: dict[str, Any] = {**FEW_STEPS, "num_images_per_prompt": count, "output_type": "pt"}
-    if negative:
-        arguments["negative_prompt"] = "a dog"
-        if family == "flux":
-            arguments["true_cfg_scale"] = 3.0
+    arguments = {**FEW_STEPS, "num_images_per_prompt": 3, "output_type": "pt", "negative_prompt": "a dog"}
+    arguments |= {"true_cfg_scale": 3.0} if family == "flux" else {}
 
     def sample() -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-        return pipe(PROMPT, generator=generators, **arguments).images
+        return pipe(PROMPT, generator=[torch.Generator().manual_seed(seed) for seed in range(3)], **arguments).images
 
     plain = sample()
     with PromptMemo(pipe).installed():
@@ -154,70 +134,54 @@ def test_prompt_embeddings_of_the_user(sd):
         make(sd, reward_prompt=PROMPT)(None, prompt_embeds=torch.zeros(2, 77, 32), **FEW_STEPS)
 
 
-def image_to_image() -> tuple[Any, dict[str, Any]]:
-    pipe = StableDiffusionImg2ImgPipeline(**pipelines.stable_diffusion().components, requires_safety_checker=False)
-    return pipe, {"image": picture(), "strength": 0.8}
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
+MASK = Image.fromarray(np.full((SIDE, SIDE), 255, dtype=np.uint8))
 
 
-def inpainting() -> tuple[Any, dict[str, Any]]:
-    pipe = StableDiffusionInpaintPipeline(**pipelines.stable_diffusion().components, requires_safety_checker=False)
-    mask = Image.fromarray(np.full((SIDE, SIDE), 255, dtype=np.uint8))
-    return pipe, {"image": picture(), "mask_image": mask, "height": SIDE, "width": SIDE}
-
-
-def controlled() -> tuple[Any, dict[str, Any]]:
-    parts = pipelines.stable_diffusion()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        control = ControlNetModel.from_unet(parts.unet, conditioning_embedding_out_channels=(8, 16))
-        torch.nn.init.normal_(control.controlnet_down_blocks[0].weight)  # zeros would let the condition do nothing
-    pipe = StableDiffusionControlNetPipeline(**parts.components, controlnet=control, requires_safety_checker=False)
-    return pipe, {"image": picture()}
-
-
-def picture() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
-
-
-@pytest.mark.parametrize("build", [image_to_image, inpainting, controlled])
-def test_winners_of_pipelines_with_an_image_are_made_again_from_their_seeds(build):
-    pipe, arguments = build()
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (StableDiffusionImg2ImgPipeline, {"strength": 0.8}),
+        (StableDiffusionInpaintPipeline, {"mask_image": MASK, "height": SIDE, "width": SIDE}),
+        (StableDiffusionControlNetPipeline, {}),
+    ],
+)
+def test_winners_of_pipelines_with_an_image_are_made_again_from_their_seeds(kind, arguments):
+    parts = pipelines.stable_diffusion().components
+    if kind is StableDiffusionControlNetPipeline:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            control = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16))
+            nn.init.normal_(control.controlnet_down_blocks[0].weight)  # zeros would let the condition do nothing
+        parts["controlnet"] = control
+    pipe = kind(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    arguments |= {"num_inference_steps": 3}
+    arguments = {"image": PICTURE, "num_inference_steps": 3, **arguments}
     one, many = (make(pipe, n=5, top_k=2, batch_size=size)(PROMPT, seed=3, **arguments) for size in (1, 4))
     assert one.seeds == many.seeds
     assert max(one.all_scores) - min(one.all_scores) > 0.01
-    for seed, image in zip(one.seeds, one.images, strict=True):
-        own = pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **arguments).images[0]
-        assert np.array_equal(np.asarray(own), np.asarray(image))
-    with pytest.raises(TypeError, match=rf"^pipe: BestOfN\(pruning=\.\.\.\) .*got {type(pipe).__name__}\. Plain"):
+    own = [pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **arguments).images[0] for seed in one.seeds]
+    assert farthest(one.images, [np.asarray(image).astype(int) for image in own]) == 0
+    with pytest.raises(TypeError, match=rf"^pipe: BestOfN\(pruning=\.\.\.\) .*got {kind.__name__}\. Plain"):
         make(pipe, n=4, pruning="halving")(PROMPT, **arguments)
-
-
-# --------------------------------------------------------------------------------------------- encodings
+    with pytest.raises(TypeError, match=r"pipe: expected an output whose .images is a tensor"):
+        make(lambda prompt, **more: pipe(prompt, **{**more, "output_type": "pil"}))(PROMPT, **arguments)
 
 
 def test_encodings_that_must_not_be_guessed_are_not():
     embedding, pooled = torch.zeros(1, 7, 8), torch.zeros(1, 8)
-    assert is_one_prompt((embedding, pooled, None))
-    assert is_one_prompt((embedding, pooled, torch.zeros(7, 3)))
-    assert is_one_prompt([torch.zeros(7, 8)])
-    assert is_one_prompt((embedding, torch.ones(1, 7, dtype=torch.bool)))
-    assert not is_one_prompt((torch.zeros(1, 1, 8), pooled, torch.zeros(1, 3)))  # ids or features?
-    assert not is_one_prompt((embedding, torch.zeros(32, 1, 7, 8)))  # layers first (HiDream)
-    assert not is_one_prompt((embedding, pooled, torch.tensor([0, 7])))  # cumulative lengths (Kandinsky 5)
-    assert not is_one_prompt((embedding, [embedding]))  # over layers or over prompts?
-    assert not is_one_prompt((torch.zeros(2, 7, 8), pooled))
-    assert not is_one_prompt({"prompt_embeds": embedding})
-
-
-def test_an_ambiguous_encoding_is_made_anew_for_each_number_of_images():
-    pipe = pipelines.flux()
-    shortest = {"max_sequence_length": 1}  # text ids of shape (1, 3), shared by the batch all the same
-    calls = count_forwards([pipe.text_encoder_2])
-    out = make(pipe, n=8, top_k=8, batch_size=3)(PROMPT, **shortest, **FEW_STEPS)
-    assert len(calls) == 3  # for 1, 3 and 2 images
-    assert farthest(out.images, [again(pipe, seed, **shortest) for seed in out.seeds]) <= 2
+    found = repeated((embedding, pooled, torch.zeros(7, 3), None, torch.ones(1, 7, dtype=torch.bool)), 2)
+    assert [part if part is None else part.shape for part in found] == [(2, 7, 8), (2, 8), (7, 3), None, (2, 7)]
+    assert len(repeated([torch.zeros(7, 8)], 2)) == 2
+    for unknown in (
+        (torch.zeros(1, 1, 8), pooled, torch.zeros(1, 3)),  # ids or features?
+        (embedding, torch.zeros(32, 1, 7, 8)),  # layers first (HiDream)
+        (embedding, pooled, torch.tensor([0, 7])),  # cumulative lengths (Kandinsky 5)
+        (embedding, [embedding]),  # over layers or over prompts?
+        (torch.zeros(2, 7, 8), pooled),
+        {"prompt_embeds": embedding},
+    ):
+        assert repeated(unknown, 2) is None
 
 
 def test_kept_encodings_are_bounded_follow_the_arguments_and_are_copies():
@@ -243,52 +207,21 @@ def test_kept_encodings_are_bounded_follow_the_arguments_and_are_copies():
     assert "encode_prompt" not in vars(encoder)
 
 
-def test_a_wrapper_of_the_users_stays():
-    pipe = pipelines.stable_diffusion()
-    original, calls = pipe.encode_prompt, []
-
-    @functools.wraps(original)
-    def logged(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    pipe.encode_prompt = logged
-    make(pipe, n=3, batch_size=2)(PROMPT, **FEW_STEPS)
-    assert pipe.encode_prompt is logged
-    assert len(calls) == 1
-
-
-# --------------------------------------------------------------------------------------------- arguments
-
-
 def test_arguments_reach_the_pipeline(sd):
     steps = []
-
-    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        steps.append(step)
-        return tensors
-
     more = {"negative_prompt": "a dog", "guidance_scale": 4.0, "height": 48, "width": 24}
-    result = make(sd, n=2, batch_size=1)(PROMPT, **{**FEW_STEPS, **more, "callback_on_step_end": on_step_end})
-    assert steps == [0, 1, 0, 1]
-    assert result.images[0].size == (24, 48)
+    watched = {"callback_on_step_end": lambda pipe, step, timestep, tensors: steps.append(step) or tensors}
+    result = make(sd, n=2, batch_size=1)(PROMPT, **{**FEW_STEPS, **more, **watched})
+    assert (steps, result.images[0].size) == ([0, 1, 0, 1], (24, 48))
     generator = torch.Generator().manual_seed(result.seeds[0])
     own = sd(PROMPT, generator=generator, **{**FEW_STEPS, **more}).images[0]
     assert np.array_equal(np.asarray(own), np.asarray(result.images[0]))
-
-
-@pytest.mark.parametrize("name", ["generator", "latents", "num_images_per_prompt", "output_type", "return_dict"])
-def test_arguments_that_it_sets_itself_are_refused(sd, name):
-    with pytest.raises(ValueError, match=f"^{name}: BestOfN sets this argument.*; "):
-        make(sd)(PROMPT, **{name: None}, **FEW_STEPS)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
         ({"n": 2.0}, TypeError, "^n: expected an integer of at least 1, got .*pass a whole"),
-        ({"batch_size": True}, TypeError, "^batch_size: expected an integer of at least 1, got .*pass a whole"),
-        ({"top_k": None}, TypeError, "^top_k: expected an integer of at least 1, got .*pass a whole"),
         ({"n": 0}, ValueError, "^n: expected an integer of at least 1, got 0"),
         ({"n": 4, "top_k": 5}, ValueError, "top_k: expected at most n=4, got 5"),
         ({"pruning": [8, 4]}, ValueError, "pruning: .*expected None, .halving. or a Halving, got"),
@@ -297,7 +230,6 @@ def test_arguments_that_it_sets_itself_are_refused(sd, name):
         ({"pipe": "stable-diffusion"}, TypeError, "pipe: expected a diffusers pipeline, got str"),
         ({"reward": "compact"}, TypeError, "reward: expected a Reward or a function.*got str"),
         ({"reward_prompt": " "}, ValueError, "reward_prompt: expected a text"),
-        ({"reward_prompt": ["a cat"]}, TypeError, "reward_prompt: expected a text, got list"),
     ],
 )
 def test_constructor_arguments_are_checked(sd, arguments, error, match):
@@ -309,40 +241,26 @@ def test_constructor_arguments_are_checked(sd, arguments, error, match):
     ("prompt", "error", "match"),
     [
         (None, ValueError, "prompt: .*reward_prompt="),
-        (" \n", ValueError, "prompt: .*reward_prompt="),
         (["a cat", "a dog"], TypeError, "one prompt per call.*loop"),
-        (3, TypeError, "prompt: expected a text, got int"),
     ],
 )
 def test_unusable_prompts_raise_before_anything_is_sampled(prompt, error, match):
     pipe = pipelines.stable_diffusion()
     calls = count_forwards([pipe.unet, *text_encoders(pipe)])
     with pytest.raises(error, match=match):
-        make(pipe)(prompt, **FEW_STEPS)
-    with pytest.raises(error, match=match):
         make(pipe).stream(prompt, **FEW_STEPS)  # already here, not at the first output
     assert calls == []
 
 
-@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64 - 3, 2**64, 10**30])
-def test_seeds_beyond_what_a_generator_takes_are_refused(sd, seed):
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64 - 3])
+def test_seeds_beyond_a_generators_and_arguments_that_it_sets_are_refused(sd, seed):
+    for last in (-(2**63), 2**64 - 1):
+        torch.Generator().manual_seed(last)
     with pytest.raises(ValueError, match=r"seed: expected an integer in \[-2\*\*63, 2\*\*64 - 4\]"):
         make(sd, n=4).stream(PROMPT, seed=seed, **FEW_STEPS)
-    with pytest.raises(TypeError, match="seed: expected an integer"):
-        make(sd, n=4).stream(PROMPT, seed=0.5, **FEW_STEPS)
-
-
-@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 4])
-def test_the_outermost_seeds_are_those_that_a_generator_takes(sd, seed):
-    out = make(sd, n=4, top_k=1)(PROMPT, seed=seed, **FEW_STEPS)
-    assert out.all_seeds == [seed + i for i in range(4)]
-    assert farthest(out.images, [again(sd, out.seeds[0])]) <= 2
-    for beyond in (-(2**63) - 1, 2**64):
-        with pytest.raises(ValueError, match="Overflow"):
-            torch.Generator().manual_seed(beyond)
-
-
-# --------------------------------------------------------------------------------------------- the reward's side
+    for name in ("generator", "latents", "num_images_per_prompt", "output_type", "return_dict"):
+        with pytest.raises(ValueError, match=f"^{name}: BestOfN sets this argument.*; "):
+            make(sd)(PROMPT, **{name: None}, **FEW_STEPS)
 
 
 def test_the_rewards_prompt_is_encoded_once_and_both_aspects_are_reported(sd):
@@ -358,23 +276,12 @@ def test_the_rewards_prompt_is_encoded_once_and_both_aspects_are_reported(sd):
     assert out.correspondence == [len(PROMPT)] * 2
 
 
-def test_the_reward_is_given_float_images_in_range_without_gradients(sd):
-    seen = []
-
-    def watch(images: Tensor, prompts: list[str]) -> Tensor:
-        seen.append((images, torch.is_grad_enabled()))
-        return corner(images, prompts)
-
-    make(sd, n=2, reward=watch)(PROMPT, **FEW_STEPS)
-    [(images, grad)] = seen
-    assert (images.dtype, tuple(images.shape), grad) == (torch.float32, (2, 3, 32, 32), False)
-    assert 0 <= float(images.min()) <= float(images.max()) <= 1
-
-
 def test_reward_prompt_is_what_the_reward_sees_and_nothing_else(sd):
     seen: list[str] = []
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        assert (images.dtype, images.shape[1:], torch.is_grad_enabled()) == (torch.float32, (3, 32, 32), False)
+        assert 0 <= float(images.min()) <= float(images.max()) <= 1
         seen.extend(prompts)
         return corner(images, prompts)
 
@@ -386,58 +293,23 @@ def test_reward_prompt_is_what_the_reward_sees_and_nothing_else(sd):
     make(sd, n=1, reward=reward, reward_prompt="a dog")("", **FEW_STEPS)  # an unconditional image
 
 
-def test_a_reward_is_met_on_its_own_device_and_dtype(sd):
-    class Elsewhere:
-        """Says where it is; "meta" stands for any device that is not the pipeline's."""
-
-        device = "meta"
-
-        def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-            assert images.device.type == "meta"
-            return torch.arange(float(len(images)))
-
-    out = make(sd, n=3, batch_size=3, reward=Elsewhere())(PROMPT, **FEW_STEPS)
-    assert out.seeds == [2]
-
-
-def test_ties_go_to_the_earlier_candidate(sd):
-    def coarse(images: Tensor, prompts: list[str]) -> Tensor:
-        return torch.zeros(len(images))
-
-    for batch_size in (1, 4):
-        out = make(sd, n=6, top_k=3, batch_size=batch_size, reward=coarse)(PROMPT, seed=5, **FEW_STEPS)
-        assert out.seeds == [5, 6, 7]
-
-
-# --------------------------------------------------------------------------------------------- memory
-
-
-def live_images() -> int:
-    """Images in live tensors, of any dtype and on any device."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) is Tensor]
-    return sum(t.shape[0] for t in tensors if t.ndim == 4 and tuple(t.shape[1:]) in ((3, 32, 32), (32, 32, 3)))
-
-
 def test_memory_does_not_grow_with_n():
-    pipe = pipelines.stable_diffusion()
-    before = live_images()
-    while_scoring, between = {}, {}
-    for n in (4, 12):
-        chunks = iter(range(n // 4, 0, -1))
+    pipe, references, scoring = pipelines.stable_diffusion(), [], []
+    pipe.vae.decoder.register_forward_hook(lambda module, args, output: references.append(weakref.ref(output)))
 
-        def reward(images: Tensor, prompts: list[str], n: int = n, chunks: Any = chunks) -> Tensor:
-            if next(chunks) == 1:
-                while_scoring[n] = live_images() - before
-            return corner(images, prompts)
+    def alive() -> int:
+        return sum(reference() is not None for reference in references)
 
-        for out in make(pipe, n=n, batch_size=4, reward=reward).stream(PROMPT, **FEW_STEPS):
-            assert len(out.images) == 1
-            if len(out.all_scores) == n:
-                between[n] = live_images() - before
-    assert between == {4: 0, 12: 0}  # the winners are PIL images
-    assert while_scoring[12] == while_scoring[4]
-    assert 4 <= while_scoring[4] <= 8
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        scoring.append(alive())
+        references.append(weakref.ref(images))
+        return corner(images, prompts)
+
+    for out in make(pipe, n=12, batch_size=4, reward=reward).stream(PROMPT, **FEW_STEPS):
+        assert len(out.images) == 1
+        assert alive() == 0  # the winners are PIL images
+    assert len(references) == 6
+    assert max(scoring) <= 1
 
 
 def out_of_memory_over(module: nn.Module, limit: int) -> list[int]:
@@ -466,19 +338,6 @@ def test_a_chunk_out_of_memory_is_halved_with_the_same_result():
     # 16 and 8 fail in the first step; then two images a chunk, two steps each, and the last one alone
     assert tried == [16, 8, *[4] * 10, 2, 2]
     assert len(calls) == 2
-
-
-def test_one_candidate_out_of_memory_raises_with_remedies():
-    pipe = pipelines.stable_diffusion()
-    before = attributes(pipe)
-    out_of_memory_over(pipe.unet, limit=1)
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        make(pipe)(PROMPT, **FEW_STEPS)
-    assert "enable_model_cpu_offload" in caught.value.__notes__[0]
-    assert attributes(pipe) == before
-
-
-# --------------------------------------------------------------------------------------------- dropped candidates
 
 
 def spoil(pipe: Any, seeds: set[int]) -> None:
@@ -527,63 +386,24 @@ def test_non_finite_images_never_reach_the_reward_and_are_named():
     assert all(math.isnan(out.all_quality[seed]) for seed in bad)
     with pytest.warns(UserWarning, match=f"only {6 - len(bad)} of top_k=6 are returned"):
         assert len(make(pipe, n=6, top_k=6)(PROMPT, **FEW_STEPS).images) == 6 - len(bad)
-
-
-def test_nothing_left_is_an_error():
-    pipe = pipelines.stable_diffusion()
     pipe.vae.decoder.register_forward_hook(lambda module, args, output: output * math.nan)
-    with pytest.raises(NothingRankedError, match=r"none of the 3 candidates could be ranked.*NaN") as caught:
+    with pytest.raises(NothingRankedError, match=r"none of the 3 candidates could be ranked.*NaN") as failed:
         make(pipe, n=3)(PROMPT, **FEW_STEPS)
-    assert caught.value.output.dropped.keys() == set(caught.value.output.all_seeds) and not caught.value.output.images
+    assert (list(failed.value.output.dropped), failed.value.output.images) == ([0, 1, 2], [])
     assert "encode_prompt" not in vars(pipe)
 
 
-def test_images_that_the_safety_checker_flags_are_dropped(monkeypatch):
-    pipe = pipelines.stable_diffusion(safety_checker=True)
-    clean = make(pipe, n=6, top_k=6, batch_size=2)(PROMPT, **FEW_STEPS)
-    assert clean.dropped == {}
-    worst = clean.images[clean.seeds.index(2)]
-
-    def check(decoded: Tensor, *_: Any) -> tuple[Tensor, list[bool]]:
-        shown = (decoded / 2 + 0.5).clamp(0, 1).mul(255).permute(0, 2, 3, 1).numpy()
-        return decoded, [bool(np.abs(image - np.asarray(worst).astype(int)).max() < 3) for image in shown]
-
-    monkeypatch.setattr(pipe, "run_safety_checker", check)
-    with pytest.warns(UserWarning, match="seed 2: flagged by the pipeline's safety checker"):
-        out = make(pipe, n=6, top_k=6, batch_size=2)(PROMPT, **FEW_STEPS)
-    assert list(out.dropped) == [2]
-    assert out.seeds == [seed for seed in clean.seeds if seed != 2]
-
-
-@pytest.mark.parametrize(("total", "name"), [(math.nan, "NaN"), (math.inf, "inf")])
-def test_a_reward_that_gives_no_finite_number_drops_the_image(sd, total, name):
+def test_a_reward_that_gives_no_finite_number_drops_the_image(sd):
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
-        scores = corner(images, prompts)
-        scores[0] = total
-        return scores
+        return corner(images, prompts).index_fill(0, torch.tensor(0), math.nan)
 
-    with pytest.warns(UserWarning, match=f"seed 0, 2: the reward gave {name}\\)"):
+    with pytest.warns(UserWarning, match=r"seed 0, 2: the reward gave NaN\)"):
         out = make(sd, n=4, top_k=2, batch_size=2, reward=reward)(PROMPT, **FEW_STEPS)
     assert sorted(out.seeds) == [1, 3]
     assert [math.isnan(score) for score in out.all_scores] == [True, False, True, False]
 
 
-# --------------------------------------------------------------------------------------------- streaming
-
-
-def test_stream_yields_the_best_so_far_after_each_chunk(sd):
-    full = make(sd, n=7, top_k=2)(PROMPT, seed=2, **FEW_STEPS)
-    outputs = list(make(sd, n=7, top_k=2, batch_size=3).stream(PROMPT, seed=2, **FEW_STEPS))
-    assert [len(out.all_seeds) for out in outputs] == [3, 6, 7]
-    for out in outputs:
-        assert out.all_seeds == full.all_seeds[: len(out.all_seeds)]
-        scores = out.all_scores
-        assert out.scores == sorted(scores, reverse=True)[:2]
-    assert outputs[-1].seeds == full.seeds
-    assert outputs[-1].all_scores == pytest.approx(full.all_scores, abs=1e-3)
-
-
-def test_stream_can_be_left_and_the_pipeline_used_in_between():
+def test_stream_yields_the_best_so_far_and_can_be_left_and_the_pipeline_used_in_between():
     pipe = pipelines.stable_diffusion()
     calls = count_forwards([pipe.vae.decoder])
     stream = make(pipe, n=64, batch_size=2).stream(PROMPT, **FEW_STEPS)
@@ -595,26 +415,9 @@ def test_stream_can_be_left_and_the_pipeline_used_in_between():
     other.close()
     assert [len(output.all_scores) for output in outputs] == [2, 1, 4]
     assert sum(calls) == 5
-    assert outputs[2].all_scores == make(pipe, n=4, batch_size=2)(PROMPT, **FEW_STEPS).all_scores
-
-
-def test_an_interrupt_keeps_what_is_computed():
-    pipe = pipelines.stable_diffusion()
-    interrupted = iter([False, False, True])
-
-    def on_decode(*_: Any) -> None:
-        if next(interrupted):
-            raise KeyboardInterrupt
-
-    pipe.vae.decoder.register_forward_pre_hook(on_decode)
-    last = None
-    with pytest.raises(KeyboardInterrupt):
-        for out in make(pipe, n=8, batch_size=2).stream(PROMPT, **FEW_STEPS):
-            last = out
-    assert last is not None
-    assert len(last.all_scores) == 4
-    assert len(last.images) == 1
-    assert "encode_prompt" not in vars(pipe)
+    full = make(pipe, n=4, batch_size=2)(PROMPT, **FEW_STEPS)
+    assert (outputs[2].all_scores, outputs[2].seeds) == (full.all_scores, full.seeds)
+    assert outputs[0].scores == [max(full.all_scores[:2])]
 
 
 def test_errors_of_the_pipeline_leave_it_as_it_was():
@@ -624,17 +427,11 @@ def test_errors_of_the_pipeline_leave_it_as_it_was():
         make(pipe)(PROMPT, prompt_embeds=torch.zeros(1, 77, 32))
     with pytest.raises(TypeError, match="should be the same type"):  # from inside encode_prompt
         make(pipe)(PROMPT, negative_prompt=["a dog"])
+    out_of_memory_over(pipe.unet, limit=1)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        make(pipe)(PROMPT, **FEW_STEPS)
+    assert "enable_model_cpu_offload" in caught.value.__notes__[0]
     assert attributes(pipe) == before
-
-
-def test_the_progress_bar_counts_candidates(sd, capsys):
-    BestOfN(sd, corner, n=5, batch_size=2)(PROMPT, **FEW_STEPS)
-    assert "5/5" in capsys.readouterr().err
-    make(sd, n=5)(PROMPT, **FEW_STEPS)
-    assert capsys.readouterr().err == ""
-
-
-# --------------------------------------------------------------------------------------------- kinds of pipelines
 
 
 def test_a_pipeline_without_a_number_of_images_is_called_one_at_a_time(sd):
@@ -647,22 +444,6 @@ def test_a_pipeline_without_a_number_of_images_is_called_one_at_a_time(sd):
     out = make(pipe, n=3, batch_size=4)(PROMPT, **FEW_STEPS)
     assert [generator.initial_seed() for generator in calls] == [0, 1, 2]
     assert out.all_scores == make(sd, n=3, batch_size=1)(PROMPT, **FEW_STEPS).all_scores
-
-
-def test_what_does_not_make_image_tensors_is_refused(sd):
-    with pytest.raises(TypeError, match=r"pipe: expected an output whose .images is a tensor"):
-        make(lambda prompt, **arguments: sd(prompt, **{**arguments, "output_type": "pil"}))(PROMPT, **FEW_STEPS)
-
-
-@pytest.mark.slow
-def test_a_compiled_model_works():
-    plain = make(pipelines.stable_diffusion(), n=4, batch_size=2)(PROMPT, **FEW_STEPS)
-    pipe = pipelines.stable_diffusion()
-    pipe.unet = unet = torch.compile(pipe.unet, backend="eager")
-    out = make(pipe, n=4, batch_size=2)(PROMPT, **FEW_STEPS)
-    assert pipe.unet is unet
-    assert out.seeds == plain.seeds
-    assert out.all_scores == pytest.approx(plain.all_scores, abs=1e-3)
 
 
 def test_sequentially_offloaded_weights_work():
@@ -687,12 +468,8 @@ def test_model_offloading_works_also_after_running_out_of_memory():
     assert len(pipe._all_hooks) >= 3
 
 
-# --------------------------------------------------------------------------------------------- rerank
-
-
 @pytest.fixture
 def gallery(tmp_path: Path) -> list[Any]:
-    """Five images of different kinds and sizes; the corner of number i has the brightness of place i."""
     levels = (0.2, 0.8, 0.4, 0.6, 0.8)
     arrays = [np.full((20 + 4 * i, 40 - 4 * i, 3), level, np.float32) for i, level in enumerate(levels)]
     path = tmp_path / "image.png"
@@ -708,7 +485,6 @@ def gallery(tmp_path: Path) -> list[Any]:
 
 def test_rerank_orders_mixed_inputs(gallery):
     out = rerank(gallery, PROMPT, corner)
-    assert isinstance(out, BestOfNOutput)
     assert out.seeds == [1, 4, 3, 2, 0]
     assert out.all_seeds == [0, 1, 2, 3, 4]
     assert out.all_scores == pytest.approx([0.2, 0.8, 0.4, 0.6, 0.8], abs=1 / 255)
@@ -716,6 +492,8 @@ def test_rerank_orders_mixed_inputs(gallery):
     assert [image.size for image in out.images] == [(36, 24), (36, 24), (28, 32), (32, 28), (40, 20)]
     best = rerank(gallery, PROMPT, corner, top_k=2)
     assert (best.seeds, len(best.images), best.all_scores) == ([1, 4], 2, out.all_scores)
+    without = rerank(gallery, None, lambda images, prompts: corner(images, prompts or [""] * len(images)))
+    assert (without.seeds, without.correspondence) == (out.seeds, None)
 
 
 def test_rerank_of_a_batch_agrees_with_a_list():
@@ -727,20 +505,6 @@ def test_rerank_of_a_batch_agrees_with_a_list():
     expected = images.mean(dim=(1, 2, 3)) + len(PROMPT)
     assert batch.all_scores == pytest.approx(expected.tolist(), abs=1e-5)
     assert batch.seeds == listed.seeds == sorted(range(19), key=lambda index: -batch.all_scores[index])
-
-
-def test_rerank_without_a_prompt_ranks_by_what_the_images_are(gallery):
-    asked = []
-
-    def reward(images: Tensor, prompts: list[str] | None) -> RewardOutput:
-        asked.append(prompts)
-        scores = images.mean(dim=(1, 2, 3))
-        return RewardOutput(total=scores, quality=scores)
-
-    out = rerank(gallery, None, reward)
-    assert out.seeds == [1, 4, 3, 2, 0]
-    assert out.correspondence is out.all_correspondence is None
-    assert set(asked) == {None}
 
 
 def test_rerank_drops_what_it_cannot_read(gallery, tmp_path):
@@ -756,20 +520,17 @@ def test_rerank_drops_what_it_cannot_read(gallery, tmp_path):
         rerank([broken], PROMPT, corner)
 
 
-def test_rerank_refuses_what_it_cannot_use(gallery):
-    with pytest.raises(ValueError, match="images: expected at least one"):
-        rerank([], PROMPT, corner)
-    with pytest.raises(TypeError, match=r"images: expected a list.*got str"):
-        rerank("image.png", PROMPT, corner)
-    with pytest.raises(ValueError, match="images: expected a batch of 4 dimensions"):
-        rerank(torch.zeros(3, 16, 16), PROMPT, corner)
-    with pytest.raises(TypeError, match="one prompt per call"):
-        rerank(gallery, [PROMPT] * 5, corner)
-    with pytest.raises(ValueError, match="prompt: expected a text"):
-        rerank(gallery, " ", corner)
-    with pytest.raises(ValueError, match="top_k: expected at most 5"):
-        rerank(gallery, PROMPT, corner, top_k=6)
-    with pytest.raises(TypeError, match="top_k: expected an integer"):
-        rerank(gallery, PROMPT, corner, top_k=1.5)
-    with pytest.raises(TypeError, match="reward: expected"):
-        rerank(gallery, PROMPT, "compact")
+@pytest.mark.parametrize(
+    ("images", "prompt", "top_k", "error", "match"),
+    [
+        ([], PROMPT, None, ValueError, "images: expected at least one"),
+        ("image.png", PROMPT, None, TypeError, r"images: expected a list.*got str"),
+        (torch.zeros(3, 16, 16), PROMPT, None, ValueError, "images: expected a batch of 4 dimensions"),
+        (torch.zeros(1, 3, 16, 16), [PROMPT], None, TypeError, "one prompt per call"),
+        (torch.zeros(1, 3, 16, 16), " ", None, ValueError, "prompt: expected a text"),
+        (torch.zeros(5, 3, 16, 16), PROMPT, 6, ValueError, "top_k: expected at most 5"),
+    ],
+)
+def test_rerank_refuses_what_it_cannot_use(images, prompt, top_k, error, match):
+    with pytest.raises(error, match=match):
+        rerank(images, prompt, corner, top_k=top_k)

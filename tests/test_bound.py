@@ -14,8 +14,6 @@ from aigiqa_reward.types import PromptError, PromptFeatures
 
 
 class Lengths:
-    """Brightness and the length of the prompt; records what it encoded and was given."""
-
     name = "lengths"
 
     def __init__(self) -> None:
@@ -36,12 +34,8 @@ class Lengths:
         self.seen.append(images)
         quality = images.mean(dim=(1, 2, 3))
         length = None if prompts is None else prompts.rows("length").to(quality)
-        return RewardOutput(
-            total=quality if length is None else quality + length,
-            quality=quality,
-            correspondence=length,
-            details={"map": images[:, 0]},
-        )
+        total = quality if length is None else quality + length
+        return RewardOutput(total=total, quality=quality, correspondence=length)
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -86,7 +80,6 @@ def test_only_finite_images_are_scored() -> None:
     assert not output.total.requires_grad
     assert len(reward.seen[0]) == 2
     assert BoundReward(brightness).score(images[1:2], "a").total.isnan().tolist() == [True]
-    assert "map" in BoundReward(reward).score(images[:1], "a").details
 
 
 def test_precision_and_range_are_the_rewards() -> None:
@@ -119,10 +112,11 @@ def test_device_and_name_are_those_of_the_reward() -> None:
 
     assert device_of(brightness) is device_of(nn.Identity()) is BoundReward(brightness).device is None
     assert device_of(nn.Linear(2, 2, device="meta")) == device_of(Placed(2, 2)) == torch.device("meta")
-    assert (BoundReward(Lengths()).name, reward_name(brightness), reward_name(nn.Identity())) == (
-        "lengths",
-        "brightness",
-        "Identity",
-    )
+    names = [BoundReward(Lengths()).name, reward_name(brightness), reward_name(nn.Identity())]
+    assert names == ["lengths", "brightness", "Identity"]
+    placed: Any = Lengths()
+    placed.device = "meta"
+    BoundReward(placed)(levels(0.5), None)
+    assert placed.seen[0].device.type == "meta"
     with pytest.raises(TypeError, match=r"reward: expected a Reward or a function.*got str.*create_reward"):
         BoundReward("compact")  # type: ignore[arg-type]

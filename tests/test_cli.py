@@ -16,16 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import ENVIRONMENT, command, interrupt, lines, only_error, run
+from commands import ENVIRONMENT, command, interrupt, lines, only_error, options_of, run
 from PIL import Image
 
 from aigiqa_reward import Reward, Scorer, __version__, create_reward, get_reward_spec, list_rewards
-from aigiqa_reward.cli.output import Format, Row, render, scored
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 
 KEYS = ["path", "prompt", "total", "quality", "correspondence", "error"]
 SIZES = {"a b.png": (64, 64), "b.jpg": (48, 80), "C.PNG": (96, 64), "é.png": (64, 64), "[red].png": (64, 64)}
 PROMPT = "a red apple on a table"
+COMMANDS = [
+    (name,) for name in ("score", "rank", "best-of-n", "pairs", "demo", "rewards", "scenarios", "train", "evaluate")
+]
+COMMANDS += [("finetune", name) for name in ("draft", "refl", "dpo", "ddpo", "grpo")]
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> Path:
@@ -182,13 +185,6 @@ def test_warnings_are_messages(paths: list[str], tiny: list[str]) -> None:
     assert re.fullmatch(r"warning: [^\n]*120 words[^\n]*dropped[^\n]*\n", result.stderr)
 
 
-def test_scores_that_are_no_numbers_are_errors() -> None:
-    row = scored("a.png", None, float("nan"), 0.5, None)
-    assert row.total is None
-    assert "nan" in str(row.error)
-    assert lines(render([row, scored("b.png", "x", 0.5, 0.25, 0.75)], Format.JSONL))[1]["total"] == 0.5
-
-
 # --------------------------------------------------------------------------------------------- names
 
 
@@ -239,16 +235,6 @@ def test_messages_are_one_line_and_literal(tiny: list[str], tmp_path: Path) -> N
     assert re.fullmatch(r"error: .*\[bold\]no\\nsuch\.png: no such file\n", result.stderr)
 
 
-def test_tables_keep_unscored_rows_apart() -> None:
-    rows = [
-        Row(key="a.png", prompt=None, total=0.5, quality=0.5),
-        Row(key="[b].png", prompt=None, error="[b].png: bad"),
-    ]
-    table = render(rows, Format.TABLE, numbered=True).splitlines()
-    assert table[0].split() == ["#", "image", "total", "quality", "error"]
-    assert [line.split() for line in table[2:]] == [["1", "a.png", "0.5000", "0.5000"], ["[b].png", "bad"]]
-
-
 # --------------------------------------------------------------------------------------------- prompts
 
 
@@ -290,7 +276,7 @@ def test_prompts_files(
 ) -> None:
     name, text = build(paths)
     (tmp_path / name).write_bytes(text.encode())
-    result = run("score", *paths, *tiny, "--prompts-file", tmp_path / name, "--format", "jsonl")
+    result = run("score", *paths, *tiny, "--prompts", tmp_path / name, "--format", "jsonl")
     assert result.exit_code == 0, result.output
     rows = lines(result.stdout)
     assert [row["prompt"] for row in rows] == prompts_for(paths)
@@ -302,7 +288,7 @@ def test_an_empty_prompt_costs_its_own_image_only(
 ) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(["one cat", "", "two cats", "  ", "three cats"]))
-    result = run("score", *paths, *tiny, "--prompts-file", file, "--format", "jsonl")
+    result = run("score", *paths, *tiny, "--prompts", file, "--format", "jsonl")
     assert result.exit_code == 1
     rows = lines(result.stdout)
     assert [row["path"] for row in rows] == paths
@@ -317,7 +303,7 @@ def test_prompts_are_never_guessed(tiny: list[str], tmp_path: Path) -> None:
     ]
     file = tmp_path / "prompts.csv"
     file.write_text("path,prompt\nx/a.png,one\nb.png,two\nelsewhere/c.png,three\nelse/c.png,four\n")
-    result = run("score", *images, *tiny, "--prompts-file", file, "--format", "jsonl")
+    result = run("score", *images, *tiny, "--prompts", file, "--format", "jsonl")
     assert result.exit_code == 1
     rows = lines(result.stdout)
     assert [row["prompt"] for row in rows] == ["one", None, "two", None]
@@ -345,7 +331,7 @@ def test_wrong_prompts_files(
 ) -> None:
     if text is not None:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert message in only_error(run("score", *paths, *tiny, "--prompts-file", tmp_path / name))
+    assert message in only_error(run("score", *paths, *tiny, "--prompts", tmp_path / name))
 
 
 # --------------------------------------------------------------------------------------------- usage
@@ -356,24 +342,23 @@ def test_wrong_prompts_files(
     [
         (["score"], "IMAGES"),
         (["score", ""], "empty path"),
-        (["score", "IMAGE", "--prompt", "x", "--prompts-file", "y"], "expected one of them, got both"),
+        (["score", "IMAGE", "--prompt", "x", "--prompts", "y"], "expected one of them, got both"),
         (["score", "IMAGE", "--prompt", " "], "--prompt: expected a text"),
         (["score", "IMAGE", "--reward", "compcat"], "did you mean 'compact'"),
         (["score", "IMAGE", "--format", "xml"], "'--format'.*'table', 'jsonl', 'csv'"),
-        (["score", "IMAGE", "--dtype", "int8"], "'--dtype'"),
-        (["score", "IMAGE", "--batch-size", "0"], "'--batch-size'"),
         (["score", "IMAGE", "--reward", "sc_agiqa", "--encoder", "ViT-B-32", "--encoder-weights", "x"], "only tsp_mgs"),
         (["score", "IMAGE", "--encoder-weights", "openai"], "--encoder-weights"),
         (["score", "IMAGE", "--reward", "tsp_mgs", "--encoder", "ViT-B-33", "--encoder-weights", "x"], "ViT-B-32"),
         (["score", "IMAGE", "--reward", "tsp_mgs", "--encoder", "ViT-B-32", "--encoder-weights", "x.pt"], "pickle"),
-        (["score", "IMAGE", "--weights", "no/such/folder"], "weights: expected a folder"),
-        (["score", "IMAGE", "TINY", "--device", "nowhere"], "--device: cannot compute on 'nowhere'"),
-        (["score", "IMAGE", "TINY", "--device", "meta"], "--device: cannot compute on 'meta'"),
+        (["score", "IMAGE", "--reward", "no/such/folder"], "--reward: expected a folder"),
+        (["score", "IMAGE", "--device", "nowhere"], "--device: cannot compute on 'nowhere'"),
         (["score", "IMAGE", "TINY", "--quality-weight", "0"], "needs prompts here: pass --prompt"),
-        (["score", "IMAGE", "TINY", "--quality-weight", "-1"], "quality_weight"),
-        (["rank", "IMAGE", "TINY", "--top-k", "0"], "'--top-k'"),
+        (["score", "IMAGE", "TINY", "--quality-weight", "-1"], "--quality-weight: expected"),
+        (["score", "IMAGE", "--reward", "compact:0"], "--reward: expected a weight above 0"),
+        (["score", "IMAGE", "--seed", "1"], "No such option: --seed"),
+        (["score", "IMAGE", "--batch_size", "2", "--batch-size", "3"], "--batch-size: given twice"),
+        (["score", "IMAGE", "--prompt", "x", "--prompt", "y"], "--prompt: expected one prompt for all images or one"),
         (["rank", "IMAGE", "TINY", "--copy-to", "IMAGE"], "--copy-to: expected a folder"),
-        (["score", "--no-such-option"], "--no-such-option"),
         (["scroe"], "scroe"),
     ],
 )
@@ -467,40 +452,81 @@ def test_rank_never_overwrites_an_image_it_ranks(tiny: list[str], tmp_path: Path
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-# --------------------------------------------------------------------------------------------- rewards
+# --------------------------------------------------------------------------------------------- several rewards
+
+
+def test_several_rewards_give_columns_each_and_rank_by_the_weighted_mean(
+    paths: list[str], tiny: list[str], tiny_reward: Reward, clip: str, tmp_path: Path
+) -> None:
+    other = create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip), quality_weight=0.0)
+    other.save_pretrained(tmp_path / "a:b")
+    given = ["tsp_mgs:3" if word == "tsp_mgs" else word for word in tiny]
+    common = [*paths, "--prompt", PROMPT, *given, "--reward", tmp_path / "a:b"]
+    rows = lines(run("score", *common, "--format", "jsonl").stdout)
+    found = [Scorer(reward).score(paths, PROMPT) for reward in (tiny_reward, other)]
+    for name, output in zip(("tsp_mgs_1", "tsp_mgs_2"), found, strict=True):
+        for aspect in ("total", "quality", "correspondence"):
+            column = [row[f"{name}.{aspect}"] for row in rows]
+            assert column == pytest.approx(getattr(output, aspect).tolist(), abs=1e-5)
+    mean = (3 * found[0].total + found[1].total) / 4
+    assert [row["total"] for row in rows] == pytest.approx(mean.tolist(), abs=1e-5)
+    ranked = list(csv.DictReader(io.StringIO(run("rank", *common, "--format", "csv").stdout)))
+    assert [row["path"] for row in ranked] == [paths[i] for i in mean.argsort(descending=True).tolist()]
+    assert "tsp_mgs_2.total" in run("score", *common).stdout.splitlines()[0].split()
+
+
+# --------------------------------------------------------------------------------------------- options
+
+
+def test_one_prompt_per_image(paths: list[str], tiny: list[str], tiny_reward: Reward) -> None:
+    given = [part for prompt in prompts_for(paths) for part in ("--prompt", prompt)]
+    rows = lines(run("score", *paths, *tiny, *given, "--format", "jsonl").stdout)
+    assert_scores(rows, tiny_reward, paths, prompts_for(paths))
+
+
+def test_underscores_and_a_yaml_file_are_accepted(paths: list[str], tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("format: jsonl\nquality-weight: 3\nbatch_size: 2\n")
+    expected = run("score", *paths, *tiny, "--format", "jsonl", "--quality-weight", "3", "--prompt", PROMPT)
+    given = run("score", *paths, *tiny, "--config", tmp_path / "a.yaml", "--prompt", PROMPT)
+    spelled = run("score", *paths, *tiny, "--format=jsonl", "--quality_weight=3", "--prompt", PROMPT)
+    assert expected.stdout == given.stdout == spelled.stdout
+
+
+def test_every_option_has_one_sentence_of_help() -> None:
+    for names in COMMANDS:
+        for spelling, option in options_of(*names).items():
+            if option.param_type_name == "option":
+                assert re.fullmatch(r"[^\n]+\.", option.help), (names, spelling)
+                assert "_" not in spelling or spelling == "--pretrained_model_name_or_path", (names, spelling)
+        if names != ("rewards",) and names != ("scenarios",):
+            assert {"--config"} <= options_of(*names).keys()
 
 
 def test_rewards_lists_all() -> None:
     specs = [get_reward_spec(name) for name in list_rewards()]
     rows = lines(run("rewards", "--format", "jsonl").stdout)
-    assert [row["name"] for row in rows] == [spec.name for spec in specs]
-    assert [row["paper"] for row in rows] == [spec.paper for spec in specs]
+    assert [(row["name"], row["paper"]) for row in rows] == [(spec.name, spec.paper) for spec in specs]
     table = run("rewards").stdout
     for spec in specs:
-        for text in (spec.name, spec.paper, spec.license, spec.scale, spec.input_size, spec.weights):
-            assert text in table
+        assert all(text in table for text in (spec.name, spec.paper, spec.license, spec.scale, spec.weights))
 
 
 # --------------------------------------------------------------------------------------------- processes
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = "{'torch', 'numpy', 'diffusers', 'transformers', 'PIL', 'huggingface_hub'}"
-    check = f"import sys, aigiqa_reward.cli as cli; assert not {heavy} & set(sys.modules); cli.app(['score', '--help'])"
+    heavy = "{'torch', 'numpy', 'diffusers', 'transformers', 'PIL', 'huggingface_hub', 'yaml', 'accelerate'}"
+    check = (
+        "import sys, aigiqa_reward.cli as cli\n"
+        "for words in (['score'], ['best-of-n'], ['demo'], ['finetune'], []):\n"
+        "    try: cli.app([*words, '--help'])\n"
+        f"    except SystemExit: assert not {heavy} & set(sys.modules), words\n"
+    )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "--prompts-file" in done.stdout
+    assert all(text in done.stdout for text in ("--prompts", "--lora", "aigiqa-demo", "grpo", "evaluate"))
 
 
-def test_a_process_separates_its_streams(paths: list[str], tiny: list[str], tiny_reward: Reward) -> None:
-    arguments = command("score", *paths, "missing.png", *tiny, "--prompt", PROMPT, "--format", "jsonl")
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
-    assert done.returncode == 1
-    assert done.stderr == "error: missing.png: no such file\n"
-    assert_scores(lines(done.stdout)[:-1], tiny_reward, paths, PROMPT)
-
-
-@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(tiny: list[str], paths: list[str]) -> None:
     arguments = command("score", *paths, *tiny, "--format", "jsonl")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
@@ -509,18 +535,36 @@ def test_a_reader_that_leaves_is_no_error(tiny: list[str], paths: list[str]) -> 
         assert process.wait(timeout=120) == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("to_file", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("to_file", [False, True])
 def test_interrupted_scoring_keeps_what_it_has(
-    paths: list[str], tiny: list[str], tiny_reward: Reward, tmp_path: Path, to_file: bool
+    paths: list[str],
+    tiny: list[str],
+    tiny_reward: Reward,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    to_file: bool,
 ) -> None:
-    file = tmp_path / "scores.jsonl"
-    output = ["--output", str(file)] if to_file else []
-    arguments = ["score", *paths * 1000, *tiny, "--prompt", PROMPT, "--batch-size", "1", "--format", "jsonl", *output]
+    file, opened, count = tmp_path / "scores.jsonl", Image.open, iter(range(100))
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", interrupted)
+    output = ["--output", file] if to_file else []
+    result = run("score", *paths, *tiny, "--prompt", PROMPT, "--batch-size", "1", "--format", "jsonl", *output)
+    monkeypatch.undo()
+    assert result.exit_code == 130
+    assert result.stderr == "error: interrupted: the result holds 3 of 5 images\n"
+    assert_scores(lines(file.read_text() if to_file else result.stdout), tiny_reward, paths[:3], PROMPT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_an_interrupted_process_keeps_what_it_has(paths: list[str], tiny: list[str]) -> None:
+    arguments = ["score", *paths * 1000, *tiny, "--prompt", PROMPT, "--batch-size", "1", "--format", "jsonl"]
     status, stdout, stderr = interrupt(command(*arguments))
     assert status == 130
-    rows = lines(file.read_text() if to_file else stdout)
-    assert 0 < len(rows) < 5000
-    assert f"interrupted: the result holds {len(rows)} of 5000 images" in stderr
+    assert f"interrupted: the result holds {len(lines(stdout))} of 5000 images" in stderr
     assert "Traceback" not in stderr
-    assert_scores(rows[:5], tiny_reward, (paths * 1000)[: len(rows[:5])], PROMPT)

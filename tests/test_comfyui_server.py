@@ -9,12 +9,11 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 from comfyui_pack import PACK, load_pack, read_workflow
-from comfyui_server import ComfyUI, comfyui, error_of
+from comfyui_server import ComfyUI, comfyui
 from PIL import Image
 
 from aigiqa_reward import Scorer, create_reward
@@ -23,8 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         "COMFYUI_PATH" not in os.environ,
-        reason="COMFYUI_PATH is not set to a checkout of ComfyUI whose requirements this Python, or the one that "
-        "COMFYUI_PYTHON names, has",
+        reason="COMFYUI_PATH is not set to a checkout of ComfyUI whose requirements COMFYUI_PYTHON has",
     ),
 ]
 ROOT = PACK.parents[1]
@@ -43,7 +41,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
 
 @pytest.fixture(scope="module")
 def pictures(server: ComfyUI) -> dict[str, np.ndarray]:
-    """Three images in ComfyUI's input folder; the best of them, by the scores of people and the reward, is second."""
     found = {}
     for name, generator in {"first": "glide_normal", "second": "sd15_lowstep", "third": "AttnGAN_normal"}.items():
         with Image.open(ROOT / "examples" / "images" / f"sushi_{generator}.jpg") as file:
@@ -51,11 +48,6 @@ def pictures(server: ComfyUI) -> dict[str, np.ndarray]:
         small.save(server.base / "input" / f"{name}.png")
         found[f"{name}.png"] = np.asarray(small)
     return found
-
-
-def only_node(workflow: dict[str, Any], kind: str) -> dict[str, Any]:
-    [node] = [node for node in workflow.values() if node["class_type"] == kind]
-    return node
 
 
 def test_it_loads_and_declares_its_nodes_and_the_second_workflow_lacks_nothing_but_a_checkpoint(server):
@@ -91,13 +83,15 @@ def test_the_best_of_several_images_is_saved(server, pictures):
 @pytest.mark.parametrize("if_none", ["error", "stop"])
 def test_where_no_image_passes_nothing_is_saved(server, pictures, if_none):
     workflow = read_workflow(PACK / "workflows" / "rank_images.json")
-    only_node(workflow, "AIGIQAFilter")["inputs"] |= {"threshold": 5.0, "if_none": if_none}
-    only_node(workflow, "AIGIQAScore")["inputs"]["heat_map"] = "off"
+    inputs = {node["class_type"]: node["inputs"] for node in workflow.values()}
+    inputs["AIGIQAFilter"] |= {"threshold": 5.0, "if_none": if_none}
+    inputs["AIGIQAScore"]["heat_map"] = "off"
     entry = server.run(workflow)
     assert not server.saved(entry)
     if if_none == "error":
         assert entry["status"]["status_str"] == "error"
-        assert "no image passes: the best quality is 0." in error_of(entry)
+        errors = [content for kind, content in entry["status"]["messages"] if kind.endswith("error")]
+        assert "no image passes: the best quality is 0." in errors[0]["exception_message"]
     else:
         assert entry["status"]["status_str"] == "success", entry["status"]
         assert any("text" in output for output in entry["outputs"].values())

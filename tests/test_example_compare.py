@@ -82,18 +82,4 @@ def test_the_report_shows_what_a_model_sees_beyond_the_generator(example: Module
     assert report.right_prompt_auc.low > 0.8
     values = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert values["rows"][1]["centered_srcc"]["estimate"] is None
-    tables = [line for line in report.markdown().splitlines() if line.startswith("|")]
-    assert len(tables) == 7 + 2 * 2
-    assert len({line.count("|") for line in tables}) == 1
-
-
-def test_the_generator_control_does_not_see_its_own_fold(example: ModuleType) -> None:
-    table = make_predictions(example, prompts=8)  # two prompts per fold: what one adds to a mean is large
-    score, generators, folds = table.target_quality, np.array(table.generators), table.folds
-    predicted = [score[(generators == generators[i]) & (folds != folds[i])].mean() for i in range(len(table))]
-    row = example.evaluate(table, repeats=1).row("quality", CONTROL)
-    assert row.srcc.estimate == pytest.approx(stats.spearmanr(predicted, score)[0])
-    bare = replace(table, folds=np.zeros_like(folds), wrong_prompt_correspondence=None, image_only_correspondence=None)
-    found = example.evaluate(bare, repeats=1)
-    assert {row.predictor for row in found.rows} == {"model", "shuffled prompts", "human quality score"}
-    assert found.right_prompt_auc is found.srcc_over_image_only is None
+    assert report.markdown().count("\n|") == 7 + 2 * 2

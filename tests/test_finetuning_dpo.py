@@ -61,9 +61,6 @@ def outcome(dpo: DPO, context: TrainingContext, batch: Batch, part: int = 0, mem
     return found
 
 
-# --------------------------------------------------------------------------------------------- the start
-
-
 FEW = ("sd", "sd v", "sd3", "flux_2", "qwen_image")
 
 
@@ -81,9 +78,6 @@ def test_the_loss_starts_where_nothing_is_preferred(kind: str, pairs: Preference
     assert accuracy(torch.tensor([2.0, -1.0, 0.0, 0.1])).tolist() == [1.0, 0.0, 0.5, 1.0]
 
 
-# --------------------------------------------------------------------------------------------- the formula again
-
-
 def called_directly(context: TrainingContext, kind: str, noised: Tensor, time: Tensor, prompt: str) -> Tensor:
     """The denoiser's output for one row, with the pipeline's own parts alone."""
     pipe: Any = context.rollout.pipe
@@ -94,13 +88,6 @@ def called_directly(context: TrainingContext, kind: str, noised: Tensor, time: T
     if kind == "sd3":
         texts, _, pooled, _ = pipe.encode_prompt(prompt, None, None, device="cpu", do_classifier_free_guidance=False)
         return pipe.transformer(noised, texts, pooled, time[None]).sample
-    if kind == "flux":
-        texts, pooled, places = pipe.encode_prompt(prompt, None, device="cpu")
-        grid = pipe._prepare_latent_image_ids(1, 8, 8, torch.device("cpu"), torch.float32)
-        times = torch.tensor([3.5])  # the pipeline's default
-        return pipe.transformer(
-            noised, texts, pooled, time[None] / 1000, img_ids=grid, txt_ids=places, guidance=times
-        ).sample
     texts, _ = pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
     return pipe.unet(noised, time, texts).sample
 
@@ -143,14 +130,12 @@ def insides_of(dpo: DPO, context: TrainingContext, kind: str, batch: Batch, pair
     return torch.stack(insides)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sd v", marks=pytest.mark.slow), "flux"])
-def test_levels_of_the_sampler_are_all_that_is_trained_on(kind, pairs):
-    """The denoiser gets the times that it gets in the pipeline's own sampling."""
-    context, times = family_context(kind), []
-    denoiser, name = context.rollout.family.denoiser, "timestep"
+def test_levels_of_the_sampler_are_all_that_is_trained_on(pairs):
+    context, times = family_context("flux"), []
+    denoiser = context.rollout.family.denoiser
 
     def listen(module: Any, given: Any, named: Any) -> None:
-        times.extend((named[name] if name in named else given[1]).flatten().tolist())
+        times.extend(named["timestep"].flatten().tolist())
 
     with denoiser.register_forward_pre_hook(listen, with_kwargs=True), torch.no_grad():
         context.rollout.run(context.start(batch_of([0])))
@@ -164,7 +149,7 @@ def test_levels_of_the_sampler_are_all_that_is_trained_on(kind, pairs):
 
 
 @pytest.mark.parametrize(
-    "kind", ["sd v", "sd3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd", "sdxl", "flux"))]
+    "kind", ["sd v", "sd3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd", "sdxl"))]
 )
 def test_the_loss_is_the_papers(kind, pairs):
     context, batch = family_context(kind), batch_of(ROWS)
@@ -182,9 +167,6 @@ def test_the_loss_is_the_papers(kind, pairs):
         assert (found.measures["kl"] > 0).all()
 
 
-# --------------------------------------------------------------------------------------------- rows
-
-
 def test_noise_is_new_in_each_step_and_shared_by_winner_and_loser(pairs, away):
     dpo = DPO(pairs=pairs, beta=BETA)
     first, again, later = (outcome(dpo, away, batch_of(ROWS, round=step)).measures["margin"] for step in (0, 0, 1))
@@ -199,21 +181,10 @@ def test_noise_is_new_in_each_step_and_shared_by_winner_and_loser(pairs, away):
     assert margins.abs().max() < 1e-4 + 1e-4 * first.abs().max()
 
 
-# --------------------------------------------------------------------------------------------- where it leads
-
-
-@pytest.mark.parametrize(
-    ("kind", "loss"),
-    [
-        ("sd", "sigmoid"),
-        pytest.param("sd", "hinge", marks=pytest.mark.slow),
-        pytest.param("sd", "ipo", marks=pytest.mark.slow),
-        pytest.param("sd3", "sigmoid", marks=pytest.mark.slow),
-    ],
-)
-def test_steps_raise_the_implicit_accuracy(kind, loss, pairs):
+@pytest.mark.parametrize("loss", ["sigmoid", *(pytest.param(k, marks=pytest.mark.slow) for k in ("hinge", "ipo"))])
+def test_steps_raise_the_implicit_accuracy(loss, pairs):
     """Seen on noise that no step was taken on: 60 draws, of which at random 40 or more would be right once in 150."""
-    context, dpo = family_context(kind, moved=0.0, rank=4), DPO(pairs=pairs, beta=BETA, loss=loss)
+    context, dpo = family_context("sd", moved=0.0, rank=4), DPO(pairs=pairs, beta=BETA, loss=loss)
     optimizer = torch.optim.AdamW(context.lora.weights.values(), lr=3e-3)
 
     def judged() -> tuple[float, float]:
@@ -227,16 +198,11 @@ def test_steps_raise_the_implicit_accuracy(kind, loss, pairs):
         optimizer.step()
         optimizer.zero_grad()
     after, margin = judged()
-    assert after > 0.65
-    assert margin > 0
+    assert after > 0.65 and margin > 0
 
 
-# --------------------------------------------------------------------------------------------- pairs made on the way
-
-
-@pytest.mark.parametrize("kind", ["sd", pytest.param("flux", marks=pytest.mark.slow)])
-def test_fresh_pairs_are_the_brightest_and_the_darkest_candidates(kind):
-    context, batch = family_context(kind, moved=0.1), batch_of(ROWS, round=1, step=7)
+def test_fresh_pairs_are_the_brightest_and_the_darkest_candidates():
+    context, batch = family_context("sd", moved=0.1), batch_of(ROWS, round=1, step=7)
     dpo = DPO(refresh_every=7, candidates=3)
     with torch.no_grad():
         memory = dpo.prepare(context, [batch])
@@ -284,22 +250,14 @@ def test_given_pairs_come_first_and_fresh_ones_after(pairs, away):
     assert (dpo.steps_per_round, DPO(pairs=pairs).steps_per_round, DPO(refresh_every=3).examples) == (3, 1, None)
 
 
-# --------------------------------------------------------------------------------------------- refusals
-
-
 def test_settings_without_effect_and_impossible_pairings_are_refused(pairs: PreferencePairs) -> None:
     for match, settings in {
         r"pairs_per_prompt: expected at most candidates / 2 = 2, got 3; raise candidates": {"pairs_per_prompt": 3},
         r"pairs_per_prompt: expected at most candidates = 4, got 5": {"pairs_per_prompt": 5, "guidance_scales": (1, 2)},
-        r"guidance_scales: .* two different scales or none, got \[3.0\]": {"guidance_scales": (3,)},
         r"guidance_scales: .* two different scales or none, got \[3.0, 3.0\]": {"guidance_scales": (3, 3)},
-        r"pairs_per_prompt: applies to pairs that": {"pairs": pairs, "pairs_per_prompt": 2},
         r"guidance_scales: applies to pairs that": {"refresh_every": 2, "guidance_scales": (1, 2)},
-        r"reward_guidance: applies to pairs that": {"pairs": pairs, "reward_guidance": 1.0},
         r"margin: applies to pairs that": {"pairs": pairs, "margin": 0.5},
         r"reward_guidance: expected a number of at least 0, .* got inf": {"reward_guidance": float("inf")},
     }.items():
         with pytest.raises(ValueError, match=match):
             DPO(**settings)
-    with pytest.raises(TypeError, match=r"guidance_scales: expected several numbers, as .*, got 3.0"):
-        DPO(guidance_scales=3.0)  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,6 @@ from aigiqa_reward.finetuning.results import ValidationResult
 
 
 def painted(step: int) -> ValidationResult:
-    """Two prompts, three seeds, every image another noise."""
     random = np.random.default_rng(step)
     scores = random.normal(size=(2, 3))
     tiles = random.integers(0, 256, size=(2, 3, 64, 64, 3), dtype=np.uint8)
@@ -39,7 +38,7 @@ def test_pictures_hold_the_images(tmp_path: Path) -> None:
         draw_over_time([], None, tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("kept", [0, 3, 7, 50, 99, None])
+@pytest.mark.parametrize("kept", [0, 7, 99, None])
 def test_of_many_steps_the_first_the_last_and_the_kept_are_drawn(kept: int | None) -> None:
     places = drawn_of(range(100), kept)
     assert len(places) == 10

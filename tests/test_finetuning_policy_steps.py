@@ -27,7 +27,6 @@ from finetuned import PROMPTS
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from aigiqa_reward import load_embedded_pipeline
 from aigiqa_reward.finetuning import DDPO, FlowGRPO
 from aigiqa_reward.finetuning.algorithms.policy_gradient import PolicyGradient, group_advantages
 from aigiqa_reward.finetuning.context import TrainingContext
@@ -61,18 +60,16 @@ def red_context(family: str = "sd", reward: Any = red, **more: Any) -> TrainingC
     return context_of(PIPES[family](), reward, moved=0.1, call={**CALL, **guidance, **more.pop("call", {})}, **more)
 
 
-@pytest.mark.parametrize("guidance", [1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("family", "algorithm"),
     [
         ("sd", DDPO(images_per_prompt=2)),
-        pytest.param("sdxl", DDPO(images_per_prompt=2), marks=pytest.mark.slow),
-        ("flux", FlowGRPO(images_per_prompt=2)),
+        pytest.param("flux", FlowGRPO(images_per_prompt=2), marks=pytest.mark.slow),
         pytest.param("sd3", FlowGRPO(images_per_prompt=2, sampler="ancestral"), marks=pytest.mark.slow),
     ],
 )
-def test_at_the_first_update_every_ratio_is_one(family: str, algorithm: PolicyGradient, guidance: float) -> None:
-    context = red_context(family, call={} if family == "flux" else {"guidance_scale": guidance})
+def test_at_the_first_update_every_ratio_is_one(family: str, algorithm: PolicyGradient) -> None:
+    context = red_context(family, call={"guidance_scale": 3.0} if family == "sd" else {})
     parts = batches([0, 2], [1, 3], group=2)
     memory = algorithm.prepare(context, parts)
     for part, outcomes in enumerate(run_backward(algorithm, context, parts, memory)):
@@ -128,7 +125,6 @@ def test_probabilities_and_divergences_are_those_of_the_published_samplers(famil
 
 
 def test_the_gradient_is_that_of_finite_differences_away_from_the_old_policy() -> None:
-    """In a second update, with ratios that are not one and a divergence; nothing is clipped at this range."""
     context = context_of(precise(), red, moved=0.1, penalty=0.3, call=CALL)
     algorithm, parts = DDPO(images_per_prompt=2, updates_per_round=2, clip_range=0.9), batches(range(4), group=2)
     memory = algorithm.prepare(context, parts)
@@ -139,9 +135,6 @@ def test_the_gradient_is_that_of_finite_differences_away_from_the_old_policy() -
     assert min(float(outcome.measures["old_kl"].max()) for outcome in outcomes) > 1e-8
     expected = slope(context, lambda: loss_of(algorithm, context, parts, memory), along, small=1e-5)
     assert float(found @ along) == pytest.approx(expected, rel=1e-5)
-
-
-# --------------------------------------------------------------------------------------------- rounds
 
 
 def test_all_parts_are_compared_and_their_scores_logged() -> None:
@@ -209,7 +202,7 @@ def test_an_image_that_is_not_finite_is_left_out_and_counted(broken: str) -> Non
 
 
 def test_where_nothing_is_finite_no_loss_is() -> None:
-    context = red_context(reward=lambda images, _: images[:, 0, 0, 0] * math.nan)
+    context = red_context(reward=lambda images, _: images[:, 0, 0, 0] * math.nan, call={"num_inference_steps": 2})
     algorithm, parts = DDPO(images_per_prompt=4), batches(range(4), group=4)
     memory = algorithm.prepare(context, parts)
     assert all(outcome.loss.isnan() for outcome in algorithm.losses(context, parts[0], 0, memory))
@@ -230,44 +223,27 @@ def test_batches_and_steps_that_cannot_be_compared_are_refused(rows: int, group:
         DDPO(images_per_prompt=group).prepare(context, batches(range(rows), group=group))
 
 
-# --------------------------------------------------------------------------------------------- training
+@pytest.mark.slow
+def test_updates_raise_a_reward_without_gradients_on_noise_that_training_has_not_seen() -> None:
+    call = {**PLAIN, "num_inference_steps": 3}
+    context, count = context_of(pipelines.stable_diffusion_3(), red, moved=0.0, call=call), 16
+    rollout, prompts = context.rollout, [PROMPTS[place % 2] for place in range(count)]
 
+    @torch.no_grad()
+    def unseen() -> Tensor:
+        """Rewards of the pipeline's own scheduler."""
+        generators = [torch.Generator().manual_seed(90_000 + place) for place in range(count)]
+        state = rollout.run(rollout.start(context.encode(prompts), generators))
+        return context.score(rollout.show(state.latents), prompts).total
 
-@torch.no_grad()
-def unseen(context: TrainingContext, count: int) -> Tensor:
-    """(count,) rewards of images of seeds that training has not seen, by the pipeline's own scheduler."""
-    prompts = [PROMPTS[place % len(PROMPTS)] for place in range(count)]
-    generators = [torch.Generator().manual_seed(90_000 + place) for place in range(count)]
-    rollout = context.rollout
-    state = rollout.run(rollout.start(context.encode(prompts), generators))
-    return context.score(rollout.show(state.latents), prompts).total
-
-
-def train(algorithm: PolicyGradient, context: TrainingContext, rounds: int, rows: int, learning_rate: float) -> None:
-    optimizer = torch.optim.AdamW(context.lora.weights.values(), lr=learning_rate)
-    for turn in range(rounds):
-        parts = batches(range(rows), group=algorithm.images_per_prompt, round=turn)
+    before, algorithm = unseen(), FlowGRPO(images_per_prompt=8, updates_per_round=2, clip_range=1e-3)
+    optimizer = torch.optim.AdamW(context.lora.weights.values(), lr=3e-2)
+    for turn in range(6):
+        parts = batches(range(16), group=8, round=turn, seed=5)
         memory = algorithm.prepare(context, parts)
-        for _ in range(algorithm.steps_per_round):
+        for _ in range(2):
             optimizer.zero_grad()
             run_backward(algorithm, context, parts, memory)
             optimizer.step()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["embedded", "sd3", "flux"])
-def test_updates_raise_a_reward_without_gradients(family: str) -> None:
-    """On noise that training has not seen, by the pipeline's own sampler; paired."""
-    if family == "embedded":
-        context = context_of(
-            load_embedded_pipeline(), red, moved=0.0, call={"num_inference_steps": 3, "guidance_scale": 1.0}
-        )
-        settings: Any = (DDPO(images_per_prompt=4), context, 5, 8, 4e-3)
-    else:
-        call = {**PLAIN, "num_inference_steps": 3, "guidance_scale": 3.5 if family == "flux" else 1.0}
-        context = context_of(PIPES[family](), red, moved=0.0, call=call)
-        settings = (FlowGRPO(images_per_prompt=8, updates_per_round=2, clip_range=1e-3), context, 6, 16, 3e-2)
-    before = unseen(context, 16)
-    train(*settings)
-    gain = unseen(context, 16) - before
-    assert gain.mean() > 4 * gain.std() / math.sqrt(16)
+    gain = unseen() - before
+    assert gain.mean() > 4 * gain.std() / math.sqrt(count)

@@ -16,19 +16,9 @@ from clip_models import CONFIG
 from hostile import Target, attack, hold, lay
 from PIL import Image
 from safetensors.torch import save
-from scipy.io import savemat
 
 from aigiqa_reward import images
-from aigiqa_reward.datasets import (
-    read_agiqa1k,
-    read_agiqa3k,
-    read_aigciqa2023,
-    read_aigiqa20k,
-    read_imagereward,
-    read_pickapic,
-    read_table,
-    split_rows,
-)
+from aigiqa_reward.datasets import read_pickapic, read_table
 from aigiqa_reward.encoders.blip import BLIPConfig, _tokenizer
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, _architecture
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
@@ -81,28 +71,6 @@ def read_image(name: str) -> Callable[[Path], Any]:
 
 
 PNG = picture("PNG")
-SCORES = "name,prompt,mos_quality,std_quality,mos_align,std_align\n" + "".join(
-    f"{name},{prompt},1.5,.1,2,.1\n" for name, prompt in (("a_1.jpg", "a fox"), ("b_2.jpg", "'é'"), ("c_3.jpg", "x y"))
-)
-
-
-def workbook(rows: list[list[Any]], header: list[str] | None) -> bytes:
-    data = io.BytesIO()
-    table = pandas.DataFrame(rows, columns=None if header is None else pandas.Index(header))
-    table.to_excel(data, index=False, header=header is not None)
-    return data.getvalue()
-
-
-def matlab(**arrays: np.ndarray) -> bytes:
-    data = io.BytesIO()
-    savemat(data, arrays, do_compression=True)
-    return data.getvalue()
-
-
-def aigciqa2023_files() -> dict[str, bytes]:
-    scores = {f"DATA/MOS/mosz{n}.mat": matlab(MOSz=np.random.default_rng(n).random((2400, 1))) for n in (1, 3)}
-    table = {"AIGCIQA2023_Prompts.xlsx": workbook([[n, "x", f"prompt {n}"] for n in range(100)], None)}
-    return scores | table
 
 
 def parquet(columns: dict[str, list[Any]]) -> bytes:
@@ -122,10 +90,6 @@ PICKED = {
 PAIRS = {"prompt": ["a", "b"], "winner": ["images/1.png", "images/2.png"], "loser": ["images/2.png", "images/1.png"]}
 
 
-def split_table(folder: Path) -> None:
-    split_rows(read_agiqa3k(folder), mode="csv", seed=0, file=folder / "parts.csv")
-
-
 def tokenizer() -> bytes:
     """A BERT tokenizer of few words."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -137,62 +101,16 @@ def tokenizer() -> bytes:
     return made.to_str().encode()
 
 
-def aigciqa2023(home: Path) -> Callable[[Path], Any]:
-    """Its reader, on 2,400 images that are made once."""
-    (home / "allimg").mkdir(parents=True)
-    for number in range(2400):
-        (home / "allimg" / f"{number}.png").touch()
-
-    def read(folder: Path) -> None:
-        (folder / "Image").symlink_to(home)
-        read_aigciqa2023(folder)
-
-    return read
-
-
-def targets(folder: Path) -> dict[str, Target]:
+def targets() -> dict[str, Target]:
     """Every reader of files that a user may get from elsewhere."""
     image = {f"image {name}": Target(files={name: data}, read=read_image(name)) for name, data in image_files().items()}
     pictures = {f"images/{name}.png": PNG for name in (1, 2)}
-    jpegs = {f"images/{name}.jpg": b"" for name in ("a_1", "b_2", "c_3")}
     rows = "path,prompt,quality\nimages/1.png,a fox,1.5\nimages/2.png,'b',2\n"
-    ranked = [{"id": "1", "prompt": "p", "generations": ["1.png", "2.png"], "ranking": [1, 2]}]
     return image | {
         "table": Target(
             files={"t.csv": rows.encode(), **pictures},
             kept=frozenset(pictures),
             read=lambda home: read_table(home / "t.csv"),
-        ),
-        "agiqa3k": Target(files={"data.csv": SCORES.encode(), **jpegs}, kept=frozenset(jpegs), read=read_agiqa3k),
-        "split": Target(
-            files={
-                "parts.csv": b"name,split\na_1.jpg,train\nb_2.jpg,test\nc_3.jpg,val\n",
-                "data.csv": SCORES.encode(),
-                **jpegs,
-            },
-            kept=frozenset(["data.csv", *jpegs]),
-            read=split_table,
-        ),
-        "aigiqa20k": Target(
-            files={"info_train.csv": b"name,prompt,mos\nX_1.png,p,2\n", "train/X_1.png": b""},
-            kept=frozenset(["train/X_1.png"]),
-            read=read_aigiqa20k,
-        ),
-        "agiqa1k": Target(
-            files={
-                "AIGC_MOS_Zscore.xlsx": workbook(
-                    [["deepai_0_0_0_0.jpg", "a, b, c, d", 1.5]], ["Image", "Prompt", "MOS"]
-                ),
-                "file/deepai_0_0_0_0.jpg": b"",
-            },
-            kept=frozenset(["file/deepai_0_0_0_0.jpg"]),
-            read=read_agiqa1k,
-        ),
-        "aigciqa2023": Target(files=aigciqa2023_files(), read=aigciqa2023(folder / "2400")),
-        "imagereward": Target(
-            files={"train.json": json.dumps(ranked).encode(), **pictures},
-            kept=frozenset(pictures),
-            read=read_imagereward,
         ),
         "pickapic": Target(files={"p.parquet": parquet(PICKED)}, read=lambda home: read_pickapic(home / "p.parquet")),
         "pairs": Target(
@@ -218,32 +136,22 @@ def targets(folder: Path) -> dict[str, Target]:
     }
 
 
-TABLES = ("table", "agiqa3k", "split", "aigiqa20k", "agiqa1k", "aigciqa2023", "imagereward", "pickapic", "pairs")
-TARGETS = (
-    *(f"image {name}" for name in image_files()),
-    *TABLES,
-    *("preferences", "weights", "tokenizer", "architecture"),
-)
+EVERY = targets()
 
 
-@pytest.fixture(scope="module")
-def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
-    return targets(tmp_path_factory.mktemp("whole"))
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_whole_files_are_read(every: dict[str, Target], tmp_path: Path, name: str) -> None:
-    lay(every[name], tmp_path / "folder")
+@pytest.mark.parametrize("name", EVERY)
+def test_whole_files_are_read(tmp_path: Path, name: str) -> None:
+    lay(EVERY[name], tmp_path / "folder")
     (tmp_path / "elsewhere").mkdir()
-    assert hold(every[name], tmp_path / "folder", name, tmp_path / "elsewhere") is None
+    assert hold(EVERY[name], tmp_path / "folder", name, tmp_path / "elsewhere") is None
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_damaged_files_are_read_or_refused(every: dict[str, Target], tmp_path: Path, name: str) -> None:
-    attack(every[name], tmp_path, FEW, repeatable=True)
+def test_damaged_files_are_read_or_refused(tmp_path: Path, name: str) -> None:
+    attack(EVERY[name], tmp_path, FEW, repeatable=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TARGETS)
-def test_many_damaged_files_are_read_or_refused(every: dict[str, Target], tmp_path: Path, name: str) -> None:
-    attack(every[name], tmp_path, CASES, repeatable=False)
+@pytest.mark.parametrize("name", EVERY)
+def test_many_damaged_files_are_read_or_refused(tmp_path: Path, name: str) -> None:
+    attack(EVERY[name], tmp_path, CASES, repeatable=False)

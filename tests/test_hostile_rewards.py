@@ -9,7 +9,6 @@ import pickle
 import re
 import resource
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ import pytest
 import torch
 from clip_models import write_tiny_clip
 from hostile import MEMORY, SECONDS, peak
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from aigiqa_reward import Reward, create_reward
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
@@ -42,7 +39,6 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 def refused(folder: Path) -> str:
-    """The error of a folder that must not be loaded, with the folder's name in it."""
     spent, held = resource.getrusage(resource.RUSAGE_SELF).ru_utime, peak()
     with pytest.raises(WeightsError) as caught:
         create_reward("tsp_mgs", weights=folder)
@@ -79,44 +75,6 @@ def test_pickles_are_never_opened(copy: Path, tmp_path: Path, name: str) -> None
     assert mark.exists(), "the payload works, so that the test could fail"
 
 
-def first(tensors: dict[str, Tensor]) -> str:
-    return max(tensors, key=lambda name: (tensors[name].is_floating_point(), tensors[name].numel()))
-
-
-def replaced(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    return lambda tensors: {**tensors, first(tensors): change(tensors[first(tensors)])}
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (replaced(lambda t: t.flatten()), "has shape"),
-        (replaced(lambda t: t.int()), "is torch.int32, expected torch.float32"),
-        (replaced(lambda t: t.to(torch.float8_e5m2)), "torch.float8_e5m2 numbers"),
-        (replaced(lambda t: torch.full_like(t, torch.nan)), "NaN or infinite"),
-        (lambda tensors: {n: t for n, t in tensors.items() if n != first(tensors)}, "1 missing"),
-        (lambda tensors: {**tensors, "../../escaped": torch.ones(2)}, "1 unknown"),
-        (lambda tensors: {**tensors, f"{first(tensors)}.row_scale": torch.ones(3)}, "scales of shape"),
-        (lambda tensors: {**tensors, "large": torch.zeros(40_000_000)}, "bytes, expected at most"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(copy: Path, change: Any, reason: str) -> None:
-    tensors = change(load_file(copy / "model.safetensors"))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, copy / "model.safetensors")
-    assert reason in refused(copy)
-    assert {entry.name for entry in copy.parent.iterdir()} == {"reward"}
-
-
-def configured(folder: Path, place: tuple[str, ...], value: Any) -> None:
-    """Put a value into config.json."""
-    config = json.loads((folder / "config.json").read_text())
-    node = config
-    for name in place[:-1]:
-        node = node[name]
-    node[place[-1]] = value
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 CFG = ("model", "towers", "clip", "model_cfg")
 
 
@@ -124,33 +82,15 @@ CFG = ("model", "towers", "clip", "model_cfg")
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ((*CFG, "vision_cfg", "width"), 10**5),
-        ((*CFG, "vision_cfg", "layers"), 10**8),
+        ((*CFG, "vision_cfg", "width"), 10**5),  # refused before memory is taken
         ((*CFG, "text_cfg", "vocab_size"), 10**10),
-        ((*CFG, "text_cfg", "context_length"), 10**6),
         (("model", "config", "adapter_rank"), 10**9),
-    ],
-)
-def test_a_description_larger_than_its_weights_is_refused_before_memory_is_taken(
-    copy: Path, place: tuple[str, ...], value: int
-) -> None:
-    configured(copy, place, value)
-    assert "config.json" in refused(copy)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
         ((*CFG, "text_cfg", "hf_model_name"), "../../escaped"),
         ((*CFG, "vision_cfg", "timm_model_name"), "hf-hub:some/one"),
-        ((*CFG, "vision_cfg", "timm_model_name"), "../../escaped"),
         (("name",), "../../escaped"),
         (("dtype",), "__class__"),
         (("quality_weight",), float("nan")),
-        (("correspondence_weight",), 10**400),
         (("model",), None),
-        ((*CFG, "embed_dim"), "wide"),
         ((*CFG, "vision_cfg", "patch_size"), 0),
     ],
 )
@@ -158,7 +98,11 @@ def test_a_description_of_something_else_is_refused(
     copy: Path, place: tuple[str, ...], value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    configured(copy, place, value)
+    node = config = json.loads((copy / "config.json").read_text())
+    for name in place[:-1]:
+        node = node[name]
+    node[place[-1]] = value
+    (copy / "config.json").write_text(json.dumps(config))
     refused(copy)
 
 

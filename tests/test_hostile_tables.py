@@ -80,14 +80,7 @@ def test_scores_of_another_shape(tmp_path: Path, shape: tuple[int, int]) -> None
     refused(lambda: _read_array(tmp_path, "DATA/MOS/mosz1.mat", "MOSz"), r"mosz1\.mat: expected an array MOSz")
 
 
-@pytest.mark.parametrize("cell", ["3_5", "1_0.0", "inf", "nan", "1e999", "", "0x10"])
-def test_cells_that_python_alone_takes_for_numbers(tmp_path: Path, cell: str) -> None:
-    (tmp_path / "a.png").touch()
-    (tmp_path / "t.csv").write_text(f"path,prompt,quality\na.png,p,{cell}\n")
-    refused(lambda: read_table(tmp_path / "t.csv"), r"t\.csv, line 2: expected a finite number")
-
-
-@pytest.mark.parametrize("name", ["../none.png", "two\nlines.png", "nul\0.png", "-rf"])
+@pytest.mark.parametrize("name", ["../none.png", "two\nlines.png", "nul\0.png"])
 def test_paths_of_nothing(tmp_path: Path, name: str) -> None:
     (tmp_path / "t.csv").write_text(f'path,prompt,quality\n"{name}",p,1\n')
     refused(lambda: read_table(tmp_path / "t.csv"), r"t\.csv lists are absent")

@@ -10,10 +10,8 @@ import pytest
 import torch
 from clip_models import write_tiny_clip
 from PIL import Image
-from scipy.stats import kendalltau
 
 from aigiqa_reward import Reward, RewardOutput, Scorer, create_reward, list_rewards
-from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 
 PROMPTS = ["a red apple on a table", "a castle in the clouds, oil painting", "two cats"]
@@ -35,10 +33,7 @@ SLOW = ("mst_clipiqa", "sc_agiqa", "tsp_mgs", "cpa_iqa", "ma_agiqa")
 
 @pytest.fixture(
     scope="module",
-    params=[
-        *(pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in list_rewards()),
-        ZERO_SHOT,
-    ],
+    params=[*(pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in list_rewards()), ZERO_SHOT],
 )
 def make(request: pytest.FixtureRequest, tiny_clip: Path) -> Maker:
     """Builds the reward of this name, as a user would, with any further arguments of create_reward."""
@@ -75,25 +70,25 @@ def scenes(count: int, height: int, width: int, *, seed: int = 0) -> torch.Tenso
     return (0.15 + 0.7 * blocks + strength * grain).clamp(0.1, 0.9)
 
 
-def test_pixel_gradient_equals_central_differences(make: Maker) -> None:
-    reward = make(dtype=torch.float64)
-    images = scenes(1, 96, 80).double().requires_grad_()
-    context = reward.prepare(images.detach(), PROMPTS[:1])
-
-    def total(batch: torch.Tensor) -> torch.Tensor:
-        return reward(batch, PROMPTS[:1], context=context).total.sum()
-
+def assert_gradient_equals_differences(total: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> None:
+    """Central differences in float64, along the gradient and along another direction."""
+    images = images.double().requires_grad_()
     (gradient,) = torch.autograd.grad(total(images), images)
     assert torch.isfinite(gradient).all()
-    assert gradient.norm() > 0, "an image without any gradient cannot be improved"
+    assert gradient.norm() > 1e-6, "an image without any gradient cannot be improved"
     other = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    step = 1e-5
     with torch.no_grad():
         for direction in (gradient, other):
-            direction = direction / direction.norm()
-            numeric = (total(images + step * direction) - total(images - step * direction)) / (2 * step)
-            analytic = (gradient * direction).sum()
-            assert abs(float(numeric - analytic)) <= 1e-4 * abs(float(analytic)) + 1e-9
+            step = 1e-5 * direction / direction.norm()
+            numeric = (total(images + step) - total(images - step)) / 2
+            analytic = (gradient * step).sum()
+            assert abs(float(numeric - analytic)) <= 1e-4 * abs(float(analytic)) + 1e-14
+
+
+def test_pixel_gradient_equals_central_differences(make: Maker) -> None:
+    reward, images = make(dtype=torch.float64), scenes(1, 96, 80)
+    context = reward.prepare(images.double(), PROMPTS[:1])
+    assert_gradient_equals_differences(lambda batch: reward(batch, PROMPTS[:1], context=context).total.sum(), images)
 
 
 def test_pixels_get_gradients_and_weights_none(reward: Reward) -> None:
@@ -114,6 +109,8 @@ def test_rows_do_not_depend_on_their_batch(reward: Reward, seen: tuple[torch.Ten
     with torch.no_grad():
         permuted = reward(images[order], [PROMPTS[i] for i in order])
         alone = reward(images[1:2], PROMPTS[1:2])
+        encoded = reward(images, reward.encode_prompts(PROMPTS))
+    assert torch.allclose(encoded.total, together.total, atol=1e-6)
     assert all(len(detail) == 3 for detail in together.details.values())
     for aspect in ("total", "quality", "correspondence"):
         scores = getattr(together, aspect)
@@ -131,15 +128,6 @@ def test_quality_does_not_depend_on_the_prompt_but_correspondence_does(reward: R
     assert torch.allclose(without.quality, first.quality, atol=1e-6)
     assert torch.equal(first.quality, second.quality)
     assert abs(float(first.correspondence - second.correspondence)) > 1e-6
-
-
-def test_encoded_prompts_score_like_their_strings(reward: Reward, seen: tuple[torch.Tensor, RewardOutput]) -> None:
-    images, output = seen
-    with torch.no_grad():
-        assert reward.encode_prompts([PROMPTS[0], PROMPTS[1], PROMPTS[0]]).texts == (PROMPTS[0], PROMPTS[1])
-        assert torch.allclose(reward(images, reward.encode_prompts(PROMPTS)).total, output.total, atol=1e-6)
-        one = reward.encode_prompts(PROMPTS[:1]).expand(2)
-        assert torch.allclose(reward(images[:2], one).total, reward(images[:2], PROMPTS[:1] * 2).total, atol=1e-5)
 
 
 def test_one_image_has_one_score_in_every_form(reward: Reward, tmp_path: Path) -> None:
@@ -179,17 +167,6 @@ def test_precision_of_inputs_and_reward(make: Maker) -> None:
     assert {exact.total.dtype, exact.quality.dtype, exact.correspondence.dtype} == {torch.float64}
     assert all(detail.dtype == torch.float64 for detail in exact.details.values() if detail.is_floating_point())
     assert torch.allclose(exact.total.float(), full.total, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_bfloat16_keeps_the_ranking_of_real_images(make: Maker, agiqa3k: Path) -> None:
-    files = sorted((agiqa3k / "images").iterdir())[::74][:32]
-    batch = torch.stack([pixels.load(file) for file in files])
-    full = Scorer(make(), batch_size=16).score(batch, PROMPTS[0])
-    half = Scorer(make(dtype=torch.bfloat16), batch_size=16).score(batch, PROMPTS[0])
-    assert half.total.dtype == torch.float32
-    for aspect in ("total", "quality"):
-        assert kendalltau(getattr(full, aspect).numpy(), getattr(half, aspect).numpy()).statistic >= 0.90
 
 
 def test_errors_name_the_argument_and_the_remedy(reward: Reward) -> None:

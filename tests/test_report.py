@@ -24,36 +24,27 @@ def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def solid(color: tuple[int, int, int], size: tuple[int, int]) -> Image.Image:
-    return Image.new("RGB", size, color)
-
-
 def output(
     images: list[Image.Image],
     scores: list[float] | None = None,
     *,
     dropped: dict[int, str] | None = None,
     top_k: int | None = None,
-    first_seed: int = 0,
 ) -> BestOfNOutput:
     """What BestOfN returns for these candidates; the last one is the best unless scores say otherwise."""
-    seeds = list(range(first_seed, first_seed + len(images)))
+    seeds = list(range(len(images)))
     reasons = dropped or {}
     given = scores or [place / 100 for place in range(len(images))]
     total = [math.nan if seed in reasons else score for seed, score in zip(seeds, given, strict=True)]
     order = [place for place in range(len(images)) if seeds[place] not in reasons]
     order = sorted(order, key=lambda place: -total[place])[:top_k]
+    best, names = [total[place] for place in order], ("quality", "correspondence")
+    scores = dict.fromkeys(("scores", *names), best) | dict.fromkeys(
+        ("all_scores", *(f"all_{n}" for n in names)), total
+    )
+    kept = [images[place] for place in order]
     return BestOfNOutput(
-        images=[images[place] for place in order],
-        scores=[total[place] for place in order],
-        seeds=[seeds[place] for place in order],
-        quality=[total[place] for place in order],
-        correspondence=[total[place] for place in order],
-        all_scores=total,
-        all_seeds=seeds,
-        all_quality=total,
-        all_correspondence=total,
-        dropped=reasons,
+        images=kept, seeds=[seeds[place] for place in order], all_seeds=seeds, dropped=reasons, **scores
     )
 
 
@@ -76,8 +67,11 @@ def find(sheet: np.ndarray, image: Image.Image) -> tuple[Box, int] | None:
     return None
 
 
+def difference(a: np.ndarray, b: np.ndarray) -> Box | None:
+    return box_where((a != b).any(axis=2))
+
+
 def boxes_of(sheet: np.ndarray, images: list[Image.Image]) -> list[Box]:
-    """Of images that all are there, enlarged alike."""
     found = [find(sheet, image) for image in images]
     assert None not in found
     assert len({factor for _, factor in found}) == 1
@@ -89,23 +83,13 @@ def box_where(mask: np.ndarray) -> Box | None:
     return (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else None
 
 
-def difference(a: np.ndarray, b: np.ndarray) -> Box | None:
-    assert a.shape == b.shape
-    return box_where((a != b).any(axis=2))
-
-
 def below(box: Box | None, image: Box) -> bool:
     """Whether a box lies right under an image: in its column, give or take a pixel of a letter, and near it."""
     assert box is not None
     return image[0] - 1 <= box[0] and box[2] <= image[2] + 1 and image[3] < box[1] and box[3] < image[3] + 110
 
 
-# --------------------------------------------------------------------------------------------- images
-
-
-@pytest.mark.parametrize(
-    ("count", "columns"), [(1, 1), (2, 2), (3, 3), (7, 4), (16, 4), pytest.param(64, 8, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 3), (7, 4), pytest.param(64, 8, marks=pytest.mark.slow)])
 def test_every_image_is_enlarged_and_is_in_candidate_order(count: int, columns: int) -> None:
     images = [noise(seed) for seed in range(count)]
     sheet = pixels(output(images))
@@ -115,15 +99,13 @@ def test_every_image_is_enlarged_and_is_in_candidate_order(count: int, columns: 
     tops = sorted({box[1] for box in boxes})
     assert (len(lefts), len(tops)) == (columns, math.ceil(count / columns))
     assert [(box[0], box[1]) for box in boxes] == [(x, y) for y in tops for x in lefts][:count]
-    assert len(set(np.diff(lefts))) <= 1
-    assert len(set(np.diff(tops))) <= 1
     assert lefts[0] == sheet.shape[1] - max(box[2] for box in boxes), "margins left and right"
 
 
-@pytest.mark.parametrize("size", [(1024, 512), (512, 1024), (700, 700), (16, 16), (300, 40)])
+@pytest.mark.parametrize("size", [(1024, 512), (16, 16), (300, 40)])
 def test_images_of_every_size_keep_their_shape(size: tuple[int, int]) -> None:
     color = (0, 77, 255)
-    sheet = pixels(output([solid(color, size)] * 4, [0.4, 0.3, 0.2, 0.1]))
+    sheet = pixels(output([Image.new("RGB", size, color)] * 4, [0.4, 0.3, 0.2, 0.1]))
     assert sheet.shape[1] < 1400
     width = sheet.shape[1] // 2
     box = box_where((sheet[:, :width] == color).all(axis=2)[: sheet.shape[0] // 2])
@@ -132,49 +114,31 @@ def test_images_of_every_size_keep_their_shape(size: tuple[int, int]) -> None:
     assert 192 <= max(box[2] - box[0], box[3] - box[1]) <= 512
 
 
-# --------------------------------------------------------------------------------------------- the winner
-
-
-@pytest.mark.parametrize("count", [1, 7])
-def test_the_frame_surrounds_the_winner_and_no_other(count: int) -> None:
+@pytest.mark.parametrize(("count", "winner"), [(1, 0), (7, 3)])
+def test_the_frame_surrounds_the_winner_and_no_other(count: int, winner: int) -> None:
     images = [noise(seed) for seed in range(count)]
-    for winner in {0, count // 2}:
-        scores = [0.9 if place == winner else 0.5 for place in range(count)]
-        sheet = pixels(output(images, scores))
-        boxes = boxes_of(sheet, images)
-        framed = (sheet == WINNER).all(axis=2)
-        frame = box_where(framed)
-        assert frame is not None
-        left, top, right, bottom = frame
-        for thick in range(4):
-            assert framed[top + thick, left:right].all()
-            assert framed[bottom - 1 - thick, left:right].all()
-            assert framed[top:bottom, left + thick].all()
-            assert framed[top:bottom, right - 1 - thick].all()
-        for place, (x0, y0, x1, y1) in enumerate(boxes):
-            inside = left < x0 and x1 < right and top < y0 and y1 < bottom
-            outside = x1 < left or right < x0 or y1 < top or bottom < y0
-            assert (inside, outside) == ((True, False) if place == winner else (False, True))
-        label = box_where(framed[boxes[winner][3] + 1 : bottom - 8, left + 8 : right - 8])
-        assert label is not None, "a label beside the frame"
-
-
-def test_nobody_wins_where_all_were_dropped() -> None:
-    sheet = pixels(output([noise(0), noise(1)], dropped={0: "NaN or infinite pixels", 1: "NaN or infinite pixels"}))
-    assert not (sheet == WINNER).all(axis=2).any()
-    assert find(sheet, noise(0)) is None
-
-
-# --------------------------------------------------------------------------------------------- words and numbers
+    sheet = pixels(output(images, [0.9 if place == winner else 0.5 for place in range(count)]))
+    boxes = boxes_of(sheet, images)
+    framed = (sheet == WINNER).all(axis=2)
+    left, top, right, bottom = frame = box_where(framed)
+    edge = framed[top:bottom, left:right].copy()
+    edge[4:-4, 4:-4] = True
+    assert frame is not None and edge.all()
+    for place, (x0, y0, x1, y1) in enumerate(boxes):
+        inside = left < x0 and x1 < right and top < y0 and y1 < bottom
+        outside = x1 < left or right < x0 or y1 < top or bottom < y0
+        assert (inside, outside) == ((True, False) if place == winner else (False, True))
+    assert framed[boxes[winner][3] + 1 : bottom - 8, left + 8 : right - 8].any(), "a label beside the frame"
+    nobody = pixels(output(images, dropped=dict.fromkeys(range(count), "NaN or infinite pixels")))
+    assert not (nobody == WINNER).all(axis=2).any()
 
 
 @pytest.mark.parametrize("field", ["all_scores", "all_quality", "all_correspondence", "all_seeds"])
-@pytest.mark.parametrize("value", [8, 4294967295, -123456.789e30])
-def test_each_number_is_below_its_own_image(field: str, value: float) -> None:
+def test_each_number_is_below_its_own_image(field: str) -> None:
     images = [noise(seed) for seed in range(7)]
     result = output(images)
     changed = list(getattr(result, field))
-    changed[5] = value
+    changed[5] = -123456789 * 10**30
     changes: dict[str, Any] = {field: changed}
     if field == "all_seeds":
         changes["seeds"] = [changed[seed] for seed in result.seeds]
@@ -186,69 +150,24 @@ def test_a_dropped_candidate_is_an_empty_tile_with_the_reason() -> None:
     images = [noise(seed) for seed in range(7)]
     place = boxes_of(pixels(output(images)), images)[3]
 
-    def sheet_of(reason: str) -> np.ndarray:
+    def tile(reason: str) -> np.ndarray:
         sheet = pixels(output(images, dropped={3: reason}))
         assert find(sheet, images[3]) is None
         assert boxes_of(sheet, [*images[:3], *images[4:]])
-        return sheet
-
-    def tile(sheet: np.ndarray) -> np.ndarray:
         return sheet[place[1] : place[3], place[0] : place[2]]
 
     assert find(pixels(output(images, top_k=1)), images[3]) is None, "nor is an image that was not kept"
-    nothing = tile(sheet_of("\n"))
+    nothing = tile("\n")
     assert (nothing == nothing[0, 0]).all()
-    for reason in ("NaN or infinite pixels", "flagged by the safety checker " * 20, "x" * 500, "\n\x1b\x00 漢字"):
-        written = difference(nothing, tile(sheet_of(reason)))
+    for reason in ("NaN or infinite pixels", "x" * 500, "\n\x1b\x00 漢字"):
+        written = difference(nothing, tile(reason))
         assert written is not None
         x0, y0, x1, y1 = written
         assert 0 < x0 < x1 < nothing.shape[1]
         assert 0 < y0 < y1 < nothing.shape[0]
 
 
-# --------------------------------------------------------------------------------------------- the prompt
-
-
-def title_of(prompt: str) -> np.ndarray:
-    """The part of a sheet above its images."""
-    images = [noise(seed) for seed in range(4)]
-    sheet = pixels(output(images), prompt)
-    top = boxes_of(sheet, images)[0][1]
-    return sheet[:top]
-
-
-def test_dollars_are_dollars() -> None:
-    def ink(prompt: str) -> int:
-        title = title_of(prompt)
-        box = box_where(title[: title.shape[0] // 2].max(axis=2) < 100)
-        assert box is not None
-        return box[2] - box[0]
-
-    assert ink("$x$") > 2 * ink("x"), "mathtext would drop the signs"
-    assert ink("$x^2$") > ink("x^2")
-
-
-@pytest.mark.parametrize(
-    ("prompt", "same"),
-    [("a\x00 \x1bb\n\r\t c\u2028", "a b c"), ("  a  b ", "a b"), ("\udcffa", "a"), ("\n", ""), ("\u202ea", "a")],
-)
-def test_what_cannot_be_printed_is_left_out(prompt: str, same: str) -> None:
-    assert np.array_equal(title_of(prompt), title_of(same))
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "",
-        "word " * 5000,
-        "a" * 5000,
-        "漢字" * 500,
-        "تفاحة حمراء " * 50,
-        "e\u0301\u0302" * 900,
-        "$\\frac{1}{$",
-        "\x1b[31m\x00" * 300,
-    ],
-)
+@pytest.mark.parametrize("prompt", ["", "a" * 5000, "漢字" * 500, "$\\frac{1}{$", "\x1b[31m\x00\udcff" * 300])
 def test_hostile_prompts_leave_the_sheet_as_it_is(prompt: str, capfd: pytest.CaptureFixture[str]) -> None:
     images = [noise(seed) for seed in range(4)]
     usual = pixels(output(images))
@@ -262,6 +181,7 @@ def test_hostile_prompts_leave_the_sheet_as_it_is(prompt: str, capfd: pytest.Cap
     margin = boxes_of(sheet, images)[0][0] // 2
     assert (sheet[:, :margin] == sheet[0, 0]).all(), "nothing runs over the edge"
     assert (sheet[:, -margin:] == sheet[0, 0]).all()
+    assert np.array_equal(pixels(output(images), "a\x00 \x1bb\n\r\t c\u2028"), pixels(output(images), "a b c"))
 
 
 def test_nothing_to_draw_is_an_error() -> None:

@@ -19,8 +19,6 @@ def random_images(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Weighted(nn.Module):
-    """A reward whose gradient is its weights."""
-
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
         self.weights = nn.Parameter(weights, requires_grad=False)
@@ -30,8 +28,6 @@ class Weighted(nn.Module):
 
 
 def brightest(images: Tensor, prompts: list[str] | None) -> RewardOutput:
-    """A reward that sees a letterboxed square, and finds distortions where it is bright, in the second of two kinds."""
-    del prompts
     seen = letterbox(images, max(images.shape[2:]), fill=torch.full((3,), 0.5))[:, :1]
     total = images.mean(dim=(1, 2, 3))
     return RewardOutput(
@@ -39,24 +35,14 @@ def brightest(images: Tensor, prompts: list[str] | None) -> RewardOutput:
     )
 
 
-@pytest.mark.parametrize("size", [(20, 20), (33, 20), (17, 128)])
-def test_unletterbox_undoes_letterbox(size):
-    images = random_images(2, 3, *size)
-    square = letterbox(images, max(size), fill=torch.ones(3))
-    assert torch.equal(unletterbox(square, size), images)
-
-
-def test_unletterbox_lays_coarse_maps_where_they_belong():
+def test_unletterbox_undoes_letterbox_and_lays_coarse_maps_where_they_belong():
+    images = random_images(2, 3, 33, 20)
+    assert torch.equal(unletterbox(letterbox(images, 33, fill=torch.ones(3)), (33, 20)), images)
     maps = torch.zeros(1, 1, 4, 4)
     maps[0, 0, 1, 3] = 1  # of a 40 x 80 image in an 80 x 80 square: its right upper part
     found = unletterbox(maps, (40, 80))[0, 0]
     assert found.shape == (40, 80)
     assert divmod(int(found.argmax()), 80)[0] < 20 <= 60 <= divmod(int(found.argmax()), 80)[1]
-
-
-def test_unletterbox_refuses_what_is_no_square():
-    with pytest.raises(ValueError, match=r"maps: expected \(B, C, s, s\).*got shape \(1, 1, 4, 5\)"):
-        unletterbox(torch.zeros(1, 1, 4, 5), (8, 8))
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -92,17 +78,16 @@ def test_distortion_maps_lie_over_the_image_and_take_the_highest():
 
 
 @pytest.mark.parametrize(
-    ("reward", "arguments", "error", "message"),
+    ("reward", "arguments", "message"),
     [
-        (brightest, {"kind": "depth"}, ValueError, "kind: expected one of auto, distortion, gradient, got 'depth'"),
-        (brightest, {"prompts": ["a"]}, ValueError, "expected one per image, got 1 prompts for 2 images"),
-        (Weighted(torch.ones(1)), {"kind": "distortion"}, ValueError, "no distortion maps.*kind='gradient'"),
-        (Weighted(torch.zeros(1)), {}, ValueError, "the gradient of this reward is 0"),
-        (lambda images, _: images.detach().mean((1, 2, 3)), {}, ValueError, "no gradient passes through this reward"),
+        (brightest, {"kind": "depth"}, "kind: expected one of auto, distortion, gradient, got 'depth'"),
+        (Weighted(torch.ones(1)), {"kind": "distortion"}, "no distortion maps.*kind='gradient'"),
+        (Weighted(torch.zeros(1)), {}, "the gradient of this reward is 0"),
+        (lambda images, _: images.detach().mean((1, 2, 3)), {}, "no gradient passes through this reward"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(reward, arguments, error, message):
-    with pytest.raises(error, match=message):
+def test_what_cannot_be_drawn_is_refused(reward, arguments, message):
+    with pytest.raises(ValueError, match=message):
         heat_maps(reward, random_images(2, 3, 16, 16), **arguments)
 
 

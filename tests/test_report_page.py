@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import re
 import tracemalloc
 from dataclasses import replace
@@ -26,8 +25,6 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Elements with their attributes and the text in them; fails where tags are not balanced."""
-
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         self.elements: list[tuple[str, dict[str, str | None]]] = []
@@ -64,7 +61,6 @@ def written(tmp_path: Path, outputs: list[tuple[str, BestOfNOutput]], **more: An
 
 
 def searched() -> BestOfNOutput:
-    """Four candidates over 8 steps: one dropped, one pruned at step 2, two winners."""
     result = output([noise(seed) for seed in range(4)], [0.1, 0.2, 0.3, 0.4], dropped={0: HOSTILE}, top_k=2)
     result.all_scores[1] = float("nan")
     previews = {
@@ -84,7 +80,8 @@ def pixels_of(attributes: dict[str, str | None]) -> np.ndarray:
 
 def test_it_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     maps = [[{"noise": np.eye(4)}]]
-    text, page = written(tmp_path, [("a red fox", searched())], maps=maps)
+    text, page = written(tmp_path, [("a\x00\x1b[31m fox", searched())], maps=maps)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
     assert not re.search(r"<script|javascript:|https?://|@import|url\(|<link|<iframe|<object", text, re.IGNORECASE)
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert all((a["src"] or "").startswith("data:image/") for a in page.all("img"))
@@ -92,14 +89,6 @@ def test_it_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert "default-src 'none'" in (policy["content"] or "")
     assert "prefers-color-scheme: dark" in text
     assert any(a.get("name") == "viewport" for a in page.all("meta"))
-
-
-@pytest.mark.parametrize("prompt", ["\x00\x1b[31m\x07", "\ud800", "\u202eabc", "漢字 🦊", "a\nb"])
-def test_strange_characters_give_a_page(tmp_path: Path, prompt: str) -> None:
-    text, page = written(tmp_path, [(prompt, searched())])
-    (shown,) = page.text_in("h2")
-    assert len(shown) == len(prompt)
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
 
 
 def test_winners_show_their_pixels_scores_and_seeds(tmp_path: Path) -> None:
@@ -116,8 +105,10 @@ def test_winners_show_their_pixels_scores_and_seeds(tmp_path: Path) -> None:
     assert len(page.all("figure", "best")) == 2
 
 
-def test_large_images_are_made_smaller(tmp_path: Path) -> None:
+def test_large_images_are_made_smaller_and_nothing_ranked_is_said(tmp_path: Path) -> None:
     large = Image.fromarray(np.full((1500, 1000, 3), (200, 30, 30), dtype=np.uint8))
+    _, nobody = written(tmp_path, [("a", output([large], dropped={0: "NaN"}))])
+    assert any("No candidate" in text for text in nobody.text_in("p"))
     _, page = written(tmp_path, [("a", output([large]))])
     (attributes,) = page.all("img")
     shown = pixels_of(attributes)
@@ -130,10 +121,7 @@ def test_the_table_lists_the_outcome_of_every_candidate(tmp_path: Path) -> None:
     _, page = written(tmp_path, [("a", searched())])
     cells = page.text_in("td")
     assert [cells.count(text) for text in ("pruned after 2 of 8 steps", "winner 1", "winner 2", HOSTILE)] == [1] * 4
-    assert len(page.all("tr")) == 5
-    assert len(page.all("tr", "best")) == 2
-    (summary,) = page.text_in("summary")
-    assert "4" in summary
+    assert (len(page.all("tr")), len(page.all("tr", "best"))) == (5, 2)
     assert any("1 dropped" in t and "1 pruned" in t and "20 denoiser calls" in t for t in page.text_in("p"))
 
 
@@ -141,8 +129,7 @@ def test_a_curve_for_each_candidate_that_was_looked_at(tmp_path: Path) -> None:
     _, page = written(tmp_path, [("a", searched())])
     lines = [[tuple(map(float, p.split(","))) for p in (a["points"] or "").split()] for a in page.all("polyline")]
     assert [len(line) for line in lines] == [1, 3, 3]
-    assert len(page.all("g", "curve")) == 3
-    assert len(page.all("g", "best")) == 2
+    assert (len(page.all("g", "curve")), len(page.all("g", "best"))) == (3, 2)
     for line in lines[1:]:
         assert [x for x, _ in line] == sorted(x for x, _ in line)
     by_total = {0.21: lines[0][0], 0.22: lines[1][0], 0.23: lines[2][0], 0.42: lines[1][1], 0.3: lines[1][2]}
@@ -150,19 +137,6 @@ def test_a_curve_for_each_candidate_that_was_looked_at(tmp_path: Path) -> None:
     assert heights == sorted(heights, reverse=True), "a higher reward is drawn higher"
     slope = (by_total[0.42][1] - by_total[0.22][1]) / 0.2
     assert by_total[0.3][1] == pytest.approx(by_total[0.22][1] + slope * 0.08, abs=0.2)
-    _, without = written(tmp_path, [("a", output([noise(0)]))])
-    assert without.all("svg") == []
-
-
-def test_labels_of_many_steps_do_not_overlap(tmp_path: Path) -> None:
-    looks = tuple(Preview(step=step, steps=1000, total=step / 1000, quality=0.5) for step in range(10, 1000, 10))
-    result = replace(output([noise(0)], [1.0]), previews={0: looks})
-    text, _ = written(tmp_path, [("a", result)])
-    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">(\d+)</text>', text)
-    spans = sorted((float(x) - 6 * len(step), float(x) + 6 * len(step)) for x, step in labels)  # 20 px high
-    assert len(labels) > 5
-    assert max(int(step) for _, step in labels) == 1000
-    assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans))
 
 
 def test_many_prompts_take_no_more_memory_than_few(tmp_path: Path) -> None:
@@ -174,8 +148,7 @@ def test_many_prompts_take_no_more_memory_than_few(tmp_path: Path) -> None:
         tracemalloc.stop()
         return most, file.stat().st_size
 
-    few, _ = peak(3)
-    many, size = peak(30)
+    (few, _), (many, size) = peak(3), peak(30)
     assert many < few + size / 10, "the text of those before is not kept"
 
 
@@ -201,14 +174,6 @@ def test_heat_maps_are_drawn_beside_their_winner(tmp_path: Path) -> None:
         written(tmp_path, [("a", searched())], maps=[[{"x": np.zeros(3)}]])
 
 
-def test_nobody_ranked_and_nothing_at_all(tmp_path: Path) -> None:
-    _, page = written(tmp_path, [("a", output([noise(0)], dropped={0: "NaN"}))])
-    assert any("No candidate" in text for text in page.text_in("p"))
-    assert page.all("img") == []
-    _, empty = written(tmp_path, [])
-    assert empty.all("article") == []
-
-
 EVERYWHERE = (
     HOSTILE,
     "--><script>alert(1)</script><!--",
@@ -220,18 +185,12 @@ EVERYWHERE = (
 
 @pytest.mark.parametrize("text", EVERYWHERE)
 def test_no_element_or_attribute_comes_from_anyones_text(tmp_path: Path, text: str) -> None:
-    """The same page with harmless text has the same elements with the same attributes, values of alt apart."""
-
     def page(word: str) -> tuple[Page, str]:
-        result = output([noise(seed) for seed in range(3)], dropped={0: word}, first_seed=0)
+        result = output([noise(seed) for seed in range(3)], dropped={0: word})
         named: Any = {1: word, 2: 2, 0: 0}  # a seed that is a text, which a caller's own search might have
         previews = {word: (Preview(step=1, steps=4, total=0.5, quality=0.5),), 2: ()}
-        result = replace(
-            result,
-            seeds=[named[seed] for seed in result.seeds],
-            all_seeds=[named[seed] for seed in result.all_seeds],
-            previews=previews,
-        )
+        seeds, every = ([named[seed] for seed in column] for column in (result.seeds, result.all_seeds))
+        result = replace(result, seeds=seeds, all_seeds=every, previews=previews)
         maps = [[{word: np.zeros((4, 4))}]]
         file = write_page([(word, result)], tmp_path / "p.html", title=word, notes=[word], maps=maps, remarks=[word])
         content = file.read_text(encoding="utf-8")
@@ -244,7 +203,6 @@ def test_no_element_or_attribute_comes_from_anyones_text(tmp_path: Path, text: s
         return [(tag, {n: v for n, v in attributes.items() if n != "alt"}) for tag, attributes in found.elements]
 
     assert shape(hostile) == shape(harmless)
-    assert [set(attributes) for _, attributes in hostile.elements] == [set(a) for _, a in harmless.elements]
     assert not set(content) & set("\u2028\u2029\0\r\u202e")
     if text.isprintable():
         assert all(text in "".join(hostile.text_in(tag)) for tag in ("title", "h1", "h2", "p", "td", "figcaption"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from PIL import Image
 from torch import Tensor, nn
 
 import aigiqa_reward
@@ -26,8 +24,6 @@ from aigiqa_reward.rewards.reward import Calibration, check_aspect_weights
     [
         (-1, 1, "quality_weight: expected a finite number of at least 0, got -1"),
         (1, float("nan"), "correspondence_weight: .*got nan"),
-        (1, float("inf"), "correspondence_weight: .*got inf"),
-        (True, 1, "quality_weight: .*got True"),
         ("1", 1, "quality_weight: .*got '1'"),
         (0, 0, "at least one above 0"),
     ],
@@ -47,11 +43,6 @@ def test_a_context_that_prepare_did_not_return_is_refused():
         reward(images, prompts, context={"regions": torch.ones(1, 4, 8, 8)})
     with pytest.raises(ValueError, match=r"expected some of regions, got \['captions'\]"):
         reward(images, prompts, context={"captions": torch.ones(3, 1)})
-    with pytest.raises(TypeError, match=r"prepare\(images, prompts\) returned, got str"):
-        reward(images, prompts, context="abc")
-
-
-# -------------------------------------------------------------------------------------------- calibration, precision
 
 
 def fitted_calibration() -> Calibration:
@@ -79,23 +70,14 @@ class Mixed(FullPrecision):
         self.register_buffer("steps", torch.tensor(7))
 
 
-CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "to(bfloat16)": lambda module: module.to(torch.bfloat16),
-    "half twice": lambda module: module.half().bfloat16(),
-    "to device and dtype": lambda module: module.to("cpu", torch.float16),
-}
-
-
 @pytest.mark.parametrize("make", [fitted_calibration, Mixed])
 def test_full_precision_keeps_every_bit_when_cast_down_and_becomes_double_and_moves(make):
-    for cast in CASTS.values():
-        plain, kept = nn.Linear(2, 2), make()
-        before = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
-        cast(nn.Sequential(plain, kept))
-        assert plain.weight.dtype in (torch.float16, torch.bfloat16)
-        for name, tensor in kept.state_dict().items():
-            assert tensor.dtype == before[name].dtype
-            assert torch.equal(tensor, before[name])
+    plain, kept = nn.Linear(2, 2), make()
+    before = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
+    nn.Sequential(plain, kept).half().to("cpu", torch.bfloat16)
+    assert plain.weight.dtype == torch.bfloat16
+    for name, tensor in kept.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
     double = nn.Sequential(make()).double()
     assert {t.dtype for t in double.state_dict().values() if t.is_floating_point()} == {torch.float64}
     moved = nn.Sequential(make()).to("meta", torch.float16)
@@ -111,9 +93,6 @@ def test_parameters_stay_parameters_and_keep_their_gradients():
     assert isinstance(module.scale, nn.Parameter)
     assert {name for name, _ in module.named_parameters()} == {"scale", "layer.weight", "layer.bias"}
     assert torch.equal(module.layer.weight.grad, gradient)
-
-
-# ---------------------------------------------------------------------------------------------------- torchmetrics
 
 
 def by_color(images: Tensor, prompts: list[str] | None) -> RewardOutput:
@@ -155,25 +134,11 @@ def test_a_metric_keeps_the_properties_of_torchmetrics():
     again = second.clone()
     second.merge_state(first)
     torch.testing.assert_close(second.compute(), both.compute())
-    assert again.compute() == metric_of(images[2:]).compute()
     first.reset()
     assert first.count == 0
     first.update(images[2:], prompts[2:])
     assert first.compute() == again.compute()
     assert not metric(reward=Mixed()).state_dict(), "a checkpoint holds no weights of the reward"
-
-
-def metric_of(images: Tensor) -> Any:
-    found = metric()
-    found.update(images, ["a fox"] * len(images))
-    return found
-
-
-def test_a_metric_takes_files_and_pictures_of_any_size(tmp_path):
-    Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
-    found = metric()
-    found.update([tmp_path / "red.png", Image.new("RGB", (48, 64), "blue")], "a red square")
-    assert found.compute() == 0.5
 
 
 def test_a_metric_without_what_it_needs_says_so(monkeypatch):

@@ -28,18 +28,16 @@ def reward() -> Reward:
 
 @pytest.fixture(scope="module")
 def eight_bits() -> np.ndarray:
-    """(3, 40, 48, 3) uint8, as ddpo-pytorch's reward functions see images that were decoded."""
     coarse = np.random.default_rng(0).integers(0, 256, (3, 5, 6, 3), dtype=np.uint8)
     return coarse.repeat(8, axis=1).repeat(8, axis=2)
 
 
 @pytest.fixture(scope="module")
 def images(eight_bits: np.ndarray) -> Tensor:
-    """The same as (3, 3, 40, 48) in [0, 1], as pipelines give them with output_type='pt'."""
     return torch.from_numpy(eight_bits.transpose(0, 3, 1, 2).astype(np.float32) / 255)
 
 
-def test_it_gives_what_the_reward_gives(reward: Reward, images: Tensor) -> None:
+def test_it_gives_what_the_reward_gives(reward: Reward, images: Tensor):
     metadata = [{"count": row} for row in range(3)]
     rewards, info = reward.as_reward_fn()(images, PROMPTS, metadata)
     expected = reward(images, list(PROMPTS))
@@ -51,10 +49,9 @@ def test_it_gives_what_the_reward_gives(reward: Reward, images: Tensor) -> None:
     for name, column in {"quality": expected.quality, "correspondence": expected.correspondence}.items():
         assert (info[name].dtype, info[name].shape) == (np.float32, (3,))
         np.testing.assert_allclose(info[name], column.numpy(), rtol=1e-6)
-    assert all(isinstance(column, np.ndarray) and column.shape == (3,) for column in info.values())
 
 
-def test_every_form_of_the_same_images_is_the_same(images: Tensor, eight_bits: np.ndarray) -> None:
+def test_every_form_of_the_same_images_is_the_same(images: Tensor, eight_bits: np.ndarray):
     seen: list[Tensor] = []
     forms: dict[str, Any] = {
         "float NCHW": images,
@@ -69,34 +66,31 @@ def test_every_form_of_the_same_images_is_the_same(images: Tensor, eight_bits: n
         torch.testing.assert_close(seen[-1], images, rtol=0, atol=1e-7, msg=name)
 
 
-def test_gradients_pass_where_the_images_want_them(images: Tensor) -> None:
-    """AlignProp calls the same form and goes backward through it."""
+def test_gradients_pass_where_the_images_want_them(images: Tensor):
     own = images.clone().requires_grad_()
-    rewards, info = RewardFn(brightness)(own, PROMPTS, {})
+    rewards, _ = RewardFn(brightness)(own, PROMPTS, {})
     rewards.sum().backward()
     assert own.grad is not None
     torch.testing.assert_close(own.grad, torch.full_like(own, 1 / (3 * 40 * 48)))
-    assert isinstance(info["quality"], np.ndarray)
     with torch.no_grad():
         assert not RewardFn(brightness)(own, PROMPTS)[0].requires_grad
 
 
-def test_a_composite_lists_the_totals_of_its_members(images: Tensor) -> None:
+def test_a_composite_lists_the_totals_of_its_members(images: Tensor):
     def red(images: Tensor, prompts: list[str]) -> RewardOutput:
         return RewardOutput(total=images[:, 0].mean(dim=(1, 2)), quality=images[:, 1].mean(dim=(1, 2)))
 
     reference = {"brightness": torch.tensor([0.0, 1.0]), "red": torch.tensor([0.0, 2.0])}
     composite = CompositeReward({"brightness": brightness, "red": red}, reference=reference)
     rewards, info = composite.as_reward_fn()(images, PROMPTS, [{}] * 3)
-    pixels = images.numpy()
-    bright, reddish = pixels.mean(axis=(1, 2, 3)), pixels[:, 0].mean(axis=(1, 2))
+    bright, reddish = images.numpy().mean(axis=(1, 2, 3)), images[:, 0].numpy().mean(axis=(1, 2))
     np.testing.assert_allclose(info["details/brightness"], bright, rtol=1e-5)
     np.testing.assert_allclose(info["details/red"], reddish, rtol=1e-5)
     scaled = [(bright - 0.5) / 0.5**0.5, (reddish - 1) / 2**0.5]
     np.testing.assert_allclose(rewards.numpy(), np.mean(scaled, axis=0), rtol=1e-4)
 
 
-def test_it_has_a_name_and_can_be_sent_to_another_process(reward: Reward, images: Tensor) -> None:
+def test_it_has_a_name_and_can_be_sent_to_another_process(reward: Reward, images: Tensor):
     assert reward.as_reward_fn().__name__ == "compact"
     reference = {"brightness": torch.tensor([0.0, 1.0])}
     score = CompositeReward({"brightness": brightness}, reference=reference).as_reward_fn()
@@ -109,21 +103,11 @@ def test_it_has_a_name_and_can_be_sent_to_another_process(reward: Reward, images
     ("given", "message"),
     [
         (torch.zeros(2, 32, 32, 3), "channels-last"),
-        (np.zeros((32, 32, 3), np.uint8), "expected a batch of 4 dimensions, got shape"),
         ([Image.new("RGB", (32, 32)), Image.new("RGB", (48, 32))], "all of one size, got 32 x 32, 48 x 32 px"),
-        ([Image.new("RGB", (32, 32)), np.full((32, 32, 3), 200.0)], r"images\[1\]: .*divide 8-bit values by 255"),
         ([], "at least one image"),
+        ("images", "got str"),
     ],
 )
-def test_images_that_cannot_be_a_batch_are_refused(reward: Reward, given: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_images_that_cannot_be_a_batch_are_refused(reward: Reward, given: Any, message: str):
+    with pytest.raises((TypeError, ValueError), match=message):
         reward.as_reward_fn()(given, ["a dog", "a cat"], None)
-
-
-def test_what_is_no_collection_of_images_is_refused(reward: Reward) -> None:
-    with pytest.raises(TypeError, match="got str"):
-        reward.as_reward_fn()("images", ["a dog"], None)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match=r"images\[0\]: .*got NoneType"):
-        reward.as_reward_fn()([None], ["a dog"], None)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="expected a Reward or a function"):
-        RewardFn("compact")  # pyright: ignore[reportArgumentType]

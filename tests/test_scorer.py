@@ -16,17 +16,10 @@ from aigiqa_reward.types import PromptError
 
 
 def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
-    """A reward whose scores are known: the mean of an image's values."""
     return images.mean(dim=(1, 2, 3))
 
 
-def word_count(images: Tensor, prompts: list[str]) -> Tensor:
-    """A reward that needs prompts: brightness and the number of words."""
-    return images.mean(dim=(1, 2, 3)) + torch.tensor([float(len(prompt.split())) for prompt in prompts])
-
-
 def detailed(images: Tensor, prompts: list[str] | None) -> RewardOutput:
-    """A reward with every kind of output, among them maps of the images' own sizes."""
     red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
     return RewardOutput(
         total=red,
@@ -37,8 +30,6 @@ def detailed(images: Tensor, prompts: list[str] | None) -> RewardOutput:
 
 
 class Channels(nn.Module):
-    """A trainable reward: a weighted sum of the channels' means."""
-
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(3, 1)
@@ -48,7 +39,6 @@ class Channels(nn.Module):
 
 
 def random_image(height: int, width: int, seed: int) -> np.ndarray:
-    """(H, W, 3) uint8, brighter for larger seeds."""
     return np.random.default_rng(seed).integers(10 * seed, 10 * seed + 100, (height, width, 3), dtype=np.uint8)
 
 
@@ -63,9 +53,6 @@ def arrays() -> list[np.ndarray]:
 @pytest.fixture
 def means(arrays) -> np.ndarray:
     return np.array([array.mean() / 255 for array in arrays])
-
-
-# --------------------------------------------------------------------------------------------- inputs
 
 
 def test_mixed_types_and_sizes_are_scored_in_order(arrays, means, tmp_path):
@@ -86,28 +73,19 @@ def test_mixed_types_and_sizes_are_scored_in_order(arrays, means, tmp_path):
     assert output.correspondence is None
 
 
-def test_a_batch_tensor_is_scored_as_the_reward_scores_it():
-    reward, images = Channels(), torch.rand(5, 3, 24, 32)
-    expected = reward(images, None).detach()
-    torch.testing.assert_close(Scorer(reward, batch_size=2).score(images).total, expected)
-    torch.testing.assert_close(Scorer(reward).score(images.permute(0, 2, 3, 1).numpy()).total, expected)
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_prompts_follow_their_images_through_batches_of_one_size(arrays, means, batch_size):
     counts, sizes = [4, 1, 2, 6, 3, 5, 7], []
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         sizes.append(len(images))
-        return word_count(images, prompts)
+        return images.mean(dim=(1, 2, 3)) + torch.tensor([float(len(prompt.split())) for prompt in prompts])
 
     prompts = tuple(" ".join(["word"] * count) for count in counts)
     output = Scorer(reward, batch_size=batch_size).score(arrays, prompts)
     np.testing.assert_allclose(output.total.numpy(), means + counts, atol=1e-5)
     assert max(sizes) <= batch_size
     assert sum(sizes) == len(arrays)
-    output = Scorer(reward, batch_size=batch_size).score(arrays, "a small cat")
-    np.testing.assert_allclose(output.total.numpy(), means + 3, atol=1e-5)
 
 
 def test_every_part_of_the_output_keeps_the_order(arrays):
@@ -138,18 +116,12 @@ def test_stream_yields_each_result_as_soon_as_its_batch_is_scored(arrays, means)
     np.testing.assert_allclose([float(result.output.total) for result in (first, *rest)], means, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------- prompts
-
-
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [
         (["a cat"], ValueError, "expected one per input, got 1 prompts for 7 inputs"),
-        ([], ValueError, "empty list"),
-        ("  ", ValueError, r"prompts\[0\] is empty"),
         (["a cat"] * 6 + [""], ValueError, r"prompts\[6\] is empty"),
         (["a cat"] * 6 + [None], TypeError, r"prompts\[6\]: expected a string, got NoneType"),
-        ({"a cat"}, TypeError, "expected a list of strings, got set"),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused_before_scoring(arrays, prompts, error, message):
@@ -158,15 +130,6 @@ def test_prompts_that_do_not_fit_are_refused_before_scoring(arrays, prompts, err
 
     with pytest.raises(error, match=f"prompts.*{message}|{message}"):
         Scorer(reward).stream(arrays, prompts)  # at once, not at the first result
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 7])
-def test_rewards_score_encoded_prompts_in_the_images_order(arrays, means, batch_size):
-    counts = [4, 1, 2, 4, 1, 2, 4]
-    output = Scorer(Lengths(), batch_size=batch_size).score(arrays, ["a" * count for count in counts])
-    np.testing.assert_allclose(output.quality.numpy(), means, atol=1e-5)
-    assert output.correspondence.tolist() == counts
-    np.testing.assert_allclose(output.total.numpy(), means + counts, atol=1e-5)
 
 
 def test_one_prompt_is_encoded_once_for_all_batches_and_none_gives_quality_alone(arrays, means):
@@ -178,55 +141,30 @@ def test_one_prompt_is_encoded_once_for_all_batches_and_none_gives_quality_alone
     np.testing.assert_allclose(output.total.numpy(), means, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------- unreadable inputs
-
-
 @pytest.fixture
 def damaged(arrays, tmp_path) -> list[Any]:
-    """The arrays with inputs 0, 3 and 6 replaced by what cannot be read."""
     (tmp_path / "text.png").write_text("no image")
     return [tmp_path / "absent.png", *arrays[1:3], tmp_path / "text.png", *arrays[4:6], np.zeros((8, 8, 3))]
 
 
-def test_unreadable_inputs_raise_an_error_that_carries_all_other_scores(damaged, means):
+def test_unreadable_inputs_raise_an_error_that_carries_all_other_scores_or_are_nan_on_request(damaged, means):
     with pytest.raises(
         ScoringError, match=r"3 could not be read, the first is inputs\[0\]: .*absent.*\.output"
     ) as caught:
         Scorer(brightness, batch_size=2).score(damaged)
-    assert isinstance(caught.value, ValueError)
     assert caught.value.errors.keys() == {0, 3, 6}
-    assert "not an image file" in caught.value.errors[3]
     assert "at least 16 px" in caught.value.errors[6]
     assert caught.value.output is not None
-    readable = [1, 2, 4, 5]
-    np.testing.assert_allclose(caught.value.output.total[readable].numpy(), means[readable], atol=1e-5)
-    assert caught.value.output.total[[0, 3, 6]].isnan().all()
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 7])
-def test_unreadable_inputs_are_nan_on_request(damaged, batch_size):
+    means[[0, 3, 6]] = np.nan
+    np.testing.assert_allclose(caught.value.output.total.numpy(), means, atol=1e-5)
     expected = [True, False, False, True, False, False, True]
-    output = Scorer(detailed, batch_size=batch_size).score(damaged, on_error="nan")
+    output = Scorer(detailed, batch_size=3).score(damaged, on_error="nan")
     for scores in (output.total, output.quality, output.correspondence, output.details["gate"]):
         assert scores.isnan().tolist() == expected
-    results = list(Scorer(brightness, batch_size=2).stream(damaged))
-    assert [result.output is None for result in results] == expected
-    assert [result.error is not None for result in results] == expected
 
 
-def test_nothing_readable_at_all(tmp_path):
-    absent = [tmp_path / "a.png", tmp_path / "b.png"]
-    with pytest.raises(ScoringError, match="2 could not be read") as caught:
-        Scorer(brightness).score(absent)
-    assert caught.value.output is None
-    output = Scorer(brightness).score(absent, on_error="nan")
-    assert output.total.isnan().tolist() == [True, True]
-    assert output.quality.isnan().all()
-
-
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_an_input_whose_prompt_cannot_be_read_is_reported_and_the_others_scored(arrays, means, batch_size):
-    scorer = Scorer(Lengths(), batch_size=batch_size)
+def test_an_input_whose_prompt_cannot_be_read_is_reported_and_the_others_scored(arrays, means):
+    scorer = Scorer(Lengths(), batch_size=3)
     prompts = ["aa", "?", "ccc", "??"]
     output = scorer.score(arrays[:4], prompts, on_error="nan")
     assert output.correspondence is not None
@@ -240,30 +178,12 @@ def test_an_input_whose_prompt_cannot_be_read_is_reported_and_the_others_scored(
         scorer.stream(arrays, "?")  # at once: the argument is at fault, not an input
 
 
-def test_files_that_turn_out_damaged_while_decoding_lose_no_scores(arrays, means, tmp_path):
-    Image.fromarray(np.tile(arrays[3], (4, 4, 1))).save(tmp_path / "whole.jpg")
-    whole = (tmp_path / "whole.jpg").read_bytes()
-    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
-    with Image.open(tmp_path / "half.jpg") as opened:
-        inputs = [arrays[0], opened, "a prompt " * 1000, arrays[1]]
-        output = Scorer(brightness).score(inputs, on_error="nan")
-    assert output.total.isnan().tolist() == [False, True, True, False]
-    np.testing.assert_allclose(output.total[[0, 3]].numpy(), means[:2], atol=1e-5)
-
-
-# --------------------------------------------------------------------------------------------- arguments and results
-
-
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
         ([], ValueError, "at least one image, got none"),
-        (torch.rand(0, 3, 20, 20), ValueError, "at least one image, got none"),
         ("image.png", TypeError, "list of images.*got str; wrap a single image in a list"),
-        (Image.new("RGB", (20, 20)), TypeError, "got Image; wrap a single image in a list"),
-        (torch.rand(3, 20, 20), ValueError, r"got shape \(3, 20, 20\); wrap a single image in a list"),
-        (iter([]), TypeError, "got list_iterator"),
-        (None, TypeError, "got NoneType"),
+        (torch.rand(3, 20, 20), ValueError, r"got shape \(3, 20, 20\); wrap one image in a list"),
     ],
 )
 def test_inputs_that_are_no_list_of_images_are_refused(inputs, error, message):
@@ -274,25 +194,12 @@ def test_inputs_that_are_no_list_of_images_are_refused(inputs, error, message):
 def test_settings_are_checked(arrays):
     with pytest.raises(TypeError, match=r"reward: expected a Reward or a function.*got str"):
         Scorer("compact")
-    for batch_size, error in ((0, ValueError), (2.0, TypeError), (True, TypeError)):
-        with pytest.raises(error, match="batch_size: expected an integer of at least 1"):
-            Scorer(brightness, batch_size=batch_size)
+    with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1"):
+        Scorer(brightness, batch_size=0)
     with pytest.raises(ValueError, match="on_error: expected 'raise' or 'nan', got 'ignore'"):
         Scorer(brightness).score(arrays, on_error="ignore")
     with pytest.raises(ValueError, match=r"returned scores of shape \(\) for 1 images; expected \(1,\)"):
         Scorer(lambda images, prompts: images.mean()).score([np.zeros((20, 20, 3))])
-
-
-def test_errors_of_the_reward_are_not_taken_for_unreadable_images(arrays):
-    def reward(images: Tensor, prompts: None) -> Tensor:
-        raise ValueError("the reward itself failed")
-
-    with pytest.raises(ValueError, match="the reward itself failed") as caught:
-        Scorer(reward).score(arrays, on_error="nan")
-    assert not isinstance(caught.value, ScoringError)
-
-
-# --------------------------------------------------------------------------------------------- gradients
 
 
 def test_scoring_builds_no_graph_and_its_scores_are_ordinary_tensors(arrays):

@@ -24,7 +24,6 @@ HALVE = Halving(at=(0.34, 0.67), keep=0.5)
 
 
 def corner(images: Tensor, prompts: list[str]) -> Tensor:
-    """Redness of a corner: differences between seeds are far above rounding."""
     assert len(prompts) == len(images)
     return images[:, 0, :4, :4].mean(dim=(1, 2))
 
@@ -34,7 +33,6 @@ def make(pipe: Any, n: int = 8, **arguments: Any) -> BestOfN:
 
 
 def count_rows(module: torch.nn.Module) -> list[int]:
-    """Rows of all forwards from now on."""
     rows: list[int] = []
     module.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
@@ -48,11 +46,7 @@ def pixels_of(image: Any) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def sd() -> Any:
-    """Without guidance a row is a call."""
     return pipelines.stable_diffusion()
-
-
-# --------------------------------------------------------------------------------------------- halving
 
 
 @pytest.mark.parametrize(
@@ -77,7 +71,6 @@ FAST = ("z_image", "qwen_image", "pixart_sigma")
     "family", [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in CURRENT_FAMILIES]
 )
 def test_winners_of_the_current_families_are_the_images_of_their_seeds(family):
-    """Plain and pruned; zero-order search's, of their noise."""
     pipe, call = CURRENT_FAMILIES[family](), {**CURRENT_CALL[family], **GUIDED.get(family, {})}
     for arguments in ({}, {"pruning": Halving(at=(0.5,), keep=0.5)}, {"search": "zero_order"}):
         found = make(pipe, n=3, **arguments)(PROMPT, seed=5, **call)
@@ -103,7 +96,9 @@ def test_histories_and_noise_follow_the_survivors(sd, scheduler):
 
 def test_previews_are_the_decoded_clean_latents_and_decide_what_is_kept(sd):
     call = {**CALL, "guidance_scale": 1.0}
+    rows = count_rows(sd.unet)
     found = make(sd, pruning=HALVE, batch_size=3)(PROMPT, seed=5, **call)
+    rows = list(rows)
     rollout = Rollout(sd, **call)
     seeds = range(5, 13)
     with torch.no_grad():
@@ -124,14 +119,7 @@ def test_previews_are_the_decoded_clean_latents_and_decide_what_is_kept(sd):
         second
     )
     assert not found.dropped
-
-
-def test_calls_are_what_the_plan_says_and_what_the_denoiser_saw():
-    pipe = pipelines.stable_diffusion()
-    rows = count_rows(pipe.unet)
-    found = make(pipe, n=16, pruning="halving", batch_size=5)(PROMPT, **{**CALL, "guidance_scale": 1.0})
-    assert found.denoiser_calls == sum(rows) == Halving().calls(16, 6)
-    assert found.denoiser_calls < 0.6 * 16 * 6
+    assert found.denoiser_calls == sum(rows) == HALVE.calls(8, 6)
 
 
 def test_candidates_with_bad_previews_are_dropped_and_the_others_continue(sd):
@@ -140,7 +128,6 @@ def test_candidates_with_bad_previews_are_dropped_and_the_others_continue(sd):
         return torch.where(scores == scores.max(), torch.inf, scores)  # one of each chunk of 4, 4, and then 3
 
     def held() -> int:
-        """Latents of single candidates that are anywhere."""
         gc.collect()
         tensors = [o for o in gc.get_objects() if type(o) is Tensor and not o.is_nested]  # those have no shape
         return sum(tensor.shape == (1, 4, SIDE // 2, SIDE // 2) for tensor in tensors)
@@ -177,18 +164,15 @@ def test_pruned_candidates_take_the_place_of_those_that_are_flagged_at_the_end(m
     assert one.denoiser_calls == HALVE.calls(8, 3) + 3 - one.previews[one.seeds[0]][-1].step
     with pytest.warns(UserWarning, match="candidates were dropped"):
         many = make(pipe, top_k=5, pruning=HALVE)(PROMPT, **call)
-    with pytest.warns(UserWarning, match="candidates were dropped"):
-        best = make(pipe, top_k=5)(PROMPT, **call)
     assert len(many.seeds) == 5
-    assert set(many.dropped) <= set(best.dropped) == set(flagged)
+    assert set(many.dropped) <= set(flagged)
     for found in (one, many):
         for seed, image in zip(found.seeds, found.images, strict=True):
             assert np.abs(pixels_of(image) - images[seed]).max() <= 2
 
 
-@pytest.mark.parametrize("part", ["denoiser", "decoder", "reward"])
+@pytest.mark.parametrize("part", ["denoiser", pytest.param("decoder", marks=pytest.mark.slow), "reward"])
 def test_a_chunk_out_of_memory_is_halved_and_seeds_hold(part):
-    """With a sampler that has drawn noise before the memory runs out: in every round, the last one too."""
     pipe = pipelines.stable_diffusion()
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     call = {**CALL, "guidance_scale": 1.0}
@@ -220,9 +204,7 @@ def test_a_chunk_out_of_memory_is_halved_and_seeds_hold(part):
 
 @pytest.mark.parametrize("search", ["halving", "zero_order", "particles", "noise"])
 def test_final_images_bear_the_watermark_of_the_pipeline_and_previews_do_not(search):
-    """An object of the interface of diffusers' StableDiffusionXLWatermarker: images in [-1, 1], not clamped."""
-
-    class Watermarker:
+    class Watermarker:  # of diffusers' StableDiffusionXLWatermarker's interface: images in [-1, 1], not clamped
         rows = 0
 
         def apply_watermark(self, images: Tensor) -> Tensor:
@@ -232,27 +214,18 @@ def test_final_images_bear_the_watermark_of_the_pipeline_and_previews_do_not(sea
     pipe = pipelines.stable_diffusion_xl()
     pipe.watermark = Watermarker()
     call = {**CALL, "num_inference_steps": 2, "guidance_scale": 1.0}
-    if search == "halving":
-        found = make(pipe, n=3, pruning=Halving(at=(0.5,), keep=0.5))(PROMPT, **call)
-    elif search == "zero_order":
-        found = make(pipe, n=3, search="zero_order")(PROMPT, **call)
-    elif search == "particles":
-        found = ParticleSteering(pipe, corner, particles=3, progress=False)(PROMPT, **call)
-    else:
-        found = NoiseOptimizer(pipe, corner, iterations=1, progress=False)(PROMPT, **call)
+    found = {
+        "halving": make(pipe, n=3, pruning=Halving(at=(0.5,), keep=0.5)),
+        "zero_order": make(pipe, n=3, search="zero_order"),
+        "particles": ParticleSteering(pipe, corner, particles=3, progress=False),
+        "noise": NoiseOptimizer(pipe, corner, iterations=1, progress=False),
+    }[search](PROMPT, **call)
     assert pipe.watermark.rows == {"halving": 2, "noise": 1}.get(search, 3)
     if search == "particles":  # no seed makes it again
-        pipe.watermark = None
-        bare = pixels_of(ParticleSteering(pipe, corner, particles=3, progress=False)(PROMPT, **call).images[0])
-        inside = (bare > 0) & (bare < 255)  # in [0, 1] the mark is x / 2 + 3 / 8
-        assert np.abs(pixels_of(found.images[0]) - (bare / 2 + 255 * 3 / 8))[inside].max() <= 2
         return
     own = {} if found.noises is None else {"latents": found.noises[0]}
     made = pipe(PROMPT, generator=torch.Generator().manual_seed(found.seeds[0]), **own, **call).images[0]
     assert np.abs(pixels_of(found.images[0]) - pixels_of(made)).max() <= 2
-
-
-# --------------------------------------------------------------------------------------------- zero order
 
 
 def test_zero_order_search_continues_from_the_best_noise(sd, monkeypatch):
@@ -282,17 +255,6 @@ def test_zero_order_search_continues_from_the_best_noise(sd, monkeypatch):
         assert (np.abs(pixels_of(found.images[0]) - pixels_of(again)).max() <= 2) == drawn
 
 
-def test_radius_one_is_random_search(sd):
-    plain = make(sd, n=6, top_k=6)(PROMPT, **CALL)
-    walk = make(sd, n=6, top_k=6, search=ZeroOrder(neighbors=2, radius=1.0))(PROMPT, **CALL)
-    assert walk.seeds == plain.seeds
-    assert walk.scores == pytest.approx(plain.scores, abs=1e-4)
-    assert walk.denoiser_calls == 6 * 6
-
-
-# --------------------------------------------------------------------------------------------- diverse
-
-
 @pytest.mark.slow
 def test_diverse_winners_are_among_the_best_and_farther_apart():
     pipe = load_embedded_pipeline()
@@ -314,9 +276,6 @@ def test_diverse_winners_are_among_the_best_and_farther_apart():
         return min(np.linalg.norm(a - b) for i, a in enumerate(small) for b in small[:i])
 
     assert narrowest(wide.images) > narrowest(plain.images)
-
-
-# --------------------------------------------------------------------------------------------- refusals
 
 
 def test_what_our_loop_does_not_support_is_refused_by_name(sd):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from plain import stir
 from test_model_contract import _leaves_global_randomness_alone as _leaves_global_randomness_alone
-from test_model_contract import scenes
+from test_model_contract import assert_gradient_equals_differences, scenes
 from torch import Tensor
 
 from aigiqa_reward.models.base import ModelOutput, TrainedModel
@@ -101,43 +101,17 @@ def tensors(output: ModelOutput) -> dict[str, Tensor]:
 
 
 def test_pixel_gradient_equals_central_differences(exact: TrainedModel) -> None:
-    images = scenes(1, 96, 80).double().requires_grad_()
-    prompts = exact.encode_prompts(PROMPTS[:1])
-    context = exact.prepare(images.detach(), prompts)
+    images, prompts = scenes(1, 96, 80), exact.encode_prompts(PROMPTS[:1])
+    context = exact.prepare(images.double(), prompts)
 
     def total(batch: Tensor) -> Tensor:
         output = exact(batch, prompts, context)
-        assert output.correspondence is not None
         return (output.quality + output.correspondence).sum()
 
-    (gradient,) = torch.autograd.grad(total(images), images)
-    assert gradient.norm() > 1e-6
-    generator, step = torch.Generator().manual_seed(1), 1e-5
-    with torch.no_grad():
-        for direction in (gradient, torch.randn(images.shape, generator=generator, dtype=torch.float64)):
-            direction = direction / direction.norm()
-            numeric = (total(images + step * direction) - total(images - step * direction)) / (2 * step)
-            analytic = (gradient * direction).sum()
-            assert abs(float(numeric - analytic)) <= 1e-4 * abs(float(analytic)) + 1e-8
-
-
-def test_each_aspect_reaches_the_pixels_and_contexts_have_no_gradient(model: TrainedModel) -> None:
-    images = scenes(1, 64, 64).requires_grad_()
-    output = score(model, images, PROMPTS[:1])
-    assert output.correspondence is not None
-    gradients = [
-        torch.autograd.grad(part.sum(), images, retain_graph=True)[0]
-        for part in (output.quality, output.correspondence)
-    ]
-    assert min(float(gradient.norm()) for gradient in gradients) > 1e-6
-    context = model.prepare(images, model.encode_prompts(PROMPTS[:1]))
-    assert not any(tensor.requires_grad for tensor in (context or {}).values())
-    again = score(model, images, PROMPTS[:1], context=context)
-    assert torch.allclose(torch.autograd.grad(again.quality.sum(), images)[0], gradients[0], atol=1e-7)
+    assert_gradient_equals_differences(total, images)
 
 
 def test_training_reaches_every_part_of_the_head(model: TrainedModel) -> None:
-    """From stored features, as trainings do; the towers stay out of the graph."""
     trained = build(model.name)
     trained.head.requires_grad_(True)
     images = scenes(3, 80, 96)
@@ -173,30 +147,6 @@ def test_rows_do_not_depend_on_their_batch(model: TrainedModel) -> None:
 
 
 @torch.no_grad()
-def test_quality_does_not_depend_on_prompts(model: TrainedModel) -> None:
-    images = scenes(1, 96, 96).expand(2, -1, -1, -1)
-    without = score(model, images, None)
-    second = score(model, images, PROMPTS[:2])
-    assert without.correspondence is None
-    assert torch.allclose(without.quality, second.quality, atol=1e-6)
-    assert second.correspondence is not None
-    assert abs(float(second.correspondence[0] - second.correspondence[1])) > 1e-4
-    assert not model.needs_prompts
-
-
-@torch.no_grad()
-def test_float64_throughout(exact: TrainedModel, request: pytest.FixtureRequest) -> None:
-    images = scenes(2, 64, 80)
-    found = tensors(score(exact, images.double(), PROMPTS[:2]))
-    single = tensors(score(build(exact.name), images, PROMPTS[:2]))
-    for name, value in found.items():
-        assert value.dtype in (torch.float64, torch.bool), name
-        assert single[name].dtype in (torch.float32, torch.bool), name
-        assert torch.allclose(value.float(), single[name].float(), rtol=1e-3, atol=1e-3), name
-    assert len({t.dtype for t in exact.state_dict().values() if t.is_floating_point()}) == 1
-
-
-@torch.no_grad()
 def test_features_can_be_stored_and_scored_later(model: TrainedModel) -> None:
     images = scenes(2, 96, 72)
     prompts = model.encode_prompts(PROMPTS[:2])
@@ -225,7 +175,6 @@ def test_a_digest_serves_any_prompt(model: TrainedModel) -> None:
 
 @torch.no_grad()
 def test_feature_settings_are_those_that_change_the_features(model: TrainedModel) -> None:
-    """Stored features are identified by them, so none may be missing."""
     views, config = [scenes(1, 96, 80), scenes(1, 300, 280)], model.config
 
     def features(**changes: Any) -> list[Tensor]:

@@ -73,24 +73,18 @@ def raw_scores(trained: Any, rows: np.ndarray) -> list[np.ndarray]:
     return [part for part in scores if part is not None]
 
 
-def every(images: ScoredImages) -> np.ndarray:
-    return np.arange(len(images))
-
-
 def outputs(reward: Reward, images: ScoredImages) -> list[np.ndarray]:
     scores = Scorer(reward, batch_size=16).score(list(images.paths), list(images.prompts))
     assert scores.correspondence is not None
     return [scores.quality.numpy(), scores.correspondence.numpy()]
 
 
-# --------------------------------------------------------------------------------------------- one training
-
-
 def test_a_trained_reward_loads_with_the_scores_it_was_judged_by(
     images: ScoredImages, plan: Planned, trained: tuple[Trained, Path]
 ) -> None:
     split, (first, folder) = split_rows(images, seed=0), trained
-    found, expected = outputs(create_reward("mst_clipiqa", weights=folder), images), raw_scores(first, every(images))
+    found = outputs(create_reward("mst_clipiqa", weights=folder), images)
+    expected = raw_scores(first, np.arange(len(images)))
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-3)  # the features of the second were stored as float16
     for x, y in zip(found, outputs(first.reward, images), strict=True):
@@ -101,12 +95,8 @@ def test_a_trained_reward_loads_with_the_scores_it_was_judged_by(
         assert np.abs(x[split.train] - shares).mean() < np.abs(shares.mean() - shares).mean() / 1.5
     longer = plan(recipe=replace(QUICK, epochs=12))
     assert train(longer, images, split, folder, progress=False).result == first.result, "there is nothing left to do"
-    assert {file.name for file in folder.iterdir()} >= {
-        "checkpoint",
-        "config.json",
-        "model.safetensors",
-        "training.json",
-    }
+    written = {file.name for file in folder.iterdir()}
+    assert written >= {"checkpoint", "config.json", "model.safetensors", "training.json"}
 
 
 def test_the_record_says_what_was_done(images: ScoredImages, plan: Planned, tmp_path: Path) -> None:
@@ -116,9 +106,7 @@ def test_the_record_says_what_was_done(images: ScoredImages, plan: Planned, tmp_
     own = plan(seed=4, cache=tmp_path / "store", recipe=replace(QUICK, epochs=2))
     trained = train(own, images, whole_split(images), tmp_path / "out", progress=False)
     record = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert record["plan"]["name"] == "mst_clipiqa"
-    assert record["plan"]["seed"] == 4
-    assert record["plan"]["settings"] == own.settings
+    assert record["plan"] == {"name": "mst_clipiqa", "preset": None, "settings": own.settings, "seed": 4}
     assert Recipe(**record["recipe"]) == own.recipe
     assert record["result"]["history"] == list(trained.result.history)
     assert [entry["path"] for entry in record["unreadable"]] == [str(broken)]
@@ -127,9 +115,7 @@ def test_the_record_says_what_was_done(images: ScoredImages, plan: Planned, tmp_
 
 @pytest.mark.slow
 def test_fine_tuned_towers_are_saved_as_they_score(images: ScoredImages, plan: Planned, tmp_path: Path) -> None:
-    recipe = Recipe(
-        loss="mae", learning_rate=2e-3, batch_size=8, epochs=3, schedule="constant", crops=2, train_towers=True
-    )
+    recipe = replace(QUICK, loss="mae", learning_rate=2e-3, epochs=3, crops=2, train_towers=True)
     part = images.subset(np.arange(36))
     trained = train(plan("tsp_mgs", recipe=recipe), part, whole_split(part), tmp_path, progress=False)
     loaded = create_reward("tsp_mgs", weights=tmp_path)
@@ -147,19 +133,14 @@ def test_a_trained_reward_can_be_trained_further(
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", [replace(QUICK, loss="pairwise"), replace(QUICK, loss="none", rank_weight=1.0)])
-def test_losses_of_order_alone_end_on_the_human_scale(images: ScoredImages, plan: Planned, recipe: Recipe) -> None:
+def test_losses_of_order_alone_end_on_the_human_scale(images: ScoredImages, plan: Planned) -> None:
     split = split_rows(images, seed=0)
-    trained = train(plan(recipe=recipe), images, split, None, progress=False)
-    people = images.quality, images.correspondence
-    for raw, aspect, scores in zip(
-        raw_scores(trained, split.train), ("quality", "correspondence"), people, strict=True
-    ):
-        line = linregress(raw, scores[split.train] / scores[split.train].max())
+    trained = train(plan(recipe=replace(QUICK, loss="pairwise")), images, split, None, progress=False)
+    for raw, aspect in zip(raw_scores(trained, split.train), ("quality", "correspondence"), strict=True):
+        scores = getattr(images, aspect)[split.train]
+        line = linregress(raw, scores / scores.max())
         found = getattr(trained.reward.calibration, aspect).tolist()
         assert found == pytest.approx([line.slope, line.intercept], rel=1e-4)
-        calibrated = trained.reward.calibration(torch.from_numpy(raw), aspect).numpy()
-        assert (np.diff(calibrated[np.argsort(raw)]) >= 0).all()
 
 
 def test_preferences_keep_the_scale_of_the_reward_they_refine(
@@ -167,16 +148,12 @@ def test_preferences_keep_the_scale_of_the_reward_they_refine(
 ) -> None:
     reward = Reward(plan().build(), get_reward_spec("mst_clipiqa"))
     reward.calibration.quality.copy_(torch.tensor([0.2, 0.5]))
-    reward.calibration.correspondence.copy_(torch.tensor([0.1, 0.3]))
     reward.save_pretrained(tmp_path / "former")
     pairs = PreferencePairs(prompts=images.prompts[:30], better=images.paths[:30], worse=images.paths[30:60])
-    further = TrainingPlan(
-        name="mst_clipiqa", init=tmp_path / "former", recipe=replace(QUICK, epochs=1), cache=plan().cache
-    )
+    further = plan(towers={}, settings={}, init=tmp_path / "former", recipe=replace(QUICK, epochs=1))
     trained = train(further, pairs, split_rows(pairs, seed=0), tmp_path / "new", progress=False)
     for again in (trained.reward, Reward.from_pretrained(tmp_path / "new")):
         assert torch.equal(again.calibration.quality, reward.calibration.quality)
-        assert torch.equal(again.calibration.correspondence, reward.calibration.correspondence)
     assert TrainingPlan(name="cpa_iqa").calibration()["quality"].tolist() == [1, 0]
     embedded = TrainingPlan(name="cpa_iqa", init="embedded").calibration()
     assert torch.equal(embedded["quality"], create_reward("cpa_iqa").calibration.quality)
@@ -185,14 +162,14 @@ def test_preferences_keep_the_scale_of_the_reward_they_refine(
 def test_too_few_images_to_choose_the_epoch_by_are_refused_before_features_are_computed(
     images: ScoredImages, plan: Planned, tmp_path: Path
 ) -> None:
-    few = images.subset(np.arange(18))
+    split = replace(split_rows(images, seed=0), validation=np.arange(0))
     with pytest.raises(ValueError, match=r"validation: expected at least 5 scored images.*got 0"):
-        train(plan(cache=tmp_path / "store"), few, replace(split_rows(few, seed=0), validation=np.arange(0)), None)
+        train(plan(cache=tmp_path / "store"), images, split, None)
     assert not (tmp_path / "store").exists()
 
 
 def test_calibration_never_turns_the_order_round(images: ScoredImages, trained: tuple[Trained, Path]) -> None:
-    first, rows = trained[0], every(images)
+    first, rows = trained[0], np.arange(len(images))
     assert isinstance(first.task, ScoreTask)
     reversed_task = ScoreTask(images, 1.2 - first.task.targets)
     for raw, target in zip(raw_scores(first, rows), reversed_task.targets.T, strict=True):
@@ -216,29 +193,11 @@ def test_a_failed_upload_says_that_the_reward_is_saved(
         train(longer, images, split, None, hub_model_id="mine")
 
 
-# --------------------------------------------------------------------------------------------- plans and splits
-
-
-def test_everything_is_trained_on_but_whole_groups_that_choose_the_epoch(images: ScoredImages) -> None:
-    pairs = PreferencePairs(prompts=images.prompts[1:], better=images.paths[1:], worse=images.paths[:-1])
-    for data in (images, pairs):
-        split = whole_split(data, seed=3)
-        assert len(split.test) == 0
-        assert sorted([*split.train, *split.validation]) == list(range(len(data)))
-        train_groups, held = ({data.groups[row] for row in part} for part in (split.train, split.validation))
-        assert not train_groups & held
-        assert len(held) == 2, "a tenth of 16"
-
-
 def test_plans_that_cannot_be_followed_are_refused(plan: Planned, tmp_path: Path) -> None:
     for arguments, message in (
-        ({"name": "compact"}, r"^init: the compact reward .*examples/train_compact.*--init embedded"),
+        ({"name": "compact"}, r"^init: expected 'embedded', .*got None; examples/train_compact fits it afresh"),
         ({"name": "tsp-mgs"}, r"^name: expected one of .*tsp_mgs.*'tsp-mgs'$"),
         ({"name": "tsp_mgs", "init": tmp_path, "preset": "paper"}, r"^init: .*preset nor towers"),
-        (
-            {"name": "tsp_mgs", "init": tmp_path, "towers": plan("tsp_mgs").towers},
-            r"^init: .*preset nor towers",
-        ),
     ):
         with pytest.raises(ValueError, match=message):
             TrainingPlan(**arguments)
@@ -260,13 +219,11 @@ def test_the_recipe_follows_from_the_towers(plan: Planned) -> None:
 
 def test_the_seed_draws_the_head_and_leaves_global_randomness_alone(plan: Planned) -> None:
     before = torch.random.get_rng_state()
-    first, second, other = (plan(seed=seed).build().head.state_dict() for seed in (1, 1, 2))
+    heads = [plan(seed=seed).build().head.state_dict().values() for seed in (1, 1, 2)]
+    first, second, other = ([tensor.tolist() for tensor in head] for head in heads)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not all(torch.equal(first[name], other[name]) for name in first)
+    assert first == second != other
 
-
-# --------------------------------------------------------------------------------------------- the protocol
 
 SETTINGS = ProtocolSettings(seeds=2, ablation_seeds=1, same_generator="one")
 ABLATION = next(iter(ABLATIONS["mst_clipiqa"]))
@@ -324,17 +281,6 @@ def test_the_report_holds_the_model_its_controls_and_its_ablation(
     above = [own > other for own, row in zip(kept["correspondence"], wrong, strict=True) for other in row]
     assert found[MODEL].right_prompt_auc == pytest.approx(np.mean(above), abs=0.01)
     assert found[MODEL].srcc > 0.5 > abs(found[RIDGE].srcc), "the image alone does not say which color is meant"
-
-
-@pytest.mark.slow
-def test_scores_of_one_aspect_are_reported_and_not_computed_again(
-    images: ScoredImages, plan: Planned, tmp_path: Path
-) -> None:
-    images = replace(images, quality=np.full(len(images), np.nan))
-    settings = ProtocolSettings(seeds=1, ablation_seeds=0, same_generator=None)
-    first = run_protocol(plan(), images, settings, tmp_path, title="blur", progress=False)
-    assert {entry.task for entry in first.scores} == {"correspondence"}
-    assert run_protocol(plan(), images, settings, tmp_path, title="blur", progress=False).as_dict() == first.as_dict()
 
 
 def test_ridge_sees_means_and_deviations_over_crops_and_places() -> None:

@@ -80,13 +80,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Recipe, str, int]] = {
     # system, settings, recipe, a module of every step, its calls in about two and a half epochs
     "noise": ("mst_clipiqa", {"bottleneck": 0.01}, replace(QUICK, mismatch_weight=0.3), "head.fusion", 15),
     "average": ("mst_clipiqa", {}, replace(QUICK, ema=0.9, optimizer="adam", rank_weight=1.0), "head.fusion", 15),
-    "crops": (
-        "tsp_mgs",
-        {"adapter_rank": 4, "words_in_quality": False},
-        replace(QUICK, crops=2, schedule="step"),
-        "head.adapters.quality.image",
-        15,
-    ),
     "towers": (
         "tsp_mgs",
         {},
@@ -140,7 +133,7 @@ def test_a_checkpoint_of_other_settings_is_refused(images: ScoredImages, clip: P
     assert {file: file.read_bytes() for file in (folder / "checkpoint").iterdir()} == before
 
 
-@pytest.mark.parametrize("damage", [b"", b"no checkpoint", None])
+@pytest.mark.parametrize("damage", [b"no checkpoint", None])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: bytes | None) -> None:
     numbers = {"epoch": 1, "best_epoch": 1, "best": 0.5, "history": [{"loss": 1.0}]}
     assert load_checkpoint(tmp_path / "checkpoint", {"seed": 0}) is None
@@ -151,40 +144,32 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: bytes | None) -> 
     file.write_bytes(file.read_bytes()[:-200] if damage is None else damage)
     with pytest.raises(WeightsError, match=r"checkpoint: .*state\.pt is damaged .*remove it to start again"):
         load_checkpoint(tmp_path / "checkpoint", {"seed": 0})
-    (tmp_path / "checkpoint" / "state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"folder: cannot read .*state\.json"):
-        load_checkpoint(tmp_path / "checkpoint", {"seed": 0})
 
 
-@pytest.mark.parametrize("writes", range(3))
-def test_a_write_that_is_cut_off_leaves_a_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
-) -> None:
-    """Every change of a name is a moment at which the process may end."""
-
+def test_a_write_that_is_cut_off_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save(epoch: int) -> None:
         state = {"epoch": epoch, "best_epoch": 1, "best": 0.5, "history": [], "model": {"a": torch.ones(2) * epoch}}
         save_checkpoint(tmp_path, state, {})
 
     save(1)
-    done, put = [0], Path.replace
+    put, left = Path.replace, [0]
 
     def change(self: Path, target: Path) -> Path:
-        if done[0] >= writes:
+        left[0] -= 1
+        if left[0] < 0:
             raise Interruption
-        done[0] += 1
         return put(self, target)
 
-    with monkeypatch.context() as patch, contextlib.suppress(Interruption):
-        patch.setattr(Path, "replace", change)
-        save(2)
-    found = load_checkpoint(tmp_path, {})
-    assert found is not None and found["epoch"] == (2 if writes == 2 else 1)
-    assert found["model"]["a"].tolist() == [found["epoch"]] * 2
-    assert {path.name for path in tmp_path.iterdir()} == {"state.json", "state.pt"}
+    for writes in range(3):  # every change of a name is a moment at which the process may end
+        left[0] = writes
+        with monkeypatch.context() as patch, contextlib.suppress(Interruption):
+            patch.setattr(Path, "replace", change)
+            save(2)
+        found = load_checkpoint(tmp_path, {})
+        assert found is not None and found["epoch"] == (2 if writes == 2 else 1)
+        assert found["model"]["a"].tolist() == [found["epoch"]] * 2
+        assert {path.name for path in tmp_path.iterdir()} == {"state.json", "state.pt"}
 
-
-# --------------------------------------------------------------------------------------------- processes
 
 SCRIPT = """
 import json, sys

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -72,18 +70,6 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-@contextmanager
-def hooked(module: Any, function: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(function)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-# --------------------------------------------------------------------------------------------- learning
-
-
 @pytest.mark.parametrize("ema", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_it_learns_to_rank_images_and_to_read_prompts(bench: Bench, ema: float) -> None:
     model, rows = tiny_model("mst_clipiqa", bench.clip), bench.split.test
@@ -99,8 +85,7 @@ def test_it_learns_to_rank_images_and_to_read_prompts(bench: Bench, ema: float) 
     assert min(agreement(bench.images.prompts)) > 0.6
     assert agreement(swapped)[1] < -0.3, "a picture fits the other color's prompts the less, the more it fits its own"
     assert result.best > 0.6
-    losses = [entry["loss"] for entry in result.history]
-    assert losses[-1] < losses[0] / 2
+    assert result.history[-1]["loss"] < result.history[0]["loss"] / 2
 
 
 def test_preferences_teach_which_image_is_better(bench: Bench) -> None:
@@ -117,7 +102,6 @@ def test_preferences_teach_which_image_is_better(bench: Bench) -> None:
 
 
 def test_other_prompts_are_pushed_below_an_images_own(bench: Bench) -> None:
-    """Where every picture has its prompt's color, scores alone teach no one to read; another prompt does."""
     fitting = np.flatnonzero(bench.images.correspondence > 0.5 + 4 * 0.6)
     split = Split(**{part: np.intersect1d(getattr(bench.split, part), fitting) for part in PARTS})
     prompts = bench.images.prompts, [other_color(prompt) for prompt in bench.images.prompts]
@@ -132,11 +116,9 @@ def test_other_prompts_are_pushed_below_an_images_own(bench: Bench) -> None:
 
 
 def test_prompts_that_are_held_out_are_not_seen_as_wrong_ones_either(bench: Bench) -> None:
-    held = set(bench.split.test)
-    words = {"red": "pink", "blue": "gray"}  # of the same length in tokens, so that padding stays the same to the bit
+    held, prompts = set(bench.split.test), bench.images.prompts  # words of as many tokens leave padding as it is
     prompts = tuple(
-        " ".join(words.get(word, word) for word in prompt.split()) if row in held else prompt
-        for row, prompt in enumerate(bench.images.prompts)
+        p.replace("red", "pink").replace("blue", "gray") if row in held else p for row, p in enumerate(prompts)
     )
     assert set(prompts) - set(bench.images.prompts)
     altered = ScoreTask.of(replace(bench.images, prompts=prompts), bench.split.train)
@@ -149,19 +131,6 @@ def test_prompts_that_are_held_out_are_not_seen_as_wrong_ones_either(bench: Benc
     assert not changed(*trained)
 
 
-def test_one_prompt_has_no_wrong_one(bench: Bench) -> None:
-    task = ScoreTask.of(replace(bench.images, prompts=("a red house",) * len(bench.images)), bench.split.train)
-    found = []
-    for weight in (0.0, 0.5):
-        model = tiny_model("mst_clipiqa", bench.clip)
-        bench.fit(model, replace(QUICK, mismatch_weight=weight, epochs=1), task=task)
-        found.append(weights(model))
-    assert not changed(*found)
-
-
-# --------------------------------------------------------------------------------------------- what changes
-
-
 @pytest.mark.parametrize(
     ("name", "settings"), [("tsp_mgs", {"adapter_rank": 4}), pytest.param("mst_clipiqa", {}, marks=pytest.mark.slow)]
 )
@@ -170,10 +139,8 @@ def test_frozen_towers_stay_as_they_were(bench: Bench, name: str, settings: dict
     before = weights(model)
     bench.fit(model, replace(QUICK, crops=2))
     moved = changed(before, weights(model))
-    assert moved
-    assert all(name.startswith("head.") for name in moved)
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert moved and all(name.startswith("head.") for name in moved)
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
 
 
 class FirstIsBest(ScoreTask):
@@ -200,13 +167,11 @@ def test_fine_tuned_towers_learn_images_and_texts_but_no_temperature(bench: Benc
     for tower in ("clip.visual.transformer", "clip.transformer", "clip.token_embedding", "clip.text_projection"):
         assert any(name.startswith(f"encoder.{tower}") for name in moved), tower
     assert "encoder.clip.logit_scale" not in moved
-    again = tiny_model("tsp_mgs", bench.clip)
+    again, image = tiny_model("tsp_mgs", bench.clip), torch.rand(2, 3, 40, 40)
     again.load_state_dict(model.state_dict())
     with torch.no_grad():
-        image = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
         first, second = (m(image, m.encode_prompts(["a red house"] * 2)) for m in (model, again))
-    assert torch.equal(first.quality, second.quality)
-    assert torch.equal(first.correspondence, second.correspondence)
+    assert torch.equal(first.quality, second.quality) and torch.equal(first.correspondence, second.correspondence)
 
 
 def test_batch_norms_learn_weights_and_keep_statistics(bench: Bench) -> None:
@@ -222,11 +187,8 @@ def test_batch_norms_learn_weights_and_keep_statistics(bench: Bench) -> None:
     assert not [name for name in moved if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
 
 
-# --------------------------------------------------------------------------------------------- order and chance
-
-
 def test_the_seed_decides_everything_and_global_randomness_is_left_alone(bench: Bench) -> None:
-    recipe, found = replace(QUICK, epochs=2, mismatch_weight=0.3), []
+    recipe, found = replace(QUICK, epochs=1, mismatch_weight=0.3), []
     for run, seed in enumerate((3, 3, 4)):
         model = tiny_model("mst_clipiqa", bench.clip, bottleneck=0.01)  # which draws noise in training
         with torch.random.fork_rng(devices=[]):
@@ -240,7 +202,7 @@ def test_the_seed_decides_everything_and_global_randomness_is_left_alone(bench: 
     assert changed(found[0][1], found[2][1])
 
 
-@pytest.mark.parametrize("batch_size", [7, 1000])
+@pytest.mark.parametrize("batch_size", [7, pytest.param(1000, marks=pytest.mark.slow)])
 def test_every_epoch_shows_every_example_once(bench: Bench, batch_size: int) -> None:
     model = tiny_model("mst_clipiqa", bench.clip)
     source, part = bench.source(model), bench.split.train[:33]
@@ -250,9 +212,9 @@ def test_every_epoch_shows_every_example_once(bench: Bench, batch_size: int) -> 
         if module.training:
             seen.append(inputs[0].detach().numpy().copy())
 
-    with hooked(model.head.fusion, note):
-        split = Split(train=part, validation=bench.split.validation, test=bench.split.test)
-        bench.fit(model, replace(QUICK, batch_size=batch_size, epochs=2), split=split, source=source)
+    model.head.fusion.register_forward_hook(note)
+    split = replace(bench.split, train=part)
+    bench.fit(model, replace(QUICK, batch_size=batch_size, epochs=2), split=split, source=source)
     assert len(seen) == 2 * max(1, 33 // batch_size)
     assert np.ptp([len(step) for step in seen]) <= 1
     rows = np.concatenate(seen)
@@ -265,8 +227,7 @@ def test_early_stopping_keeps_the_best_epoch(bench: Bench) -> None:
     recipe = replace(QUICK, learning_rate=0.03, epochs=60, patience=2, schedule="constant")
     result = bench.fit(model, recipe)
     values = [entry["validation"] for entry in result.history]
-    assert result.stopped_early
-    assert len(values) == result.best_epoch + 2 < 60
+    assert result.stopped_early and len(values) == result.best_epoch + 2 < 60
     assert max(values) == values[result.best_epoch - 1] == result.best
     rows = bench.split.validation
     scores = predict(model, bench.images.prompts, bench.source(model), rows, progress=False)
@@ -280,12 +241,9 @@ def test_early_stopping_keeps_the_best_epoch(bench: Bench) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(model.head.parameters(), last.head.parameters(), strict=True))
 
 
-# --------------------------------------------------------------------------------------------- refusals
-
-
 def test_refusals_name_the_argument(bench: Bench) -> None:
     model = tiny_model("mst_clipiqa", bench.clip)
-    with pytest.raises(ValueError, match=r"^source: .*train_towers=True and FeatureStore"):
+    with pytest.raises(ValueError, match=r"^source: .*FeatureStore with train_towers=True"):
         bench.fit(model, replace(QUICK, train_towers=True))
     with pytest.raises(ValueError, match=r"^split: .*got \d+ and 0"):
         bench.fit(model, QUICK, split=replace(bench.split, validation=np.zeros(0, int)))

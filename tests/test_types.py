@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import ast
 import importlib
 import pkgutil
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import jaxtyping
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 import aigiqa_reward
-from aigiqa_reward import RewardFunction, RewardOutput
+from aigiqa_reward import RewardOutput
 from aigiqa_reward import images as pixels
 from aigiqa_reward.types import PromptFeatures, as_reward_output
 
@@ -36,63 +33,18 @@ def output(totals: list[float], *, correspondence: bool = True, **details: torch
     )
 
 
-# --------------------------------------------------------------------------------------------- shape annotations
-
-
 def package_modules() -> list[ModuleType]:
     walked = pkgutil.walk_packages(aigiqa_reward.__path__, "aigiqa_reward.")
     return [importlib.import_module(found.name) for found in walked if not found.name.endswith("__main__")]
 
 
-def shape_annotations(module: ModuleType) -> Iterator[tuple[int, ast.expr]]:
-    """Every `Float[...]` and its like in a module's source, anywhere."""
-    for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
-        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
-            name = getattr(jaxtyping, node.value.id, None)
-            if isinstance(name, type) and issubclass(name, jaxtyping.AbstractDtype):
-                yield node.lineno, node
-
-
 def test_shape_annotations_are_enforced_during_the_tests():
     with pytest.raises(jaxtyping.TypeCheckError, match="Float"):
         pixels.resize(torch.rand(3, 20, 20), (10, 10))
-    with pytest.raises(jaxtyping.TypeCheckError, match="Float"):
-        pixels.letterbox(torch.rand(1, 3, 20, 40), 20, fill=torch.zeros(4))
-    with pytest.raises(jaxtyping.TypeCheckError, match="Float"):
-        pixels.even_crops(torch.rand(1, 4, 20, 20), 10, 2)
-
-
-def test_every_module_is_imported_with_the_hook():
     modules = package_modules()
     assert len(modules) > 10
     for module in [aigiqa_reward, *modules]:
         assert type(module.__loader__).__module__.startswith("jaxtyping"), module.__name__
-
-
-def test_every_shape_annotation_can_be_evaluated():
-    """A broken one is silently not checked."""
-    count = 0
-    for module in package_modules():
-        for line, node in shape_annotations(module):
-            code = compile(ast.Expression(node), f"{module.__name__}:{line}", "eval")
-            try:
-                hint = eval(code, vars(module))
-            except Exception as error:
-                pytest.fail(f"{module.__name__}, line {line}: {ast.unparse(node)} does not evaluate ({error})")
-            assert issubclass(hint, jaxtyping.AbstractArray)
-            count += 1
-    assert count > 10
-
-
-def test_every_public_name_is_exported():
-    for name in aigiqa_reward.__all__:
-        assert getattr(aigiqa_reward, name).__name__ == name
-        assert name in dir(aigiqa_reward)
-    with pytest.raises(AttributeError, match="has no attribute 'create_rewards'"):
-        _ = aigiqa_reward.create_rewards
-
-
-# --------------------------------------------------------------------------------------------- PromptFeatures
 
 
 def test_prompt_features_give_each_row_its_own_prompt():
@@ -119,25 +71,11 @@ def test_prompt_features_are_sliced_expanded_and_moved_whole():
     assert moved.texts == rows.texts
 
 
-# --------------------------------------------------------------------------------------------- RewardOutput
-
-
 def test_an_output_cannot_be_unpacked_or_looped_over():
     with pytest.raises(TypeError, match=r"\.total, \.quality"):
         _quality, _correspondence = output([1.0, 2.0])
     with pytest.raises(TypeError, match="not iterable"):
         list(output([1.0, 2.0]))
-
-
-def test_rows_of_an_output_stay_together():
-    whole = output([1.0, 2.0, 3.0], maps=torch.arange(12).view(3, 2, 2))
-    part = whole[torch.tensor([2, 0])]
-    assert len(part) == 2
-    assert part.total.tolist() == [3, 1]
-    assert part.quality.tolist() == [4, 2]
-    assert part.correspondence.tolist() == [2, 0]
-    assert part.details["maps"].tolist() == [[[8, 9], [10, 11]], [[0, 1], [2, 3]]]
-    assert output([1.0, 2.0], correspondence=False)[:1].correspondence is None
 
 
 def test_outputs_are_detached_and_moved_whole():
@@ -153,8 +91,11 @@ def test_outputs_are_detached_and_moved_whole():
     assert {part.device.type for part in parts(attached.to("meta"))} == {"meta"}
 
 
-def test_cat_restores_what_slicing_took_apart():
+def test_rows_of_an_output_stay_together_and_cat_restores_what_slicing_took_apart():
     whole = output([1.0, 2.0, 3.0, 4.0, 5.0], gate=torch.rand(5), maps=torch.rand(5, 3, 3))
+    part = whole[torch.tensor([2, 0])]
+    assert (part.total.tolist(), part.quality.tolist(), part.correspondence.tolist()) == ([3, 1], [4, 2], [2, 0])
+    assert torch.equal(part.details["maps"], whole.details["maps"][[2, 0]])
     joined = RewardOutput.cat([whole[:2], whole[2:3], whole[3:]])
     for name in ("total", "quality", "correspondence"):
         assert torch.equal(getattr(joined, name), getattr(whole, name))
@@ -169,40 +110,22 @@ def test_cat_leaves_out_details_that_do_not_fit_together():
     assert joined.details.keys() == {"gate"}
     assert RewardOutput.cat([second, first]).details.keys() == {"gate"}
     assert RewardOutput.cat([output([1.0], correspondence=False)] * 2).correspondence is None
-    with pytest.raises(ValueError, match="at least one RewardOutput"):
-        RewardOutput.cat([])
-
-
-# --------------------------------------------------------------------------------------------- RewardFunction
-
-
-def test_any_callable_is_a_reward_function():
-    assert isinstance(lambda images, prompts: images.mean((1, 2, 3)), RewardFunction)
-    assert isinstance(torch.nn.Identity(), RewardFunction)
-    assert not isinstance("compact", RewardFunction)
 
 
 def test_a_tensor_becomes_an_output_and_an_output_stays():
     scores = torch.rand(3, requires_grad=True)
     converted = as_reward_output(scores, 3)
-    assert converted.total is scores
-    assert converted.quality is scores
+    assert converted.total is converted.quality is scores
     assert converted.correspondence is None
     given = output([1.0, 2.0])
     assert as_reward_output(given, 2) is given
 
 
-@pytest.mark.parametrize("result", [0.5, [0.5, 0.2], np.zeros(2), None])
-def test_results_of_another_type_are_refused(result):
-    with pytest.raises(TypeError, match=rf"my_reward returned {type(result).__name__}; expected a tensor"):
-        as_reward_output(result, 2, source="my_reward")
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 2)])
-@pytest.mark.parametrize(
-    ("name", "label"), [("total", "scores"), ("quality", "quality"), ("correspondence", "correspondence")]
-)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1)])
+@pytest.mark.parametrize(("name", "label"), [("total", "scores"), ("correspondence", "correspondence")])
 def test_each_aspect_has_one_score_per_image(name, label, shape):
     scores = {"total": torch.zeros(2), "quality": torch.zeros(2), "correspondence": torch.zeros(2)}
+    with pytest.raises(TypeError, match="my_reward returned ndarray; expected a tensor"):
+        as_reward_output(np.zeros(2), 2, source="my_reward")
     with pytest.raises(ValueError, match=rf"my_reward returned {label} of shape .* for 2 images; expected \(2,\)"):
         as_reward_output(RewardOutput(**scores | {name: torch.zeros(shape)}), 2, source="my_reward")

@@ -36,7 +36,6 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def tools_of(pipe: Any, reward: Any = redness) -> TrainingContext:
-    """The pipeline with an adapter that does something."""
     rollout = Rollout(pipe, **CALL)
     lora = LoRA(rollout.family, rank=4)
     generator = torch.Generator().manual_seed(0)
@@ -47,11 +46,9 @@ def tools_of(pipe: Any, reward: Any = redness) -> TrainingContext:
 
 
 def validate(folder: Path | None = None) -> ValidationResult:
-    """Of the embedded generator by plain functions."""
     torch.set_num_threads(1)
     tools = tools_of(load_embedded_pipeline())
-    validation = Validation(tools, PROMPTS, brightness, seeds=SEEDS, folder=folder, batch_size=2)
-    return validation.run(7)
+    return Validation(tools, PROMPTS, brightness, seeds=SEEDS, folder=folder, batch_size=2).run(7)
 
 
 def made_up(step: int, holdout: Any, reward: Any, *, diversity: float = 0.2, saturation: float = 0.01, bad: int = 0):

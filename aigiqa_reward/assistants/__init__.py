@@ -26,11 +26,8 @@ Any object with the method of a role is an assistant as well:
     ...         return torch.ones(len(images), 1, 64, 64)
     ...     def decompose(self, texts: list[str]) -> list[list[str]]:
     ...         return [text.split(", ") for text in texts]
-    >>> own_captioner: Captioner = Own()
-    >>> own_semantics: SemanticsReader = Own()
-    >>> own_segmenter: Segmenter = Own()
-    >>> own_attributes: AttributeReader = Own()
-    >>> own_attributes.decompose(["a red fox, snow"])
+    >>> roles: tuple[Captioner, SemanticsReader, Segmenter, AttributeReader] = (Own(),) * 4
+    >>> Assistants(attributes=roles[3]).attributes.decompose(["a red fox, snow"])
     [['a red fox', 'snow']]
 """
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
-from aigiqa_reward.assistants.base import (
-    AssistantConfig,
-    PretrainedAssistant,
-    load_description,
-    load_model,
-    load_part,
-)
-from aigiqa_reward.assistants.captioner import generate_greedily, pad_on_the_left
+from aigiqa_reward.assistants.base import AssistantConfig, PretrainedAssistant, generate_greedily, pad_on_the_left
 from aigiqa_reward.utils.checks import integer
 
-LIMIT = 8
-"""Largest number of attributes per prompt. CPA-IQA leaves k open; longer lists repeat themselves."""
+LIMIT = 8  # attributes per prompt: CPA-IQA leaves k open; longer lists repeat themselves
 
 
 def _words(text: str) -> frozenset[str]:
@@ -29,72 +22,52 @@ def _words(text: str) -> frozenset[str]:
 
 _DETERMINERS = _words("a an the this these those some any each every his her its their my your our")
 
-_BETWEEN = (
-    # prepositions
-    _words(
-        "about above across after against along alongside amid amidst among around as at atop before behind below "
-        "beneath beside between beyond by during featuring for from in inside into like near of off on onto over per "
-        "through throughout to toward towards under underneath upon via versus vs with within without"
-    )
-    # conjunctions, relative and personal pronouns, particles
-    | _words(
-        "and or but nor & + while that which who whom whose where when then there he him she it they them himself "
-        "herself itself themselves i you we up down out away together not"
-    )
-    # being and having, modals
-    | _words("is are was were am be been being has have had having will would can could should may might must")
+# Between noun phrases and part of none: prepositions; conjunctions, pronouns, particles; being, having, modals
+_BETWEEN = _words(
+    "about above across after against along alongside amid amidst among around as at atop before behind below beneath "
+    "beside between beyond by during featuring for from in inside into like near of off on onto over per through "
+    "throughout to toward towards under underneath upon via versus vs with within without and or but nor & + while "
+    "that which who whom whose where when then there he him she it they them himself herself itself themselves i you "
+    "we up down out away together not is are was were am be been being has have had having will would can could should "
+    "may might must"
 )
-"""Words between noun phrases that belong to none."""
-
-_ACTIONS = _words(
-    "wearing wears sitting sits standing holding holds carrying carries riding rides eating eats drinking drinks "
-    "lying laying lies walking running jumping leaping flying floating swimming sleeping dancing singing playing "
-    "reading writing watching looking gazing staring facing using making taking giving catching chasing hugging "
-    "kissing fighting attacking climbing crossing driving pulling pushing throwing waving smiling laughing crying "
-    "screaming howling showing shows depicting depicts containing contains surrounding covering hanging resting "
-    "leaning emerging rising falling hovering exploring exploding growing going coming trying remembering "
-    "swarming dropping sticking says saying reads reflecting enjoying having doing getting performing "
-    "cooking working talking posing crouching kneeling perching gathering"
-)
-"""Verbs between noun phrases, unless a noun follows at once that they may describe (`_MAY_DESCRIBE`)."""
-
+# Verbs that may be the adjective of a noun: a dancing woman, a flying car
 _MAY_DESCRIBE = _words(
     "sleeping dancing singing flying floating running jumping leaping swimming smiling laughing crying screaming "
     "howling hanging rising falling growing hovering exploding emerging sitting standing walking reading writing "
-    "playing fighting working cooking kneeling crouching climbing waving glowing driving"
+    "playing fighting working cooking kneeling crouching climbing waving driving"
 )
-"""Those of them that can be the adjective of a noun: a dancing woman, a flying car."""
-
+# Verbs between noun phrases
+_ACTIONS = _words(
+    "wearing wears sits holding holds carrying carries riding rides eating eats drinking drinks lying laying lies "
+    "watching looking gazing staring facing using making taking giving catching chasing hugging kissing attacking "
+    "crossing pulling pushing throwing showing shows depicting depicts containing contains surrounding covering "
+    "resting leaning exploring going coming trying remembering swarming dropping sticking says saying reads reflecting "
+    "enjoying having doing getting performing talking posing perching gathering"
+)
 _NOUNS_IN_ING = _words(
-    "painting drawing building lighting clothing rendering engraving etching carving shading morning evening "
-    "ceiling wedding king ring wing spring string thing being setting sling swing earring viking stocking railing "
-    "awning landing opening crossing pudding dumpling lightning printing packaging"
+    "painting drawing building lighting clothing rendering engraving etching carving shading morning evening ceiling "
+    "wedding king ring wing spring string thing being setting sling swing earring viking stocking railing awning "
+    "landing opening crossing pudding dumpling lightning printing packaging"
 )
-
+# Participles that link two noun phrases when a preposition follows: covered in snow, made of leaves
 _DONE = _words(
     "covered made dressed surrounded filled lit inspired illuminated seen located placed parked perched painted drawn "
-    "taken captured rendered wrapped adorned decorated composed buried hidden reflected shown depicted carved "
-    "sculpted built designed created submerged based dropped seated clad engulfed bathed covering engraved "
-    "photographed viewed carried held worn followed illustrated styled overgrown trapped stuck"
+    "taken captured rendered wrapped adorned decorated composed buried hidden reflected shown depicted carved sculpted "
+    "built designed created submerged based dropped seated clad engulfed bathed covering engraved photographed viewed "
+    "carried held worn followed illustrated styled overgrown trapped stuck"
 )
-"""Participles that link two noun phrases when a preposition follows: covered in snow, made of leaves."""
-
+# Words without content before `of`: a photo of, in the style of
 _FRAMES = _words(
     "photo photograph picture image pic style middle center centre side back kind type sort pair bunch piece number "
     "couple view"
 )
-"""Words without content before `of`: a photo of, in the style of."""
-
+_COMMANDS = _words("generate create make draw render show please me imagine")  # at the start of a prompt
 _LINKS = re.compile(
     r"\b(next to|close to|in front of|on top of|out of|full of|made out of|because of|instead of|such as|as well as|"
     r"a lot of|lots of)\b",
     re.IGNORECASE,
 )
-"""Prepositions of several words."""
-
-_COMMANDS = _words("generate create make draw render show please me imagine")
-"""Words that ask for an image at the start of a prompt."""
-
 _WEIGHT = re.compile(r"(?<=\S):\s*-?\d+(\.\d+)?(?=[)\]])")  # (masterpiece:1.2)
 _FLAG = re.compile(r"<[^<>]*>|(?<!\S)(--|—)[a-z]+(\s+[\d.:]+)?(?!\S)", re.IGNORECASE)  # <lora:x:1>, --ar 16:9
 _BREAKS = re.compile(r"[,;|()\[\]{}<>\n\r\t、，。；：！？]+|[.:!?]+(?=\s|$)|\s[-–—]+\s")
@@ -104,17 +77,12 @@ _EDGES = " \t'\"`´‘’“”«»*_~#.:!?-–—"
 def noun_phrases(text: str, limit: int = LIMIT) -> list[str]:
     """Extract the noun phrases of a prompt, the offline substitute for a language model's attributes.
 
-    The text is cut at punctuation, prepositions, conjunctions, pronouns, forms of being and having, and verbs
-    such as wearing, sitting, holding; determiners and empty frames ("a photo of", "in the style of") are dropped.
-    The rules are for English; a text in another language is cut at its punctuation.
-
-    Args:
-        text: prompt.
-        limit: largest number of phrases; the first ones are kept.
+    The text is cut at punctuation, prepositions, conjunctions, pronouns, forms of being and having, and verbs such as
+    wearing and holding; determiners and empty frames ("a photo of") are dropped. The rules are for English; a text in
+    another language is cut at its punctuation.
 
     Returns:
-        1 to `limit` phrases in the text's order, without repetitions in any letter case; the text itself if nothing is
-        left.
+        1 to `limit` phrases in the text's order, without repetitions in any case; the text itself if there is none.
 
     Example:
         >>> from aigiqa_reward.assistants import noun_phrases
@@ -125,35 +93,27 @@ def noun_phrases(text: str, limit: int = LIMIT) -> list[str]:
     found: dict[str, str] = {}
     cleaned = _LINKS.sub(" with ", _WEIGHT.sub("", _FLAG.sub(" ", text)))
     for number, segment in enumerate(_BREAKS.split(cleaned)):
-        words = [word for word in (part.strip(_EDGES) for part in segment.split()) if word]
-        if number == 0:
-            words = _without_command(words)
+        words = [word for part in segment.split() if (word := part.strip(_EDGES))]
+        while number == 0 and words and words[0].lower() in _COMMANDS:
+            del words[0]
         for phrase in _phrases(words):
             found.setdefault(phrase.casefold(), phrase)
     return list(found.values())[:limit] or [text]
 
 
-def _without_command(words: list[str]) -> list[str]:
-    start = 0
-    while start < len(words) and words[start].lower() in _COMMANDS:
-        start += 1
-    return words[start:]
-
-
 def _phrases(words: list[str]) -> Iterator[str]:
     """Yield the noun phrases of words between two punctuation marks."""
     phrase: list[str] = []
-    for place, word in enumerate(words):
-        following = words[place + 1].lower() if place + 1 < len(words) else ""
-        if _separates(word.lower(), following, first=not phrase):
-            yield from _whole(phrase, word.lower())
-            phrase = []
-        elif phrase or word.lower() not in _DETERMINERS:
+    for word, following in itertools.pairwise([*words, ""]):
+        following = following.lower()
+        separator = _separates(word.lower(), following, first=not phrase)
+        if not separator and (phrase or word.lower() not in _DETERMINERS):
             phrase.append(word)
-        if phrase and following in _DETERMINERS:  # a new one begins: "a cat the size of a house"
-            yield from _whole(phrase, following)
+        if separator or following in ("", *_DETERMINERS):  # a determiner begins another: "a cat the size of a house"
+            frame = separator and word.lower() == "of" and len(phrase) == 1 and phrase[0].lower() in _FRAMES
+            if phrase and not frame:
+                yield " ".join(phrase)
             phrase = []
-    yield from _whole(phrase, "")
 
 
 def _separates(word: str, following: str, *, first: bool) -> bool:
@@ -161,8 +121,10 @@ def _separates(word: str, following: str, *, first: bool) -> bool:
     if word in _BETWEEN:
         return True
     ends = not following or following in _BETWEEN or following in _DETERMINERS
+    if word in _MAY_DESCRIBE:
+        return ends or not first
     if word in _ACTIONS:
-        return ends or not (first and word in _MAY_DESCRIBE)
+        return True
     if word in _DONE:
         return following in _BETWEEN
     if word.endswith("ing") and len(word) > 4 and word not in _NOUNS_IN_ING:
@@ -170,22 +132,11 @@ def _separates(word: str, following: str, *, first: bool) -> bool:
     return False
 
 
-def _whole(phrase: list[str], separator: str) -> Iterator[str]:
-    """Yield a finished phrase, unless it is empty or a frame for what follows."""
-    if phrase and not (separator == "of" and len(phrase) == 1 and phrase[0].lower() in _FRAMES):
-        yield " ".join(phrase)
-
-
 INSTRUCTION = (
     "List what must be visible in an image made from the prompt below: objects, their attributes, the style. "
     "Write at most {limit} short phrases in English, one a line, and nothing else.\n\nPrompt: {prompt}\nPhrases:\n"
 )
 """CPA-IQA has a language model split the prompt into latent attributes; this wording is ours."""
-
-_LONGEST = 8
-"""Words of the longest phrase that counts as an attribute; a longer line is taken for a sentence."""
-
-_WANTED = "a causal language model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,47 +151,28 @@ class AttributesConfig(AssistantConfig):
     limit: int = LIMIT
     max_new_tokens: int = 128
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        integer("limit", self.limit, least=1)
-        integer("max_new_tokens", self.max_new_tokens, least=1)
-
 
 class LLMAttributes(PretrainedAssistant[AttributesConfig]):
     """Splits prompts into short visual attributes, for CPA-IQA's implicit alignment.
 
     Any transformers causal language model, best one tuned to follow instructions; decoding is greedy. The cache keeps
     the model's answers unparsed.
-
-    Args:
-        config: which model.
-        cache: folder of answers; None asks the model every time.
     """
 
     kind = "attributes"
-
-    def _recipe(self) -> dict[str, Any]:
-        return {"instruction": INSTRUCTION}
-
-    @cached_property
-    def _model(self) -> Any:
-        return load_model("AutoModelForCausalLM", self.config, wanted=_WANTED)
+    recipe: ClassVar[Mapping[str, Any]] = {"instruction": INSTRUCTION}
+    wanted = "a causal language model"
+    mapping = "MODEL_FOR_CAUSAL_LM_MAPPING"
+    parts = ("AutoTokenizer", "AutoModelForCausalLM")
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        load_description(self.config, mapping="MODEL_FOR_CAUSAL_LM_MAPPING", wanted=_WANTED)
-        tokenizer = load_part("AutoTokenizer", self.config, wanted=_WANTED)
+    def _processor(self) -> Any:
+        tokenizer = super()._processor
         pad_on_the_left(tokenizer)
         return tokenizer
 
     def decompose(self, texts: list[str]) -> list[list[str]]:
-        """Split each of N prompts into 1 to `limit` short phrases.
-
-        Prompts whose answer held no such phrases get their noun phrases, with a warning.
-
-        Raises:
-            ValueError: the model cannot be loaded.
-        """
+        """Split each prompt into 1 to `limit` phrases; its noun phrases, with a warning, where the model gives none."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"texts: expected a list of prompts, got {texts!r:.80}; pass [prompt] for one")
         if not texts:
@@ -257,7 +189,7 @@ class LLMAttributes(PretrainedAssistant[AttributesConfig]):
         return [found or noun_phrases(text, self.config.limit) for text, found in zip(texts, attributes, strict=True)]
 
     def _ask(self, texts: list[str]) -> list[str]:
-        tokenizer = self._tokenizer
+        tokenizer = self._processor
         prompts = [INSTRUCTION.format(limit=self.config.limit, prompt=" ".join(text.split())) for text in texts]
         options = {}
         if tokenizer.chat_template:
@@ -273,11 +205,11 @@ _AROUND = " \t'\"`“”‘’*_.,;"
 
 
 def parse_attributes(answer: str, limit: int = LIMIT) -> list[str]:
-    """Parse the phrases of a language model's answer: one per line, with or without bullets, numbers, quotes, emphasis.
+    """Parse a language model's answer: a phrase per line, with or without bullets, numbers, quotes, emphasis.
 
-    Headings (lines that end with a colon), sentences (more than 8 words), repetitions and a reasoning model's thoughts
-    are left out; a single line is cut at its commas. The answer ends before a line that begins with "Prompt:", since
-    models not tuned to follow instructions continue with another question.
+    Headings (ending with a colon), sentences (more than 8 words), repetitions and a reasoning model's thoughts are left
+    out; a single line is cut at its commas. A line that begins with "Prompt:" ends the answer: models not tuned to
+    follow instructions continue with another question.
     """
     lines: list[str] = []
     spoken = answer.rpartition("</think>")[2].partition("<think>")[0]
@@ -290,6 +222,6 @@ def parse_attributes(answer: str, limit: int = LIMIT) -> list[str]:
         lines = [part.strip(_AROUND) for part in re.split(r"[,;]", lines[0])]
     found: dict[str, str] = {}
     for line in lines:
-        if any(character.isalpha() for character in line) and len(line.split()) <= _LONGEST:
+        if any(character.isalpha() for character in line) and len(line.split()) <= 8:
             found.setdefault(line.casefold(), line)
     return list(found.values())[:limit]

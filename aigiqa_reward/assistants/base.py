@@ -6,7 +6,7 @@ Weights are read from safetensors only, and a repository's code is never run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -56,9 +56,6 @@ class AttributeReader(Protocol):
         ...
 
 
-_METHODS = {"captioner": "describe", "semantics": "read", "segmenter": "segment", "attributes": "decompose"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Assistants:
     """The assistants of a model; where one is None the model uses its offline substitute and says so in `details`.
@@ -76,24 +73,12 @@ class Assistants:
     attributes: AttributeReader | None = None
 
     def __post_init__(self) -> None:
-        for role, method in _METHODS.items():
-            assistant = getattr(self, role)
-            is_class = isinstance(assistant, type)
-            if is_class or (assistant is not None and not callable(getattr(assistant, method, None))):
-                given = f"the class {assistant.__name__}" if is_class else type(assistant).__name__
-                raise TypeError(
-                    f"{role}: expected an assistant with a method {method}(), or None, got {given}; "
-                    "aigiqa_reward.assistants has one for every role"
-                )
-
-
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-
-_NOT_IN_ANSWER = ("device", "batch_size")
-"""Fields of a configuration on which no answer depends."""
-
-_FEW = 4
-"""Up to this many answers are computed without a progress bar."""
+        methods = {"captioner": "describe", "semantics": "read", "segmenter": "segment", "attributes": "decompose"}
+        for role, method in methods.items():
+            given = getattr(self, role)
+            if isinstance(given, type) or (given is not None and not callable(getattr(given, method, None))):
+                got = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+                raise TypeError(f"{role}: expected an assistant with a method {method}(), or None, got {got}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +87,7 @@ class AssistantConfig:
 
     Attributes:
         path_or_id: folder written by save_pretrained, or name of a model on the Hub.
-        revision: commit, tag or branch on the Hub; None for the default branch. Pin it: the cache knows answers by this
-            revision, and does not notice when a branch moves.
+        revision: commit, tag or branch on the Hub. Pin it: the cache does not notice when a branch moves.
         device: device of the model; images may be on another.
         dtype: dtype of the weights.
         batch_size: rows per forward pass.
@@ -116,22 +100,17 @@ class AssistantConfig:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path_or_id, str) or not self.path_or_id.strip():
-            raise ValueError(f"path_or_id: expected a folder or a model's name on the Hub, got {self.path_or_id!r}")
-        if Path(self.path_or_id).suffix in _PICKLES:
+        name = self.path_or_id if isinstance(self.path_or_id, str) else ""
+        if not name.strip() or Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt"):
             raise ValueError(
                 f"path_or_id: expected a folder or a model's name on the Hub, got {self.path_or_id!r}; pickled "
-                "checkpoints are never opened: convert it with save_pretrained, which makes model.safetensors"
+                "checkpoints are never opened: convert one with save_pretrained, which makes model.safetensors"
             )
-        try:
-            torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(
-                f"device: expected a torch device such as 'cpu' or 'cuda:0', got {self.device!r}"
-            ) from error
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating torch.dtype such as torch.bfloat16, got {self.dtype!r}")
-        integer("batch_size", self.batch_size, least=1)
+        for field in fields(self):
+            if type(field.default) is int:
+                integer(field.name, getattr(self, field.name), least=1)
 
     @property
     def folder(self) -> Path | None:
@@ -144,15 +123,25 @@ Config = TypeVar("Config", bound=AssistantConfig)
 
 
 class PretrainedAssistant(Generic[Config]):
-    """A pretrained model that gives text, masks or features, without gradients.
+    """A pretrained model of transformers that gives text, masks or features, without gradients; loaded at first use.
 
     Args:
         config: which model, and its settings.
         cache: folder of answers; None asks the model every time.
+
+    Attributes:
+        kind: name in identities and progress bars.
+        recipe: what else determines an answer: fixed questions, instructions, sizes.
+        wanted: kind of model, for errors.
+        mapping: transformers' mapping of the configurations that fit.
+        parts: transformers' classes of the processor or tokenizer, and of the network.
     """
 
     kind: ClassVar[str]
-    """Name in identities and progress bars."""
+    recipe: ClassVar[Mapping[str, Any]] = {}
+    wanted: ClassVar[str]
+    mapping: ClassVar[str]
+    parts: ClassVar[tuple[str, str]]
 
     def __init__(self, config: Config, *, cache: AssistantCache | None = None) -> None:
         self.config = config
@@ -160,21 +149,75 @@ class PretrainedAssistant(Generic[Config]):
 
     @cached_property
     def identity(self) -> str:
-        """JSON of everything that determines an answer besides the content.
+        """JSON of all that determines an answer besides the content: kind, model, revision, dtype, settings, recipe.
 
-        It holds the kind, the model, the revision, the dtype and the settings, and for a local folder the names, sizes
-        and times of its files, so that weights trained further count as another model.
+        For a local folder also the names, sizes and times of its files, so that other weights are another model.
         """
-        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name not in _NOT_IN_ANSWER}
+        settings = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        del settings["device"], settings["batch_size"]  # no answer depends on them
         settings["dtype"] = str(self.config.dtype).removeprefix("torch.")
-        if self.config.folder is not None:
-            settings["path_or_id"] = str(self.config.folder.resolve())
-            settings["files"] = _files_of(self.config.folder)
-        return json.dumps({"kind": self.kind, **settings, **self._recipe()}, sort_keys=True)
+        if (folder := self.config.folder) is not None:
+            files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".md"]
+            settings["path_or_id"] = str(folder.resolve())
+            settings["files"] = [(f.name, (status := f.stat()).st_size, status.st_mtime_ns) for f in files]
+        return json.dumps({"kind": self.kind, **settings, **self.recipe}, sort_keys=True)
 
-    def _recipe(self) -> dict[str, Any]:
-        """Return what else determines an answer: fixed questions, instructions, sizes."""
-        return {}
+    @cached_property
+    def _description(self) -> Any:
+        description = self._load("AutoConfig")
+        if not self._fits(description):
+            raise ValueError(
+                f"path_or_id: {self.config.path_or_id!r} is a {description.model_type!r} model, not {self.wanted}; "
+                "pass one that the Hub lists as such"
+            )
+        return description
+
+    def _fits(self, description: Any) -> bool:
+        import transformers
+
+        return type(description) in getattr(transformers, self.mapping)
+
+    @cached_property
+    def _processor(self) -> Any:
+        _ = self._description  # refuses a model of another kind, which may have no processor
+        return self._load(self.parts[0])
+
+    @cached_property
+    def _model(self) -> Any:
+        _ = self._processor  # before the weights, which take long to read
+        try:
+            torch.empty(0, device=self.config.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: {self.config.device!r} is not available here; pass device='cpu'") from error
+        options = {"dtype": self.config.dtype, "use_safetensors": True, "output_loading_info": True}
+        model, report = self._load(self.parts[1], **options)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"path_or_id: {self.config.path_or_id!r} lacks {len(missing)} weights of {type(model).__name__} "
+                f"(first: {missing[0]}), which would be random; pass a checkpoint that was saved as {self.wanted}"
+            )
+        return model.requires_grad_(False).eval().to(self.config.device)
+
+    def _load(self, part: str, **options: Any) -> Any:
+        """Load one part of the model (configuration, processor, tokenizer, network) by a class of transformers."""
+        import transformers
+        from safetensors import SafetensorError
+
+        config = self.config
+        try:
+            return getattr(transformers, part).from_pretrained(
+                str(config.folder or config.path_or_id), revision=config.revision, trust_remote_code=False, **options
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, SafetensorError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise ValueError(
+                f"path_or_id: {config.path_or_id!r} could not be loaded as {self.wanted}: "
+                f"{lines[0].rstrip('.:') if lines else type(error).__name__}; pass a folder with config.json and "
+                "model.safetensors, as save_pretrained writes them (pickles are never opened), or a model's name on "
+                "the Hub, and check the revision and the network"
+            ) from error
 
     def _serve(
         self, contents: Sequence[Content], answer: Callable[[list[int]], Sequence[Value]], form: type[Value]
@@ -184,7 +227,7 @@ class PretrainedAssistant(Generic[Config]):
 
         def compute(rows: list[int]) -> Iterator[Value]:
             size = self.config.batch_size
-            with tqdm(total=len(rows), desc=self.kind, leave=False, disable=len(rows) <= _FEW) as bar:
+            with tqdm(total=len(rows), desc=self.kind, leave=False, disable=len(rows) <= 4) as bar:
                 for chunk in (rows[start : start + size] for start in range(0, len(rows), size)):
                     with torch.no_grad():
                         values = answer(chunk)
@@ -197,68 +240,18 @@ class PretrainedAssistant(Generic[Config]):
         return self.cache.get_or_compute(identity, contents, compute, form=form)
 
 
-def _files_of(folder: Path) -> list[tuple[str, int, int]]:
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".md"]
-    return [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
+def pad_on_the_left(tokenizer: Any) -> None:
+    """Pad on the left, so that generated text follows the question; without a padding token use the end token."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
-def load_part(part: str, config: AssistantConfig, *, wanted: str, **options: Any) -> Any:
-    """Load one part of a model (its configuration, processor, tokenizer or network) by a class of transformers.
-
-    Args:
-        part: name of the class, such as "AutoProcessor".
-        config: which model.
-        wanted: kind of model, for errors: "an image-text-to-text model".
-        **options: passed to from_pretrained.
-
-    Raises:
-        ValueError: the model cannot be found, read or used; with the reason and a remedy.
-    """
-    import transformers
-    from safetensors import SafetensorError
-
-    place = str(config.folder or config.path_or_id)
-    try:
-        return getattr(transformers, part).from_pretrained(
-            place, revision=config.revision, trust_remote_code=False, **options
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(
-            f"path_or_id: {config.path_or_id!r} could not be loaded as {wanted}: "
-            f"{lines[0].rstrip('.:') if lines else type(error).__name__}; pass a folder with config.json and "
-            "model.safetensors, as save_pretrained writes them (pickles are never opened), or a model's name on "
-            "the Hub, and check the revision and the network"
-        ) from error
-
-
-def load_description(config: AssistantConfig, *, mapping: str, wanted: str) -> Any:
-    """Load a model's configuration, and refuse one that is not in a mapping of transformers; reads no weights."""
-    import transformers
-
-    description = load_part("AutoConfig", config, wanted=wanted)
-    if type(description) not in getattr(transformers, mapping):
-        raise ValueError(
-            f"path_or_id: {config.path_or_id!r} is a {description.model_type!r} model, not {wanted}; pass one that "
-            "the Hub lists as such"
-        )
-    return description
-
-
-def load_model(part: str, config: AssistantConfig, *, wanted: str) -> Any:
-    """Load a network with all its weights, frozen, in evaluation mode and on its device."""
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {config.device!r} is not available here; pass device='cpu'") from error
-    model, report = load_part(
-        part, config, wanted=wanted, dtype=config.dtype, use_safetensors=True, output_loading_info=True
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"path_or_id: the checkpoint of {config.path_or_id!r} lacks {len(missing)} weights of "
-            f"{type(model).__name__} (first: {missing[0]}), which would be random; pass one that was saved as {wanted}"
-        )
-    return model.requires_grad_(False).eval().to(config.device)
+def generate_greedily(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+    """Generate greedily, one text per row, without the prompt; the model's settings hold except those of sampling."""
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    tokens = model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+    prompt = inputs["input_ids"]
+    if torch.equal(tokens[:, : prompt.shape[1]], prompt):  # an encoder-decoder gives the answer alone
+        tokens = tokens[:, prompt.shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]

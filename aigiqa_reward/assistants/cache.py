@@ -19,24 +19,16 @@ from torch import Tensor
 
 from aigiqa_reward.utils.io import parse_json, read_regular, write_atomically
 
-Content: TypeAlias = Tensor | str
-"""What an assistant is asked about: one image (3, H, W), or one text."""
+Content: TypeAlias = Tensor | str  # one image (3, H, W), or one text
+Value = TypeVar("Value", Tensor, str)  # an answer
 
-Value = TypeVar("Value", Tensor, str)
-"""An answer."""
+MAX_BYTES = 20_000_000_000  # the masks of about 75,000 images, or millions of descriptions
 
-MAX_BYTES = 20_000_000_000
-"""Default bound: the masks of about 75,000 images, or millions of descriptions."""
-
-_SUFFIXES = {Tensor: ".safetensors", str: ".json"}
 _ENTRY = re.compile(r"[0-9a-f]{64}\.(safetensors|json)")
 
 
 def key_of(identity: str, content: Content) -> str:
-    """Return the SHA-256 of who is asked (identity) and what about.
-
-    An image counts with its shape and its values as float32, a text with its UTF-8 bytes.
-    """
+    """Return the SHA-256 of who is asked and what about: an image's shape and float32 values, or a text's bytes."""
     if isinstance(content, str):
         about: dict[str, Any] = {"content": "text"}
         data: Any = content.encode("utf-8", "surrogatepass")
@@ -48,30 +40,21 @@ def key_of(identity: str, content: Content) -> str:
     return digest.hexdigest()
 
 
-def default_folder() -> Path:
-    """Return `aigiqa-reward/assistants` in XDG_CACHE_HOME, or in ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "aigiqa-reward" / "assistants"
-
-
 class AssistantCache:
-    """A folder of assistants' answers: tensors as safetensors, texts as JSON, named by `key_of`.
+    """A folder of assistants' answers, tensors as safetensors and texts as JSON; several processes may share it.
 
-    Several processes may share a folder. A damaged file is computed again. Where the folder cannot be written, answers
-    are computed and not kept.
+    A damaged file is computed again. Where the folder cannot be written, answers are computed and not kept.
 
     Args:
-        folder: made when the first answer is stored; None for `default_folder()`.
+        folder: made when the first answer is stored; None for `aigiqa-reward/assistants` in XDG_CACHE_HOME or ~/.cache.
         max_bytes: size beyond which the oldest answers are deleted, checked once per twentieth of it written.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int = MAX_BYTES) -> None:
         if max_bytes <= 0:
-            raise ValueError(
-                f"max_bytes: expected a positive number of bytes, got {max_bytes}; for no cache at all, give the "
-                "assistant cache=None"
-            )
-        self.folder = Path(folder) if folder is not None else default_folder()
+            raise ValueError(f"max_bytes: expected a positive number, got {max_bytes}; for no cache pass cache=None")
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self.folder = Path(home, "aigiqa-reward", "assistants") if folder is None else Path(folder)
         self.max_bytes = max_bytes
         self._unchecked = max_bytes  # bytes written since the folder's size was last looked at
 
@@ -83,26 +66,21 @@ class AssistantCache:
         *,
         form: type[Value],
     ) -> list[Value]:
-        """Return the answer to each row, from the folder where it is known.
+        """Return the answer to each row, from the folder where it is known; equal rows share one object.
 
         Args:
             identity: what determines an answer besides the content: kind, model, revision, settings.
             contents: N images (3, H, W) or texts.
             compute: called at most once, with the numbers of the unknown rows in ascending order (of equal rows, the
-                first); returns or yields their answers in that order. Each is stored as it arrives, so that an
-                interruption loses only what was not yet computed.
+                first); returns or yields their answers, each of which is stored as it arrives.
             form: Tensor or str.
-
-        Returns:
-            N answers in the rows' order; equal rows share one object.
         """
         keys = [key_of(identity, content) for content in contents]
         known: dict[str, Value] = {}
         missing: dict[str, int] = {}
         for row, key in enumerate(keys):
             if key not in known and key not in missing:
-                value = self._read(key, form)
-                if value is None:
+                if (value := self._read(key, form)) is None:
                     missing[key] = row
                 else:
                     known[key] = value
@@ -112,41 +90,34 @@ class AssistantCache:
                 self._write(key, value)
         return [known[key] for key in keys]
 
-    def _path(self, key: str, form: type) -> Path:
-        return self.folder / f"{key}{_SUFFIXES[form]}"
-
     def _read(self, key: str, form: type[Value]) -> Value | None:
-        path = self._path(key, form)
+        path = self.folder / f"{key}{'.safetensors' if form is Tensor else '.json'}"
         try:
             data = read_regular(path, most=MAX_BYTES)
             value = load(data)["value"] if form is Tensor else parse_json(data)
-            if not isinstance(value, form):
-                raise ValueError(f"holds no {form.__name__}")
-            return value
+            if isinstance(value, form):
+                return value
+            raise ValueError(f"holds no {form.__name__}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            warnings.warn(
-                f"cache of assistants: {path} is damaged ({error}); its answer is computed again",
-                UserWarning,
-                stacklevel=5,
-            )
+            message = f"cache of assistants: {path} is damaged ({error}); its answer is computed again"
+            warnings.warn(message, UserWarning, stacklevel=5)
             return None
 
     def _write(self, key: str, value: Tensor | str) -> None:
-        form = Tensor if isinstance(value, Tensor) else str
         if isinstance(value, Tensor):
-            data = save({"value": value.detach().cpu().contiguous()})
+            name, data = f"{key}.safetensors", save({"value": value.detach().cpu().contiguous()})
         else:
-            data = json.dumps(value).encode()
+            name, data = f"{key}.json", json.dumps(value).encode()
         if len(data) > self.max_bytes:
             return
         try:
-            write_atomically(self._path(key, form), data)
+            write_atomically(self.folder / name, data)
         except OSError as error:
             warnings.warn(
                 f"cache of assistants: cannot write into {self.folder} ({error.strerror}); answers are computed and "
-                "not kept. Pass AssistantCache(folder) with a folder that can be written, or set XDG_CACHE_HOME",
+                "not kept. Pass another folder, or set XDG_CACHE_HOME",
                 UserWarning,
                 stacklevel=5,
             )

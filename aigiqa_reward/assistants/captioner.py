@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,49 +17,36 @@ from aigiqa_reward.assistants.base import (
     AssistantConfig,
     Config,
     PretrainedAssistant,
-    load_description,
-    load_model,
-    load_part,
+    generate_greedily,
+    pad_on_the_left,
 )
-from aigiqa_reward.utils.checks import integer
-
-_WANTED = "an image-text-to-text model"
 
 
 class ImageTextAssistant(PretrainedAssistant[Config]):
-    """Any model of transformers' AutoModelForImageTextToText with its processor, each part loaded at first use."""
+    """Any model of transformers' AutoModelForImageTextToText with its processor."""
 
-    @cached_property
-    def _description(self) -> Any:
-        return load_description(self.config, mapping="MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", wanted=_WANTED)
+    wanted = "an image-text-to-text model"
+    mapping = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"
+    parts = ("AutoProcessor", "AutoModelForImageTextToText")
 
     @cached_property
     def _processor(self) -> Any:
-        _ = self._description  # refuses a model of another kind, which may have no processor
-        processor = load_part("AutoProcessor", self.config, wanted=_WANTED)
+        processor = super()._processor
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
             raise ValueError(
-                f"path_or_id: {self.config.path_or_id!r} has no processor of images and text (found "
-                f"{type(processor).__name__}); save the model's processor into the same folder with save_pretrained"
+                f"path_or_id: {self.config.path_or_id!r} has a {type(processor).__name__}, no processor of images and "
+                "text; save the model's processor into the same folder with save_pretrained"
             )
-        pad_on_the_left(processor.tokenizer)  # so that generated text follows the question
+        pad_on_the_left(processor.tokenizer)
         return processor
-
-    @cached_property
-    def _model(self) -> Any:
-        _ = self._processor  # before the weights, which take long to read
-        return load_model("AutoModelForImageTextToText", self.config, wanted=_WANTED)
 
     def _inputs(self, images: Tensor, question: str) -> Any:
         """Make the network's inputs for one question about each of the images (B, 3, H, W), on its device."""
         model = self._model
         prompt, options = self._prompt(question)
+        pictures = [[image] for image in pixels.to_pil(images)]
         features = self._processor(
-            text=[prompt] * len(images),
-            images=[[image] for image in pixels.to_pil(images)],
-            padding=True,
-            return_tensors="pt",
-            **options,
+            text=[prompt] * len(images), images=pictures, padding=True, return_tensors="pt", **options
         )
         return features.to(model.device, dtype=model.dtype)
 
@@ -73,34 +61,6 @@ class ImageTextAssistant(PretrainedAssistant[Config]):
         if hasattr(processor, "num_query_tokens"):  # BLIP-2 and InstructBLIP place their image tokens themselves
             return question, {}
         return f"{getattr(processor, 'image_token', '<image>')} {question}", {}
-
-
-def pad_on_the_left(tokenizer: Any) -> None:
-    """Pad on the left; a tokenizer without padding token uses its end token, which is masked."""
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-
-
-def generate_greedily(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[str]:
-    """Generate greedily, one text per row, without the prompt.
-
-    The model's generation settings hold (end tokens, a repetition penalty), except for those of sampling.
-    """
-    tokens = model.generate(
-        **inputs,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    prompt = inputs["input_ids"]
-    if torch.equal(tokens[:, : prompt.shape[1]], prompt):  # an encoder-decoder gives the answer alone
-        tokens = tokens[:, prompt.shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 DESCRIBE = (
@@ -122,37 +82,17 @@ class CaptionerConfig(AssistantConfig):
     question: str = DESCRIBE
     max_new_tokens: int = 128
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.question.strip():
-            raise ValueError("question: expected a text, got an empty one; leave it out for the default")
-        integer("max_new_tokens", self.max_new_tokens, least=1)
-
 
 class LMMCaptioner(ImageTextAssistant[CaptionerConfig]):
     """Describes images, for SC-AGIQA's comparison of prompt and description (Text-assisted Semantic Alignment).
 
     Any transformers image-text-to-text model; decoding is greedy, so that a description depends on its image alone.
-
-    Args:
-        config: which model.
-        cache: folder of descriptions; None asks the model every time.
     """
 
     kind = "captioner"
 
     def describe(self, images: Tensor) -> list[str]:
-        """Describe each image, without gradients.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1]; the model sees them rounded to 8 bits.
-
-        Returns:
-            B texts, white space collapsed.
-
-        Raises:
-            ValueError: the model cannot be loaded.
-        """
+        """Describe images (B, 3, H, W) in [0, 1], which the model sees rounded to 8 bits: B texts in one line each."""
         pixels.check(images)
 
         def answer(rows: list[int]) -> list[str]:
@@ -180,13 +120,10 @@ class LMMSemantics(ImageTextAssistant[SemanticsConfig]):
 
     For each question the model's last hidden layer is averaged over the tokens (MA-AGIQA eq. 3). That these are the
     tokens of image and question, and not of a generated answer, is our inference from the equation.
-
-    Args:
-        config: which model.
-        cache: folder of features; None asks the model every time.
     """
 
     kind = "lmm_semantics"
+    recipe: ClassVar[Mapping[str, Any]] = {"questions": QUESTIONS}
 
     @cached_property
     def width(self) -> int:
@@ -194,20 +131,11 @@ class LMMSemantics(ImageTextAssistant[SemanticsConfig]):
         text = getattr(self._description, "text_config", None) or self._description
         return int(text.hidden_size)
 
-    def _recipe(self) -> dict[str, Any]:
-        return {"questions": QUESTIONS}
-
     def read(self, images: Tensor) -> Float[Tensor, "batch 2 width"]:
-        """Compute the features of each image under each question, without gradients.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1]; the model sees them rounded to 8 bits.
+        """Compute the features of images (B, 3, H, W) in [0, 1], which the model sees rounded to 8 bits.
 
         Returns:
             (B, 2, width) float32 on the images' device: lack of meaningful content, then violations of coherence.
-
-        Raises:
-            ValueError: the model cannot be loaded, or does not return its hidden layers.
         """
         pixels.check(images)
 
@@ -219,17 +147,14 @@ class LMMSemantics(ImageTextAssistant[SemanticsConfig]):
 
     def _features(self, inputs: Any) -> Float[Tensor, "batch width"]:
         """Average the last hidden layer over the tokens that are not padding; float32, on the CPU."""
-        model = self._model
-        options: dict[str, Any] = {}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            options["logits_to_keep"] = 1  # the vocabulary's logits of every token would fill the memory
+        model = self._model  # the vocabulary's logits of every token would fill the memory:
+        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         output = model(**inputs, output_hidden_states=True, return_dict=True, use_cache=False, **options)
         layers, mask = getattr(output, "hidden_states", None), inputs["attention_mask"]
         if not layers or layers[-1].shape[:2] != mask.shape:
             raise ValueError(
-                f"path_or_id: {self.config.path_or_id!r} ({type(model).__name__}) does not return its language "
-                "model's hidden layer for every token; pass a decoder-only image-text-to-text model, such as LLaVA "
-                "or Qwen-VL"
+                f"path_or_id: {self.config.path_or_id!r} ({type(model).__name__}) does not return the language model's "
+                "hidden layer for every token; pass a decoder-only image-text-to-text model such as LLaVA or Qwen-VL"
             )
         weights = mask[:, :, None].float()
         return ((layers[-1].float() * weights).sum(dim=1) / weights.sum(dim=1)).cpu()

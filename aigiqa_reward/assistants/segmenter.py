@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.assistants.base import AssistantConfig, PretrainedAssistant, load_model, load_part
+from aigiqa_reward.assistants.base import AssistantConfig, PretrainedAssistant
 from aigiqa_reward.types import Images
 from aigiqa_reward.utils.checks import integer, number
 
-MASK_SIZE = 64
-"""Rows and columns of a mask over the whole image: a quarter of SAM's, several cells per CLIP patch."""
-
-_POINTS_AT_ONCE = 64
-"""Points per pass of the mask decoder, as in SAM's automatic mask generator (points_per_batch)."""
-
-_WANTED = "a Segment Anything model (SamModel)"
+MASK_SIZE = 64  # rows and columns of a mask over the whole image: a quarter of SAM's, several cells per CLIP patch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +38,6 @@ class SegmenterConfig(AssistantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        integer("max_regions", self.max_regions, least=1)
-        integer("points_per_side", self.points_per_side, least=1)
         number("max_overlap", self.max_overlap, "in [0, 1]", lambda overlap: 0 <= overlap <= 1)
 
 
@@ -56,49 +48,33 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
     quality is taken; of these, from the best down, each that overlaps none of those kept by more than `max_overlap`
     (greedy non-maximum suppression by the masks' intersection over union; a mask is where its value exceeds 0.5).
     The paper states SAM and no settings: which masks are kept is our choice.
-
-    Args:
-        config: which model.
-        cache: folder of masks; None asks the model every time.
     """
 
     kind = "segmenter"
+    recipe: ClassVar[Mapping[str, Any]] = {"mask_size": MASK_SIZE}
+    wanted = "a Segment Anything model (SamModel), such as facebook/sam-vit-base"
+    parts = ("SamProcessor", "SamModel")
 
-    def _recipe(self) -> dict[str, Any]:
-        return {"mask_size": MASK_SIZE}
-
-    @cached_property
-    def _model(self) -> Any:
-        found = load_part("AutoConfig", self.config, wanted=_WANTED).model_type
-        if found != "sam":
-            raise ValueError(
-                f"path_or_id: {self.config.path_or_id!r} is a {found!r} model, not {_WANTED}; pass one such as "
-                "facebook/sam-vit-base"
-            )
-        return load_model("SamModel", self.config, wanted=_WANTED)
-
-    @cached_property
-    def _processor(self) -> Any:
-        return load_part("SamProcessor", self.config, wanted=_WANTED)
+    def _fits(self, description: Any) -> bool:
+        return description.model_type == "sam"
 
     def segment(self, images: Tensor) -> Float[Tensor, "batch regions 64 64"]:
-        """Find the regions of each image, without gradients.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1]; the model sees them rounded to 8 bits.
+        """Find the regions of images (B, 3, H, W) in [0, 1], which the model sees rounded to 8 bits.
 
         Returns:
             (B, max_regions, 64, 64) float32 in [0, 1] on the images' device, each mask over the whole image whatever
             its aspect, from the highest predicted quality down; places without a region are zero everywhere.
-
-        Raises:
-            ValueError: the model cannot be loaded, or is no SAM.
         """
         pixels.check(images)
 
         def answer(rows: list[int]) -> list[Tensor]:
             masks, scores = self._candidates(images[rows])
-            return [self._regions(*candidates) for candidates in zip(masks, scores, strict=True)]
+            regions = masks.new_zeros(len(masks), self.config.max_regions, *masks.shape[2:])
+            limits = {"count": self.config.max_regions, "max_overlap": self.config.max_overlap}
+            for row, found in enumerate(masks):
+                kept = distinct(found > 0.5, scores[row], **limits)
+                regions[row, : len(kept)] = found[kept]
+            return list(regions)
 
         return torch.stack(self._serve(list(images), answer, Tensor)).to(images.device)
 
@@ -106,12 +82,11 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
         """Return the best mask of every point and its predicted intersection over union; float32, on the CPU."""
         model, device, dtype = self._model, self.config.device, self.config.dtype
         points = grid_points(images.shape[2], images.shape[3], self.config.points_per_side)
-        inputs = self._processor(
-            images=pixels.to_pil(images), input_points=[points[:, None].tolist()] * len(images), return_tensors="pt"
-        )
+        asked = [points[:, None].tolist()] * len(images)
+        inputs = self._processor(images=pixels.to_pil(images), input_points=asked, return_tensors="pt")
         embeddings = model.get_image_embeddings(inputs["pixel_values"].to(device, dtype))
         masks, scores = [], []
-        for some in inputs["input_points"].float().to(device).split(_POINTS_AT_ONCE, dim=1):
+        for some in inputs["input_points"].float().to(device).split(64, dim=1):  # as SAM's points_per_batch
             output = model(image_embeddings=embeddings, input_points=some, multimask_output=True)
             best = output.iou_scores.float().max(dim=2)
             index = best.indices[:, :, None, None, None].expand(-1, -1, 1, *output.pred_masks.shape[-2:])
@@ -120,23 +95,11 @@ class SAMSegmenter(PretrainedAssistant[SegmenterConfig]):
             scores.append(best.values)
         return torch.cat(masks, dim=1).sigmoid().cpu(), torch.cat(scores, dim=1).cpu()
 
-    def _regions(
-        self, masks: Float[Tensor, "points 64 64"], scores: Float[Tensor, " points"]
-    ) -> Float[Tensor, "regions 64 64"]:
-        """Keep the best distinct masks, padded with zeros to `max_regions`."""
-        kept = distinct(masks > 0.5, scores, count=self.config.max_regions, max_overlap=self.config.max_overlap)
-        regions = masks.new_zeros(self.config.max_regions, *masks.shape[1:])
-        regions[: len(kept)] = masks[kept]
-        return regions
-
 
 def _over_image(logits: Tensor, content: Tensor, padded: torch.Size) -> Float[Tensor, "batch points 64 64"]:
-    """Resize the part of SAM's low-resolution logits that shows the image, without its padding, to 64 x 64.
+    """Resize the part of SAM's logits (B, N, h, w) that shows the image, which is at the top left of the padded input.
 
-    Args:
-        logits: (B, N, h, w) over the padded input, which has the image at its top left.
-        content: height and width of the image in the padded input, in px.
-        padded: height and width of the padded input, in px.
+    `content` and `padded` are height and width of the image and of the padded input, in px.
     """
     height, width = (
         max(1, round(int(part) * cells / whole))
@@ -156,12 +119,9 @@ def grid_points(height: int, width: int, per_side: int) -> Float[Tensor, "points
 def distinct(
     masks: Bool[Tensor, "masks height width"], scores: Float[Tensor, " masks"], *, count: int, max_overlap: float
 ) -> list[int]:
-    """Keep masks from the highest score down that overlap none kept before by more than `max_overlap`.
+    """Return the indices of masks, from the highest score down, that overlap none kept before by more than the limit.
 
     Empty masks are never kept; of equal scores the earlier goes first.
-
-    Returns:
-        Indices of at most `count` masks, highest score first.
     """
     flat = masks.flatten(1).float()
     areas = flat.sum(dim=1)
@@ -179,14 +139,8 @@ def distinct(
 def grid_regions(rows: int = 4, columns: int = 4, size: int = MASK_SIZE) -> Float[Tensor, "regions size size"]:
     """Make a regular grid in place of SAM's regions: offline, the same for every image.
 
-    Args:
-        rows: rows of the grid, at most `size`.
-        columns: columns of the grid, at most `size`.
-        size: rows and columns of a mask.
-
     Returns:
-        (rows * columns, size, size) float32, row by row: 1 in the cell, 0 elsewhere; together the masks cover the
-        image once.
+        (rows * columns, size, size) float32, row by row: 1 in the cell, 0 elsewhere.
 
     Example:
         >>> from aigiqa_reward.assistants import grid_regions

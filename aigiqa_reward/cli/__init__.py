@@ -1,5 +1,5 @@
-"""The command line: `app` and `demo` hold the commands; inputs, options, runs, files and output are what they share."""
+"""The command line; `aigiqa_reward.cli:app` is its entry point."""
 
-from aigiqa_reward.cli.app import app
+from aigiqa_reward.cli.main import app
 
 __all__ = ["app"]

@@ -1,7 +1,7 @@
-"""Reader of AGIQA-3K in its published layout.
+"""Reader of AGIQA-3K.
 
-Source: C. Li et al., "AGIQA-3K: An Open Database for AI-Generated Image Quality Assessment", IEEE TCSVT 2023,
-arXiv 2306.04717.
+Source: C. Li et al., "AGIQA-3K: An Open Database for AI-Generated Image Quality Assessment", IEEE TCSVT
+2023, arXiv 2306.04717.
 """
 
 from __future__ import annotations
@@ -18,21 +18,14 @@ _SCORES = {
     "correspondence": "mos_align",
     "correspondence_std": "std_align",
 }
-_NAME = re.compile(r"(?P<generator>[^/\\]+)_\d+\.jpg")
+_NAME = re.compile(r"([^/\\]+)_\d+\.jpg")
 
 
 def read_agiqa3k(folder: str | os.PathLike[str]) -> ScoredImages:
-    """Read `data.csv` and find the images in `images/`; none is opened.
+    """Read `data.csv`, which may list any part of the benchmark; images are in `images/`, and none is opened.
 
-    The file may list any part of the benchmark. Scores stay as published, mean opinion scores of 0 to 5. The
-    generator of an image is its file name less `_{index}.jpg`: `sd1.5_highcorr`, `AttnGAN_normal`.
-
-    Args:
-        folder: folder of `data.csv`, with the published columns name, prompt, adj1, adj2, style, mos_quality,
-            std_quality, mos_align and std_align (adjectives and style are not used), and of `images`.
-
-    Returns:
-        The images in the order of the file.
+    The columns are name, prompt, mos_quality, std_quality, mos_align and std_align; others are not used. Scores are
+    mean opinion scores of 0 to 5. The generator of an image is its file name less `_{index}.jpg`: `sd1.5_highcorr`.
 
     Example:
         >>> from pathlib import Path

@@ -1,7 +1,7 @@
-"""Reader of AIGCIQA2023 in its published layout.
+"""Reader of AIGCIQA2023.
 
-Source: J. Wang et al., "AIGCIQA2023: A Large-scale Image Quality Assessment Database for AI Generated Images: from the
-Perspectives of Quality, Authenticity and Correspondence", 2023, arXiv 2307.00211;
+Source: J. Wang et al., "AIGCIQA2023: A Large-scale Image Quality Assessment Database for AI Generated
+Images: from the Perspectives of Quality, Authenticity and Correspondence", 2023, arXiv 2307.00211;
 https://github.com/wangjiarui153/AIGCIQA2023.
 """
 
@@ -18,8 +18,7 @@ from aigiqa_reward.datasets.base import ScoredImages, find_table, read_sheet, re
 from aigiqa_reward.utils.io import read_regular
 
 _GENERATORS = ("Controlnet", "DALLE", "Glide", "Lafite", "stable-diffusion", "Unidiffuser")
-_PROMPTS = 100
-_IMAGES_PER_PROMPT = 4
+_PROMPTS, _IMAGES_PER_PROMPT = 100, 4
 _COUNT = len(_GENERATORS) * _PROMPTS * _IMAGES_PER_PROMPT
 _PROMPT_TABLE = "AIGCIQA2023_Prompts.xlsx"
 _ARRAY_BYTES = 1_000_000
@@ -31,25 +30,16 @@ _NUMBER = {"quality": 1, "authenticity": 2, "correspondence": 3}
 def read_aigciqa2023(
     folder: str | os.PathLike[str], *, perspective: Literal["quality", "authenticity"] = "quality"
 ) -> ScoredImages:
-    """Read the scores and the prompts, and find the images in `Image/allimg/`; none is opened.
+    """Read scores and prompts of the 2,400 images in `Image/allimg/`; none is opened.
 
-    Image i = 400 m + 4 p + (k - 1) is the k-th of the four that generator m made for prompt p, in the order
-    Controlnet, DALLE, Glide, Lafite, stable-diffusion, Unidiffuser (the published `pic-index.xlsx` lists them so).
-    Scores stay as published, normalized mean opinion scores on a scale of 0 to 100, of three perspectives: quality,
-    authenticity and correspondence.
+    Image 400 m + 4 p + (k - 1) is the k-th of the four that generator m made for prompt p, in the order Controlnet,
+    DALLE, Glide, Lafite, stable-diffusion, Unidiffuser. Scores are normalized mean opinion scores of 0 to 100.
 
     Args:
-        folder: folder of `DATA/MOS/mosz1.mat` to `mosz3.mat`, key MOSz, (2400, 1); `Image/allimg/0.png` to `2399.png`;
-            and `AIGCIQA2023_Prompts.xlsx`, which lies beside the archive in the benchmark's repository: 100 rows
-            without a header, the prompt in the third column. Where a copy has `DATA/STD/SD1.mat` to `SD3.mat`, key
-            SD, they are the deviations between raters; elsewhere those are NaN.
+        folder: folder of `Image/allimg/0.png` to `2399.png`; `DATA/MOS/mosz1.mat` to `mosz3.mat`, key MOSz, (2400, 1);
+            in some copies `DATA/STD/SD1.mat` to `SD3.mat`, key SD, the deviations, else NaN; and
+            `AIGCIQA2023_Prompts.xlsx` from the benchmark's repository: 100 rows, no header, prompts in column 3.
         perspective: score that fills `quality`; read the folder twice to have both.
-
-    Returns:
-        The 2,400 images in their published order.
-
-    Raises:
-        ImportError: the extra `data` is not installed.
 
     Example:
         >>> import pandas
@@ -72,19 +62,21 @@ def read_aigciqa2023(
         raise ValueError(f"perspective: expected 'quality' or 'authenticity', got {perspective!r}")
     root = Path(folder)
     prompts = _read_prompts(root)
-    by_image = [(m, p) for m in _GENERATORS for p in prompts for _ in range(_IMAGES_PER_PROMPT)]
     names = tuple(f"{image}.png" for image in range(_COUNT))
     paths = tuple(root / "Image" / "allimg" / name for name in names)
     refuse_absent(paths, "the benchmark", argument="folder", remedy="put all the published images there")
+    scores = {}
+    for field, number in (("quality", _NUMBER[perspective]), ("correspondence", _NUMBER["correspondence"])):
+        scores[field] = _read_array(root, f"DATA/MOS/mosz{number}.mat", "MOSz")
+        has_std = (root / "DATA" / "STD").is_dir()
+        std = _read_array(root, f"DATA/STD/SD{number}.mat", "SD") if has_std else np.full(_COUNT, np.nan)
+        scores[f"{field}_std"] = std
     return ScoredImages(
         names=names,
         paths=paths,
-        prompts=tuple(prompt for _, prompt in by_image),
-        generators=tuple(generator for generator, _ in by_image),
-        quality=_read_scores(root, perspective),
-        quality_std=_read_deviations(root, perspective),
-        correspondence=_read_scores(root, "correspondence"),
-        correspondence_std=_read_deviations(root, "correspondence"),
+        prompts=tuple(prompt for _ in _GENERATORS for prompt in prompts for _ in range(_IMAGES_PER_PROMPT)),
+        generators=tuple(generator for generator in _GENERATORS for _ in range(_PROMPTS * _IMAGES_PER_PROMPT)),
+        **scores,
     )
 
 
@@ -104,16 +96,6 @@ def _read_prompts(root: Path) -> list[str]:
     return prompts
 
 
-def _read_scores(root: Path, perspective: str) -> np.ndarray:
-    return _read_array(root, f"DATA/MOS/mosz{_NUMBER[perspective]}.mat", "MOSz")
-
-
-def _read_deviations(root: Path, perspective: str) -> np.ndarray:
-    if not (root / "DATA" / "STD").is_dir():
-        return np.full(_COUNT, np.nan)
-    return _read_array(root, f"DATA/STD/SD{_NUMBER[perspective]}.mat", "SD")
-
-
 def _read_array(root: Path, name: str, key: str) -> np.ndarray:
     """Read the (2400,) float64 numbers of a MATLAB file."""
     from scipy.io import loadmat
@@ -127,10 +109,10 @@ def _read_array(root: Path, name: str, key: str) -> np.ndarray:
         ) from error
     array = content.get(key)
     if not isinstance(array, np.ndarray) or array.shape != (_COUNT, 1) or array.dtype.kind not in "fiu":
-        found = {name: np.shape(value) for name, value in content.items() if not name.startswith("__")}
-        raise ValueError(f"{file}: expected an array {key} of ({_COUNT}, 1) numbers, got {found}")
+        raise ValueError(f"{file}: expected an array {key} of ({_COUNT}, 1) numbers, got {content}"[:500])
     values = array[:, 0].astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise ValueError(f"{file}: expected finite numbers, got {values[bad[0]]} for image {bad[0]}; correct it")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{file}: expected finite numbers, got one that is not for image {np.isfinite(values).argmin()}"
+        )
     return values

@@ -1,7 +1,7 @@
-"""Reader of the training part of AIGIQA-20K in its published layout.
+"""Reader of AIGIQA-20K.
 
-Source: C. Li et al., "AIGIQA-20K: A Large Database for AI-Generated Image Quality Assessment", CVPRW 2024, arXiv
-2404.03407; published for the NTIRE 2024 challenge as AIGCQA-30K-Image.
+Source: C. Li et al., "AIGIQA-20K: A Large Database for AI-Generated Image Quality Assessment", CVPRW
+2024, arXiv 2404.03407; published for the NTIRE 2024 challenge as AIGCQA-30K-Image.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import csv
 import math
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from aigiqa_reward.datasets.base import (
@@ -23,23 +24,16 @@ from aigiqa_reward.datasets.base import (
 )
 
 _COLUMNS = ("name", "prompt", "mos")
-_NAME = re.compile(r"(?P<generator>[^/\\]+)_\d+\.png")
+_NAME = re.compile(r"([^/\\]+)_\d+\.png")
 
 
 def read_aigiqa20k(folder: str | os.PathLike[str]) -> ScoredImages:
-    """Read `info_train.csv` and find the images in `train/` or `images/`; none is opened.
+    """Read the training part, `info_train.csv`; images are in `train/` or `images/`, and none is opened.
 
-    The file may list any part of the benchmark; the published one lists 14,000 images. Scores stay as published,
-    mean opinion scores of 0 to 5. A rater gave one score for quality and alignment with the prompt together: it is
-    put into `quality`, and `correspondence` is NaN. The generator of an image is its file name less `_{index}.png`:
-    `DALLE2`, `LCM_SD1.5`.
-
-    Args:
-        folder: folder of `info_train.csv`, with the columns name, prompt and mos, or those three without a header
-            (recognized by a number in the third cell of the first line), and of the images.
-
-    Returns:
-        The images in the order of the file.
+    The columns are name, prompt and mos, or those three without a header (recognized by a number in the third cell
+    of the first line). The published file lists 14,000 images; any part will do. A rater gave one score, 0 to 5, for
+    quality and alignment with the prompt together: it is put into `quality`, and `correspondence` is NaN. The
+    generator of an image is its file name less `_{index}.png`: `DALLE2`, `LCM_SD1.5`.
 
     Example:
         >>> from pathlib import Path
@@ -56,15 +50,10 @@ def read_aigiqa20k(folder: str | os.PathLike[str]) -> ScoredImages:
     """
     root = Path(folder)
     table = find_table(root, "info_train.csv", "AIGIQA-20K's info_train.csv and train/")
-    rows = read_csv(table, _COLUMNS, header=None if _has_header(table) else _COLUMNS)
+    first: list[str] = []
+    with table.open(newline="", encoding="utf-8-sig", errors="replace") as file, suppress(csv.Error):
+        first = next(csv.reader(file), [])
+    has_header = len(first) != len(_COLUMNS) or math.isnan(number_or_nan(first[-1]))
+    rows = read_csv(table, _COLUMNS, header=None if has_header else _COLUMNS)
     generators = generators_of(rows, "name", _NAME, "{generator}_{index}.png")
     return scored_images(rows, image_folder(root, "train", "images"), scores={"quality": "mos"}, generators=generators)
-
-
-def _has_header(table: Path) -> bool:
-    with table.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        try:
-            first = next(csv.reader(file), [])
-        except csv.Error:
-            return True  # `read_csv` reports what is wrong
-    return len(first) != len(_COLUMNS) or math.isnan(number_or_nan(first[-1]))

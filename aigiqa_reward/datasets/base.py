@@ -6,11 +6,12 @@ import csv
 import importlib
 import io
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,11 +20,48 @@ from aigiqa_reward.utils.io import read_regular
 MAX_SHEET_BYTES, MAX_SHEET_ROWS = 20_000_000, 100_000
 """Bounds of an .xlsx file and of its rows; the benchmarks' sheets have 1,080 rows at most."""
 
-_SCORES = ("quality", "quality_std", "correspondence", "correspondence_std")
+_EXTRA = "\0"
+"""Key of the cells beyond the header's."""
+
+
+class _Table:
+    """What both tables share: as many entries per field as rows, prompts as default groups, and subsets."""
+
+    prompts: tuple[str, ...]
+    groups: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            object.__setattr__(self, "groups", self.prompts)
+        for name, value in vars(self).items():
+            if len(value) != len(self) or (isinstance(value, np.ndarray) and value.ndim != 1):
+                raise ValueError(f"{name}: expected {len(self)} entries, one per row, got shape {np.shape(value)}")
+
+    def __len__(self) -> int:
+        """Number of rows N."""
+        return len(self.prompts)
+
+    def subset(self, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> Self:
+        """Select rows by a boolean mask (N,), or by row numbers in the order wanted."""
+        index, count = np.asarray(rows), len(self)
+        if index.dtype == bool and index.shape == (count,):
+            index = np.flatnonzero(index)
+        elif index.size == 0:
+            index = np.zeros(0, dtype=np.int64)
+        elif index.ndim != 1 or index.dtype.kind not in "iu" or index.min() < -count or index.max() >= count:
+            raise ValueError(
+                f"rows: expected a boolean mask of shape ({count},) or row numbers below {count}, got {index.dtype} of "
+                f"shape {index.shape}"
+            )
+        values: dict[str, Any] = {
+            name: value[index] if isinstance(value, np.ndarray) else tuple(value[i] for i in index)
+            for name, value in vars(self).items()
+        }
+        return replace(self, **values)  # pyright: ignore[reportArgumentType, reportReturnType, reportCallIssue]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ScoredImages:
+class ScoredImages(_Table):
     """N images with their human scores, in the benchmark's units, higher is better. Row i is image i.
 
     Attributes:
@@ -41,15 +79,16 @@ class ScoredImages:
         >>> from pathlib import Path
         >>> import numpy as np
         >>> from aigiqa_reward.datasets import ScoredImages
+        >>> unknown = np.full(2, np.nan)
         >>> images = ScoredImages(
         ...     names=("a", "b"),
         ...     paths=(Path("a.png"), Path("b.png")),
         ...     prompts=("a red fox", "a red fox"),
         ...     generators=("sdxl", "flux"),
         ...     quality=np.array([3.1, 4.2]),
-        ...     quality_std=np.full(2, np.nan),
-        ...     correspondence=np.full(2, np.nan),
-        ...     correspondence_std=np.full(2, np.nan),
+        ...     quality_std=unknown,
+        ...     correspondence=unknown,
+        ...     correspondence_std=unknown,
         ... )
         >>> images.has_quality, images.has_correspondence, images.subset([1]).names
         (True, False, ('b',))
@@ -65,30 +104,19 @@ class ScoredImages:
     correspondence_std: np.ndarray
     groups: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        _check_lengths(self)
-
-    def __len__(self) -> int:
-        """Number of images N."""
-        return len(self.names)
-
     @property
     def has_quality(self) -> bool:
         """Whether any image has a quality score."""
-        return bool(np.any(~np.isnan(self.quality)))
+        return not np.isnan(self.quality).all()
 
     @property
     def has_correspondence(self) -> bool:
         """Whether any image has a correspondence score."""
-        return bool(np.any(~np.isnan(self.correspondence)))
-
-    def subset(self, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> ScoredImages:
-        """Select images by a boolean mask (N,), or by row numbers in the order wanted."""
-        return _subset(self, rows)
+        return not np.isnan(self.correspondence).all()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PreferencePairs:
+class PreferencePairs(_Table):
     """N choices of people between two images of one prompt. Row i is choice i; ties are left out.
 
     Attributes:
@@ -111,62 +139,15 @@ class PreferencePairs:
     groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_lengths(self)
+        super().__post_init__()
         for row, (better, worse) in enumerate(zip(self.better, self.worse, strict=True)):
             if better == worse:
                 raise ValueError(f"better, worse: expected two images, got {str(better)!r} twice at row {row}")
 
-    def __len__(self) -> int:
-        """Number of pairs N."""
-        return len(self.prompts)
 
-    def subset(self, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> PreferencePairs:
-        """Select pairs by a boolean mask (N,), or by row numbers in the order wanted."""
-        return _subset(self, rows)
-
-
-_Table = TypeVar("_Table", ScoredImages, PreferencePairs)
-
-
-def _check_lengths(table: ScoredImages | PreferencePairs) -> None:
-    if not table.groups:
-        object.__setattr__(table, "groups", table.prompts)
-    for field in fields(table):
-        value = getattr(table, field.name)
-        if len(value) != len(table) or (isinstance(value, np.ndarray) and value.ndim != 1):
-            raise ValueError(f"{field.name}: expected {len(table)} entries, one per row, got shape {np.shape(value)}")
-
-
-def _subset(table: _Table, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> _Table:
-    index, count = np.asarray(rows), len(table)
-    if index.dtype == bool and index.shape == (count,):
-        index = np.flatnonzero(index)
-    elif index.size == 0:
-        index = np.zeros(0, dtype=np.int64)
-    elif index.ndim != 1 or index.dtype.kind not in "iu" or index.min() < -count or index.max() >= count:
-        raise ValueError(
-            f"rows: expected a boolean mask of shape ({count},) or row numbers below {count}, got {index.dtype} of "
-            f"shape {index.shape}"
-        )
-    values = {field.name: getattr(table, field.name) for field in fields(table)}
-    return replace(
-        table,
-        **{n: v[index] if isinstance(v, np.ndarray) else tuple(v[i] for i in index) for n, v in values.items()},
-    )
-
-
-# --------------------------------------------------------------------------------------------- rows of a table
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Row:
-    """One row of a table, its cells as text.
-
-    Attributes:
-        table: file of the table.
-        line: number of the row's last line in the file, or of its row in a sheet; the first is 1.
-        cells: text of each column; a blank cell is "".
-    """
+    """One row of a table: its file, its line there (the first is 1), and the text of each column."""
 
     table: Path
     line: int
@@ -184,12 +165,6 @@ class Row:
             )
         return value
 
-    def text(self, column: str) -> str:
-        """Return the cell, which must not be blank."""
-        if not self[column].strip():
-            raise self.error(f"expected a text in column {column}, got a blank cell; fill it or remove the row")
-        return self[column]
-
     def error(self, message: str) -> ValueError:
         """Make an error that names the file and the line."""
         return ValueError(f"{self.table}, line {self.line}: {message}")
@@ -205,8 +180,7 @@ def number_or_nan(text: str) -> float:
 
 def find_table(folder: Path, name: str, expected: str, remedy: str = "") -> Path:
     """Return the file `name` in a benchmark's folder, which should hold what `expected` says."""
-    table = folder / name
-    if not table.is_file():
+    if not (table := folder / name).is_file():
         raise ValueError(f"folder: expected {expected} in {str(folder)!r}, but there is no {name}{remedy}")
     return table
 
@@ -214,27 +188,19 @@ def find_table(folder: Path, name: str, expected: str, remedy: str = "") -> Path
 def read_csv(
     table: Path, columns: Sequence[str], *, expected: str = "the published columns", header: Sequence[str] | None = None
 ) -> list[Row]:
-    """Read the rows of a CSV file in UTF-8, with or without a byte-order mark.
-
-    Args:
-        table: file to read.
-        columns: required columns; others are kept as well.
-        expected: description of the columns for the error.
-        header: column names of a file whose first line does not hold them.
-    """
+    """Read the rows of a CSV file in UTF-8, with these columns at least; `header` names those of a file without one."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, fieldnames=header, restval="")
+            reader = csv.DictReader(file, fieldnames=header, restval="", restkey=_EXTRA)
             _require_columns(table, columns, reader.fieldnames or (), expected)
-            rows = [Row(table=table, line=reader.line_num, cells=cells) for cells in reader]
+            rows = [Row(table, reader.line_num, cells) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{table}: expected a CSV file in UTF-8, got {error}; save it as such") from error
     for row in rows:
-        extra: Any = row.cells.get(None)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        if extra is not None:
+        if extra := row.cells.get(_EXTRA):
+            named = len(row.cells) - 1
             raise row.error(
-                f"expected {len(row.cells) - 1} cells, got {len(row.cells) - 1 + len(extra)}; "
-                "put a text that holds a comma in double quotes"
+                f"expected {named} cells, got {named + len(extra)}; put a text that holds a comma in double quotes"
             )
     return _not_empty(table, rows)
 
@@ -243,17 +209,12 @@ def read_xlsx(table: Path, columns: Sequence[str]) -> list[Row]:
     """Read the rows of the first sheet of an .xlsx file, whose first row names the columns."""
     header, *lines = read_sheet(table) or [[]]
     _require_columns(table, columns, header, "the published columns")
-    rows = [
-        Row(table=table, line=line, cells=dict(zip(header, cells, strict=True)))
-        for line, cells in enumerate(lines, start=2)
-    ]
-    return _not_empty(table, rows)
+    return _not_empty(table, [Row(table, n, dict(zip(header, cells, strict=True))) for n, cells in enumerate(lines, 2)])
 
 
 def read_sheet(table: Path) -> list[list[str]]:
     """Read the cells of the first sheet of an .xlsx file as text, row by row; a blank cell is ""."""
-    pandas = extra_data("pandas", f"reading {table.name}")
-    extra_data("openpyxl", f"reading {table.name}")
+    pandas, _ = (extra_data(module, f"reading {table.name}") for module in ("pandas", "openpyxl"))
     try:
         data = io.BytesIO(read_regular(table, most=MAX_SHEET_BYTES))
         sheet = pandas.read_excel(
@@ -275,8 +236,7 @@ def extra_data(module: str, purpose: str) -> Any:
 def _require_columns(table: Path, columns: Sequence[str], header: Sequence[str], expected: str) -> None:
     if twice := sorted({column for column in columns if list(header).count(column) > 1}):
         raise ValueError(f"{table}: expected each column once, got {', '.join(twice)} several times; remove the others")
-    missing = [column for column in columns if column not in header]
-    if missing:
+    if missing := [column for column in columns if column not in header]:
         raise ValueError(
             f"{table}: no column {', '.join(missing)}; expected {expected} "
             f"{', '.join(columns)}, got {', '.join(filter(None, header)) or 'an empty file'}"
@@ -287,9 +247,6 @@ def _not_empty(table: Path, rows: list[Row]) -> list[Row]:
     if not rows:
         raise ValueError(f"{table}: expected a row per image, got the header alone")
     return rows
-
-
-# --------------------------------------------------------------------------------------------- images of a table
 
 
 def scored_images(
@@ -322,8 +279,9 @@ def scored_images(
     paths = tuple(folder / image for image in names)
     refuse_absent(paths, rows[0].table.name, argument=argument, remedy=remedy)
     columns = {
-        field: np.array([row.number(scores[field]) for row in rows]) if field in scores else np.full(len(rows), np.nan)
-        for field in _SCORES
+        field.name: np.array([row.number(scores[field.name]) if field.name in scores else np.nan for row in rows])
+        for field in fields(ScoredImages)
+        if field.type == "np.ndarray"
     }
     prompts = tuple(row[prompt] for row in rows)
     return ScoredImages(
@@ -332,14 +290,12 @@ def scored_images(
 
 
 def generators_of(rows: Sequence[Row], column: str, name: re.Pattern[str], form: str) -> list[str]:
-    """Return the group `generator` of each row's image name, which must match `name`."""
-    generators = []
-    for row in rows:
-        match = name.fullmatch(row[column])
+    """Return the first group of `name` in each row's image name, which must match it."""
+    matches = [name.fullmatch(row[column]) for row in rows]
+    for row, match in zip(rows, matches, strict=True):
         if match is None:
             raise row.error(f"expected a name of the form {form}, got {row[column]!r}")
-        generators.append(match["generator"])
-    return generators
+    return [match[1] for match in matches if match]
 
 
 def refuse_repeats(rows: Sequence[Row], column: str) -> None:
@@ -358,16 +314,8 @@ def image_folder(folder: Path, *names: str) -> Path:
 
 def refuse_absent(paths: Sequence[Path], listed_by: str, *, argument: str, remedy: str) -> None:
     """Raise an error if images are not there, with their number and the first of them."""
-    absent = [path for path in paths if not _is_file(path)]
-    if absent:
+    if absent := [path for path in paths if not os.path.isfile(path)]:  # noqa: PTH113 (False for a too long name)
         raise ValueError(
             f"{argument}: {len(absent)} of the {len(paths)} images that {listed_by} lists are absent, the first "
             f"{str(absent[0])!r}; {remedy}"
         )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that is too long
-        return False

@@ -28,11 +28,8 @@ def read_imagereward(path: str | os.PathLike[str], *, images: str | os.PathLike[
 
     Args:
         path: JSON file (`train.json`, `valid.json`, `test.json`), or a folder with `train.json`.
-        images: folder that the entries' image paths are relative to. None: the folder named like the file,
-            `test_images` for `test.json`, or else `images`, beside the file.
-
-    Returns:
-        The pairs in the order of the file.
+        images: folder that the entries' image paths are relative to. None: beside the file, the folder named like it,
+            `test_images` for `test.json`, or else `images`.
 
     Example:
         >>> import json
@@ -50,10 +47,8 @@ def read_imagereward(path: str | os.PathLike[str], *, images: str | os.PathLike[
     if file.is_dir():
         file = file / "train.json"
     if not file.is_file():
-        raise ValueError(
-            f"path: expected ImageReward's JSON file, or a folder that holds train.json, got {str(path)!r}; name the "
-            "file itself for another part"
-        )
+        expected = "ImageReward's JSON file, or a folder that holds train.json"
+        raise ValueError(f"path: expected {expected}, got {str(path)!r}; name the file itself for another part")
     root = image_folder(file.parent, f"{file.stem}_images", "images") if images is None else Path(images)
     pairs: list[tuple[str, Path, Path]] = []
     for prompt, generations, ranking in _read_entries(file):
@@ -64,12 +59,8 @@ def read_imagereward(path: str | os.PathLike[str], *, images: str | os.PathLike[
     if not pairs:
         raise ValueError(f"{file}: expected images of different ranks in at least one entry, got none")
     prompts, better, worse = zip(*pairs, strict=True)
-    refuse_absent(
-        list(dict.fromkeys(better + worse)),
-        file.name,
-        argument="images",
-        remedy="name the folder they are in by images=",
-    )
+    remedy = "name the folder they are in by images="
+    refuse_absent(list(dict.fromkeys(better + worse)), file.name, argument="images", remedy=remedy)
     return PreferencePairs(prompts=prompts, better=better, worse=worse)
 
 
@@ -82,41 +73,32 @@ def _read_entries(file: Path) -> list[tuple[str, list[str], list[float]]]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file}: expected a list of entries {{{', '.join(_FIELDS)}}}, got {type(entries).__name__}")
     places: dict[str, int] = {}
-    checked = []
     for number, entry in enumerate(entries, start=1):
         where = f"{file}, entry {number}"
         if not isinstance(entry, dict) or any(field not in entry for field in _FIELDS):
             got = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
             raise ValueError(f"{where}: expected the fields {', '.join(_FIELDS)}, got {got or 'none'}")
         identity = str(entry["id"])
-        if identity in places:
-            raise ValueError(
-                f"{where}: the id {identity!r} is that of entry {places[identity]} as well; keep one of the two"
-            )
-        places[identity] = number
-        checked.append(_check_entry(entry, f"{where} (id {identity!r})"))
-    return checked
+        if (first := places.setdefault(identity, number)) != number:
+            raise ValueError(f"{where}: the id {identity!r} is that of entry {first} as well; keep one of the two")
+        if fault := _fault(entry):
+            raise ValueError(f"{where} (id {identity!r}): {fault}")
+    return [(entry["prompt"], entry["generations"], entry["ranking"]) for entry in entries]
 
 
-def _check_entry(entry: dict[str, Any], where: str) -> tuple[str, list[str], list[float]]:
-    prompt, generations, ranking = entry["prompt"], entry["generations"], entry["ranking"]
-    if not isinstance(prompt, str):
-        raise ValueError(f"{where}: expected prompt to be a text, got {prompt!r}")
-    _check_list(generations, str, "generations", "image paths", where)
-    _check_list(ranking, (int, float), "ranking", "numbers", where)
-    if len(generations) > _MOST_IMAGES:  # they are compared two by two
-        raise ValueError(f"{where}: expected at most {_MOST_IMAGES} images, got {len(generations)}; remove the entry")
-    if len(generations) != len(ranking):
-        raise ValueError(
-            f"{where}: expected one rank per image, got {len(ranking)} for {len(generations)}; remove the entry"
-        )
-    repeated = [name for name in generations if generations.count(name) > 1]
-    if repeated:
-        raise ValueError(f"{where}: {repeated[0]!r} is listed twice; keep one of the two")
-    return prompt, generations, ranking
-
-
-def _check_list(value: Any, kind: type | tuple[type, ...], field: str, expected: str, where: str) -> None:
-    for item in value if isinstance(value, list) else [None]:
-        if not isinstance(item, kind) or isinstance(item, bool) or item != item:
-            raise ValueError(f"{where}: expected {field} to be a list of {expected}, got {value!r:.200}")
+def _fault(entry: dict[str, Any]) -> str | None:
+    """Return what is wrong with an entry."""
+    images, ranking = entry["generations"], entry["ranking"]
+    if not isinstance(entry["prompt"], str):
+        return f"expected prompt to be a text, got {entry['prompt']!r}"
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        return f"expected generations to be a list of image paths, got {images!r:.200}"
+    if not isinstance(ranking, list) or not all(type(rank) in (int, float) and rank == rank for rank in ranking):
+        return f"expected ranking to be a list of numbers, got {ranking!r:.200}"
+    if len(images) > _MOST_IMAGES:  # they are compared two by two
+        return f"expected at most {_MOST_IMAGES} images, got {len(images)}; remove the entry"
+    if len(images) != len(ranking):
+        return f"expected one rank per image, got {len(ranking)} for {len(images)}; remove the entry"
+    if repeated := [name for name in images if images.count(name) > 1]:
+        return f"{repeated[0]!r} is listed twice; keep one of the two"
+    return None

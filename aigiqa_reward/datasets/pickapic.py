@@ -39,22 +39,15 @@ class _Choice(NamedTuple):
 def read_pickapic(path: str | os.PathLike[str], *, images_to: str | os.PathLike[str] | None = None) -> PreferencePairs:
     """Read the choices, and write their images out once, because in the parquet file they are bytes.
 
-    The images of a choice become `{ranking_id}_0.jpg` and `{ranking_id}_1.jpg`, their bytes as published. A file
-    that is already there is kept, so that a second call reads no image, and each appears whole or not at all. A tie
-    (both labels 0.5) gives no pair, and its images are not written; nor does a row whose `has_label`, where the
-    column is there, is false (our inference: nobody judged it). The group of a pair is its caption.
+    The images of a choice become `{ranking_id}_0.jpg` and `{ranking_id}_1.jpg`, as published; files that are already
+    there are kept. A tie (both labels 0.5) gives no pair, nor does a row whose `has_label`, where the column is there,
+    is false (our inference: nobody judged it). The group of a pair is its caption.
 
     Args:
         path: parquet file, or a folder of the files of one part (train, validation, ...). Columns: caption, jpg_0,
             jpg_1 (bytes), label_0, label_1 (1 chosen, 0 not, 0.5 tie), ranking_id.
-        images_to: folder for the images of one release of the data; made if absent. None: beside the parquet file,
-            `{its name}_images`; in the folder of several files, `images`.
-
-    Returns:
-        The pairs in the order of the files, by name, and of their rows.
-
-    Raises:
-        ImportError: the extra `data` is not installed.
+        images_to: folder for the images. None: beside the parquet file, `{its name}_images`; in the folder of several
+            files, `images`.
 
     Example:
         >>> import io
@@ -71,12 +64,11 @@ def read_pickapic(path: str | os.PathLike[str], *, images_to: str | os.PathLike[
         ('7_0.jpg', '7_1.jpg')
     """
     source = Path(path)
-    files = _parquet_files(source)
     beside = source / "images" if source.is_dir() else source.with_name(f"{source.stem}_images")
     folder = beside if images_to is None else Path(images_to)
     places: dict[int, str] = {}
     choices: list[_Choice] = []
-    for file in files:
+    for file in _parquet_files(source):
         found = list(_read_choices(file, places))
         _write_images(file, found, folder)
         choices += found
@@ -97,7 +89,7 @@ def _parquet_files(source: Path) -> list[Path]:
     if len(parts) > 1:
         raise ValueError(
             f"path: expected the files of one part, got those of {', '.join(sorted(parts))} in {str(source)!r}; "
-            "put each part in a separate folder, or training would see the test"
+            "put each part in a separate folder"
         )
     return files
 
@@ -116,10 +108,8 @@ def _rows(file: Path, columns: Sequence[str], at_once: int) -> Iterator[tuple[in
                     yield number, row
                     number += 1
     except Exception as error:  # pyarrow has many kinds for damaged files
-        raise ValueError(
-            f"{file}: expected a whole parquet file with the columns {', '.join((*_LIGHT, *_IMAGES))}, got {error}; "
-            "download it again"
-        ) from error
+        expected = f"a whole parquet file with the columns {', '.join((*_LIGHT, *_IMAGES))}"
+        raise ValueError(f"{file}: expected {expected}, got {error}; download it again") from error
 
 
 def _read_choices(file: Path, places: dict[int, str]) -> Iterator[_Choice]:
@@ -130,9 +120,7 @@ def _read_choices(file: Path, places: dict[int, str]) -> Iterator[_Choice]:
         if not isinstance(ranking, int) or ranking < 0:
             raise ValueError(f"{where}: expected ranking_id to be a number from 0, got {ranking!r}")
         if ranking in places:
-            raise ValueError(
-                f"{where}: the ranking_id {ranking} is that of {places[ranking]} as well; keep one of the two"
-            )
+            raise ValueError(f"{where}: ranking_id {ranking} is that of {places[ranking]} as well; keep one of the two")
         places[ranking] = where
         if not row.get(_JUDGED, True):
             continue

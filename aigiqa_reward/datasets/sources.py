@@ -17,13 +17,9 @@ from aigiqa_reward.datasets.pickapic import read_pickapic
 from aigiqa_reward.datasets.table import read_table
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Source:
-    """A benchmark that can be read by name.
-
-    Attributes:
-        reader: function that reads the path.
-        path: description of the path.
+    """A benchmark that can be read by name: the function that reads a path, and a description of the path.
 
     Example:
         >>> from aigiqa_reward.datasets import SOURCES, Source
@@ -37,25 +33,21 @@ class Source:
 
 
 SOURCES: dict[str, Source] = {
-    "agiqa3k": Source(reader=read_agiqa3k, path="the folder that holds data.csv and images/"),
-    "agiqa1k": Source(reader=read_agiqa1k, path="the folder that holds AIGC_MOS_Zscore.xlsx and file/"),
-    "aigciqa2023": Source(reader=read_aigciqa2023, path="the folder that holds DATA/ and Image/"),
-    "aigiqa20k": Source(reader=read_aigiqa20k, path="the folder that holds info_train.csv and train/"),
-    "imagereward": Source(reader=read_imagereward, path="the JSON file, or the folder that holds train.json"),
-    "pickapic": Source(reader=read_pickapic, path="a parquet file, or a folder of those of one part"),
-    "csv": Source(reader=read_table, path="a CSV file with the columns path, prompt and quality or correspondence"),
+    "agiqa3k": Source(read_agiqa3k, "the folder that holds data.csv and images/"),
+    "agiqa1k": Source(read_agiqa1k, "the folder that holds AIGC_MOS_Zscore.xlsx and file/"),
+    "aigciqa2023": Source(read_aigciqa2023, "the folder that holds DATA/ and Image/"),
+    "aigiqa20k": Source(read_aigiqa20k, "the folder that holds info_train.csv and train/"),
+    "imagereward": Source(read_imagereward, "the JSON file, or the folder that holds train.json"),
+    "pickapic": Source(read_pickapic, "a parquet file, or a folder of those of one part"),
+    "csv": Source(read_table, "a CSV file with the columns path, prompt and quality or correspondence"),
 }
 """Readers by the name of the benchmark. `csv` is for one's own scores."""
 
 
 def read_data(source: str) -> ScoredImages | PreferencePairs:
-    """Read a benchmark given as NAME:PATH, such as `agiqa3k:data/agiqa3k`.
+    """Read a benchmark given as NAME:PATH with a name of `SOURCES`, such as `agiqa3k:~/data/agiqa3k`.
 
-    Args:
-        source: NAME:PATH with a name of `SOURCES`; a path may begin with ~.
-
-    Returns:
-        Images with scores, or pairs of images (imagereward, pickapic).
+    Returns images with scores, or pairs of images (imagereward, pickapic).
 
     Example:
         >>> from PIL import Image
@@ -72,16 +64,13 @@ def read_data(source: str) -> ScoredImages | PreferencePairs:
         ValueError: source: no data is called 'agiqa-3k'; did you mean 'agiqa3k'? Write one of ...
     """
     name, _, path = source.partition(":")
+    forms = ", ".join(f"{known}:PATH" for known in SOURCES)
     if name not in SOURCES:
         if ":" not in source and (Path(source).exists() or any(mark in source for mark in "/\\.~")):
-            raise ValueError(f"source: expected NAME:PATH, got the path {source!r}; write one of {_forms()}")
+            raise ValueError(f"source: expected NAME:PATH, got the path {source!r}; write one of {forms}")
         close = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), SOURCES, n=1, cutoff=0.5)
         meant = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"source: no data is called {name!r}{meant} Write one of {_forms()}")
+        raise ValueError(f"source: no data is called {name!r}{meant} Write one of {forms}")
     if not path.strip():
         raise ValueError(f"source: expected {name}:PATH, got {source!r}; PATH is {SOURCES[name].path}")
     return SOURCES[name].reader(Path(path).expanduser())
-
-
-def _forms() -> str:
-    return ", ".join(f"{name}:PATH" for name in SOURCES)

@@ -24,12 +24,7 @@ _PARTS = {"train": "train", "validation": "validation", "val": "validation", "te
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Rows of a table in three parts that share none.
-
-    Attributes:
-        train: int64 row numbers, ascending.
-        validation: rows that choose the epoch.
-        test: rows that are only reported.
+    """Row numbers of a table in three parts that share none; validation chooses the epoch, test is only reported.
 
     Example:
         >>> import numpy as np
@@ -50,10 +45,7 @@ class Split:
                 raise ValueError(f"{field.name}: expected row numbers from 0, got {rows.dtype} of shape {rows.shape}")
         rows, times = np.unique(np.concatenate([self.train, self.validation, self.test]), return_counts=True)
         if (times > 1).any():
-            raise ValueError(
-                f"train, validation, test: expected no row twice, got {int((times > 1).sum())}, the first "
-                f"{rows[times > 1][0]}"
-            )
+            raise ValueError(f"train, validation, test: expected no row twice, got row {rows[times > 1][0]} again")
 
 
 def split_rows(
@@ -67,9 +59,8 @@ def split_rows(
 
     Args:
         images: images or pairs.
-        mode: `group`: 20 % of the groups are test, 10 % of the others validation, and no group is on two sides.
-            `random_image`: the same over single rows, for comparison with published figures that were split so:
-            prompts of the test part are then seen in training as well.
+        mode: `group`: 20 % of the groups are test, 10 % of the others validation. `random_image`: the same over single
+            rows, for comparison with published figures; prompts of the test part are then seen in training.
             `csv`: the parts that `file` assigns.
         seed: random seed; in mode `csv` used only where the file has no validation rows.
         file: CSV file for mode `csv`, with the columns name (as in `images.names`) and split: train, validation (or
@@ -98,18 +89,16 @@ def split_rows(
     groups = np.asarray(images.groups) if mode == "group" else np.arange(len(images))
     count = len(np.unique(groups))
     if count < 3:
-        raise ValueError(
-            f"images: expected at least 3 {'groups' if mode == 'group' else 'rows'}, one per part, got {count}"
-        )
+        kind = "groups" if mode == "group" else "rows"
+        raise ValueError(f"images: expected at least 3 {kind}, one per part, got {count}")
     test = group_split(groups, TEST_FRACTION, seed)
     return _with_validation(groups, np.flatnonzero(~test), np.flatnonzero(test), seed)
 
 
 def group_folds(groups: Sequence[str] | Sequence[int] | np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Deal whole groups into folds of nearly equal size.
+    """Deal whole groups into folds of nearly equal size: shuffled, from the largest, each to the smallest fold so far.
 
-    Groups are shuffled, then dealt from the largest to the smallest, each to the fold with the fewest rows so
-    far. The fold of a group depends on the groups, their sizes and the seed, not on the order of the rows.
+    The fold of a group depends on the groups, their sizes and the seed, not on the order of the rows.
 
     Args:
         groups: (N,) group of each row, such as its prompt.
@@ -117,8 +106,7 @@ def group_folds(groups: Sequence[str] | Sequence[int] | np.ndarray, folds: int, 
         seed: random seed of the shuffle.
 
     Returns:
-        (N,) int64, the fold of each row, 0 to folds - 1. The largest fold exceeds the smallest by at most the
-        rows of one group.
+        (N,) int64, the fold of each row, 0 to folds - 1.
 
     Example:
         >>> from aigiqa_reward.datasets import group_folds
@@ -133,19 +121,13 @@ def group_folds(groups: Sequence[str] | Sequence[int] | np.ndarray, folds: int, 
     fold_of_group = np.empty(len(sizes), dtype=np.int64)
     filled = np.zeros(folds, dtype=np.int64)
     for group in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
-        fold = int(np.argmin(filled))
-        fold_of_group[group] = fold
+        fold_of_group[group] = fold = int(np.argmin(filled))
         filled[fold] += sizes[group]
     return fold_of_group[codes]
 
 
 def group_split(groups: Sequence[str] | Sequence[int] | np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Draw a fraction of the groups, such as the prompts to hold out.
-
-    Args:
-        groups: (N,) group of each row.
-        fraction: share of the groups, between 0 and 1; rounded to whole groups, and at least one on either side.
-        seed: random seed of the draw.
+    """Draw a fraction of the groups, such as the prompts to hold out, at least one on either side.
 
     Returns:
         (N,) bool, True for the rows of the drawn groups.
@@ -194,17 +176,15 @@ def _assigned_split(images: ScoredImages | PreferencePairs, file: Path, seed: in
         if row["split"] not in _PARTS:
             raise row.error(f"expected split to be train, validation (or val) or test, got {row['split']!r}")
         part_of[row["name"]] = _PARTS[row["split"]]
-    unlisted = [name for name in images.names if name not in part_of]
-    if unlisted:
+    if unlisted := [name for name in images.names if name not in part_of]:
         raise ValueError(
             f"{file}: expected a row for every image, got none for {len(unlisted)} of {len(images)}, the first "
             f"{unlisted[0]!r}; add them, or drop the images by subset()"
         )
     parts = np.array([part_of[name] for name in images.names])
     train, validation, test = (np.flatnonzero(parts == part) for part in ("train", "validation", "test"))
-    for part, numbers in (("train", train), ("test", test)):
-        if not len(numbers):
-            raise ValueError(f"{file}: expected images in both train and test, got none in {part}")
+    if not len(train) or not len(test):
+        raise ValueError(f"{file}: expected images in both train and test, got {len(train)} and {len(test)}")
     if len(validation):
         return Split(train=train, validation=validation, test=test)
     groups = np.asarray(images.groups)

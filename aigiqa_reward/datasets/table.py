@@ -1,4 +1,4 @@
-"""Reader of a plain table of scores, for training on one's own data."""
+"""A plain table of scores, for training on one's own data."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ from pathlib import Path
 
 from aigiqa_reward.datasets.base import ScoredImages, read_csv, scored_images
 
-_COLUMNS = ("path", "prompt")
 _SCORES = ("quality", "correspondence")
 
 
 def read_table(file: str | os.PathLike[str]) -> ScoredImages:
-    """Read a CSV file with one row per image; no image is opened.
+    """Read a CSV file in UTF-8 with one row per image; no image is opened.
 
     The columns are path (relative to the folder of the file, or absolute), prompt, and quality, correspondence or
     both: numbers in any unit, higher is better. Optional ones are generator (by default "unknown") and group (which
-    a split must keep on one side; by default the prompt). Others are not used.
-
-    Args:
-        file: CSV file in UTF-8 whose first line names the columns.
-
-    Returns:
-        The images in the order of the file, named by their path as written. A score without a column is NaN, and so
-        are the deviations.
+    a split must keep on one side; by default the prompt). Others are not used. A score without a column is NaN.
 
     Example:
         >>> from PIL import Image
@@ -39,16 +31,17 @@ def read_table(file: str | os.PathLike[str]) -> ScoredImages:
     table = Path(file)
     if not table.is_file():
         raise ValueError(f"file: expected a CSV file with the columns path, prompt and a score, found none at {file!s}")
-    rows = read_csv(table, _COLUMNS, expected="the columns")
+    rows = read_csv(table, ("path", "prompt"), expected="the columns")
     columns = rows[0].cells
     if not any(score in columns for score in _SCORES):
         raise ValueError(
-            f"{table}: no column {' or '.join(_SCORES)}; expected at least one of them beside {', '.join(_COLUMNS)}, "
-            f"got {', '.join(columns)}"
+            f"{table}: no column {' or '.join(_SCORES)}; expected at least one of them beside path, prompt, got "
+            f"{', '.join(columns)}"
         )
     for row in rows:
         for column in {"path", "prompt", "generator", "group"} & columns.keys():
-            row.text(column)
+            if not row[column].strip():
+                raise row.error(f"expected a text in column {column}, got a blank cell; fill it or remove the row")
     return scored_images(
         rows,
         table.parent,

@@ -16,10 +16,7 @@ from aigiqa_reward.types import PromptError
 def read_tokens(
     tokenizer: Tokenizer, texts: Sequence[str], window: int, *, tower: str, argument: str, padding: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Return token ids (P, L) of P texts and a mask (P, L) that is False at padding.
-
-    A text longer than `window` tokens keeps its first words and the end token, with a warning.
-    """
+    """Return ids (P, L) of texts, cut to `window` tokens with a warning, and a mask (P, L) that is False at padding."""
     rows = []
     for text in texts:
         warn_if_not_latin(text, tower=tower)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -26,13 +26,10 @@ from aigiqa_reward.utils.io import MAX_BYTES, read_regular
 
 _CONFIG_FILE, _TOKENIZER_FILE = "config.json", "tokenizer.json"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
-_UNUSED = ("itm_head.", "vision_proj.", "text_proj.")
-"""Heads of the retrieval model that do not affect the words' states; ImageReward lacks some of them."""
-
+_UNUSED = ("itm_head.", "vision_proj.", "text_proj.")  # heads that do not affect the words' states
 _REMEDY = (
     "expected a folder or Hub id of a transformers BlipForImageTextRetrieval with config.json, model.safetensors and "
-    "tokenizer.json; ImageReward's own checkpoint is a pickle in BLIP's first layout and must be converted to it once "
-    "(names changed, 12 heads in text_config, ViT-L/16 at 224 px in vision_config, save_pretrained)"
+    "tokenizer.json"
 )
 
 
@@ -42,10 +39,9 @@ class BLIPConfig:
 
     Attributes:
         path_or_id: folder written by `BlipForImageTextRetrieval.save_pretrained` and its tokenizer's, or the Hub id
-            owner/name of one.
+            owner/name of one. ImageReward's own checkpoint must be converted to it once.
         revision: branch, tag or commit of a Hub id; None for a folder.
-        window: most tokens of a text, start and end included. ImageReward and the code of SC-AGIQA use 35, which cuts a
-            description of 50 words in half; 128 holds one, within the 512 positions that BERT was trained on.
+        window: most tokens of a text, start and end included; 35 in ImageReward and the code of SC-AGIQA.
     """
 
     path_or_id: str
@@ -56,9 +52,7 @@ class BLIPConfig:
         if Path(self.path_or_id).suffix in _PICKLES:
             raise ValueError(f"path_or_id: pickled checkpoints are never opened, got {self.path_or_id!r}; {_REMEDY}")
         if self.revision is not None and Path(self.path_or_id).is_dir():
-            raise ValueError(
-                f"revision: {self.path_or_id!r} is a local folder, which has no revisions; pass None, or a Hub id"
-            )
+            raise ValueError(f"revision: expected None for the local folder {self.path_or_id!r}, got {self.revision!r}")
         if self.window < 3:
             raise ValueError(f"window: expected at least 3 tokens (start, one word, end), got {self.window}")
 
@@ -66,21 +60,8 @@ class BLIPConfig:
 class BLIPEncoder(nn.Module):
     """BLIP's image tower and image-grounded text encoder; differentiable in the pixels.
 
-    `ground(look(images), **read(texts))` gives the state of every word of text i, conditioned on image i.
-
-    Args:
-        config: which model.
-        load_weights: False leaves the weights random, to be filled from a saved reward.
-
-    Attributes:
-        image_size: side in px of the images.
-        mean, std: statistics of the pretraining images: CLIP's, which BLIP took over.
-        width, grounded_width: width of a word's state.
-        vision_width: width of the states from `look`.
-
-    Raises:
-        ValueError: another kind of model, no safetensors, weights missing or left over, no tokenizer or another
-            vocabulary's, no cross-attention, or a window beyond the positions.
+    `ground(look(images), **read(texts))` gives the state of every word of text i, conditioned on image i. With
+    `load_weights=False` the weights are random, to be filled from a saved reward.
     """
 
     mean = (0.48145466, 0.4578275, 0.40821073)
@@ -112,40 +93,24 @@ class BLIPEncoder(nn.Module):
             return cls(BLIPConfig(path_or_id=folder, window=description["window"]), load_weights=False)
 
     def describe(self) -> dict[str, Any]:
-        """Return configuration, tokenizer and window as JSON."""
         return {"blip": self._description, "tokenizer": self.tokenizer.to_str(), "window": self.config.window}
 
     def look(self, images: Images) -> Float[Tensor, "batch patches vision_width"]:
-        """Encode images in [0, 1] of `image_size` px: the class token and the patches after the final norm.
-
-        Returns:
-            (B, 1 + patches, vision_width), at least float32.
-        """
+        """Encode images in [0, 1] of `image_size` px: class token and patches after the final norm."""
         if images.shape[2:] != (self.image_size, self.image_size):  # transformers would use the wrong positions
-            raise ValueError(
-                f"images: expected {self.image_size} x {self.image_size} px, got {images.shape[2]} x {images.shape[3]}"
-                "; resize or crop them first"
-            )
+            raise ValueError(f"images: expected sides of {self.image_size} px, got {tuple(images.shape[2:])}; resize")
         inputs = pixels.normalize(images, self.mean, self.std).to(self.vision.embeddings.class_embedding.dtype)
         seen = self.vision(pixel_values=inputs).last_hidden_state
         return seen.to(torch.promote_types(images.dtype, torch.float32))
 
     def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Tokenize texts as [CLS], word pieces, [SEP]; warns of words beyond the window and of other scripts.
+        """Tokenize texts to "text" (P, L) ids and "mask" (P, L), False at padding; warns of words that are not read.
 
         BLIP's training put [ENC] in the place of [CLS] before cross-attention; its published matching model,
         transformers, ImageReward (in training as well) and SC-AGIQA keep [CLS], as here.
-
-        Returns:
-            "text" (P, L) int64, the token ids, and "mask" (P, L), False at padding, on the weights' device.
-
-        Raises:
-            PromptError: a text without a readable word.
         """
-        if isinstance(texts, str):
-            raise TypeError(f"texts: expected a list of strings, got one string; pass [{texts[:40]!r}]")
-        if not texts:
-            raise ValueError("texts: expected at least one, got none")
+        if isinstance(texts, str) or not texts:
+            raise TypeError(f"texts: expected a list of at least one text, got {texts!r}")
         padding = int(self.text.config.pad_token_id or 0)
         ids, mask = read_tokens(
             self.tokenizer, texts, self.config.window, tower="BLIP", argument="texts", padding=padding
@@ -153,22 +118,8 @@ class BLIPEncoder(nn.Module):
         device = self.vision.embeddings.class_embedding.device
         return {"text": ids.to(device), "mask": mask.to(device)}
 
-    def ground(
-        self,
-        seen: Float[Tensor, "batch patches vision_width"],
-        text: Int[Tensor, "batch length"],
-        mask: Bool[Tensor, "batch length"],
-    ) -> Float[Tensor, "batch length width"]:
-        """Compute the state of each token of text i, conditioned on image i by cross-attention in every layer.
-
-        Args:
-            seen: output of `look`; gradients flow through it.
-            text: rows of "text" from `read`, one per image.
-            mask: rows of "mask" from `read`; padding changes no other state, and its own states mean nothing.
-
-        Returns:
-            (B, L, width), at least float32.
-        """
+    def ground(self, seen: Tensor, text: Tensor, mask: Tensor) -> Float[Tensor, "batch length width"]:
+        """Compute the state of each token of text i, conditioned on image i by cross-attention in every layer."""
         weight = self.text.embeddings.word_embeddings.weight
         states = self.text(
             input_ids=text, attention_mask=mask.long(), encoder_hidden_states=seen.to(weight.dtype)
@@ -177,7 +128,6 @@ class BLIPEncoder(nn.Module):
 
 
 def _architecture(config: BLIPConfig) -> Any:
-    """The model's configuration, from its config.json."""
     from transformers import AutoConfig, BlipConfig
 
     source = config.path_or_id
@@ -208,52 +158,33 @@ def _tokenizer(config: BLIPConfig) -> Tokenizer:
 
 
 def _check_fit(config: BLIPConfig, text: Any, tokenizer: Tokenizer) -> None:
-    """Refuse a text tower that has no cross-attention, another vocabulary, or too few positions."""
     if not text.is_decoder:
-        raise ValueError(
-            f"path_or_id: the text tower of {config.path_or_id!r} has no cross-attention (is_decoder is false in "
-            f"text_config); {_REMEDY}"
-        )
-    if tokenizer.get_vocab_size() > text.vocab_size:
-        raise ValueError(
-            f"path_or_id: {_TOKENIZER_FILE} in {config.path_or_id!r} holds {tokenizer.get_vocab_size()} tokens, the "
-            f"model embeds {text.vocab_size}; pass the tokenizer that the model was trained with"
-        )
+        raise ValueError(f"path_or_id: the text tower of {config.path_or_id!r} has no cross-attention; {_REMEDY}")
+    if (size := tokenizer.get_vocab_size()) > text.vocab_size:
+        raise ValueError(f"path_or_id: expected {_TOKENIZER_FILE} with at most {text.vocab_size} tokens, got {size}")
     if config.window > text.max_position_embeddings:
         raise ValueError(f"window: expected at most the model's {text.max_position_embeddings}, got {config.window}")
 
 
 def _model(config: BLIPConfig, architecture: Any, load_weights: bool) -> Any:
-    """The model, with all of its weights and no others from safetensors."""
     from transformers import BlipForImageTextRetrieval
 
     if not load_weights:
         return BlipForImageTextRetrieval(architecture)
     load: Any = BlipForImageTextRetrieval.from_pretrained
+    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
-        model, report = load(
-            config.path_or_id,
-            config=architecture,
-            revision=config.revision,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        model, report = load(config.path_or_id, config=architecture, revision=config.revision, **options)
     except Exception as error:  # from OSError to safetensors' own, by what is wrong with the files
         raise _failed(config, error) from error
-    missing, unknown = _counted(report["missing_keys"], _UNUSED), _counted(report["unexpected_keys"], ())
-    named = {"missing": missing, "unknown": unknown}
-    problems = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in named.items() if names]
+    problems = [name for name in report["missing_keys"] if not name.startswith(_UNUSED)] + [*report["unexpected_keys"]]
+    problems = sorted(name for name in problems if not name.endswith("position_ids"))  # counters that no model reads
     if problems:
         raise ValueError(
-            f"path_or_id: the weights of {config.path_or_id!r} do not fit: {'; '.join(problems)}; {_REMEDY}"
+            f"path_or_id: {len(problems)} weights of {config.path_or_id!r} are missing or unknown (first: "
+            f"{problems[0]}); {_REMEDY}"
         )
     return model
-
-
-def _counted(names: Collection[str], unused: tuple[str, ...]) -> list[str]:
-    """Weights that matter, sorted; `position_ids` are counters in old files that no model reads."""
-    return sorted(name for name in names if not name.startswith(unused) and not name.endswith("position_ids"))
 
 
 def _failed(config: BLIPConfig, error: Exception) -> ValueError:

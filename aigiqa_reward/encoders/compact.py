@@ -35,7 +35,6 @@ TOWERS = ASSETS / "towers"
 """Folder of the towers' weights, tokenizer and model card."""
 
 _TOKENIZER_SHA256 = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
-"""Of tokenizer.json: other numbers for the same words would give other scores without an error."""
 
 _MEAN, _STD = 127 / 255, 128 / 255
 LITE0 = TimmConfig(
@@ -47,9 +46,8 @@ LITE0 = TimmConfig(
 )
 """EfficientNet-Lite0 as TensorFlow published it: inputs are (x - 127) / 128 on 8-bit values.
 
-Its ReLU6 corners are rounded, so that the pixel gradient predicts the effect of a small step. This half width changes
-no quality score by more than 0.002, and central differences agree with the gradient to 1e-5. The blocks are the stages
-whose maps `levels` joins: strides 8, 16 and 32.
+The rounded ReLU6 corners change no quality score by more than 0.002 and make the pixel gradient agree with central
+differences to 1e-5. The blocks are the stages with strides 8, 16 and 32.
 """
 
 LITE2 = replace(LITE0, architecture="tf_efficientnet_lite2")
@@ -64,13 +62,7 @@ class ImageFeatures(NamedTuple):
 
 
 class TextFeatures(NamedTuple):
-    """Output of the text tower.
-
-    Attributes:
-        tokens: (P, L, 384) states of the words, without the start and end tokens.
-        mask: (P, L) False at padding.
-        pooled: (P, 384) sentence embedding, unit length.
-    """
+    """Output of the text tower: words (P, L, 384), their mask (P, L), and (P, 384) sentence embeddings, unit length."""
 
     tokens: Tensor
     mask: Tensor
@@ -91,7 +83,6 @@ class CompactImageTower(nn.Module):
         self.class_names: Tensor
 
     def forward(self, images: Images) -> ImageFeatures:
-        """Compute pooled features and the image's place among texts."""
         pooled = self.encoder.pool(self.encoder(images))
         return ImageFeatures(pooled, self.place(pooled))
 
@@ -105,8 +96,7 @@ class CompactTextTower(nn.Module):
     """MiniLM-L6 (Wang et al. 2020) as fine-tuned for sentence embeddings: mean over the tokens, unit length."""
 
     width = 384
-    window = 128
-    """Most tokens of a text, of 512 positions: as the sentence encoder was trained."""
+    window = 128  # of 512 positions: as the sentence encoder was trained
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,22 +110,19 @@ class CompactTextTower(nn.Module):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The uncased WordPiece tokenizer of BERT, read from the package."""
         tokenizer = Tokenizer.from_buffer(read_checked(TOWERS / "tokenizer.json", expected_sha256=_TOKENIZER_SHA256))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
 
     def encode(self, texts: Sequence[str]) -> TextFeatures:
-        """Encode texts; warns of words beyond the window and of scripts it was not trained on."""
+        """Encode texts, with a warning of words beyond the window and of scripts it was not trained on."""
         ids, mask = read_tokens(self.tokenizer, texts, self.window, tower="the compact text tower", argument="prompts")
         device = self.words.weight.device
         return self(ids.to(device), mask.to(device))
 
     def forward(self, ids: Int[Tensor, "texts tokens"], mask: Bool[Tensor, "texts tokens"]) -> TextFeatures:
-        """Encode token ids (with start and end tokens) where `mask` is True."""
-        places = torch.arange(ids.shape[1], device=ids.device)
-        states = self.norm(self.words(ids) + self.positions(places))
+        states = self.norm(self.words(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device)))
         states = self.layers(states, src_key_padding_mask=~mask)
         if states.dtype in (torch.float16, torch.bfloat16):
             states = states.float()
@@ -162,32 +149,23 @@ def _loaded(tower: _Tower, name: str, sha256: str) -> _Tower:
     return tower.requires_grad_(False).eval()
 
 
-RANK = 64
-"""Rank of the trained map; the world's things and colors differ in 63 + 7 directions."""
-
-
 class Alignment(nn.Module):
-    """The trained map from features and texts into the joint space."""
+    """The trained map into the joint space, of features (..., features) whose place among texts is (..., width)."""
+
+    rank = 64  # the world's things and colors differ in 63 + 7 directions
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
-        self.place_in = nn.Linear(features, RANK, bias=False)
-        self.place_out = nn.Linear(RANK, width, bias=False)
+        self.place_in = nn.Linear(features, self.rank, bias=False)
+        self.place_out = nn.Linear(self.rank, width, bias=False)
         nn.init.zeros_(self.place_out.weight)
         self.log_scale = nn.Parameter(torch.tensor(20.0).log())
-        self.register_buffer("feature_mean", torch.zeros(features))
-        self.register_buffer("feature_std", torch.ones(features))
-        self.register_buffer("semantic_mean", torch.zeros(width))
-        self.register_buffer("text_mean", torch.zeros(width))
-        self.feature_std: Tensor
-        self.feature_mean: Tensor
-        self.semantic_mean: Tensor
-        self.text_mean: Tensor
+        self.feature_mean = nn.Buffer(torch.zeros(features))
+        self.feature_std = nn.Buffer(torch.ones(features))
+        self.semantic_mean = nn.Buffer(torch.zeros(width))
+        self.text_mean = nn.Buffer(torch.zeros(width))
 
-    def forward(
-        self, features: Float[Tensor, "*batch features"], semantic: Float[Tensor, "*batch embedding"]
-    ) -> Float[Tensor, "*batch embedding"]:
-        """Compute the joint embedding, not normalized, of features whose place among texts is `semantic`."""
+    def forward(self, features: Tensor, semantic: Tensor) -> Tensor:
         dtype = features.dtype
         centered = (features - self.feature_mean.to(dtype)) / self.feature_std.to(dtype)
         learned = F.linear(F.linear(centered, self.place_in.weight.to(dtype)), self.place_out.weight.to(dtype))
@@ -195,13 +173,10 @@ class Alignment(nn.Module):
 
 
 class CompactEncoder(nn.Module):
-    """EfficientNet-Lite0 and MiniLM-L6 as a contrastive encoder, 29 MB, offline; for images of any size from 32 px.
+    """EfficientNet-Lite0 and MiniLM-L6 as a contrastive encoder, 29 MB, offline; for images in [0, 1] from 32 px.
 
-    Attributes:
-        width: width d of the joint space; its embeddings are not normalized.
-        feature_width: width of the pooled features.
-        level_channels: channels of `levels`.
-        grounded_width: width of the states from `ground`.
+    Its places are 32 x 32 px each; embeddings in the joint space are not normalized. `look`, `read` and `ground` are an
+    image-grounded text encoder, in place of BLIP's.
     """
 
     image_size = 224
@@ -218,76 +193,53 @@ class CompactEncoder(nn.Module):
         self.alignment = Alignment(self.feature_width, self.width)
 
     def describe(self) -> dict[str, Any]:
-        """Return the names of the embedded towers' architectures."""
         return {"compact": "EfficientNet-Lite0 and MiniLM-L6"}
 
     @property
     def logit_scale(self) -> float:
-        """The trained inverse temperature of the similarities."""
         return float(self.alignment.log_scale.detach().float().exp())
 
     def feature_map(self, images: Images) -> Float[Tensor, "batch features rows columns"]:
-        """Compute the features of each place of 32 x 32 px, of images in [0, 1]."""
         return self.image.encoder(images)
 
     def features(self, images: Images) -> Float[Tensor, "batch features"]:
-        """Compute the pooled features of images in [0, 1]."""
         return self.image.encoder.pool(self.feature_map(images))
 
     def project(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch embedding"]:
-        """Project features into the joint space."""
         return self.alignment(features, self.image.place(features))
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
-        """Embed images in [0, 1]."""
         return self.project(self.features(images))
 
     def encode_map(self, images: Images) -> Float[Tensor, "batch embedding rows columns"]:
-        """Embed each place of 32 x 32 px."""
         return self.project(self.feature_map(images).movedim(1, -1)).movedim(-1, 1)
 
     def levels(self, images: Images) -> Float[Tensor, "batch channels rows columns"]:
-        """Compute the maps of three depths, one place per 32 x 32 px."""
         return self.image.encoder.levels(images)
 
-    def observe(
-        self, images: Images
-    ) -> tuple[Float[Tensor, "batch features rows columns"], Float[Tensor, "batch channels level_rows level_columns"]]:
+    def observe(self, images: Images) -> tuple[Tensor, Tensor]:
         """Compute `feature_map` and `levels` in one pass."""
         return self.image.encoder.observe(images)
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts embedding"]:
-        """Embed texts."""
         pooled = self.text.encode(texts).pooled
         return pooled - self.alignment.text_mean.to(pooled.dtype)
 
-    def encode_words(
-        self, texts: Sequence[str]
-    ) -> tuple[Float[Tensor, "texts length embedding"], Bool[Tensor, "texts length"]]:
-        """Embed the words of texts, whose mean is about the text's embedding; with a mask that is False at padding."""
+    def encode_words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embed words (P, L, d), whose mean is about the text's embedding; with a mask (P, L), False at padding."""
         read = self.text.encode(texts)
         kept = read.mask[..., None].to(read.tokens.dtype)
         mean = (read.tokens * kept).sum(dim=1) / kept.sum(dim=1)
         scaled = read.tokens / mean.norm(dim=-1)[:, None, None]
         return scaled - self.alignment.text_mean.to(scaled.dtype), read.mask
 
-    # SC-AGIQA's image-grounded text encoder, in place of BLIP's.
-
     def look(self, images: Images) -> Float[Tensor, "batch places embedding"]:
-        """Embed each place, as `ground` takes it."""
         return self.encode_map(images).flatten(2).transpose(1, 2)
 
     def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Embed words, as `ground` takes them: `text` (P, L, d) and `mask` (P, L)."""
-        words, mask = self.encode_words(texts)
-        return {"text": words, "mask": mask}
+        return dict(zip(("text", "mask"), self.encode_words(texts), strict=True))
 
-    def ground(
-        self,
-        seen: Float[Tensor, "batch places embedding"],
-        text: Float[Tensor, "batch length embedding"],
-        mask: Bool[Tensor, "batch length"],
-    ) -> Float[Tensor, "batch length grounded"]:
+    def ground(self, seen: Tensor, text: Tensor, mask: Tensor) -> Float[Tensor, "batch length grounded"]:
         """Compare each word with the places nearest to it, without further weights (ours, not the paper's).
 
         o_k = sum_p softmax_p(s cos(T_k, M_p)) M_p, and the states are [o_k; sqrt(d) T_k * o_k].

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
@@ -44,29 +44,14 @@ class OpenCLIPConfig:
 
     def __post_init__(self) -> None:
         if self.pretrained is not None and Path(self.pretrained).suffix in {".pt", ".pth", ".bin", ".ckpt"}:
-            raise ValueError(
-                f"pretrained: expected a tag or a .safetensors file, got {self.pretrained!r}; pickled checkpoints are "
-                "never opened: convert it with safetensors.torch.save_file"
-            )
+            raise ValueError(f"pretrained: expected a tag or .safetensors file, got the pickle {self.pretrained!r}")
 
 
 class OpenCLIPEncoder(nn.Module):
     """An open_clip model with its own text transformer as a contrastive encoder; outputs are at least float32.
 
-    Args:
-        config: which model.
-        load_weights: False leaves the weights random, to be filled from a saved reward.
-
-    Attributes:
-        image_size: side in px of its images.
-        mean, std: statistics of its pretraining images, in [0, 1].
-        any_size: whether images of other sizes are accepted.
-        width, feature_width: width of the joint space; its embeddings are not normalized.
-        window: most tokens of a text, start and end included.
-
-    Raises:
-        ValueError: unknown architecture or tag, missing file, weights that do not fit, or a text tower whose word
-            states cannot be projected into the joint space (those taken from transformers).
+    It takes images of `image_size` px only; embeddings are not normalized. With `load_weights=False` the weights are
+    random, to be filled from a saved reward.
     """
 
     any_size = False
@@ -76,8 +61,7 @@ class OpenCLIPEncoder(nn.Module):
         import open_clip
 
         self.config = config
-        schema = config.architecture.startswith(_SCHEMAS)
-        architecture = _architecture(config)
+        schema, architecture = config.architecture.startswith(_SCHEMAS), _architecture(config)
         try:
             model: Any = open_clip.create_model(
                 config.architecture,
@@ -87,31 +71,25 @@ class OpenCLIPEncoder(nn.Module):
                 device=torch.get_default_device(),  # else the CPU, also where modules are built on the meta device
             )
         except (RuntimeError, FileNotFoundError, OSError, ValueError) as error:
-            raise ValueError(_explain(config, error)) from error
-        self.clip = model
-        self.description: dict[str, Any] = {
-            "model_cfg": architecture,
-            "preprocess_cfg": {"mean": list(model.visual.image_mean), "std": list(model.visual.image_std)},
-        }
-        if not hasattr(self._text, "ln_final") or not hasattr(self._text, "text_projection"):
             raise ValueError(
-                f"architecture: {config.architecture!r} has a text tower without projected word states; "
-                "choose one with open_clip's own text transformer, such as ViT-B-32"
-            )
+                f"pretrained: open_clip could not load {config.pretrained!r} into {config.architecture!r}: {error}; "
+                "pass a tag from open_clip.list_pretrained() or the path of a .safetensors file"
+            ) from error
+        self.clip, self.mean, self.std = model, tuple(model.visual.image_mean), tuple(model.visual.image_std)
+        preprocess = {"mean": list(self.mean), "std": list(self.std)}
+        self.description: dict[str, Any] = {"model_cfg": architecture, "preprocess_cfg": preprocess}
         tokenizer = open_clip.get_tokenizer(config.architecture)
-        if not isinstance(tokenizer, open_clip.SimpleTokenizer):
+        known = hasattr(self._text, "ln_final") and hasattr(self._text, "text_projection")
+        if not known or not isinstance(tokenizer, open_clip.SimpleTokenizer):
             raise ValueError(
-                f"architecture: {config.architecture!r} has another vocabulary than CLIP, so its words cannot be "
-                "distinguished from padding; choose a CLIP model such as ViT-B-32 or ViT-L-14"
+                f"architecture: expected CLIP's text transformer and vocabulary, as in ViT-B-32, whose word states can "
+                f"be read; {config.architecture!r} has others"
             )
         self.tokenizer = tokenizer
         self.window: int = tokenizer.context_length or 77
-        self.mean: tuple[float, float, float] = tuple(model.visual.image_mean)
-        self.std: tuple[float, float, float] = tuple(model.visual.image_std)
         size = model.visual.image_size
         self.image_size: int = size if isinstance(size, int) else size[0]
-        self.width = int(self.description["model_cfg"]["embed_dim"])
-        self.feature_width = self.width
+        self.width = self.feature_width = int(architecture["embed_dim"])
 
     @property
     def _text(self) -> Any:
@@ -133,12 +111,10 @@ class OpenCLIPEncoder(nn.Module):
         return encoder
 
     def describe(self) -> dict[str, Any]:
-        """Return the content of an open_clip_config.json that builds this architecture."""
         return self.description
 
     @property
     def logit_scale(self) -> float:
-        """The trained inverse temperature of the similarities (100 in OpenAI's models)."""
         return float(self.clip.logit_scale.detach().float().exp())
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
@@ -148,29 +124,20 @@ class OpenCLIPEncoder(nn.Module):
         return self.clip.encode_image(inputs).to(torch.promote_types(images.dtype, torch.float32))
 
     def features(self, images: Images) -> Float[Tensor, "batch feature_width"]:
-        """Return `encode_image`, since open_clip pools and projects at once."""
         return self.encode_image(images)
 
     def project(self, features: Float[Tensor, "*batch feature_width"]) -> Float[Tensor, "*batch embedding"]:
-        """Return `features`, which are in the joint space."""
         return features
 
     def encode_map(self, images: Images) -> Float[Tensor, "batch embedding rows columns"]:
-        """Embed each patch of images in [0, 1] of `image_size` px.
-
-        The last block's patch tokens take the class token's way: the final norm, then the projection.
-
-        Raises:
-            ValueError: the image tower is not a VisionTransformer of open_clip, or pools its tokens by attention.
-        """
+        """Embed each patch: as for the class token, the final norm, then the projection."""
         from open_clip.transformer import VisionTransformer
 
         visual = self.clip.visual
         if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None:
-            kind = "pools its patches by attention" if isinstance(visual, VisionTransformer) else type(visual).__name__
             raise ValueError(
-                f"architecture: the image tower of {self.config.architecture!r} has no patches in the joint space "
-                f"({kind}); choose a VisionTransformer such as ViT-B-32 or ViT-L-14"
+                f"architecture: {self.config.architecture!r} has no patches in the joint space; choose a "
+                "VisionTransformer without attention pooling, such as ViT-B-32 or ViT-L-14"
             )
         inputs = pixels.normalize(images, self.mean, self.std).to(self.clip.logit_scale.dtype)
         last = visual.forward_intermediates(inputs, indices=1, normalize_intermediates=True, intermediates_only=True)
@@ -180,16 +147,10 @@ class OpenCLIPEncoder(nn.Module):
         return patches.to(torch.promote_types(images.dtype, torch.float32))
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
-        """Embed texts."""
         return _at_least_float32(self.clip.encode_text(self._tokenize(texts)))
 
-    def encode_words(
-        self, texts: Sequence[str]
-    ) -> tuple[Float[Tensor, "texts length width"], Bool[Tensor, "texts length"]]:
-        """Embed words: the states after the final norm, projected; the mask is False at start, end and padding.
-
-        Warns of words beyond the window and of scripts other than Latin.
-        """
+    def encode_words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embed words (P, L, d), the states after the final norm, projected, with a mask (P, L) of the words."""
         for text in texts:
             self._warn(text)
         tokens = self._tokenize(texts)
@@ -232,33 +193,13 @@ def _architecture(config: OpenCLIPConfig) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
     schema, _, place = config.architecture.rpartition(":")
+    if not schema and (found := open_clip.get_model_config(place)) is not None:
+        return dict(found)
     if not schema:
-        return dict(open_clip.get_model_config(place) or {})
+        close = difflib.get_close_matches(place, open_clip.list_models(), n=3) or "one of open_clip.list_models()"
+        raise ValueError(f"architecture: open_clip knows no {place!r}; did you mean {close}?")
     try:
-        found = read_json(
-            Path(place) / _CONFIG_FILE if schema == "local-dir" else hf_hub_download(place, _CONFIG_FILE)
-        )["model_cfg"]
-        if not isinstance(found, dict):
-            raise TypeError("model_cfg is no object")
+        file = Path(place) / _CONFIG_FILE if schema == "local-dir" else hf_hub_download(place, _CONFIG_FILE)
+        return dict(read_json(file)["model_cfg"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"architecture: {_CONFIG_FILE} of {place!r} describes no model ({type(error).__name__}: {error}); expected "
-            "a folder or Hub id that open_clip's push_to_hf_hub wrote"
-        ) from error
-    return found
-
-
-def _explain(config: OpenCLIPConfig, error: Exception) -> str:
-    import open_clip
-
-    names = open_clip.list_models()
-    if not config.architecture.startswith(_SCHEMAS) and config.architecture not in names:
-        close = difflib.get_close_matches(config.architecture, names, n=3)
-        return (
-            f"architecture: open_clip knows no {config.architecture!r}; did you mean {', '.join(close) or names[:3]}?"
-        )
-    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"pretrained: open_clip could not load {config.pretrained!r} into {config.architecture!r}: {first_line}; "
-        "pass a tag from open_clip.list_pretrained() (fetched from the Hub) or the path of a .safetensors file"
-    )
+        raise ValueError(f"architecture: {_CONFIG_FILE} of {place!r} describes no model ({error!r})") from error

@@ -17,11 +17,7 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.types import Images
 from aigiqa_reward.utils.weights import load_strictly, read_weights
 
-_LEAST_VARIANCE = 1e-6
-"""Added under the root of a variance, whose slope at 0 is infinite."""
-
-_CLASSIFIERS = ("head.", "classifier.", "fc.")
-"""Prefixes of the classifiers that published files hold and models without classes lack."""
+_CLASSIFIERS = ("head.", "classifier.", "fc.")  # in published files, not in models without classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +26,7 @@ class TimmConfig:
 
     Attributes:
         architecture: timm model name, without a pretrained tag.
-        mean: channel means in [0, 1]; the default is ImageNet's. Many transformers were trained with 0.5 instead:
-            `timm.get_pretrained_cfg(architecture)` lists `mean` and `std`.
-        std: channel stds; the default is ImageNet's.
+        mean, std: of the channels in [0, 1], as `timm.get_pretrained_cfg(architecture)` lists; default: ImageNet's.
         pretrained: whether to fetch timm's published weights from the Hub.
         smooth: half width of the rounding of ReLU6's corners; 0 keeps the corners.
         image_size: side in px to build a model of fixed size for, such as a ViT; None takes the size in its name.
@@ -62,21 +56,17 @@ class TimmConfig:
             raise ValueError(f"std: expected positive stds, got {self.std}")
         if self.image_size is not None and self.image_size < pixels.MIN_SIDE:
             raise ValueError(f"image_size: expected None or at least {pixels.MIN_SIDE} px, got {self.image_size}")
-        if self.weights is None:
-            return
-        if self.pretrained:
+        if self.weights is not None and self.pretrained:
             raise ValueError("weights: pretrained=True fetches other weights than this file; pass one of the two")
-        if Path(self.weights).suffix != ".safetensors":
-            raise ValueError(
-                f"weights: expected a .safetensors file, got {self.weights!r}; pickled checkpoints are never opened: "
-                "convert it with safetensors.torch.save_file"
-            )
+        if self.weights is not None and Path(self.weights).suffix != ".safetensors":
+            raise ValueError(f"weights: expected a .safetensors file, got {self.weights!r}; convert pickled ones to it")
 
 
 class SmoothReLU6(nn.Module):
     """ReLU6 with its corners at 0 and 6 rounded to parabolas of half width `smooth`: continuously differentiable.
 
-    (h(x) - h(x - 6) + 6) / 2 with h the Huber function; it differs from ReLU6 by at most smooth / 4, at the corners.
+    (h(x) - h(x - 6) + 6) / 2 with h the Huber function, in at least float32, since the two terms nearly cancel; it
+    differs from ReLU6 by at most smooth / 4, at the corners.
     """
 
     def __init__(self, smooth: float) -> None:
@@ -84,7 +74,6 @@ class SmoothReLU6(nn.Module):
         self.smooth = smooth
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply it to any shape, in at least float32, since the two terms nearly cancel."""
         exact = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
         low, high = (exact.new_full((), corner).expand_as(exact) for corner in (0.0, 6.0))
         below = F.smooth_l1_loss(exact, low, reduction="none", beta=self.smooth)
@@ -92,26 +81,10 @@ class SmoothReLU6(nn.Module):
         return below.sub_(above).add_(6).mul_(0.5).to(inputs.dtype)  # in place: a third of the time on a CPU
 
 
-def _round_corners(module: nn.Module, smooth: float) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.ReLU6):
-            setattr(module, name, SmoothReLU6(smooth))
-        else:
-            _round_corners(child, smooth)
-
-
 class TimmEncoder(nn.Module):
     """A timm model's feature maps and pooled features; differentiable in the pixels, in at least float32.
 
-    Attributes:
-        width: channels of the last feature map.
-        image_size: side in px of its images: the only one that a model of fixed size takes, else the one that it was
-            trained on.
-        level_channels: channels of `levels`.
-
-    Raises:
-        ValueError: an architecture that timm does not know, cannot build for `image_size`, or that lacks the blocks;
-            weights that cannot be fetched or do not fit.
+    `image_size` is the side in px of its images, the only one of a model of fixed size; else that of its training.
     """
 
     def __init__(self, config: TimmConfig) -> None:
@@ -123,81 +96,66 @@ class TimmEncoder(nn.Module):
         self.image_size = self._size[0] if self._size else int(self.trunk.pretrained_cfg["input_size"][-1])
         self._blocks = self._numbered(config.blocks) if config.blocks else []
         self.level_channels = sum(int(list(self.trunk.feature_info)[block]["num_chs"]) for block in self._blocks)
-        if config.weights is not None:
-            _load(self.trunk, config.weights)
+        if config.weights is not None:  # without a classifier; all else must fit
+            tensors, expected = read_weights(config.weights), self.trunk.state_dict()
+            kept = {name: x for name, x in tensors.items() if name in expected or not name.startswith(_CLASSIFIERS)}
+            load_strictly(self.trunk, kept, source=config.weights)
         if config.smooth:
-            _round_corners(self.trunk, config.smooth)
+            for name, module in list(self.trunk.named_modules(remove_duplicate=False)):
+                if isinstance(module, nn.ReLU6):
+                    self.trunk.set_submodule(name, SmoothReLU6(config.smooth))
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> TimmEncoder:
-        """Build a model from the output of `describe`, with random weights."""
         settings: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in description.items()}
         return cls(TimmConfig(**settings))
 
     def describe(self) -> dict[str, Any]:
-        """Return the configuration as JSON, without the source of the weights."""
         fields = {name: value for name, value in asdict(self.config).items() if name not in ("pretrained", "weights")}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @property
     def level_side(self) -> int:
-        """Rows and columns of `levels` on images of `image_size`."""
         return self.image_size // int(list(self.trunk.feature_info)[self._blocks[-1]]["reduction"])
 
     def forward(self, images: Images) -> Float[Tensor, "batch channels *grid"]:
-        """Compute the last feature map, (B, width, h, w), or of a transformer (B, width, tokens)."""
         features = self.trunk.forward_features(self._inputs(images))
         if features.ndim == 3:  # a transformer's (B, tokens, width)
             features = features.transpose(1, 2)
         return features.to(torch.promote_types(images.dtype, torch.float32))
 
     def pool(self, features: Float[Tensor, "batch channels *grid"]) -> Float[Tensor, "batch channels"]:
-        """Average over the map."""
         return features.flatten(2).mean(dim=2)
 
     def levels(self, images: Images) -> Float[Tensor, "batch channels rows columns"]:
         """Join the maps after the configured blocks on the grid of the last, which is the coarsest.
 
         Of a transformer these are the patch tokens after each block, without class tokens and before the final norm;
-        of a convolutional model the maps after each stage, finer ones averaged over the cells of the coarsest. Blocks
-        after the last one are not run.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1], of `image_size` px where the size is fixed.
-
-        Returns:
-            (B, level_channels, h, w) in the blocks' order.
+        of a convolutional model the maps after each stage, finer ones averaged over the cells of the coarsest.
         """
         maps = self.trunk.forward_intermediates(
             self._inputs(images), indices=self._blocks, stop_early=True, intermediates_only=True
         )
         return _joined(maps, images.dtype)
 
-    def observe(
-        self, images: Images
-    ) -> tuple[Float[Tensor, "batch channels rows columns"], Float[Tensor, "batch joined some_rows some_columns"]]:
+    def observe(self, images: Images) -> tuple[Tensor, Tensor]:
         """Compute the last feature map of a convolutional model and `levels` in one pass."""
         last, maps = self.trunk.forward_intermediates(self._inputs(images), indices=self._blocks)
         return last.to(torch.promote_types(images.dtype, torch.float32)), _joined(maps, images.dtype)
 
     def statistics(self, images: Images) -> Float[Tensor, "batch columns"]:
-        """Compute an EfficientNet's statistics over places at every depth.
-
-        Returns:
-            (B, statistics_columns): the stds after each of the seven stages, their means, and the pooled features.
-        """
+        """Compute an EfficientNet's stds over places after each of the seven stages, means, and pooled features."""
         trunk, dtype = self.trunk, torch.promote_types(images.dtype, torch.float32)
         features, flat = trunk.bn1(trunk.conv_stem(self._inputs(images))), []
         for stage in trunk.blocks:
             features = stage(features)
             flat.append(features.to(dtype).flatten(2))
         last = trunk.bn2(trunk.conv_head(features)).to(dtype)
-        deviations = [(level.var(dim=2, correction=0) + _LEAST_VARIANCE).sqrt() for level in flat]
+        deviations = [(level.var(dim=2, correction=0) + 1e-6).sqrt() for level in flat]  # the root's slope stays finite
         return torch.cat([*deviations, *(level.mean(dim=2) for level in flat), self.pool(last)], dim=1)
 
     @property
     def statistics_columns(self) -> int:
-        """Number of columns of `statistics`."""
         stages = (list(stage[-1].modules()) for stage in self.trunk.blocks)
         norms = ([part for part in parts if isinstance(part, nn.BatchNorm2d)] for parts in stages)
         return 2 * sum(int(found[-1].num_features) for found in norms) + self.width
@@ -209,27 +167,21 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"architecture: timm's {name!r} gives no maps of its blocks; choose a ViT or EfficientNet")
         count = len(list(self.trunk.feature_info))
         numbers = [block + count if block < 0 else block for block in blocks]
-        if not all(0 <= block < count for block in numbers):
-            raise ValueError(f"blocks: expected numbers from {-count} to {count - 1} for {name!r}, got {list(blocks)}")
-        if numbers != sorted(set(numbers)):
-            raise ValueError(f"blocks: expected each block once, first to last, got {list(blocks)}")
+        if not all(0 <= block < count for block in numbers) or numbers != sorted(set(numbers)):
+            raise ValueError(f"blocks: expected increasing numbers from {-count} to {count - 1}, got {list(blocks)}")
         return numbers
 
     def _inputs(self, images: Images) -> Images:
         """Images of the model's size, normalized, in its weights' precision."""
-        size = self._size
-        if size is not None and tuple(images.shape[2:]) != size:
-            raise ValueError(
-                f"images: {self.config.architecture!r} takes {size[0]} x {size[1]} px, got {images.shape[2]} x "
-                f"{images.shape[3]}; resize or crop them, or pass TimmConfig(image_size=...)"
-            )
-        weight = next(self.trunk.parameters())
-        return pixels.normalize(images, self.config.mean, self.config.std).to(weight.dtype)
+        size, got = self._size, tuple(images.shape[2:])
+        if size is not None and got != size:
+            raise ValueError(f"images: expected {size} px, got {got}; resize them, or pass TimmConfig(image_size=...)")
+        return pixels.normalize(images, self.config.mean, self.config.std).to(next(self.trunk.parameters()).dtype)
 
 
 def _joined(maps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Maps averaged to the grid of the last and joined along the channels, in at least float32."""
-    grid = (maps[-1].shape[2], maps[-1].shape[3])
+    grid: Any = maps[-1].shape[2:]
     maps = [level.to(torch.promote_types(dtype, torch.float32)) for level in maps]
     return torch.cat([m if m.shape[2:] == grid else F.adaptive_avg_pool2d(m, grid) for m in maps], dim=1)
 
@@ -239,22 +191,15 @@ def _create(config: TimmConfig) -> Any:
 
     name = config.architecture
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        meant = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
-        raise ValueError(f"architecture: timm knows no {name!r}; {meant}")
+        close = difflib.get_close_matches(name, timm.list_models(), n=3) or "one of timm.list_models()"
+        raise ValueError(f"architecture: timm knows no {name!r}; did you mean {close}?")
     try:
         return timm.create_model(name, pretrained=config.pretrained, num_classes=0, img_size=config.image_size)
     except TypeError as error:
-        if config.image_size is None or "img_size" not in str(error):
-            raise
-        raise ValueError(f"image_size: {name!r} is built for no fixed size; leave image_size at None") from error
+        raise ValueError(f"image_size: timm cannot build {name!r} for a fixed size ({error}); pass None") from error
     except (OSError, RuntimeError) as error:
-        if not config.pretrained:
-            raise
-        first_line = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise ValueError(
-            f"pretrained: timm could not fetch the weights of {name!r}: {first_line}; "
-            "go online, or pass weights= with the path of a .safetensors file"
+            f"pretrained: timm could not load {name!r}: {error}; go online, or pass weights= with a .safetensors file"
         ) from error
 
 
@@ -263,14 +208,5 @@ def _fixed_size(trunk: nn.Module) -> tuple[int, int] | None:
     for module in trunk.modules():
         size: Any = getattr(module, "img_size", None)
         if size is not None and getattr(module, "strict_img_size", False):
-            height, width = size
-            return height, width
+            return (size[0], size[1])
     return None
-
-
-def _load(trunk: nn.Module, path: str) -> None:
-    """Load a timm checkpoint without its classifier; all else must fit."""
-    expected = trunk.state_dict().keys()
-    tensors = read_weights(path)
-    kept = {name: tensor for name, tensor in tensors.items() if name in expected or not name.startswith(_CLASSIFIERS)}
-    load_strictly(trunk, kept, source=path)

@@ -11,16 +11,25 @@ Example:
     (0.943, 0.867)
     >>> human = np.linspace(1, 5, 8)
     >>> data = {"task": "quality", "target": human, "prompts": list("ppqqrrss"), "generators": ["sd1.5"] * 8}
-    >>> model = score_split(0, "model", predicted=human, **data)
+    >>> model: SplitScores = score_split(0, "model", predicted=human, **data)
     >>> ridge = score_split(0, "ridge", predicted=-human, **data)
     >>> report = ProtocolReport(title="mine", protocol="1 seed").with_scores([model, ridge])
     >>> row: SummaryRow = report.summary()[0]
-    >>> srcc: OverSeeds = row.srcc
-    >>> row.predictor, round(srcc.mean, 3), srcc.count
+    >>> over: OverSeeds = row.srcc
+    >>> row.predictor, round(over.mean, 3), over.count
     ('model', 1.0, 1)
     >>> difference: PairedDifference = report.difference("quality", "model", "ridge")
     >>> round(difference.mean, 3), difference.wins
     (2.0, 1)
+    >>> curve: Logistic4 = fit_logistic4(predicted=human, target=human)
+    >>> bool(np.allclose(curve(human), human, atol=0.01))
+    True
+    >>> mean: Interval = bootstrap_intervals(lambda rows, _: human[rows, None].mean(axis=0), list("ppqqrrss"))[0]
+    >>> mean.estimate
+    3.0
+    >>> best: PublishedResult = PUBLISHED[0]
+    >>> best.method, best.srcc
+    ('SC-AGIQA', 0.907)
 """
 
 from aigiqa_reward.evaluation.bootstrap import Interval, bootstrap_interval, bootstrap_intervals

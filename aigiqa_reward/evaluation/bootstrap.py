@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,14 +12,7 @@ from aigiqa_reward.evaluation.metrics import Labels, group_codes
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A statistic on all rows, and the bounds of its bootstrap interval.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import Interval
-        >>> gain = Interval(estimate=0.48, low=0.31, high=0.62)
-        >>> print(gain)
-        0.480 [0.310, 0.620]
-    """
+    """A statistic on all rows, and the bounds of its bootstrap interval."""
 
     estimate: float
     low: float
@@ -49,14 +42,11 @@ def bootstrap_interval(
 
     Args:
         statistic: function of (M,) row numbers and their (M,) integer groups, of which each drawn copy is a
-            separate one; first called with all rows, for the estimate.
+            separate one; first called with all rows, for the estimate. Draws in which it is nan do not count.
         groups: (N,) group of each row.
         repeats: number of draws.
         level: coverage, between 0 and 1.
         seed: random seed.
-
-    Returns:
-        The estimate and the interval, over the draws in which the statistic is not nan.
 
     Example:
         >>> import numpy as np
@@ -79,21 +69,16 @@ def bootstrap_intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[Interval, ...]:
-    """Compute S intervals over the same draws, for a function that returns S statistics (S,).
-
-    Example:
-        >>> import numpy as np
-        >>> from aigiqa_reward.evaluation import bootstrap_intervals
-        >>> scores, prompts = np.arange(40.0), np.arange(40) // 4
-        >>> both = bootstrap_intervals(lambda rows, _: np.array([scores[rows].mean(), scores[rows].max()]), prompts)
-        >>> [interval.estimate for interval in both]
-        [19.5, 39.0]
-    """
+    """Compute S intervals over the same draws, for a function that returns S statistics (S,)."""
     if repeats < 1 or not 0 < level < 1:
         raise ValueError(f"repeats, level: expected at least 1 and a number in (0, 1), got {repeats} and {level}")
     codes, _ = group_codes(groups, len(groups), "groups")
     estimates = statistics(np.arange(len(codes)), codes)
-    draws = np.array([statistics(rows, ids) for rows, ids in _draws(codes, repeats, seed)])
+    rng, sizes = np.random.default_rng(seed), np.bincount(codes)
+    members = np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
+    drawn = [rng.integers(len(members), size=len(members)) for _ in range(repeats)]
+    copies = np.arange(len(members))
+    draws = np.array([statistics(np.concatenate([members[g] for g in d]), np.repeat(copies, sizes[d])) for d in drawn])
     tail = (1 - level) / 2
     intervals = []
     for estimate, column in zip(estimates, draws.T, strict=True):
@@ -101,13 +86,3 @@ def bootstrap_intervals(
         low, high = np.quantile(kept, [tail, 1 - tail]) if len(kept) else (np.nan, np.nan)
         intervals.append(Interval(estimate=float(estimate), low=float(low), high=float(high)))
     return tuple(intervals)
-
-
-def _draws(codes: np.ndarray, repeats: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the rows of groups drawn with replacement, and the number of the drawn copy of each row."""
-    rng = np.random.default_rng(seed)
-    sizes = np.bincount(codes)
-    members = np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
-    for _ in range(repeats):
-        drawn = rng.integers(len(members), size=len(members))
-        yield np.concatenate([members[group] for group in drawn]), np.repeat(np.arange(len(drawn)), sizes[drawn])

@@ -30,11 +30,8 @@ def selection_gain(predicted: Numbers, target: Numbers, groups: Labels) -> float
 
     Args:
         predicted: (N,) predictions, higher is better.
-        target: (N,) human scores.
+        target: (N,) human scores; the gain is nan if no group has two different ones.
         groups: (N,) group within which rows compete, such as the prompt.
-
-    Returns:
-        The gain, at most 1; nan if no group has two different targets.
 
     Example:
         >>> from aigiqa_reward.evaluation import selection_gain
@@ -51,9 +48,7 @@ def selection_gain(predicted: Numbers, target: Numbers, groups: Labels) -> float
     mean = np.bincount(codes, weights=y, minlength=count) / np.bincount(codes, minlength=count)
     picked = np.bincount(codes, weights=y * tied, minlength=count) / np.bincount(codes, weights=tied)
     possible = float(np.mean(best - mean))
-    if possible <= ROUNDING * float(np.ptp(y)):
-        return float("nan")
-    return float(np.mean(picked - mean)) / possible
+    return float(np.mean(picked - mean)) / possible if possible > ROUNDING * float(np.ptp(y)) else np.nan
 
 
 def within(generators: Sequence[str] | np.ndarray, prefix: str) -> np.ndarray:
@@ -82,9 +77,6 @@ def prompt_auc(right: Numbers, wrong: np.ndarray) -> float:
         right: (N,) correspondence of each image to its own prompt.
         wrong: (N, K) correspondence of the same image to K other prompts.
 
-    Returns:
-        The mean over images and wrong prompts, in [0, 1]; 0.5 for scores that ignore the prompt.
-
     Example:
         >>> import numpy as np
         >>> from aigiqa_reward.evaluation import prompt_auc
@@ -109,9 +101,6 @@ def group_mean_predictor(train_target: Numbers, train_groups: Labels, groups: La
         train_groups: (M,) their groups.
         groups: (N,) groups of the rows to predict, all of which occur in training.
 
-    Returns:
-        (N,) predictions in the target's units.
-
     Example:
         >>> from aigiqa_reward.evaluation import group_mean_predictor
         >>> group_mean_predictor([1.0, 3.0, 4.0], ["sd", "sd", "dalle"], ["dalle", "sd"])
@@ -132,9 +121,7 @@ def centered(values: Numbers, *groupings: Labels) -> np.ndarray:
 
     Group means are subtracted in turn until none is left. On unbalanced data too this ends at the residuals
     of the least-squares fit of all effects together. Values that the effects explain entirely become exact 0.
-
-    Raises:
-        NotConverged: a ValueError, where the groupings hardly overlap.
+    Raises NotConverged, a ValueError, where the groupings hardly overlap.
 
     Example:
         >>> from aigiqa_reward.evaluation import centered
@@ -142,8 +129,6 @@ def centered(values: Numbers, *groupings: Labels) -> np.ndarray:
         array([ 0.5, -0.5, -0.5,  0.5])
     """
     x = numbers(values, "values")
-    if not groupings:
-        raise ValueError("groupings: expected at least one sequence of labels, got none")
     coded = [group_codes(labels, len(x), "groupings") for labels in groupings]
     sized = [(codes, np.bincount(codes, minlength=count)) for codes, count in coded]
     scale = float(np.abs(x - x.mean()).max())
@@ -157,8 +142,7 @@ def centered(values: Numbers, *groupings: Labels) -> np.ndarray:
         if moved <= 1e-3 * ROUNDING * scale:
             return residual if np.abs(residual).max() > ROUNDING * scale else np.zeros_like(residual)
     raise NotConverged(
-        f"groupings: no convergence after {MAX_SWEEPS} rounds, because the groupings hardly overlap; "
-        "center by fewer of them"
+        f"groupings: no convergence after {MAX_SWEEPS} rounds: they hardly overlap; center by fewer of them"
     )
 
 
@@ -198,11 +182,10 @@ def ridge_predict(
 ) -> np.ndarray:
     """Fit a ridge regression whose penalty is chosen inside the training rows, and predict.
 
-    Minimizes the sum over rows of (y - b - w.z)^2, plus penalty * |w|^2, where z are the features less their mean
-    over their standard deviation in the rows fitted on; a feature that is constant there does not count. The
-    penalty has the least mean squared error over 5 folds of whole groups (as many as there are groups, if fewer),
-    each predicted from the others with their own mean and deviation; of equal ones, the largest. Deterministic and
-    in closed form, by one eigendecomposition per fold of the smaller of the two Gram matrices.
+    Minimizes the sum over rows of (y - b - w.z)^2, plus penalty * |w|^2, where z are the features standardized on the
+    rows fitted on, without those that are constant there. The penalty has the least mean squared error over 5 folds
+    of whole groups (as many as there are groups, if fewer); of equal ones, the largest. In closed form, by one
+    eigendecomposition per fold of the smaller of the two Gram matrices.
 
     Args:
         features_train: (N, D) finite numbers.
@@ -210,9 +193,6 @@ def ridge_predict(
         features_test: (M, D) finite numbers.
         groups_train: (N,) group of each training row, such as its prompt; at least two groups.
         penalties: positive numbers to choose from, in any order.
-
-    Returns:
-        (M,) float64 predictions in the target's units.
 
     Example:
         >>> import numpy as np
@@ -225,10 +205,9 @@ def ridge_predict(
     """
     y = numbers(target_train, "target_train")
     x, t = _matrix(features_train, "features_train"), _matrix(features_test, "features_test")
-    if len(x) != len(y):
-        raise ValueError(f"features_train, target_train: expected equal lengths, got {len(x)} and {len(y)}")
-    if x.shape[1] != t.shape[1]:
-        raise ValueError(f"features_test: expected {x.shape[1]} columns as in features_train, got {t.shape[1]}")
+    if len(x) != len(y) or x.shape[1] != t.shape[1]:
+        shapes = f"{x.shape}, {y.shape} and {t.shape}"
+        raise ValueError(f"features_train, target_train, features_test: expected (N, D), (N,) and (M, D), got {shapes}")
     codes, count = group_codes(groups_train, len(y), "groups_train")
     if count < 2:
         raise ValueError("groups_train: expected at least two groups to choose the penalty by, got one")
@@ -255,11 +234,9 @@ def _matrix(values: np.ndarray, argument: str) -> np.ndarray:
 def _deal(codes: np.ndarray, folds: int) -> np.ndarray:
     """Return the fold of each row (N,), dealing groups from the largest, each to the fold with the fewest rows."""
     sizes = np.bincount(codes)
-    fold_of_group = np.empty(len(sizes), dtype=np.int64)
-    filled = np.zeros(folds, dtype=np.int64)
+    fold_of_group, filled = np.empty(len(sizes), dtype=np.int64), np.zeros(folds, dtype=np.int64)
     for group in np.argsort(-sizes, kind="stable"):
-        fold = int(np.argmin(filled))
-        fold_of_group[group] = fold
+        fold_of_group[group] = fold = int(np.argmin(filled))
         filled[fold] += sizes[group]
     return fold_of_group[codes]
 

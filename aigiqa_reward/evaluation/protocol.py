@@ -1,14 +1,12 @@
 """Results of a model that is trained and tested on several random splits of one benchmark.
 
-Test parts of different seeds overlap, so predictions are never pooled: every seed is one table, and what is reported
-is the mean and the spread over seeds.
+Test parts of different seeds overlap, so predictions are never pooled: reported are mean and spread over seeds.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +20,6 @@ from scipy.sparse.csgraph import connected_components
 from aigiqa_reward.evaluation.controls import NotConverged, centered_srcc, prompt_auc, selection_gain
 from aigiqa_reward.evaluation.metrics import MIN_ROWS, Correlations, Labels, Numbers, correlations, group_codes, pair
 from aigiqa_reward.evaluation.tables import TASKS, markdown_table, number
-from aigiqa_reward.utils.checks import integer
 from aigiqa_reward.utils.io import read_json
 from aigiqa_reward.utils.run_folder import without_nan, write_json
 
@@ -45,9 +42,6 @@ _LEGEND = (
 )
 
 
-# --------------------------------------------------------------------------------------------- one split
-
-
 @dataclass(frozen=True, kw_only=True)
 class SplitScores:
     """Agreement of one predictor with one human score on the test part of one split; nan where undefined.
@@ -66,15 +60,6 @@ class SplitScores:
         gain_within: selection gain over those of one generator and its variants.
         right_prompt_auc: probability that an image's right prompt scores above a wrong one.
         images: number of test images.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import SplitScores, score_split
-        >>> human, prompts, generators = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("ppqqrr"), ["sd1.5"] * 6
-        >>> scores: SplitScores = score_split(
-        ...     0, "model", task="quality", predicted=human, target=human, prompts=prompts, generators=generators
-        ... )
-        >>> scores.key, round(scores.srcc, 3), scores.gain, scores.images
-        ((0, 'model', 'quality'), 1.0, 1.0, 6)
     """
 
     seed: int
@@ -92,25 +77,15 @@ class SplitScores:
     images: int
 
     def __post_init__(self) -> None:
-        _check_line("predictor", self.predictor)
+        if not self.predictor.isprintable():
+            raise ValueError(f"predictor: expected one line of text to print in tables, got {self.predictor!r}")
         if self.task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(map(repr, TASKS))}, got {self.task!r}")
-        object.__setattr__(self, "seed", integer("seed", self.seed))
-        object.__setattr__(self, "images", integer("images", self.images, least=1))
-        for name in MEASURES:
-            value = float(getattr(self, name))
-            if math.isinf(value):
-                raise ValueError(f"{name}: expected a finite number, or nan where it is undefined, got {value}")
-            object.__setattr__(self, name, value)
 
     @property
     def key(self) -> tuple[int, str, str]:
         """Seed, predictor and task, which occur together once in a protocol."""
         return self.seed, self.predictor, self.task
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values, None for nan."""
-        return without_nan(asdict(self))
 
 
 def score_split(
@@ -128,9 +103,8 @@ def score_split(
     """Measure predictions on the test part of one split.
 
     Undefined measures are nan: correlations of constant predictions or of fewer than 5 images; the centered SRCC
-    with a single generator or prompt, with fewer than 4 degrees of freedom left (5 images have as many after their
-    mean), or for predictions that the two effects explain entirely; a gain with nothing to choose among; the gain
-    within a generator that the test part lacks.
+    with a single generator or prompt, with fewer than 4 degrees of freedom left, or for predictions that the two
+    effects explain entirely; a gain with nothing to choose among or without images of `same_generator`.
 
     Args:
         seed: seed of the split.
@@ -147,65 +121,38 @@ def score_split(
     prompt_codes, _ = group_codes(prompts, len(x), "prompts")
     generator_codes, _ = group_codes(generators, len(x), "generators")
     agreement = Correlations(srcc=np.nan, plcc=np.nan, plcc_fitted=np.nan, krcc=np.nan, rmse=np.nan)
-    if len(x) >= MIN_ROWS:
-        agreement = correlations(x, y)
-    inside = float("nan")
-    if same_generator is not None:
-        variants = np.array([str(name).startswith(same_generator) for name in generators], dtype=bool)
-        if variants.any():
-            inside = selection_gain(x[variants], y[variants], prompt_codes[variants])
+    inside = np.array([same_generator is not None and str(name).startswith(same_generator) for name in generators])
     return SplitScores(
         seed=seed,
         predictor=predictor,
         task=task,
-        **asdict(agreement),
+        **asdict(correlations(x, y) if len(x) >= MIN_ROWS else agreement),
         centered_srcc=_centered_srcc(x, y, generator_codes, prompt_codes),
         gain=selection_gain(x, y, prompt_codes),
-        gain_within=inside,
-        right_prompt_auc=float("nan") if wrong_prompt is None else prompt_auc(x, wrong_prompt),
+        gain_within=selection_gain(x[inside], y[inside], prompt_codes[inside]) if inside.any() else np.nan,
+        right_prompt_auc=np.nan if wrong_prompt is None else prompt_auc(x, wrong_prompt),
         images=len(x),
     )
 
 
-def _restored(entry: dict[str, Any]) -> SplitScores:
-    values: dict[str, Any] = {name: np.nan if value is None else value for name, value in entry.items()}
-    return SplitScores(**values)
-
-
 def _centered_srcc(x: np.ndarray, y: np.ndarray, generators: np.ndarray, prompts: np.ndarray) -> float:
-    counts = int(generators.max()) + 1, int(prompts.max()) + 1
-    if min(counts) < 2 or len(x) - _effects(generators, prompts, counts) < MIN_ROWS - 1:
-        return float("nan")
+    first, second = int(generators.max()) + 1, int(prompts.max()) + 1
+    # The rank of the two groupings' additive effects: a mean per group, less one per connected part.
+    links = coo_array((np.ones(len(x)), (generators, first + prompts)), shape=(first + second, first + second))
+    effects = first + second - int(connected_components(links, directed=False)[0])
+    if min(first, second) < 2 or len(x) - effects < MIN_ROWS - 1:
+        return np.nan
     try:
         return centered_srcc(x, y, generators, prompts)
     except NotConverged:  # hardly any prompt has images of two generators
-        return float("nan")
-
-
-def _effects(first: np.ndarray, second: np.ndarray, counts: tuple[int, int]) -> int:
-    """Return the rank of two groupings' additive effects: a mean per group, less one per connected part."""
-    links = coo_array((np.ones(len(first)), (first, counts[0] + second)), shape=(sum(counts), sum(counts)))
-    parts, _ = connected_components(links, directed=False)
-    return sum(counts) - int(parts)
-
-
-def _check_line(argument: str, text: str) -> None:
-    if not isinstance(text, str) or not text.strip() or not text.isprintable():
-        raise ValueError(f"{argument}: expected one line of text to print in tables, got {text!r}")
-
-
-# --------------------------------------------------------------------------------------------- all seeds
+        return np.nan
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverSeeds:
-    """One measure over the seeds in which it is defined; nan where there is none.
+    """Mean, standard deviation (ddof 1) and median of one measure over the `count` seeds in which it is defined.
 
-    Attributes:
-        mean: mean over seeds.
-        std: standard deviation (ddof 1); nan for a single seed.
-        median: median over seeds.
-        count: number of seeds in which the measure is not nan.
+    Nan where there are none; the standard deviation of a single seed is nan as well.
     """
 
     mean: float
@@ -220,7 +167,7 @@ class OverSeeds:
     def of(cls, values: Iterable[float]) -> OverSeeds:
         """Summarize the values that are not nan."""
         known = np.array([value for value in values if not np.isnan(value)])
-        if len(known) == 0:
+        if not len(known):
             return cls(mean=np.nan, std=np.nan, median=np.nan, count=0)
         std = float(known.std(ddof=1)) if len(known) > 1 else np.nan
         return cls(mean=float(known.mean()), std=std, median=float(np.median(known)), count=len(known))
@@ -228,13 +175,7 @@ class OverSeeds:
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryRow:
-    """One predictor of one human score over the seeds; the measures are those of `SplitScores`.
-
-    Attributes:
-        task: "quality" or "correspondence".
-        predictor: "model" or the name of a control.
-        seeds: seeds that were scored, ascending.
-    """
+    """One predictor of one human score over its seeds (ascending); task, predictor and measures as in `SplitScores`."""
 
     task: str
     predictor: str
@@ -251,12 +192,10 @@ class SummaryRow:
 
     def cells(self) -> list[str]:
         """Return the row of the Markdown table."""
-        over = {name: getattr(self, name) for name in ("srcc", *_SHOWN)}
-        texts = {
-            name: f"{value} ({value.count} of {len(self.seeds)})" if 0 < value.count < len(self.seeds) else str(value)
-            for name, value in over.items()
-        }
-        return [self.predictor, texts.pop("srcc"), number(self.srcc.median), *texts.values()]
+        over = [getattr(self, name) for name in ("srcc", *_SHOWN)]
+        partly = [f" ({one.count} of {len(self.seeds)})" if 0 < one.count < len(self.seeds) else "" for one in over]
+        first, *others = [f"{one}{count}" for one, count in zip(over, partly, strict=True)]
+        return [self.predictor, first, number(self.srcc.median), *others]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +229,7 @@ class ProtocolReport:
 
     Attributes:
         title: the benchmark, or the benchmark and the model, in one line.
-        protocol: kind of split, such as "groups by prompt, 80/20, 10 % of the training groups for model
-            selection, 10 seeds".
+        protocol: kind of split, such as "groups by prompt, 80/20, 10 seeds".
         scores: one entry per seed, predictor and task.
     """
 
@@ -300,22 +238,13 @@ class ProtocolReport:
     scores: tuple[SplitScores, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_line("title", self.title)
-        if not isinstance(self.protocol, str):
-            raise TypeError(f"protocol: expected a text, got {self.protocol!r}")
-        object.__setattr__(self, "scores", tuple(self.scores))
-        seen = set()
-        for entry in self.scores:
-            if entry.key in seen:
-                raise ValueError(
-                    f"scores: expected each seed, predictor and task once, got {entry.key} again; "
-                    "leave out those that are `done`"
-                )
-            seen.add(entry.key)
+        keys = [entry.key for entry in self.scores]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"scores: expected each seed, predictor and task once, got {repeated[0]} again")
 
     def done(self, seed: int, predictor: str, task: str) -> bool:
         """Return whether the report has the scores of this seed, predictor and task."""
-        return (seed, predictor, task) in {entry.key for entry in self.scores}
+        return any(entry.key == (seed, predictor, task) for entry in self.scores)
 
     def with_scores(self, more: Iterable[SplitScores]) -> ProtocolReport:
         """Return a new report that holds more scores."""
@@ -324,11 +253,12 @@ class ProtocolReport:
     def summary(self) -> tuple[SummaryRow, ...]:
         """Return one row per task and predictor: quality first, predictors in the order of their first appearance."""
         rows = []
-        for task in TASKS:
-            for predictor in dict.fromkeys(entry.predictor for entry in self.scores if entry.task == task):
-                entries = self._by_seed(task, predictor)
-                measures = {name: OverSeeds.of(getattr(e, name) for e in entries.values()) for name in MEASURES}
-                rows.append(SummaryRow(task=task, predictor=predictor, seeds=tuple(entries), **measures))
+        for task, predictor in dict.fromkeys(
+            (task, e.predictor) for task in TASKS for e in self.scores if e.task == task
+        ):
+            entries = self._by_seed(task, predictor)
+            measures = {name: OverSeeds.of(getattr(e, name) for e in entries.values()) for name in MEASURES}
+            rows.append(SummaryRow(task=task, predictor=predictor, seeds=tuple(entries), **measures))
         return tuple(rows)
 
     def difference(self, task: str, a: str, b: str) -> PairedDifference:
@@ -340,8 +270,12 @@ class ProtocolReport:
 
     def markdown(self) -> str:
         """Return the summary as Markdown: the protocol, then a table per task."""
-        seeds = sorted({entry.seed for entry in self.scores})
-        lines = [f"### {self.title}", "", f"{self.protocol.rstrip('.')}. {self._counted(len(seeds))}"]
+        seeds, images = {entry.seed for entry in self.scores}, sorted({entry.images for entry in self.scores})
+        counted = "No seed has been scored."
+        if seeds:
+            range_of = " to ".join(f"{count:,}" for count in dict.fromkeys((images[0], images[-1])))
+            counted = f"Scored: {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, {range_of} test images each."
+        lines = [f"### {self.title}", "", f"{self.protocol.rstrip('.')}. {counted}"]
         rows = self.summary()
         for task in TASKS:
             of_task = [row for row in rows if row.task == task]
@@ -360,12 +294,12 @@ class ProtocolReport:
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(SplitScores)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(entry.as_dict() for entry in self.scores)
+        writer.writerows(self.as_dict()["scores"])
         return text.getvalue()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values, None for nan."""
-        scores = [entry.as_dict() for entry in self.scores]
+        scores = [without_nan(asdict(entry)) for entry in self.scores]
         return {"format": FORMAT, "title": self.title, "protocol": self.protocol, "scores": scores}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -379,17 +313,17 @@ class ProtocolReport:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProtocolReport:
         """Read a file that `save` wrote."""
-        source = Path(path)
-        if not source.is_file():
-            raise ValueError(f"path: no file at {str(source)!r}; make it with ProtocolReport.save")
         try:
-            values = read_json(source)
-            version = values.pop("format")
-            if version != FORMAT:
-                raise ValueError(f"expected format {FORMAT}, got {version}; save it again")
-            return cls(scores=tuple(_restored(entry) for entry in values.pop("scores")), **values)
-        except (OSError, ValueError, AttributeError, KeyError, TypeError, OverflowError) as error:
-            raise ValueError(f"path: {str(source)!r} is not a file of ProtocolReport.save ({error})") from error
+            values = read_json(path)
+            if values["format"] != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, got {values['format']}; save it again")
+            found: list[dict[str, Any]] = [
+                {k: np.nan if v is None else v for k, v in entry.items()} for entry in values["scores"]
+            ]
+            scores = tuple(SplitScores(**entry) for entry in found)
+            return cls(title=values["title"], protocol=values["protocol"], scores=scores)
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"path: {str(path)!r} is not a file of ProtocolReport.save ({error})") from error
 
     def _by_seed(self, task: str, predictor: str) -> dict[int, SplitScores]:
         """Return the scores of one predictor by seed, ascending."""
@@ -398,10 +332,3 @@ class ProtocolReport:
             there = sorted({(entry.task, entry.predictor) for entry in self.scores})
             raise ValueError(f"task, predictor: no scores of {(task, predictor)}; there are {there}")
         return {entry.seed: entry for entry in sorted(entries, key=lambda entry: entry.seed)}
-
-    def _counted(self, seeds: int) -> str:
-        if not seeds:
-            return "No seed has been scored."
-        fewest, most = (pick(entry.images for entry in self.scores) for pick in (min, max))
-        images = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-        return f"Scored: {seeds} {'seed' if seeds == 1 else 'seeds'}, {images} test images each."

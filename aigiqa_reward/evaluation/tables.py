@@ -23,24 +23,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, word
     return ["| " + " | ".join(cells) + " |" for cells in (header, ruler, *escaped)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PublishedResult:
-    """One row of a paper's table.
-
-    Attributes:
-        benchmark: name of the benchmark.
-        task: "quality" or "correspondence", which the papers also call perception and alignment.
-        method: name of the system.
-        srcc: Spearman's rank correlation as printed.
-        plcc: Pearson's correlation as printed.
-        protocol: kind of split, and the paper that reports it if it is not the method's own.
-
-    Example:
-        >>> from aigiqa_reward.evaluation import PUBLISHED, PublishedResult
-        >>> rows: list[PublishedResult] = [row for row in PUBLISHED if row.benchmark == "AGIQA-3K"]
-        >>> all(0 < row.srcc < 1 for row in rows), sorted({row.task for row in rows})
-        (True, ['correspondence', 'quality'])
-    """
+    """One row of a paper's table, as printed; `protocol` is the kind of split, and the paper if it is another's."""
 
     benchmark: str
     task: str
@@ -58,28 +43,26 @@ _BY_IMAGE = "IPCE's splits: 80/20 by image"
 _BY_TSP = "printed by the authors of TSP-MGS, who do not state its split"
 _MIXED = f"14,000 images, whose one score mixes quality and correspondence; {_MA}"
 
-_ROWS = (
-    ("AGIQA-3K", "quality", "SC-AGIQA", 0.9070, 0.9361, _SC),
-    ("AGIQA-3K", "quality", "MA-AGIQA", 0.8939, 0.9273, _MA),
-    ("AGIQA-3K", "quality", "TSP-MGS", 0.8901, 0.9270, _BY_PROMPT),
-    ("AGIQA-3K", "quality", "IPCE", 0.8841, 0.9246, _BY_PROMPT),
-    ("AGIQA-3K", "quality", "MANIQA", 0.8618, 0.9115, _BY_MA),
-    ("AGIQA-3K", "correspondence", "TSP-MGS", 0.7734, 0.8773, _BY_PROMPT),
-    ("AGIQA-3K", "correspondence", "IPCE", 0.7697, 0.8725, _BY_PROMPT),
-    ("AGIQA-3K", "correspondence", "StairReward", 0.7472, 0.8529, _BY_TSP),
-    ("AGIQA-3K", "correspondence", "PickScore", 0.7320, 0.7791, _BY_TSP),
-    ("AGIQA-3K", "correspondence", "ImageReward", 0.7298, 0.7862, _BY_TSP),
-    ("AGIQA-3K", "correspondence", "HPS", 0.6623, 0.7008, _BY_TSP),
-    ("AGIQA-3K", "correspondence", "CLIP", 0.5972, 0.6839, _BY_TSP),
-    ("AGIQA-1K", "quality", "SC-AGIQA", 0.9051, 0.9558, _SC),
-    ("AGIQA-1K", "quality", "TSP-MGS", 0.8567, 0.8846, _BY_IMAGE),
-    ("AIGCIQA2023", "quality", "SC-AGIQA", 0.9113, 0.9158, _SC),
-    ("AIGIQA-20K", "quality", "MA-AGIQA", 0.8644, 0.9050, _MIXED),
-)
-
 PUBLISHED: tuple[PublishedResult, ...] = tuple(
-    PublishedResult(benchmark=benchmark, task=task, method=method, srcc=srcc, plcc=plcc, protocol=protocol)
-    for benchmark, task, method, srcc, plcc, protocol in _ROWS
+    PublishedResult(*row)
+    for row in (
+        ("AGIQA-3K", "quality", "SC-AGIQA", 0.9070, 0.9361, _SC),
+        ("AGIQA-3K", "quality", "MA-AGIQA", 0.8939, 0.9273, _MA),
+        ("AGIQA-3K", "quality", "TSP-MGS", 0.8901, 0.9270, _BY_PROMPT),
+        ("AGIQA-3K", "quality", "IPCE", 0.8841, 0.9246, _BY_PROMPT),
+        ("AGIQA-3K", "quality", "MANIQA", 0.8618, 0.9115, _BY_MA),
+        ("AGIQA-3K", "correspondence", "TSP-MGS", 0.7734, 0.8773, _BY_PROMPT),
+        ("AGIQA-3K", "correspondence", "IPCE", 0.7697, 0.8725, _BY_PROMPT),
+        ("AGIQA-3K", "correspondence", "StairReward", 0.7472, 0.8529, _BY_TSP),
+        ("AGIQA-3K", "correspondence", "PickScore", 0.7320, 0.7791, _BY_TSP),
+        ("AGIQA-3K", "correspondence", "ImageReward", 0.7298, 0.7862, _BY_TSP),
+        ("AGIQA-3K", "correspondence", "HPS", 0.6623, 0.7008, _BY_TSP),
+        ("AGIQA-3K", "correspondence", "CLIP", 0.5972, 0.6839, _BY_TSP),
+        ("AGIQA-1K", "quality", "SC-AGIQA", 0.9051, 0.9558, _SC),
+        ("AGIQA-1K", "quality", "TSP-MGS", 0.8567, 0.8846, _BY_IMAGE),
+        ("AIGCIQA2023", "quality", "SC-AGIQA", 0.9113, 0.9158, _SC),
+        ("AIGIQA-20K", "quality", "MA-AGIQA", 0.8644, 0.9050, _MIXED),
+    )
 )
 """Figures of SC-AGIQA, MA-AGIQA, TSP-MGS and, from their tables, of others; best first within a benchmark and task."""
 

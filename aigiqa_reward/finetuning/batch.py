@@ -23,11 +23,6 @@ def generator_of(seed: int, purpose: str, *place: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed_of(seed, purpose, *place))
 
 
-def numbers_of(seed: int, purpose: str, *place: int) -> np.random.Generator:
-    """Make a NumPy generator with the seed of `seed_of`."""
-    return np.random.default_rng(seed_of(seed, purpose, *place))
-
-
 Memory = Mapping[str, Tensor]
 """Named tensors that an algorithm keeps from step to step within a round; saved with a checkpoint."""
 
@@ -63,17 +58,12 @@ class Batch:
 
     def numbers(self, purpose: str) -> np.random.Generator:
         """Make one generator for all rows of the step, the same in all of its batches and processes."""
-        return numbers_of(self.seed, purpose, self.step)
+        return np.random.default_rng(seed_of(self.seed, purpose, self.step))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A loss and the numbers to log with it.
-
-    Attributes:
-        loss: () mean over the rows of a batch. The losses that an algorithm yields for one batch are added up.
-        measures: named (B,) or () tensors without gradients. Their means over the whole batch are logged.
-    """
+    """A loss (), the mean over the rows of a batch, and named (B,) or () tensors whose means are logged with it."""
 
     loss: Tensor
     measures: Mapping[str, Tensor] = field(default_factory=dict)
@@ -83,14 +73,8 @@ class Outcome:
 class Schedule:
     """The order of the training prompts: shuffled, each prompt once per epoch.
 
-    Attributes:
-        prompts: training prompts.
-        part_size: rows per forward pass of the denoiser.
-        parts: forward passes per step and process (gradient accumulation).
-        processes: number of processes.
-        rows_per_prompt: consecutive rows with the same prompt.
-        round_of: maps an optimizer step to its round; all steps of a round have the same rows.
-        seed: seed of the order.
+    `part_size` is the number of rows per forward pass, `parts` that of passes per step and process, `rows_per_prompt`
+    that of consecutive rows with the same prompt. `round_of` maps a step to its round, whose steps have the same rows.
     """
 
     prompts: Sequence[str]
@@ -106,8 +90,7 @@ class Schedule:
             raise ValueError(
                 f"train_batch_size: expected the batch of a step ({self.part_size} rows x {self.parts} accumulation "
                 f"steps x {self.processes} processes = {self.size}) to be a multiple of the {self.rows_per_prompt} "
-                "images per prompt; change train_batch_size, gradient_accumulation_steps or the number of images per "
-                "prompt"
+                "images per prompt; change one of them"
             )
 
     @property
@@ -117,22 +100,17 @@ class Schedule:
 
     def batches(self, step: int, process: int = 0) -> list[Batch]:
         """Return the batches of a step that one process takes: every `processes`-th."""
-        return [self._batch(step, part * self.processes + process) for part in range(self.parts)]
-
-    def _batch(self, step: int, number: int) -> Batch:
-        round_ = self.round_of(step)
-        rows = tuple(range(number * self.part_size, (number + 1) * self.part_size))
-        first = round_ * (self.size // self.rows_per_prompt)
-        places = tuple(self._place(first + row // self.rows_per_prompt) for row in rows)
-        return Batch(
-            prompts=tuple(self.prompts[place] for place in places),
-            places=places,
-            rows=rows,
-            round=round_,
-            step=step,
-            size=self.size,
-            seed=self.seed,
-        )
+        round_, batches = self.round_of(step), []
+        for start in range(process * self.part_size, self.size, self.processes * self.part_size):
+            rows = tuple(range(start, start + self.part_size))
+            places = tuple(self._place((round_ * self.size + row) // self.rows_per_prompt) for row in rows)
+            prompts = tuple(self.prompts[place] for place in places)
+            batches.append(
+                Batch(
+                    prompts=prompts, places=places, rows=rows, round=round_, step=step, size=self.size, seed=self.seed
+                )
+            )
+        return batches
 
     def _place(self, slot: int) -> int:
         epoch, place = divmod(slot, len(self.prompts))
@@ -141,4 +119,4 @@ class Schedule:
 
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return numbers_of(seed, "order", epoch).permutation(count)
+    return np.random.default_rng(seed_of(seed, "order", epoch)).permutation(count)

@@ -28,17 +28,7 @@ class TrainingCallback:
     """
 
     def on_step_end(self, step: int, numbers: Mapping[str, float]) -> bool | None:
-        """Run after an optimizer step.
-
-        Args:
-            step: number of the step, from 1.
-            numbers: means over the batch: loss, reward, kl, ..., and learning_rate and grad_norm.
-        """
+        """Run after optimizer step `step`, from 1, with means over its batch (loss, reward, ...) and grad_norm."""
 
     def on_validation(self, step: int, result: ValidationResult) -> bool | None:
-        """Run after a validation.
-
-        Args:
-            step: optimizer steps taken so far; 0 for the validation before the training.
-            result: scores, measures and thumbnails of the validation images.
-        """
+        """Run after a validation; `step` is the number of optimizer steps so far, 0 before the training."""

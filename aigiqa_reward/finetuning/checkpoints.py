@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -76,32 +75,19 @@ _NUMBERS, _TENSORS = "state.json", "training_state.pt"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a training resumes from.
-
-    Attributes:
-        step: optimizer steps taken.
-        settings: result of `describe`.
-        monitor: state of the Monitor.
-        lora: weights of `LoRA.state`.
-        kept: weights of the best validation so far; empty before any.
-        memory: memory of the algorithm's round, gathered over processes.
-        optimization: state of the Optimization.
-    """
+    """What a training resumes from: steps taken, settings by `describe`, and the states of the parts."""
 
     step: int
     settings: Mapping[str, Any]
     monitor: Mapping[str, Any]
     lora: Mapping[str, Tensor]
-    kept: Mapping[str, Tensor]
-    memory: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]  # weights of the best validation so far; empty before any
+    memory: Mapping[str, Tensor]  # memory of the algorithm's round, gathered over processes
     optimization: Mapping[str, Any]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, lora: LoRA, *, limit: int | None) -> Path:
-    """Write `checkpoint-<step>` into a folder, and then remove the oldest checkpoints beyond `limit`.
-
-    It is written under another name first, so that an interruption at any moment leaves the earlier checkpoints whole.
-    """
+    """Write `checkpoint-<step>` into a folder, under another name first, and then remove the oldest beyond `limit`."""
     target = folder / f"{_PREFIX}{checkpoint.step}"
     if target.exists():
         return target  # resumed from and no step further
@@ -124,22 +110,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, lora: LoRA, *, limit: 
     return target
 
 
-def load_checkpoint(
-    path: Path, lora: LoRA, check: Callable[[Mapping[str, Any]], None] = lambda numbers: None
-) -> Checkpoint:
+def load_checkpoint(path: Path, lora: LoRA) -> Checkpoint:
     """Read a checkpoint."""
-    with _reading(path):
-        numbers = read_json(path / _NUMBERS)
-    check(numbers)
-    with _reading(path):
-        tensors = torch.load(path / _TENSORS, map_location="cpu", weights_only=True)
-        return Checkpoint(**numbers, **tensors, lora=lora.read(path))
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
     try:
-        yield
+        tensors = torch.load(path / _TENSORS, map_location="cpu", weights_only=True)
+        return Checkpoint(**read_json(path / _NUMBERS), **tensors, lora=lora.read(path))
     except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
         # torch's own message recommends weights_only=False.
         why = f"{_TENSORS} is damaged" if isinstance(error, UnpicklingError) else str(error).removeprefix("weights: ")
@@ -153,12 +128,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path, wanted: str | Path | None) -> Path | None:
-    """Return the checkpoint to resume from, or None to start anew.
-
-    Args:
-        folder: output folder of the training.
-        wanted: None, "latest" (None if there is none), or the name or path of a checkpoint.
-    """
+    """Return the wanted checkpoint ("latest", a name or a path) of an output folder, or None to start anew."""
     there = checkpoints_in(folder)
     if wanted is None:
         if there:
@@ -167,10 +137,7 @@ def find_checkpoint(folder: Path, wanted: str | Path | None) -> Path | None:
                 "resume_from_checkpoint='latest', or choose another folder"
             )
         if (folder / FILE).exists():
-            raise ValueError(
-                f"output_dir: {folder} has {FILE} of an earlier training, without its checkpoints; choose another "
-                "folder, or remove the file"
-            )
+            raise ValueError(f"output_dir: {folder} has {FILE} of an earlier training; choose another folder")
         return None
     if str(wanted) == "latest":
         return there[-1] if there else None
@@ -185,9 +152,3 @@ def find_checkpoint(folder: Path, wanted: str | Path | None) -> Path | None:
         return path
     names = ", ".join(path.name for path in there) or "none"
     raise ValueError(f"resume_from_checkpoint: there is no checkpoint {str(wanted)!r}; {folder} has {names}")
-
-
-def set_aside(folder: Path) -> None:
-    """Rename the weights of an earlier training without checkpoints, so that they are not overwritten."""
-    if not checkpoints_in(folder) and (folder / FILE).exists():
-        (folder / FILE).replace(folder / f"{FILE}.before")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -13,8 +13,9 @@ from aigiqa_reward.utils.checks import integer, number
 MixedPrecision = Literal["no", "bf16", "fp16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
-"""Learning rate schedules of `diffusers.optimization.get_scheduler`."""
+
+def _option(default: Any, text: str) -> Any:
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": text})
 
 
 def _launched() -> MixedPrecision:
@@ -37,114 +38,83 @@ class FinetuneConfig:
         ValueError: rank: expected an integer of at least 1, got 0; pass rank=1 or more
     """
 
-    rank: int = field(default=8, metadata={"help": "LoRA rank."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; None takes the rank."})
-    target_modules: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "Name endings of the layers to adapt; None takes the attention projections."}
+    rank: int = _option(8, "LoRA rank.")
+    lora_alpha: float | None = _option(None, "LoRA alpha; None takes the rank.")
+    target_modules: tuple[str, ...] | None = _option(
+        None, "Name endings of the layers to adapt; None takes the attention projections."
     )
-    train_batch_size: int = field(default=4, metadata={"help": "Rows per forward pass of the denoiser and process."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches accumulated per optimizer step."})
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "Recompute activations of denoiser and decoder in the backward pass to save memory."},
+    train_batch_size: int = _option(4, "Rows per forward pass of the denoiser and process.")
+    gradient_accumulation_steps: int = _option(1, "Batches accumulated per optimizer step.")
+    gradient_checkpointing: bool = _option(
+        False, "Recompute activations of denoiser and decoder in the backward pass to save memory."
     )
-    learning_rate: float | None = field(default=None, metadata={"help": "Learning rate, by default the algorithm's."})
-    lr_scheduler: Schedule = field(default="constant", metadata={"help": "Learning rate schedule of diffusers."})
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of learning rate warmup."})
-    max_train_steps: int = field(default=500, metadata={"help": "Total number of optimizer steps."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm for clipping."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
-    use_8bit_adam: bool = field(default=False, metadata={"help": "Use the 8-bit AdamW of bitsandbytes."})
-    ema_decay: float = field(
-        default=0.0,
-        metadata={"help": "Decay in [0, 1) of an EMA of the weights, which is then validated and saved; 0 uses none."},
+    learning_rate: float | None = _option(None, "Learning rate, by default the algorithm's.")
+    lr_scheduler: Schedule = _option("constant", "Learning rate schedule of diffusers.")  # noqa: RUF009
+    lr_warmup_steps: int = _option(0, "Optimizer steps of learning rate warmup.")
+    max_train_steps: int = _option(500, "Total number of optimizer steps.")
+    max_grad_norm: float = _option(1.0, "Maximum gradient norm for clipping.")
+    weight_decay: float = _option(1e-4, "Weight decay of AdamW.")
+    use_8bit_adam: bool = _option(False, "Use the 8-bit AdamW of bitsandbytes.")
+    ema_decay: float = _option(
+        0.0, "Decay in [0, 1) of an EMA of the weights, which is then validated and saved; 0 uses none."
     )
-    mixed_precision: MixedPrecision = field(
-        default_factory=_launched,
-        metadata={
-            "help": "Precision of denoiser and decoder, by default that of `accelerate launch`, else no; LoRA weights "
-            "and reward stay in float32."
-        },
+    mixed_precision: MixedPrecision = _option(  # noqa: RUF009
+        _launched,
+        "Precision of denoiser and decoder, by default that of `accelerate launch`, else no; LoRA weights and reward "
+        "stay in float32.",
     )
-    kl_coeff: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the KL penalty to the pipeline without the adapter, 0 for none; None takes the "
-            "algorithm's default."
-        },
+    kl_coeff: float | None = _option(
+        None,
+        "Weight of the KL penalty to the pipeline without the adapter, 0 for none; None takes the algorithm's default.",
     )
-    reward_ceiling: float | Literal["auto"] | None = field(
-        default="auto",
-        metadata={
-            "help": "Total above which an image gets no gradient; auto takes 1 (the best human score) for calibrated "
-            "rewards, and none for others."
-        },
+    reward_ceiling: float | Literal["auto"] | None = _option(
+        "auto",
+        "Total above which an image gets no gradient; auto takes 1 (the best human score) for calibrated rewards, and "
+        "none for others.",
     )
-    checkpointing_steps: int = field(
-        default=100, metadata={"help": "Steps between checkpoints; 0 for only one at the end."}
+    checkpointing_steps: int = _option(100, "Steps between checkpoints; 0 for only one at the end.")
+    checkpoints_total_limit: int | None = _option(2, "Checkpoints to keep; None keeps all.")
+    validation_steps: int = _option(50, "Optimizer steps between validations.")
+    validation_seeds: int = _option(4, "Number of images per validation prompt.")
+    patience: int = _option(2, "Consecutive validations with a falling held-out reward before the training stops.")
+    sampling: Mapping[str, Any] = _option(
+        dict,
+        "Arguments of the pipeline call for training and validation images (num_inference_steps, guidance_scale, "
+        "height, width, ...).",
     )
-    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; None keeps all."})
-    validation_steps: int = field(default=50, metadata={"help": "Optimizer steps between validations."})
-    validation_seeds: int = field(default=4, metadata={"help": "Number of images per validation prompt."})
-    patience: int = field(
-        default=2,
-        metadata={"help": "Consecutive validations with a falling held-out reward before the training stops."},
-    )
-    sampling: Mapping[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Arguments of the pipeline call for training and validation images (num_inference_steps, "
-            "guidance_scale, height, width, ...)."
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "Random seed."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the output folder to the Hugging Face Hub."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Hub repository, by default the folder's name."})
+    seed: int = _option(0, "Random seed.")
+    push_to_hub: bool = _option(False, "Upload the output folder to the Hugging Face Hub.")
+    hub_model_id: str | None = _option(None, "Hub repository, by default the folder's name.")
 
     def __post_init__(self) -> None:
-        for name, least in _COUNTS.items():
-            if (value := getattr(self, name)) is not None or name not in _OPTIONAL:
-                integer(name, value, least=least)
-        for name, (expected, accepts) in _NUMBERS.items():
-            if (value := getattr(self, name)) is not None or name not in _OPTIONAL:
-                number(name, value, expected, accepts)
+        optional = ("lora_alpha", "learning_rate", "checkpoints_total_limit", "kl_coeff")
+        given = {name: value for name, value in vars(self).items() if value is not None or name not in optional}
+        for name in [name for name in given if name in _LEAST]:
+            integer(name, given[name], least=_LEAST[name])
+        for name in [name for name in given if name in _RANGES]:
+            number(name, given[name], *_RANGES[name])
         if self.reward_ceiling not in ("auto", None):
             number("reward_ceiling", self.reward_ceiling, "or 'auto', or None for no ceiling", math.isfinite)
-        if self.lr_scheduler not in SCHEDULES:
-            raise ValueError(f"lr_scheduler: expected one of {', '.join(SCHEDULES)}, got {self.lr_scheduler!r}")
+        for name, values in (("lr_scheduler", get_args(Schedule)), ("mixed_precision", get_args(MixedPrecision))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
                 f"lr_warmup_steps: expected 0 with lr_scheduler='constant', got {self.lr_warmup_steps}; pass "
                 "lr_scheduler='constant_with_warmup'"
             )
-        if self.mixed_precision not in get_args(MixedPrecision):
-            raise ValueError(f"mixed_precision: expected no, bf16 or fp16, got {self.mixed_precision!r}")
         if not isinstance(self.sampling, Mapping):
-            raise TypeError(
-                f"sampling: expected a dict of arguments of the pipeline call, got {self.sampling!r}; pass for example "
-                "{'num_inference_steps': 30}"
-            )
+            raise TypeError(f"sampling: expected a dict such as {{'num_inference_steps': 30}}, got {self.sampling!r}")
         if isinstance(self.target_modules, str) or self.target_modules == ():
-            raise ValueError(
-                "target_modules: expected a tuple of layer names, or None for the attention projections, got "
-                f"{self.target_modules!r}"
-            )
+            raise ValueError(f"target_modules: expected a tuple of layer names or None, got {self.target_modules!r}")
 
 
-_COUNTS = {
-    "rank": 1,
-    "train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "lr_warmup_steps": 0,
-    "max_train_steps": 1,
-    "checkpointing_steps": 0,
-    "checkpoints_total_limit": 1,
-    "validation_steps": 1,
-    "validation_seeds": 1,
-    "patience": 1,
-    "seed": 0,
-}
-_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+_LEAST = dict.fromkeys(
+    ("rank", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpoints_total_limit"), 1
+)
+_LEAST |= dict.fromkeys(("validation_steps", "validation_seeds", "patience"), 1)
+_LEAST |= dict.fromkeys(("lr_warmup_steps", "checkpointing_steps", "seed"), 0)
+_RANGES = {
     "lora_alpha": ("above 0", lambda value: 0 < value < math.inf),
     "learning_rate": ("above 0", lambda value: 0 < value < math.inf),
     "max_grad_norm": ("above 0, math.inf for no clipping", lambda value: value > 0),
@@ -152,4 +122,3 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "ema_decay": ("in [0, 1)", lambda value: 0 <= value < 1),
     "kl_coeff": ("of at least 0", lambda value: 0 <= value < math.inf),
 }
-_OPTIONAL = ("lora_alpha", "learning_rate", "checkpoints_total_limit", "kl_coeff")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ REMEMBERED = 512
 """Number of prompts whose conditioning is cached: 2 GB at FLUX's 4 MB per prompt."""
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainingContext:
     """Pipeline, adapter, reward and processes of a training.
 
@@ -42,27 +44,17 @@ class TrainingContext:
         penalty: weight of the KL penalty, `kl_coeff`.
     """
 
-    def __init__(
-        self,
-        *,
-        rollout: Rollout,
-        lora: LoRA,
-        reward: RewardFunction,
-        accelerator: Accelerator,
-        checkpointed: bool = False,
-        ceiling: float | None = None,
-        penalty: float = 0.0,
-    ) -> None:
-        self.rollout = rollout
-        self.lora = lora
-        self.bound = BoundReward(reward)
-        self.accelerator = accelerator
-        self.checkpointed = checkpointed
-        self.ceiling = ceiling
-        self.penalty = penalty
-        self._conditionings: dict[str, Conditioning] = {}
+    rollout: Rollout
+    lora: LoRA
+    reward: RewardFunction
+    accelerator: Accelerator
+    checkpointed: bool = False
+    ceiling: float | None = None
+    penalty: float = 0.0
 
-    # ----------------------------------------------------------------------------------------- the generator
+    def __post_init__(self) -> None:
+        self.bound = BoundReward(self.reward)
+        self._conditionings: dict[str, Conditioning] = {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts, each distinct one once, in the precision of the text encoders."""
@@ -82,10 +74,7 @@ class TrainingContext:
     def predict(self, state: State, *, alone: bool = False) -> Prediction:
         """Run the denoiser, with its activations recomputed in the backward pass if `checkpointed`.
 
-        Args:
-            state: state with at least one step left.
-            alone: whether no other step has gradients, so that a denoiser that checkpoints its blocks needs no
-                checkpoint around the whole.
+        With `alone` no other step has gradients: a denoiser that checkpoints its blocks needs none around the whole.
         """
         blocks = alone and bool(getattr(self.lora.denoiser, "is_gradient_checkpointing", False))
         return self.rollout.predict(state, checkpointed=self.checkpointed and torch.is_grad_enabled() and not blocks)
@@ -94,8 +83,7 @@ class TrainingContext:
         """Decode latents to images (B, 3, H, W), differentiable and not clamped; recomputed if `checkpointed`."""
         blocks = bool(getattr(self.rollout.pipe.vae, "is_gradient_checkpointing", False))
         if self.checkpointed and torch.is_grad_enabled() and not blocks:
-            images: Any = checkpoint(self.rollout.decode, latents, use_reentrant=False)
-            return images
+            return cast(Tensor, checkpoint(self.rollout.decode, latents, use_reentrant=False))
         return self.rollout.decode(latents)
 
     @contextmanager
@@ -112,14 +100,12 @@ class TrainingContext:
         """
         if torch.is_grad_enabled() and state.latents.requires_grad:
             with self.lora.off():
-                own: Any = self.lora.checkpoint(self.rollout.predict, state)
-            own = own.output
+                own = self.lora.checkpoint(self.rollout.predict, state).output
         else:
             with self.reference():
                 own = self.rollout.predict(state).output
         least = torch.promote_types(own.dtype, torch.float32)
-        changed = prediction.output.to(least) - own.to(least)
-        return changed.square().flatten(1).mean(dim=1)
+        return (prediction.output.to(least) - own.to(least)).square().flatten(1).mean(dim=1)
 
     @contextmanager
     def gradient_checkpointing(self) -> Iterator[None]:
@@ -138,13 +124,6 @@ class TrainingContext:
             for module, (wanted, how) in zip(modules, before, strict=True):
                 module.gradient_checkpointing, module._gradient_checkpointing_func = wanted, how
 
-    # ----------------------------------------------------------------------------------------- the reward
-
-    @property
-    def reward(self) -> RewardFunction:
-        """The reward without its encoded prompts."""
-        return self.bound.reward
-
     def score(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Score images (B, 3, H, W), differentiably and in the reward's precision."""
         return self.bound(images, prompts)
@@ -153,12 +132,9 @@ class TrainingContext:
         """Clamp totals (B,) to the ceiling, so that the gradient above it is zero."""
         return total if self.ceiling is None else total.clamp(max=self.ceiling)
 
-    # ----------------------------------------------------------------------------------------- processes
-
     def gather(self, values: Tensor) -> Tensor:
         """Gather the rows of all processes, (B,) to (processes * B,), in the order of the processes."""
-        gathered: Any = self.accelerator.gather(values)
-        return gathered
+        return cast(Tensor, self.accelerator.gather(values))
 
 
 def create_context(
@@ -171,31 +147,23 @@ def create_context(
             "pipe: expected all parts on one device, got a pipeline with CPU offload or a device_map, which a backward "
             "pass does not support; save memory with gradient_checkpointing and a smaller train_batch_size instead"
         )
-    _check_precision(rollout, config)
+    for name, part in (("denoiser", rollout.family.denoiser), ("decoder", rollout.pipe.vae)):
+        if config.mixed_precision != "fp16" and any(weight.dtype == torch.float16 for weight in part.parameters()):
+            raise ValueError(
+                f"pipe: its {name} is in float16, in which small gradients vanish; load it in bfloat16 "
+                "(torch_dtype=torch.bfloat16), or pass mixed_precision='fp16', which scales them"
+            )
     accelerator = accelerator_of(config, folder, rollout.family.device, report_to)
-    lora = LoRA(
-        rollout.family, rank=config.rank, alpha=config.lora_alpha, targets=config.target_modules, seed=config.seed
-    )
+    settings = {"rank": config.rank, "alpha": config.lora_alpha, "targets": config.target_modules, "seed": config.seed}
     ceiling = config.reward_ceiling
     if isinstance(ceiling, str):  # "auto"
         ceiling = 1.0 if isinstance(reward, Reward) else None
     return TrainingContext(
         rollout=rollout,
-        lora=lora,
+        lora=LoRA(rollout.family, **settings),
         reward=reward,
         accelerator=accelerator,
         checkpointed=config.gradient_checkpointing,
         ceiling=ceiling,
         penalty=config.kl_coeff or 0.0,
     )
-
-
-def _check_precision(rollout: Rollout, config: FinetuneConfig) -> None:
-    """Refuse float16 parts without gradient scaling, in which small gradients would silently become 0."""
-    for name, part in (("denoiser", rollout.family.denoiser), ("decoder", rollout.pipe.vae)):
-        narrow = any(weight.dtype == torch.float16 for weight in part.parameters())
-        if narrow and config.mixed_precision != "fp16":
-            raise ValueError(
-                f"pipe: its {name} is in float16, in which small gradients vanish; load it in bfloat16 "
-                "(torch_dtype=torch.bfloat16), or pass mixed_precision='fp16', which scales them"
-            )

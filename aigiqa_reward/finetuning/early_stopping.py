@@ -11,29 +11,21 @@ from scipy import stats
 
 from aigiqa_reward.finetuning.results import ValidationResult, mean
 
-LEVEL = 0.05
-"""One-sided significance level of each comparison."""
-
-_DIVERSITY_SHARE = 0.5
-"""Share of the first validation's diversity below which the images have collapsed."""
-
-_SATURATION_FACTOR, _LEAST_SATURATION = 3.0, 0.1
-"""Factor and difference by which saturation must grow: flat pictures start with nearly none."""
+LEVEL = 0.05  # one-sided significance level of each comparison
+_DIVERSITY_SHARE = 0.5  # of the first validation's diversity, below which the images have collapsed
+_SATURATION_FACTOR, _LEAST_SATURATION = 3.0, 0.1  # by which saturation must grow: flat pictures start with nearly none
 
 
 class Monitor:
     """Watches the validations of a training, starting with the one before the first step.
 
-    The best validation has the highest mean held-out reward; among equal ones it is the earliest, which changed the
-    generator the least. One with more non-finite images than the first cannot be the best.
-
-    The training should stop when one of these is true for `patience` consecutive validations:
+    The best validation has the highest mean held-out reward (of equal ones the earliest), and no more non-finite images
+    than the first. The training should stop when one of these is true for `patience` consecutive validations:
       - reward hacking: the held-out reward is significantly lower than at the best validation, while the trained
         reward is higher. Differences are paired over prompts and seeds, and prompts are the independent units:
         t = mean / standard error over the prompts' means, compared with Student's quantile of 0.05 / m. There m is the
-        number of earlier validations, since the best of many was lucky: the usual bound (-1.645, m = 1) would stop 20
-        to 40 of 100 trainings with a constant held-out reward within ten validations (simulated; this one 2 to 3).
-        With fewer than about eight prompts only large drops are significant.
+        number of earlier validations, since the best of many was lucky: with m = 1, 20 to 40 of 100 simulated trainings
+        with a constant held-out reward would stop within ten validations (with this bound 2 to 3).
       - collapse: the images of a prompt differ less than half as much as at the first validation.
       - saturation: three times as many pixel values at the ends of the range as at the first validation (and 10
         percentage points more), or only a third of the others left.
@@ -63,8 +55,7 @@ class Monitor:
         signs = self._signs(result, figures) if self._count else {}
         for kind in self._in_a_row:
             self._in_a_row[kind] = self._in_a_row[kind] + 1 if kind in signs else 0
-        self._count += 1
-        self.last_step = step
+        self._count, self.last_step = self._count + 1, step
         reasons = [why for kind, why in signs.items() if self._in_a_row[kind] >= self.patience]
         if result.nonfinite * 2 > result.holdout.size:
             reasons.append(f"{result.nonfinite} of {result.holdout.size} validation images are not finite")
@@ -102,8 +93,6 @@ class Monitor:
             return False
         return fall < float(stats.t.ppf(LEVEL / self._count, prompts - 1)) * error
 
-    # ----------------------------------------------------------------------------------------- checkpoints
-
     def state(self) -> dict[str, Any]:
         """Return the state for a JSON file, in which NaN becomes null."""
         return {
@@ -111,9 +100,9 @@ class Monitor:
             "best_step": self.best_step,
             "stop": self.stop,
             "count": self._count,
-            "first": dict(self._first),
+            "first": self._first,
             "best": {name: values.tolist() for name, values in self._best.items()},
-            "in_a_row": dict(self._in_a_row),
+            "in_a_row": self._in_a_row,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -125,21 +114,13 @@ class Monitor:
 
 
 def paired(now: np.ndarray, before: np.ndarray) -> tuple[float, float, int]:
-    """Return the mean paired difference, its standard error, and the number of independent units.
+    """Return the mean difference of scores (P, S), its standard error, and the number of independent units.
 
-    The units are prompts: the mean is over their mean differences, and the standard error is the standard deviation of
-    these over the square root of their number. With a single prompt, its images are the units. The error of one unit is
-    infinite.
-
-    Args:
-        now: (P, S) scores, NaN where missing.
-        before: (P, S) scores of the same prompts and seeds.
+    The units are the prompts' mean differences; with a single prompt, its images. The error of one unit is infinite.
     """
     differences = np.asarray(now, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     if len(differences) == 1:
         differences = differences.T
     units = np.array([row[np.isfinite(row)].mean() for row in differences if np.isfinite(row).any()])
-    if len(units) == 0:
-        return math.nan, math.inf, 0
     error = float(units.std(ddof=1) / math.sqrt(len(units))) if len(units) > 1 else math.inf
-    return float(units.mean()), error, len(units)
+    return mean(units), error, len(units)

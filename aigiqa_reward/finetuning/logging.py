@@ -35,9 +35,7 @@ class History:
     """The lines of `history.jsonl`: one per step, one per validation."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, *, steps: int, images: int, progress: bool) -> None:
-        self.file = folder / FILE
-        self.accelerator = accelerator
-        self.images = images
+        self.file, self.accelerator, self.images = folder / FILE, accelerator, images
         self.lines: list[dict[str, Any]] = []
         self._before = 0.0
         self._since = time.perf_counter()
@@ -67,7 +65,7 @@ class History:
         now = self.seconds
         self._times = [*self._times[-_WINDOW:], now]
         took = now - self._times[0]
-        more = {"images_per_second": self.images * (len(self._times) - 1) / took} if took > 0 else {}
+        more = {"images_per_second": self.images * (len(self._times) - 1) / took} if took else {}
         if self.accelerator.device.type == "cuda":
             more["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.accelerator.device) / 2**20
         self._note({"step": step, "seconds": round(now, 3), **numbers, **more})
@@ -78,7 +76,7 @@ class History:
         """Log the validation after `step` steps."""
         self._note({"step": step, "seconds": round(self.seconds, 3), "validation": dict(summary)})
         self._times = []  # the speed leaves out validations
-        self._show({name: summary[name] for name in ("holdout",) if name in summary})
+        self._show({"holdout": summary["holdout"]} if "holdout" in summary else {})
 
     def close(self) -> None:
         """Close the progress bar."""
@@ -90,14 +88,10 @@ class History:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(f"{to_json(line)}\n")
         numbers = {f"validation/{k}": v for k, v in line.get("validation", {}).items()} or line
-        plain = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
-        self.accelerator.log({name: value for name, value in plain.items() if name != "step"}, step=line["step"])
+        self.accelerator.log({name: value for name, value in numbers.items() if name != "step"}, step=line["step"])
 
     def _show(self, numbers: Mapping[str, float]) -> None:
-        for name, value in numbers.items():
-            if name in _SHOWN:
-                title, form = _SHOWN[name]
-                self._shown[title] = format(value, form)
+        self._shown |= {_SHOWN[n][0]: format(value, _SHOWN[n][1]) for n, value in numbers.items() if n in _SHOWN}
         self._bar.set_postfix(self._shown)
 
 
@@ -114,8 +108,7 @@ def check_tracker(report_to: str | None) -> None:
     if report_to not in LOGGER_TYPE_TO_CLASS:
         raise ValueError(f"report_to: expected one of {', '.join(LOGGER_TYPE_TO_CLASS)}, got {report_to!r}")
     if report_to not in map(str, get_available_trackers()):
-        ours = {"tensorboard": '"aigiqa-reward[finetune]"'}
-        package = ours.get(report_to, report_to.replace("_", "-"))  # the names on PyPI have dashes
+        package = '"aigiqa-reward[finetune]"' if report_to == "tensorboard" else report_to.replace("_", "-")
         raise ImportError(f"report_to: {report_to} is not installed: pip install {package}")
 
 

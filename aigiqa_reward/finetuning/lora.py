@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,11 @@ from aigiqa_reward.sampling.families import Family
 from aigiqa_reward.utils.io import write_atomically
 from aigiqa_reward.utils.weights import WeightsError, read_weights
 
-ADAPTER = "reward"
-"""Name of the trained adapter in the pipeline."""
+ADAPTER = "reward"  # name in the pipeline
+FILE = "pytorch_lora_weights.safetensors"  # loaded by `pipe.load_lora_weights(folder)`
 
-FILE = "pytorch_lora_weights.safetensors"
-"""File that `pipe.load_lora_weights(folder)` loads."""
-
-ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
-JOINT_ATTENTION = (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
-"""Attention projections, as in diffusers' LoRA scripts: of UNets, and of transformers with joint attention."""
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+"""Attention projections, as in diffusers' LoRA scripts; the last four are those of joint attention."""
 
 
 class LoRA:
@@ -59,12 +56,11 @@ class LoRA:
                 f"pipe: expected no adapter named {ADAPTER!r} on its {self.prefix}, found one of an earlier training; "
                 f"call pipe.delete_adapters({ADAPTER!r}), or pipe.fuse_lora() first to keep its effect"
             )
-        names = tuple(targets) if targets is not None else self._attention()
-        self._check(names)
+        names = self._targets(targets)
         for module in family.pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(names))  # pyright: ignore[reportArgumentType]
+        config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)  # pyright: ignore[reportArgumentType]
         others = list(self.denoiser.active_adapters()) if hasattr(self.denoiser, "peft_config") else []
         self.denoiser.add_adapter(config, adapter_name=ADAPTER)
         self._layers: list[Any] = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
@@ -72,22 +68,19 @@ class LoRA:
             layer.set_adapter([*others, ADAPTER])  # the denoiser's set_adapter would reset their scales to 1
         for name, weight in self.denoiser.named_parameters():
             weight.requires_grad_(f".{ADAPTER}." in name)
-        self._initialize(rank, seed)
+        for place, (name, weight) in enumerate(self.weights.items()):
+            weight.data = weight.data.float()
+            if "lora_A" in name:
+                weight.data.copy_(torch.randn(weight.shape, generator=generator_of(seed, "lora", place)) / rank)
 
-    def _initialize(self, rank: int, seed: int) -> None:
-        with torch.no_grad():
-            for place, (name, weight) in enumerate(self.weights.items()):
-                weight.data = weight.data.float()
-                if "lora_A" in name:
-                    weight.copy_(torch.randn(weight.shape, generator=generator_of(seed, "lora", place)) / rank)
-
-    def _attention(self) -> tuple[str, ...]:
-        kinds = {name.rpartition(".")[2] for name, _ in self.denoiser.named_modules()}
-        return tuple(n for n in JOINT_ATTENTION if n.partition(".")[0] in kinds)
-
-    def _check(self, names: Sequence[str]) -> None:
-        plain = [n for n, m in self.denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        layers = [n.removesuffix(".base_layer") for n in plain if ".lora_" not in n]  # with or without other adapters
+    def _targets(self, names: Sequence[str] | None) -> list[str]:
+        """Return the names of the layers to adapt, by default the attention projections."""
+        modules = dict(self.denoiser.named_modules())
+        if names is None:
+            kinds = {name.rpartition(".")[2] for name in modules}
+            names = [n for n in ATTENTION if n.partition(".")[0] in kinds]
+        plain = [n for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d) and ".lora_" not in n]
+        layers = [n.removesuffix(".base_layer") for n in plain]  # with or without other adapters
         missing = [name for name in names if not any(n == name or n.endswith(f".{name}") for n in layers)]
         if missing or not names:
             ends = sorted({n.rpartition(".")[2] for n in layers} - {"0", "1", "2"})
@@ -95,6 +88,7 @@ class LoRA:
                 f"target_modules: no layer of {type(self.denoiser).__name__} is named "
                 f"{', '.join(map(repr, missing)) or 'as an attention projection'}; its layers end in {', '.join(ends)}"
             )
+        return list(names)
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -111,32 +105,28 @@ class LoRA:
 
     def checkpoint(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function with gradient checkpointing; its second run sees the adapters' scales of the first."""
-        scales = self._scales()
-
-        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), self._at(scales)
-
+        contexts = partial(lambda scales: (nullcontext(), self._at(scales)), self._scales())
         return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)
 
     def _scales(self) -> list[dict[str, float]]:
         return [dict(layer.scaling) for layer in self._layers]
 
+    def _set(self, scales: Sequence[Mapping[str, float]]) -> None:
+        for layer, scale in zip(self._layers, scales, strict=True):
+            layer.scaling.update(scale)
+
     @contextmanager
     def _at(self, scales: Sequence[Mapping[str, float]]) -> Iterator[None]:
         before = self._scales()
         try:
-            for layer, scale in zip(self._layers, scales, strict=True):
-                layer.scaling.update(scale)
+            self._set(scales)
             yield
         finally:
-            for layer, scale in zip(self._layers, before, strict=True):
-                layer.scaling.update(scale)
+            self._set(before)
 
     def remove(self) -> None:
         """Remove the adapter from the pipeline."""
         self.denoiser.delete_adapters(ADAPTER)
-
-    # ----------------------------------------------------------------------------------------- files
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the weights by their names in diffusers' files."""
@@ -147,8 +137,7 @@ class LoRA:
         expected = {self._stored(name): weight for name, weight in self.weights.items()}
         if {n: w.shape for n, w in expected.items()} != {n: w.shape for n, w in state.items()}:
             raise WeightsError(
-                f"weights: {source} is of another adapter, with other names or shapes; pass the rank and "
-                "target_modules that it was trained with"
+                f"weights: {source} is of another adapter; pass the rank and target_modules that it was trained with"
             )
         with torch.no_grad():
             for name, weight in expected.items():
@@ -157,13 +146,11 @@ class LoRA:
     def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
         """Write the weights for `pipe.load_lora_weights(folder)`, atomically."""
         config = self.denoiser.peft_config[ADAPTER].to_dict()
-        metadata = {f"{self.prefix}.{name}": _plain(value) for name, value in config.items()}
+        named = {f"{self.prefix}.{name}": sorted(v) if isinstance(v, set) else v for name, v in config.items()}
+        metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(named, indent=2, sort_keys=True, default=str)}
         state = self.state() if state is None else state
-        data = save(
-            {name: tensor.float().cpu().contiguous() for name, tensor in state.items()},
-            metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
-        )
-        write_atomically(folder / FILE, data)
+        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
+        write_atomically(folder / FILE, save(tensors, metadata=metadata))
         return folder / FILE
 
     def read(self, folder: Path) -> dict[str, Tensor]:
@@ -172,9 +159,3 @@ class LoRA:
 
     def _stored(self, name: str) -> str:
         return f"{self.prefix}.{name.replace(f'.{ADAPTER}.', '.')}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return value if value is None or isinstance(value, bool | int | float | str | list | dict) else str(value)

@@ -10,6 +10,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +40,8 @@ if TYPE_CHECKING:
     from aigiqa_reward.finetuning.context import TrainingContext
 
 FILE = "pairs.parquet"
-"""Name of the table in a folder of pairs."""
-
 COLUMNS = ("prompt", "winner", "loser", "winner_reward", "loser_reward", "prompt_index")
-"""Columns of the table. Files are relative to its folder; the first three columns are enough to read it."""
+"""Table in a folder of pairs, and its columns: files are relative to the folder, and the first three are needed."""
 
 CACHE_BYTES = 2 * 2**30
 """Bytes of latents to keep: 16,000 pairs of Stable Diffusion at 512 px, 4,000 at 1024 px."""
@@ -52,9 +52,6 @@ _CALLBACK = "callback_on_step_end"
 
 _Pair = tuple[dict[str, Any], dict[str, Any]]
 """Records of the better and of the worse image."""
-
-
-# --------------------------------------------------------------------------------------------- sampling
 
 
 def check_pairing(
@@ -127,12 +124,11 @@ def build_preference_pairs(
         seed: Seed of the first candidate of every prompt.
         batch_size: Candidates sampled at once.
         accelerator: As for `best_of_each`.
-        settings: What else decides the images (a LoRA, say), as JSON.
         progress: As for `best_of_each`.
+        settings: What else decides the images (a LoRA, say), as JSON.
         **pipe_kwargs: Arguments of the pipeline (steps, guidance, size, ...).
 
     Raises:
-        ValueError: An unusable argument, a folder of other settings, or no pair above the margin.
         BestOfEachError: Some prompts failed; the pairs of the others are written.
     """
     extra_data("pyarrow.parquet", f"writing {FILE}")
@@ -145,24 +141,21 @@ def build_preference_pairs(
     failed, results = None, []
     kinds = list(_kinds(search, prompts, scales, reward_guidance, pipe_kwargs))
     for place, (name, kind, arguments) in enumerate(kinds):
-        show = _part_of(progress, place, len(kinds))
+        show = partial(_show_part, progress, place, len(kinds)) if callable(progress) else progress
         try:
             results.append(best_of_each(kind, prompts, folder / name, progress=show, **pipe_kwargs | arguments))
         except BestOfEachError as error:
             results.append(error.results)
             failed = failed or error
-    pairs = [_pairs(results, index) for index in range(len(prompts))]
-    rows = [
-        _row(prompts[index], index, pair, folder)
-        for index, of_prompt in enumerate(pairs)
-        for pair in of_prompt[:pairs_per_prompt]
-        if _gap(pair) > margin
-    ]
-    _write(folder, rows)  # by every process: the same bytes, atomically
+    pairs = [_pairs(results, index)[:pairs_per_prompt] for index in range(len(prompts))]
+    rows = [_row(prompts[i], i, pair, folder) for i, found in enumerate(pairs) for pair in found if _gap(pair) > margin]
+    pandas, data = extra_data("pandas", f"writing {FILE}"), io.BytesIO()
+    pandas.DataFrame(rows, columns=list(COLUMNS)).to_parquet(data, index=False)
+    write_atomically(folder / FILE, data.getvalue())  # by every process: the same bytes
     if failed is not None:
         raise failed
     if not rows:
-        greatest = max((_gap(pair) for of_prompt in pairs for pair in of_prompt[:1]), default=0.0)
+        greatest = max((_gap(found[0]) for found in pairs if found), default=0.0)
         raise ValueError(
             f"margin: no prompt has two images whose rewards differ by more than {margin}; the greatest difference in "
             f"{folder} is {greatest:.4g}: lower margin, or raise n"
@@ -186,14 +179,9 @@ def _kinds(
         yield "", search, {}
 
 
-def _part_of(progress: Any, place: int, parts: int) -> Any:
-    """Return the progress of run `place` of several as that of all."""
-    if not callable(progress) or parts < 2:
-        return progress
-    return lambda done, total: progress(place * total + done, parts * total)
-
-
-# --------------------------------------------------------------------------------------------- pairing
+def _show_part(progress: Callable[[int, int], object], place: int, parts: int, done: int, total: int) -> None:
+    """Show the progress of run `place` of several as that of all."""
+    progress(place * total + done, parts * total)
 
 
 def _pairs(results: Sequence[ResultsFolder], index: int) -> list[_Pair]:
@@ -202,7 +190,7 @@ def _pairs(results: Sequence[ResultsFolder], index: int) -> list[_Pair]:
     if len(results) == 1:
         return list(zip(ranked[0], reversed(ranked[0]), strict=True))[: len(ranked[0]) // 2]
     by_seed: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for record in (record for records in ranked for record in records):
+    for record in chain(*ranked):
         by_seed[record["seed"]].append(record)
     rows = [sorted(by_seed[seed], key=lambda record: -record["total"]) for seed in sorted(by_seed)]
     return sorted(((row[0], row[-1]) for row in rows if len(row) > 1), key=lambda pair: -_gap(pair))
@@ -210,9 +198,7 @@ def _pairs(results: Sequence[ResultsFolder], index: int) -> list[_Pair]:
 
 def _ranked(results: ResultsFolder, index: int) -> list[dict[str, Any]]:
     """Records of a finished prompt's candidates, best first; the images are not opened."""
-    if not results.finished(index):
-        return []
-    records = read_json(results.record_file(index))["candidates"]
+    records = read_json(results.record_file(index))["candidates"] if results.finished(index) else []
     known = [record for record in records if record["rank"] is not None and record["total"] is not None]
     named = [{**record, "image": results.image_file(index, record["seed"])} for record in known]
     return sorted(named, key=lambda record: record["rank"])
@@ -227,22 +213,9 @@ def _row(prompt: str, index: int, pair: _Pair, folder: Path) -> dict[str, Any]:
     return dict(zip(COLUMNS, (prompt, winner, loser, pair[0]["total"], pair[1]["total"], index), strict=True))
 
 
-# --------------------------------------------------------------------------------------------- tables
-
-
-def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    pandas = extra_data("pandas", f"writing {FILE}")
-    data = io.BytesIO()
-    pandas.DataFrame(list(rows), columns=list(COLUMNS)).to_parquet(data, index=False)
-    write_atomically(folder / FILE, data.getvalue())
-
-
 def _as_pairs(rows: Sequence[Mapping[str, Any]], folder: Path) -> PreferencePairs:
-    return PreferencePairs(
-        prompts=tuple(row["prompt"] for row in rows),
-        better=tuple(folder / row["winner"] for row in rows),
-        worse=tuple(folder / row["loser"] for row in rows),
-    )
+    better, worse = (tuple(folder / row[name] for row in rows) for name in ("winner", "loser"))
+    return PreferencePairs(prompts=tuple(row["prompt"] for row in rows), better=better, worse=worse)
 
 
 def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
@@ -259,10 +232,7 @@ def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
     if source.is_dir() and not file.is_file() and any(source.glob("*.parquet")):
         return read_pickapic(source)
     if not file.is_file():
-        raise ValueError(
-            f"pairs: no file {file}; expected a folder with {FILE}, or a Parquet file: make one with "
-            "build_preference_pairs"
-        )
+        raise ValueError(f"pairs: no file {file}; expected a folder or a Parquet file of build_preference_pairs")
     parquet = extra_data("pyarrow.parquet", f"reading {file.name}")
     try:
         names = parquet.read_schema(file).names
@@ -299,16 +269,8 @@ def fingerprint(pairs: PreferencePairs) -> str:
     return f"{len(pairs)} pairs {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-# --------------------------------------------------------------------------------------------- training on pairs
-
-
 class PairLatents:
-    """Latents of both images of each pair, for one pipeline at a time.
-
-    Args:
-        pairs: Pairs whose images are read.
-        most: Bytes of latents to keep in CPU memory; further pairs are encoded again each time.
-    """
+    """Latents of both images of each pair, for one pipeline at a time; at most `most` bytes are kept in CPU memory."""
 
     def __init__(self, pairs: PreferencePairs, *, most: int = CACHE_BYTES) -> None:
         self.pairs, self.most = pairs, most
@@ -318,13 +280,11 @@ class PairLatents:
     def __call__(self, family: Family, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the latents (B, ...) of the better and of the worse images, on the CPU, in at least float32."""
         if family is not self._family:
-            self._family = family
-            self._known.clear()
+            self._family, self._known = family, {}
         rows = torch.stack([self._latents(family, place) for place in places])
         return rows[:, 0], rows[:, 1]
 
     def _latents(self, family: Family, place: int) -> Tensor:
-        """Latents (2, ...) of one pair."""
         if place in self._known:
             return self._known[place]
         files = (self.pairs.better[place], self.pairs.worse[place])
@@ -347,35 +307,25 @@ def cover(images: torch.Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def own_pairs(
-    context: TrainingContext,
-    prompts: Sequence[str],
-    folder: Path,
-    config: FinetuneConfig,
-    *,
-    progress: bool,
-    **arguments: Any,
+    context: TrainingContext, prompts: Sequence[str], folder: Path, config: FinetuneConfig, **arguments: Any
 ) -> PreferencePairs:
     """Make pairs of the pipeline's images in the `folder`/pairs of a training, or find them there.
 
     It warns of prompts that failed and of pairs that do not exceed the margin, which are left out. The seed of the
     training gives other images than those of validation. `arguments` are for `build_preference_pairs`.
     """
-    made = folder / "pairs"
-    if checkpoints_in(folder):
-        _check_prompts(made, prompts)
+    made, accelerator = folder / "pairs", context.accelerator
+    notes = (made / "settings.json", *sorted(made.glob("*/settings.json"))) if checkpoints_in(folder) else ()
+    for note in notes:
+        if note.is_file() and (before := read_json(note)["prompts"]) != list(prompts):
+            raise ValueError(
+                f"prompts: expected the {len(before)} prompts of the pairs in {made}, on which the checkpoints beside "
+                f"it are trained, got {len(prompts)} others; pass the same, or another output_dir"
+            )
+    seed, size = seed_of(config.seed, "pairs") >> 32, config.train_batch_size
+    more = {"seed": seed, "batch_size": size, "accelerator": accelerator, **arguments, **config.sampling}
     try:
-        pairs = build_preference_pairs(
-            context.rollout.pipe,
-            context.reward,
-            prompts,
-            made,
-            seed=seed_of(config.seed, "pairs") >> 32,
-            batch_size=config.train_batch_size,
-            accelerator=context.accelerator,
-            progress=progress,
-            **arguments,
-            **config.sampling,
-        )
+        pairs = build_preference_pairs(context.rollout.pipe, context.reward, prompts, made, **more)
     except ValueError as error:
         error.add_note(f"n and top_k are DPO's candidates; to make the pairs again, remove {made}")
         raise
@@ -387,17 +337,7 @@ def own_pairs(
         warnings.warn(f"{error}. Training uses the {len(pairs)} pairs of the others, in {made / FILE}", stacklevel=2)
         return pairs
     wanted = len(prompts) * arguments["pairs_per_prompt"]
-    if len(pairs) < wanted and context.accelerator.is_main_process:
+    if len(pairs) < wanted and accelerator.is_main_process:
         text = f"pairs: {len(pairs)} of {wanted} have rewards that differ by more than margin={arguments['margin']:g}"
         warnings.warn(f"{text}; training uses these, in {made / FILE}", stacklevel=2)
     return pairs
-
-
-def _check_prompts(made: Path, prompts: Sequence[str]) -> None:
-    """Refuse other prompts than those of the pairs that a checkpoint was trained on."""
-    for note in (made / "settings.json", *sorted(made.glob("*/settings.json"))):
-        if note.is_file() and (before := read_json(note)["prompts"]) != list(prompts):
-            raise ValueError(
-                f"prompts: expected the {len(before)} prompts of the pairs in {made}, on which the checkpoints beside "
-                f"it are trained, got {len(prompts)} others; pass the same, or another output_dir"
-            )

@@ -60,8 +60,7 @@ class ValidationResult:
         step: optimizer steps taken before.
         prompts: (P,) texts.
         numbers: (P, S) float64 arrays by the names in PER_IMAGE; NaN for images with NaN pixels and where a reward has
-            no correspondence. `reward`, `quality` and `correspondence` are of the trained reward, `holdout` is the
-            total of the held-out reward. `holdout_correspondence` is only reported.
+            no correspondence. `holdout` is the total of the held-out reward.
         diversity: (P,) mean cosine distance between the features of a prompt's images, in [0, 2]; NaN below two.
         nonfinite: number of images with NaN or infinite pixels.
         tiles: (p, s, h, w, 3) uint8 thumbnails of the first prompts and seeds, at most 8 and 4.
@@ -90,72 +89,44 @@ class ValidationResult:
     def mosaic(self) -> np.ndarray:
         """(p h, s w, 3) uint8: the tiles as one picture, one row per prompt."""
         rows, columns, height, width, _ = self.tiles.shape
-        mosaic = self.tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
-        return np.ascontiguousarray(mosaic)
+        return np.ascontiguousarray(self.tiles.swapaxes(1, 2)).reshape(rows * height, columns * width, 3)
 
     def summary(self) -> dict[str, float]:
         """Return means over the finite images (of `diversity` over prompts), where defined, and counts."""
         means = {name: mean(self.numbers[name]) for name in PER_IMAGE} | {"diversity": mean(self.diversity)}
         counts = {"images": float(self.reward.size), "nonfinite": float(self.nonfinite)}
-        known = {name: value for name, value in means.items() if np.isfinite(value)}
-        return known | counts | {"seconds": round(self.seconds, 3)}
-
-    # ----------------------------------------------------------------------------------------- files
+        return {n: v for n, v in means.items() if np.isfinite(v)} | counts | {"seconds": round(self.seconds, 3)}
 
     def write(self, folder: Path) -> None:
         """Write `step-000050.json`, and the thumbnails as `tiles/step-000050.png`, into a folder."""
         picture = io.BytesIO()
         Image.fromarray(self.mosaic).save(picture, "PNG")
-        write_atomically(tiles_file(folder, self.step), picture.getvalue())
-        named: dict[str, Any] = {
-            "step": self.step,
-            "summary": self.summary(),
-            "prompts": self.prompts,
+        write_atomically(folder / "tiles" / f"step-{self.step:06d}.png", picture.getvalue())
+        arrays = {
             "numbers": {name: values.tolist() for name, values in self.numbers.items()},
             "diversity": self.diversity.tolist(),
-            "nonfinite": self.nonfinite,
             "tiles": self.tiles.shape[:4],
-            "seconds": self.seconds,
         }
-        write_json(numbers_file(folder, self.step), named)
+        write_json(folder / f"step-{self.step:06d}.json", {**vars(self), "summary": self.summary(), **arrays})
 
     @staticmethod
     def read(folder: Path, step: int) -> ValidationResult:
-        """Read what `write` wrote.
-
-        Raises:
-            ValueError: the files are missing or damaged.
-        """
+        """Read what `write` wrote; a ValueError if it is missing or damaged."""
         try:
-            named = read_json(numbers_file(folder, step))
+            named = read_json(folder / f"step-{step:06d}.json")
             rows, columns, height, width = named["tiles"]
-            mosaic = np.asarray(open_rgb(tiles_file(folder, step)))
+            mosaic = np.asarray(open_rgb(folder / "tiles" / f"step-{step:06d}.png"))
             return ValidationResult(
                 step=named["step"],
                 prompts=tuple(named["prompts"]),
                 numbers={name: np.array(values, dtype=np.float64) for name, values in named["numbers"].items()},
                 diversity=np.array(named["diversity"], dtype=np.float64),
                 nonfinite=named["nonfinite"],
-                tiles=mosaic.reshape(rows, height, columns, width, 3).transpose(0, 2, 1, 3, 4),
+                tiles=mosaic.reshape(rows, height, columns, width, 3).swapaxes(1, 2),
                 seconds=named["seconds"],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"folder: cannot read the validation of step {step} in {folder} ({error})") from error
-
-
-def numbers_file(folder: Path, step: int) -> Path:
-    """Return the path of a validation's numbers."""
-    return folder / f"step-{step:06d}.json"
-
-
-def picture_file(folder: Path, step: int) -> Path:
-    """Return the path of a validation's picture."""
-    return folder / f"step-{step:06d}.png"
-
-
-def tiles_file(folder: Path, step: int) -> Path:
-    """Return the path of a validation's thumbnails, one picture with a row per prompt and a column per seed."""
-    return folder / "tiles" / f"step-{step:06d}.png"
 
 
 def mean(values: np.ndarray) -> float:

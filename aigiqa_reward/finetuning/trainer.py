@@ -28,19 +28,19 @@ from aigiqa_reward.finetuning.checkpoints import (
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    set_aside,
 )
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.context import TrainingContext, create_context
 from aigiqa_reward.finetuning.early_stopping import Monitor
 from aigiqa_reward.finetuning.logging import History, check_tracker, show_picture
-from aigiqa_reward.finetuning.lora import LoRA
+from aigiqa_reward.finetuning.lora import FILE, LoRA
 from aigiqa_reward.finetuning.optimizers import FinetuningError, Optimization
 from aigiqa_reward.finetuning.reporting import draw_course
 from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.validation import Validation, frozen, held_out, warn_of_weak
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.types import RewardFunction
+from aigiqa_reward.utils.checks import check_reward
 from aigiqa_reward.utils.run_folder import differences, reward_identity
 
 if TYPE_CHECKING:
@@ -49,31 +49,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Interruption:
-    """A context in which the first SIGINT or SIGTERM is only noted, and the second raises KeyboardInterrupt."""
+@contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """Context in which the first SIGINT or SIGTERM is only noted, and the second raises KeyboardInterrupt."""
+    noted: list[int] = []
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def note(number: int, frame: FrameType | None) -> None:
+        if noted:
             raise KeyboardInterrupt
-        self.asked = True
+        noted.append(number)
         logger.warning("interrupted: stopping after this step; interrupt again to stop now")
 
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a full disk or an exceeded quota."""
+    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = [(kind, signal.signal(kind, note)) for kind in kinds]
+    try:
+        yield noted
+    finally:
+        for kind, handler in before:
+            signal.signal(kind, handler)
 
 
 class Trainer:
@@ -103,7 +96,7 @@ class Trainer:
             round_of=algorithm.round_of,
             seed=config.seed,
         )
-        rate = algorithm.learning_rate if config.learning_rate is None else config.learning_rate
+        rate, steps = config.learning_rate or algorithm.learning_rate, config.max_train_steps
         self.optimization = Optimization(self.lora, self.accelerator, config, rate)
         self.monitor = Monitor(patience=config.patience)
         self.settings = describe(context, algorithm, self.schedule, config, decisive)
@@ -112,45 +105,35 @@ class Trainer:
         self.kept: Mapping[str, Tensor] = {}
         self.finite: Mapping[str, Tensor] = {}  # without validation: the last weights that gave a finite loss
         self.stopped: str | None = None
-        self.history = History(
-            folder, self.accelerator, steps=config.max_train_steps, images=self.schedule.size, progress=progress
-        )
-
-    # ----------------------------------------------------------------------------------------- resuming
+        self.history = History(folder, self.accelerator, steps=steps, images=self.schedule.size, progress=progress)
 
     def resume(self, wanted: str | Path | None, report_to: str | None = None) -> None:
         """Restore a checkpoint, if one is wanted, and start a tracker, if one is."""
         with self.accelerator.main_process_first():
             path = find_checkpoint(self.folder, wanted)
-            if path is None and self.accelerator.is_main_process:
-                set_aside(self.folder)
+            if path is None and self.accelerator.is_main_process and (earlier := self.folder / FILE).exists():
+                earlier.replace(self.folder / f"{FILE}.before")  # weights without checkpoints are not overwritten
         if path is not None:
             self._restore(path)
         self.history.resume(self.step)
         if report_to:
-            plain = (int, float, str, bool)
-            settings = {name: v if isinstance(v, plain) else str(v) for name, v in self.settings.items()}
+            settings = {n: v if isinstance(v, int | float | str) else str(v) for n, v in self.settings.items()}
             self.accelerator.init_trackers("aigiqa-reward", config=settings)
 
     def _restore(self, path: Path) -> None:
-        found = load_checkpoint(path, self.lora, lambda numbers: self._check_same(path.name, numbers))
+        found, last = load_checkpoint(path, self.lora), self.config.max_train_steps
+        if changed := differences(found.settings, self.settings):
+            raise ValueError(
+                f"resume_from_checkpoint: {path.name} was written with other settings ({'; '.join(changed)}); use "
+                "the same settings, or choose another folder"
+            )
+        if found.step > last:
+            raise ValueError(f"max_train_steps: expected at least the {found.step} steps of {path.name}, got {last}")
         self.lora.load(found.lora, source=str(path))
         self.optimization.load(found.optimization)
         self.monitor.load(found.monitor)
-        self.kept, self.step = found.kept, found.step
+        self.kept, self.step, self.stopped = found.kept, found.step, self.monitor.stop
         self.memory = {name: each[self.accelerator.process_index] for name, each in found.memory.items()}
-        self.stopped = self.monitor.stop
-
-    def _check_same(self, name: str, numbers: Mapping[str, Any]) -> None:
-        if changed := differences(numbers["settings"], self.settings):
-            raise ValueError(
-                f"resume_from_checkpoint: {name} was written with other settings ({'; '.join(changed)}); use "
-                "the same settings, or choose another folder"
-            )
-        if (taken := numbers["step"]) > (wanted := self.config.max_train_steps):
-            raise ValueError(f"max_train_steps: expected at least the {taken} steps of {name}, got {wanted}")
-
-    # ----------------------------------------------------------------------------------------- training
 
     def run(self) -> FinetuneResult:
         """Train to the end, or until the training is stopped."""
@@ -159,12 +142,11 @@ class Trainer:
         except FinetuningError:
             raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _FULL:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise self._full(error) from error
             if isinstance(error, torch.OutOfMemoryError):
                 error.add_note(
-                    "lower train_batch_size and raise gradient_accumulation_steps by the same factor, or use "
-                    "gradient_checkpointing"
+                    "lower train_batch_size for more gradient_accumulation_steps, or use gradient_checkpointing"
                 )
             if self.step:
                 error.add_note(self._rescued())
@@ -172,11 +154,11 @@ class Trainer:
 
     def _run(self) -> FinetuneResult:
         last, every = self.config.max_train_steps, self.config.checkpointing_steps
-        with Interruption() as interruption:
+        with interruptions() as noted:
             if self.step == 0:
                 self.validate()
             while self.step < last and self.stopped is None:
-                asked = self._try_step(interruption)
+                asked = self._try_step(noted)
                 if self.step == last or self.step % self.config.validation_steps == 0:
                     self.validate()
                 ended = self.step == last or asked or self.stopped is not None
@@ -187,10 +169,10 @@ class Trainer:
                     raise KeyboardInterrupt
         return self.finish()
 
-    def _try_step(self, interruption: Interruption) -> bool:
+    def _try_step(self, noted: list[int]) -> bool:
         """Take a step; if its loss or gradient is not finite, keep the weights before it and raise."""
         try:
-            return self.take_step(interruption)
+            return self.take_step(noted)
         except FinetuningError as error:
             which = "the weights of the best validation so far" if self.kept else "the weights before it"
             if self.finite:
@@ -198,17 +180,15 @@ class Trainer:
             text = f"step {self.step + 1}: {error}; {which} are kept in {self.finish().folder}"
             raise FinetuningError(text) from error
 
-    def take_step(self, interruption: Interruption) -> bool:
+    def take_step(self, noted: list[int]) -> bool:
         """Take an optimizer step, and return whether a process was interrupted."""
         batches = self.schedule.batches(self.step, self.accelerator.process_index)
         if not self._within_a_round:
             with torch.no_grad(), self.optimization.autocast():
                 self.memory = self.algorithm.prepare(self.context, batches)
         measured: dict[str, list[Tensor]] = {}
-        finite = True
-        for part, batch in enumerate(batches):
-            finite &= self._backward(batch, part, measured)
-        asked = self.optimization.gather(finite=finite, asked=interruption.asked)
+        finite = [self._backward(batch, part, measured) for part, batch in enumerate(batches)]
+        asked = self.optimization.gather(finite=all(finite), asked=bool(noted))
         if self.validation is None:
             with self.optimization.averaged():
                 self.finite = self.lora.state()
@@ -222,8 +202,7 @@ class Trainer:
     @property
     def _within_a_round(self) -> bool:
         """Whether the last step and the next one are of the same round."""
-        before = self.step - 1
-        return before >= 0 and self.algorithm.round_of(before) == self.algorithm.round_of(self.step)
+        return self.step > 0 and self.algorithm.round_of(self.step - 1) == self.algorithm.round_of(self.step)
 
     def _backward(self, batch: Batch, part: int, measured: dict[str, list[Tensor]]) -> bool:
         """Add the gradients of a batch's losses; return whether all losses were finite."""
@@ -251,8 +230,6 @@ class Trainer:
             stop = bool(self.context.gather(flag).sum() > 0)
         if stop and self.stopped is None:
             self.stopped = f"step {self.step}: {', '.join(names) or 'a callback'}.{method} returned True"
-
-    # ----------------------------------------------------------------------------------------- keeping
 
     def validate(self) -> None:
         """Validate, keep the weights if they are the best so far, and decide whether to stop."""
@@ -301,15 +278,11 @@ class Trainer:
         self.history.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()  # end_training() would also end the process group, which a next training needs
-        kept_step = self.step if self.monitor.best_step is None else self.monitor.best_step
-        if self.accelerator.is_main_process and self.history.lines:
-            draw_course(self.folder, self.history.lines, kept_step)
+        kept_step, lines = self.step if self.monitor.best_step is None else self.monitor.best_step, self.history.lines
+        if self.accelerator.is_main_process and lines:
+            draw_course(self.folder, lines, kept_step)
         return FinetuneResult(
-            folder=self.folder,
-            steps=self.step,
-            kept_step=kept_step,
-            stopped=self.stopped,
-            history=tuple(self.history.lines),
+            folder=self.folder, steps=self.step, kept_step=kept_step, stopped=self.stopped, history=tuple(lines)
         )
 
     def _full(self, error: OSError) -> FinetuningError:
@@ -317,8 +290,8 @@ class Trainer:
         if self.kept:
             self.lora.load(self.kept)
         rest = "there is no checkpoint yet"
-        if there := checkpoints_in(self.folder):
-            rest = f"{there[-1].name} is complete: free some space, and use resume_from_checkpoint='latest'"
+        for last in checkpoints_in(self.folder)[-1:]:
+            rest = f"{last.name} is complete: free some space, and use resume_from_checkpoint='latest'"
         return FinetuningError(f"step {self.step}: cannot write to {self.folder} ({error.strerror}); {rest}")
 
     def _rescued(self) -> str:
@@ -352,63 +325,45 @@ def finetune(
     interruptions. Under `torchrun` and `accelerate launch` the processes share the batch of each step.
 
     Args:
-        pipe: a text-to-image pipeline of a family in `sampling.families`. Its weights are frozen. On return the trained
-            adapter is loaded as "reward". Adapters that were already loaded stay active, are part of the reference
-            model and are not saved.
+        pipe: a text-to-image pipeline of a family in `sampling.families`. On return its weights are frozen and the
+            adapter is loaded as "reward". Other adapters stay active in the reference model too, and are not saved.
         reward: a Reward, or any function f(images, prompts) that returns (B,) scores; a module is frozen.
         train_data: training prompts, or preference pairs for DPO.
         algorithm: `DRaFT()`, `ReFL()`, `DPO()`, `DDPO()` or `FlowGRPO()`.
         output_dir: folder for `pytorch_lora_weights.safetensors`, `history.jsonl`, checkpoints, validations and plots.
         config: all other settings.
-        validation_prompts: prompts of the validation images. Without them the last weights are kept, and reward hacking
-            is not detected.
-        holdout: a reward that is not trained on, which decides which weights are kept; "auto" takes an embedded system
-            with another head.
+        validation_prompts: without them the last weights are kept, and reward hacking is not detected.
+        holdout: a reward that is not trained on, which decides which weights are kept; "auto" takes an embedded one.
         callbacks: callbacks, which can stop the training.
         resume_from_checkpoint: "latest", or the name or path of a checkpoint; None starts anew.
         report_to: tracker of Accelerate ("tensorboard", "wandb").
         progress: whether to show a progress bar.
-
-    Raises:
-        FinetuningError: a loss became NaN, or an upload failed; the weights are on disk.
     """
-    config, folder = _config_and_folder(algorithm, config, output_dir)
+    folder = Path(output_dir)
+    config = _checked_config(algorithm, config, folder)
     algorithm = _with_pairs(algorithm, train_data)
-    prompts = _checked("train_data", train_data) if algorithm.examples is None else list(algorithm.examples)
     check_tracker(report_to)
-    BoundReward(reward)  # a TypeError if it cannot be called
+    check_reward(reward)
+    prompts = _checked("train_data", train_data, reward) if algorithm.examples is None else list(algorithm.examples)
     context = create_context(pipe, frozen(reward), config, folder, report_to)
     with _adapter_removed_on_error(context.lora):
         validation = _validation(context, prompts, validation_prompts, holdout, folder, config)
         find_checkpoint(folder, resume_from_checkpoint)  # unusable folders must raise before hours of sampling
         repository = _create_repository(context, folder, config)
-        algorithm, prompts = _ready(context, prompts, algorithm, folder, config, progress=progress)
-        named = holdout if isinstance(holdout, str) else reward_identity(holdout)
-        watched = {"holdout_reward": named, "validation_prompts": list(validation_prompts)}
+        algorithm.check(context, prompts)
+        folder.mkdir(parents=True, exist_ok=True)
+        algorithm = algorithm.ready(context, prompts, folder, config, progress=progress)
+        prompts = prompts if algorithm.examples is None else list(algorithm.examples)
+        held = holdout if isinstance(holdout, str) else reward_identity(holdout)
+        watched = {"holdout_reward": held, "validation_prompts": list(validation_prompts)}
         trainer = Trainer(context, prompts, algorithm, folder, config, validation, watched, callbacks, progress)
         trainer.resume(resume_from_checkpoint, report_to)
-    with context.gradient_checkpointing(), _adapter_removed_on_error(context.lora, but=_KEEPING):
+    # After these two errors the pipeline has the kept weights.
+    with context.gradient_checkpointing(), _adapter_removed_on_error(context.lora, FinetuningError, KeyboardInterrupt):
         result = trainer.run()
-    _upload(folder, repository)
+    if repository is not None:
+        _upload(folder, repository)
     return result
-
-
-def _ready(
-    context: TrainingContext,
-    prompts: list[str],
-    algorithm: Algorithm,
-    folder: Path,
-    config: FinetuneConfig,
-    *,
-    progress: bool,
-) -> tuple[Algorithm, list[str]]:
-    """Check algorithm and prompts, and make the algorithm's own examples, if it has some."""
-    if algorithm.examples is None:
-        _check_readable(context.reward, "train_data", prompts)
-    algorithm.check(context, prompts)
-    folder.mkdir(parents=True, exist_ok=True)
-    algorithm = algorithm.ready(context, prompts, folder, config, progress=progress)
-    return algorithm, prompts if algorithm.examples is None else list(algorithm.examples)
 
 
 def _validation(
@@ -421,54 +376,36 @@ def _validation(
 ) -> Validation | None:
     if not len(prompts):
         return None
-    checked = _checked("validation_prompts", prompts)
-    _check_readable(context.reward, "validation_prompts", checked)
+    checked = _checked("validation_prompts", prompts, context.reward)
     if context.accelerator.is_main_process:
         warn_of_weak(checked, trained, config.validation_seeds)
-    return Validation(
-        context,
-        checked,
-        held_out(context, holdout),
-        seeds=config.validation_seeds,
-        folder=folder / "validation",
-        batch_size=config.train_batch_size,
-    )
+    sizes = {"seeds": config.validation_seeds, "batch_size": config.train_batch_size}
+    return Validation(context, checked, held_out(context, holdout), folder=folder / "validation", **sizes)
 
 
-# --------------------------------------------------------------------------------------------- arguments
-
-
-def _config_and_folder(
-    algorithm: Algorithm, config: FinetuneConfig | None, output_dir: str | Path
-) -> tuple[FinetuneConfig, Path]:
+def _checked_config(algorithm: Algorithm, config: FinetuneConfig | None, folder: Path) -> FinetuneConfig:
     if not isinstance(algorithm, Algorithm):
         got = f"the class {algorithm.__name__}" if isinstance(algorithm, type) else repr(algorithm)
         raise TypeError(f"algorithm: expected DRaFT(), ReFL(), DPO(), DDPO() or FlowGRPO(), got {got}")
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
-        raise TypeError(
-            f"config: expected FinetuneConfig, got {type(config).__name__}; pass FinetuneConfig(rank=8, ...)"
-        )
-    folder = Path(output_dir)
+        raise TypeError(f"config: expected FinetuneConfig, got {type(config).__name__}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: expected a folder, got the file {folder}; pass another path")
-    if config.kl_coeff is None:
-        config = replace(config, kl_coeff=algorithm.kl_coeff)
-    return config, folder
+    return replace(config, kl_coeff=algorithm.kl_coeff) if config.kl_coeff is None else config
 
 
 def _with_pairs(algorithm: Algorithm, train_data: Sequence[str] | PreferencePairs) -> Algorithm:
     if not isinstance(train_data, PreferencePairs):
         return algorithm
     if not isinstance(algorithm, DPO):
-        raise TypeError(
-            f"train_data: expected a list of prompts for {type(algorithm).__name__}, got preference pairs; pass "
-            "train_data.prompts, or train with DPO()"
-        )
+        name = type(algorithm).__name__
+        raise TypeError(f"train_data: expected a list of prompts for {name}, got preference pairs; train with DPO()")
     return replace(algorithm, pairs=train_data)
 
 
-def _checked(argument: str, prompts: Any) -> list[str]:
+def _checked(argument: str, prompts: Any, reward: RewardFunction) -> list[str]:
+    """Return prompts as a list; refuse what the reward would refuse in the middle of the training."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"{argument}: expected a list of texts, got {type(prompts).__name__}")
     if other := [prompt for prompt in prompts if not isinstance(prompt, str)]:
@@ -477,27 +414,15 @@ def _checked(argument: str, prompts: Any) -> list[str]:
     if blank or not len(prompts):
         what = f"a blank one at index {blank[0]}" if blank else "none"
         raise ValueError(f"{argument}: expected texts, got {what}; give one prompt per line, without empty lines")
+    bound = BoundReward(reward)
+    for start in range(0, len(prompts), 256):
+        for why in bound.unreadable(prompts[start : start + 256]).values():
+            raise ValueError(f"{argument}: expected texts that the reward can read: {why.removeprefix('prompts: ')}")
     return list(prompts)
 
 
-_AT_ONCE = 256
-"""Prompts per call of a reward's text encoder before the training."""
-
-
-def _check_readable(reward: RewardFunction, argument: str, prompts: Sequence[str]) -> None:
-    """Refuse before the first step what the reward would refuse in the middle of the training."""
-    bound = BoundReward(reward)
-    for start in range(0, len(prompts), _AT_ONCE):
-        for why in bound.unreadable(prompts[start : start + _AT_ONCE]).values():
-            raise ValueError(f"{argument}: expected texts that the reward can read: {why.removeprefix('prompts: ')}")
-
-
-_KEEPING = (FinetuningError, KeyboardInterrupt)
-"""Errors after which the pipeline has the kept weights."""
-
-
 @contextmanager
-def _adapter_removed_on_error(lora: LoRA, *, but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+def _adapter_removed_on_error(lora: LoRA, *but: type[BaseException]) -> Iterator[None]:
     """Remove the adapter if anything is raised, so that the pipeline can be trained again."""
     try:
         yield
@@ -506,9 +431,6 @@ def _adapter_removed_on_error(lora: LoRA, *, but: tuple[type[BaseException], ...
     except BaseException:
         lora.remove()
         raise
-
-
-# --------------------------------------------------------------------------------------------- the Hub
 
 
 def _create_repository(context: TrainingContext, folder: Path, config: FinetuneConfig) -> str | None:
@@ -521,20 +443,15 @@ def _create_repository(context: TrainingContext, folder: Path, config: FinetuneC
     try:
         return create_repo(name, exist_ok=True).repo_id
     except Exception as error:
-        raise ValueError(
-            f"push_to_hub: cannot create the repository {name} ({error}); log in with `hf auth login`, or pass another "
-            "hub_model_id"
-        ) from error
+        raise ValueError(f"push_to_hub: cannot create {name} ({error}); log in with `hf auth login`") from error
 
 
-def _upload(folder: Path, repository: str | None) -> None:
-    if repository is None:
-        return
+def _upload(folder: Path, repository: str) -> None:
     from huggingface_hub import upload_folder
 
     try:
-        ignored = ["checkpoint-*/**", ".*"]
-        upload_folder(repo_id=repository, folder_path=folder, commit_message="End of training", ignore_patterns=ignored)
+        options = {"commit_message": "End of training", "ignore_patterns": ["checkpoint-*/**", ".*"]}
+        upload_folder(repo_id=repository, folder_path=folder, **options)
     except Exception as error:
         raise FinetuningError(
             f"push_to_hub: the upload to {repository} failed ({error}); the weights are safe in {folder}; upload them "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aigiqa_reward.encoders.compact import CompactImageTower, load_image_tower
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.reporting import draw_validation
-from aigiqa_reward.finetuning.results import PER_IMAGE, SHOWN_PROMPTS, SHOWN_SEEDS, ValidationResult, picture_file
+from aigiqa_reward.finetuning.results import PER_IMAGE, SHOWN_PROMPTS, SHOWN_SEEDS, ValidationResult
 from aigiqa_reward.images import finite_rows, resize
 from aigiqa_reward.rewards.bound import BoundReward, device_of, reward_name
 from aigiqa_reward.rewards.factory import create_reward
@@ -25,28 +25,17 @@ from aigiqa_reward.rewards.specs import TOWER_FILES
 from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.run_folder import reward_identity
 
-# --------------------------------------------------------------------------------------------- measures
-
-_END = 0.5 / 255
-"""Distance from 0 or 1 within which a value becomes the first or last of 8 bits."""
-
-_SIDE = 224
-"""Side in px of the square in which the tower compares images: that of its training."""
+_END = 0.5 / 255  # distance from 0 or 1 within which a value becomes the first or last of 8 bits
+_SIDE = 224  # side in px of the square in which the tower compares images: that of its training
 
 
 def saturation(decoded: Tensor) -> Tensor:
-    """Return the share (B,) of pixel values at the ends of the range, of images (B, 3, H, W) before clamping.
-
-    Overdriven decoders are the most frequent form of reward hacking: burnt colors, hard outlines.
-    """
+    """Return the share (B,) of pixel values at the ends of the range, of images (B, 3, H, W) before clamping."""
     return ((decoded <= _END) | (decoded >= 1 - _END)).double().flatten(1).mean(dim=1)
 
 
 def chroma(images: Tensor) -> Tensor:
-    """Return the mean length (B,) of the opponent colors (R - G, (R + G) / 2 - B) of images (B, 3, H, W).
-
-    Hasler & Süsstrunk 2003, "Measuring Colorfulness in Natural Images".
-    """
+    """Return the mean length (B,) of the opponent colors (R - G, (R + G) / 2 - B); Hasler & Süsstrunk 2003."""
     red, green, blue = images.double().unbind(dim=1)
     return torch.hypot(red - green, (red + green) / 2 - blue).flatten(1).mean(dim=1)
 
@@ -58,19 +47,10 @@ def contrast(images: Tensor) -> Tensor:
 
 
 class Looks:
-    """Feature vectors of images, from the embedded image tower, to measure how much images differ.
-
-    The tower needs no download and little compute (EfficientNet-Lite0, 0.4 GFLOP per image). Unlike a distance between
-    pixels it does not count noise as diversity.
-    """
+    """Feature vectors of images from the embedded image tower; unlike pixels they do not count noise as diversity."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.tower: CompactImageTower = load_image_tower(sha256=TOWER_FILES["towers/image.safetensors"]).to(device)
-
-    @property
-    def width(self) -> int:
-        """Length of a vector."""
-        return self.tower.width
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -82,15 +62,10 @@ class Looks:
 
 def diversity(looks: Tensor) -> float:
     """Return the mean cosine distance in [0, 2] over all pairs of unit vectors (n, width); NaN for fewer than two."""
-    count = len(looks)
-    if count < 2:
-        return float("nan")
-    first, second = torch.triu_indices(count, count, offset=1)
+    first, second = torch.triu_indices(len(looks), len(looks), offset=1)
     # Half the squared difference is the cosine distance of unit vectors, and exactly 0 for equal ones.
     return float(((looks[first] - looks[second]).double().square().sum(dim=1) / 2).mean())
 
-
-# --------------------------------------------------------------------------------------------- the held-out reward
 
 CANDIDATES = ("compact", "mst_clipiqa", "tsp_mgs", "sc_agiqa", "cpa_iqa", "ma_agiqa")
 """Embedded systems in the order in which they are held out: the two cheapest that agree best with people, then by cost.
@@ -100,29 +75,17 @@ CANDIDATES = ("compact", "mst_clipiqa", "tsp_mgs", "sc_agiqa", "cpa_iqa", "ma_ag
 def default_holdout(reward: RewardFunction, device: torch.device | None = None) -> Reward:
     """Create an embedded system that is not trained on, whose total is quality alone.
 
-    It is `compact`, or the first of CANDIDATES that is not part of the trained reward. It detects images that only the
-    trained head likes, since every system has its own head. It does not detect a loss of correspondence, since all
-    embedded systems share one text tower: its correspondence is reported, but does not enter the total. Nor does it
-    detect what exploits a shared image tower. A reward from human preferences or on other towers detects more.
-
-    Args:
-        reward: the trained reward. The embedded systems in a module (a CompositeReward, a wrapper module) are found,
-            those that a plain function calls are not: pass `holdout` for such a function.
-        device: device for the system if the trained reward names none.
-
-    Raises:
-        ValueError: the trained reward uses every embedded system.
+    It is the first of CANDIDATES that is not part of the trained reward; those that a plain function calls are not
+    found. It detects images that only the trained head likes. It does not detect a loss of correspondence, since all
+    embedded systems share one text tower, nor what exploits a shared image tower: a reward from human preferences or on
+    other towers detects more.
     """
     parts = reward.modules() if isinstance(reward, nn.Module) else ()
     used = {part.name for part in parts if isinstance(part, Reward)}
-    left = [name for name in CANDIDATES if name not in used]
-    if not left:
-        raise ValueError(
-            "holdout: expected an embedded system that the trained reward does not use, and it uses all of them; pass "
-            "another reward or function f(images, prompts) as holdout"
-        )
-    device = device_of(reward) or device
-    return create_reward(left[0], quality_weight=1.0, correspondence_weight=0.0, device=device)
+    if not (left := [name for name in CANDIDATES if name not in used]):
+        raise ValueError("holdout: the trained reward uses every embedded system; pass another reward as holdout")
+    shares = {"quality_weight": 1.0, "correspondence_weight": 0.0}
+    return create_reward(left[0], device=device_of(reward) or device, **shares)
 
 
 def frozen(reward: RewardFunction) -> RewardFunction:
@@ -137,20 +100,14 @@ def held_out(context: TrainingContext, holdout: RewardFunction | Literal["auto"]
     if isinstance(holdout, str) and holdout == "auto":
         return default_holdout(context.reward, context.rollout.family.device)
     if isinstance(holdout, str) or not callable(holdout):
-        raise TypeError(
-            f"holdout: expected 'auto', a Reward or a function f(images, prompts), got {holdout!r}; make one with "
-            "create_reward('pickscore')"
-        )
+        raise TypeError(f"holdout: expected 'auto', a Reward or a function f(images, prompts), got {holdout!r}")
     same = isinstance(holdout, nn.Module) and reward_identity(holdout) == reward_identity(context.reward)
     if holdout is context.reward or same:
         raise ValueError(
-            f"holdout: expected a reward that is not trained on, got the trained one, {reward_name(context.reward)}; "
-            "leave it out to use an embedded system with another head"
+            f"holdout: expected a reward that is not trained on, got the trained one, {reward_name(context.reward)}"
         )
     return frozen(holdout)
 
-
-# --------------------------------------------------------------------------------------------- validation
 
 TILE = 256
 """Longer side in px above which thumbnails are scaled down."""
@@ -162,13 +119,8 @@ class Validation:
     Image j of a prompt is `pipe(prompt, generator=torch.Generator("cpu").manual_seed(j), **pipe_kwargs)` with the
     current adapter, in every validation and for any number of processes.
 
-    Args:
-        context: pipeline, trained reward and processes of the training.
-        prompts: validation prompts, which should not be trained on.
-        holdout: a Reward or any RewardFunction that is not trained on.
-        seeds: images per prompt; diversity needs at least two.
-        folder: folder in which the main process writes each result and its picture; None writes nothing.
-        batch_size: images sampled and scored at a time.
+    `seeds` is the number of images per prompt, of which `batch_size` are sampled and scored at a time. The main process
+    writes each result and its picture into `folder`, if there is one.
     """
 
     def __init__(
@@ -181,20 +133,13 @@ class Validation:
         folder: Path | None = None,
         batch_size: int = 4,
     ) -> None:
-        self.context = context
-        self.prompts = tuple(prompts)
-        self.holdout = BoundReward(holdout)
-        self.seeds = seeds
-        self.folder = folder
-        self.batch_size = batch_size
+        self.context, self.prompts, self.holdout = context, tuple(prompts), BoundReward(holdout)
+        self.seeds, self.folder, self.batch_size = seeds, folder, batch_size
         self._looks = Looks(context.accelerator.device)
 
     @torch.no_grad()
     def run(self, step: int) -> ValidationResult:
-        """Sample and score all images with the current weights; every process must call it and gets the same result.
-
-        Images with NaN or infinite pixels are counted, and have NaN scores.
-        """
+        """Sample and score all images with the current weights; every process must call it and gets the same result."""
         from accelerate.utils import gather_object
 
         began = time.perf_counter()
@@ -205,7 +150,7 @@ class Validation:
         result = self._result(step, np.stack([image[1] for image in images]), [image[2] for image in images], began)
         if self.folder is not None and accelerator.is_main_process:
             result.write(self.folder)
-            draw_validation(result, picture_file(self.folder, step))
+            draw_validation(result, self.folder / f"step-{step:06d}.png")
         return result
 
     def images(self, rows: Sequence[int]) -> Tensor:
@@ -223,12 +168,13 @@ class Validation:
         """Return for each row its place, its numbers and features (NaN if not finite), and its thumbnail if shown."""
         decoded = self.images(rows).float()
         images, fine = decoded.clamp(0, 1), finite_rows(decoded)
-        table = np.full((len(rows), len(PER_IMAGE) + self._looks.width), np.nan)
+        table = np.full((len(rows), len(PER_IMAGE) + self._looks.tower.encoder.width), np.nan)
         if bool(fine.any()):
             prompts = [prompt for prompt, kept in zip(self._prompts_of(rows), fine.tolist(), strict=True) if kept]
             table[fine.cpu().numpy()] = self._measured(images[fine], decoded[fine], prompts)
         tiles = _tiles(images)
-        return [(row, table[i], tiles[i] if self._shown(row) else None) for i, row in enumerate(rows)]
+        shown = [row // self.seeds < SHOWN_PROMPTS and row % self.seeds < SHOWN_SEEDS for row in rows]
+        return [(row, table[i], tiles[i] if shown[i] else None) for i, row in enumerate(rows)]
 
     def _measured(self, images: Tensor, decoded: Tensor, prompts: list[str]) -> np.ndarray:
         trained, held = self.context.bound.score(images, prompts), self.holdout.score(images, prompts)
@@ -247,13 +193,10 @@ class Validation:
         columns = torch.stack([values.double().cpu() for values in found], dim=1)
         return torch.cat([columns, self._looks(images).double().cpu()], dim=1).numpy()
 
-    def _shown(self, row: int) -> bool:
-        return row // self.seeds < SHOWN_PROMPTS and row % self.seeds < SHOWN_SEEDS
-
     def _result(self, step: int, rows: np.ndarray, tiles: list[np.ndarray | None], began: float) -> ValidationResult:
-        shape = len(self.prompts), self.seeds
-        numbers = {name: rows[:, i].reshape(shape) for i, name in enumerate(PER_IMAGE)}
-        looks = torch.from_numpy(rows[:, len(PER_IMAGE) :]).reshape(*shape, -1)
+        rows = rows.reshape(len(self.prompts), self.seeds, -1)
+        numbers = {name: rows[..., i] for i, name in enumerate(PER_IMAGE)}
+        looks = torch.from_numpy(rows[..., len(PER_IMAGE) :])
         varied = [diversity(of_prompt[of_prompt.isfinite().all(dim=1)]) for of_prompt in looks]
         shown = np.stack([tile for tile in tiles if tile is not None])
         return ValidationResult(
@@ -269,11 +212,10 @@ class Validation:
 
 def _tiles(images: Tensor) -> np.ndarray:
     """Return thumbnails (B, h, w, 3) uint8 of at most TILE px per side; NaN is black."""
-    images = images.nan_to_num(nan=0.0, posinf=1.0, neginf=0.0)
-    height, width = images.shape[2:]
-    if max(height, width) > TILE:
-        scale = TILE / max(height, width)
-        images = resize(images, (max(1, round(height * scale)), max(1, round(width * scale))))
+    images, scale = images.nan_to_num(nan=0.0), TILE / max(images.shape[2:])
+    if scale < 1:
+        height, width = (max(1, round(side * scale)) for side in images.shape[2:])
+        images = resize(images, (height, width))
     return (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
@@ -282,13 +224,13 @@ def warn_of_weak(prompts: Sequence[str], trained: Sequence[str], seeds: int) -> 
     known = set(trained)
     if both := [prompt for prompt in prompts if prompt in known]:
         warnings.warn(
-            f"validation_prompts: {len(both)} of {len(prompts)} are training prompts too (first: {both[0]!r}), so that "
-            "they do not show how the training affects other prompts; pass others",
+            f"validation_prompts: {len(both)} of {len(prompts)} are training prompts too (first: {both[0]!r}), and do "
+            "not show how other prompts change",
             stacklevel=4,
         )
     if len(prompts) * seeds == 1:
         warnings.warn(
             "validation_prompts: one image gives no estimate of the noise, so that reward hacking cannot be detected; "
-            "pass eight prompts or more, or at least validation_seeds=2",
+            "pass eight prompts or more",
             stacklevel=4,
         )

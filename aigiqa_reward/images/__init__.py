@@ -30,33 +30,16 @@ Example:
     tensor([1., 1., 1.])
 """
 
+# fmt: off
+# isort: off
 from aigiqa_reward.images.layout import (
-    HIGHEST,
-    LOWEST,
-    MIN_SIDE,
-    ImageError,
-    check,
-    finite_rows,
-    from_bhwc,
-    from_vae,
-    to_bhwc,
-    to_pil,
-    to_vae,
+    HIGHEST, LOWEST, MIN_SIDE, ImageError, check, finite_rows, from_bhwc, from_vae, to_bhwc, to_pil, to_vae,
 )
 from aigiqa_reward.images.loading import MAX_PIXELS, ImageSource, load, load_batch
 from aigiqa_reward.images.resize import (
-    even_crops,
-    even_offsets,
-    letterbox,
-    normalize,
-    random_crops,
-    reduce_to,
-    resize,
-    resize_to_area,
-    unletterbox,
+    even_crops, even_offsets, letterbox, normalize, random_crops, reduce_to, resize, resize_to_area, unletterbox,
 )
 
-# fmt: off
 __all__ = [
     "HIGHEST", "LOWEST", "MAX_PIXELS", "MIN_SIDE", "ImageError", "ImageSource", "check", "even_crops",
     "even_offsets", "finite_rows", "from_bhwc", "from_vae", "letterbox", "load", "load_batch", "normalize",

@@ -20,7 +20,7 @@ LOWEST, HIGHEST = -0.5, 1.5
 
 
 class ImageError(ValueError):
-    """An image that cannot be read or used; the message says which, why, and what to do.
+    """An image that cannot be read or used.
 
     Example:
         >>> from aigiqa_reward import images
@@ -35,14 +35,8 @@ class ImageError(ValueError):
 def check(images: Tensor, *, validate: bool = True, argument: str = "images") -> Tensor:
     """Return `images` unchanged if they are a floating-point batch (B, 3, H, W) with sides of at least 16 px.
 
-    Args:
-        images: the batch.
-        validate: whether to check for values outside [-0.5, 1.5], at one device synchronization per call.
-        argument: the name to use in errors.
-
-    Raises:
-        TypeError: not a floating-point tensor.
-        ValueError: wrong shape or values.
+    With `validate`, values must lie in [-0.5, 1.5], which costs one device synchronization. `argument` is the name in
+    errors.
 
     Example:
         >>> import torch
@@ -57,33 +51,25 @@ def check(images: Tensor, *, validate: bool = True, argument: str = "images") ->
         (-0.5, 1.5, 16)
     """
     if not isinstance(images, Tensor):
-        raise TypeError(
-            f"{argument}: expected a float tensor (B, 3, H, W) in [0, 1], got {type(images).__name__}; "
-            "Scorer takes PIL images, paths and arrays"
-        )
+        kind = type(images).__name__
+        raise TypeError(f"{argument}: expected a tensor (B, 3, H, W), got {kind}; Scorer takes images and paths")
     shape = tuple(images.shape)
     if images.ndim != 4:
         hint = "; add a batch dimension with images[None]" if images.ndim == 3 else ""
         raise ValueError(f"{argument}: expected 4 dimensions (B, 3, H, W), got shape {shape}{hint}")
     if shape[1] != 3:
-        if shape[-1] == 3:
-            hint = "; channels-last tensors (ComfyUI, numpy) convert with images.from_bhwc"
-        elif shape[1] == 4:
-            hint = "; a VAE latent must be decoded first, and RGBA needs its alpha removed (images[:, :3])"
-        else:
-            hint = "; repeat a gray channel with images.expand(-1, 3, -1, -1)" if shape[1] == 1 else ""
+        hints = {
+            1: "; repeat a gray channel with images.expand(-1, 3, -1, -1)",
+            4: "; a VAE latent must be decoded first, and RGBA needs its alpha removed (images[:, :3])",
+        }
+        hint = "; channels-last tensors convert with images.from_bhwc" if shape[-1] == 3 else hints.get(shape[1], "")
         raise ValueError(f"{argument}: expected 3 channels (B, 3, H, W), got shape {shape}{hint}")
     if not images.is_floating_point():
-        raise TypeError(
-            f"{argument}: expected a floating-point tensor in [0, 1], got {images.dtype}; "
-            "divide by 255 (images.float() / 255) for 8-bit values"
-        )
+        raise TypeError(f"{argument}: expected a floating-point tensor, got {images.dtype}; divide 8-bit values by 255")
     if shape[0] == 0:
         raise ValueError(f"{argument}: expected at least one image, got shape {shape}")
     if min(shape[2:]) < MIN_SIDE:
-        raise ValueError(
-            f"{argument}: expected sides of at least {MIN_SIDE} px, got {shape[3]} x {shape[2]} (width x height)"
-        )
+        raise ValueError(f"{argument}: expected sides of at least {MIN_SIDE} px, got {shape[3]} x {shape[2]}")
     if validate:
         _check_values(images.detach(), argument)
     return images
@@ -96,19 +82,13 @@ def _check_values(images: Tensor, argument: str) -> None:
     finite = torch.isfinite(images)
     if not bool(finite.all()):
         bad = torch.nonzero(~finite.flatten(1).all(dim=1)).flatten().tolist()
-        raise ValueError(
-            f"{argument}: NaN or infinite values in image(s) {bad}; expected finite values in [0, 1]. "
-            "A half-precision VAE overflows easily: decode in float32 or bfloat16"
-        )
+        raise ValueError(f"{argument}: NaN or infinite values in image(s) {bad}; decode in float32 or bfloat16")
     remedy = "pass pixels that are not normalized by mean and std"
     if float(low) >= LOWEST:
         remedy = "divide 8-bit values by 255"
     elif float(low) >= -1.5 and float(high) <= HIGHEST:
         remedy = "a decoder's [-1, 1] output converts with aigiqa_reward.images.from_vae"
-    raise ValueError(
-        f"{argument}: expected values in [0, 1], got [{float(low):.3g}, {float(high):.3g}]; {remedy} "
-        "(validate=False skips this check)"
-    )
+    raise ValueError(f"{argument}: expected values in [0, 1], got [{float(low):.3g}, {float(high):.3g}]; {remedy}")
 
 
 def from_vae(decoded: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ ImageSource: TypeAlias = "Image | str | os.PathLike[str] | np.ndarray | Tensor"
 """What `load` reads: a PIL image, a path, an array or a tensor."""
 
 MAX_PIXELS = 100_000_000
-"""Largest image decoded, 1.2 GB as float32: above any generator's output, and a guard against decompression bombs."""
+"""Largest image decoded, 1.2 GB as float32: a guard against decompression bombs."""
 
 
 def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
@@ -39,7 +39,6 @@ def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
 
     Raises:
         ImageError: unreadable, truncated, empty, too large, smaller than 16 px, or out of range.
-        TypeError: `source` is of another type.
 
     Example:
         >>> from PIL import Image
@@ -75,13 +74,7 @@ def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Te
 
     Args:
         sources: a floating-point tensor (B, 3, H, W), which is returned as it is, with its graph and on its device; or
-            an integer tensor (B, 3, H, W), an array (B, H, W, 3), or a list of what `load` takes, which come out in
-            float32 on the CPU.
-
-    Raises:
-        ImageError: an image that `load` refuses, or images of several sizes.
-        TypeError: not a collection of images.
-        ValueError: no image, or a tensor or array of another shape.
+            an integer tensor (B, 3, H, W), an array (B, H, W, 3), or a list of what `load` takes.
 
     Example:
         >>> import numpy as np
@@ -93,14 +86,10 @@ def load_batch(sources: Sequence[ImageSource] | np.ndarray | Tensor) -> Float[Te
     if isinstance(sources, Tensor) and sources.is_floating_point():
         return check(sources, validate=False)
     if not isinstance(sources, list | tuple | np.ndarray | Tensor):
-        raise TypeError(
-            "images: expected a tensor (B, 3, H, W), an array (B, H, W, 3) or a list of images, got "
-            f"{type(sources).__name__}"
-        )
+        raise TypeError(f"images: expected a tensor, an array or a list of images, got {type(sources).__name__}")
     if isinstance(sources, np.ndarray | Tensor) and sources.ndim != 4:
-        raise ValueError(
-            f"images: expected a batch of 4 dimensions, got shape {tuple(sources.shape)}; put single images in a list"
-        )
+        shape = tuple(sources.shape)
+        raise ValueError(f"images: expected a batch of 4 dimensions, got shape {shape}; put single images in a list")
     if len(sources) == 0:
         raise ValueError("images: expected at least one image, got none")
     loaded = []
@@ -128,18 +117,14 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image]:
     from PIL import Image as PILImage
 
     name = os.fsdecode(path)
-    if not name:
-        raise ImageError("image: expected a path, got an empty text")
-    if name.startswith(("http://", "https://")):
-        raise ImageError(f"{name}: addresses are not fetched; download the image and pass its path")
     file = Path(name)
     with _reading(name), warnings.catch_warnings():
+        if not name:
+            raise ImageError("image: expected a path, got an empty text")
         if not file.exists():
-            raise ImageError(f"{name}: no such file")
-        if file.is_dir():
-            raise ImageError(f"{name}: is a folder; pass the images in it")
+            raise ImageError(f"{name}: no such file{'; download addresses first' * ('://' in name)}")
         if not file.is_file():
-            raise ImageError(f"{name}: is a pipe or a device; pass a file")
+            raise ImageError(f"{name}: is a folder, a pipe or a device; pass a file")
         if file.stat().st_size == 0:
             raise ImageError(f"{name}: the file is empty")
         warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # our own, lower limit follows
@@ -169,9 +154,8 @@ _TOO_LARGE = f"more than {MAX_PIXELS:,} pixels; scale it down first"
 
 
 def _check_size(image: Image, name: str) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{name}: {width} x {height} px is {_TOO_LARGE}")
+    if math.prod(image.size) > MAX_PIXELS:
+        raise ImageError(f"{name}: {image.width} x {image.height} px is {_TOO_LARGE}")
 
 
 def _from_pil(image: Image, *, name: str) -> Tensor:
@@ -183,11 +167,9 @@ def _from_pil(image: Image, *, name: str) -> Tensor:
         warnings.warn(f"{name}: animated image; only its first frame is used", stacklevel=4)
         image.seek(0)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grayscale: keep its precision
-        gray = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)
-        return gray.expand(3, -1, -1).contiguous()
-    if image.mode == "F":
-        return torch.from_numpy(np.array(image, dtype=np.float32)).expand(3, -1, -1).contiguous()
+    if image.mode.startswith("I;16") or image.mode in "IF":  # 16-bit or float grayscale: keep its precision
+        gray = np.array(image, dtype=np.float32) / np.float32(1 if image.mode == "F" else 65535)
+        return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba)
@@ -201,8 +183,7 @@ _INTEGER_RANGE = {torch.uint8: 255.0, torch.uint16: 65535.0}
 def _from_array(source: np.ndarray | Tensor) -> Tensor:
     axes = (0, 2) if isinstance(source, Tensor) else (2, 0)  # where channels are expected first
     if isinstance(source, Tensor) and (source.is_nested or source.layout != torch.strided or source.is_meta):
-        kind = "nested" if source.is_nested else "meta" if source.is_meta else str(source.layout).removeprefix("torch.")
-        raise ImageError(f"array: expected a dense tensor with values, got a {kind} one")
+        raise ImageError("array: expected a dense tensor with values, got a nested, sparse or meta one")
     if math.prod(source.shape) > 4 * MAX_PIXELS:  # a view may be larger than the memory behind it
         raise ImageError(f"array: shape {tuple(source.shape)} holds {_TOO_LARGE}")
     if isinstance(source, np.ndarray):
@@ -218,9 +199,7 @@ def _from_array(source: np.ndarray | Tensor) -> Tensor:
     image = image.float()[None] if image.ndim == 2 else image.float()
     found = (0,) if source.ndim == 2 else [axis for axis in axes if image.ndim == 3 and image.shape[axis] in (1, 3, 4)]
     if not found:
-        raise ImageError(
-            f"array: expected (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, got shape {tuple(image.shape)}"
-        )
+        raise ImageError(f"array: expected (H, W), (H, W, 1|3|4) or (1|3|4, H, W), got shape {tuple(image.shape)}")
     image = image.movedim(found[0], 0)
     if image.shape[0] == 4:
         image = image[:3] * image[3:] + (1 - image[3:])

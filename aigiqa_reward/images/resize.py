@@ -14,7 +14,6 @@ from torch import Tensor
 from aigiqa_reward.types import Images
 
 Resized: TypeAlias = Float[Tensor, "batch 3 new_height new_width"]
-"""`Images` of another size."""
 
 
 def resize(images: Images, size: tuple[int, int]) -> Resized:
@@ -59,19 +58,10 @@ def letterbox(images: Images, side: int, *, fill: Float[Tensor, " 3"]) -> Float[
 
 
 def unletterbox(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Undo the geometry of `letterbox`: resize maps of the square bilinearly and cut off the filled borders.
-
-    Args:
-        maps: (B, C, s, s) of the whole square, of any resolution.
-        size: (height, width) of the image that was letterboxed.
-
-    Returns:
-        (B, C, height, width).
-    """
+    """Undo the geometry of `letterbox`: bring maps (B, C, s, s) to the image's (height, width), bilinearly."""
     if maps.ndim != 4 or maps.shape[2] != maps.shape[3]:
         raise ValueError(f"maps: expected (B, C, s, s) of a square, got shape {tuple(maps.shape)}")
-    height, width = size
-    side = max(size)
+    (height, width), side = size, max(size)
     square = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
     top, left = (side - height) // 2, (side - width) // 2
     return square[:, :, top : top + height, left : left + width]
@@ -85,9 +75,8 @@ def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Im
 def even_crops(images: Images, side: int, count: int) -> Float[Tensor, "batch count 3 side side"]:
     """Cut `count` squares of `side` px at native resolution, evenly spaced from border to border.
 
-    The crops lie on a grid whose rows and columns follow the aspect ratio; if the grid has more places than `count`,
-    evenly spaced ones are taken in reading order. An image with a side below `side` is cropped to squares of its short
-    side, which are then enlarged.
+    They lie on a grid that follows the aspect ratio; of more places than `count`, evenly spaced ones are taken. Smaller
+    images are cropped to squares of their short side, which are then enlarged.
     """
     height, width = images.shape[2:]
     return _crops(images, side, even_offsets(height, width, min(side, height, width), count))

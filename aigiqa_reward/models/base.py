@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args, g
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from aigiqa_reward.types import Context, Images, PromptFeatures
 
@@ -19,10 +19,7 @@ Seen: TypeAlias = Mapping[str, Tensor]
 
 
 class FullPrecision(nn.Module):
-    """A module whose parameters and buffers never fall below float32, whatever the model around it is cast to.
-
-    Heads, gates, similarities and calibration derive from it: `.to(torch.bfloat16)` leaves their numbers as they are.
-    """
+    """A module whose parameters and buffers never fall below float32, whatever the model around it is cast to."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FullPrecision:
         def keep(tensor: Tensor) -> Tensor:
@@ -56,13 +53,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOutput:
-    """Raw scores of a model, before calibration.
-
-    Attributes:
-        quality: (B,) higher is better.
-        correspondence: (B,) higher is better, or None without prompts.
-        details: named tensors, first dimension B.
-    """
+    """Raw scores (B,) of a model before calibration, higher is better, and named details (B, ...)."""
 
     quality: Tensor
     correspondence: Tensor | None
@@ -73,16 +64,13 @@ class QualityModel(nn.Module, ABC):
     """A quality model: images and encoded prompts in, raw quality and correspondence out.
 
     Row i of the output may depend on image i and prompt i only.
-
-    Attributes:
-        name: the model's name.
-        needs_prompts: whether quality depends on the prompt.
-        context_names: names of the tensors that `prepare` returns.
     """
 
     name: str
     needs_prompts: bool = False
+    """Whether quality depends on the prompt."""
     context_names: tuple[str, ...] = ()
+    """Names of the tensors that `prepare` returns."""
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -98,7 +86,6 @@ class QualityModel(nn.Module, ABC):
 
     def prepare(self, images: Images, prompts: PromptFeatures | None) -> Context | None:
         """Return the assistants' outputs for a batch, which are fixed in gradients; None for a model without any."""
-        del images, prompts
         return None
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
@@ -111,8 +98,8 @@ class QualityModel(nn.Module, ABC):
         """Encode prompts without checks and with gradients, for training a text tower."""
         texts, index = distinct_prompts(prompts)
         tensors = self.encode_texts(texts)
-        device = next(iter(tensors.values())).device
-        return PromptFeatures(texts=texts, index=index.to(device), tensors=tensors, model=self.name)
+        index = index.to(next(iter(tensors.values())).device)
+        return PromptFeatures(texts=texts, index=index, tensors=tensors, model=self.name)
 
 
 def distinct_prompts(prompts: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
@@ -125,27 +112,21 @@ def distinct_prompts(prompts: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
 class TrainedModel(QualityModel):
     """A model of frozen towers and a `head` that is fitted to human scores.
 
-    The towers' features of an image do not change while a head is trained: the output of `forward_features` can be
-    stored, so that an epoch costs seconds. `forward_head` computes the scores from it.
-
-    Attributes:
-        config: the settings.
-        head: the trained part.
-        crop_features: names of the features whose second dimension counts crops; training draws some of them.
-        feature_settings: fields of the configuration that change the features.
-        tower_roles: attribute of each tower, by its role.
-        assistant_roles: attributes of the assistants, which are not saved with a reward.
+    Training stores the output of `forward_features`, which does not change; `forward_head` scores it.
     """
 
     config: Any
     head: Any
     crop_features: tuple[str, ...] = ()
+    """Features whose second dimension counts crops; training draws some of them."""
     feature_settings: tuple[str, ...] = ()
+    """Fields of the configuration that change the features."""
     tower_roles: ClassVar[Mapping[str, str]] = {}
+    """Attribute of each tower, by its role."""
     assistant_roles: tuple[str, ...] = ()
+    """Attributes of the assistants, which are not saved with a reward."""
 
     def describe(self) -> dict[str, Any]:
-        """Return settings, towers and the names of assistants."""
         towers = {role: getattr(self, attribute) for role, attribute in self.tower_roles.items()}
         described: dict[str, Any] = {
             "config": asdict(self.config),
@@ -162,19 +143,10 @@ class TrainedModel(QualityModel):
 
     def start_at(self, quality: float, correspondence: float) -> None:
         """Set a fresh head's biases to the mean scores of the training images."""
-        del quality, correspondence
 
     @abstractmethod
-    def forward_features(
-        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
-    ) -> Seen:
-        """Compute the towers' features of a batch: named tensors, first dimension B.
-
-        Args:
-            images: (B, 3, H, W).
-            generator: source of random crops, for training; None takes evenly spaced ones.
-            crops: number of crops; None is the configured one.
-        """
+    def forward_features(self, images: Images, *, generator: Generator | None = None, crops: int | None = None) -> Seen:
+        """Compute the towers' features of a batch, of random crops if a generator is given, else evenly spaced ones."""
 
     def digest(self, seen: Seen) -> Seen:
         """Add to `seen` what the head computes from the image alone, to share it between several prompts."""
@@ -185,7 +157,6 @@ class TrainedModel(QualityModel):
         """Compute raw scores from the output of `forward_features` or `digest`."""
 
     def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> ModelOutput:
-        """Run `forward_features`, then `forward_head`; without a context, prepare it without gradients."""
         if context is None:
             with torch.no_grad():
                 context = self.prepare(images, prompts)
@@ -193,12 +164,7 @@ class TrainedModel(QualityModel):
 
 
 class Standardize(FullPrecision):
-    """(x - mean) / std of each channel over the training images; the identity until `fit`.
-
-    Args:
-        width: number of channels.
-        axis: dimension of the channels.
-    """
+    """(x - mean) / std of the channels in dimension `axis`, over the training images; the identity until `fit`."""
 
     def __init__(self, width: int, *, axis: int = -1) -> None:
         super().__init__()
@@ -215,85 +181,54 @@ class Standardize(FullPrecision):
         self.deviation.copy_(deviation + 0.1 * deviation.mean() + 1e-6)
 
     def forward(self, features: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Standardize features of any shape."""
         shape = [1] * features.ndim
         shape[self.axis] = -1
         return (features - self.mean.view(shape)) / self.deviation.view(shape)
 
 
 def check_prompts(prompts: object) -> None:
-    """Refuse anything but a list of prompts that are not blank.
-
-    Raises:
-        TypeError: one string, or something else than strings.
-        ValueError: no prompts, or a blank one.
-    """
-    if isinstance(prompts, str):
-        raise TypeError(
-            "prompts: expected a list with one prompt per image, got one string; "
-            "use [prompt] * len(images), or Scorer, which takes one prompt for all"
-        )
-    if not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts: expected a list of strings, got {type(prompts).__name__}")
+    """Refuse anything but a list of prompts that are not blank."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        kind = "one string" if isinstance(prompts, str) else type(prompts).__name__
+        raise TypeError(f"prompts: expected a list with one prompt per image, got {kind}; use [prompt] * len(images)")
     if not prompts:
         raise ValueError("prompts: expected one prompt per image, got an empty list; pass None to score without")
     for position, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise TypeError(f"prompts[{position}]: expected a string, got {type(prompt).__name__}")
         if not prompt.strip():
-            raise ValueError(
-                f"prompts[{position}] is empty: correspondence to nothing has no meaning; "
-                "pass the prompt, or prompts=None for quality alone"
-            )
+            raise ValueError(f"prompts[{position}] is empty; pass the prompt, or prompts=None for quality alone")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Facts to know before choosing a reward.
+    """Facts to know before choosing a reward."""
 
-    Attributes:
-        name: name for `create_reward`.
-        title: the system's own name.
-        paper: its publication.
-        license: of the code here and of the weights.
-        scale: meaning of 0 and 1, and the range of scores.
-        input_size: preprocessing of an image, in pixels.
-        differentiable: whether pixel gradients exist.
-        gradient_path: modules that carry them, and what is fixed.
-        needs_prompt: whether quality depends on the prompt.
-        weights: weights that `create_reward(name)` loads.
-        megabytes: size of the embedded weights, 0 where none are.
-        sha256: hash of each embedded file.
-    """
-
-    name: str
+    name: str  # for `create_reward`
     title: str
     paper: str
-    license: str
-    scale: str
-    input_size: str
-    differentiable: bool
-    gradient_path: str
-    needs_prompt: bool
-    weights: str
-    megabytes: float
-    sha256: Mapping[str, str] = field(default_factory=dict)
+    license: str  # of the code here and of the weights
+    scale: str  # meaning of 0 and 1, and the range of scores
+    input_size: str  # preprocessing of an image, in pixels
+    differentiable: bool  # whether pixel gradients exist
+    gradient_path: str  # modules that carry them, and what is fixed
+    needs_prompt: bool  # whether quality depends on the prompt
+    weights: str  # that `create_reward(name)` loads
+    megabytes: float  # of embedded weights
+    sha256: Mapping[str, str] = field(default_factory=dict)  # of each embedded file
 
 
 def check_context(context: object, names: tuple[str, ...], batch: int) -> None:
     """Refuse a context that `prepare` cannot have returned for this model and this number of images."""
     if not isinstance(context, Mapping) or not all(isinstance(value, Tensor) for value in context.values()):
-        raise TypeError(
-            f"context: expected what reward.prepare(images, prompts) returned, got {type(context).__name__}"
-        )
+        got = type(context).__name__
+        raise TypeError(f"context: expected what reward.prepare(images, prompts) returned, got {got}")
     if unknown := sorted(set(context) - set(names)):
         raise ValueError(f"context: expected some of {', '.join(names)}, got {unknown}; prepare it with this reward")
     for name, value in context.items():
         if value.ndim == 0 or len(value) != batch:
-            raise ValueError(
-                f"context: {name!r} has shape {tuple(value.shape)} for {batch} images; expected one row per image: "
-                "call reward.prepare with these images"
-            )
+            shape = tuple(value.shape)
+            raise ValueError(f"context: {name!r} has shape {shape} for {batch} images; call reward.prepare with these")
 
 
 def warn_ignored_context(name: str) -> None:

@@ -12,15 +12,9 @@ from aigiqa_reward.types import Images
 
 
 class GatedFusion(FullPrecision):
-    """Fusion of a coarse and a fine embedding by a learned gate (MST-CLIPIQA).
+    """Fusion of a coarse and a fine embedding by a learned gate: z and g (..., width) (MST-CLIPIQA).
 
     g = sigmoid(W_g relu(W_h [f_c; f_f])), z = g * (W_c f_c) + (1 - g) * (W_f f_f).
-
-    Args:
-        coarse: width of f_c.
-        fine: width of f_f.
-        width: width of z and g.
-        hidden: width of the gate's hidden layer (128 in the source).
     """
 
     def __init__(self, coarse: int, fine: int, width: int, hidden: int = 128) -> None:
@@ -30,10 +24,7 @@ class GatedFusion(FullPrecision):
         self.hidden = nn.Linear(coarse + fine, hidden)
         self.gate = nn.Linear(hidden, width)
 
-    def forward(
-        self, coarse: Float[Tensor, "*batch coarse"], fine: Float[Tensor, "*batch fine"]
-    ) -> tuple[Float[Tensor, "*batch width"], Float[Tensor, "*batch width"]]:
-        """Compute z and g."""
+    def forward(self, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
         gate = torch.sigmoid(self.gate(F.relu(self.hidden(torch.cat([coarse, fine], dim=-1)))))
         return gate * self.coarse(coarse) + (1 - gate) * self.fine(fine), gate
 
@@ -41,8 +32,8 @@ class GatedFusion(FullPrecision):
 class PromptCrossAttention(FullPrecision):
     """Low-rank attention from an image embedding to the words of its prompt (MST-CLIPIQA's prompt branch).
 
-    z' = z + alpha * W_o attention(W_q z, W_k T, W_v T) over the words T that `mask` keeps; alpha starts at 0, so that
-    an untrained branch changes nothing. The factorization of rank r is our inference; it keeps the branch small.
+    z' = z + alpha * W_o attention(W_q z, W_k T, W_v T) over the words T (B, L, words) that the mask (B, L) keeps; alpha
+    starts at 0, so that an untrained branch changes nothing. The low rank is our inference; it keeps the branch small.
     """
 
     def __init__(self, width: int, words: int, *, rank: int = 32, heads: int = 8) -> None:
@@ -56,29 +47,15 @@ class PromptCrossAttention(FullPrecision):
         self.out = nn.Linear(rank, width)
         self.alpha = nn.Parameter(torch.zeros(()))
 
-    def forward(
-        self,
-        image: Float[Tensor, "batch width"],
-        words: Float[Tensor, "batch length words"],
-        mask: Bool[Tensor, "batch length"],
-    ) -> Float[Tensor, "batch width"]:
-        """Compute z'."""
-        query, key, value = (
-            sequence.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for sequence in (self.query(image)[:, None], self.key(words), self.value(words))
-        )
+    def forward(self, image: Tensor, words: Tensor, mask: Tensor) -> Float[Tensor, "batch width"]:
+        sequences = (self.query(image)[:, None], self.key(words), self.value(words))
+        query, key, value = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in sequences)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
         return image + self.alpha * self.out(attended.transpose(1, 2).flatten(2)[:, 0])
 
 
 class CrossAttention(FullPrecision):
-    """Multi-head attention of full rank from one sequence to another: softmax(Q K' / sqrt(w)) V, then a projection.
-
-    Args:
-        width: width of the queries, the output and inside.
-        memory: width of the keys and values.
-        heads: number of heads, a divisor of `width` (8 in SC-AGIQA and MST-CLIPIQA).
-    """
+    """Multi-head attention, and a projection, of (B, Q, width) to the places of (B, L, memory) that a mask keeps."""
 
     def __init__(self, width: int, memory: int, *, heads: int = 8) -> None:
         super().__init__()
@@ -86,13 +63,7 @@ class CrossAttention(FullPrecision):
             raise ValueError(f"width: expected a multiple of heads={heads}, got {width}")
         self.attention = nn.MultiheadAttention(width, heads, kdim=memory, vdim=memory, batch_first=True)
 
-    def forward(
-        self,
-        queries: Float[Tensor, "batch queries width"],
-        memory: Float[Tensor, "batch length memory"],
-        mask: Bool[Tensor, "batch length"],
-    ) -> Float[Tensor, "batch queries width"]:
-        """Attend from each query to the places that `mask` keeps."""
+    def forward(self, queries: Tensor, memory: Tensor, mask: Tensor) -> Float[Tensor, "batch queries width"]:
         return self.attention(queries, memory, memory, key_padding_mask=~mask, need_weights=False)[0]
 
 
@@ -100,14 +71,8 @@ class Experts(FullPrecision):
     """A mixture of experts, of which a gate takes the best few per row (MoER in SC-AGIQA, eq. 10).
 
     y = sum over the top k of p_e f_e(h), p = softmax(gate(h)) renormalized over the k taken (the renormalization is
-    our inference). Each expert, and the gate, is width -> hidden -> out with a ReLU between.
-
-    Args:
-        width: width of h.
-        hidden: width of the hidden layers.
-        experts: number of experts; 1 is a plain head.
-        top: number of experts taken.
-        dropout: dropout of the hidden layers.
+    our inference). Each expert, and the gate, is width -> hidden -> out with a ReLU between. Returns y (B,) and each
+    expert's weight (B, experts), 0 for those not taken.
     """
 
     def __init__(self, width: int, hidden: int, *, experts: int = 4, top: int = 3, dropout: float = 0.0) -> None:
@@ -123,15 +88,11 @@ class Experts(FullPrecision):
         self.experts = nn.ModuleList(layers(1) for _ in range(experts))
 
     def start_at(self, mean: float) -> None:
-        """Set the bias of every expert."""
         for name, parameter in self.experts.named_parameters():
             if name.endswith("3.bias"):  # of the last layer
                 nn.init.constant_(parameter, mean)
 
-    def forward(
-        self, h: Float[Tensor, "batch width"]
-    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch experts"]]:
-        """Compute y, and each expert's weight (0 for those not taken)."""
+    def forward(self, h: Float[Tensor, "batch width"]) -> tuple[Tensor, Tensor]:
         logits = self.gate(h)
         taken = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(self.top, dim=1).indices, True)
         weights = logits.masked_fill(~taken, -torch.inf).softmax(dim=1)
@@ -149,15 +110,13 @@ class LowRank(FullPrecision):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
-        """Map (..., width) to (..., out)."""
         return self.up(self.down(features))
 
 
 class Anchor(FullPrecision):
-    """A term of the correspondence score from the similarity of image and prompt: weight * s cos(e, t); s fixed.
+    """A term of the correspondence score, weight * s cos(e, t), and the cosine, for embeddings (B, d); s is fixed.
 
-    Ours, not a paper's: on towers whose words and features are not aligned by a CLIP, cross-attention alone does not
-    learn from a few hundred prompts which image shows what; this term knows from the start.
+    Ours: on towers not aligned by a CLIP, cross-attention alone does not learn the match from a few hundred prompts.
     """
 
     SCALE = 4.0
@@ -167,16 +126,13 @@ class Anchor(FullPrecision):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.03))
 
-    def forward(
-        self, image: Float[Tensor, "batch width"], text: Float[Tensor, "batch width"]
-    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Compute the term, and the cosine similarity itself."""
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         similarity = F.cosine_similarity(image, text.to(image.dtype), dim=1)
         return self.weight * self.SCALE * similarity, similarity
 
 
 class ScoreHead(FullPrecision):
-    """One number from an embedding: d -> hidden -> 1 with a ReLU between."""
+    """One number (...) from embeddings (..., d): d -> hidden -> 1 with a ReLU between, unbounded."""
 
     def __init__(self, width: int, hidden: int = 128) -> None:
         super().__init__()
@@ -184,7 +140,6 @@ class ScoreHead(FullPrecision):
         self.out = nn.Linear(hidden, 1)
 
     def forward(self, embedding: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
-        """Compute the score, unbounded."""
         return self.out(F.relu(self.hidden(embedding)))[..., 0]
 
 

@@ -14,19 +14,15 @@ image's colors; all are centered on their means over the training images:
 
 V is such a map for pictures of the embedded world, which g, a fourth row of A, recognizes: about 1 there, else 0.
 
-Optimizing pixels for a frozen tower deceives it: twenty steps of 1/255 along a score's gradient raise it beyond 1
-without a visible change. Such steps move x far in directions in which images hardly differ. With those directions H,
-whitened,
+Optimizing pixels moves x far in directions in which images hardly differ. With those directions H, whitened,
 
     quality = t raw,    e = max(0, (rms(H x + h) - l) / m),    t = 1 / (1 + e^2),
 
 and correspondence alike; 99.8 % of rated images on unseen prompts have t = 1 exactly. The guard slows reward hacking
-down; it does not end it.
+down; it does not end it. Training on other scores scales quality and c_raw and adds a linear function of u to them.
 
-Training on other scores scales quality and c_raw and adds a linear function of u to them; the embedded weights do not.
-
-The design is ours. After MST-CLIPIQA it sees an image coarsely and finely; a Gaussian process (its mean is kernel ridge
-regression, fitted in closed form) replaces gated fusion, which had learned less from as many images.
+The design is ours: coarse and fine views after MST-CLIPIQA, and a Gaussian process (its mean is kernel ridge
+regression, fitted in closed form).
 """
 
 from __future__ import annotations
@@ -36,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.compact import CompactImageTower, CompactTextTower
@@ -53,37 +49,22 @@ OUTPUTS = ASPECTS + 2
 
 
 class Likeness(FullPrecision):
-    """Principal directions u of the statistics x, and raw scores by likeness to centers; fitted in closed form.
-
-    Args:
-        columns: width of x.
-        directions: width of u.
-        centers: number of centers.
-        guards: number of directions H.
-    """
+    """Principal directions u of the statistics x, and raw scores by likeness to centers; fitted in closed form."""
 
     def __init__(self, columns: int, directions: int, centers: int, guards: int) -> None:
         super().__init__()
-        for name, tensor in {
-            "mean": torch.zeros(columns),
-            "basis": torch.zeros(directions, columns),
-            "centres": torch.zeros(centers, directions),
-            "weights": torch.zeros(OUTPUTS, centers),
-            "bias": torch.zeros(OUTPUTS),
-            "guard": torch.zeros(guards, columns),
-            "guard_bias": torch.zeros(guards),
-            "deviation": torch.ones(columns),
-            "thresholds": torch.ones(2),
-            "guard_limits": torch.ones(2),
-        }.items():
-            self.register_buffer(name, tensor)
+        self.mean, self.deviation = nn.Buffer(torch.zeros(columns)), nn.Buffer(torch.ones(columns))
+        self.basis = nn.Buffer(torch.zeros(directions, columns))
+        self.centres = nn.Buffer(torch.zeros(centers, directions))
+        self.weights, self.bias = nn.Buffer(torch.zeros(OUTPUTS, centers)), nn.Buffer(torch.zeros(OUTPUTS))
+        self.guard, self.guard_bias = nn.Buffer(torch.zeros(guards, columns)), nn.Buffer(torch.zeros(guards))
+        self.thresholds, self.guard_limits = nn.Buffer(torch.ones(2)), nn.Buffer(torch.ones(2))
 
     def project(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch directions"]:
         """Compute u from x."""
         return ((statistics - self.mean) / self.deviation) @ self.basis.T
 
     def forward(self, directions: Float[Tensor, "batch directions"]) -> Float[Tensor, "batch outputs"]:
-        """Compute raw quality, correspondence from the image alone, log variance of quality, and g from u."""
         squares = directions.square().sum(dim=1, keepdim=True) + self.centres.square().sum(dim=1)
         likeness = torch.exp(2 * directions @ self.centres.T - squares)
         return likeness @ self.weights.T + self.bias
@@ -106,45 +87,27 @@ class Likeness(FullPrecision):
         return ((standard @ self.guard.T + self.guard_bias).square().mean(dim=1) + 1e-12).sqrt()
 
     def trust(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
-        """Compute t: 1 up to the first limit of `pushed`, 1/2 at a second limit beyond it.
-
-        The fall with 1 / (1 + e^2) leaves a gradient that leads back from far away.
-        """
+        """Compute t: 1 up to the first limit of `pushed`, 1/2 at a second limit beyond it."""
         excess = ((self.pushed(statistics) - self.guard_limits[0]) / self.guard_limits[1]).clamp_min(0)
         return 1 / (1 + excess.square())
 
 
-COLORS = 5
-"""Levels per channel in the histogram of an image's colors."""
+COLORS = 5  # levels per channel in the histogram of an image's colors
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompactConfig(ModelConfig):
-    """Settings of the compact model.
+    """Settings of the compact model."""
 
-    Attributes:
-        area: square root of the pixels to which whole images are scaled, keeping their aspect ratio.
-        crop: side of the crops in px.
-        crops: crops of a square image, evenly spaced; longer images get up to four times as many, and squares of at
-            most `crop` px one, the whole.
-        resolution: short side in px to which larger images are scaled down before they are cropped, as the benchmark's
-            images were.
-        directions: number of principal directions.
-        centers: number of training images that are compared with.
-        place_rank: rank of W.
-        world_rank: rank of V.
-        guards: number of directions H.
-    """
-
-    area: int = 256
-    crop: int = 224
-    crops: int = 4
-    resolution: int = 512
-    directions: int = 256
-    centers: int = 4102
-    place_rank: int = 128
-    world_rank: int = 72
-    guards: int = 32
+    area: int = 256  # square root of the pixels to which whole images are scaled, keeping their aspect ratio
+    crop: int = 224  # side of the crops in px
+    crops: int = 4  # of a square image; longer ones get up to four times as many, squares of at most `crop` px one
+    resolution: int = 512  # short side in px to which larger images are scaled down before they are cropped
+    directions: int = 256  # rows of B
+    centers: int = 4102  # training images compared with
+    place_rank: int = 128  # of W
+    world_rank: int = 72  # of V
+    guards: int = 32  # rows of H
 
 
 class CompactHead(FullPrecision):
@@ -155,35 +118,21 @@ class CompactHead(FullPrecision):
         self.likeness = Likeness(columns, config.directions, config.centers, config.guards)
         self.scale = nn.Parameter(torch.ones(ASPECTS))
         self.learned = nn.Linear(config.directions, ASPECTS)
-        nn.init.zeros_(self.learned.weight)
-        nn.init.zeros_(self.learned.bias)
         self.place_in = nn.Linear(described, config.place_rank, bias=False)
         self.place_out = nn.Linear(config.place_rank, semantic, bias=False)
         self.world_in = nn.Linear(described, config.world_rank, bias=False)
         self.world_out = nn.Linear(config.world_rank, semantic, bias=False)
-        nn.init.zeros_(self.place_out.weight)
-        nn.init.zeros_(self.world_out.weight)
+        for weight in (*self.learned.parameters(), self.place_out.weight, self.world_out.weight):
+            nn.init.zeros_(weight)
         self.match_weight = nn.Parameter(torch.zeros(()))
-        for name, tensor in {
-            "described_mean": torch.zeros(described),
-            "described_deviation": torch.ones(described),
-            "semantic_mean": torch.zeros(semantic),
-            "text_mean": torch.zeros(semantic),
-            "match_deviation": torch.ones(()),
-        }.items():
-            self.register_buffer(name, tensor)
+        self.described_mean, self.described_deviation = (nn.Buffer(f(described)) for f in (torch.zeros, torch.ones))
+        self.semantic_mean, self.text_mean = nn.Buffer(torch.zeros(semantic)), nn.Buffer(torch.zeros(semantic))
+        self.match_deviation = nn.Buffer(torch.ones(()))
 
     def describe(self, described: Float[Tensor, "batch described"]) -> Float[Tensor, "batch described"]:
-        """Standardize d as in training."""
         return (described - self.described_mean) / self.described_deviation
 
-    def match(
-        self,
-        described: Float[Tensor, "batch described"],
-        semantic: Float[Tensor, "batch semantic"],
-        text: Float[Tensor, "batch semantic"],
-        world: Float[Tensor, " batch"],
-    ) -> Float[Tensor, " batch"]:
+    def match(self, described: Tensor, semantic: Tensor, text: Tensor, world: Tensor) -> Float[Tensor, " batch"]:
         """Compute how much nearer this image is to this prompt than the average pair, in stds."""
         standard = self.describe(described)
         place = semantic - self.semantic_mean + self.place_out(self.place_in(standard))
@@ -192,14 +141,7 @@ class CompactHead(FullPrecision):
 
 
 class Compact(TrainedModel):
-    """The compact model on frozen towers.
-
-    Args:
-        config: settings.
-        semantic: tower of the whole image and its place among texts.
-        fine: tower of the whole image and its crops.
-        text: tower of the prompts.
-    """
+    """The compact model: `semantic` and `fine` see the whole image, `fine` its crops as well; `text` reads prompts."""
 
     name = "compact"
     feature_settings = ("area", "crop", "crops", "resolution")
@@ -218,11 +160,9 @@ class Compact(TrainedModel):
         self.head = CompactHead(config, columns, described, semantic.semantic_width)
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode sentences (P, 384)."""
         return {"pooled": self.text.encode(texts).pooled}
 
     def crops(self, images: Images) -> Float[Tensor, "batch crops 3 side side"]:
-        """Cut the second tower's crops."""
         height, width = images.shape[2:]
         native = pixels.reduce_to(images, self.config.resolution)
         if height == width <= self.config.crop:
@@ -230,15 +170,8 @@ class Compact(TrainedModel):
         elongation = min(4, round(max(height, width) / min(height, width)))
         return pixels.even_crops(native, self.config.crop, self.config.crops * elongation)
 
-    def forward_features(
-        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
-    ) -> Seen:
-        """Compute both towers' statistics, the place among texts, and the colors.
-
-        `tower` (B, c), `whole` and `crops` (B, c'), `semantic` (B, 384), `colors` (B, 125). Crops are always evenly
-        spaced ones, and averaged.
-        """
-        del generator, crops
+    def forward_features(self, images: Images, *, generator: Generator | None = None, crops: int | None = None) -> Seen:
+        """Compute `tower` (B, c), `whole`, `crops` (B, c'; means over even crops), `semantic` (B, 384), `colors`."""
         whole = pixels.resize_to_area(images, self.config.area**2, least=32)
         patches = self.crops(images)
         tower = self.semantic.encoder.statistics(whole)
@@ -262,8 +195,6 @@ class Compact(TrainedModel):
         return torch.cat([*last, seen["colors"]], dim=1)
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Compute quality with its uncertainty, correspondence, strangeness, and the trust t."""
-        del context
         head = self.head
         statistics = self.statistics(seen)
         directions = head.likeness.project(statistics)

@@ -10,11 +10,10 @@
 The components keep apart what the aspects ask for: correspondence is the c-weighted mean of s_g, s_l and s_i, quality
 that of s_d and s_low; `details["score"]` is Q, `details["components"]` all five, `details["distortion_maps"]` the maps.
 
-Source: CPA-IQA, whose equations are lost in the available text; nearly all of the above is our inference, and so are
-six of the twelve distortions (see `DISTORTIONS`). The maps are learned from whole-image scores alone: they are named
-after what they should detect, which has not been validated. A region's embedding is the mean of the joint map under
-its mask, where the paper encodes softly masked crops. Without a segmenter the regions are a regular grid, without a
-language model the attributes are the prompt's noun phrases; `details` marks both.
+Source: CPA-IQA, whose equations are lost in the available text; nearly all of the above is our inference. The maps are
+learned from whole-image scores alone: they are named after what they should detect, which has not been validated. A
+region's embedding is the mean of the joint map under its mask, where the paper encodes softly masked crops. Without a
+segmenter the regions are a grid, without a language model the attributes are noun phrases; `details` marks both.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from aigiqa_reward.assistants.base import AttributeReader, Segmenter
 from aigiqa_reward.models.base import FullPrecision, ModelConfig, ModelOutput, Seen, Standardize, TrainedModel
@@ -42,11 +41,6 @@ COMPONENTS = ("global", "local", "implicit", "distortion", "low_level")
 
 class Preferences(Mapping[str, tuple[float, ...]]):
     """Weights of the five components for each scenario, before a softmax over the components.
-
-    Rows of the matrix are in alphabetical order, so that trained ones fit a mapping in any order.
-
-    Raises:
-        ValueError: no scenario, another number of weights than components, or weights that are not finite.
 
     Example:
         >>> from aigiqa_reward import create_reward
@@ -64,39 +58,26 @@ class Preferences(Mapping[str, tuple[float, ...]]):
 
     @staticmethod
     def _checked(name: str, row: Mapping[str, float] | tuple[float, ...] | list[float]) -> tuple[float, ...]:
-        if isinstance(row, Mapping):
-            if set(row) != set(COMPONENTS):
-                raise ValueError(f"preferences: scenario {name!r} has the weights {sorted(row)}, expected {COMPONENTS}")
-            row = [row[component] for component in COMPONENTS]
         try:
+            if isinstance(row, Mapping) and set(row) == set(COMPONENTS):
+                row = [row[component] for component in COMPONENTS]
             values = tuple(float(value) for value in row)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"preferences: scenario {name!r} has weights that are not numbers: {row!r}") from error
+        except (TypeError, ValueError, OverflowError):
+            values = ()
         if len(values) != len(COMPONENTS) or not all(map(math.isfinite, values)):
-            raise ValueError(
-                f"preferences: scenario {name!r} needs {len(COMPONENTS)} finite weights, for {', '.join(COMPONENTS)}, "
-                f"got {values}"
-            )
+            raise ValueError(f"preferences: expected finite weights of {COMPONENTS} for {name!r}, got {row!r}")
         return values
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Preferences:
         """Read a JSON file: {"scenario": {"global": 0, "local": 0, "implicit": 0, "distortion": 1, "low_level": 1}}."""
         try:
-            rows = read_json(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"preferences: cannot read {os.fspath(path)!r} as JSON ({error})") from error
-        if not isinstance(rows, dict):
-            raise ValueError(
-                f"preferences: expected an object of scenarios in {os.fspath(path)!r}, got {type(rows).__name__}"
-            )
-        try:
-            return cls(rows)
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{error}; in {os.fspath(path)!r}") from error
+            return cls(dict(read_json(path)))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"preferences: cannot read {os.fspath(path)!r} as scenarios in JSON ({error})") from error
 
     def row(self, scenario: str) -> int:
-        """Return the row of a scenario in the matrix."""
+        """Return the row of a scenario in the matrix, whose rows are in alphabetical order."""
         if scenario not in self._rows:
             raise ValueError(f"scenario: there is none called {scenario!r}; there are {', '.join(self._rows)}")
         return sorted(self._rows).index(scenario)
@@ -106,28 +87,22 @@ class Preferences(Mapping[str, tuple[float, ...]]):
         return [list(self._rows[scenario]) for scenario in sorted(self._rows)]
 
     def __getitem__(self, scenario: str) -> tuple[float, ...]:
-        """Return the weights of one scenario."""
         return self._rows[scenario]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the scenarios in their order."""
         return iter(self._rows)
 
     def __len__(self) -> int:
-        """Return the number of scenarios."""
         return len(self._rows)
 
-    def __hash__(self) -> int:
-        """Hash the content, so that a frozen configuration can hold it."""
+    def __hash__(self) -> int:  # so that a frozen configuration can hold it
         return hash(frozenset(self._rows.items()))
 
 
 SCENARIOS = ("general", "photograph", "illustration", "product", "cultural_heritage", "poster")
 
 UNIFORM = Preferences({name: (0.0,) * len(COMPONENTS) for name in SCENARIOS})
-"""The default: uniform weights, not fitted to human preferences. Pass another matrix, or read one by
-`Preferences.load`."""
-
+"""The default: uniform weights, not fitted to human preferences."""
 
 # fmt: off
 DISTORTIONS = (
@@ -138,8 +113,7 @@ DISTORTIONS = (
 # fmt: on
 """The first six are named in the paper; the other six are our choice. `CPAIQAConfig.distortions` replaces them."""
 
-SHARPNESS = 10.0
-"""s of the smooth maxima, logsumexp(s x) / s - log(n) / s (our choice)."""
+SHARPNESS = 10.0  # s of the smooth maxima (our choice)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +121,12 @@ class CPAIQAConfig(ModelConfig):
     """Settings of CPA-IQA.
 
     Attributes:
-        hidden: width of the MLPs' hidden layers.
         side: side in px of the letterboxed image; towers of a fixed size ignore it.
         tiers: tiers that count, of "global", "local" and "implicit", as an ablation.
         attributes: most latent attributes, and noun phrases, per prompt.
         grid: rows and columns of the regions without a segmenter.
         distortions: names of the maps.
-        scenario: row of the preference matrix.
-        preferences: the preference matrix.
+        scenario: row of `preferences`.
         learn_preferences: whether the scenario's row is trained too.
     """
 
@@ -170,8 +142,8 @@ class CPAIQAConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "tiers", tuple(self.tiers))
-        object.__setattr__(self, "distortions", tuple(self.distortions))
+        for name in ("tiers", "distortions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.tiers or not set(self.tiers) <= set(COMPONENTS[:3]):
             raise ValueError(f"tiers: expected some of {COMPONENTS[:3]}, got {self.tiers}")
         if not self.distortions or len(set(self.distortions)) != len(self.distortions):
@@ -183,8 +155,7 @@ class CPAIQAConfig(ModelConfig):
 
 def smooth_maximum(values: Tensor, dim: int, used: Tensor | None = None) -> Tensor:
     """Compute (logsumexp(s x) - log n) / s over the n used entries of a dimension: between their mean and maximum."""
-    if used is None:
-        used = torch.ones_like(values, dtype=torch.bool)
+    used = torch.ones_like(values, dtype=torch.bool) if used is None else used
     count = used.sum(dim=dim).to(values.dtype)
     return ((SHARPNESS * values).masked_fill(~used, -torch.inf).logsumexp(dim=dim) - count.log()) / SHARPNESS
 
@@ -220,8 +191,8 @@ class CPAIQA(TrainedModel):
         encoder: tower of images, their places, and texts.
         phrases: function from a text to its noun phrases.
         levels: whether the distortion maps read the encoder's `observe` instead of its joint map.
-        segmenter: source of regions; None takes a regular grid.
-        attributes: source of latent attributes; None takes the noun phrases.
+        segmenter: source of regions; None for a regular grid.
+        attributes: source of latent attributes; None for the noun phrases.
     """
 
     name = "cpa_iqa"
@@ -249,11 +220,9 @@ class CPAIQA(TrainedModel):
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """The tokens of the maps."""
         return {"tokens": self.head.tokens}
 
     def describe(self) -> dict[str, Any]:
-        """Return settings, tower and the names of assistants."""
         described = super().describe()
         described["config"]["preferences"] = dict(self.config.preferences)
         return described
@@ -273,17 +242,12 @@ class CPAIQA(TrainedModel):
     def _padded(self, lists: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """(P, k, d) and a mask; k is fixed, so that a text's row does not depend on the others."""
         flat = self.encoder.encode_text([text for texts in lists for text in texts])
-        out = flat.new_zeros(len(lists), self.config.attributes, flat.shape[1])
-        mask = torch.zeros(out.shape[:2], dtype=torch.bool, device=flat.device)
-        start = 0
-        for row, texts in enumerate(lists):
-            out[row, : len(texts)], mask[row, : len(texts)] = flat[start : start + len(texts)], True
-            start += len(texts)
-        return out, mask
+        counts, most = [len(texts) for texts in lists], self.config.attributes
+        out = torch.stack([F.pad(row, (0, 0, 0, most - len(row))) for row in flat.split(counts)])
+        return out, torch.arange(most, device=flat.device) < torch.tensor(counts, device=flat.device)[:, None]
 
     def prepare(self, images: Images, prompts: PromptFeatures | None) -> Context | None:
         """Compute the segmenter's masks (B, R, h, w) of the letterboxed image; None where a grid is used."""
-        del prompts
         if self.segmenter is None:
             return None
         return {"regions": self.segmenter.segment(self._view(images)).to(images)}
@@ -292,11 +256,8 @@ class CPAIQA(TrainedModel):
         side = self.config.side if self.encoder.any_size else self.encoder.image_size
         return square_view(images, self.encoder, side)
 
-    def forward_features(
-        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
-    ) -> Seen:
+    def forward_features(self, images: Images, *, generator: Generator | None = None, crops: int | None = None) -> Seen:
         """Compute the joint map `places` (B, d, h, w), `pooled` features (B, d_f), and `tokens` (B, C, h, w)."""
-        del generator, crops
         view = self._view(images)
         if not self._levels:
             places = self.encoder.encode_map(view)
@@ -306,7 +267,6 @@ class CPAIQA(TrainedModel):
         return {"places": places, "pooled": features.mean(dim=(2, 3)), "tokens": tokens}
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Compute quality from the distortions and the low level, and correspondence from the three tiers."""
         tokens = self.head.tokens(seen["tokens"])
         maps = self.head.maps(tokens)
         severity = torch.sigmoid(smooth_maximum(maps.flatten(2), dim=2))
@@ -351,10 +311,7 @@ class CPAIQA(TrainedModel):
         }
 
     def _regions(self, places: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, R, d), means of the map under masks or cells of a grid; and (B, R) which are used.
-
-        In an image without any region all count, with embeddings, and cosines, of 0.
-        """
+        """Embeddings (B, R, d) under masks or in a grid; (B, R) which are used: without any region all, as zeros."""
         if masks is None:
             grid = min(self.config.grid, places.shape[2]), min(self.config.grid, places.shape[3])
             cells = F.adaptive_avg_pool2d(places, grid).flatten(2).transpose(1, 2)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformerBlock
 
 from aigiqa_reward.assistants.base import SemanticsReader
@@ -35,8 +35,7 @@ from aigiqa_reward.models.blocks import Anchor
 from aigiqa_reward.models.towers import ContrastiveEncoder, CropsConfig, LevelsEncoder, native_crops, whole_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
 
-WHOLE_SIDE = 256
-"""Side in px of the whole image for the compact tower's substitute features and the match."""
+WHOLE_SIDE = 256  # px of the whole image, for the compact tower's substitute features and the match
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +44,7 @@ class MAAGIQAConfig(CropsConfig):
 
     Attributes:
         width: width of the MANIQA head's first stage; the second has half.
-        heads: heads of its Swin blocks.
-        window: windows of its Swin blocks, in places of the map.
+        heads, window: heads of its Swin blocks, and their windows in places of the map.
         swin_scale: scale of its Swin blocks' contribution (0.1 in the source).
         semantics_width: width of f_a and f_b: the multimodal model's hidden size.
         semantics: "features", or "zeros" as an ablation.
@@ -72,10 +70,7 @@ class MAAGIQAConfig(CropsConfig):
 
 
 class TransposedAttention(FullPrecision):
-    """Self-attention in which each channel is a token and the places are its features.
-
-    Q, K, V = W_q x, W_k x, W_v x along the places; y = x + softmax(Q K' / sqrt(places)) V. Shape (B, channels, places).
-    """
+    """Self-attention of channels, (B, channels, places): y = x + softmax(W_q x (W_k x)' / sqrt(n)) W_v x."""
 
     def __init__(self, places: int) -> None:
         super().__init__()
@@ -83,7 +78,6 @@ class TransposedAttention(FullPrecision):
         self.places = places
 
     def forward(self, maps: Float[Tensor, "batch channels places"]) -> Float[Tensor, "batch channels places"]:
-        """Compute y."""
         weights = (self.query(maps) @ self.key(maps).transpose(1, 2) / self.places**0.5).softmax(dim=-1)
         return maps + weights @ self.value(maps)
 
@@ -95,15 +89,12 @@ class ScaledSwin(FullPrecision):
         super().__init__()
         window = min(window, side)
         self.scale = scale
+        shifts = (0, window // 2 if side > window else 0)
         self.blocks = nn.Sequential(
-            *(
-                SwinTransformerBlock(width, heads, [window, window], [shift, shift], mlp_ratio=2.0)
-                for shift in (0, window // 2 if side > window else 0)
-            )
+            *(SwinTransformerBlock(width, heads, [window] * 2, [shift] * 2, mlp_ratio=2.0) for shift in shifts)
         )
 
     def forward(self, maps: Float[Tensor, "batch width rows columns"]) -> Float[Tensor, "batch width rows columns"]:
-        """Compute y."""
         return maps + self.scale * self.blocks(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -112,12 +103,7 @@ class ManiqaHead(FullPrecision):
 
     maps -> transposed attention x 2 -> 1 x 1 to width -> Swin -> transposed attention x 2 -> 1 x 1 to width / 2
     -> Swin; S = relu(MLP), W = sigmoid(MLP). With `smooth`, S = softplus(MLP): unlike the paper's relu it leaves no
-    image without a gradient. In the paper 3072 channels of 28 x 28 places, width 768.
-
-    Args:
-        config: width, Swin blocks, dropout and `smooth`.
-        channels: channels of the maps.
-        side: rows and columns of the maps.
+    image without a gradient. In the paper 3072 channels of 28 x 28 places, width 768. Returns S * W and W, (B, places).
     """
 
     def __init__(self, config: MAAGIQAConfig, channels: int, side: int) -> None:
@@ -137,10 +123,7 @@ class ManiqaHead(FullPrecision):
             for _ in range(2)
         )
 
-    def forward(
-        self, maps: Float[Tensor, "batch channels rows columns"]
-    ) -> tuple[Float[Tensor, "batch places"], Float[Tensor, "batch places"]]:
-        """Compute S * W and W, (B, rows * columns) each."""
+    def forward(self, maps: Float[Tensor, "batch channels rows columns"]) -> tuple[Tensor, Tensor]:
         rows = maps.shape[2]
         x = self.first(self.standard(maps).flatten(2)).unflatten(2, (rows, -1))
         x = self.first_swin(self.reduce(x)).flatten(2)
@@ -152,7 +135,7 @@ class ManiqaHead(FullPrecision):
 
 
 class AdaptiveFusion(FullPrecision):
-    """AFM (eq. 4): vectors mapped to one width, weighted by a gate, added, and regressed to a score."""
+    """AFM (eq. 4): vectors, weighted by a gate and added, to a score (B,); and the weights (B, vectors)."""
 
     def __init__(self, places: int, assisting: Sequence[int], dropout: float) -> None:
         super().__init__()
@@ -165,7 +148,6 @@ class AdaptiveFusion(FullPrecision):
         self.out = nn.Linear(places, 1)
 
     def forward(self, own: Tensor, assisting: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute the score (B,) and the gate's weights (B, vectors)."""
         vectors = [self.own(own), *(layer(part) for layer, part in zip(self.assisting, assisting, strict=True))]
         weights = torch.sigmoid(self.gate(torch.cat(vectors, dim=1)))
         fused = (torch.stack(vectors, dim=1) * weights[..., None]).sum(dim=1)
@@ -192,8 +174,8 @@ class MAAGIQA(TrainedModel):
         config: settings.
         vision: tower of the crops.
         side: rows and columns of the tower's maps.
-        matcher: tower of images and prompts for our correspondence score; None leaves it out, as in the paper.
-        semantics: the multimodal model; None takes the matcher's pooled features instead.
+        matcher: tower of images and prompts for our correspondence score; None for none, as in the paper.
+        semantics: the multimodal model; None for the matcher's pooled features.
     """
 
     name = "ma_agiqa"
@@ -213,30 +195,22 @@ class MAAGIQA(TrainedModel):
         semantics: SemanticsReader | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.side = config, side
-        self.vision = vision
+        self.config, self.side, self.vision, self.semantics = config, side, vision, semantics
         self.matcher = None if matcher is vision else matcher
         self._matched = matcher is not None
-        self.semantics = semantics
-        if semantics is not None and semantics.width != config.semantics_width:
-            raise ValueError(
-                f"semantics_width: expected {semantics.width}, the hidden size of the multimodal model, got "
-                f"{config.semantics_width}"
-            )
+        if semantics is not None and semantics.width != (width := config.semantics_width):
+            raise ValueError(f"semantics_width: expected {semantics.width} as in the multimodal model, got {width}")
         self.head = MAHead(config, vision.level_channels, side, matcher.width if matcher is not None else None)
 
     @property
     def _match(self) -> Any:
-        """The tower of images and prompts."""
         return self.vision if self.matcher is None else self.matcher
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """The blocks' maps, and the multimodal model's states."""
         return {"levels": self.head.maniqa.standard, "context.semantics": self.head.semantics}
 
     def start_at(self, quality: float, correspondence: float) -> None:
-        """Set the biases of both fusions."""
         nn.init.constant_(self.head.quality.out.bias, quality)
         if self.head.correspondence is not None:
             nn.init.constant_(self.head.correspondence.out.bias, correspondence)
@@ -250,7 +224,6 @@ class MAAGIQA(TrainedModel):
 
     def prepare(self, images: Images, prompts: PromptFeatures | None) -> Context:
         """Compute f_a and f_b (B, 2, width), and whether they are the substitute's."""
-        del prompts
         with torch.no_grad():
             read = self._substitute(images) if self.semantics is None else self.semantics.read(images)
         substitute = torch.full((len(images),), self.semantics is None, device=images.device)
@@ -259,15 +232,12 @@ class MAAGIQA(TrainedModel):
     def _substitute(self, images: Images) -> Tensor:
         if not hasattr(self._match, "feature_map"):
             raise ValueError(
-                "assistants: ma_agiqa without a multimodal model needs the compact towers; pass "
-                "assistants=Assistants(semantics=LMMSemantics(...)), or create_reward('ma_agiqa') without a preset"
+                "assistants: expected Assistants(semantics=LMMSemantics(...)) for ma_agiqa without the compact towers"
             )
         features = self._match.feature_map(whole_view(images, self._match, WHOLE_SIDE)).flatten(2)
         return torch.stack([features.mean(dim=2), features.std(dim=2, unbiased=False)], dim=1)
 
-    def forward_features(
-        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
-    ) -> Seen:
+    def forward_features(self, images: Images, *, generator: Generator | None = None, crops: int | None = None) -> Seen:
         """Compute maps of the crops, `levels` (B, N, C, h, w), and with a matcher `whole` (B, d_f)."""
         cut = native_crops(images, self.vision.image_size, self.config, generator=generator, crops=crops)
         seen = {"levels": self.vision.levels(cut.flatten(0, 1)).unflatten(0, cut.shape[:2])}
@@ -281,7 +251,6 @@ class MAAGIQA(TrainedModel):
         return {**seen, "own": own, "weight": weight}
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Compute quality, and our correspondence, of each crop, and average them over the crops."""
         if context is None or "semantics" not in context:
             raise ValueError("context: expected what prepare returned for these images, got none")
         head, (batch, count) = self.head, seen["levels"].shape[:2]

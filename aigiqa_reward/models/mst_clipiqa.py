@@ -9,11 +9,10 @@ projected but not normalized:
 
 With both towers' 512 dimensions the quality path has 788,353 trainable parameters, the paper's "0.8 M".
 
-Source: Meng, MST-CLIPIQA (arXiv), as reported, and the equations of the released code. The text's "information
-bottleneck" has no counterpart in that code; `bottleneck` is a variational one, beta KL(N(mu, s^2) || N(0, 1)) on z.
-Our inferences: the quality head's two layers; the prompt branch's low rank; a separate head for correspondence;
-identity as the start of W_c and W_f where they are square. On the compact towers, which have one image tower, the
-streams are the whole image at two resolutions, and correspondence has an `anchor` (see `blocks.Anchor`).
+Source: Meng, MST-CLIPIQA (arXiv), and the released code's equations. The "information bottleneck" has no counterpart in
+that code; `bottleneck` is a variational one, beta KL(N(mu, s^2) || N(0, 1)) on z. Our inferences: the quality head's
+two layers; the prompt branch's low rank; a separate head for correspondence; W_c and W_f start as the identity. On the
+compact towers the streams are the whole image at two resolutions, and correspondence has a `blocks.Anchor`.
 """
 
 from __future__ import annotations
@@ -24,18 +23,10 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
+from aigiqa_reward.models import blocks
 from aigiqa_reward.models.base import FullPrecision, ModelConfig, ModelOutput, Seen, Standardize, TrainedModel
-from aigiqa_reward.models.blocks import (
-    Anchor,
-    CrossAttention,
-    GatedFusion,
-    PromptCrossAttention,
-    ScoreHead,
-    expected_level,
-    level_probabilities,
-)
 from aigiqa_reward.models.towers import ContrastiveEncoder, FixedTexts, whole_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
 
@@ -49,16 +40,13 @@ class MSTCLIPIQAConfig(ModelConfig):
 
     Attributes:
         width: joint width d.
-        hidden: width of the gate's hidden layer.
-        head_hidden: width of the heads' hidden layers.
-        coarse_side: side in px of the coarse tower's view; towers of a fixed size ignore it.
-        fine_side: side in px of the fine tower's view.
+        hidden, head_hidden: widths of the gate's and the heads' hidden layers.
+        coarse_side, fine_side: sides in px of the towers' views; towers of a fixed size ignore them.
         fusion: "gate", or "mean" (g = 1/2 everywhere) as an ablation.
         quality_head: "regression"; or "levels", a softmax over five quality texts with a trained temperature
             (the released variant A, whose quality path has 722,561 parameters).
         prompt_branch: "low_rank"; "full" (the released variant B: full-rank attention to projected words); or None.
         rank: rank of the low-rank branch.
-        heads: attention heads.
         anchor: whether the similarity of image and prompt is added to correspondence.
         bottleneck: beta of the variational bottleneck; 0 leaves it out.
         dropout: dropout of both towers' features. Ours, for features much wider than a CLIP's.
@@ -98,16 +86,15 @@ class FullPromptAttention(FullPrecision):
     def __init__(self, width: int, words: int, *, heads: int) -> None:
         super().__init__()
         self.words = nn.Linear(words, width)
-        self.attend = CrossAttention(width, width, heads=heads)
+        self.attend = blocks.CrossAttention(width, width, heads=heads)
         self.alpha = nn.Parameter(torch.zeros(()))
 
     def forward(self, image: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """Compute z' from (B, width) and (B, L, words)."""
         return image + self.alpha * self.attend(image[:, None], self.words(words), mask)[:, 0]
 
 
 class Bottleneck(FullPrecision):
-    """z ~ N(mu, sigma^2) with mu = z and sigma from a small layer; in evaluation z is mu."""
+    """z ~ N(mu, sigma^2), sigma from a small layer, in evaluation mu; and KL(N(mu, sigma^2) || N(0, 1)) (B,)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -117,7 +104,6 @@ class Bottleneck(FullPrecision):
         nn.init.zeros_(self.log_variance.weight)
 
     def forward(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute z, and KL(N(mu, sigma^2) || N(0, 1)) of each row (B,), mean over the dimensions."""
         log_variance = self.log_variance(F.relu(self.hidden(mean)))
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean(dim=1) / 2
         if self.training:
@@ -133,21 +119,21 @@ class MSTHead(FullPrecision):
         width, hidden = config.width, config.head_hidden
         self.coarse, self.fine = Standardize(coarse), Standardize(fine)
         self.dropout = nn.Dropout(config.dropout)
-        self.fusion = GatedFusion(coarse, fine, width, config.hidden)
+        self.fusion = blocks.GatedFusion(coarse, fine, width, config.hidden)
         if coarse == fine == width:
             nn.init.eye_(self.fusion.coarse.weight)
             nn.init.eye_(self.fusion.fine.weight)
         self.bottleneck = Bottleneck(width) if config.bottleneck else None
-        self.quality = ScoreHead(width, hidden) if config.quality_head == "regression" else None
+        self.quality = blocks.ScoreHead(width, hidden) if config.quality_head == "regression" else None
         self.temperature = nn.Parameter(torch.tensor(100.0).log()) if config.quality_head == "levels" else None
         self.attend: nn.Module | None = None
         if config.prompt_branch == "full":
             self.attend = FullPromptAttention(width, words, heads=config.heads)
         elif config.prompt_branch == "low_rank":
-            self.attend = PromptCrossAttention(width, words, rank=config.rank, heads=config.heads)
+            self.attend = blocks.PromptCrossAttention(width, words, rank=config.rank, heads=config.heads)
         if self.attend is not None:
-            self.correspondence = ScoreHead(width, hidden)
-        self.anchor = Anchor() if config.anchor else None
+            self.correspondence = blocks.ScoreHead(width, hidden)
+        self.anchor = blocks.Anchor() if config.anchor else None
 
 
 class MSTCLIPIQA(TrainedModel):
@@ -170,19 +156,15 @@ class MSTCLIPIQA(TrainedModel):
         self.config = config
         self.coarse, self.fine = coarse, fine
         if config.quality_head == "levels" and config.width != coarse.width:
-            raise ValueError(
-                f"width: quality_head='levels' compares z with texts: expected {coarse.width}, got {config.width}"
-            )
+            raise ValueError(f"width: expected {coarse.width} for quality_head='levels', got {config.width}")
         self.head = MSTHead(config, coarse.feature_width, (fine or coarse).feature_width, coarse.width)
         self._levels = FixedTexts(QUALITY_LEVELS)
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """Both features, unless they are a CLIP's embeddings."""
         return {"coarse": self.head.coarse, "fine": self.head.fine} if self.coarse.any_size else {}
 
     def start_at(self, quality: float, correspondence: float) -> None:
-        """Set the biases of both heads."""
         if self.head.quality is not None:
             nn.init.constant_(self.head.quality.out.bias, quality)
         if self.head.attend is not None:
@@ -193,11 +175,8 @@ class MSTCLIPIQA(TrainedModel):
         words, mask = self.coarse.encode_words(texts)
         return {"words": words, "mask": mask, "pooled": self.coarse.encode_text(texts)}
 
-    def forward_features(
-        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
-    ) -> Seen:
+    def forward_features(self, images: Images, *, generator: Generator | None = None, crops: int | None = None) -> Seen:
         """Compute both towers' features of the whole image: `coarse` (B, d_c) and `fine` (B, d_f)."""
-        del generator, crops
         fine = self.fine or self.coarse
         return {
             "coarse": self.coarse.features(whole_view(images, self.coarse, self.config.coarse_side)),
@@ -205,8 +184,6 @@ class MSTCLIPIQA(TrainedModel):
         }
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Compute quality from z, and correspondence from z'."""
-        del context
         head = self.head
         coarse, fine = head.dropout(head.coarse(seen["coarse"])), head.dropout(head.fine(seen["fine"]))
         z, gate = head.fusion(coarse, fine)
@@ -221,8 +198,8 @@ class MSTCLIPIQA(TrainedModel):
             quality = head.quality(z)
         else:
             levels = self._levels(self.coarse, z).expand(len(z), -1, -1)
-            details["quality_levels"] = level_probabilities(z, levels, head.temperature.exp())
-            quality = expected_level(details["quality_levels"]) / levels.shape[1]
+            details["quality_levels"] = blocks.level_probabilities(z, levels, head.temperature.exp())
+            quality = blocks.expected_level(details["quality_levels"]) / levels.shape[1]
         if prompts is None or head.attend is None:
             return ModelOutput(quality=quality, correspondence=None, details=details)
         words = prompts.rows("words").to(z.dtype)

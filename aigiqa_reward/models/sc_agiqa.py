@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from aigiqa_reward.assistants.base import Captioner
 from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
@@ -38,11 +38,8 @@ from aigiqa_reward.models.blocks import Anchor, CrossAttention, Experts, masked_
 from aigiqa_reward.models.towers import CropsConfig, GroundedTextEncoder, LevelsEncoder, native_crops, square_view
 from aigiqa_reward.types import Context, Images, PromptFeatures
 
-PIXELS_PER_DEGREE = 32.0
-"""Viewing distance: a 512 px image is 16 degrees wide, about two picture widths away (our inference)."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in the luminance (ITU-R BT.601)."""
+PIXELS_PER_DEGREE = 32.0  # a 512 px image is 16 degrees wide, about two picture widths away (our inference)
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
 
 def contrast_sensitivity(frequency: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -54,25 +51,13 @@ def contrast_sensitivity(frequency: Float[Tensor, "*shape"]) -> Float[Tensor, "*
 def frequency_weights(
     crops: Images, grid: tuple[int, int], *, pixels_per_degree: float = PIXELS_PER_DEGREE
 ) -> Float[Tensor, "batch places"]:
-    """Compute the visibility of each patch's frequencies, in (0, 1): the weights w of AQAFP (SC-AGIQA, eq. 8).
+    """Compute the visibility in (0, 1) of the frequencies in each patch of a grid, in reading order (eq. 8).
 
     The luminance of each patch is Fourier transformed; the amplitudes without the mean, weighted by a(v), are averaged
-    to a score; a sigmoid follows. Every row is computed from its own pixels (the released code sums the scores over the
-    batch, so that every image gets the same map). Our inferences: the viewing distance, and that scores are
-    standardized over the row's patches, since the sigmoid of raw amplitudes is nearly constant.
-
-    Args:
-        crops: (B, 3, S, S) in [0, 1].
-        grid: rows and columns of patches, divisors of S.
-        pixels_per_degree: pixels per degree of visual angle.
-
-    Returns:
-        (B, rows * columns), in reading order.
+    to a score; a sigmoid follows. Our inferences: the viewing distance, and that scores are standardized over the row's
+    patches, since the sigmoid of raw amplitudes is nearly constant.
     """
     rows, columns = grid
-    height, width = crops.shape[2:]
-    if height % rows or width % columns:
-        raise ValueError(f"grid: expected divisors of {height} x {width} px, got {rows} x {columns}")
     luma = (crops * crops.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1)
     patches = luma.unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).transpose(2, 3)  # (B, rows, columns, p, q)
     spectrum = torch.fft.fft2(patches, norm="ortho")
@@ -99,8 +84,7 @@ class SCAGIQAConfig(CropsConfig):
         preference: memory of F_v's attention, "prompt" (the paper) or "description" (the released code).
         prompt_in_quality: whether quality reads SCI and F_p as in the paper; it then needs prompts.
         dropout: dropout of the experts and of the words' states.
-        anchor: whether the similarity of image and prompt is added to correspondence, for a text encoder whose words
-            and places are in one space, as in the compact towers.
+        anchor: whether the similarity of image and prompt is added to correspondence, for joint spaces.
     """
 
     width: int = 512
@@ -125,7 +109,6 @@ class AQAFP(FullPrecision):
         self.excite = nn.Linear(max(1, width // 16), width)
 
     def forward(self, features: Tensor, weights: Tensor) -> Tensor:
-        """Modulate features by place and channel, and pool them with `weights` (B, h w)."""
         place = torch.sigmoid(self.spatial(features))
         channel = torch.sigmoid(self.excite(F.relu(self.squeeze(features.mean(dim=(2, 3))))))
         modulated = (features * place * channel[:, :, None, None]).flatten(2)
@@ -159,8 +142,8 @@ class SCAGIQA(TrainedModel):
     Args:
         config: settings.
         vision: tower of the crops.
-        text: text encoder of prompt and description; None takes `vision`, the compact towers.
-        captioner: source of the description; None takes the prompt instead.
+        text: text encoder of prompt and description; None for `vision`, the compact towers.
+        captioner: source of the description; None for the prompt instead.
     """
 
     name = "sc_agiqa"
@@ -178,23 +161,19 @@ class SCAGIQA(TrainedModel):
         captioner: Captioner | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.vision, self.text, self.captioner = vision, text, captioner
+        self.config, self.vision, self.text, self.captioner = config, vision, text, captioner
         self.needs_prompts = config.prompt_in_quality
         self.head = SCHead(config, vision.level_channels, self._reader.grounded_width)
 
     @property
     def _reader(self) -> Any:
-        """The text encoder: BLIP, or the compact towers, which are both."""
         return self.vision if self.text is None else self.text
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """The blocks' maps."""
         return {"levels": self.head.levels}
 
     def start_at(self, quality: float, correspondence: float) -> None:
-        """Set the biases of all experts."""
         self.head.quality.start_at(quality)
         self.head.correspondence.start_at(correspondence)
 
@@ -209,9 +188,7 @@ class SCAGIQA(TrainedModel):
         read = self._reader.read(self.captioner.describe(images))
         return {"description": read["text"], "description_mask": read["mask"]}
 
-    def forward_features(
-        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
-    ) -> Seen:
+    def forward_features(self, images: Images, *, generator: Generator | None = None, crops: int | None = None) -> Seen:
         """Compute `levels` (B, N, C, h, w) and visibility `weights` (B, N, h w) of the crops, and `whole` (B, T, v)."""
         crops_of = native_crops(images, self.vision.image_size, self.config, generator=generator, crops=crops)
         flat = crops_of.flatten(0, 1)
@@ -230,7 +207,6 @@ class SCAGIQA(TrainedModel):
         return {**seen, "visual": self.head.mix(F.relu(self.head.reduce(levels)))}
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Compute quality and correspondence of each crop, and average them over the crops."""
         head, batch, count = self.head, *seen["levels"].shape[:2]
         weights = torch.ones_like(seen["weights"]) if self.config.frequency == "mean" else seen["weights"]
         details = {"frequency_weights": weights}

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders.blip import BLIPEncoder
@@ -19,16 +19,10 @@ from aigiqa_reward.models.base import ModelConfig
 from aigiqa_reward.types import Images
 
 View: TypeAlias = Float[Tensor, "batch 3 view_height view_width"]
-"""`Images` of the size that a tower gets."""
 
-ContrastiveEncoder: TypeAlias = OpenCLIPEncoder | CompactEncoder
-"""A tower with images, their places, texts and words in one space."""
-
-LevelsEncoder: TypeAlias = TimmEncoder | CompactEncoder
-"""A tower with maps of its last blocks."""
-
-GroundedTextEncoder: TypeAlias = BLIPEncoder | CompactEncoder
-"""A tower that reads a text with attention to an image."""
+ContrastiveEncoder: TypeAlias = OpenCLIPEncoder | CompactEncoder  # images, their places, texts and words in one space
+LevelsEncoder: TypeAlias = TimmEncoder | CompactEncoder  # maps of the last blocks
+GroundedTextEncoder: TypeAlias = BLIPEncoder | CompactEncoder  # texts read with attention to an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +33,7 @@ class CropsConfig(ModelConfig):
         crops: number of crops, whose scores are averaged.
         train_crops: random crops of each image in training.
         short_side: short side in px to which smaller images are enlarged.
-        resolution: short side in px to which larger images are scaled down; None keeps native resolution.
+        resolution: short side in px to which larger images are scaled down; None for native resolution.
     """
 
     crops: int = 15
@@ -50,9 +44,7 @@ class CropsConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.resolution is not None and self.resolution < self.short_side:
-            raise ValueError(
-                f"resolution: expected None or at least short_side {self.short_side}, got {self.resolution}"
-            )
+            raise ValueError(f"resolution: expected None or at least {self.short_side=}, got {self.resolution}")
 
 
 def whole_view(images: Images, encoder: ContrastiveEncoder, side: int) -> View:
@@ -68,18 +60,12 @@ def square_view(images: Images, encoder: ContrastiveEncoder | GroundedTextEncode
 
 
 def native_crops(
-    images: Images, side: int, config: CropsConfig, *, generator: torch.Generator | None, crops: int | None
+    images: Images, side: int, config: CropsConfig, *, generator: Generator | None, crops: int | None
 ) -> Float[Tensor, "batch count 3 side side"]:
-    """Cut square crops of `side` px from images of the configured resolution.
+    """Cut square crops of `side` px: evenly spaced, or at random places of `generator` that all images share.
 
     Crops of a small image are cut first and enlarged then, which keeps a long thin one from filling the memory.
-
-    Args:
-        images: (B, 3, H, W).
-        side: side of the crops.
-        config: number of crops, and the images' short sides.
-        generator: source of random places, which all images share; None spaces them evenly.
-        crops: number of crops instead of the configured one.
+    `crops` replaces the configured number.
     """
     count = crops or (config.crops if generator is None else config.train_crops)
     if config.resolution is not None:
@@ -93,10 +79,7 @@ def native_crops(
 
 
 class FixedTexts(nn.Module):
-    """Embeddings of texts that never change, computed once per device and dtype of a frozen tower.
-
-    As a submodule of the model it forgets them when weights are loaded or cast.
-    """
+    """Embeddings of fixed texts, computed once per device and dtype of a frozen tower, until weights are loaded."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         super().__init__()
@@ -104,7 +87,6 @@ class FixedTexts(nn.Module):
         self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, encoder: ContrastiveEncoder, like: Tensor) -> Tensor:
-        """Return (texts, d) with device and dtype of `like`, without a graph unless the tower is being trained."""
         if any(parameter.requires_grad for parameter in encoder.parameters()):
             self._kept.clear()
             return encoder.encode_text(self.texts).to(like.dtype)

@@ -12,13 +12,10 @@ prompt:
 with F of the whole image I, the mean P over its crops, and alpha = 0 for perception and 1 for alignment (the paper's
 best) or learned. Scores here are Q / L, so that levels span [0, 1].
 
-Our inferences: the scale s (the printed equation has none, which leaves p nearly uniform); the crops (15 of 224 px,
-evenly spaced, after the short side is brought up to 512 px; IPCE's code, whose splits the paper reuses, does so); the
-whole image is letterboxed to keep its aspect ratio; perception leaves Q_fg out unless `words_in_quality`, so that
-quality does not depend on the prompt; zero-shot halves Q where both terms are in it, so that it stays below 1.
-
-The paper fine-tunes CLIP end to end, once per task. Where the towers are frozen, each task has a low-rank adapter
-instead (`adapter_rank`): F = project(f) + B A f, T = t + D C t, starting at zero.
+Our inferences: the scale s; 15 even crops of 224 px after the short side is brought up to 512 px, as in IPCE's code;
+the whole image is letterboxed; perception leaves Q_fg out unless `words_in_quality`; zero-shot halves Q where both
+terms are in it, so that it stays below 1. The paper fine-tunes CLIP once per task; on frozen towers each task has a
+low-rank adapter instead (`adapter_rank`): F = project(f) + B A f, T = t + D C t, starting at zero.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from aigiqa_reward.models.base import FullPrecision, ModelOutput, Seen, Standardize, TrainedModel
 from aigiqa_reward.models.blocks import LowRank, expected_level, level_probabilities
@@ -49,8 +46,7 @@ class TSPMGSConfig(CropsConfig):
         levels: "five" level texts; or "one", the best level's alone, as an ablation.
         perception: "adjectives" (five levels, the paper's best) or "antonyms" (two).
         alpha: "fixed" (0 for perception, 1 for alignment), or "learned" for both.
-        words_in_quality: whether the prompt's words are added to perception, as in the paper; quality then needs
-            prompts.
+        words_in_quality: whether the prompt's words are added to perception, which then needs prompts (the paper).
         adapter_rank: rank of the trained adapters on frozen towers; 0 leaves them out.
         zero_shot: whether nothing is trained.
     """
@@ -88,10 +84,7 @@ class TSPHead(FullPrecision):
 
 
 class TSPMGS(TrainedModel):
-    """TSP-MGS on a contrastive encoder: zero-shot, with trained adapters, or with a fine-tuned encoder.
-
-    Zero-shot scores are not calibrated: Q_cg / L plus Q_fg / L, halved where both are present, in [-0.5, 1].
-    """
+    """TSP-MGS on a contrastive encoder: with trained adapters, fine-tuned, or zero-shot, uncalibrated in [-0.5, 1]."""
 
     name = "tsp_mgs"
     crop_features = ("crops",)
@@ -111,12 +104,10 @@ class TSPMGS(TrainedModel):
 
     @property
     def zero_shot(self) -> bool:
-        """Whether nothing was trained."""
         return self.config.zero_shot
 
     @property
     def standardized(self) -> Mapping[str, Standardize]:
-        """The adapters' features; those of the whole image are on the crops' scale."""
         return {"crops": self.head.standard} if self.head.adapters else {}
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -126,9 +117,7 @@ class TSPMGS(TrainedModel):
         encoded = self.encoder.encode_text(levels).unflatten(0, (len(texts), len(ALIGNMENT_LEVELS)))
         return {"levels": encoded, "words": words, "mask": mask}
 
-    def forward_features(
-        self, images: Images, *, generator: torch.Generator | None = None, crops: int | None = None
-    ) -> Seen:
+    def forward_features(self, images: Images, *, generator: Generator | None = None, crops: int | None = None) -> Seen:
         """Compute features of the whole image, `whole` (B, d_f), and of the crops, `crops` (B, N, d_f)."""
         side = self.encoder.image_size
         cut = native_crops(images, side, self.config, generator=generator, crops=crops)
@@ -138,8 +127,6 @@ class TSPMGS(TrainedModel):
         }
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
-        """Compute quality by the perception texts, and correspondence by the prompt's level texts and words."""
-        del context
         projected = {name: self.encoder.project(features) for name, features in seen.items()}
         perception = self._perception(self.encoder, projected["whole"]).expand(len(seen["whole"]), -1, -1)
         quality, levels = self._coarse("quality", self._embedded("quality", seen, projected), perception)
@@ -150,10 +137,9 @@ class TSPMGS(TrainedModel):
             quality, _ = self._with_words("quality", quality, self._embedded("quality", seen, projected), prompts)
         texts = prompts.rows("levels").to(projected["whole"].dtype)
         embedded = self._embedded("correspondence", seen, projected)
-        correspondence, details["correspondence_levels"] = self._coarse("correspondence", embedded, texts)
-        correspondence, details["word_similarity"] = self._with_words(
-            "correspondence", correspondence, self._embedded("correspondence", seen, projected), prompts
-        )
+        coarse, details["correspondence_levels"] = self._coarse("correspondence", embedded, texts)
+        embedded = self._embedded("correspondence", seen, projected)  # again: gradients add up in the same order
+        correspondence, details["word_similarity"] = self._with_words("correspondence", coarse, embedded, prompts)
         return ModelOutput(quality=quality, correspondence=correspondence, details=details)
 
     def _embedded(self, task: str, seen: Seen, projected: Mapping[str, Tensor]) -> dict[str, Tensor]:

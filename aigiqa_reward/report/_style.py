@@ -1,4 +1,4 @@
-"""Style of everything that is drawn: palette, fonts, wrapped texts, numbers, cards with images, matplotlib figures."""
+"""Style of everything that is drawn: palette, fonts, wrapped texts, numbers, matplotlib figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageFont
 
 from aigiqa_reward.utils.io import write_atomically
 
@@ -29,17 +29,7 @@ WINNER = (234, 88, 12)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c6d31")
 """Six of Okabe and Ito's colors, which the color-blind can distinguish (jfly.uni-koeln.de/color), and two darker."""
 
-PADDING = 12  # px around the image in a card
-_FRAME = 6  # px, thickness of the winner's frame
-_SMALL = 12  # font size in px of a note in a card
-
 DPI, WIDTH = 160, 8.0  # of plots; inches: 1280 px
-
-Box = tuple[int, int, int, int]
-"""Left, top, right, bottom in px; right and bottom are outside."""
-
-
-# --------------------------------------------------------------------------------------------- texts
 
 
 @cache
@@ -59,11 +49,17 @@ def printable(text: str) -> str:
 
 def wrapped(text: str, typeface: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
     """Break a text into at most `most` lines of `width` px, between words if possible; a cut text ends with …."""
+
+    def fitting(width: float) -> int:
+        """Return how many of the first characters fit; at least one."""
+        ends = range(1, len(text) + 1)
+        return max(1, bisect.bisect_right(ends, width, key=lambda end: typeface.getlength(text[:end])))
+
     text, lines = text[:2000], []  # more never fits, and measuring it would take long
     while text and len(lines) < most:
-        end = _fitting(text, typeface, width)
+        end = fitting(width)
         if end < len(text) and len(lines) == most - 1:
-            return [*lines, text[: _fitting(text, typeface, width - typeface.getlength("…"))].rstrip() + "…"]
+            return [*lines, text[: fitting(width - typeface.getlength("…"))].rstrip() + "…"]
         if end < len(text) and (space := text.rfind(" ", 1, end + 1)) > 0:
             end = space
         lines.append(text[:end].rstrip())
@@ -71,57 +67,11 @@ def wrapped(text: str, typeface: ImageFont.FreeTypeFont, width: int, most: int) 
     return lines
 
 
-def _fitting(text: str, typeface: ImageFont.FreeTypeFont, width: float) -> int:
-    """Return how many of the first characters fit into `width` px; at least one."""
-    return max(1, bisect.bisect_right(range(1, len(text) + 1), width, key=lambda end: typeface.getlength(text[:end])))
-
-
 def number(value: float | None) -> str:
     """Format a score with few digits; a dash for none."""
     if value is None or math.isnan(value):
         return "–"
     return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
-
-
-# --------------------------------------------------------------------------------------------- images
-
-
-def fitted(image: Image.Image, side: int) -> Image.Image:
-    """Scale an image so that its longer side is at most `side` px; enlarge it by a whole factor only, in squares."""
-    scale = side / max(image.size)
-    if scale >= 1:
-        return image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def draw_card(sheet: Image.Image, box: Box, image: Image.Image | None, height: int, note: str, *, framed: bool) -> None:
-    """Draw a card with an image, or an empty tile, in the `height` px at its top, and a note over it."""
-    draw = ImageDraw.Draw(sheet)
-    left, top, right, bottom = box
-    if framed:
-        draw.rectangle((left - _FRAME, top - _FRAME, right - 1 + _FRAME, bottom - 1 + _FRAME), WINNER)
-    draw.rectangle((left, top, right - 1, bottom - 1), CARD)
-    left, top, right = left + PADDING, top + PADDING, right - PADDING
-    if image is None:
-        draw.rectangle((left, top, right - 1, top + height - 1), EMPTY)
-    else:
-        corner = left + (right - left - image.width) // 2, top + (height - image.height) // 2
-        sheet.paste(image, corner)
-    if note:
-        lines = wrapped(printable(note), font(_SMALL), right - left - 2 * PADDING, 4)
-        ink = MUTED if image is None else CARD
-        middle = (left + right) / 2, top + height / 2
-        draw.multiline_text(middle, "\n".join(lines), ink, font(_SMALL), anchor="mm", align="center", spacing=6)
-
-
-def draw_row(draw: ImageDraw.ImageDraw, box: Box, baseline: int, name: str, value: str, *, size: int) -> None:
-    """Write a name at the left of a card and its value at the right."""
-    draw.text((box[0] + PADDING, baseline), name, MUTED, font(size), anchor="ls")
-    draw.text((box[2] - PADDING, baseline), value, INK, font(size), anchor="rs")
-
-
-# --------------------------------------------------------------------------------------------- plots
 
 
 def plot(

@@ -16,19 +16,12 @@ from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.types import RewardFunction
 
 Kind = Literal["auto", "distortion", "gradient"]
-
-_SMOOTHING = 64
-"""Ratio of the longer side to half the window in which gradients are averaged, since those of pixels are noisy."""
+_SMOOTHING = 64  # longer side by half the window in which gradients are averaged, since those of pixels are noisy
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMaps:
-    """One heat map per image.
-
-    Attributes:
-        kind: "distortion" or "gradient", see `heat_maps`.
-        maps: (B, H, W) float32 in [0, 1], on the CPU, of the images' size.
-    """
+    """One map per image, "distortion" or "gradient": (B, H, W) float32 in [0, 1], on the CPU, of the images' size."""
 
     kind: str
     maps: Float[Tensor, "batch height width"]
@@ -57,33 +50,25 @@ def heat_maps(
     texts = [prompts] * len(images) if prompts is None or isinstance(prompts, str) else list(prompts)
     if len(texts) != len(images):
         raise ValueError(f"prompts: expected one per image, got {len(texts)} prompts for {len(images)} images")
-    found: list[Tensor] = []
-    for image, text in zip(images, texts, strict=True):
-        given = None if text is None else [text]
-        if kind != "gradient":
-            maps = _distortion(reward, image[None], given)
-            if maps is None and kind == "distortion":
-                raise ValueError(
-                    "kind: this reward gives no distortion maps; use a reward that does (cpa_iqa), or kind='gradient'"
-                )
-            kind = "gradient" if maps is None else "distortion"
-            if maps is not None:
-                found.append(maps)
-                continue
-        found.append(_gradient(reward, image[None], given))
-    return HeatMaps(kind=kind, maps=torch.cat(found))
+    given = [None if text is None else [text] for text in texts]
+    if kind != "gradient":
+        maps: list[Tensor] = []
+        for image, text in zip(images, given, strict=True):
+            if (found := _distortion(reward, image[None], text)) is None:
+                break
+            maps.append(found)
+        else:
+            return HeatMaps(kind="distortion", maps=torch.cat(maps))
+        if kind == "distortion":
+            raise ValueError("kind: this reward gives no distortion maps; use one that does, or kind='gradient'")
+    maps = [_gradient(reward, image[None], text) for image, text in zip(images, given, strict=True)]
+    return HeatMaps(kind="gradient", maps=torch.cat(maps))
 
 
 def draw_heat_maps(images: Tensor, heat: HeatMaps, *, opacity: float = 0.6) -> Tensor:
-    """Lay heat maps over the images in gray: dark violet at 0, over red, to light yellow at 1 (magma).
+    """Lay heat maps over their images (B, 3, H, W) in gray, from dark violet at 0 to light yellow at 1 (magma).
 
-    Args:
-        images: (B, 3, H, W) in [0, 1] that the maps belong to.
-        heat: output of `heat_maps`.
-        opacity: opacity of the colors, in [0, 1].
-
-    Returns:
-        (B, 3, H, W) float32 in [0, 1] on the CPU.
+    `opacity` of the colors is in [0, 1]. The pictures are (B, 3, H, W) float32 in [0, 1] on the CPU.
     """
     import matplotlib
 
@@ -113,8 +98,7 @@ def _gradient(reward: RewardFunction, image: Tensor, prompts: list[str] | None) 
     """Return the map (1, H, W) of one image, even if the caller is in inference mode."""
     if isinstance(reward, nn.Module) and any(weight.is_inference() for weight in reward.parameters()):
         raise ValueError(
-            "reward: its weights were made within torch.inference_mode, so it has no gradients; make it outside, or "
-            "within `with torch.inference_mode(False)`"
+            "reward: its weights were made within torch.inference_mode, without gradients; make it outside"
         )
     with torch.inference_mode(False), torch.enable_grad():
         leaf = image.detach().clone().requires_grad_()

@@ -23,12 +23,8 @@ from aigiqa_reward.sampling.candidates import BestOfNOutput
 WinnerMaps = Sequence[Mapping[str, Any]]
 """For each winner, best first: (H, W) arrays by name."""
 
-_SIDE = 768
-"""Longest side in px of an image in the page: sharp on a phone, about 100 kB each."""
-
-_SMALL = 160
-"""Up to this side in px images are shown with each pixel a square, and stored without loss."""
-
+_SIDE = 768  # px, longest side of an image in the page: sharp on a phone, about 100 kB each
+_SMALL = 160  # px, up to this side images are shown with each pixel a square, and stored without loss
 _PALETTE = {"paper": PAPER, "card": CARD, "ink": INK, "muted": MUTED, "line": LINE, "best": f"rgb{WINNER}"}
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 626, 12, 214  # px of the curves' axes in a drawing of 640 x 240 px
@@ -47,7 +43,7 @@ def write_page(
     """Write prompts, their winners and the scores of all candidates as one self-contained HTML file.
 
     Images, at most 768 px, are in the file. Where a search looked at previews, the reward per step is drawn. The page
-    follows the reader's light or dark colors, fits a phone, and has neither scripts nor links.
+    has neither scripts nor links.
 
     Args:
         outputs: prompts and what BestOfN or rerank returned for them; may be a generator, whose outputs are written
@@ -69,13 +65,8 @@ def write_page(
         >>> "a &lt;red&gt; square" in page, "<script" in page
         (True, False)
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=_cleaned,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, finalize=_cleaned, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
     page = environment.get_template("page.html")
     target = Path(path)
@@ -120,28 +111,23 @@ def _cards(
 
 def _winner(output: BestOfNOutput, place: int, maps: Mapping[str, Any]) -> dict[str, Any]:
     image = output.images[place]
-    scores = [("total", output.scores[place]), ("quality", output.quality[place])]
-    if output.correspondence is not None:
-        scores.append(("correspondence", output.correspondence[place]))
+    columns = {"total": output.scores, "quality": output.quality, "correspondence": output.correspondence}
     return {
         "rank": place + 1,
         "seed": output.seeds[place],
-        "source": _image(image),
-        "width": image.width,
-        "height": image.height,
+        **_image(image),
         "small": max(image.size) <= _SMALL,
-        "scores": scores,
+        "scores": [(name, column[place]) for name, column in columns.items() if column is not None],
         "maps": [_heat_map(name, values) for name, values in maps.items()],
     }
 
 
 def _curves(output: BestOfNOutput) -> dict[str, Any] | None:
     """Lay out a line per candidate over the steps at which it was scored, winners last; None without previews."""
+    totals = dict(zip(output.all_seeds, output.all_scores, strict=True))
     ways: dict[int, list[tuple[int, float]]] = {}
-    for seed, total in zip(output.all_seeds, output.all_scores, strict=True):
-        previews = output.previews.get(seed, ())
-        way = [(preview.step, preview.total) for preview in previews]
-        way += [(previews[-1].steps, total)] if previews else []
+    for seed, looks in output.previews.items():
+        way = [*((look.step, look.total) for look in looks), *((look.steps, totals[seed]) for look in looks[-1:])]
         if finite := [(step, value) for step, value in way if math.isfinite(value)]:
             ways[seed] = finite
     if not ways:
@@ -170,15 +156,13 @@ def _curves(output: BestOfNOutput) -> dict[str, Any] | None:
     }
 
 
-def _image(image: Image.Image) -> str:
-    """Encode an image as a data URI: WebP, or PNG if it is small or Pillow has no WebP."""
-    shown, data = image.convert("RGB"), io.BytesIO()
+def _image(image: Image.Image) -> dict[str, Any]:
+    """Encode an image: WebP, or PNG if it is small or Pillow has no WebP."""
+    shown = image.convert("RGB")
     shown.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    if max(image.size) <= _SMALL or not features.check("webp"):
-        shown.save(data, format="PNG", optimize=True)
-        return _uri("png", data)
-    shown.save(data, format="WEBP", quality=88)
-    return _uri("webp", data)
+    lossless = max(image.size) <= _SMALL or not features.check("webp")
+    options = {"format": "PNG", "optimize": True} if lossless else {"format": "WEBP", "quality": 88}
+    return {"source": _uri(shown, **options), "width": image.width, "height": image.height}
 
 
 def _heat_map(name: str, values: Any) -> dict[str, Any]:
@@ -191,12 +175,12 @@ def _heat_map(name: str, values: Any) -> dict[str, Any]:
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     bottom, top = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
     scaled = np.nan_to_num((array - bottom) / ((top - bottom) or 1.0), nan=0.0, posinf=1.0, neginf=0.0)
-    colors = matplotlib.colormaps["magma"](scaled, bytes=True)[..., :3]
+    image = Image.fromarray(np.ascontiguousarray(matplotlib.colormaps["magma"](scaled, bytes=True)[..., :3]))
+    size = {"width": image.width, "height": image.height}
+    return {"name": name.replace("_", " "), "source": _uri(image, format="PNG"), "low": low, "high": high, **size}
+
+
+def _uri(image: Image.Image, **options: Any) -> str:
     data = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(colors)).save(data, format="PNG")
-    size = {"height": array.shape[0], "width": array.shape[1]}
-    return {"name": name.replace("_", " "), "source": _uri("png", data), "low": low, "high": high, **size}
-
-
-def _uri(kind: str, data: io.BytesIO) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+    image.save(data, **options)
+    return f"data:image/{options['format'].lower()};base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -12,14 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from aigiqa_reward.evaluation import Correlations, ProtocolReport, SummaryRow, correlations, fit_logistic4
+from aigiqa_reward.evaluation import ProtocolReport, SummaryRow, correlations, fit_logistic4
 from aigiqa_reward.report._style import COLORS, DPI, GRID, INK, MUTED, font, plot, printable, save_plot, wrapped
 
 _TITLE, _TEXT, _SMALL = 13, 10, 8.5  # font sizes in points
 _MARKERS = ("o", "^", "s")
-_NAMED = len(COLORS) * len(_MARKERS)
-"""Generators with a distinct look; of more, the rarest are drawn alike."""
-
+_NAMED = len(COLORS) * len(_MARKERS)  # generators with a distinct look; of more, the rarest are drawn alike
 _ROW = 0.46  # inches, the height of one predictor
 
 
@@ -65,13 +63,19 @@ def scatter_plot(
     axes.set_ylim(*_limits(y))
     along = np.linspace(*_limits(x), 800)
     axes.plot(along, curve(along), color=INK, linewidth=2, zorder=3)
-    _label(axes, x_label, y_label)
+    _plain(axes.xaxis.label, _fitted(x_label, _TEXT, 800), _TEXT, INK)
+    _plain(axes.yaxis.label, _fitted(y_label, _TEXT, 750), _TEXT, INK)
     axes.grid(color=GRID, linewidth=0.8)
     if handles:
         legend = figure.legend(list(handles.values()), ["x"] * len(handles), loc="outside right center", frameon=False)
         for text, name in zip(legend.get_texts(), handles, strict=True):
             _plain(text, _fitted(name, _SMALL, 280), _SMALL, INK)
-    _corner(figure, axes, np.append(x, along), np.append(y, curve(along)), _summary(agreement, len(x)))
+    srcc, plcc, fitted = (
+        "–" if np.isnan(value) else f"{value:.3f}".replace("-", "−")
+        for value in (agreement.srcc, agreement.plcc, agreement.plcc_fitted)
+    )
+    words = f"SRCC {srcc}\nPLCC {plcc}, fitted {fitted} (line)\n{len(x):,} images"
+    _corner(figure, axes, np.append(x, along), np.append(y, curve(along)), words)
     return save_plot(figure, path)
 
 
@@ -123,9 +127,6 @@ def protocol_plot(report: ProtocolReport, path: str | os.PathLike[str]) -> Path:
     return save_plot(figure, path)
 
 
-# --------------------------------------------------------------------------------------------- parts
-
-
 def _fitted(text: str, size: float, width: int, *, most: int = 1, bold: bool = False) -> str:
     """Break a text into at most `most` lines of `width` px, for a font size in points."""
     return "\n".join(wrapped(printable(text), font(round(size * DPI / 72), bold=bold), width, most))
@@ -137,11 +138,6 @@ def _plain(text: Text, content: str, size: float, color: str) -> None:
 
 def _heading(figure: Figure, title: str) -> None:
     _plain(figure.suptitle("x", fontweight="bold"), _fitted(title, _TITLE, 1200, most=2, bold=True), _TITLE, INK)
-
-
-def _label(axes: Axes, x_label: str, y_label: str) -> None:
-    _plain(axes.xaxis.label, _fitted(x_label, _TEXT, 800), _TEXT, INK)
-    _plain(axes.yaxis.label, _fitted(y_label, _TEXT, 750), _TEXT, INK)
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:
@@ -175,14 +171,6 @@ def _points(
     return handles
 
 
-def _summary(agreement: Correlations, count: int) -> str:
-    srcc, plcc, fitted = (
-        "–" if np.isnan(value) else f"{value:.3f}".replace("-", "−")
-        for value in (agreement.srcc, agreement.plcc, agreement.plcc_fitted)
-    )
-    return f"SRCC {srcc}\nPLCC {plcc}, fitted {fitted} (line)\n{count:,} images"
-
-
 def _corner(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, content: str) -> None:
     """Write in a corner without points (x, y), or above them all if there is none; to be called last."""
     frame = {"facecolor": "white", "edgecolor": GRID, "alpha": 0.9, "boxstyle": "round,pad=0.5"}
@@ -210,12 +198,5 @@ def _row(axes: Axes, place: int, row: SummaryRow, values: Sequence[float]) -> No
         axes.plot([row.srcc.mean] * 2, [place - 0.32, place + 0.32], color=INK, linewidth=2.4, zorder=2)
     partly = f" ({row.srcc.count} of {len(values)})" if row.srcc.count < len(values) else ""
     figures = f"{row.srcc}{partly}" if row.srcc.count else "undefined"
-    axes.text(
-        1.02,
-        place,
-        figures,
-        transform=axes.get_yaxis_transform(),
-        va="center_baseline",
-        fontsize=_TEXT,
-        color=INK if row.srcc.count else MUTED,
-    )
+    look = {"va": "center_baseline", "fontsize": _TEXT, "color": INK if row.srcc.count else MUTED}
+    axes.text(1.02, place, figures, transform=axes.get_yaxis_transform(), **look)

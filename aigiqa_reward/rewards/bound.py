@@ -20,10 +20,7 @@ class BoundReward:
     """A reward function and its encoded prompts.
 
     The prompts of the last call are kept encoded: a call with the same prompts, or a subset of them, encodes nothing.
-
-    Args:
-        reward: a `Reward`, or any function f(images, prompts) -> (B,) scores.
-        prompts: prompts to encode at once, so that one that the reward cannot read raises a PromptError here.
+    `prompts` are encoded at once, so that one that the reward cannot read raises a PromptError here.
     """
 
     def __init__(self, reward: RewardFunction, prompts: Sequence[str] = ()) -> None:
@@ -43,11 +40,7 @@ class BoundReward:
         return device_of(self.reward)
 
     def encode(self, prompts: Sequence[str]) -> PromptFeatures | list[str]:
-        """Encode prompts, or look them up among those of the last call; return the texts if the reward encodes none.
-
-        Raises:
-            PromptError: the reward cannot read one of them.
-        """
+        """Encode prompts, or look them up among those of the last call; return the texts if the reward encodes none."""
         known = self._features
         if known is not None and set(prompts) <= set(known.texts):
             place = {text: i for i, text in enumerate(known.texts)}
@@ -70,19 +63,12 @@ class BoundReward:
                 self.encode(left)
                 break
             except PromptError as error:
-                if error.prompt not in left:
-                    raise
                 left.remove(error.prompt)
                 found[error.prompt] = str(error)
         return found
 
     def __call__(self, images: Tensor, prompts: str | Sequence[str] | None) -> RewardOutput:
-        """Score images (B, 3, H, W), differentiably, in the reward's precision and without autocast.
-
-        Args:
-            images: nominally in [0, 1]; what lies outside the accepted range is clamped to it.
-            prompts: one prompt for all images, one per image, or None.
-        """
+        """Score images (B, 3, H, W), clamped to the accepted range, differentiably and without autocast."""
         images = images.to(self.device or images.device).clamp(LOWEST, HIGHEST)
         texts = [prompts] * len(images) if isinstance(prompts, str) else prompts
         reward: Any = self.reward
@@ -96,7 +82,7 @@ class BoundReward:
         """Score images (B, 3, H, W) without gradients; rows with NaN or infinite pixels get NaN and no details."""
         with torch.inference_mode():
             kept = finite_rows(images)
-            if bool(kept.all()):
+            if kept.all():
                 return self(images, prompts)
             rows = kept.nonzero()[:, 0]
             nothing = torch.full((len(images),), math.nan, device=self.device or images.device)
@@ -107,13 +93,7 @@ class BoundReward:
             return output._map(lambda scores: nothing.to(scores).index_copy(0, rows.to(scores.device), scores))
 
     def check_differentiable(self, needed_by: str, prompt: str, device: torch.device | str = "cpu") -> None:
-        """Refuse a reward without gradients, by its score of a gray image; see `require_gradient`.
-
-        Args:
-            needed_by: method that needs the gradient, for the error.
-            prompt: prompt that the reward will be asked about.
-            device: device of the image if the reward has none.
-        """
+        """Refuse a reward without gradients by its score of a gray image, on `device` if the reward has none."""
         gray = torch.full((1, 3, 64, 64), 0.5, device=self.device or device, requires_grad=True)
         with torch.enable_grad():
             self.require_gradient(self(gray, [prompt]).total, needed_by)

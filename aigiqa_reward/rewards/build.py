@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,71 +23,39 @@ from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
 from aigiqa_reward.rewards.specs import SPECS, TOWER_FILES
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
 
+Settings: TypeAlias = Mapping[str, Any]  # fields of a model's configuration
 TowerConfig: TypeAlias = OpenCLIPConfig | TimmConfig | BLIPConfig
 Tower: TypeAlias = OpenCLIPEncoder | TimmEncoder | BLIPEncoder | CompactEncoder
+_B32, _B16 = (OpenCLIPConfig(architecture=name, pretrained="openai") for name in ("ViT-B-32", "ViT-B-16"))
+_HALF = (0.5, 0.5, 0.5)  # the statistics that timm's ViTs of the AugReg recipe were trained with
 
 
-def published_towers(name: str) -> dict[str, TowerConfig]:
-    """Return the towers of `preset="paper"`, by role.
-
-    SC-AGIQA's BLIP has ImageReward's weights in the paper; those are a pickle in another layout (see `BLIPConfig`), so
-    the default is BLIP's own.
-    """
-    b32, b16 = (OpenCLIPConfig(architecture=name, pretrained="openai") for name in ("ViT-B-32", "ViT-B-16"))
-    half = (0.5, 0.5, 0.5)  # the statistics that timm's ViTs of the AugReg recipe were trained with
-    vit16 = TimmConfig(architecture="vit_base_patch16_224", mean=half, std=half, pretrained=True, blocks=(8, 9, 10, 11))
-    vit8 = TimmConfig(architecture="vit_base_patch8_224", mean=half, std=half, pretrained=True, blocks=(6, 7, 8, 9))
-    table: dict[str, dict[str, TowerConfig]] = {
-        "mst_clipiqa": {"coarse": b32, "fine": b16},
-        "tsp_mgs": {"clip": b32},
-        "sc_agiqa": {
-            "vision": vit16,
-            "text": BLIPConfig(path_or_id="Salesforce/blip-itm-large-coco"),
-        },
-        "ma_agiqa": {"vision": vit8},
-        "cpa_iqa": {"clip": b16},
-    }
-    return table[name]
+def _vit(patch: int, blocks: tuple[int, ...]) -> TimmConfig:
+    name = f"vit_base_patch{patch}_224"
+    return TimmConfig(architecture=name, mean=_HALF, std=_HALF, pretrained=True, blocks=blocks)
 
 
-MULTIMODAL_WIDTH = 1280
-"""Width of the compact tower's two features that replace a multimodal model's."""
-
-Settings: TypeAlias = Mapping[str, Any]
-"""Fields of a model's configuration."""
+PUBLISHED_TOWERS: dict[str, dict[str, TowerConfig]] = {
+    "mst_clipiqa": {"coarse": _B32, "fine": _B16},
+    "tsp_mgs": {"clip": _B32},
+    # SC-AGIQA has ImageReward's BLIP, a pickle in another layout (see `BLIPConfig`); this is BLIP's own
+    "sc_agiqa": {"vision": _vit(16, (8, 9, 10, 11)), "text": BLIPConfig(path_or_id="Salesforce/blip-itm-large-coco")},
+    "ma_agiqa": {"vision": _vit(8, (6, 7, 8, 9))},
+    "cpa_iqa": {"clip": _B16},
+}
+"""The towers of `preset="paper"`, by system and role."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """How one of the five systems is put together.
+    """How one of the five systems is put together."""
 
-    Attributes:
-        embedded: settings of its configuration on the compact towers.
-        published: settings on other towers where the paper differs from the configuration's defaults.
-        roles: names of its towers; the first is required, and is the compact one where it is embedded.
-        assistants: assistants that it can use.
-        needs: assistants that it requires on other towers, and whose features its embedded head cannot read.
-        make: builds the model from settings, towers by role, and assistants.
-    """
-
-    make: Callable[[Settings, Mapping[str, Any], Assistants], QualityModel]
-    embedded: Settings
-    roles: tuple[str, ...]
-    published: Settings
-    assistants: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-
-
-def _mst_clipiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
-    return MSTCLIPIQA(MSTCLIPIQAConfig(**settings), towers["coarse"], towers.get("fine"))
-
-
-def _tsp_mgs(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
-    return TSPMGS(TSPMGSConfig(**settings), towers["clip"])
-
-
-def _sc_agiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
-    return SCAGIQA(SCAGIQAConfig(**settings), towers["vision"], towers.get("text"), assistants.captioner)
+    make: Callable[[Settings, Mapping[str, Any], Assistants], QualityModel]  # of settings, towers by role, assistants
+    embedded: Settings  # on the compact towers
+    roles: tuple[str, ...]  # its towers; the first is required, and is the compact one where it is embedded
+    published: Settings = field(default_factory=dict)  # on other towers, where the paper differs from the defaults
+    assistants: tuple[str, ...] = ()  # that it can use
+    needs: tuple[str, ...] = ()  # that it requires on other towers; its embedded head cannot read their features
 
 
 def _ma_agiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
@@ -102,59 +70,42 @@ def _ma_agiqa(settings: Settings, towers: Mapping[str, Any], assistants: Assista
 
 
 def _cpa_iqa(settings: Settings, towers: Mapping[str, Any], assistants: Assistants) -> QualityModel:
-    return CPAIQA(
-        CPAIQAConfig(**settings),
-        towers["clip"],
-        phrases=noun_phrases,
-        levels=isinstance(towers["clip"], CompactEncoder),
-        segmenter=assistants.segmenter,
-        attributes=assistants.attributes,
-    )
+    clip, given = towers["clip"], {"segmenter": assistants.segmenter, "attributes": assistants.attributes}
+    levels = isinstance(clip, CompactEncoder)
+    return CPAIQA(CPAIQAConfig(**settings), clip, phrases=noun_phrases, levels=levels, **given)
 
+
+_CROPS = {"crops": 9, "resolution": 512}
 
 SYSTEMS: dict[str, System] = {
     "mst_clipiqa": System(
-        make=_mst_clipiqa,
+        make=lambda settings, towers, _: MSTCLIPIQA(MSTCLIPIQAConfig(**settings), towers["coarse"], towers.get("fine")),
         embedded={"width": 256, "coarse_side": 256, "fine_side": 512, "anchor": True, "dropout": 0.3},
-        published={},
         roles=("coarse", "fine"),
     ),
     "tsp_mgs": System(
-        make=_tsp_mgs,
-        embedded={"crops": 9, "train_crops": 4, "resolution": 512, "adapter_rank": 64},
+        make=lambda settings, towers, _: TSPMGS(TSPMGSConfig(**settings), towers["clip"]),
+        embedded={**_CROPS, "train_crops": 4, "adapter_rank": 64},
         published={"words_in_quality": True},
         roles=("clip",),
     ),
     "sc_agiqa": System(
-        make=_sc_agiqa,
-        embedded={"width": 128, "crops": 9, "train_crops": 2, "resolution": 512, "anchor": True, "dropout": 0.3},
+        make=lambda settings, towers, assistants: SCAGIQA(
+            SCAGIQAConfig(**settings), towers["vision"], towers.get("text"), assistants.captioner
+        ),
+        embedded={**_CROPS, "width": 128, "train_crops": 2, "anchor": True, "dropout": 0.3},
         published={"prompt_in_quality": True},
         roles=("vision", "text"),
         assistants=("captioner",),
     ),
     "ma_agiqa": System(
-        make=_ma_agiqa,
-        embedded={
-            "width": 128,
-            "window": 7,
-            "smooth": True,
-            "semantics_width": MULTIMODAL_WIDTH,
-            "crops": 9,
-            "short_side": 512,
-            "resolution": 512,
-        },
-        published={},
+        make=_ma_agiqa,  # 1280: width of the compact tower's two features that replace a multimodal model's
+        embedded={**_CROPS, "width": 128, "window": 7, "smooth": True, "semantics_width": 1280, "short_side": 512},
         roles=("vision", "matcher"),
         assistants=("semantics",),
         needs=("semantics",),
     ),
-    "cpa_iqa": System(
-        make=_cpa_iqa,
-        embedded={"side": 448},
-        published={},
-        roles=("clip",),
-        assistants=("segmenter", "attributes"),
-    ),
+    "cpa_iqa": System(make=_cpa_iqa, embedded={"side": 448}, roles=("clip",), assistants=("segmenter", "attributes")),
 }
 """The published systems. `compact`, which is ours, is built by `load_embedded` alone."""
 
@@ -173,12 +124,8 @@ def build_model(
         name: one of `SYSTEMS`.
         preset: None for the compact towers, offline; "paper" for the published ones.
         towers: other towers by role, in place of the preset's.
-        assistants: in place of the offline substitutes.
+        assistants: assistants in place of the offline substitutes.
         settings: fields of the model's configuration that differ from the preset's.
-
-    Raises:
-        ValueError: unknown name, preset, role or setting; an assistant that the system cannot use; towers that cannot
-            be loaded.
 
     Example:
         >>> from aigiqa_reward.rewards.build import SYSTEMS, build_model
@@ -220,63 +167,40 @@ def empty_model(name: str, description: Mapping[str, Any], assistants: Assistant
 
 
 def load_embedded(
-    name: str,
-    *,
-    assistants: Assistants | None = None,
-    settings: Settings | None = None,
-    folder: Path = ASSETS,
+    name: str, *, assistants: Assistants | None = None, settings: Settings | None = None, folder: Path = ASSETS
 ) -> QualityModel:
-    """Build a model with its embedded weights.
-
-    Args:
-        name: "compact" or one of `SYSTEMS`.
-        assistants: in place of the offline substitutes.
-        settings: fields of the configuration that do not change the weights' shapes.
-        folder: assets, whose files must have the hashes in `SPECS`.
-    """
-    if name == "compact":
-        if assistants is not None:
-            raise ValueError("assistants: the compact reward has none; leave them out")
-        return _load_compact(settings or {}, folder)
-    model = build_model(name, assistants=assistants, settings=settings)
-    load_strictly(model.get_submodule("head"), embedded_weights(name, "model.head.", folder), source=name)
+    """Build "compact" or one of `SYSTEMS` with its embedded weights; settings must not change the weights' shapes."""
+    if name != "compact":
+        model = build_model(name, assistants=assistants, settings=settings)
+        load_strictly(model.get_submodule("head"), embedded_weights(name, "model.head.", folder), source=name)
+        return model
+    if assistants is not None:
+        raise ValueError("assistants: the compact reward has none; leave them out")
+    model = _empty_compact(settings or {})
+    prefixes = {"towers/image.safetensors": "semantic.", "towers/text.safetensors": "text."}
+    files = {file: prefixes.get(file, "") for file in SPECS[name].sha256}
+    load_strictly(model, _read(files, SPECS[name].sha256, folder), source=str(folder))
     return model
 
 
 def embedded_weights(name: str, prefix: str, folder: Path = ASSETS) -> dict[str, Tensor]:
     """Read the tensors of a system's embedded file whose names begin with `prefix`, without it."""
-    file = f"{name}/model.safetensors"
-    tensors = read_weights(folder / file, expected_sha256=SPECS[name].sha256[file])
+    tensors = _read({f"{name}/model.safetensors": ""}, SPECS[name].sha256, folder)
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def load_compact_encoder(folder: Path = ASSETS) -> CompactEncoder:
     """Load the compact towers as one contrastive encoder, frozen."""
     encoder = CompactEncoder()
-    tensors: dict[str, Tensor] = {}
-    for file, sha256 in TOWER_FILES.items():
-        read = read_weights(folder / file, expected_sha256=sha256)
-        tensors |= {f"{Path(file).stem}.{name}": tensor for name, tensor in read.items()}
+    tensors = _read({file: f"{Path(file).stem}." for file in TOWER_FILES}, TOWER_FILES, folder)
     load_strictly(encoder, tensors, source=str(folder / "towers"))
     return encoder.requires_grad_(False).eval()
 
 
-_COMPACT_PARTS = {
-    "towers/image.safetensors": "semantic.",
-    "towers/text.safetensors": "text.",
-    "compact/model.safetensors": "",
-}
-"""Prefix of the names of each file's tensors in the compact model."""
-
-
-def _load_compact(settings: Settings, folder: Path) -> QualityModel:
-    model = _empty_compact(settings)
-    tensors: dict[str, Tensor] = {}
-    for file, prefix in _COMPACT_PARTS.items():
-        read = read_weights(folder / file, expected_sha256=SPECS["compact"].sha256[file])
-        tensors |= {prefix + name: tensor for name, tensor in read.items()}
-    load_strictly(model, tensors, source=str(folder))
-    return model
+def _read(prefixes: Mapping[str, str], sha256: Mapping[str, str], folder: Path) -> dict[str, Tensor]:
+    """Read embedded files; the names of each file's tensors get its prefix."""
+    read = {file: read_weights(folder / file, expected_sha256=sha256[file]) for file in prefixes}
+    return {prefixes[file] + name: tensor for file, tensors in read.items() for name, tensor in tensors.items()}
 
 
 def _empty_compact(settings: Settings) -> QualityModel:
@@ -305,7 +229,7 @@ def _other_towers(
             f"assistants: {name} on other towers than the compact ones needs a multimodal model; pass "
             f"assistants=Assistants({missing[0]}=LMMSemantics(...)) to build_model or TrainingPlan"
         )
-    configs = {**(published_towers(name) if preset == "paper" else {}), **given}
+    configs = {**(PUBLISHED_TOWERS[name] if preset == "paper" else {}), **given}
     if system.roles[0] not in configs:
         raise ValueError(f"towers: {name} needs {system.roles[0]!r}, got {sorted(configs)}; or pass preset='paper'")
     return {role: _load_tower(config) for role, config in configs.items()}
@@ -321,18 +245,18 @@ def _make(name: str, settings: Settings, towers: Mapping[str, Tower], assistants
 
 
 def _load_tower(config: TowerConfig) -> Tower:
-    if isinstance(config, OpenCLIPConfig):
-        if config.pretrained is None and not config.architecture.startswith(("local-dir:", "hf-hub:")):
-            raise ValueError(
-                f"encoder: {config.architecture!r} without `pretrained` would score with random weights; "
-                "pass a tag from open_clip.list_pretrained() or a .safetensors file"
-            )
-        return OpenCLIPEncoder(config)
     if isinstance(config, BLIPConfig):
         return BLIPEncoder(config)
     if isinstance(config, TimmConfig):
         return TimmEncoder(config)
-    raise ValueError(f"towers: expected an OpenCLIPConfig, BLIPConfig or TimmConfig, got {type(config).__name__}")
+    if not isinstance(config, OpenCLIPConfig):
+        raise ValueError(f"towers: expected an OpenCLIPConfig, BLIPConfig or TimmConfig, got {type(config).__name__}")
+    if config.pretrained is None and not config.architecture.startswith(("local-dir:", "hf-hub:")):
+        raise ValueError(
+            f"encoder: {config.architecture!r} without `pretrained` would score with random weights; "
+            "pass a tag from open_clip.list_pretrained() or a .safetensors file"
+        )
+    return OpenCLIPEncoder(config)
 
 
 def _empty_tower(description: Mapping[str, Any]) -> Tower:

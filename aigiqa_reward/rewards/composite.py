@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import FullPrecision, check_prompts, distinct_prompts
 from aigiqa_reward.rewards.bound import device_of
+from aigiqa_reward.rewards.reward import check_features
 from aigiqa_reward.rewards.reward_fn import RewardFn
 from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output
 
@@ -18,10 +20,9 @@ from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as
 class CompositeReward(nn.Module):
     """A weighted mean of several rewards, whose totals are brought to one scale first.
 
-    Scales come from a fixed reference sample of each member's totals, never from the batch, so that a score does not
-    depend on its batch mates: `"zscore"` subtracts the sample's mean and divides by its std; `"rank"` gives the
-    share of the sample that lies below (linear between neighbors, so that it has a gradient within the sample's
-    range). `quality` and `correspondence` are the weighted means of the members' own, unscaled.
+    The scale comes from a fixed sample of each member's totals, so that a score does not depend on its batch mates.
+    `"zscore"` subtracts the sample's mean and divides by its std; `"rank"` gives the share of the sample that lies
+    below, linear between neighbors. `quality` and `correspondence` are weighted means of the members' own, unscaled.
 
     Args:
         members: rewards or reward functions by name.
@@ -51,10 +52,10 @@ class CompositeReward(nn.Module):
         reference: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
-        if not isinstance(members, Mapping) or not all(callable(member) for member in members.values()):
-            raise TypeError(f"members: expected a mapping from names to rewards or functions, got {members!r}")
-        if not members:
-            raise ValueError("members: expected at least one reward, got none")
+        if not members or not all(callable(member) for member in members.values()):
+            raise TypeError(
+                f"members: expected at least one reward or function by name, got {members!r}"
+            )
         if combine not in ("zscore", "rank"):
             raise ValueError(f"combine: expected 'zscore' or 'rank', got {combine!r}")
         weights = dict.fromkeys(members, 1.0) if weights is None else weights
@@ -64,6 +65,7 @@ class CompositeReward(nn.Module):
         if not all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights.values()):
             raise ValueError(f"weights: expected finite numbers above 0, got {dict(weights)}")
         self.combine = combine
+        self._model = f"composite of {', '.join(members)}"
         self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         self.members = dict(members)
         try:
@@ -82,24 +84,17 @@ class CompositeReward(nn.Module):
         weights: Mapping[str, float] | None = None,
         combine: str = "zscore",
     ) -> CompositeReward:
-        """Measure the reference on a sample: images (R, 3, H, W) and R prompts like those to be scored.
+        """Measure the reference on a sample of images (R, 3, H, W) and R prompts like those to be scored.
 
-        A member's total without prompts is its quality alone, on another scale: pass None here for a reward that
-        will be called without prompts, and make another one for calls with prompts.
+        A member's total without prompts is its quality, on another scale: pass None here for a reward that will be
+        called without prompts.
         """
         with torch.no_grad():
             reference = {name: _call(name, member, images, prompts).total for name, member in members.items()}
         return cls(members, weights=weights, combine=combine, reference=reference)
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
-        """Encode prompts once, to be passed instead of the strings; members that encode none get the strings.
-
-        Args:
-            prompts: one string per image, B in all.
-
-        Returns:
-            Features of B rows; `features.expand(B)` repeats one prompt for a batch.
-        """
+        """Encode B prompts once, as `Reward.encode_prompts` does; members that encode none get the strings."""
         check_prompts(prompts)
         texts, index = distinct_prompts(prompts)
         encoders = {name: getattr(member, "encode_prompts", None) for name, member in self.members.items()}
@@ -112,48 +107,27 @@ class CompositeReward(nn.Module):
     ) -> RewardOutput:
         """Score a batch (B, 3, H, W) as `Reward` does; `details` holds each member's own total."""
         pixels.check(images, validate=validate)
-        given = self._prompts_of_members(prompts, len(images))
+        given: dict[str, Any] = dict.fromkeys(self.members, prompts)
+        if isinstance(prompts, PromptFeatures):
+            check_features(prompts, self._model, len(images))
+            assert isinstance(prompts, _MembersFeatures)
+            own = {
+                name: features[prompts.index.to(features.index.device)] for name, features in prompts.members.items()
+            }
+            given = {**dict.fromkeys(self.members, prompts.prompts), **own}
         outputs = {name: _call(name, member, images, given[name]) for name, member in self.members.items()}
-        total = self._mean({n: self._scaled(n, o.total) for n, o in outputs.items()})
+        scales = {name: getattr(module, self.combine) for name, module in self.reference.items()}
         with_prompts = {n: o.correspondence for n, o in outputs.items() if o.correspondence is not None}
         return RewardOutput(
-            total=total,
+            total=self._mean({n: scales[n](_at_least_float32(o.total)) for n, o in outputs.items()}),
             quality=self._mean({n: o.quality for n, o in outputs.items()}),
             correspondence=self._mean(with_prompts) if with_prompts else None,
             details={name: output.total for name, output in outputs.items()},
         )
 
     def as_reward_fn(self) -> RewardFn:
-        """Wrap this reward as `f(images, prompts, metadata) -> (rewards, info)`, for policy-gradient trainers."""
+        """Wrap this reward as `Reward.as_reward_fn` does."""
         return RewardFn(self)
-
-    @property
-    def _model(self) -> str:
-        return f"composite of {', '.join(self.members)}"
-
-    def _prompts_of_members(
-        self, prompts: Sequence[str] | PromptFeatures | None, count: int
-    ) -> dict[str, Sequence[str] | PromptFeatures | None]:
-        """Return the prompts for each member: its own features where it made some, else the strings."""
-        if not isinstance(prompts, PromptFeatures):
-            return dict.fromkeys(self.members, prompts)
-        if not isinstance(prompts, _MembersFeatures) or prompts.model != self._model:
-            raise ValueError(
-                f"prompts: these features were encoded by {prompts.model!r}, this reward is the {self._model}; "
-                "encode them with this reward's encode_prompts"
-            )
-        if len(prompts) != count:
-            raise ValueError(
-                f"prompts: expected one per image, got {len(prompts)} prompts for {count} images; "
-                "encode_prompts([prompt]).expand(B) repeats one prompt for a batch"
-            )
-        return {**dict.fromkeys(self.members, prompts.prompts), **prompts.of_members()}
-
-    def _scaled(self, name: str, total: Tensor) -> Tensor:
-        reference = self.reference[name]
-        assert isinstance(reference, _Reference)
-        total = _at_least_float32(total)
-        return reference.zscore(total) if self.combine == "zscore" else reference.rank(total)
 
     def _mean(self, values: Mapping[str, Tensor]) -> Tensor:
         share = sum(self.weights[name] for name in values)
@@ -168,14 +142,9 @@ class _MembersFeatures(PromptFeatures):
 
     members: Mapping[str, PromptFeatures]
 
-    def of_members(self) -> dict[str, PromptFeatures]:
-        """Return each member's features of the rows."""
-        return {name: features[self.index.to(features.index.device)] for name, features in self.members.items()}
-
     def to(self, device: torch.device | str) -> PromptFeatures:
         """Move the features to another device."""
-        members = {name: features.to(device) for name, features in self.members.items()}
-        return replace(self, index=self.index.to(device), members=members)
+        return replace(self, index=self.index.to(device), members={n: f.to(device) for n, f in self.members.items()})
 
 
 class _Reference(FullPrecision):
@@ -187,10 +156,8 @@ class _Reference(FullPrecision):
             raise TypeError(f"reference[{name!r}]: expected a tensor of totals, got {type(totals).__name__}")
         totals = totals.detach().flatten().float().sort().values.clone()
         if len(totals) < 2 or not bool(torch.isfinite(totals).all()) or float(totals[0]) == float(totals[-1]):
-            raise ValueError(
-                f"reference[{name!r}]: expected at least 2 finite totals that are not all equal, got "
-                f"{totals.tolist()[:5]}"
-            )
+            got = totals.tolist()[:5]
+            raise ValueError(f"reference[{name!r}]: expected at least 2 finite totals, not all equal, got {got}")
         self.register_buffer("totals", totals)
         self.totals: Tensor
 
@@ -212,8 +179,6 @@ def _at_least_float32(scores: Tensor) -> Tensor:
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
-def _call(
-    name: str, member: RewardFunction, images: Tensor, prompts: Sequence[str] | PromptFeatures | None
-) -> RewardOutput:
-    result = member(images.to(device_of(member) or images.device), prompts)  # pyright: ignore[reportArgumentType]
+def _call(name: str, member: RewardFunction, images: Tensor, prompts: Any) -> RewardOutput:
+    result = member(images.to(device_of(member) or images.device), prompts)
     return as_reward_output(result, len(images), source=f"member {name!r}")

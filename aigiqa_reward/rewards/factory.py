@@ -37,9 +37,6 @@ def list_rewards() -> list[str]:
 def get_reward_spec(name: str) -> ModelSpec:
     """Look up what to know of a reward before choosing it: paper, license, scale, size, gradient path.
 
-    Raises:
-        ValueError: unknown name; the message suggests a similar one.
-
     Example:
         >>> from aigiqa_reward import get_reward_spec
         >>> get_reward_spec("tsp_mgs").title
@@ -72,9 +69,8 @@ def create_reward(
 
     Args:
         name: one of `list_rewards()`.
-        preset: None for the embedded weights, offline; "paper" for the published towers from the Hub. The authors
-            publish no heads that may be used here, so only zero-shot tsp_mgs scores with it; train the other systems
-            (`aigiqa-reward train NAME --preset paper`) and pass the result as `weights`.
+        preset: None for the embedded weights, offline; "paper" for the published towers from the Hub, with which only
+            tsp_mgs scores, zero-shot; train the others (`aigiqa-reward train`) and pass the result as `weights`.
         encoder: open_clip model for zero-shot tsp_mgs.
         zero_shot: use tsp_mgs untrained, on `encoder` or else the compact towers.
         scenario: scenario of cpa_iqa; `aigiqa-reward scenarios` lists them.
@@ -93,56 +89,36 @@ def create_reward(
         0.7
     """
     spec = get_reward_spec(name)
-    _check_types(dtype, zero_shot, assistants)
+    check_preset(preset)
+    if assistants is not None and not isinstance(assistants, Assistants):
+        raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     settings = _scenario_settings(name, scenario, preferences)
     given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
     shares: dict[str, Any] = {argument: share for argument, share in given.items() if share is not None}
+    untrained = encoder is not None or zero_shot or (preset is not None and name == "tsp_mgs")
     if weights is not None:
         if preset is not None or encoder is not None or zero_shot:
             raise ValueError("weights: a saved reward has its own towers; pass neither preset nor encoder")
         shares |= {"assistants": assistants, "settings": settings}
-        return _placed(Reward.from_pretrained(weights, name=name, revision=revision, **shares), device, dtype)
-    if revision is not None:
+        reward = Reward.from_pretrained(weights, name=name, revision=revision, **shares)
+    elif revision is not None:
         raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
-    model, untrained = _model(name, preset, encoder, zero_shot, assistants, settings)
-    reward = Reward(model, spec, **shares)
-    if name in SYSTEMS and not untrained:
-        load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
-    return _placed(reward, device, dtype)
-
-
-def _model(
-    name: str,
-    preset: str | None,
-    encoder: OpenCLIPConfig | None,
-    zero_shot: bool,
-    assistants: Assistants | None,
-    settings: Mapping[str, Any],
-) -> tuple[QualityModel, bool]:
-    """Build the model with its weights; also whether it is untrained."""
-    check_preset(preset)
-    untrained = encoder is not None or zero_shot or (preset is not None and name == "tsp_mgs")
-    with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
-        if untrained:
-            return _zero_shot(name, preset, encoder, assistants), True
-        return _embedded(name, preset, assistants, settings), False
-
-
-def _placed(reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None) -> Reward:
+    else:
+        with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
+            if untrained:
+                model = _zero_shot(name, preset, encoder, assistants)
+            else:
+                model = _embedded(name, preset, assistants, settings)
+        reward = Reward(model, spec, **shares)
+        if name in SYSTEMS and not untrained:
+            load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
     try:
         return reward.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: cannot use {str(device)!r} here ({reason}); pass 'cpu', or None") from error
-
-
-def _check_types(dtype: object, zero_shot: object, assistants: object) -> None:
-    if not isinstance(zero_shot, bool):
-        raise TypeError(f"zero_shot: expected True or False, got {zero_shot!r}")
-    if assistants is not None and not isinstance(assistants, Assistants):
-        raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
-    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
-        raise ValueError(f"dtype: expected a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
 
 
 def _scenario_settings(
@@ -151,8 +127,6 @@ def _scenario_settings(
     """Return the fields of cpa_iqa's configuration that scenario and preferences set."""
     settings: dict[str, Any] = {}
     if preferences is not None:
-        if not isinstance(preferences, Mapping | str | os.PathLike):
-            raise TypeError(f"preferences: expected a matrix or the path of one, got {type(preferences).__name__}")
         matrix = Preferences(preferences) if isinstance(preferences, Mapping) else Preferences.load(preferences)
         settings["preferences"] = matrix
         if scenario is None and len(matrix) == 1:
@@ -168,24 +142,24 @@ def _zero_shot(
     name: str, preset: str | None, encoder: OpenCLIPConfig | None, assistants: Assistants | None
 ) -> QualityModel:
     """Build tsp_mgs without anything trained."""
-    if name == "compact":
-        raise ValueError("encoder, zero_shot: the compact reward has its own embedded towers; pass neither")
     if name != "tsp_mgs":
         raise ValueError(
-            f"encoder, zero_shot: only tsp_mgs scores without training, got them for {name}; "
-            f"to train on other towers, use aigiqa_reward.training or `aigiqa-reward train {name}`"
+            f"encoder, zero_shot: only tsp_mgs scores without training, got them for {name}; to train another system "
+            "on other towers, use aigiqa_reward.training or `aigiqa-reward train`"
         )
     if preset is not None and encoder is not None:
         raise ValueError("preset, encoder: 'paper' names the encoder already; pass one of them")
     settings = {"zero_shot": True, "adapter_rank": 0, "words_in_quality": False}
-    towers = None if encoder is None else {"clip": encoder}
+    towers = {} if encoder is None else {"clip": encoder}
     return build_model(name, preset=preset, towers=towers, assistants=assistants, settings=settings)
 
 
 def _embedded(
     name: str, preset: str | None, assistants: Assistants | None, settings: Mapping[str, Any]
 ) -> QualityModel:
-    """Build a model with its embedded weights, and say where these do not fit the arguments."""
+    """Build a model with its embedded weights; warn or raise where these do not fit the arguments."""
+    needs = SYSTEMS[name].needs if name in SYSTEMS else ()
+    remedy = "train one with TrainingPlan(assistants=...)"
     if name == "compact" and preset is not None:
         raise ValueError("preset: the compact reward has its own embedded towers; leave it out")
     if preset == "paper":
@@ -193,23 +167,18 @@ def _embedded(
             f"preset: {name} on the published towers has no trained head to load: its authors publish none that may be "
             f"used here. Train one with `aigiqa-reward train {name} --preset paper --data ...` and pass its folder as "
             "weights, or leave preset at None for the embedded weights"
-            + (f"; {name} needs TrainingPlan(assistants=...) in Python" if SYSTEMS[name].needs else "")
+            + (f"; {name} needs TrainingPlan(assistants=...) in Python" if needs else "")
         )
-    if assistants is not None and name in SYSTEMS:
-        _warn_untrained(name, assistants)
-    return load_embedded(name, assistants=assistants, settings=settings)
-
-
-def _warn_untrained(name: str, assistants: Assistants) -> None:
-    remedy = "train one with TrainingPlan(assistants=...)"
-    if any(getattr(assistants, role) is not None for role in SYSTEMS[name].needs):
+    if any(getattr(assistants, role, None) is not None for role in needs):
         raise ValueError(
             f"assistants: {name}'s embedded head reads the offline substitute's features, not a multimodal model's; "
             f"{remedy} and pass it as weights"
         )
-    warnings.warn(
-        f"assistants: {name}'s embedded head was trained with the offline substitutes and knows no others; {remedy} "
-        "before trusting its scores",
-        UserWarning,
-        stacklevel=5,
-    )
+    if assistants is not None and name in SYSTEMS:
+        warnings.warn(
+            f"assistants: {name}'s embedded head was trained with the offline substitutes and knows no others; "
+            f"{remedy} before trusting its scores",
+            UserWarning,
+            stacklevel=3,
+        )
+    return load_embedded(name, assistants=assistants, settings=settings)

@@ -15,11 +15,7 @@ from aigiqa_reward.types import RewardFunction
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise ImportError(
-        "RewardMetric needs the package torchmetrics; install it with `pip install 'aigiqa-reward[metrics]'`"
-    ) from error
-
-ASPECTS = ("total", "quality", "correspondence")
+    raise ImportError("RewardMetric needs torchmetrics; `pip install 'aigiqa-reward[metrics]'`") from error
 
 
 class RewardMetric(Metric):
@@ -49,8 +45,8 @@ class RewardMetric(Metric):
 
     def __init__(self, reward: RewardFunction, aspect: str = "total", *, batch_size: int = 32) -> None:
         super().__init__()
-        if aspect not in ASPECTS:
-            raise ValueError(f"aspect: expected one of {', '.join(ASPECTS)}, got {aspect!r}")
+        if aspect not in ("total", "quality", "correspondence"):
+            raise ValueError(f"aspect: expected one of total, quality, correspondence, got {aspect!r}")
         self.aspect = aspect
         self._scorer = Scorer(reward, batch_size)  # no submodule: a metric's checkpoint holds no weights
         self.add_state("score_sum", torch.tensor(0.0), dist_reduce_fx="sum")

@@ -23,15 +23,9 @@ def rank(scores: Iterable[SupportsFloat]) -> list[int]:
     return sorted(range(len(values)), key=lambda index: _key(values[index], index))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Ranked:
-    """A candidate in a `TopK`.
-
-    Attributes:
-        score: never NaN; higher is better.
-        index: number of the candidate; the smaller one wins a tie.
-        item: object pushed with it.
-    """
+    """A candidate in a `TopK`: its score, never NaN, its number, and the object pushed with it."""
 
     score: float
     index: int
@@ -39,7 +33,7 @@ class Ranked:
 
 
 class TopK:
-    """The best `k` candidates of a stream, in whichever order they are pushed."""
+    """The best `k` candidates of a stream, in whichever order they are pushed; the smaller number wins a tie."""
 
     def __init__(self, k: int) -> None:
         self.k = integer("k", k, least=1)
@@ -51,22 +45,16 @@ class TopK:
 
     def accepts(self, score: SupportsFloat, index: int) -> bool:
         """Return whether `push` would keep this candidate; ask first where its item is expensive."""
-        value = float(score)
-        if math.isnan(value):
-            return False
-        if len(self._held) < self.k:
-            return True
-        worst = self._held[-1]
-        return _key(value, index) < _key(worst.score, worst.index)
+        if math.isnan(float(score)) or len(self._held) < self.k:
+            return not math.isnan(float(score))
+        return _key(float(score), index) < _key(self._held[-1].score, self._held[-1].index)
 
     def push(self, score: SupportsFloat, index: int, item: Any) -> bool:
         """Add a candidate with a unique number and an item if it is one of the best `k`; return whether it is."""
-        if not self.accepts(score, index):
-            return False
-        entry = Ranked(score=float(score), index=index, item=item)
-        bisect.insort(self._held, entry, key=lambda held: _key(held.score, held.index))
-        del self._held[self.k :]
-        return True
+        if accepted := self.accepts(score, index):
+            bisect.insort(self._held, Ranked(float(score), index, item), key=lambda held: _key(held.score, held.index))
+            del self._held[self.k :]
+        return accepted
 
     def items(self) -> list[Ranked]:
         """Return the candidates held, best first."""
@@ -74,17 +62,10 @@ class TopK:
 
 
 def spread(distances: Sequence[Sequence[float]], count: int) -> list[int]:
-    """Select candidates that are far apart, starting with the best one.
+    """Select the places of `count` candidates that are far apart, starting with the best one; ties go to the better.
 
     Greedy farthest-first traversal (Gonzalez 1985): the smallest distance in the selection is at least half of the
-    largest possible.
-
-    Args:
-        distances: (K, K) symmetric, at least 0; candidates best first.
-        count: number of candidates to select, in [1, K].
-
-    Returns:
-        (count,) places, ascending. Ties go to the better candidate.
+    largest possible. `distances` are (K, K), candidates best first; places are ascending.
     """
     taken = [0]
     while len(taken) < count:

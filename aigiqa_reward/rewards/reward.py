@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
 from aigiqa_reward import __version__
 from aigiqa_reward import images as pixels
 from aigiqa_reward.assistants import Assistants
-from aigiqa_reward.models.base import (
-    FullPrecision,
-    ModelSpec,
-    QualityModel,
-    check_context,
-    check_prompts,
-    warn_ignored_context,
-)
+from aigiqa_reward.models.base import FullPrecision, ModelSpec, QualityModel, check_context, warn_ignored_context
 from aigiqa_reward.rewards.build import empty_model
 from aigiqa_reward.rewards.reward_fn import RewardFn
 from aigiqa_reward.rewards.specs import SPECS
@@ -56,19 +47,11 @@ reward = create_reward("{spec.name}", weights="...")  # this folder, or its id o
 scores = reward(images, prompts)  # images (B, 3, H, W) in [0, 1], B prompts
 ```
 
-If it was trained further: say here on whose scores, of which images and prompts, and
-under which license you pass it on.
+If it was trained further: say here on whose scores of which images and prompts, and under which license you share it.
 """
-"""The model card, without numbers of a training, which only the user knows."""
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-
-_CONFIG_BYTES, _HEADER_BYTES = 20_000_000, 10_000_000
-"""Largest config.json, which may hold a tokenizer, and largest header of model.safetensors."""
-
-_SPARE = 2**25
-"""Numbers that a model may hold in buffers beside its weights, such as masks and grids; 128 MiB as float32."""
-
+_CONFIG_BYTES = 20_000_000  # it may hold a tokenizer
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -91,8 +74,8 @@ class Calibration(FullPrecision):
 class Reward(nn.Module, ModelHubMixin):
     """A quality model as a reward function: `reward(images, prompts) -> RewardOutput`.
 
-    The weights are frozen, gradients are not: `reward(images, prompts).total.sum().backward()` fills `images.grad`. The
-    module always stays in evaluation mode, so that a trainer that calls `train()` on it cannot change scores.
+    The weights are frozen, gradients with respect to images are not. The module always stays in evaluation mode, so
+    that a trainer that calls `train()` on it cannot change scores.
 
     Args:
         model: quality model.
@@ -112,24 +95,16 @@ class Reward(nn.Module, ModelHubMixin):
         >>> features = reward.encode_prompts(["a fox"])  # once, for many batches
         >>> reward(images, features.expand(2)).correspondence.shape
         torch.Size([2])
-        >>> assisted = create_reward("cpa_iqa")
-        >>> context = assisted.prepare(images, ["a fox", "a cat"])  # what its assistants say, held fixed in gradients
-        >>> assisted(images, ["a fox", "a cat"], context=context).quality.shape
-        torch.Size([2])
     """
 
     def __init__(
-        self,
-        model: QualityModel,
-        spec: ModelSpec,
-        *,
-        quality_weight: float = 0.5,
-        correspondence_weight: float = 0.5,
+        self, model: QualityModel, spec: ModelSpec, *, quality_weight: float = 0.5, correspondence_weight: float = 0.5
     ) -> None:
         super().__init__()
         check_aspect_weights(quality_weight, correspondence_weight)
         self.model = model
         self.spec = spec
+        self.name = spec.name
         self.calibration = Calibration()
         self.quality_weight = quality_weight
         self.correspondence_weight = correspondence_weight
@@ -139,11 +114,6 @@ class Reward(nn.Module, ModelHubMixin):
     def train(self, mode: bool = True) -> Reward:
         """Stay in evaluation mode, whatever the mode asked for."""
         return super().train(False)
-
-    @property
-    def name(self) -> str:
-        """Name that `create_reward` knows it by."""
-        return self.spec.name
 
     @property
     def device(self) -> torch.device:
@@ -156,24 +126,16 @@ class Reward(nn.Module, ModelHubMixin):
         return self.model.needs_prompts or self.quality_weight == 0
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
-        """Encode prompts once, to be passed instead of the strings; each distinct prompt is encoded once.
+        """Encode B prompts, each distinct one once, to be passed instead of the strings.
 
-        Args:
-            prompts: one string per image, B in all.
-
-        Returns:
-            Features of B rows; `features.expand(B)` repeats one prompt for a batch.
+        `features.expand(B)` repeats one prompt for a batch.
         """
-        check_prompts(prompts)
         return self.model.encode_prompts(prompts)
 
     def prepare(self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None = None) -> Context | None:
-        """Run the model's assistants once; None for a model without assistants.
-
-        Pass the result as `context`, where it is held fixed in gradients.
-        """
+        """Run the model's assistants, if it has any; pass the result as `context`, which is fixed in gradients."""
         pixels.check(images)
-        return self.model.prepare(self._working(images), self._features(images, prompts))
+        return self.model.prepare(images.to(self.calibration.quality.dtype), self._features(images, prompts))
 
     def forward(
         self,
@@ -197,14 +159,12 @@ class Reward(nn.Module, ModelHubMixin):
         """
         pixels.check(images, validate=validate)
         if images.device != self.device:
-            raise ValueError(
-                f"images: are on {images.device}, the reward is on {self.device}; move one with .to(device)"
-            )
+            raise ValueError(f"images: on {images.device}, but the reward is on {self.device}; move one by .to(device)")
         if context is not None and not self.model.context_names:
             warn_ignored_context(self.name)
         elif context is not None:
             check_context(context, self.model.context_names, len(images))
-        raw = self.model(self._working(images), self._features(images, prompts), context)
+        raw = self.model(images.to(self.calibration.quality.dtype), self._features(images, prompts), context)
         quality = self.calibration(raw.quality, "quality")
         details = dict(raw.details)
         if "uncertainty" in details:  # a std of quality, on the same scale
@@ -212,18 +172,13 @@ class Reward(nn.Module, ModelHubMixin):
         if raw.correspondence is None:
             return RewardOutput(total=quality, quality=quality, details=details)
         correspondence = self.calibration(raw.correspondence, "correspondence")
-        total = (self.quality_weight * quality + self.correspondence_weight * correspondence) / (
-            self.quality_weight + self.correspondence_weight
-        )
+        total = self.quality_weight * quality + self.correspondence_weight * correspondence
+        total = total / (self.quality_weight + self.correspondence_weight)
         return RewardOutput(total=total, quality=quality, correspondence=correspondence, details=details)
 
     def as_reward_fn(self) -> RewardFn:
         """Wrap this reward as `f(images, prompts, metadata) -> (rewards, info)`, for policy-gradient trainers."""
         return RewardFn(self)
-
-    def _working(self, images: Tensor) -> Tensor:
-        """Convert images to the dtype of the heads: float32, or float64 for a reward cast to it."""
-        return images.to(self.calibration.quality.dtype)
 
     def _features(self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None) -> PromptFeatures | None:
         if prompts is None:
@@ -234,16 +189,7 @@ class Reward(nn.Module, ModelHubMixin):
                 )
             return None
         features = prompts if isinstance(prompts, PromptFeatures) else self.encode_prompts(prompts)
-        if features.model != self.name:
-            raise ValueError(
-                f"prompts: these features were encoded by {features.model!r}, this reward is {self.name!r}; "
-                "encode them with this reward's encode_prompts"
-            )
-        if len(features) != len(images):
-            raise ValueError(
-                f"prompts: expected one per image, got {len(features)} prompts for {len(images)} images; "
-                "encode_prompts([prompt]).expand(B) repeats one prompt for a batch"
-            )
+        check_features(features, self.name, len(images))
         return features if features.index.device == self.device else features.to(self.device)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -259,9 +205,9 @@ class Reward(nn.Module, ModelHubMixin):
         write_weights(save_directory / _WEIGHTS, self.state_dict(), lossless=True)
         write_atomically(save_directory / _CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Return what `save_pretrained` writes as README.md where there is none."""
-        del args, kwargs  # of the Hub's template, which knows nothing of rewards
+    def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
+        """Return what `save_pretrained` writes as README.md where there is none; the arguments are ignored."""
+        del args, kwargs
         return ModelCard(_CARD.format(spec=self.spec))
 
     @classmethod
@@ -275,25 +221,19 @@ class Reward(nn.Module, ModelHubMixin):
         assistants: Assistants | None = None,
         settings: Mapping[str, Any] | None = None,
         revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
+        **hub: str | bool | Path | None,
     ) -> Reward:
         """Load what `save_pretrained` wrote, in the dtype it was saved in.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             name: name that the reward must have.
-            quality_weight: replaces the saved share of quality in `total`.
-            correspondence_weight: replaces the saved share of correspondence in `total`.
+            quality_weight: share of quality in `total` instead of the saved one.
+            correspondence_weight: share of correspondence in `total` instead of the saved one.
             assistants: assistants of a reward that was trained with some; they are not saved with it.
             settings: fields of the model's configuration that differ from the saved ones.
             revision: branch, tag or commit of the Hub id.
-            token: access token of the Hub.
-            cache_dir: folder of the Hub's cache.
-            force_download: download again.
-            local_files_only: use the Hub's cache alone.
+            **hub: options of `huggingface_hub.snapshot_download`, such as token, cache_dir and local_files_only.
 
         Example:
             >>> from aigiqa_reward import Reward, create_reward
@@ -301,27 +241,29 @@ class Reward(nn.Module, ModelHubMixin):
             >>> Reward.from_pretrained("mine", quality_weight=0.8).quality_weight
             0.8
         """
-        hub = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
-        folder = _folder(pretrained_model_name_or_path, revision, {**hub, "local_files_only": local_files_only})
-        saved = _read_config(folder)
-        if name not in (None, saved.spec.name):
+        folder = _folder(pretrained_model_name_or_path, revision, hub)
+        given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
+        try:
+            config = read_json(folder / _CONFIG, most=_CONFIG_BYTES)
+            spec, dtype = SPECS[config["name"]], _DTYPES[config["dtype"]]
+            shares = {key: float(config[key]) for key in given}
+            check_aspect_weights(**shares)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise WeightsError(
-                f"weights: {pretrained_model_name_or_path} holds a {saved.spec.name!r} reward, expected {name!r}"
-            )
-        shares = saved.shares
-        shares |= {} if quality_weight is None else {"quality_weight": quality_weight}
-        shares |= {} if correspondence_weight is None else {"correspondence_weight": correspondence_weight}
-        reward = cls(_empty(folder, saved, assistants, settings or {}), saved.spec, **shares).to(saved.dtype)
-        most = sum(8 * tensor.numel() for tensor in reward.state_dict().values()) + _HEADER_BYTES
-        load_strictly(reward, read_weights(folder / _WEIGHTS, most_bytes=most), source=str(folder))
+                f"weights: {folder}/config.json does not describe a reward ({type(error).__name__}: {error}); "
+                "expected a folder written by reward.save_pretrained"
+            ) from error
+        if name not in (None, spec.name):
+            raise WeightsError(f"weights: {folder} holds a {spec.name!r} reward, expected {name!r}")
+        shares |= {key: share for key, share in given.items() if share is not None}
+        reward = cls(_empty(folder, spec.name, config["model"], assistants, settings or {}), spec, **shares).to(dtype)
+        load_strictly(reward, read_weights(folder / _WEIGHTS), source=str(folder))
         return reward
 
     def extra_repr(self) -> str:
         """Return what distinguishes this reward from another of its name."""
-        return (
-            f"name={self.name!r}, quality_weight={self.quality_weight}, "
-            f"correspondence_weight={self.correspondence_weight}"
-        )
+        weights = f"quality_weight={self.quality_weight}, correspondence_weight={self.correspondence_weight}"
+        return f"name={self.name!r}, {weights}"
 
 
 def check_aspect_weights(quality_weight: float, correspondence_weight: float) -> None:
@@ -333,76 +275,36 @@ def check_aspect_weights(quality_weight: float, correspondence_weight: float) ->
         raise ValueError("quality_weight, correspondence_weight: expected at least one above 0, got 0 and 0")
 
 
-class _Saved(NamedTuple):
-    """The content of a saved reward's config.json."""
-
-    spec: ModelSpec
-    dtype: torch.dtype
-    shares: dict[str, float]
-    model: Mapping[str, Any]
-
-
-def _read_config(folder: Path) -> _Saved:
-    """Read config.json, which may come from anybody."""
-    try:
-        config = read_json(folder / _CONFIG, most=_CONFIG_BYTES)
-        shares = {key: float(config[key]) for key in ("quality_weight", "correspondence_weight")}
-        check_aspect_weights(**shares)
-        return _Saved(SPECS[config["name"]], _DTYPES[config["dtype"]], shares, config["model"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise WeightsError(
-            f"weights: {folder}/config.json does not describe a reward ({type(error).__name__}: {error}); "
-            "expected a folder written by reward.save_pretrained"
-        ) from error
+def check_features(features: PromptFeatures, model: str, count: int) -> None:
+    """Refuse features that another reward encoded, or of another number of prompts than images."""
+    if features.model != model:
+        raise ValueError(
+            f"prompts: these features were encoded by {features.model!r}, this reward is {model!r}; "
+            "encode them with this reward's encode_prompts"
+        )
+    if len(features) != count:
+        raise ValueError(
+            f"prompts: expected one per image, got {len(features)} prompts for {count} images; "
+            "encode_prompts([prompt]).expand(B) repeats one prompt for a batch"
+        )
 
 
-def _empty(folder: Path, saved: _Saved, assistants: Assistants | None, settings: Mapping[str, Any]) -> QualityModel:
-    """Build the model that config.json describes, if the bytes of model.safetensors can fill it."""
+def _empty(
+    folder: Path, name: str, saved: Any, assistants: Assistants | None, settings: Mapping[str, Any]
+) -> QualityModel:
+    """Build the model that config.json describes, if it is no larger than model.safetensors."""
     try:
         size = (folder / _WEIGHTS).stat().st_size
-    except OSError as error:
-        raise WeightsError(f"weights: cannot read {folder / _WEIGHTS}: {error.strerror}") from error
-    try:
-        description = {**saved.model, "config": {**saved.model["config"], **settings}}
-        with _meta(2 * size + _SPARE):  # a number takes at least a byte
-            empty_model(saved.spec.name, description, assistants)
+        description = {**saved, "config": {**saved["config"], **settings}}
+        with torch.device("meta"):  # takes no memory
+            sketch = empty_model(name, description, assistants)
+        numbers = sum(tensor.numel() for tensor in sketch.state_dict().values())
+        if numbers > size + 2**25:  # a number takes at least a byte; load_strictly names smaller differences
+            raise ValueError(f"it is larger than the {size:,} bytes of {_WEIGHTS} can fill")
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, which loading replaces
-            return empty_model(saved.spec.name, description, assistants)
-    except _TooLarge as error:
-        raise WeightsError(
-            f"weights: {folder}/config.json describes a {saved.spec.name!r} larger than the {size:,} bytes of "
-            "model.safetensors can fill; it was altered, or belongs to other weights"
-        ) from error
+            return empty_model(name, description, assistants)
     except Exception as error:  # a description by somebody else may break any library that builds from it
-        raise WeightsError(f"weights: {folder}/config.json does not fit {saved.spec.name!r}: {error}") from error
-
-
-class _TooLarge(Exception):
-    """A model has more numbers than allowed."""
-
-
-@contextmanager
-def _meta(most: int) -> Iterator[None]:
-    """Build modules without memory, and stop once their parameters and buffers hold more than `most` numbers."""
-    count = 0
-
-    def add(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal count
-        if tensor is not None and tensor.is_meta:
-            count += tensor.numel()
-        if count > most:
-            raise _TooLarge
-
-    handles = [
-        hooks.register_module_parameter_registration_hook(add),
-        hooks.register_module_buffer_registration_hook(add),
-    ]
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        raise WeightsError(f"weights: {folder}: cannot build the {name!r} of config.json: {error}") from error
 
 
 def _folder(source: str | Path, revision: str | None, hub: Mapping[str, Any]) -> Path:
@@ -411,6 +313,8 @@ def _folder(source: str | Path, revision: str | None, hub: Mapping[str, Any]) ->
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision: {source} is a local folder, which has no revisions; pass None")
+        if hub:
+            raise TypeError(f"{', '.join(hub)}: expected only for a Hub id, got it for the folder {source}")
         return folder
     if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:
         raise WeightsError(

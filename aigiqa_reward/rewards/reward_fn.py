@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aigiqa_reward.images import ImageSource, load_batch
 from aigiqa_reward.rewards.bound import device_of, reward_name
-from aigiqa_reward.types import RewardFunction, RewardOutput, as_reward_output
+from aigiqa_reward.types import RewardFunction, as_reward_output
 
 
 class RewardFn:
@@ -47,15 +47,13 @@ class RewardFn:
 
         Args:
             images: (B, 3, H, W), floating point in [0, 1] or uint8; or an array (B, H, W, 3), uint8 or in [0, 1]; or a
-                list of PIL images of one size. They are moved to the reward's device.
+                list of PIL images of one size.
             prompts: B strings in a list or tuple; None for quality alone.
             metadata: the trainer's data on the prompts; ignored.
 
         Returns:
-            rewards: (B,) totals, higher is better, float32 (float64 for a reward cast to it), on the device of a tensor
-                of images, else on the CPU. They carry gradients if `images` require them.
-            info: arrays (B,) without gradients: "quality"; "correspondence", unless the reward gives none; and
-                "details/NAME" for each detail with one number per image, such as each member's total.
+            (B,) totals, on the device of a tensor of images, else on the CPU, with gradients if `images` require them;
+            and arrays (B,): "quality", "correspondence" if there is one, and "details/NAME" for each number per image.
         """
         del metadata
         batch = load_batch(images)
@@ -64,14 +62,10 @@ class RewardFn:
         with torch.set_grad_enabled(torch.is_grad_enabled() and batch.requires_grad):
             result = self.reward(batch.to(device_of(self.reward) or home), texts)  # pyright: ignore[reportArgumentType]
         output = as_reward_output(result, len(batch))
-        return output.total.to(home), _info(output)
-
-
-def _info(output: RewardOutput) -> dict[str, np.ndarray]:
-    columns = {"quality": output.quality, "correspondence": output.correspondence}
-    columns |= {f"details/{name}": detail for name, detail in output.details.items()}
-    return {
-        name: column.detach().float().cpu().numpy()
-        for name, column in columns.items()
-        if column is not None and column.shape == output.total.shape
-    }
+        columns = {"quality": output.quality, "correspondence": output.correspondence}
+        columns |= {f"details/{name}": detail for name, detail in output.details.items()}
+        return output.total.to(home), {
+            name: column.detach().float().cpu().numpy()
+            for name, column in columns.items()
+            if column is not None and column.shape == output.total.shape
+        }

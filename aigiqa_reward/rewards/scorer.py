@@ -23,13 +23,7 @@ Inputs: TypeAlias = Sequence[ImageSource] | Tensor | np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredImage:
-    """Result of one input.
-
-    Attributes:
-        index: place in the inputs.
-        output: scores, a batch of one on the CPU; None if the image or its prompt could not be read.
-        error: reason why not; None if it could.
-    """
+    """Scores of one input, a batch of one on the CPU, or the error why it or its prompt could not be read."""
 
     index: int
     output: RewardOutput | None
@@ -86,22 +80,15 @@ class Scorer:
         self.batch_size = integer("batch_size", batch_size, least=1)
 
     def score(
-        self,
-        inputs: Inputs,
-        prompts: Sequence[str] | str | None = None,
-        *,
-        on_error: Literal["raise", "nan"] = "raise",
+        self, inputs: Inputs, prompts: Sequence[str] | str | None = None, *, on_error: Literal["raise", "nan"] = "raise"
     ) -> RewardOutput:
-        """Score all inputs.
+        """Score all inputs; row i of the output, on the CPU, is inputs[i].
 
         Args:
             inputs: PIL images, paths, arrays or tensors of mixed sizes; or one batch, (B, 3, H, W) or (B, H, W, 3).
             prompts: one text per input, one for all, or None.
             on_error: "raise" a ScoringError after the last input, or return "nan" for inputs that cannot be read, or
                 whose own prompt the reward cannot read.
-
-        Returns:
-            Scores on the CPU, row i for inputs[i].
 
         Raises:
             ScoringError: an input or its own prompt could not be read.
@@ -114,27 +101,28 @@ class Scorer:
         template = next((result.output for result in results if result.output is not None), None)
         output = None
         if template is not None:
-            failed = template._map(lambda tensor: torch.full_like(tensor.float(), float("nan")))
+            failed = template._map(lambda tensor: torch.full_like(tensor.float(), torch.nan))
             output = RewardOutput.cat([failed if r.output is None else r.output for r in results])
         if errors and on_error == "raise":
             raise ScoringError(errors, output)
-        if output is None:
-            unknown = torch.full((len(results),), float("nan"))
-            output = RewardOutput(total=unknown, quality=unknown.clone())
-        return output
+        unknown = torch.full((len(results),), torch.nan)
+        return output or RewardOutput(total=unknown, quality=unknown.clone())
 
     def stream(self, inputs: Inputs, prompts: Sequence[str] | str | None = None) -> Iterator[ScoredImage]:
         """Score batch by batch, and yield each result in the order of the inputs as soon as it is known.
 
-        The arguments are checked at once. Inputs that cannot be read, or whose own prompt the reward cannot read, are
-        results with an `error`.
+        Arguments are checked at once. Inputs that cannot be read, or whose own prompt cannot, have an `error`.
         """
-        sources = _sources(inputs)
-        texts = _texts(prompts, len(sources))
+        sources = check_images(inputs, "inputs")
+        texts = [prompts] * len(sources) if isinstance(prompts, str) else prompts
+        if texts is not None:
+            check_prompts(texts)
+            if len(texts) != len(sources):
+                raise ValueError(f"prompts: expected one per input, got {len(texts)} prompts for {len(sources)} inputs")
         return self._stream(sources, texts, BoundReward(self.reward, [prompts] if isinstance(prompts, str) else ()))
 
     def _stream(
-        self, sources: Sequence[ImageSource], texts: list[str] | None, reward: BoundReward
+        self, sources: list[ImageSource], texts: Sequence[str] | None, reward: BoundReward
     ) -> Iterator[ScoredImage]:
         for start in range(0, len(sources), self.batch_size):
             window = range(start, min(start + self.batch_size, len(sources)))
@@ -153,31 +141,19 @@ class Scorer:
             for batch in by_shape.values():
                 output = reward.score(torch.stack(list(batch.values())), texts and [texts[index] for index in batch])
                 results |= {index: output[row : row + 1].to("cpu") for row, index in enumerate(batch)}
-            for index in window:
-                yield ScoredImage(index=index, output=results.get(index), error=errors.get(index))
+            yield from (ScoredImage(index=i, output=results.get(i), error=errors.get(i)) for i in window)
 
 
-def _sources(inputs: Inputs) -> Sequence[ImageSource]:
-    if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence | Tensor | np.ndarray):
+def check_images(images: Inputs, argument: str) -> list[ImageSource]:
+    """Return the images of a list or batch; refuse a single one, and none."""
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence | Tensor | np.ndarray):
         raise TypeError(
-            "inputs: expected a list of images (PIL, paths, arrays, tensors) or one batch, got "
-            f"{type(inputs).__name__}; wrap a single image in a list"
+            f"{argument}: expected a list of images (PIL, paths, arrays, tensors) or one batch, got "
+            f"{type(images).__name__}; wrap a single image in a list"
         )
-    if isinstance(inputs, Tensor | np.ndarray) and inputs.ndim != 4:
-        raise ValueError(
-            f"inputs: expected a batch (B, 3, H, W) or (B, H, W, 3), got shape {tuple(inputs.shape)}; "
-            "wrap a single image in a list"
-        )
-    if len(inputs) == 0:
-        raise ValueError("inputs: expected at least one image, got none")
-    return list(inputs)
-
-
-def _texts(prompts: Sequence[str] | str | None, count: int) -> list[str] | None:
-    if prompts is None:
-        return None
-    texts = [prompts] * count if isinstance(prompts, str) else prompts
-    check_prompts(texts)
-    if len(texts) != count:
-        raise ValueError(f"prompts: expected one per input, got {len(texts)} prompts for {count} inputs")
-    return list(texts)
+    if isinstance(images, Tensor | np.ndarray) and images.ndim != 4:
+        shape = tuple(images.shape)
+        raise ValueError(f"{argument}: expected a batch of 4 dimensions, got shape {shape}; wrap one image in a list")
+    if len(images) == 0:
+        raise ValueError(f"{argument}: expected at least one image, got none")
+    return list(images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from aigiqa_reward.models.base import ModelSpec
 
 TOWER_FILES: dict[str, str] = {
@@ -14,31 +16,17 @@ TOWER_FILES: dict[str, str] = {
 _SCALE = "[0, 1] on AGIQA-3K, 1 = its best human score; not clamped"
 
 
-def _system(
-    name: str,
-    title: str,
-    *,
-    paper: str,
-    input_size: str,
-    gradient_path: str,
-    megabytes: float,
-    sha256: str,
-    scale: str = _SCALE,
-) -> ModelSpec:
+def _system(name: str, *, sha256: str, scale: str = _SCALE, **facts: Any) -> ModelSpec:
     """A published system with a head trained on AGIQA-3K on the compact towers."""
     return ModelSpec(
         name=name,
-        title=title,
-        paper=paper,
         license="Apache-2.0 (code and head; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
         scale=scale,
-        input_size=input_size,
         differentiable=True,
-        gradient_path=gradient_path,
         needs_prompt=False,
         weights="embedded; trained on AGIQA-3K on the compact towers",
-        megabytes=megabytes,
         sha256=TOWER_FILES | {f"{name}/model.safetensors": sha256},
+        **facts,
     )
 
 
@@ -63,7 +51,7 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "mst_clipiqa": _system(
         "mst_clipiqa",
-        "MST-CLIPIQA",
+        title="MST-CLIPIQA",
         paper="Meng, MST-CLIPIQA: multi-scale two-stream CLIP for AI-generated image quality assessment (arXiv)",
         input_size="whole image at 256 x 256 and at 512 x 512 px area",
         gradient_path="pixels through both streams, the gate and the heads; prompts fixed",
@@ -72,7 +60,7 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "tsp_mgs": _system(
         "tsp_mgs",
-        "TSP-MGS",
+        title="TSP-MGS",
         paper="Xia et al., AI-Generated Image Quality Assessment Based on Task-Specific Prompt and Multi-Granularity "
         "Similarity",
         input_size="whole image at 224 x 224 px area, 9 crops of 224 px at 512 px short side",
@@ -82,7 +70,7 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "sc_agiqa": _system(
         "sc_agiqa",
-        "SC-AGIQA",
+        title="SC-AGIQA",
         paper="SC-AGIQA: semantic consistency and frequency-domain degradation perception for AI-generated images",
         input_size="9 crops of 224 px at 512 px short side, whole image letterboxed to 224 px",
         gradient_path="pixels through the towers, the spectrum and the experts; descriptions fixed",
@@ -91,7 +79,7 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "ma_agiqa": _system(
         "ma_agiqa",
-        "MA-AGIQA",
+        title="MA-AGIQA",
         paper="MA-AGIQA: large multi-modality model assisted AI-generated image quality assessment",
         input_size="9 crops of 224 px at 512 px short side, whole image at 256 x 256 px area",
         gradient_path="pixels through the image tower and MANIQA's head; the multimodal model's features, or their "
@@ -101,7 +89,7 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "cpa_iqa": _system(
         "cpa_iqa",
-        "CPA-IQA",
+        title="CPA-IQA",
         paper="CPA-IQA: contextual preference-aligned framework for AIGC quality assessment",
         scale="[0, 1], fitted to AGIQA-3K, 1 = its best human score; details['score'] runs from 0 to 100",
         input_size="whole image letterboxed to 448 px",

@@ -23,14 +23,7 @@ from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.candidates import BestOfNOutput, Preview
 from aigiqa_reward.utils.checks import check_text, integer
 from aigiqa_reward.utils.io import read_json, read_regular, write_atomically
-from aigiqa_reward.utils.run_folder import (
-    RunFolder,
-    differences,
-    identity,
-    pipeline_identity,
-    reward_identity,
-    to_json,
-)
+from aigiqa_reward.utils.run_folder import RunFolder, differences, identity, pipeline_identity, reward_identity, to_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -38,21 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["BestOfEachError", "PromptResult", "ResultsFolder", "best_of_each"]
 
 _RESULTS, _PROMPTS, _IMAGES, _NOISES = "results.jsonl", "prompts", "images", "noises"
-
-_NOISE_BYTES = 1_000_000_000
-"""Largest file of noises that is read: more than four hundred latents of 1024 px of any family."""
-
-_LISTED = 5
-"""Prompts that an error lists; the rest are counted."""
-
-_NEUTRAL = "a photo"
-"""Prompt for checking arguments before the run."""
-
-_PAUSE = 0.2
-"""Seconds between looks at what the other processes have finished."""
-
-_DEPRECATED = ("callback", "callback_steps")
-"""What a `**kwargs` of diffusers' own pipelines is for; they would silently ignore anything else."""
+_NOISE_BYTES = 1_000_000_000  # largest file of noises that is read: more than 400 latents of 1024 px of any family
+_LISTED = 5  # prompts that an error lists; the rest are counted
+_PAUSE = 0.2  # seconds between looks at what the other processes have finished
+_DEPRECATED = ("callback", "callback_steps")  # all that a `**kwargs` of diffusers' own pipelines takes
 
 
 def describe(search: BestOfN, seed: int, settings: Mapping[str, Any], pipe_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,30 +47,20 @@ def describe(search: BestOfN, seed: int, settings: Mapping[str, Any], pipe_kwarg
         **{name: identity(value) for name, value in settings.items()},  # first, so that they replace none of the rest
         **pipeline_identity(search.pipe),
         "reward": reward_identity(search.reward),
-        "n": search.n,
-        "top_k": search.top_k,
+        **{name: getattr(search, name) for name in ("n", "top_k", "diverse", "reward_prompt")},
         "pruning": None if search.pruning is None else repr(search.pruning),
         "search": "random" if search.search is None else repr(search.search),
-        "diverse": search.diverse,
-        "reward_prompt": search.reward_prompt,
         "seed": integer("seed", seed),
         "pipe_kwargs": {name: identity(value) for name, value in pipe_kwargs.items()},
     }
-
-
-# --------------------------------------------------------------------------------------------- the folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResult:
     """Result of one prompt.
 
-    Attributes:
-        index: number of the prompt, from 0.
-        prompt: its text.
-        finished: whether all its candidates were sampled; a rerun skips it then.
-        error: why it failed; None if it did not.
-        output: its candidates so far; None without any.
+    It is `finished` once all candidates were sampled: a rerun skips it then. `output` has those so far; None without
+    any. `error` is why it failed.
     """
 
     index: int
@@ -99,19 +71,14 @@ class PromptResult:
 
 
 class ResultsFolder:
-    """Results of a `best_of_each`, read on demand.
+    """Results of a `best_of_each`, read on demand; iterating gives those so far, in the prompts' order.
 
     The folder has settings.json, results.jsonl with one candidate per line, and for each prompt a record, the winners'
-    images and, where a search changed them, their noises.
-
-    Args:
-        path: folder; it need not exist.
-        prompts: all prompts, in order.
+    images and, where a search changed them, their noises. It need not exist.
     """
 
     def __init__(self, path: str | Path, prompts: Sequence[str]) -> None:
-        self.path = Path(path)
-        self.prompts = list(prompts)
+        self.path, self.prompts = Path(path), list(prompts)
         number = "[0-9]" * 5 + "*"
         written = (f"{_PROMPTS}/{number}.json", f"{_IMAGES}/{number}_seed*.png", f"{_NOISES}/{number}.safetensors")
         contents = (_RESULTS, _PROMPTS, _IMAGES, _NOISES, *written)
@@ -119,11 +86,9 @@ class ResultsFolder:
         self._lines: dict[int, str] = {}
 
     def __len__(self) -> int:
-        """Number of prompts."""
         return len(self.prompts)
 
     def __iter__(self) -> Iterator[PromptResult]:
-        """Iterate over the results so far, in the prompts' order."""
         return (result for index in range(len(self)) if (result := self.read(index)) is not None)
 
     @classmethod
@@ -142,8 +107,7 @@ class ResultsFolder:
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse a folder that no run wrote, or a run with other settings; write nothing."""
-        before = self._settings()
-        if before is not None:
+        if (before := self._settings()) is not None:
             other = _other_prompts(before["prompts"], self.prompts)
             self._folder.refuse([*differences(before, settings, ignore=("prompts",)), *other])
 
@@ -168,11 +132,12 @@ class ResultsFolder:
 
     def write(self, index: int, output: BestOfNOutput | None, *, finished: bool, error: str | None = None) -> None:
         """Write the winners of a prompt, then its record."""
-        images = {} if output is None else {seed: self.image_file(index, seed) for seed in output.seeds}
-        for seed, image in zip(images, () if output is None else output.images, strict=True):
+        winners = zip(output.seeds, output.images, strict=True) if output else ()
+        images = {self.image_file(index, seed): image for seed, image in winners}
+        for file, image in images.items():
             data = io.BytesIO()
             image.save(data, format="PNG")
-            write_atomically(images[seed], data.getvalue())
+            write_atomically(file, data.getvalue())
         if output is not None and output.noises is not None:
             noises = zip(output.seeds, output.noises, strict=True)
             write_atomically(self._noises(index), save({str(seed): noise.contiguous() for seed, noise in noises}))
@@ -180,12 +145,12 @@ class ResultsFolder:
             "prompt": self.prompts[index],
             "finished": finished,
             "error": error,
-            "denoiser_calls": None if output is None else output.denoiser_calls,
-            "candidates": [] if output is None else list(self._candidates(index, output)),
-            "previews": {} if output is None else {s: [asdict(p) for p in ps] for s, ps in output.previews.items()},
+            "denoiser_calls": output and output.denoiser_calls,
+            "candidates": list(self._candidates(index, output)) if output else [],
+            "previews": {s: [asdict(p) for p in ps] for s, ps in output.previews.items()} if output else {},
         }
         write_atomically(self.record_file(index), to_json(record).encode())
-        for stale in set((self.path / _IMAGES).glob(f"{index:05d}_seed*.png")) - set(images.values()):
+        for stale in set((self.path / _IMAGES).glob(f"{index:05d}_seed*.png")) - set(images):
             stale.unlink()
 
     def read(self, index: int) -> PromptResult | None:
@@ -197,9 +162,8 @@ class ResultsFolder:
             output = self._output(index, record) if record["candidates"] else None
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError):  # an image or a noise is damaged
             return None
-        return PromptResult(
-            index=index, prompt=record["prompt"], finished=record["finished"], error=record["error"], output=output
-        )
+        known = {name: record[name] for name in ("prompt", "finished", "error")}
+        return PromptResult(index=index, output=output, **known)
 
     def reached(self, index: int) -> bool:
         """Return whether a prompt has a record."""
@@ -243,18 +207,11 @@ class ResultsFolder:
         columns = zip(output.all_seeds, output.all_scores, output.all_quality, known, strict=True)
         for seed, total, quality, correspondence in columns:
             error = output.dropped.get(seed)
-            yield {
-                "seed": seed,
-                "prompt": self.prompts[index],
-                "total": total,
-                "quality": quality,
-                "correspondence": correspondence,
-                "error": error,
-                "prompt_index": index,
-                "rank": places.get(seed),
-                "image": f"{_IMAGES}/{self.image_file(index, seed).name}" if seed in places else None,
-                "pruned": error is None and math.isnan(total),
-            }
+            image = f"{_IMAGES}/{self.image_file(index, seed).name}" if seed in places else None
+            scores = {"total": total, "quality": quality, "correspondence": correspondence, "error": error}
+            place = {"prompt_index": index, "rank": places.get(seed), "image": image}
+            pruned = error is None and math.isnan(total)
+            yield {"seed": seed, "prompt": self.prompts[index], **scores, **place, "pruned": pruned}
 
     def _output(self, index: int, record: dict[str, Any]) -> BestOfNOutput:
         rows = record["candidates"]
@@ -263,14 +220,12 @@ class ResultsFolder:
         noises = self._noises(index)
         by_seed = load(read_regular(noises, most=_NOISE_BYTES)) if noises.exists() else None
 
-        def number(value: float | None) -> float:
-            return math.nan if value is None else value
-
         def column(name: str, rows: Sequence[dict[str, Any]]) -> list[float]:
-            return [number(row[name]) for row in rows]
+            return [math.nan if row[name] is None else row[name] for row in rows]
 
         def preview(scores: dict[str, Any]) -> Preview:
-            return Preview(**{**scores, "total": number(scores["total"]), "quality": number(scores["quality"])})
+            known = {name: column(name, [scores])[0] for name in ("total", "quality")}
+            return Preview(**{**scores, **known})
 
         return BestOfNOutput(
             images=[open_rgb(self.image_file(index, row["seed"])) for row in winners],
@@ -295,12 +250,13 @@ def _other_prompts(earlier: Sequence[str], prompts: Sequence[str]) -> Iterator[s
         yield f"prompts: {len(earlier)} there, {len(prompts)} now; more may be added at the end, none left out"
     changed = [place for place, (a, b) in enumerate(zip(earlier, prompts, strict=False)) if a != b]
     for place in changed[:_LISTED]:
-        yield f"prompt {place}: {earlier[place][:80]!r} there, {prompts[place][:80]!r} now"
+        yield f"prompt {place}: {earlier[place]!r:.80} there, {prompts[place]!r:.80} now"
     if len(changed) > _LISTED:
         yield f"{len(changed) - _LISTED} more prompts"
 
 
 def _rows(index: int, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of results.jsonl of a prompt: its candidates and, if it failed, why."""
     rows = list(record["candidates"])
     if record["error"]:
         scores = dict.fromkeys(("total", "quality", "correspondence"))
@@ -309,16 +265,8 @@ def _rows(index: int, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**row, "finished": record["finished"]} for row in rows]
 
 
-# --------------------------------------------------------------------------------------------- the run
-
-
 class BestOfEachError(RuntimeError):
-    """Some prompts failed; the results of the others are in the folder.
-
-    Attributes:
-        failures: why, by the prompt's number from 0.
-        results: the folder.
-    """
+    """Some prompts failed: `failures` has why, by the prompt's number; the others are in the folder `results`."""
 
     def __init__(self, failures: Mapping[int, str], results: ResultsFolder) -> None:
         named = [f"prompt {i} ({results.prompts[i][:80]!r}): {why}" for i, why in failures.items()]
@@ -327,8 +275,7 @@ class BestOfEachError(RuntimeError):
             f"{len(named)} of {len(results)} prompts failed: {'; '.join(named[:_LISTED])}{more}. "
             f"The others are in {results.path}; the same call tries the failed ones again"
         )
-        self.failures = dict(failures)
-        self.results = results
+        self.failures, self.results = dict(failures), results
 
 
 def best_of_each(
@@ -346,7 +293,7 @@ def best_of_each(
     """Run a BestOfN for each prompt and write the results into a folder (see `ResultsFolder`).
 
     The same call again skips finished prompts; more prompts may then have been added at the end. A prompt that fails
-    is recorded, and the run continues with the others.
+    is recorded, and the run continues with the others; an interrupted one is sampled again.
 
     Every prompt starts at the same `seed`: its result is that of `search(prompt, seed=seed, **pipe_kwargs)`. Under
     torchrun or `accelerate launch`, whose processes must share the folder, process i of N takes the prompts i, i + N,
@@ -364,35 +311,29 @@ def best_of_each(
         progress: whether to show a bar in the main process; or a function f(done, total) to call there.
         **pipe_kwargs: arguments of the pipeline's call, as for `search`.
 
-    Returns:
-        The folder; iterating over it gives the results in the prompts' order.
-
     Raises:
-        TypeError, ValueError: an argument that cannot be used, or a folder of other settings: before anything is
-            sampled.
         BestOfEachError: some prompts failed; after the last prompt.
-        KeyboardInterrupt: candidates of the interrupted prompt are in the folder too; a rerun samples them again.
     """
     results = ResultsFolder(out, checked_prompts(prompts))
     _check_names(search.pipe, pipe_kwargs)
     described = describe(search, seed, settings or {}, pipe_kwargs)
     if not overwrite:
         results.check(described)
-    search.stream(_NEUTRAL, seed, **pipe_kwargs).close()  # checks the arguments
+    search.stream("a photo", seed, **pipe_kwargs).close()  # checks the arguments
     processes = accelerator or _processes(search.pipe)
     if processes.is_main_process:
         results.prepare(described, overwrite=overwrite)
     processes.wait_for_everyone()  # only here: the shares may take hours, and collectives time out
     pending = [index for index in range(len(results)) if not results.finished(index)]
     mine = [index for index in pending if index % processes.num_processes == processes.process_index]
-    run = _Run(search=search, results=results, seed=seed, pipe_kwargs=pipe_kwargs, leads=processes.is_main_process)
-    run.do(mine, pending, progress)
+    run = _Run(search, results, seed, pipe_kwargs, progress, leads=processes.is_main_process)
+    run.do(mine, pending)
     if failures := results.failures():
         raise BestOfEachError(failures, results) from run.first
     return results
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Run:
     """The work of one process; `first` is the first error that one of its prompts failed with."""
 
@@ -400,14 +341,21 @@ class _Run:
     results: ResultsFolder
     seed: int
     pipe_kwargs: dict[str, Any]
+    progress: bool | Callable[[int, int], object]
     leads: bool
     first: Exception | None = None
 
-    def do(self, mine: Sequence[int], pending: Sequence[int], progress: bool | Callable[[int, int], object]) -> None:
+    def do(self, mine: Sequence[int], pending: Sequence[int]) -> None:
         """Sample this process's prompts, and wait for the others'."""
         try:
-            self._work(mine, progress)
-            self._wait(pending)
+            self._work(mine)
+            waiting = [index for index in pending if not self.results.reached(index)]
+            while waiting:
+                time.sleep(_PAUSE)
+                left = [index for index in waiting if not self.results.reached(index)]
+                if self.leads and len(left) < len(waiting):
+                    self.results.write_results()
+                waiting = left
         except KeyboardInterrupt as error:
             done = sum(self.results.finished(index) for index in range(len(self.results)))
             of = f"{done} of {len(self.results)} prompts are finished in {self.results.path}"
@@ -417,14 +365,14 @@ class _Run:
             if self.leads:
                 self.results.write_results()
 
-    def _work(self, indices: Sequence[int], progress: bool | Callable[[int, int], object]) -> None:
+    def _work(self, indices: Sequence[int]) -> None:
         n, total = self.search.n, self.search.n * len(indices)
-        with tqdm(total=total, desc="best of n", disable=not (progress is True and self.leads and total)) as bar:
+        with tqdm(total=total, desc="best of n", disable=not (self.progress is True and self.leads and total)) as bar:
 
             def show(done: int) -> None:
                 bar.update(done - bar.n)
-                if callable(progress) and self.leads:
-                    progress(done, total)
+                if callable(self.progress) and self.leads:
+                    self.progress(done, total)
 
             for place, index in enumerate(indices):
                 bar.set_postfix_str(f"prompt {place + 1} of {len(indices)}")
@@ -449,16 +397,6 @@ class _Run:
         else:
             self.results.write(index, output, finished=True)
 
-    def _wait(self, indices: Sequence[int]) -> None:
-        """Wait until all prompts were reached by some process."""
-        waiting = [index for index in indices if not self.results.reached(index)]
-        while waiting:
-            time.sleep(_PAUSE)
-            left = [index for index in waiting if not self.results.reached(index)]
-            if self.leads and len(left) < len(waiting):
-                self.results.write_results()
-            waiting = left
-
 
 def _processes(pipe: Any) -> Any:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -468,9 +406,6 @@ def _processes(pipe: Any) -> Any:
 
     device = getattr(pipe, "device", None)
     return PartialState(cpu=device is None or device.type == "cpu")
-
-
-# --------------------------------------------------------------------------------------------- arguments
 
 
 def checked_prompts(prompts: Sequence[str]) -> list[str]:

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.images import ImageSource
 from aigiqa_reward.rewards.bound import BoundReward
-from aigiqa_reward.rewards.scorer import Scorer
+from aigiqa_reward.rewards.scorer import Inputs, Scorer, check_images
 from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Judged, Picture, Tally, conclude, judge, judged
-from aigiqa_reward.sampling.pipeline_utils import (
-    PromptMemo,
-    check_pipe_kwargs,
-    generators_of,
-    images_of,
-    in_chunks,
-    takes,
-)
+from aigiqa_reward.sampling.pipeline_utils import PromptMemo, check_pipe_kwargs, in_chunks, sample, takes
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.search import Halving, Search, ZeroOrder, climb, halve
 from aigiqa_reward.types import RewardFunction
@@ -100,10 +88,7 @@ class BestOfN:
         diverse: bool = False,
     ) -> None:
         if not callable(pipe):
-            raise TypeError(
-                f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}; "
-                "load one with DiffusionPipeline.from_pretrained(...)"
-            )
+            raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}; load one")
         self.pipe: Any = pipe
         self.reward: RewardFunction = check_reward(reward)
         self.n = integer("n", n, least=1)
@@ -120,7 +105,7 @@ class BestOfN:
             check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
         self.reward_prompt = reward_prompt
         self.progress = progress
-        self._batched, self._named = takes(pipe, "num_images_per_prompt"), takes(pipe, "prompt")
+        self._batched = takes(pipe, "num_images_per_prompt")
 
     def __call__(self, prompt: str | None, seed: int = 0, **pipe_kwargs: Any) -> BestOfNOutput:
         """Sample, score and rank the candidates for one prompt; warn once of candidates that were dropped.
@@ -135,25 +120,22 @@ class BestOfN:
                 `generator`, `latents`, `num_images_per_prompt`, `output_type` and `return_dict`.
 
         Raises:
-            TypeError, ValueError: an argument that cannot be used; before anything is sampled.
             NothingRankedError: every candidate was dropped.
             torch.OutOfMemoryError: not even one candidate fits into memory.
         """
-        run = self._start(prompt, seed, pipe_kwargs, stacklevel=4)
-        output = None
+        output: Any = None  # n is at least 1
         with tqdm(total=self.n, desc="best of n", disable=not self.progress) as bar:
-            for output in run:
-                bar.set_postfix(calls=output.denoiser_calls) if output.denoiser_calls else None
+            for output in self._start(prompt, seed, pipe_kwargs, stacklevel=4):
+                if output.denoiser_calls:
+                    bar.set_postfix(calls=output.denoiser_calls)
                 bar.update(len(output.all_seeds) - bar.n)
-        assert output is not None  # n is at least 1
         return output
 
     def stream(self, prompt: str | None, seed: int = 0, **pipe_kwargs: Any) -> Generator[BestOfNOutput, None, None]:
         """Yield the output so far after each chunk of candidates; arguments and errors are those of a call.
 
-        Show it as progress, leave the loop when it is good enough, or keep it when the user interrupts. Between two
-        outputs the pipeline is as it was. Until a first candidate is ranked, `.images` is empty. Arguments are checked
-        at once; the warning and the NothingRankedError of a call come after the last output.
+        Between two outputs the pipeline is as it was, and the loop may be left. Until a first candidate is ranked,
+        `.images` is empty. Arguments are checked at once; warning and NothingRankedError come after the last output.
         """
         return self._start(prompt, seed, pipe_kwargs, stacklevel=3)
 
@@ -166,67 +148,39 @@ class BestOfN:
         text = self.reward_prompt
         if text is None:
             text = check_text(prompt, "prompt", "pass the reward's prompt as BestOfN(..., reward_prompt=)")
-        call = _Call(
-            prompt=prompt,
-            text=text,
-            pipe_kwargs=pipe_kwargs,
-            memo=PromptMemo(self.pipe),
-            reward=BoundReward(self.reward, [text]),
-            tally=Tally(self.top_k, diverse=self.diverse),
-        )
-        seeds = range(first, first + self.n)
-        run = self._own_loop(call, seeds) if self.pruning or self.search else self._pipelines_loop(call, seeds)
-        return self._outputs(call, run, stacklevel)
+        reward, tally = BoundReward(self.reward, [text]), Tally(self.top_k, diverse=self.diverse)
+        memo, seeds = PromptMemo(self.pipe), range(first, first + self.n)
 
-    def _outputs(self, call: _Call, run: Iterator[Any], stacklevel: int) -> Generator[BestOfNOutput, None, None]:
+        def sample_and_score(chunk: Sequence[int]) -> None:
+            count = {"num_images_per_prompt": len(chunk)} if self._batched else {}
+            with memo.installed():
+                images, flagged = sample(self.pipe, prompt, chunk, **pipe_kwargs, **count)
+            tally.add(chunk, judge(images, flagged, reward, text), lambda row: Picture.of(images, row))
+
+        if self.pruning or self.search:
+            run = self._own_loop(prompt, seeds, reward, text, tally, pipe_kwargs)
+        else:  # inpainting pipelines encode the masked image with the first generator only: a batch breaks the seeds
+            together = self._batched and "mask_image" not in pipe_kwargs
+            run = in_chunks(seeds, self.batch_size if together else 1, sample_and_score, self.pipe)
+        return self._outputs(tally, run, stacklevel)
+
+    def _outputs(self, tally: Tally, run: Iterator[Any], stacklevel: int) -> Generator[BestOfNOutput, None, None]:
         for _ in run:
-            yield call.tally.output()
+            yield tally.output()
         if hasattr(self.pipe, "maybe_free_model_hooks"):
             self.pipe.maybe_free_model_hooks()  # what the pipeline's own loop does at its end
-        conclude(call.tally.output(), self.top_k, name="seed", stacklevel=stacklevel)
+        conclude(tally.output(), self.top_k, name="seed", stacklevel=stacklevel)
 
-    def _pipelines_loop(self, call: _Call, seeds: range) -> Iterator[Any]:
-        def sample_and_score(chunk: Sequence[int]) -> None:
-            images, flagged = self._sample(call, chunk)
-            candidates = judge(images, flagged, call.reward, call.text)
-            call.tally.add(chunk, candidates, lambda row: Picture.of(images, row))
-
-        # Inpainting pipelines encode the masked image with the first generator only, so a batch would break the seeds.
-        together = self._batched and "mask_image" not in call.pipe_kwargs
-        return in_chunks(seeds, self.batch_size if together else 1, sample_and_score, self.pipe)
-
-    def _own_loop(self, call: _Call, seeds: range) -> Iterator[Any]:
+    def _own_loop(
+        self, prompt: str | None, seeds: range, reward: BoundReward, text: str, tally: Tally, kwargs: dict[str, Any]
+    ) -> Iterator[Any]:
         need = "BestOfN(pruning=...)" if self.pruning else "BestOfN(search=...)"
-        if call.prompt is None:
+        if prompt is None:
             raise ValueError(f"prompt: {need} encodes the prompt itself: expected a text, got None")
-        rollout = Rollout(self.pipe, need=need, **call.pipe_kwargs)
-        search = Search(rollout, call.prompt, call.reward, call.text, self.batch_size, call.tally)
-        if self.search is not None:
-            return climb(search, seeds, self.search)
-        assert self.pruning is not None, "one of both"
+        search = Search(Rollout(self.pipe, need=need, **kwargs), prompt, reward, text, self.batch_size, tally)
+        if self.pruning is None:
+            return climb(search, seeds, self.search or ZeroOrder())
         return halve(search, seeds, self.pruning, least=self.top_k * POOL if self.diverse else self.top_k)
-
-    def _sample(self, call: _Call, seeds: Sequence[int]) -> tuple[Tensor, list[bool]]:
-        """Sample images (B, 3, H, W), and return which the pipeline's safety checker flagged."""
-        arguments = dict(call.pipe_kwargs, output_type="pt", generator=generators_of(seeds))
-        if self._batched:
-            arguments["num_images_per_prompt"] = len(seeds)
-        with torch.no_grad(), call.memo.installed():
-            # By name: the first argument of FLUX.2 is an image.
-            result = self.pipe(prompt=call.prompt, **arguments) if self._named else self.pipe(call.prompt, **arguments)
-        return images_of(result, len(seeds))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    """Parts of one call of a BestOfN that all its chunks share."""
-
-    prompt: str | None
-    text: str
-    pipe_kwargs: dict[str, Any]
-    memo: PromptMemo
-    reward: BoundReward
-    tally: Tally
 
 
 def _plan(argument: str, given: object, named: dict[str | None, Plan | None], kind: type[Plan]) -> Plan | None:
@@ -239,14 +193,11 @@ def _plan(argument: str, given: object, named: dict[str | None, Plan | None], ki
     raise ValueError(f"{argument}: expected {names} or a {kind.__name__}, got {given!r}")
 
 
-# --------------------------------------------------------------------------------------------- existing images
-
-_BATCH = 8
-"""Images read and scored at once by `rerank`, so that a thousand files need the memory of eight."""
+_BATCH = 8  # images read and scored at once by `rerank`, so that a thousand files need the memory of eight
 
 
 def rerank(
-    images: Sequence[ImageSource] | Tensor | np.ndarray,
+    images: Inputs,
     prompt: str | None,
     reward: RewardFunction,
     top_k: int | None = None,
@@ -263,11 +214,8 @@ def rerank(
         top_k: images to return, in [1, number of images]; by default all.
 
     Returns:
-        Best first, ties to the earlier. `.seeds` are the indices of the inputs; `.images` are the images as
-        they were scored: RGB, upright, transparency on white.
-
-    Raises:
-        NothingRankedError: every image was dropped.
+        Best first, ties to the earlier. `.seeds` are the indices of the inputs; `.images` are the images as they were
+        scored: RGB, upright, transparency on white. A NothingRankedError is raised if every image was dropped.
 
     Example:
         >>> from PIL import Image
@@ -277,17 +225,7 @@ def rerank(
         >>> len(result.images), result.seeds[0] in range(3), len(result.all_scores)
         (1, True, 3)
     """
-    if isinstance(images, Tensor | np.ndarray) and images.ndim != 4:
-        raise ValueError(
-            f"images: expected a batch of 4 dimensions, got shape {tuple(images.shape)}; put single images in a list"
-        )
-    if not isinstance(images, list | tuple | Tensor | np.ndarray):
-        raise TypeError(
-            f"images: expected a list of images or a tensor batch, got {type(images).__name__}; put it in a list"
-        )
-    sources: list[ImageSource] = list(images)
-    if not sources:
-        raise ValueError("images: expected at least one image, got none; pass the candidates to rank")
+    sources = check_images(images, "images")
     if check_prompt(prompt) is not None:
         check_text(prompt, "prompt", "pass the text that the images should show, or None to rank by quality alone")
     top_k = len(sources) if top_k is None else integer("top_k", top_k, least=1)
@@ -295,8 +233,8 @@ def rerank(
         raise ValueError(f"top_k: expected at most {len(sources)}, the number of images, got {top_k}; ask for fewer")
     tally = Tally(top_k)
     for result in Scorer(reward, batch_size=_BATCH).stream(sources, prompt):
-        source = sources[result.index]
         found = [Judged(dropped=result.error)] if result.output is None else judged(result.output)
+        source = sources[result.index]
         tally.add([result.index], found, lambda _, source=source: Picture.of(pixels.load(source)[None], 0))
     output = tally.output()
     conclude(output, top_k, name="image", stacklevel=3)

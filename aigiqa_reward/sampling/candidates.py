@@ -19,25 +19,13 @@ from aigiqa_reward.types import RewardOutput
 
 NON_FINITE = "NaN or infinite pixels"
 FLAGGED = "flagged by the pipeline's safety checker"
-
-POOL = 4
-"""The diverse candidates are selected from this many times top_k; scores fall little within these."""
-
-_THUMBNAIL = 16
-"""Side in px at which images are compared for diversity: layout and colors, not texture."""
+POOL = 4  # the diverse candidates are selected from this many times top_k; scores fall little within these
+_THUMBNAIL = 16  # side in px at which images are compared for diversity: layout and colors, not texture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """Scores of a candidate's clean image as predicted in the middle of its sampling; higher is better.
-
-    Attributes:
-        step: steps taken so far.
-        steps: steps in total.
-        total: number to maximize.
-        quality: perceptual quality.
-        correspondence: correspondence to the prompt; None if the reward gives none.
-    """
+    """Scores of a candidate's clean image as predicted after `step` of `steps`; higher is better."""
 
     step: int
     steps: int
@@ -57,16 +45,12 @@ class Judged:
 
     def preview(self, step: int, steps: int) -> Preview:
         """Return these scores as those of the image that was predicted after `step` of `steps`."""
-        return Preview(
-            step=step, steps=steps, total=self.total, quality=self.quality, correspondence=self.correspondence
-        )
+        scores = {"total": self.total, "quality": self.quality, "correspondence": self.correspondence}
+        return Preview(step=step, steps=steps, **scores)
 
 
 def why_dropped(total: float) -> str | None:
-    """Return why a candidate cannot be ranked by this total; None if it can.
-
-    An infinite total is dropped: it comes from an overflow, whatever the image shows.
-    """
+    """Return why a candidate cannot be ranked by this total, such as an overflow; None if it can."""
     return None if math.isfinite(total) else f"the reward gave {'NaN' if math.isnan(total) else total}"
 
 
@@ -75,19 +59,11 @@ def judged(output: RewardOutput) -> list[Judged]:
     aspects = {"total": output.total, "quality": output.quality, "correspondence": output.correspondence}
     columns = {name: scores.to("cpu", torch.float64).tolist() for name, scores in aspects.items() if scores is not None}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    reasons = [why_dropped(row["total"]) for row in rows]
-    return [Judged(**row) if why is None else Judged(dropped=why) for row, why in zip(rows, reasons, strict=True)]
+    return [Judged(dropped=why) if (why := why_dropped(row["total"])) else Judged(**row) for row in rows]
 
 
 def judge(images: Tensor, flagged: Sequence[bool], reward: BoundReward, prompts: str | Sequence[str]) -> list[Judged]:
-    """Score images without gradients; those that are not finite or were flagged never reach the reward.
-
-    Args:
-        images: (B, 3, H, W) in [0, 1].
-        flagged: (B,) whether the safety checker flagged an image.
-        reward: reward to score by.
-        prompts: one prompt for all images, or one per image.
-    """
+    """Score images (B, 3, H, W) without gradients; those that are not finite or were flagged never reach the reward."""
     finite = finite_rows(images).tolist()
     reasons = [FLAGGED if flag else None if fine else NON_FINITE for flag, fine in zip(flagged, finite, strict=True)]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
@@ -104,7 +80,8 @@ def judge(images: Tensor, flagged: Sequence[bool], reward: BoundReward, prompts:
 class BestOfNOutput:
     """The best candidates for one prompt, and the scores of all of them. Higher is better.
 
-    `rerank` numbers its inputs 0, 1, ... and returns these numbers as seeds.
+    `rerank` numbers its inputs 0, 1, ... and returns these numbers as seeds. A candidate without a score that is not in
+    `dropped` was pruned.
 
     Attributes:
         images: the best, at most top_k, RGB, best first; ties go to the earlier candidate.
@@ -117,8 +94,7 @@ class BestOfNOutput:
         all_quality: quality of all candidates in candidate order; NaN for those that were dropped.
         all_correspondence: likewise; None if the reward gives none.
         dropped: reasons why candidates could not be ranked, by seed.
-        previews: scores of a candidate on its way, by seed, where a search looked at them. A candidate without a score
-            that is not in `dropped` was pruned.
+        previews: scores of a candidate on its way, by seed, where a search looked at them.
         denoiser_calls: denoiser calls, one per candidate and step (a negative prompt adds none); None where the
             pipeline ran its own loop.
         noises: initial latents (1, ...) of the best, on the CPU, in the pipeline's format, where a search changed them:
@@ -153,11 +129,7 @@ class BestOfNOutput:
 
 
 class NothingRankedError(RuntimeError):
-    """Every candidate was dropped.
-
-    Attributes:
-        output: without images; its `dropped` has the reasons, by seed.
-    """
+    """Every candidate was dropped; `output.dropped` has the reasons, by seed."""
 
     def __init__(self, message: str, output: BestOfNOutput) -> None:
         super().__init__(message)
@@ -174,18 +146,12 @@ class Picture:
     @staticmethod
     def of(images: Tensor, row: int, noise: Tensor | None = None) -> Picture:
         """Take one image of a batch (B, 3, H, W) and, of (B, ...) noises, its own."""
-        return Picture(
-            image=to_pil(images[row : row + 1].cpu())[0], noise=None if noise is None else noise[row : row + 1].clone()
-        )
+        own = None if noise is None else noise[row : row + 1].clone()
+        return Picture(image=to_pil(images[row : row + 1].cpu())[0], noise=own)
 
 
 class Tally:
-    """Scores of all candidates so far, and the pictures of the best.
-
-    Args:
-        top_k: number of images in the output.
-        diverse: whether to select the `top_k` images that look least alike from the best 4 top_k.
-    """
+    """Scores of all candidates so far, and the pictures of the best `top_k`, or of those that look least alike."""
 
     def __init__(self, top_k: int, *, diverse: bool = False) -> None:
         self._top_k, self._diverse = top_k, diverse
@@ -195,10 +161,7 @@ class Tally:
         self.calls: int | None = None
 
     def add(self, seeds: Sequence[int], candidates: Sequence[Judged], picture: Callable[[int], Picture]) -> None:
-        """Add candidates (B,) that reached their end; `picture(row)` is called only for the best so far.
-
-        Of two equal scores the smaller seed wins.
-        """
+        """Add candidates (B,) that reached their end; `picture(row)` is called only for the best so far."""
         for row, (seed, candidate) in enumerate(zip(seeds, candidates, strict=True)):
             self._judged[seed] = candidate
             if candidate.dropped is None and self._winners.accepts(candidate.total, seed):
@@ -218,8 +181,7 @@ class Tally:
 
     def output(self) -> BestOfNOutput:
         """Return the output for the candidates so far."""
-        seeds = sorted(self._judged)
-        best = self._best()
+        seeds, best = sorted(self._judged), self._best()
         found, every = [self._judged[winner.index] for winner in best], [self._judged[seed] for seed in seeds]
         known = any(candidate.correspondence is not None for candidate in every)
         noises = [winner.item.noise for winner in best]
@@ -254,10 +216,7 @@ class Tally:
 
 
 def conclude(output: BestOfNOutput, top_k: int, *, name: str, stacklevel: int) -> None:
-    """Warn once of all candidates that were dropped; raise a NothingRankedError if none is left.
-
-    `name` is what users know a seed as, "seed" or "image"; `stacklevel` is that of `warnings.warn`.
-    """
+    """Warn once of all candidates that were dropped, by `name` and seed; a NothingRankedError if none is left."""
     if not output.dropped:
         return
     by_reason: dict[str, list[int]] = {}
@@ -270,5 +229,4 @@ def conclude(output: BestOfNOutput, top_k: int, *, name: str, stacklevel: int) -
     if left == 0:
         raise NothingRankedError(f"none of the {count} candidates could be ranked ({why})", output)
     fewer = f", so only {left} of top_k={top_k} are returned" if left < top_k else ""
-    message = f"{len(output.dropped)} of {count} candidates were dropped{fewer} ({why})"
-    warnings.warn(message, stacklevel=stacklevel)
+    warnings.warn(f"{len(output.dropped)} of {count} candidates were dropped{fewer} ({why})", stacklevel=stacklevel)

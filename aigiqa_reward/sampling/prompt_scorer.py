@@ -7,14 +7,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.candidates import FLAGGED, NothingRankedError, judge
-from aigiqa_reward.sampling.pipeline_utils import check_pipe_kwargs, generators_of, images_of, in_chunks, takes
+from aigiqa_reward.sampling.pipeline_utils import check_pipe_kwargs, in_chunks, sample
 from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.checks import check_reward, check_text, integer
 
@@ -34,13 +32,12 @@ _OWNED = {
 
 @dataclass(frozen=True, kw_only=True)
 class PromptScore:
-    """Scores of the images that a pipeline makes of one prompt. Higher is better.
+    """Scores of the images that a pipeline makes of one prompt; NaN if none could be scored. Higher is better.
 
     Attributes:
-        total: number to maximize; NaN if no image could be scored.
-        quality: perceptual quality; NaN likewise.
-        correspondence: correspondence to the text that the prompt is judged by; None if the reward gives none or no
-            image could be scored.
+        total: number to maximize.
+        quality: perceptual quality.
+        correspondence: correspondence to the text that the prompt is judged by; None if there is none.
         dropped: reason why no image could be scored; None if one could.
         cached: whether nothing was sampled for it, because it was known or asked for twice.
 
@@ -62,8 +59,7 @@ class PromptScore:
         return self.dropped == FLAGGED
 
 
-@dataclass(frozen=True)
-class _Image:
+class _Image(NamedTuple):
     """One image to make and score; the key of the cache."""
 
     prompt: str
@@ -111,19 +107,18 @@ class PromptScorer:
         cache_size: int = 10_000,
         **pipe_kwargs: Any,
     ) -> None:
-        self._search = pipe if isinstance(pipe, BestOfN) else None
-        if self._search is not None and reward is not None:
+        search = self._search = pipe if isinstance(pipe, BestOfN) else None
+        if search and reward is not None:
             raise ValueError("reward: a BestOfN judges by its own reward; leave this one out")
         if not callable(pipe):
             raise TypeError(f"pipe: expected a diffusers pipeline or a BestOfN, got {type(pipe).__name__}")
-        self.pipe: Any = pipe if self._search is None else self._search.pipe
-        self.reward: Any = check_reward(reward) if self._search is None else self._search.reward
+        self.pipe: Any = search.pipe if search else pipe
+        self.reward: Any = search.reward if search else check_reward(reward)
         self.images_per_prompt = integer("images_per_prompt", images_per_prompt, least=1)
         self.batch_size = integer("batch_size", batch_size, least=1)
         self.cache_size = integer("cache_size", cache_size, least=0)
         check_pipe_kwargs(pipe_kwargs, "PromptScorer", _OWNED)
         self.pipe_kwargs = pipe_kwargs
-        self._named = takes(self.pipe, "prompt")
         self._known: dict[_Image, PromptScore] = {}
 
     @property
@@ -143,17 +138,11 @@ class PromptScorer:
 
         Returns:
             N scores in the prompts' order, each the mean over its images that could be scored.
-
-        Raises:
-            PromptError: the reward cannot read one of its prompts.
-            torch.OutOfMemoryError: not even one image fits into memory.
         """
         prompts = _texts(prompts, "prompts")
         judged_by = prompts if judged_by is None else _texts(judged_by, "judged_by")
         if len(judged_by) != len(prompts):
-            raise ValueError(
-                f"judged_by: expected one text per prompt, got {len(judged_by)} for {len(prompts)} prompts"
-            )
+            raise ValueError(f"judged_by: expected one text per prompt, got {len(judged_by)} for {len(prompts)}")
         first = integer("seed", seed, least=0)
         step = self.seeds_per_prompt // self.images_per_prompt
         seeds = range(first, first + self.seeds_per_prompt, step)
@@ -162,11 +151,8 @@ class PromptScorer:
         found = {image: self._known[image] for image in images if image in self._known}
         new = dict(self._judge([image for image in images if image not in found]))
         found |= new
-        for image in found:
-            self._known.pop(image, None)  # so that the one used last is dropped last
-        self._known |= found
-        while len(self._known) > self.cache_size:
-            del self._known[next(iter(self._known))]
+        kept = {image: score for image, score in self._known.items() if image not in found} | found
+        self._known = dict(list(kept.items())[max(0, len(kept) - self.cache_size) :])  # those used last
         unseen, scores = set(new), []
         for row in rows:
             scores.append(replace(_mean([found[image] for image in row]), cached=unseen.isdisjoint(row)))
@@ -192,28 +178,22 @@ class PromptScorer:
 
     def _sample_and_score(self, chunk: Sequence[_Image]) -> list[PromptScore]:
         prompts: Any = [image.prompt for image in chunk] if len(chunk) > 1 else chunk[0].prompt
-        arguments = dict(self.pipe_kwargs, output_type="pt", generator=generators_of([image.seed for image in chunk]))
+        arguments = dict(self.pipe_kwargs)
         if len(chunk) > 1:  # pipelines differ in whether one negative prompt serves several prompts
             repeated = {n: v for n, v in arguments.items() if n.startswith("negative_prompt") and isinstance(v, str)}
             arguments |= {name: [text] * len(chunk) for name, text in repeated.items()}
-        with torch.no_grad():
-            result = self.pipe(prompt=prompts, **arguments) if self._named else self.pipe(prompts, **arguments)
-        pictures, flagged = images_of(result, len(chunk))
+        pictures, flagged = sample(self.pipe, prompts, [image.seed for image in chunk], **arguments)
         candidates = judge(pictures, flagged, BoundReward(self.reward), [image.judged_by for image in chunk])
         return [PromptScore(**vars(candidate)) for candidate in candidates]
 
     def _best(self, search: BestOfN, image: _Image) -> PromptScore:
         search = copy.copy(search)  # the user's own keeps its reward_prompt
         search.reward_prompt = image.judged_by
-        output = None
         try:
-            for latest in search.stream(image.prompt, image.seed, **self.pipe_kwargs):
-                output = latest
+            *_, output = search.stream(image.prompt, image.seed, **self.pipe_kwargs)
         except NothingRankedError as error:
-            output = error.output
-        assert output is not None, "n is at least 1"
-        if not output.images:
-            return PromptScore(total=math.nan, quality=math.nan, dropped=next(iter(output.dropped.values())))
+            reason = next(iter(error.output.dropped.values()))
+            return PromptScore(total=math.nan, quality=math.nan, dropped=reason)
         correspondence = output.correspondence[0] if output.correspondence else None
         return PromptScore(total=output.scores[0], quality=output.quality[0], correspondence=correspondence)
 
@@ -223,11 +203,8 @@ def _mean(scores: Sequence[PromptScore]) -> PromptScore:
     if not judged:
         return scores[0]
     aspects = [score.correspondence for score in judged if score.correspondence is not None]
-    return PromptScore(
-        total=fmean(score.total for score in judged),
-        quality=fmean(score.quality for score in judged),
-        correspondence=fmean(aspects) if aspects else None,
-    )
+    total, quality = fmean(score.total for score in judged), fmean(score.quality for score in judged)
+    return PromptScore(total=total, quality=quality, correspondence=fmean(aspects) if aspects else None)
 
 
 def _texts(given: Sequence[str], argument: str) -> list[str]:

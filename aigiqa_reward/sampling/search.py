@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +19,7 @@ from aigiqa_reward.sampling.rollout import Rollout, State
 from aigiqa_reward.utils.checks import integer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Round:
+class Round(NamedTuple):
     """One pruning: after `step` steps the best `survivors` are kept."""
 
     step: int
@@ -55,14 +56,9 @@ class Halving:
             raise ValueError(f"keep: expected a share in (0, 1), got {self.keep!r}; a half is usual")
 
     def rounds(self, n: int, steps: int, least: int = 1) -> list[Round]:
-        """Return the rounds that prune, with increasing steps and decreasing survivors.
+        """Return the rounds that prune `n` candidates to at least `least`, by increasing steps.
 
         Fractions that round to the same step become one round, which prunes as many as all of them together.
-
-        Args:
-            n: candidates at the start.
-            steps: steps of the sampler.
-            least: candidates that must be left at the end.
         """
         found: dict[int, int] = {}
         alive = n
@@ -71,15 +67,12 @@ class Halving:
             left = max(least, math.ceil(alive * self.keep))
             if step < steps and left < alive:
                 found[step] = alive = left
-        return [Round(step=step, survivors=survivors) for step, survivors in found.items()]
+        return [Round(*item) for item in found.items()]
 
     def calls(self, n: int, steps: int, least: int = 1) -> int:
         """Return the denoiser calls of the whole search, one per candidate and step."""
-        calls, alive, before = 0, n, 0
-        for pruning in self.rounds(n, steps, least):
-            calls += alive * (pruning.step - before)
-            alive, before = pruning.survivors, pruning.step
-        return calls + alive * (steps - before)
+        walk = [Round(0, n), *self.rounds(n, steps, least), Round(steps, 0)]
+        return sum(a.survivors * (b.step - a.step) for a, b in itertools.pairwise(walk))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,29 +102,14 @@ class ZeroOrder:
             raise ValueError(f"radius: expected a number in (0, 1], got {self.radius!r}; 1 is random search")
 
 
-# --------------------------------------------------------------------------------------------- candidates on their way
-
-
 class Search:
-    """Candidates of one prompt in our own sampling loop, by their seeds.
-
-    Args:
-        rollout: rollout of the pipeline.
-        prompt: prompt of the pipeline.
-        reward: reward to score by.
-        text: prompt of the reward.
-        batch_size: candidates sampled at a time.
-        tally: fresh tally that collects the candidates.
-    """
+    """Candidates of one prompt in our own sampling loop, by their seeds; `text` is the reward's prompt."""
 
     def __init__(
         self, rollout: Rollout, prompt: str, reward: BoundReward, text: str, batch_size: int, tally: Tally
     ) -> None:
-        self.rollout = rollout
-        self.reward = reward
-        self.text = text
-        self.batch_size = batch_size
-        self.tally = tally
+        self.rollout, self.reward, self.text = rollout, reward, text
+        self.batch_size, self.tally = batch_size, tally
         self._conditioning = rollout.encode([prompt])
         self._held: dict[int, State] = {}
         tally.calls = 0
@@ -142,9 +120,9 @@ class Search:
         return self.rollout.start(self._conditioning[[0] * len(seeds)], generators)
 
     def gather(self, seeds: Sequence[int]) -> State:
-        """Return candidates where they were left, or at their beginning.
+        """Return candidates where they were left, or at their beginning, with copies of their generators.
 
-        Their generators are copies, so that a chunk that runs out of memory draws the same noise when it is repeated.
+        A chunk that runs out of memory thus draws the same noise when it is repeated.
         """
         if not all(seed in self._held for seed in seeds):
             return self.start(seeds)
@@ -154,13 +132,7 @@ class Search:
 
     def leave(self, seeds: Sequence[int], state: State) -> None:
         """Keep candidates where they are now; what they share is kept once."""
-        left = {seed: replace(state[[row]], conditioning=self._conditioning) for row, seed in enumerate(seeds)}
-        self._held.update(left)
-
-    def forget(self, seeds: Iterable[int]) -> None:
-        """Free the memory of candidates."""
-        for seed in seeds:
-            self._held.pop(seed, None)
+        self._held |= {seed: replace(state[[row]], conditioning=self._conditioning) for row, seed in enumerate(seeds)}
 
     def advance(self, state: State, until: int) -> tuple[State, Tensor]:
         """Take candidates to a step; also return the clean latents (B, ...) of the last prediction."""
@@ -173,14 +145,10 @@ class Search:
 
     def count(self, calls: int) -> None:
         """Add denoiser calls."""
-        assert self.tally.calls is not None, "set by __init__"
-        self.tally.calls += calls
+        self.tally.calls = (self.tally.calls or 0) + calls
 
     def preview(self, seeds: Sequence[int], until: int) -> dict[int, float]:
-        """Take candidates to a step, score what they look like from there, and return the totals by seed.
-
-        Candidates that cannot be ranked are dropped.
-        """
+        """Take candidates to a step, score the images predicted there, and return the totals of those not dropped."""
         before = self.gather(seeds)
         state, clean = self.advance(before, until)
         candidates = judge(self.rollout.show(clean), [False] * len(seeds), self.reward, self.text)
@@ -190,7 +158,7 @@ class Search:
         for seed, candidate in zip(seeds, candidates, strict=True):
             if candidate.dropped is not None:
                 self.tally.leave(seed, candidate.dropped)
-                self.forget([seed])
+                self._held.pop(seed)
             else:
                 totals[seed] = candidate.total
                 self.tally.preview(seed, candidate.preview(until, state.steps))
@@ -203,17 +171,14 @@ class Search:
         passed = None if noise is None else self.rollout.family.as_passed(noise, state.scheduler).cpu()
         self.tally.add(seeds, candidates, lambda row: Picture.of(images, row, passed))
         self.count(len(seeds) * (state.steps - state.step))
-        self.forget(seeds)
-
-
-# --------------------------------------------------------------------------------------------- searches
+        for seed in seeds:
+            self._held.pop(seed, None)
 
 
 def halve(search: Search, seeds: Sequence[int], plan: Halving, least: int) -> Generator[None, None, None]:
     """Take candidates from round to round, keeping those with the best previews; yield after each chunk.
 
-    The safety checker sees final images only, and a last decoding may overflow. If fewer than `least` candidates can
-    be ranked at the end, those that were pruned last continue in their place, best previews first.
+    If fewer than `least` can be ranked at the end, those that were pruned last continue in their place, best first.
     """
     pipe, size, alive = search.rollout.pipe, search.batch_size, list(seeds)
     waiting: list[list[int]] = []
@@ -258,6 +223,5 @@ def climb(search: Search, seeds: Sequence[int], plan: ZeroOrder) -> Generator[No
         for _ in in_chunks(chunk, search.batch_size, sample, search.rollout.pipe):
             yield
         for seed, noise in noises.items():
-            total = search.tally.total(seed)
-            if total > best:
+            if (total := search.tally.total(seed)) > best:
                 best, pivot = total, noise

@@ -9,14 +9,8 @@ from torch import Tensor
 DEGRADATIONS = ("blur", "noise", "warp")
 """The kinds, in the order of every tensor of levels; each level goes from 0 (none) to 1."""
 
-BLUR = 3.0
-"""Std of the Gaussian at level 1, in px of a 64-px picture."""
-
-NOISE = 0.3
-"""Std of the noise at level 1."""
-
-WARP = 7.0
-"""Std of the displacement at level 1, in px."""
+BLUR, NOISE, WARP = 3.0, 0.3, 7.0
+"""Stds at level 1: of the Gaussian in px of a 64-px picture, of the noise, of the displacement in px."""
 
 
 def blur(images: Tensor, levels: Tensor) -> Tensor:
@@ -41,9 +35,8 @@ def noise(images: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
 def warp(images: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
     """Displace the pixels of each image along a smooth random field."""
     count, side = images.shape[0], images.shape[-1]
-    field = (
-        torch.randn((count, 2, 6, 6), generator=generator).to(images) * levels[:, None, None, None] * (2 * WARP / side)
-    )
+    field = torch.randn((count, 2, 6, 6), generator=generator).to(images)
+    field = field * levels[:, None, None, None] * (2 * WARP / side)
     field = F.interpolate(field, size=images.shape[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     grid = F.affine_grid(torch.eye(2, 3).to(images).expand(count, 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid + field, padding_mode="border", align_corners=False)

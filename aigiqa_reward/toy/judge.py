@@ -1,7 +1,6 @@
-"""The judge of the embedded world: measures what a picture shows, independently of any reward.
+"""The judge of the embedded world: a classifier that shares no weight with any reward, and so shows reward hacking.
 
-A small classifier of thing and background color, trained on composed pictures alone, never on generated ones. It shares
-no weight with any reward and shows reward hacking, as long as nothing is optimized against it.
+It was trained on composed pictures alone, never on generated ones.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.toy.degradations import DEGRADATIONS
-from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, SIDE, Subject, read_subject
+from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, SIDE, read_subject
 from aigiqa_reward.types import Images, RewardOutput
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
 
@@ -51,10 +50,7 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """A classifier of thing, background color and degradation, with random weights; `load_judge` loads trained ones.
-
-    As a RewardFunction it returns the log-probability of a prompt.
-    """
+    """A classifier of thing, background color and degradation, with random weights; `load_judge` loads trained ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,19 +79,14 @@ class Judge(nn.Module):
         if images.shape[2:] != (SIDE, SIDE):
             images = pixels.resize(images, (SIDE, SIDE))
         noun, color, degradation = self.logits(images.to(self.noun.weight.dtype))
-        return Verdict(
-            nouns=noun.log_softmax(dim=1), colors=color.log_softmax(dim=1), degradation=degradation.sigmoid()
-        )
+        nouns, colors = noun.log_softmax(dim=1), color.log_softmax(dim=1)
+        return Verdict(nouns=nouns, colors=colors, degradation=degradation.sigmoid())
 
     def forward(self, images: Images, prompts: Sequence[str]) -> RewardOutput:
         """Score pictures (B, 3, H, W) in [0, 1] by their B prompts.
 
-        Returns:
-            `total` and `correspondence`: the log-probability of the prompt's noun plus that of its color, at most 0,
-            in nats. `quality`: minus the mean level of degradation, in [-1, 0].
-
-        Raises:
-            ValueError: a prompt that names no thing or no background color of the embedded world.
+        `total` and `correspondence` are the log-probability of the prompt's noun plus that of its color, at most 0, in
+        nats; `quality` is minus the mean level of degradation, in [-1, 0].
         """
         verdict = self.examine(images)
         nouns, colors = subject_indices(prompts, count=images.shape[0])
@@ -124,25 +115,18 @@ def _recognized(verdict: Verdict, prompts: Sequence[str]) -> tuple[Tensor, Tenso
 def subject_indices(prompts: Sequence[str], *, count: int) -> tuple[Tensor, Tensor]:
     """Return the indices (B,) of the nouns and colors of `count` prompts."""
     if not isinstance(prompts, list | tuple):
-        got = "one text" if isinstance(prompts, str) else type(prompts).__name__
-        raise TypeError(f"prompts: expected a list of {count} texts, got {got}; pass [text] * {count}")
+        raise TypeError(f"prompts: expected a list of {count} texts, got {prompts!r}; pass [text] * {count}")
     if len(prompts) != count:
-        raise ValueError(f"prompts: expected {count}, one for each image, got {len(prompts)}; pass as many as images")
+        raise ValueError(f"prompts: expected {count}, one per image, got {len(prompts)}")
     subjects = torch.tensor([_known(prompt) for prompt in prompts], dtype=torch.long).reshape(count, 2)
     return subjects[:, 0], subjects[:, 1]
 
 
 def _known(prompt: str) -> tuple[int, int]:
-    if not isinstance(prompt, str):
-        raise TypeError(f"prompts: expected texts, got {type(prompt).__name__} among them; pass a list of str")
-    subject: Subject = read_subject(prompt)
+    subject = read_subject(prompt)
     if subject.noun is None or subject.color is None:
-        missing = "thing" if subject.noun is None else "background color"
-        words = NOUNS if subject.noun is None else COLOR_NAMES
-        raise ValueError(
-            f"prompts: the judge knows no {missing} in {prompt!r}; expected one of {', '.join(words)}, "
-            "as in 'a red apple on a blue background'"
-        )
+        missing, words = ("thing", NOUNS) if subject.noun is None else ("background color", COLOR_NAMES)
+        raise ValueError(f"prompts: the judge knows no {missing} in {prompt!r}; expected one of {', '.join(words)}")
     return subject.noun, subject.color
 
 

@@ -20,19 +20,9 @@ from aigiqa_reward.utils.weights import ASSETS
 SPRITES = ASSETS / "world" / "sprites.webp"
 """All emoji in the order of `world.THINGS`, row by row, each in the middle of a cell."""
 
-CELL = 96
-"""Side of a cell in px."""
-
-COLUMNS = 8
-
-SIZES = tuple(range(44, 57, 2))
-"""Sides in px that a cell is scaled to."""
-
-SHIFT = 5
-"""Largest distance from the middle in px."""
-
-SHADE = 4.0
-"""Std of the background's color, of 255."""
+CELL, COLUMNS = 96, 8  # side of a cell in px, and cells per row
+SIZES = tuple(range(44, 57, 2))  # sides in px that a cell is scaled to
+SHIFT, SHADE = 5, 4.0  # largest distance from the middle in px, and std of the background's color, of 255
 
 
 @cache
@@ -64,15 +54,7 @@ def _compose(noun: int, color: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def compose(pairs: Int[np.ndarray, "batch 2"], rng: np.random.Generator) -> Images:
-    """Compose pictures of things on backgrounds, at random sizes, places and flips, in random shades of the color.
-
-    Args:
-        pairs: indices of noun and color (`world.NOUNS`, `world.COLOR_NAMES`).
-        rng: source of randomness.
-
-    Returns:
-        (B, 3, 64, 64) float32 in [0, 1], at the 256 levels of a file.
-    """
+    """Compose pictures (B, 3, 64, 64) of (noun, color) indices, at random sizes, places, flips and shades."""
     batch = np.stack([_compose(int(noun), int(color), rng) for noun, color in pairs])
     return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255
 

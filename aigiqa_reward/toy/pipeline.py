@@ -30,17 +30,8 @@ def load_embedded_pipeline(
     """Load the embedded text-to-image pipeline: 64 x 64 px, offline, 20 MB.
 
     A stock `StableDiffusionPipeline` (CLIPTextModel, UNet2DConditionModel, AutoencoderTiny, DDIM with v-prediction),
-    trained from scratch on 64 emoji in front of 8 background colors. It knows prompts such as "a red apple on a blue
-    background" (`aigiqa_reward.toy.world` lists the words) and is made for `num_inference_steps=20,
-    guidance_scale=3`; the pipeline's own defaults are Stable Diffusion's. It is for trying things out and for tests,
-    in which `aigiqa_reward.toy.judge` measures the pictures.
-
-    Args:
-        device: device of its parts.
-        dtype: type of its parts; the files hold float16.
-
-    Raises:
-        WeightsError: a file of its weights, or its tokenizer, is missing or damaged.
+    trained from scratch on 64 emoji in front of 8 background colors (`aigiqa_reward.toy.world` lists the words), for
+    `num_inference_steps=20, guidance_scale=3`. `aigiqa_reward.toy.judge` measures its pictures.
 
     Example:
         >>> import torch

@@ -29,16 +29,12 @@ THINGS = {
 # fmt: on
 """Name to code point. Two names are shorter than Unicode's (closed umbrella, snowman without snow)."""
 
+# fmt: off
 COLORS = {
-    "red": (214, 48, 49),
-    "orange": (243, 146, 43),
-    "yellow": (248, 218, 74),
-    "green": (60, 163, 82),
-    "blue": (58, 110, 214),
-    "purple": (134, 74, 184),
-    "white": (246, 246, 246),
-    "black": (28, 28, 30),
+    "red": (214, 48, 49), "orange": (243, 146, 43), "yellow": (248, 218, 74), "green": (60, 163, 82),
+    "blue": (58, 110, 214), "purple": (134, 74, 184), "white": (246, 246, 246), "black": (28, 28, 30),
 }
+# fmt: on
 """Background colors, sRGB 0 to 255."""
 
 SIDE = 64
@@ -68,9 +64,7 @@ class Subject:
 
 
 def _with_article(words: str) -> str:
-    if words in _NO_ARTICLE:
-        return words
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return words if words in _NO_ARTICLE else f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def caption(noun: int, color: int, wording: int = 0) -> str:
@@ -94,7 +88,6 @@ def read_subject(prompt: str) -> Subject:
     """Find the thing and background color that a prompt names.
 
     The longest name wins, and a thing's own words are not its background: "a red apple" names no background color.
-    Of several colors the background's is taken: before that word, or after "on" or "in front of".
     """
     text = prompt.lower()
     noun = None

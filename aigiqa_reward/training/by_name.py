@@ -20,8 +20,8 @@ from aigiqa_reward.rewards.build import SYSTEMS, build_model, load_embedded
 from aigiqa_reward.rewards.factory import create_reward, get_reward_spec
 from aigiqa_reward.rewards.reward import Calibration, Reward
 from aigiqa_reward.training.fit import FitResult, fit, predict
-from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe
-from aigiqa_reward.training.store import MAX_BYTES, FeatureStore, LiveImages, store_features
+from aigiqa_reward.training.recipes import EMBEDDED, PUBLISHED, Recipe, option
+from aigiqa_reward.training.store import MAX_BYTES, ImageSource, LiveImages, listed, store_features
 from aigiqa_reward.training.tasks import PairTask, ScoreTask, Task
 from aigiqa_reward.utils.run_folder import write_json
 
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 DEFAULT_CACHE = Path("~/.cache/aigiqa-reward/features").expanduser()
 """Default folder of stored features."""
+
+_RECIPE_HELP = (
+    "Training recipe; by default the published one with preset paper or other towers, else the embedded head's."
+)
+_INIT_HELP = "Head to start from: embedded, or a folder of a saved reward; by default a fresh one."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +55,7 @@ class TrainingPlan:
     """
 
     name: str = field(metadata={"help": "Name of one of the five systems, or compact, which needs init."})
-    preset: str | None = field(
-        default=None, metadata={"help": "paper for the published towers; by default the compact ones."}
-    )
+    preset: str | None = option(None, "paper for the published towers; by default the compact ones.")
     towers: Mapping[str, TowerConfig] = field(
         default_factory=dict, metadata={"help": "Other towers, by role, in place of the preset's."}
     )
@@ -62,28 +65,19 @@ class TrainingPlan:
     settings: Mapping[str, Any] = field(
         default_factory=dict, metadata={"help": "Fields of the model's configuration that differ from the preset's."}
     )
-    recipe: Recipe | None = field(
-        default=None,
-        metadata={
-            "help": "Training recipe; by default the published one with preset paper or other towers, else the "
-            "embedded head's."
-        },
-    )
-    init: str | Path | None = field(
-        default=None,
-        metadata={"help": "Head to start from: embedded, or a folder of a saved reward; by default a fresh one."},
-    )
-    seed: int = field(default=0, metadata={"help": "Random seed of initial weights and training."})
+    recipe: Recipe | None = field(default=None, metadata={"help": _RECIPE_HELP})
+    init: str | Path | None = field(default=None, metadata={"help": _INIT_HELP})
+    seed: int = option(0, "Random seed of initial weights and training.")
     cache: Path = field(default=DEFAULT_CACHE, metadata={"help": "Folder of stored features."})
-    max_bytes: int = field(default=MAX_BYTES, metadata={"help": "Maximum size of the stored features in bytes."})
+    max_bytes: int = option(MAX_BYTES, "Maximum size of the stored features in bytes.")
 
     def __post_init__(self) -> None:
         if self.name not in (*SYSTEMS, "compact"):
             raise ValueError(f"name: expected one of {', '.join(SYSTEMS)} or compact, got {self.name!r}")
         if self.name == "compact" and self.init is None:
             raise ValueError(
-                "init: the compact reward is fitted afresh by examples/train_compact; here it continues from "
-                "init='embedded' (--init embedded), or from a folder with a saved one"
+                "init: expected 'embedded', or a folder of a saved reward, to continue compact from, got None; "
+                "examples/train_compact fits it afresh"
             )
         if self.init is not None and (self.preset is not None or self.towers):
             raise ValueError("init: a trained reward brings its own towers; pass neither preset nor towers")
@@ -121,18 +115,11 @@ class TrainingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Result of `train_reward`.
-
-    Attributes:
-        reward: reward calibrated to the scale of the training's scores, 1 = the best human score of the training part.
-        task: task that it was fitted to.
-        source: features or images that it was fitted on.
-        result: epochs, validation, images that could not be read.
-    """
+    """Result of `train_reward`: a reward on the scale where 1 is the best training score, and what it was fitted to."""
 
     reward: Reward
     task: Task
-    source: FeatureStore | LiveImages
+    source: ImageSource
     result: FitResult
 
 
@@ -150,8 +137,7 @@ def whole_split(data: ScoredImages | PreferencePairs, *, seed: int = 0) -> Split
         (18, 2, 0)
     """
     held = group_split(data.groups, VALIDATION_FRACTION, seed)
-    empty = np.zeros(0, dtype=np.int64)
-    return Split(train=np.flatnonzero(~held), validation=np.flatnonzero(held), test=empty)
+    return Split(train=np.flatnonzero(~held), validation=np.flatnonzero(held), test=np.zeros(0, dtype=np.int64))
 
 
 def train_reward(
@@ -182,13 +168,17 @@ def train_reward(
         model.to(accelerator.device)
     task: Task = ScoreTask.of(data, split.train) if isinstance(data, ScoredImages) else PairTask(data)
     task.check_validation(split.validation)  # before the features are computed; fit checks the readable ones
-    source: FeatureStore | LiveImages
+    show = progress and (accelerator is None or accelerator.is_main_process)
+    source: ImageSource
     if recipe.train_towers:
         source = LiveImages(task.paths, task.prompts, progress=progress)
     else:
-        source = _stored(plan, model, task, accelerator, progress)
-    given: dict[str, Any] = {"seed": plan.seed, "initialize": plan.init is None}
-    result = fit(model, task, split, recipe, source, folder, accelerator=accelerator, progress=progress, **given)
+        with nullcontext() if accelerator is None else accelerator.main_process_first():
+            source = store_features(
+                model, task.paths, task.prompts, plan.cache, max_bytes=plan.max_bytes, progress=show
+            )
+    given: dict[str, Any] = {"accelerator": accelerator, "progress": progress}
+    result = fit(model, task, split, recipe, source, folder, seed=plan.seed, initialize=plan.init is None, **given)
     reward = Reward(model, get_reward_spec(plan.name))
     if isinstance(task, PairTask):
         reward.calibration.load_state_dict(plan.calibration())
@@ -197,20 +187,12 @@ def train_reward(
     if accelerator is None or accelerator.is_main_process:
         if folder is not None:
             reward.save_pretrained(folder)
-            _write_record(folder, plan, result)
+            planned = {"name": plan.name, "preset": plan.preset, "settings": dict(plan.settings), "seed": plan.seed}
+            found = {"result": asdict(replace(result, unreadable=())), "unreadable": listed(result.unreadable)}
+            write_json(folder / "training.json", {"plan": planned, "recipe": asdict(recipe), **found})
         if hub_model_id is not None:
             _upload(reward, hub_model_id, folder)
     return Trained(reward=reward, task=task, source=source, result=result)
-
-
-def _write_record(folder: Path, plan: TrainingPlan, result: FitResult) -> None:
-    record = {
-        "plan": {"name": plan.name, "preset": plan.preset, "settings": dict(plan.settings), "seed": plan.seed},
-        "recipe": asdict(plan.chosen_recipe),
-        "result": asdict(replace(result, unreadable=())),
-        "unreadable": [{"path": str(entry.path), "reason": entry.reason} for entry in result.unreadable],
-    }
-    write_json(folder / "training.json", record)
 
 
 def _upload(reward: Reward, hub_model_id: str, folder: Path | None) -> None:
@@ -221,16 +203,7 @@ def _upload(reward: Reward, hub_model_id: str, folder: Path | None) -> None:
         raise OSError(f"hub_model_id: {saved}it was not uploaded to {hub_model_id}: {error}") from error
 
 
-def _stored(
-    plan: TrainingPlan, model: TrainedModel, task: Task, accelerator: Accelerator | None, progress: bool
-) -> FeatureStore:
-    """Compute features in the first process while the others wait."""
-    with nullcontext() if accelerator is None else accelerator.main_process_first():
-        show = progress and (accelerator is None or accelerator.is_main_process)
-        return store_features(model, task.paths, task.prompts, plan.cache, max_bytes=plan.max_bytes, progress=show)
-
-
-def calibrate(reward: Reward, task: ScoreTask, source: FeatureStore | LiveImages, rows: np.ndarray) -> None:
+def calibrate(reward: Reward, task: ScoreTask, source: ImageSource, rows: np.ndarray) -> None:
     """Map raw scores onto the human scale by least squares on the training part; order is kept.
 
     For losses that fix the order of scores and not their scale.
@@ -240,8 +213,7 @@ def calibrate(reward: Reward, task: ScoreTask, source: FeatureStore | LiveImages
     for aspect, raw, column in zip(("quality", "correspondence"), predicted, task.targets.T, strict=True):
         target = column[rows]
         known = np.isfinite(target)
-        if raw is None or known.sum() < 2 or np.ptp(raw[known]) == 0:
-            continue
-        slope, shift = np.polyfit(raw[known].astype(np.float64), target[known], 1)
-        if slope > 0:
-            getattr(reward.calibration, aspect).copy_(torch.tensor([slope, shift]))
+        if raw is not None and known.sum() > 1 and np.ptp(raw[known]) > 0:
+            slope, shift = np.polyfit(raw[known].astype(np.float64), target[known], 1)
+            if slope > 0:
+                getattr(reward.calibration, aspect).copy_(torch.tensor([slope, shift]))

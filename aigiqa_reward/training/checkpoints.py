@@ -27,13 +27,7 @@ _STATE = "state.pt"
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Write the state of a training atomically; state.json has its settings and numbers.
-
-    Args:
-        folder: folder of the checkpoint, made if absent.
-        state: tensors, state dicts and numbers, with those of `NUMBERS`.
-        settings: settings that decide the training's result, as JSON.
-    """
+    """Write the state of a training, with the numbers of `NUMBERS`; state.json has its settings and these numbers."""
     data = io.BytesIO()
     torch.save(dict(state), data)
     write_json(folder / "state.json", {**settings, **{name: state[name] for name in NUMBERS}})
@@ -41,12 +35,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], settings: Mapping[st
 
 
 def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read the state of a training, on the CPU; None if there is none.
-
-    Raises:
-        ValueError: the checkpoint was written with other settings; names them.
-        WeightsError: the file is damaged.
-    """
+    """Read the state of a training, on the CPU; None if there is none, an error if its settings were others."""
     run = RunFolder(folder, argument="folder", file="state.json", contents=(_STATE,), started=_STATE)
     run.check(settings, ignore=NUMBERS)
     file = folder / _STATE
@@ -55,9 +44,8 @@ def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what zipfile and its unpickler do
-        raise WeightsError(
-            f"checkpoint: {file} is damaged ({type(error).__name__}); remove it to start again"
-        ) from error
+        message = f"checkpoint: {file} is damaged ({type(error).__name__}); remove it to start again"
+        raise WeightsError(message) from error
 
 
 def trained_state(module: nn.Module, *, towers: bool) -> dict[str, Tensor]:

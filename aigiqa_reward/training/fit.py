@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from aigiqa_reward.datasets import Split
-from aigiqa_reward.evaluation import srcc
-from aigiqa_reward.evaluation.metrics import MIN_ROWS
 from aigiqa_reward.models.base import TrainedModel
 from aigiqa_reward.training.checkpoints import load_checkpoint, save_checkpoint, settings_of, trained_state
 from aigiqa_reward.training.recipes import Recipe
-from aigiqa_reward.training.store import FeatureStore, LiveImages, Unreadable
+from aigiqa_reward.training.store import ImageSource, LiveImages, Unreadable
 from aigiqa_reward.training.tasks import ScoreTask, Task
 from aigiqa_reward.types import PromptFeatures
 
@@ -38,7 +37,7 @@ PREDICTED_TOGETHER = 32
 """Images per forward pass of a prediction."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FitResult:
     """Outcome of a training, whose model holds the best epoch's weights, or the last's if the recipe keeps those.
 
@@ -62,7 +61,7 @@ def fit(
     task: Task,
     split: Split,
     recipe: Recipe,
-    source: FeatureStore | LiveImages,
+    source: ImageSource,
     folder: Path | None,
     *,
     seed: int = 0,
@@ -97,43 +96,41 @@ def fit(
     return run.finish()
 
 
+@dataclass
 class _Run:
     """One training, whose state can be saved between epochs."""
 
-    def __init__(
-        self,
-        model: TrainedModel,
-        task: Task,
-        split: Split,
-        recipe: Recipe,
-        source: FeatureStore | LiveImages,
-        folder: Path | None,
-        seed: int,
-        accelerator: Accelerator,
-        progress: bool,
-    ) -> None:
+    model: TrainedModel
+    task: Task
+    split: Split
+    recipe: Recipe
+    source: ImageSource
+    folder: Path | None
+    seed: int
+    accelerator: Accelerator
+    progress: bool
+
+    def __post_init__(self) -> None:
+        task, recipe, source, split = self.task, self.recipe, self.source, self.split
         if recipe.train_towers != isinstance(source, LiveImages):
             raise ValueError(
-                "source: a recipe that trains the towers reads images (LiveImages), any other stored features; "
-                f"got train_towers={recipe.train_towers} and {type(source).__name__}"
+                "source: expected images (LiveImages) for a recipe that trains the towers, else stored features; got "
+                f"{type(source).__name__} with train_towers={recipe.train_towers}"
             )
-        self.model, self.task, self.recipe, self.source, self.seed = model, task, recipe, source, seed
         self.train, self.validation = (
             task.usable(np.asarray(rows), source.readable) for rows in (split.train, split.validation)
         )
         if not len(self.train) or not len(self.validation):
-            raise ValueError(
-                f"split: expected readable images for both parts, got {len(self.train)} and {len(self.validation)}"
-            )
+            counts = f"{len(self.train)} and {len(self.validation)}"
+            raise ValueError(f"split: expected readable images for both parts, got {counts}")
         task.check_validation(self.validation)
-        self.folder = None if folder is None else folder / CHECKPOINT
-        self.accelerator, self.show = accelerator, progress and accelerator.is_main_process
-        self.steps = max(1, len(self.train) // (recipe.batch_size * accelerator.num_processes))
+        self.checkpoint = None if self.folder is None else self.folder / CHECKPOINT
+        self.show = self.progress and self.accelerator.is_main_process
+        self.steps = max(1, len(self.train) // (recipe.batch_size * self.accelerator.num_processes))
         self.epoch, self.best_epoch, self.best = 0, 0, -math.inf
         self.history: list[dict[str, float]] = []
 
     def prepare(self, initialize: bool) -> None:
-        """Make the optimizer and what else belongs to the model, and resume from a checkpoint if there is one."""
         model, recipe = self.model, self.recipe
         model.to(self.accelerator.device)
         _choose_weights(model, towers=recipe.train_towers)
@@ -176,7 +173,8 @@ class _Run:
         return self.recipe.patience is not None and self.epoch - self.best_epoch >= self.recipe.patience
 
     def train_epoch(self) -> None:
-        """Pass over the training part once, every random choice drawn from the seed and the epoch."""
+        from accelerate.utils import gather_object
+
         recipe, accelerator = self.recipe, self.accelerator
         with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
             torch.manual_seed(self.seed * 100_003 + self.epoch)  # dropout; restored on leaving
@@ -187,22 +185,28 @@ class _Run:
             for module in self.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()  # a score must not depend on what else is in a batch
-            losses, running = [], _RunningSRCC(self.task)
+            losses, shown = [], "-"
+            recent: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=30)
             title = f"epoch {self.epoch + 1}"
             with tqdm(total=self.steps, desc=title, unit="step", disable=not self.show, leave=False) as bar:
                 for step in range(self.steps):
                     part = np.array_split(order[step :: self.steps], accelerator.num_processes)
+                    examples = part[accelerator.process_index]
                     for group in self.optimizer.param_groups:
                         group["lr"] = recipe.learning_rate * rate(recipe, self.epoch + step / self.steps)
-                    losses.append(self._step(part[accelerator.process_index], rng, generator, running))
-                    bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", srcc=running.srcc)
+                    loss, quality = self._step(examples, rng, generator)
+                    losses.append(loss)
+                    recent.append((quality.float().cpu().numpy(), examples))
+                    if isinstance(self.task, ScoreTask) and step % 10 == 9:
+                        predicted, rows = (np.concatenate(values) for values in zip(*recent, strict=True))
+                        with suppress(ValueError):  # too few scored images
+                            shown = f"{self.task.measure(predicted, None, rows, 'srcc'):.3f}"
+                    bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", srcc=shown)
                     bar.update()
         self.epoch += 1
-        self.history.append({"epoch": self.epoch, "loss": _mean_over_processes(accelerator, float(np.mean(losses)))})
+        self.history.append({"epoch": self.epoch, "loss": float(np.mean(gather_object([float(np.mean(losses))])))})
 
-    def _step(
-        self, examples: np.ndarray, rng: np.random.Generator, generator: torch.Generator, running: _RunningSRCC
-    ) -> float:
+    def _step(self, examples: np.ndarray, rng: np.random.Generator, generator: torch.Generator) -> tuple[float, Tensor]:
         recipe, rows = self.recipe, self.task.rows(examples)
         seen, context = self._features(rows, generator)
         texts = self.prompts or self.model.read_prompts([self.task.prompts[row] for row in rows])
@@ -227,43 +231,34 @@ class _Run:
         self.accelerator.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], recipe.clip_norm)
         self.optimizer.step()
         self.average.update(self.model)
-        running.add(quality, examples)
-        return value
+        return value, quality.detach()
 
     def validate(self) -> None:
-        """Measure on the validation part, and keep the weights if no epoch was better, or if the last is to be kept."""
+        from accelerate.utils import broadcast_object_list
+
         rows = self.task.rows(self.validation)
         with self.average.applied(self.model):
             quality, correspondence = predict(self.model, self.task.prompts, self.source, rows, progress=False)
             value = self.task.measure(quality, correspondence, self.validation, self.recipe.monitor)
-            value = _main_process_value(self.accelerator, value)
+            value = broadcast_object_list([value])[0]  # other processes' may differ in the last bits
             self.history[-1]["validation"] = value
             if value > self.best or self.recipe.keep == "last":
                 self.best, self.best_epoch = value, self.epoch
                 self.best_state = trained_state(self.model, towers=self.recipe.train_towers)
         if self.show:
-            loss = self.history[-1]["loss"]
-            line = f"epoch {self.epoch}: loss {loss:.4f}, validation {value:.4f}, best {self.best:.4f}"
-            tqdm.write(line, file=sys.stderr)
+            line = f"loss {self.history[-1]['loss']:.4f}, validation {value:.4f}, best {self.best:.4f}"
+            tqdm.write(f"epoch {self.epoch}: {line}", file=sys.stderr)
 
     def save(self) -> None:
-        """Write a checkpoint, by the main process alone."""
-        if self.folder is not None and self.accelerator.is_main_process:
-            state = {
-                "model": trained_state(self.model, towers=self.recipe.train_towers),
-                "average": self.average.weights,
-                "steps": self.average.steps,
-                "best_state": self.best_state,
-                "optimizer": self.optimizer.state_dict(),
-                "epoch": self.epoch,
-                "best_epoch": self.best_epoch,
-                "best": self.best,
-                "history": self.history,
-            }
-            save_checkpoint(self.folder, state, self.settings)
+        if self.checkpoint is not None and self.accelerator.is_main_process:
+            state = {name: getattr(self, name) for name in ("epoch", "best_epoch", "best", "history", "best_state")}
+            state |= {"average": self.average.weights, "steps": self.average.steps}
+            state["model"] = trained_state(self.model, towers=self.recipe.train_towers)
+            state["optimizer"] = self.optimizer.state_dict()
+            save_checkpoint(self.checkpoint, state, self.settings)
 
     def _resume(self) -> None:
-        state = None if self.folder is None else load_checkpoint(self.folder, self.settings)
+        state = None if self.checkpoint is None else load_checkpoint(self.checkpoint, self.settings)
         if state is None:
             return
         device = self.accelerator.device
@@ -276,23 +271,17 @@ class _Run:
         self.history, self.average.steps = state["history"], state["steps"]
 
     def finish(self) -> FitResult:
-        """Put the kept epoch's weights into the model."""
         self.model.load_state_dict(self.best_state, strict=False)
         self.model.requires_grad_(False).eval()
-        return FitResult(
-            best_epoch=self.best_epoch,
-            best=self.best,
-            history=tuple(self.history),
-            unreadable=self.source.unreadable,
-            stopped_early=self.epoch < self.recipe.epochs,
-        )
-
-
-# --------------------------------------------------------------------------------------------- scores
+        early, unreadable = self.epoch < self.recipe.epochs, self.source.unreadable
+        return FitResult(self.best_epoch, self.best, tuple(self.history), unreadable, stopped_early=early)
 
 
 class _Scoring(nn.Module):
-    """A model's `forward_head` with tensors in and out, which wrappers for several processes can pass on."""
+    """A model's `forward_head` with tensors in and out, which wrappers for several processes can pass on.
+
+    Out come quality, correspondence, correspondence to the wrong prompts, and the model's penalty.
+    """
 
     def __init__(self, model: TrainedModel) -> None:
         super().__init__()
@@ -306,7 +295,6 @@ class _Scoring(nn.Module):
         index: Tensor,
         wrong: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Return quality, correspondence, correspondence to the wrong prompts, and the model's penalty."""
         features = PromptFeatures(texts=("",) * len(next(iter(texts.values()))), index=index, tensors=texts, model="")
         seen = self.model.digest(seen)
         output = self.model.forward_head(seen, features, context)
@@ -320,12 +308,7 @@ class _Scoring(nn.Module):
 
 
 def predict(
-    model: TrainedModel,
-    prompts: Sequence[str],
-    source: FeatureStore | LiveImages,
-    rows: np.ndarray,
-    *,
-    progress: bool = True,
+    model: TrainedModel, prompts: Sequence[str], source: ImageSource, rows: np.ndarray, *, progress: bool = True
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Compute raw scores (M,) of rows: quality, and correspondence to `prompts[row]` or None."""
     quality, correspondence = predict_against(model, [prompts], source, rows, progress=progress)
@@ -336,19 +319,14 @@ def predict(
 def predict_against(
     model: TrainedModel,
     prompts: Sequence[Sequence[str]],
-    source: FeatureStore | LiveImages,
+    source: ImageSource,
     rows: np.ndarray,
     *,
     progress: bool = True,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Compute raw quality of rows (M,), and correspondence (M, K) to each of K prompts of every row.
+    """Compute raw quality of rows (M,), and correspondence (M, K) to their prompts in each of K lists for all images.
 
-    Args:
-        model: trained model; left in evaluation mode.
-        prompts: K lists, each with a prompt of every image.
-        source: features or images.
-        rows: rows of the images.
-        progress: whether to show a bar on stderr.
+    The model is left in evaluation mode.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -368,36 +346,11 @@ def predict_against(
     return torch.cat(quality).numpy(), torch.cat(correspondence).numpy() if correspondence else None
 
 
-class _RunningSRCC:
-    """SRCC of quality over the last 30 steps of an epoch, for the progress bar."""
-
-    def __init__(self, task: Task) -> None:
-        self.targets = task.targets[:, 0] if isinstance(task, ScoreTask) else None
-        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
-        self.srcc = "-"
-
-    def add(self, quality: Tensor, examples: np.ndarray) -> None:
-        """Take in one step's scores."""
-        if self.targets is None:
-            return
-        self.parts.append((quality.detach().float().cpu().numpy(), self.targets[examples]))
-        if len(self.parts) % 10 == 0:
-            predicted, target = (np.concatenate(part) for part in zip(*self.parts[-30:], strict=True))
-            known = np.isfinite(target)
-            self.srcc = f"{srcc(predicted[known], target[known]):.3f}" if known.sum() >= MIN_ROWS else "-"
-
-
-# --------------------------------------------------------------------------------------------- weights and rates
-
-
 class WeightAverage:
     """EMA of the trained weights, whose decay starts low so that it forgets the initial ones.
 
-    diffusers' EMAModel counts its steps from one later and rounds in another way, which would change trained weights.
-
-    Args:
-        model: model whose trained parameters to average.
-        decay: decay per step; 0 averages nothing.
+    A decay of 0 averages nothing. diffusers' EMAModel counts steps from one later and rounds in another way, which
+    would change trained weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -440,12 +393,11 @@ def rate(recipe: Recipe, epochs: float) -> float:
 def _choose_weights(model: TrainedModel, *, towers: bool) -> None:
     """Unfreeze the head, and the towers if wanted, except CLIP's temperature."""
     for name, parameter in model.named_parameters():
-        frozen = name.endswith("logit_scale")
-        parameter.requires_grad_(name.startswith("head.") or (towers and not frozen))
+        parameter.requires_grad_(name.startswith("head.") or (towers and not name.endswith("logit_scale")))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"train_towers: the head of this {model.name} has no weights, so with frozen towers there is nothing to "
-            "train; train the towers, or for tsp_mgs give it an adapter_rank above 0"
+            f"train_towers: the head of this {model.name} has no weights to train; train the towers, or give tsp_mgs "
+            "an adapter_rank above 0"
         )
 
 
@@ -454,9 +406,6 @@ def _other_prompts(index: Tensor, allowed: np.ndarray, rng: np.random.Generator)
     place = np.searchsorted(allowed, index.cpu().numpy())
     shift = rng.integers(1, len(allowed), size=len(place))
     return torch.from_numpy(allowed[(place + shift) % len(allowed)]).to(index.device)
-
-
-# --------------------------------------------------------------------------------------------- processes
 
 
 def _accelerator_for(model: nn.Module, given: Accelerator | None) -> Accelerator:
@@ -469,17 +418,3 @@ def _accelerator_for(model: nn.Module, given: Accelerator | None) -> Accelerator
         accelerator.ddp_handler = DistributedDataParallelKwargs()
     accelerator.ddp_handler.find_unused_parameters = True
     return accelerator
-
-
-def _main_process_value(accelerator: Accelerator, value: float) -> float:
-    """Return the main process's value; the others' may differ in the last bits, and with it who stops when."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
-
-
-def _mean_over_processes(accelerator: Accelerator, value: float) -> float:
-    if accelerator.num_processes == 1:
-        return value
-    reduced: Any = accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=accelerator.device), "mean")
-    return float(reduced)

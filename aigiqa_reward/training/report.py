@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,8 @@ from aigiqa_reward.evaluation.tables import TASKS
 from aigiqa_reward.models.base import TrainedModel
 from aigiqa_reward.training.by_name import Trained, TrainingPlan, train_reward
 from aigiqa_reward.training.fit import predict_against
-from aigiqa_reward.training.store import CONTEXT, FeatureStore
+from aigiqa_reward.training.recipes import option
+from aigiqa_reward.training.store import CONTEXT, FeatureStore, listed
 from aigiqa_reward.utils.io import write_atomically
 from aigiqa_reward.utils.run_folder import write_json
 
@@ -34,14 +34,17 @@ WRONG_PROMPTS = 4
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "mst_clipiqa": {"gate -> mean": {"fusion": "mean"}},
     "tsp_mgs": {"level prompts -> one prompt": {"levels": "one"}},
-    "sc_agiqa": {
-        "CSF weight -> mean": {"frequency": "mean"},
-        "experts -> one": {"experts": 1, "top": 1},
-    },
+    "sc_agiqa": {"CSF weight -> mean": {"frequency": "mean"}, "experts -> one": {"experts": 1, "top": 1}},
     "ma_agiqa": {"LMM features -> zeros": {"semantics": "zeros"}},
     "cpa_iqa": {"three tiers -> the global one": {"tiers": ("global",)}},
 }
 """Ablations of each system's key modules: a name for the table, and the settings that switch the module off."""
+
+
+_MODE_HELP = (
+    "Kind of split: group keeps the images of a prompt together; random_image and csv are for comparison with "
+    "published figures."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +58,18 @@ class ProtocolSettings:
         ['cpa_iqa', 'ma_agiqa', 'mst_clipiqa', 'sc_agiqa', 'tsp_mgs']
     """
 
-    seeds: int = field(default=10, metadata={"help": "Number of random splits for the model and the controls."})
-    ablation_seeds: int = field(default=3, metadata={"help": "Number of random splits per ablation; 0 skips them."})
-    mode: Literal["group", "random_image", "csv"] = field(
-        default="group",
-        metadata={
-            "help": "Kind of split: group keeps the images of a prompt together; random_image and csv are for "
-            "comparison with published figures."
-        },
-    )
+    seeds: int = option(10, "Number of random splits for the model and the controls.")
+    ablation_seeds: int = option(3, "Number of random splits per ablation; 0 skips them.")
+    mode: Literal["group", "random_image", "csv"] = field(default="group", metadata={"help": _MODE_HELP})
     file: Path | None = field(default=None, metadata={"help": "File of split assignments for mode csv."})
-    same_generator: str | None = field(
-        default="sd1.5",
-        metadata={"help": "Prefix of the generators within whose variants the selection gain is also measured."},
+    same_generator: str | None = option(
+        "sd1.5", "Prefix of the generators within whose variants the selection gain is also measured."
     )
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or not 0 <= self.ablation_seeds <= self.seeds:
-            raise ValueError(
-                f"seeds, ablation_seeds: expected at least 1, and at most as many for the ablations, got {self.seeds} "
-                f"and {self.ablation_seeds}"
-            )
+            got = f"{self.seeds} and {self.ablation_seeds}"
+            raise ValueError(f"seeds, ablation_seeds: expected at least 1, and at most as many ablations, got {got}")
 
     def describe(self) -> str:
         """Return one line for the report's head."""
@@ -113,9 +107,7 @@ def run_protocol(
         progress: whether to show bars on stderr.
     """
     if plan.init is not None:
-        raise ValueError(
-            "init: a head that was trained before may have seen the test images; pass None to the protocol"
-        )
+        raise ValueError("init: expected None, since a head that was trained before may have seen the test images")
     file = folder / "report.json"
     report = ProtocolReport.load(file) if file.exists() else ProtocolReport(title=title, protocol=settings.describe())
     if report.protocol != settings.describe():
@@ -124,16 +116,14 @@ def run_protocol(
     for seed in range(settings.seeds):
         split = split_rows(images, mode=settings.mode, seed=seed, file=settings.file)
         for variant, changed in variants.items():
-            if variant != MODEL and seed >= settings.ablation_seeds:
-                continue
-            if any(report.done(seed, variant, task) for task in TASKS):
+            skipped = variant != MODEL and seed >= settings.ablation_seeds
+            if skipped or any(report.done(seed, variant, task) for task in TASKS):
                 continue
             own = replace(plan, seed=seed, settings={**plan.settings, **changed})
             trained = train_reward(own, images, split, None, accelerator=accelerator, progress=progress)
             if accelerator is not None:
                 accelerator.free_memory()  # it would hold every model that it prepared
-            left_out = [{"path": str(entry.path), "reason": entry.reason} for entry in trained.source.unreadable]
-            write_json(folder / "unreadable.json", left_out)
+            write_json(folder / "unreadable.json", listed(trained.source.unreadable))
             report = report.with_scores(_Test(images, split, trained, settings, seed).scores(variant, folder))
             report.save(file)
     return report
@@ -151,9 +141,13 @@ class _Test:
 
     def scores(self, variant: str, folder: Path) -> list[SplitScores]:
         """Measure the model and, unless it is an ablation, the controls; write its predictions to `folder`."""
-        images, rows = self.images, self.rows
+        images, rows, reward, source = self.images, self.rows, self.trained.reward, self.trained.source
         lists = [list(images.prompts), *(self._wrong_prompts() if images.has_correspondence else ())]
-        quality, against = self._predict(lists)
+        assert isinstance(reward.model, TrainedModel), "it was trained"
+        quality, against = predict_against(reward.model, lists, source, rows, progress=False)
+        quality = reward.calibration(torch.from_numpy(quality), "quality").numpy()
+        if against is not None:
+            against = reward.calibration(torch.from_numpy(against), "correspondence").numpy()
         own = None if against is None else against[:, 0]
         wrong = against[:, 1:] if against is not None and len(lists) > 1 else None
         found: dict[str, dict[str, np.ndarray | None]] = {
@@ -162,7 +156,9 @@ class _Test:
         }
         if variant == MODEL:
             arrays = {"quality": quality, "correspondence": own, "rows": rows, "wrong_prompt_correspondence": wrong}
-            _save(folder / f"seed{self.seed}.npz", {name: a for name, a in arrays.items() if a is not None})
+            data = io.BytesIO()
+            np.savez_compressed(data, **{name: a for name, a in arrays.items() if a is not None})
+            write_atomically(folder / f"seed{self.seed}.npz", data.getvalue())
             if wrong is not None:
                 found["correspondence"][SHUFFLED] = wrong[:, 0]
             for task in TASKS:
@@ -174,17 +170,6 @@ class _Test:
             if values is not None
         )
         return [score for score in scores if score is not None]
-
-    def _predict(self, prompts: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Predict calibrated quality (M,), and correspondence (M, K) to each of K prompts."""
-        reward = self.trained.reward
-        assert isinstance(reward.model, TrainedModel), "it was trained"
-        quality, against = predict_against(reward.model, prompts, self.trained.source, self.rows, progress=False)
-
-        def calibrated(raw: np.ndarray, aspect: str) -> np.ndarray:
-            return reward.calibration(torch.from_numpy(raw), aspect).numpy()
-
-        return calibrated(quality, "quality"), None if against is None else calibrated(against, "correspondence")
 
     def _wrong_prompts(self) -> list[list[str]]:
         """Draw K lists of prompts of all images, in which each test image has another prompt of the test part."""
@@ -236,8 +221,8 @@ class _Test:
 def pooled_features(store: FeatureStore) -> np.ndarray:
     """Average the stored features of each image over crops and places, to one vector (N, D) for the ridge control.
 
-    Of maps and of crops the standard deviation is taken as well, so that the control has what a linear head could
-    have; an assistant's features (floating, one vector per question) are concatenated, its flags and words left out.
+    Of maps and of crops the standard deviation is taken as well; an assistant's features (floating, one vector per
+    question) are concatenated, its flags and words left out.
     """
     parts = []
     for name, array in store.arrays.items():
@@ -257,9 +242,3 @@ def _pooled(block: np.ndarray) -> np.ndarray:
     channel = {5: 2, 4: 1, 3: 2}[values.ndim]
     axes = tuple(axis for axis in range(1, values.ndim) if axis != channel)
     return np.concatenate([values.mean(axis=axes), values.std(axis=axes)], axis=1)
-
-
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    data = io.BytesIO()
-    np.savez_compressed(data, **arrays)  # pyright: ignore[reportArgumentType]
-    write_atomically(path, data.getvalue())

@@ -7,10 +7,9 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -42,6 +41,11 @@ class Unreadable:
 
     path: Path
     reason: str
+
+
+def listed(unreadable: Sequence[Unreadable]) -> list[dict[str, str]]:
+    """Return paths and reasons as JSON values."""
+    return [{"path": str(entry.path), "reason": entry.reason} for entry in unreadable]
 
 
 class FeatureStore:
@@ -121,29 +125,20 @@ def store_features(
     """
     home = folder / f"{model.name}-{_key(model, paths)[:16]}"
     home.mkdir(parents=True, exist_ok=True)
-    with _locked(home, progress):
+    lock = FileLock(home / ".lock")
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        if progress:
+            tqdm.write(f"another process computes {home}; waiting for it", file=sys.stderr)
+        held = lock.acquire()
+    with held:
         state = _earlier(home, len(paths))
         _fill(model, paths, prompts, home, state, max_bytes, batch_size, progress)
         unreadable = [(row, Unreadable(paths[row], reason)) for row, reason in state["unreadable"]]
         _refuse_none(paths, [entry for _, entry in unreadable])
         arrays = {name: open_memmap(home / f"{name}.npy", "r") for name in state["arrays"]}
     return FeatureStore(arrays, unreadable)
-
-
-@contextmanager
-def _locked(home: Path, show: bool) -> Iterator[None]:
-    """Let one process at a time into a folder; the lock of a killed one is free."""
-    lock = FileLock(home / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        if show:
-            tqdm.write(f"another process computes {home}; waiting for it", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _earlier(home: Path, count: int) -> dict[str, Any]:
@@ -161,6 +156,7 @@ def _earlier(home: Path, count: int) -> dict[str, Any]:
     return state
 
 
+@torch.no_grad()
 def _fill(
     model: TrainedModel,
     paths: Sequence[Path],
@@ -175,14 +171,14 @@ def _fill(
     device = next(model.parameters()).device
     model.eval()
     writer = _ArrayWriter(home, len(paths), max_bytes)
-    bar = tqdm(
-        total=len(paths), initial=state["done"], desc=f"{model.name} features", unit="image", disable=not progress
-    )
-    with bar:
+    title = f"{model.name} features"
+    with tqdm(total=len(paths), initial=state["done"], desc=title, unit="image", disable=not progress) as bar:
         for rows, images, end in _batches(paths, state["done"], batch_size, state["unreadable"]):
             if rows:
-                seen = _features(model, torch.stack(images).to(device), [prompts[row] for row in rows])
-                writer.write(rows, seen)
+                stacked = torch.stack(images).to(device)
+                seen = dict(model.forward_features(stacked))
+                context = model.prepare(stacked, asked_prompts([prompts[row] for row in rows])) or {}
+                writer.write(rows, seen | {f"{CONTEXT}{name}": tensor for name, tensor in context.items()})
                 state["arrays"] = sorted(writer.arrays)
             state["done"] = end
             if state["arrays"] and (end % _NOTED_EVERY < batch_size or end == len(paths)):
@@ -212,13 +208,6 @@ def _batches(
         yield rows, images, len(paths)
 
 
-@torch.no_grad()
-def _features(model: TrainedModel, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    seen = dict(model.forward_features(images))
-    context = model.prepare(images, asked_prompts(prompts))
-    return seen | {f"{CONTEXT}{name}": tensor for name, tensor in (context or {}).items()}
-
-
 def asked_prompts(prompts: Sequence[str]) -> PromptFeatures:
     """Return prompts for assistants, which read words and no features."""
     texts, index = distinct_prompts(prompts)
@@ -236,7 +225,6 @@ class _ArrayWriter:
         self.arrays: dict[str, Any] = {}
 
     def write(self, rows: Sequence[int], features: Mapping[str, Tensor]) -> None:
-        """Store the features of some rows."""
         stored = {name: _storable(name, tensor) for name, tensor in features.items()}
         self._make_room(stored)
         for name, values in stored.items():
@@ -252,7 +240,11 @@ class _ArrayWriter:
         for name in stored.keys() - self.arrays.keys():
             if (path := self.home / f"{name}.npy").exists():
                 self.arrays[name] = open_memmap(path, "r+")
-        short = [name for name, values in stored.items() if not self._fits(name, values)]
+        short = [
+            name
+            for name, values in stored.items()
+            if name not in self.arrays or (values.ndim > 1 and values.shape[1] > self.arrays[name].shape[1])
+        ]
         shapes = {name: (self.count, *stored[name].shape[1:]) for name in short}
         added = sum(int(np.prod(shapes[name])) * stored[name].itemsize for name in short)
         total = added + sum(array.nbytes for name, array in self.arrays.items() if name not in short)
@@ -260,8 +252,8 @@ class _ArrayWriter:
         if added and (total > self.max_bytes or added > free):
             raise ValueError(
                 f"max_bytes: the features of {self.count} images take {total / 1e9:.1f} GB, allowed are "
-                f"{self.max_bytes / 1e9:.1f} GB and free {free / 1e9:.1f} GB; allow more, score fewer crops, or train "
-                "with train_towers=True, which stores none"
+                f"{self.max_bytes / 1e9:.1f} GB and free {free / 1e9:.1f} GB; allow more, score fewer crops, or pass "
+                "train_towers=True"
             )
         for name in short:
             path = self.home / f"{name}.npy"
@@ -272,11 +264,7 @@ class _ArrayWriter:
             path.with_suffix(".part").replace(path)
             self.arrays[name] = fresh
 
-    def _fits(self, name: str, values: np.ndarray) -> bool:
-        return name in self.arrays and (values.ndim < 2 or values.shape[1] <= self.arrays[name].shape[1])
-
     def flush(self) -> None:
-        """Write out what is still in memory."""
         for array in self.arrays.values():
             array.flush()
 
@@ -284,10 +272,7 @@ class _ArrayWriter:
 def _storable(name: str, tensor: Tensor) -> np.ndarray:
     stored = tensor.half() if tensor.is_floating_point() else tensor
     if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
-        raise ValueError(
-            f"model: its feature {name!r} has values beyond float16, so features cannot be stored; "
-            "train with train_towers=True, which stores none"
-        )
+        raise ValueError(f"model: its feature {name!r} exceeds float16 and cannot be stored; pass train_towers=True")
     return stored.cpu().numpy()
 
 
@@ -299,18 +284,14 @@ def _key(model: TrainedModel, paths: Sequence[Path]) -> str:
     description = model.describe()
     settings = {name: description["config"][name] for name in model.feature_settings}
     roles = description.get("assistants")
-    parts: list[Any] = [settings, description["towers"], roles and [_identity(model, role) for role in roles]]
+    assistants = {role: getattr(model, role) for role in roles or ()}  # an assistant without `identity` is its class
+    named = [[role, str(getattr(one, "identity", type(one).__qualname__))] for role, one in assistants.items()]
+    parts: list[Any] = [settings, description["towers"], roles and named]
     for path in paths:
         stat = path.stat() if path.exists() else None
         parts.append([str(path), *([stat.st_size, stat.st_mtime_ns] if stat else [])])
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _identity(model: TrainedModel, role: str) -> list[str]:
-    """Return what determines an assistant's answers: its `identity`, or else its class."""
-    assistant = getattr(model, role)
-    return [role, str(getattr(assistant, "identity", type(assistant).__qualname__))]
 
 
 def _refuse_none(paths: Sequence[Path], unreadable: Sequence[Unreadable]) -> None:
@@ -319,12 +300,7 @@ def _refuse_none(paths: Sequence[Path], unreadable: Sequence[Unreadable]) -> Non
 
 
 class LiveImages:
-    """Images read from disk at each step, for trainings that change the towers; its `features` computes them.
-
-    Attributes:
-        readable: (N,) bool.
-        unreadable: images that could not be read, and why.
-    """
+    """Images read from disk at each step, for trainings that change the towers, in place of a `FeatureStore`."""
 
     def __init__(self, paths: Sequence[Path], prompts: Sequence[str], *, progress: bool = True) -> None:
         self.paths, self.prompts = tuple(paths), tuple(prompts)
@@ -371,3 +347,6 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         else pad_sequence([part[name][0] for part in parts], batch_first=True)
         for name in parts[0]
     }
+
+
+ImageSource: TypeAlias = FeatureStore | LiveImages

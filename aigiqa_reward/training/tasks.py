@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -23,13 +22,7 @@ def pairwise_margin_loss(
 ) -> Float[Tensor, ""]:
     """Average relu(-sign(y_i - y_j) (p_i - p_j) + margin) over the pairs with different targets (MST-CLIPIQA).
 
-    Args:
-        predicted: scores, higher is better.
-        target: human scores.
-        margin: required distance of a pair, in units of `predicted`.
-
-    Returns:
-        A scalar; 0 if all targets are equal.
+    0 if all targets are equal.
     """
     order = torch.sign(target[:, None] - target[None])
     wrong = F.relu(margin - order * (predicted[:, None] - predicted[None]))
@@ -39,13 +32,7 @@ def pairwise_margin_loss(
 def preference_loss(
     better: Float[Tensor, " pairs"], worse: Float[Tensor, " pairs"], *, temperature: float = 1.0
 ) -> Float[Tensor, ""]:
-    """Average -log sigmoid((Q1 - Q2) / tau) over pairs of which people preferred the first (CPA-IQA; Bradley-Terry).
-
-    Args:
-        better: scores of the preferred images.
-        worse: scores of the others.
-        temperature: tau, in units of the scores.
-    """
+    """Average -log sigmoid((Q1 - Q2) / tau) over pairs of which people preferred the first (CPA-IQA; Bradley-Terry)."""
     return F.softplus((worse - better) / temperature).mean()
 
 
@@ -54,9 +41,8 @@ def pairwise_preference_loss(
 ) -> Float[Tensor, ""]:
     """Apply `preference_loss` to every pair of a batch whose targets differ; 0 if all are equal."""
     first, second = torch.nonzero(target[:, None] > target[None], as_tuple=True)
-    if len(first) == 0:
-        return predicted.sum() * 0
-    return preference_loss(predicted[first], predicted[second], temperature=temperature)
+    loss = preference_loss(predicted[first], predicted[second], temperature=temperature)
+    return loss if len(first) else predicted.sum() * 0
 
 
 Scores: TypeAlias = tuple[Tensor, Tensor | None]
@@ -84,21 +70,14 @@ class ScoreTask:
         highest = np.array([np.nanmax(column[train]) if np.isfinite(column[train]).any() else 1.0 for column in raw.T])
         for aspect, best in zip(("quality", "correspondence"), highest, strict=True):
             if best <= 0:
+                expected = "a best training score above 0"
                 raise ValueError(
-                    f"{aspect}: expected a best training score above 0, got {best:g}; shift the scores so that the "
-                    "worst possible one is 0"
+                    f"{aspect}: expected {expected}, got {best:g}; shift the scores so that the worst is 0"
                 )
         return cls(images, raw / highest)
 
-    @property
-    def paths(self) -> list[Path]:
-        """Files of all images."""
-        return list(self.images.paths)
-
-    @property
-    def prompts(self) -> list[str]:
-        """Prompts of all images."""
-        return list(self.images.prompts)
+    def __post_init__(self) -> None:
+        self.paths, self.prompts = list(self.images.paths), list(self.images.prompts)
 
     def means(self, examples: np.ndarray) -> tuple[float, float]:
         """Return mean quality and correspondence of these images; 0.5 where people gave none."""
@@ -118,10 +97,8 @@ class ScoreTask:
         """Refuse too few scored images for a rank correlation."""
         scored = int(np.isfinite(self.targets[examples]).sum(axis=0).max(initial=0))
         if scored < MIN_ROWS:
-            raise ValueError(
-                f"validation: expected at least {MIN_ROWS} scored images to choose the epoch by, got {scored}; "
-                "give more images, or a split with a larger validation part"
-            )
+            expected = f"at least {MIN_ROWS} scored images to choose the epoch by"
+            raise ValueError(f"validation: expected {expected}, got {scored}; give more images")
 
     def loss(self, scores: Scores, examples: np.ndarray, recipe: Recipe) -> Tensor:
         """Sum the recipe's losses of the aspects that people scored."""
@@ -129,9 +106,8 @@ class ScoreTask:
         for predicted, column in zip(scores, self.targets.T, strict=True):
             target = torch.as_tensor(column[examples], dtype=torch.float32)
             known = torch.isfinite(target)
-            if predicted is None or not bool(known.any()):
-                continue
-            total = total + _score_loss(predicted[known.to(predicted.device)], target[known].to(predicted), recipe)
+            if predicted is not None and known.any():
+                total = total + _score_loss(predicted[known.to(predicted.device)], target[known].to(predicted), recipe)
         return total
 
     def measure(
@@ -141,11 +117,10 @@ class ScoreTask:
         values = []
         for predicted, column in zip((quality, correspondence), self.targets.T, strict=True):
             known = np.isfinite(column[examples])
-            if predicted is None or known.sum() < MIN_ROWS:
-                continue
-            x, y = predicted[known], column[examples][known]
-            agreement = correlations(x, y).plcc if monitor == "srcc+plcc" else 0.0
-            values.append(np.nan_to_num(srcc(x, y) + agreement, nan=-1.0))
+            if predicted is not None and known.sum() >= MIN_ROWS:
+                x, y = predicted[known], column[examples][known]
+                agreement = correlations(x, y).plcc if monitor == "srcc+plcc" else 0.0
+                values.append(np.nan_to_num(srcc(x, y) + agreement, nan=-1.0))
         if not values:
             raise ValueError(f"validation: expected at least {MIN_ROWS} scored images, got {len(examples)}")
         return float(np.mean(values))
@@ -170,15 +145,12 @@ class PairTask:
     pairs: PreferencePairs
 
     def __post_init__(self) -> None:
-        images = sorted({*self.pairs.better, *self.pairs.worse})
-        place = {path: row for row, path in enumerate(images)}
-        # All pairs of an image have one prompt.
-        prompt_of = dict(zip(self.pairs.better, self.pairs.prompts, strict=True))
-        prompt_of |= dict(zip(self.pairs.worse, self.pairs.prompts, strict=True))
-        self.paths = images
-        self.prompts = [prompt_of[path] for path in images]
-        self._better = np.array([place[path] for path in self.pairs.better])
-        self._worse = np.array([place[path] for path in self.pairs.worse])
+        better, worse = self.pairs.better, self.pairs.worse
+        prompt_of = dict(zip(better + worse, self.pairs.prompts * 2, strict=True))  # all pairs of an image have one
+        self.paths = sorted(prompt_of)
+        self.prompts = [prompt_of[path] for path in self.paths]
+        place = {path: row for row, path in enumerate(self.paths)}
+        self._better, self._worse = (np.array([place[path] for path in side]) for side in (better, worse))
 
     def rows(self, examples: np.ndarray) -> np.ndarray:
         """Return the preferred images of the pairs, then the others."""

@@ -12,10 +12,7 @@ def integer(argument: str, value: Any, *, least: int | None = None) -> int:
     """Return an integer of Python or numpy, at least `least`; `argument` is its name in errors."""
     expected = "an integer" if least is None else f"an integer of at least {least}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(
-            f"{argument}: expected {expected}, got {value!r} ({type(value).__name__}); "
-            f"pass a whole number, for example {argument}={max(1, least or 1)}"
-        )
+        raise TypeError(f"{argument}: expected {expected}, got {value!r} ({type(value).__name__}); pass a whole number")
     number = operator.index(value)
     if least is not None and number < least:
         raise ValueError(f"{argument}: expected {expected}, got {number}; pass {argument}={least} or more")
@@ -36,20 +33,16 @@ def first_seed(seed: Any, count: int, of: str) -> int:
     first = integer("seed", seed)
     lowest, highest = -(2**63), 2**64 - count  # torch.Generator.manual_seed takes [-2**63, 2**64)
     if not lowest <= first <= highest:
-        raise ValueError(
-            f"seed: expected an integer in [-2**63, 2**64 - {count}] = [{lowest}, {highest}], so that {of} have a seed "
-            f"that torch.Generator takes, got {first}; pass a smaller number"
-        )
+        span = f"[-2**63, 2**64 - {count}]"
+        raise ValueError(f"seed: expected an integer in {span}, so that {of} have one for torch.Generator, got {first}")
     return first
 
 
 def check_reward(reward: Any) -> Any:
     """Return a reward that can be called."""
     if not callable(reward):
-        raise TypeError(
-            f"reward: expected a Reward or a function f(images, prompts), got {type(reward).__name__}; "
-            "make one with create_reward('compact')"
-        )
+        kind = type(reward).__name__
+        raise TypeError(f"reward: expected a Reward or a function f(images, prompts), got {kind}; use create_reward")
     return reward
 
 

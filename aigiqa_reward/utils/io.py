@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_BYTES = 200_000_000
-"""Largest JSON or text file that is read: more than the notes of a run over half a million prompts."""
+"""Largest JSON or text file that is read."""
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -27,11 +27,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: str | os.PathLike[str], *, most: int = MAX_BYTES) -> Any:
-    """Read a regular JSON file of at most `most` bytes.
-
-    Raises:
-        OSError: missing, not a regular file, too large, or unreadable.
-        ValueError: not JSON.
+    """Read a regular JSON file of at most `most` bytes; an OSError or ValueError otherwise.
 
     Example:
         >>> from pathlib import Path
@@ -44,15 +40,9 @@ def read_json(path: str | os.PathLike[str], *, most: int = MAX_BYTES) -> Any:
 
 
 def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
-    """Read a regular file, or a symbolic link to one, of at most `most` bytes.
-
-    Raises:
-        OSError: missing, too large, unreadable, or a pipe or device, whose reading might never end; with `strerror`.
-    """
+    """Read a regular file, so no endless pipe, of at most `most` bytes; an OSError with `strerror` else."""
     file = Path(path)
     size = file.stat().st_size
-    if file.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     if not file.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(file))
     if size > most:
@@ -61,16 +51,7 @@ def read_regular(path: str | os.PathLike[str], *, most: int) -> bytes:
 
 
 def read_arrays(path: str | os.PathLike[str], *, most: int) -> dict[str, np.ndarray]:
-    """Read the arrays of an .npz file by name, without unpickling anything.
-
-    Args:
-        path: the file.
-        most: bytes that it may hold, and unpack to.
-
-    Raises:
-        OSError: as in `read_regular`.
-        ValueError: not an .npz file, damaged, or unpacking to more.
-    """
+    """Read an .npz file's arrays of at most `most` bytes by name, without pickles; an OSError or ValueError else."""
     import numpy as np
 
     data = io.BytesIO(read_regular(path, most=most))

@@ -1,11 +1,8 @@
-"""Which run a folder belongs to: settings as JSON, compared by name before anything in the folder is continued.
-
-Every command and training that can be resumed writes the settings that decide its result into its folder. A later run
-in the same folder continues if its settings are equal, else it is refused with the names of those that differ.
-"""
+"""Which run a folder belongs to: the settings that decide its result as JSON, compared by name before it is resumed."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -19,11 +16,7 @@ from aigiqa_reward.utils.io import parse_json, read_json, write_atomically
 if TYPE_CHECKING:
     from torch import nn
 
-_SHARES = ("quality_weight", "correspondence_weight", "weights", "combine")
-"""Attributes that decide the total of a Reward or a CompositeReward besides its tensors."""
-
-
-# --------------------------------------------------------------------------------------------- JSON
+_SHARES = ("quality_weight", "correspondence_weight", "weights", "combine")  # what decides a total besides tensors
 
 
 def without_nan(value: Any) -> Any:
@@ -49,19 +42,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 def read_jsonl(data: bytes) -> list[Any]:
     """Return the values of JSON lines; a last line that was cut off by an interruption is left out."""
-    values = []
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines):
-        if line.strip():
-            try:
-                values.append(parse_json(line))
-            except ValueError:
-                if number < len(lines) - 1:
-                    raise
+    *whole, last = data.split(b"\n")
+    values = [parse_json(line) for line in whole if line.strip()]
+    with contextlib.suppress(ValueError):
+        values.append(parse_json(last))
     return values
-
-
-# --------------------------------------------------------------------------------------------- identity
 
 
 def digest(value: Any) -> str:
@@ -70,26 +55,19 @@ def digest(value: Any) -> str:
 
 
 def identity(value: Any) -> Any:
-    """Return what identifies a value, as JSON.
-
-    Numbers and texts are kept, arrays, tensors and PIL images are identified by their content, other objects by their
-    type.
-    """
+    """Return what identifies a value, as JSON: texts and numbers, the content of arrays and images, else the type."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
         return [identity(item) for item in value]
     if isinstance(value, Mapping):
         return {str(name): identity(item) for name, item in value.items()}
-    kind, _, module = type(value).__name__, *type(value).__module__.partition(".")[1::-1]
-    if module == "torch" and hasattr(value, "detach"):
-        data = value.detach().cpu().double().numpy().tobytes()
-        return f"tensor {tuple(value.shape)} {hashlib.sha256(data).hexdigest()[:16]}"
-    if module == "PIL":
-        return f"image {value.size} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
-    if module == "numpy":
-        return f"array {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
-    return f"{type(value).__module__}.{getattr(value, '__qualname__', kind)}"
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().double().numpy()
+    if hasattr(value, "tobytes"):
+        size = getattr(value, "shape", None) or value.size
+        return f"{type(value).__name__} {size} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
 
 
 def pipeline_identity(pipe: Any) -> dict[str, Any]:
@@ -111,40 +89,24 @@ def reward_identity(reward: Any) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return a digest of a module's tensors, equal on every device and for any number of threads.
-
-    A tensor counts by its shape and the sum of its bits as integers.
-    """
+    """Return a digest of the shapes and sums of bits of a module's tensors, equal on every device."""
     import torch
 
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
     def sum_of_bits(tensor: torch.Tensor) -> int:
-        plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        return int(plain.detach().view(bits[plain.element_size()]).sum(dtype=torch.int64))
+        return int(tensor.detach().view(bits[tensor.element_size()]).sum(dtype=torch.int64))
 
     state = module.state_dict()
     tensors = {k: (list(t.shape), sum_of_bits(t)) for k, t in state.items() if isinstance(t, torch.Tensor)}
     return digest([tensors, [[identity(getattr(m, name, None)) for name in _SHARES] for m in module.modules()]])
 
 
-# --------------------------------------------------------------------------------------------- the folder
-
-
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, ignore: Collection[str] = ()) -> list[str]:
     """Return one phrase for each setting that differs between an earlier run and this one."""
     now = json.loads(to_json(now))
-    names = [name for name in sorted(before.keys() | now.keys()) if name not in ignore]
-    return [
-        f"{name}: {_short(before.get(name))} there, {_short(now.get(name))} now"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+    differing = [n for n in sorted({*before, *now} - set(ignore)) if before.get(n) != now.get(n)]
+    return [f"{name}: {before.get(name)!r:.80} there, {now.get(name)!r:.80} now" for name in differing]
 
 
 class RunFolder:
@@ -152,12 +114,10 @@ class RunFolder:
 
     Args:
         path: folder; it need not exist.
-        argument: name of the argument or option that gave the folder, for errors.
+        argument: name of the argument that gave the folder, for errors.
         file: name of the settings file.
-        contents: names or glob patterns of the files that a run writes: without settings beside them they are refused,
-            with `overwrite` they are removed.
-        started: glob pattern of the files that exist as soon as there is something to resume; by default that is the
-            settings file.
+        contents: glob patterns of what a run writes: refused without settings, removed with `overwrite`.
+        started: glob pattern of what exists once there is something to resume; by default the settings file.
 
     Example:
         >>> from aigiqa_reward.utils.run_folder import RunFolder
@@ -180,16 +140,9 @@ class RunFolder:
         contents: Sequence[str] = (),
         started: str | None = None,
     ) -> None:
-        self.path = Path(path)
-        self.argument = argument
+        self.path, self.argument = Path(path), argument
         self.file = self.path / file
-        self.contents = tuple(contents)
-        self._started = started
-
-    @property
-    def started(self) -> bool:
-        """Whether there is something to resume."""
-        return self.file.exists() if self._started is None else any(self.path.glob(self._started))
+        self.contents, self.started = contents, started or file
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings of the earlier run; None without one. Refuse a folder with contents but no settings."""
@@ -209,14 +162,9 @@ class RunFolder:
         return found
 
     def check(self, settings: Mapping[str, Any], *, ignore: Collection[str] = ()) -> None:
-        """Refuse a folder of a run with other settings; write nothing.
-
-        Args:
-            settings: settings that decide the result of this run, by name, as JSON.
-            ignore: settings that may differ.
-        """
+        """Refuse a folder of a run with other settings, but for those to `ignore`; write nothing."""
         before = self.settings()
-        if before is not None and self.started:
+        if before is not None and any(self.path.glob(self.started)):
             self.refuse(differences(before, settings, ignore=ignore))
 
     def refuse(self, differing: Sequence[str]) -> None:
@@ -228,14 +176,10 @@ class RunFolder:
             )
 
     def begin(self, settings: Mapping[str, Any], *, overwrite: bool = False, ignore: Collection[str] = ()) -> None:
-        """Write the settings, after `check` or, with `overwrite`, after removing what the earlier run wrote.
-
-        A folder that no run wrote is refused with `overwrite` as well.
-        """
-        if overwrite:
-            if self.settings() is not None:
-                for file in [file for pattern in self.contents for file in self.path.glob(pattern) if file.is_file()]:
-                    file.unlink()
-        else:
+        """Write the settings, after `check` or, with `overwrite`, after removing what the earlier run wrote."""
+        if not overwrite:
             self.check(settings, ignore=ignore)
+        elif self.settings() is not None:
+            for file in [file for pattern in self.contents for file in self.path.glob(pattern) if file.is_file()]:
+                file.unlink()
         write_json(self.file, settings)

@@ -26,8 +26,8 @@ _SCALE = ".row_scale"
 MAX_WEIGHT_BYTES = 16_000_000_000
 """Largest weight file that is read: more than any tower in use."""
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_STORED = frozenset((*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool))
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *_INTEGERS)
 
 
 class WeightsError(ValueError):
@@ -43,19 +43,12 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def read_weights(
     path: str | os.PathLike[str], *, expected_sha256: str | None = None, most_bytes: int = MAX_WEIGHT_BYTES
 ) -> dict[str, Tensor]:
-    """Read a safetensors file, undoing the storage types of `write_weights`.
+    """Read a safetensors file's tensors, floating ones as float32 (float64 if stored so); a WeightsError otherwise.
 
     Args:
         path: the file.
         expected_sha256: the only accepted hash; None accepts any.
         most_bytes: largest accepted size.
-
-    Returns:
-        Tensors by name; floating ones as float32 (float64 if stored so).
-
-    Raises:
-        WeightsError: missing, not a regular file, too large, altered, not safetensors, of a dtype that no model here
-            has, or with NaN/inf values.
     """
     file = Path(path)
     if file.suffix != ".safetensors":
@@ -66,9 +59,7 @@ def read_weights(
     data = read_checked(file, expected_sha256=expected_sha256, most_bytes=most_bytes)
     try:
         stored = load(data)
-    except KeyError as error:  # safetensors knows more dtypes than torch has
-        raise WeightsError(f"weights: {file} holds numbers of the type {error}, which no model here has") from error
-    except (SafetensorError, RuntimeError) as error:  # torch refuses sizes whose product overflows
+    except (KeyError, SafetensorError, RuntimeError) as error:  # types that torch lacks, sizes that overflow
         raise WeightsError(f"weights: {file} is not a whole safetensors file ({error})") from error
     scales = {name + _SCALE for name in stored}
     return {name: _restored(name, stored, file) for name in stored if name not in scales}
@@ -78,14 +69,13 @@ def read_checked(
     path: str | os.PathLike[str], *, expected_sha256: str | None, most_bytes: int = MAX_WEIGHT_BYTES
 ) -> bytes:
     """Read a file's bytes; a WeightsError if it is missing, not a regular file, too large, or of another hash."""
-    file = Path(path)
     try:
-        data = read_regular(file, most=most_bytes)
+        data = read_regular(path, most=most_bytes)
     except OSError as error:
-        raise WeightsError(f"weights: cannot read {file}: {error.strerror}") from error
+        raise WeightsError(f"weights: cannot read {path}: {error.strerror}") from error
     if expected_sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != expected_sha256:
         raise WeightsError(
-            f"weights: {file} was altered or damaged: expected sha256 {expected_sha256[:12]}..., got {found[:12]}...; "
+            f"weights: {path} was altered or damaged: expected sha256 {expected_sha256[:12]}..., got {found[:12]}...; "
             "reinstall the package (pip install --force-reinstall aigiqa-reward)"
         )
     return data
@@ -98,10 +88,8 @@ def _restored(name: str, stored: Mapping[str, Tensor], file: Path) -> Tensor:
     if name + _SCALE in stored:
         scale = stored[name + _SCALE]
         if tensor.ndim < 1 or scale.shape != tensor.shape[:1] or not scale.is_floating_point():
-            raise WeightsError(
-                f"weights: {file} holds scales of shape {tuple(scale.shape)} for {name!r} of shape "
-                f"{tuple(tensor.shape)}; expected one per row"
-            )
+            shape = tuple(scale.shape)
+            raise WeightsError(f"weights: {file} holds scales of shape {shape} for {name!r}; expected one per row")
         tensor = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
     elif tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()
@@ -125,8 +113,7 @@ def write_weights(
         tensors: by name.
         dtype: stored type of floating tensors; None keeps each one's.
         to_int8: whether a tensor is stored as int8 with one scale per row.
-        lossless: store float32 tensors as float16 or int8 where `read_weights` gives back equal ones, so that weights
-            which were read from such a file take no more space than before.
+        lossless: whether float32 is stored as float16 or int8 where `read_weights` gives back equal tensors.
     """
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -168,10 +155,9 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: s
     """Load a state dict whose names, shapes and kinds of numbers all fit; a WeightsError otherwise."""
     expected = module.state_dict()
     problems = []
-    if missing := sorted(expected.keys() - tensors.keys()):
-        problems.append(f"{len(missing)} missing (first: {missing[0]})")
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        problems.append(f"{len(unknown)} unknown (first: {unknown[0]})")
+    for kind, names in (("missing", expected.keys() - tensors.keys()), ("unknown", tensors.keys() - expected.keys())):
+        if names:
+            problems.append(f"{len(names)} {kind} (first: {min(names)})")
     for name in sorted(expected.keys() & tensors.keys()):
         if expected[name].shape != tensors[name].shape:
             problems.append(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")

@@ -13,19 +13,14 @@ from .choose import ContactSheet, Filter, SelectBest
 from .loader import RewardLoader
 from .score import Score
 
-NODE_CLASS_MAPPINGS = {
-    "AIGIQARewardLoader": RewardLoader,
-    "AIGIQAScore": Score,
-    "AIGIQASelectBest": SelectBest,
-    "AIGIQAFilter": Filter,
-    "AIGIQAContactSheet": ContactSheet,
+_NODES = {
+    "AIGIQARewardLoader": (RewardLoader, "Load Reward (AIGIQA)"),
+    "AIGIQAScore": (Score, "Score Images (AIGIQA)"),
+    "AIGIQASelectBest": (SelectBest, "Select Best Images (AIGIQA)"),
+    "AIGIQAFilter": (Filter, "Filter Images by Score (AIGIQA)"),
+    "AIGIQAContactSheet": (ContactSheet, "Contact Sheet (AIGIQA)"),
 }
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "AIGIQARewardLoader": "Load Reward (AIGIQA)",
-    "AIGIQAScore": "Score Images (AIGIQA)",
-    "AIGIQASelectBest": "Select Best Images (AIGIQA)",
-    "AIGIQAFilter": "Filter Images by Score (AIGIQA)",
-    "AIGIQAContactSheet": "Contact Sheet (AIGIQA)",
-}
+NODE_CLASS_MAPPINGS = {name: node for name, (node, _) in _NODES.items()}
+NODE_DISPLAY_NAME_MAPPINGS = {name: shown for name, (_, shown) in _NODES.items()}
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

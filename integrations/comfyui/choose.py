@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -23,29 +24,13 @@ IMAGES = (
     "IMAGE",
     {"tooltip": "A batch, or a list of images of any sizes. All compete, unless there is a prompt for each batch."},
 )
+COMPARED = {"reward": REWARD, "images": IMAGES, "prompt": PROMPT}
 LATENT = ("LATENT", {"tooltip": "Optional: what the images were decoded from; the same rows are chosen."})
 ASPECTS = ("total", "quality", "correspondence")
 NONE_PASSES = ("error", "stop", "best")
 
-
-@dataclass
-class _Chosen:
-    """What leaves a node, one entry per image."""
-
-    images: list[Tensor] = field(default_factory=list)
-    latents: list[Latent] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-
-    def add(self, rows: list[Tensor], latents: list[Latent], index: int, score: float) -> None:
-        self.images.append(rows[index])
-        self.latents += latents[index : index + 1]
-        self.scores.append(score)
-        self.indices.append(index)
-
-    def outputs(self, *, latent_given: bool) -> tuple[Any, Any, Any, Any]:
-        latents = latent_batches(self.latents) if latent_given else blocked("connect an input to latent to use this")
-        return image_batches(self.images), latents, self.scores, self.indices
+_Chosen: TypeAlias = tuple[Tensor, list[Latent], float, int]
+"""An image, its latent if there are any, its score, and its place among those that competed."""
 
 
 class _Choosing:
@@ -64,52 +49,45 @@ class _Choosing:
     INPUT_IS_LIST = True
     OUTPUT_IS_LIST = (True, True, True, True)
 
+    @staticmethod
+    def outputs(chosen: list[_Chosen], *, latent_given: bool) -> tuple[Any, ...]:
+        """Return the nodes' outputs for the chosen images."""
+        rows, latents, scores, indices = map(list, zip(*chosen, strict=True))
+        drawn = latent_batches(list(chain(*latents))) if latent_given else blocked("connect an input to latent")
+        return image_batches(rows), drawn, scores, indices
+
 
 class SelectBest(_Choosing):
     """Select Best Images (AIGIQA)."""
 
     DESCRIPTION = (
         "Ranks images by a reward and passes on the best of them, best first, with their latents. Images with NaN "
-        "pixels are left out, with a warning in the console; where no other image is left, that is an error."
+        "pixels are left out, with a warning in the console; that is an error where none is left."
     )
     FUNCTION = "select"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Declare the inputs."""
-        top_k = {
-            "default": 1,
-            "min": 0,
-            "max": 4096,
-            "tooltip": "How many to pass on, best first; fewer where there are fewer. 0: all, ranked.",
-        }
-        return {
-            "required": {"reward": REWARD, "images": IMAGES, "prompt": PROMPT, "top_k": ("INT", top_k)},
-            "optional": {"latent": LATENT},
-        }
+        tooltip = "How many to pass on, best first; fewer where there are fewer. 0: all, ranked."
+        top_k = ("INT", {"default": 1, "min": 0, "max": 4096, "tooltip": tooltip})
+        return {"required": COMPARED | {"top_k": top_k}, "optional": {"latent": LATENT}}
 
     def select(
-        self,
-        reward: Sequence[Any],
-        images: Sequence[Any],
-        prompt: Sequence[str],
-        top_k: Sequence[int],
-        latent: Sequence[Any] | None = None,
-    ) -> tuple[Any, Any, Any, Any]:
+        self, reward: list[Any], images: list[Any], prompt: list[str], top_k: list[int], latent: list[Any] | None = None
+    ) -> tuple[Any, ...]:
         """Rank and keep the best; every input is a list."""
         count = only("top_k", top_k)
-        if count < 0:
-            raise ValueError(f"top_k: expected a number of at least 0, got {count}; 0 ranks all")
-        chosen, faults = _Chosen(), []
+        chosen, faults = [], []
         with ready(only("reward", reward)) as judge:
             for rows, text, latents in _contests(images, prompt, latent):
                 output, fault = _ranked(rows, text, judge, min(count, len(rows)) or len(rows))
                 faults += fault
-                for index, score in zip(output.seeds, output.scores, strict=True):
-                    chosen.add(rows, latents, index, score)
-        if not chosen.images:
+                pairs = zip(output.seeds, output.scores, strict=True)
+                chosen += [(rows[index], latents[index : index + 1], score, index) for index, score in pairs]
+        if not chosen:
             raise ValueError(f"images: {'; '.join(faults)}")
-        return chosen.outputs(latent_given=latent is not None)
+        return self.outputs(chosen, latent_given=latent is not None)
 
 
 class Filter(_Choosing):
@@ -125,68 +103,56 @@ class Filter(_Choosing):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Declare the inputs."""
-        threshold = {
-            "default": 0.5,
-            "min": -10.0,
-            "max": 10.0,
-            "step": 0.01,
-            "tooltip": "Least score that passes. 1 is the best score that people gave; most good images lie below.",
+        least = "Least score that passes. 1 is the best score that people gave; most good images lie below."
+        otherwise = (
+            "Where no image passes. error: the run fails and says by how much. stop: what follows does not run, the "
+            "rest does. best: the best image passes; where none can be scored the run fails."
+        )
+        choices = {
+            "threshold": ("FLOAT", {"default": 0.5, "min": -10.0, "max": 10.0, "step": 0.01, "tooltip": least}),
+            "aspect": (list(ASPECTS), {"default": "total", "tooltip": "Which score is compared to the threshold."}),
+            "if_none": (list(NONE_PASSES), {"default": "error", "tooltip": otherwise}),
         }
-        aspect = {"default": "total", "tooltip": "Which score is compared to the threshold."}
-        if_none = {
-            "default": "error",
-            "tooltip": "Where no image passes. error: the run fails and says by how much. stop: what follows does not "
-            "run, the rest does. best: the best image passes; where none can be scored the run fails.",
-        }
-        return {
-            "required": {
-                "reward": REWARD,
-                "images": IMAGES,
-                "prompt": PROMPT,
-                "threshold": ("FLOAT", threshold),
-                "aspect": (list(ASPECTS), aspect),
-                "if_none": (list(NONE_PASSES), if_none),
-            },
-            "optional": {"latent": LATENT},
-        }
+        return {"required": COMPARED | choices, "optional": {"latent": LATENT}}
 
     def filter(
         self,
-        reward: Sequence[Any],
-        images: Sequence[Any],
-        prompt: Sequence[str],
-        threshold: Sequence[float],
-        aspect: Sequence[str],
-        if_none: Sequence[str],
-        latent: Sequence[Any] | None = None,
-    ) -> tuple[Any, Any, Any, Any]:
+        reward: list[Any],
+        images: list[Any],
+        prompt: list[str],
+        threshold: list[float],
+        aspect: list[str],
+        if_none: list[str],
+        latent: list[Any] | None = None,
+    ) -> tuple[Any, ...]:
         """Keep the images that score enough; every input is a list."""
         least, by, otherwise = only("threshold", threshold), only("aspect", aspect), only("if_none", if_none)
-        for name, value, known in (("aspect", by, ASPECTS), ("if_none", otherwise, NONE_PASSES)):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        chosen, faults, best = _Chosen(), [], None
+        chosen, faults, best = [], [], None
         with ready(only("reward", reward)) as judge:
             for rows, text, latents in _contests(images, prompt, latent):
                 output, fault = _ranked(rows, text, judge, 1)
                 faults += fault
-                for index, score in enumerate(_aspect(output, by) if output.seeds else []):
+                if by == "correspondence" and output.seeds and output.all_correspondence is None:
+                    raise ValueError("aspect: correspondence needs a prompt and a reward that gives it; fill in prompt")
+                scores = {"total": "all_scores"}.get(by, f"all_{by}")
+                for index, score in enumerate(getattr(output, scores) if output.seeds else []):
+                    found = rows[index], latents[index : index + 1], score, index
                     if score >= least:  # never true of NaN, which dropped images have
-                        chosen.add(rows, latents, index, score)
-                    if not math.isnan(score) and (best is None or score > best[-1]):
-                        best = rows, latents, index, score
-        if not chosen.images and otherwise == "stop":
-            return tuple(blocked(None) for _ in self.RETURN_TYPES)
-        if not chosen.images and best is None:
-            raise ValueError(f"images: {'; '.join(faults) or f'the reward gave NaN as {by} of each'}")
-        if not chosen.images and otherwise == "error":
-            raise ValueError(
-                f"threshold: no image passes: the best {by} is {best[-1]:.3f}, below {least:.3f}; lower the threshold, "
-                "make more images, or choose another if_none"
-            )
-        if not chosen.images:
-            chosen.add(*best)
-        return chosen.outputs(latent_given=latent is not None)
+                        chosen.append(found)
+                    if not math.isnan(score) and (best is None or score > best[2]):
+                        best = found
+        if not chosen:
+            if otherwise == "stop":
+                return tuple(blocked(None) for _ in self.RETURN_TYPES)
+            if best is None:
+                raise ValueError(f"images: {'; '.join(faults) or f'the reward gave NaN as {by} of each'}")
+            if otherwise == "error":
+                raise ValueError(
+                    f"threshold: no image passes: the best {by} is {best[2]:.3f}, below {least:.3f}; lower the "
+                    "threshold, make more images, or choose another if_none"
+                )
+            chosen.append(best)
+        return self.outputs(chosen, latent_given=latent is not None)
 
 
 class ContactSheet:
@@ -207,9 +173,9 @@ class ContactSheet:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Declare the inputs."""
-        return {"required": {"reward": REWARD, "images": IMAGES, "prompt": PROMPT}}
+        return {"required": COMPARED}
 
-    def draw(self, reward: Sequence[Any], images: Sequence[Any], prompt: Sequence[str]) -> tuple[list[Tensor]]:
+    def draw(self, reward: list[Any], images: list[Any], prompt: list[str]) -> tuple[list[Tensor]]:
         """Score and draw; every input is a list."""
         with ready(only("reward", reward)) as judge:
             outputs = [(_ranked(rows, text, judge, len(rows))[0], text) for rows, text in grouped(images, prompt)]
@@ -217,16 +183,16 @@ class ContactSheet:
 
 
 def _contests(
-    images: Sequence[Any], prompts: Sequence[Any], latents: Sequence[Any] | None
+    images: list[Any], prompts: list[Any], latents: list[Any] | None
 ) -> Iterator[tuple[list[Tensor], str | None, list[Latent]]]:
     """Yield the groups of images that compete, each with its prompt and the images' latents if there are any."""
     groups = grouped(images, prompts)
     every, count = latent_rows(latents or []), sum(len(rows) for rows, _ in groups)
     if latents is not None and len(every) != count:
-        remedy = "connect the LATENT that these images were decoded from, or none"
-        if any(row["samples"].ndim == 5 and row["samples"].shape[2] > 1 for row in every):
-            remedy = "a video's LATENT is one row for all its frames, which cannot be chosen apart: connect none"
-        raise ValueError(f"latent: expected a row for each of the {count} images, got {len(every)}; {remedy}")
+        raise ValueError(
+            f"latent: expected a row for each of the {count} images, got {len(every)}; connect the LATENT that these "
+            "images were decoded from, or none (a video's LATENT is one row for all its frames)"
+        )
     start = 0
     for rows, text in groups:
         yield rows, text, every[start : start + len(rows)]
@@ -246,12 +212,3 @@ def _ranked(
             logging.warning("AIGIQA: %s", faults[0])
     dropped = {index: in_comfyui(reason) for index, reason in output.dropped.items()}
     return replace(output, dropped=dropped), faults
-
-
-def _aspect(output: BestOfNOutput, aspect: str) -> list[float]:
-    """Return the scores of all images, in their order."""
-    if aspect == "correspondence":
-        if output.all_correspondence is None:
-            raise ValueError("aspect: correspondence needs a prompt and a reward that gives it; fill in prompt")
-        return output.all_correspondence
-    return output.all_quality if aspect == "quality" else output.all_scores

@@ -12,11 +12,10 @@ Latent = dict[str, Any]
 
 
 def latent_rows(latents: Sequence[Any]) -> list[Latent]:
-    """Split LATENTs into single rows.
+    """Split LATENTs into single rows, with their rows of `noise_mask`, which is repeated as samplers do.
 
-    `noise_mask` is split likewise, and repeated as samplers do where it has fewer rows. `batch_index` becomes the row's
-    place in its batch unless given: by it ComfyUI draws a seed's noise row by row, which equals the batch's noise where
-    a row has a multiple of 16 numbers, since torch fills normal numbers 16 at a time.
+    `batch_index` becomes the row's place in its batch unless given: by it ComfyUI draws a seed's noise row by row,
+    which equals the batch's noise where a row has a multiple of 16 numbers, since torch draws them 16 at a time.
     """
     rows: list[Latent] = []
     for latent in latents:
@@ -24,8 +23,8 @@ def latent_rows(latents: Sequence[Any]) -> list[Latent]:
         if not isinstance(samples, Tensor):
             got = type(latent).__name__ if samples is None else f"samples of {type(samples).__name__}"
             raise TypeError(f"latent: expected a LATENT with a tensor of samples, got {got}; connect a LATENT")
-        places = latent.get("batch_index")
-        places = range(len(samples)) if places is None else places
+        if (places := latent.get("batch_index")) is None:
+            places = range(len(samples))
         if len(places) != len(samples):
             raise ValueError(
                 f"latent: expected a batch_index with a place for each of its {len(samples)} rows, got {len(places)}; "
@@ -44,10 +43,9 @@ def latent_batches(rows: Sequence[Latent]) -> list[Latent]:
     """Join rows into one LATENT where shapes and entries agree, else into a list of single ones; copies, no views."""
     masks = {mask.shape if isinstance(mask := row.get("noise_mask"), Tensor) else None for row in rows}
     alike = len({row["samples"].shape for row in rows}) == len(masks) == len({frozenset(row) for row in rows}) == 1
-    return [_joined(rows)] if alike else [_joined([row]) for row in rows]
-
-
-def _joined(rows: Sequence[Latent]) -> Latent:
-    tensors = ["samples", *(["noise_mask"] if isinstance(rows[0].get("noise_mask"), Tensor) else [])]
-    joined = {name: torch.cat([row[name] for row in rows]) for name in tensors}
-    return rows[0] | joined | {"batch_index": [index for row in rows for index in row["batch_index"]]}
+    joined = []
+    for group in [rows] if alike else [[row] for row in rows]:
+        tensors = ("samples", "noise_mask") if isinstance(group[0].get("noise_mask"), Tensor) else ("samples",)
+        together = {name: torch.cat([row[name] for row in group]) for name in tensors}
+        joined.append(group[0] | together | {"batch_index": [row["batch_index"][0] for row in group]})
+    return joined

@@ -31,34 +31,25 @@ class RewardLoader:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Declare the inputs."""
-        name = {"default": "compact", "tooltip": "Which model judges. cpa_iqa also draws distortion maps."}
-        device = {"default": "auto", "tooltip": "auto is the device that ComfyUI computes on."}
-        dtype = {
-            "default": "float32",
-            "tooltip": "Of the towers; heads always compute in float32. The embedded models are small: float32 costs "
-            "little.",
-        }
-        keep_loaded = {
-            "default": True,
-            "tooltip": "On: stays on the device between runs. Off: moves to ComfyUI's offload device after each use.",
-        }
-        weights = {
-            "default": "",
-            "tooltip": "Your reward instead of the embedded weights: a folder written by `aigiqa-reward train` or a "
-            "Hugging Face Hub id. Only safetensors are read.",
-        }
+        judges = "Which model judges. cpa_iqa also draws distortion maps."
+        towers = "Of the towers; heads always compute in float32. The embedded models are small: float32 costs little."
+        keep = "On: stays on the device between runs. Off: moves to ComfyUI's offload device after each use."
+        yours = (
+            "Your reward instead of the embedded weights: a folder written by `aigiqa-reward train` or a Hugging Face "
+            "Hub id. Only safetensors are read."
+        )
         share = {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.05}
         quality = share | {"tooltip": "Share of perceptual quality in the total score."}
         correspondence = share | {"tooltip": "Share of correspondence to the prompt in the total score."}
         return {
             "required": {
-                "name": (list_rewards(), name),
-                "device": (list(DEVICES), device),
-                "dtype": (list(DTYPES), dtype),
-                "keep_loaded": ("BOOLEAN", keep_loaded),
+                "name": (list_rewards(), {"default": "compact", "tooltip": judges}),
+                "device": (list(DEVICES), {"default": "auto", "tooltip": "auto: the device ComfyUI computes on."}),
+                "dtype": (list(DTYPES), {"default": "float32", "tooltip": towers}),
+                "keep_loaded": ("BOOLEAN", {"default": True, "tooltip": keep}),
             },
             "optional": {
-                "weights": ("STRING", weights),
+                "weights": ("STRING", {"default": "", "tooltip": yours}),
                 "quality_weight": ("FLOAT", quality),
                 "correspondence_weight": ("FLOAT", correspondence),
             },
@@ -84,17 +75,10 @@ class RewardLoader:
         correspondence_weight: float = 0.5,
     ) -> tuple[LoadedReward]:
         """Build the reward on the CPU; its first use moves it to the device."""
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         place = compute_device(device)
         with torch.inference_mode(False):  # else the weights let no gradient pass, which heat maps need
-            reward = create_reward(
-                name,
-                dtype=getattr(torch, dtype),
-                weights=_given(weights),
-                quality_weight=quality_weight,
-                correspondence_weight=correspondence_weight,
-            )
+            shares = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
+            reward = create_reward(name, dtype=getattr(torch, dtype), weights=_given(weights), **shares)
         return (LoadedReward(reward, place, keep_loaded=keep_loaded),)
 
 

@@ -14,18 +14,10 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 class LoadedReward:
-    """The value of an AIGIQA_REWARD socket.
-
-    Args:
-        reward: with weights that were made outside of torch.inference_mode.
-        device: device that it computes on.
-        keep_loaded: keep it there after use, instead of moving it to ComfyUI's offload device.
-    """
+    """The value of an AIGIQA_REWARD socket: a reward, whose weights were made outside of torch.inference_mode."""
 
     def __init__(self, reward: Reward, device: torch.device, *, keep_loaded: bool) -> None:
-        self.reward = reward
-        self.device = device
-        self.keep_loaded = keep_loaded
+        self.reward, self.device, self.keep_loaded = reward, device, keep_loaded
 
     @contextmanager
     def ready(self) -> Iterator[Reward]:
@@ -33,7 +25,11 @@ class LoadedReward:
         manager = management()
         stops = None
         try:
-            self._make_room(manager)
+            if manager is not None and self.device.type != "cpu":  # let ComfyUI unload other models
+                there = self.reward.device.type == self.device.type
+                tensors = [] if there else [*self.reward.parameters(), *self.reward.buffers()]
+                weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                manager.free_memory(weights + manager.minimum_inference_memory(), self.device)
             self._move(self.device)
             if manager is not None:
                 check = manager.throw_exception_if_processing_interrupted
@@ -52,15 +48,6 @@ class LoadedReward:
     def _move(self, device: torch.device) -> None:
         with torch.inference_mode(False):  # weights that move within inference mode let no gradient pass
             self.reward.to(device)
-
-    def _make_room(self, manager: Any) -> None:
-        """Let ComfyUI unload other models for the weights and the memory that it reserves for inference."""
-        if manager is None or self.device.type == "cpu":
-            return
-        there = self.reward.device.type == self.device.type
-        tensors = [] if there else [*self.reward.parameters(), *self.reward.buffers()]
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        manager.free_memory(weights + manager.minimum_inference_memory(), self.device)
 
 
 def management() -> Any:
@@ -101,11 +88,7 @@ def ready(reward: Any) -> Iterator[RewardFunction]:
 
 
 def blocked(message: str | None) -> Any:
-    """Return ComfyUI's ExecutionBlocker for an output without a value; None outside ComfyUI.
-
-    Args:
-        message: shown to the user; None stops silently.
-    """
+    """Return ComfyUI's ExecutionBlocker with a message (None stops silently); None outside ComfyUI."""
     try:
         from comfy_execution.graph_utils import ExecutionBlocker
     except ModuleNotFoundError:

@@ -41,25 +41,19 @@ class Score:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Declare the inputs."""
-        heat_map = {
-            "default": "auto",
-            "tooltip": "distortion: where the model finds distortions (cpa_iqa alone). gradient: where the score "
-            "reacts most to the pixels, relative within each image; costs about twice the scoring. auto: distortion "
-            "where there is one, else gradient, none where the reward has neither. off: none, fastest.",
-        }
+        images = ("IMAGE", {"tooltip": "A batch, or a list of images of any sizes."})
+        tooltip = (
+            "distortion: where the model finds distortions (cpa_iqa alone). gradient: where the score reacts most to "
+            "the pixels, relative within each image; costs about twice the scoring. auto: distortion where there is "
+            "one, else gradient, none where the reward has neither. off: none, fastest."
+        )
         return {
-            "required": {
-                "reward": REWARD,
-                "images": ("IMAGE", {"tooltip": "A batch, or a list of images of any sizes."}),
-                "prompt": PROMPT,
-            },
-            "optional": {"heat_map": (list(HEAT_MAPS), heat_map)},
+            "required": {"reward": REWARD, "images": images, "prompt": PROMPT},
+            "optional": {"heat_map": (list(HEAT_MAPS), {"default": "auto", "tooltip": tooltip})},
         }
 
     def score(self, reward: Any, images: Any, prompt: str = "", heat_map: str = "auto") -> tuple[list[float], str, Any]:
         """Score a batch; fails with the reason where an image cannot be scored or a chosen heat map not be drawn."""
-        if heat_map not in HEAT_MAPS:
-            raise ValueError(f"heat_map: expected one of {', '.join(HEAT_MAPS)}, got {heat_map!r}")
         rows, text = image_rows([images]), prompt_or_none(prompt)
         kind = fault = None
         with ready(reward) as judge, logged_warnings():
@@ -78,7 +72,19 @@ class Score:
                         raise
                     fault = str(error)
                     drawn = blocked(f"no heat map of this reward: {fault}")
-        report = _report(output, text, heat_map=kind, heat_map_error=fault)
+        numbers = {name: getattr(output, name) for name in ("total", "quality", "correspondence")}
+        details = {name: values for name, values in output.details.items() if values.ndim == 1}
+        report = [
+            {
+                "index": index,
+                "prompt": text,
+                **{name: None if values is None else float(values[index]) for name, values in numbers.items()},
+                "details": {name: values[index].item() for name, values in details.items()},
+                "heat_map": kind,
+                "heat_map_error": fault,
+            }
+            for index in range(len(output))
+        ]
         return output.total.tolist(), json.dumps(report, ensure_ascii=False, indent=1), drawn
 
 
@@ -94,21 +100,3 @@ def _scored(reward: RewardFunction, rows: list[Tensor], text: str | None) -> Rew
     if failed:
         raise ValueError(f"images: {len(failed)} of {len(rows)} cannot be scored: {'; '.join(failed)}")
     return RewardOutput.cat(outputs)
-
-
-def _report(output: RewardOutput, text: str | None, **of_all: str | None) -> list[dict[str, Any]]:
-    """Make one object per image, with the details that are one number per image."""
-    single = {name: values for name, values in output.details.items() if values.ndim == 1}
-    matches = output.correspondence
-    return [
-        {
-            "index": index,
-            "prompt": text,
-            "total": float(output.total[index]),
-            "quality": float(output.quality[index]),
-            "correspondence": None if matches is None else float(matches[index]),
-            "details": {name: values[index].item() for name, values in single.items()},
-            **of_all,
-        }
-        for index in range(len(output))
-    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from aigiqa_reward.finetuning.context import TrainingContext
 
 
+def setting(default: Any, text: str) -> Any:
+    """Make a dataclass field with a help text for the command line."""
+    return field(default=default, metadata={"help": text})
+
+
 class Algorithm(ABC):
     """A fine-tuning algorithm: a frozen dataclass of its settings, with the mathematics as methods.
 
@@ -30,6 +35,9 @@ class Algorithm(ABC):
         reward_gradient: Whether the reward must be differentiable with respect to the images.
         learning_rate: Default learning rate.
         kl_coeff: Default weight of the KL penalty.
+        steps_per_round: Optimizer steps on the same rows; `prepare` runs before the first of them.
+        rows_per_prompt: Number of consecutive rows of a batch with the same prompt.
+        examples: Prompts of the algorithm's own examples, which replace the training prompts; None if it has none.
     """
 
     name: ClassVar[str]
@@ -40,27 +48,23 @@ class Algorithm(ABC):
 
     @property
     def steps_per_round(self) -> int:
-        """Optimizer steps on the same rows; `prepare` runs before the first of them."""
         return 1
+
+    @property
+    def rows_per_prompt(self) -> int:
+        return 1
+
+    @property
+    def examples(self) -> Sequence[str] | None:
+        return None
 
     def round_of(self, step: int) -> int:
         """Return the round that an optimizer step belongs to; all steps of a round have the same rows."""
         return step // self.steps_per_round
 
-    @property
-    def rows_per_prompt(self) -> int:
-        """Number of consecutive rows of a batch with the same prompt."""
-        return 1
-
-    @property
-    def examples(self) -> Sequence[str] | None:
-        """Prompts of the algorithm's own examples, which replace the training prompts; None if it has none."""
-        return None
-
     def settings(self) -> dict[str, Any]:
         """Return all settings that decide the result, by name; a checkpoint with other settings is not resumed."""
-        named = [entry.name for entry in fields(cast(Any, self)) if entry.init]
-        return {f"{self.name}.{name}": getattr(self, name) for name in named}
+        return {f"{self.name}.{entry.name}": getattr(self, entry.name) for entry in fields(cast(Any, self))}
 
     def check(self, context: TrainingContext, prompts: Sequence[str]) -> None:
         """Raise a ValueError for a scheduler, a reward or settings that this algorithm cannot train with."""
@@ -68,25 +72,17 @@ class Algorithm(ABC):
             context.bound.check_differentiable(self.title, prompts[0], context.rollout.family.device)
 
     def ready(
-        self,
-        context: TrainingContext,
-        prompts: Sequence[str],
-        folder: Path,
-        config: FinetuneConfig,
-        *,
-        progress: bool,
+        self, context: TrainingContext, prompts: Sequence[str], folder: Path, config: FinetuneConfig, *, progress: bool
     ) -> Algorithm:
         """Return the algorithm to train with: this one, or a copy with examples that are made now.
 
         It runs once before the training, while the adapter changes nothing yet. What it makes in `folder`, the folder
         of the training, must be found again on resuming.
         """
-        del context, prompts, folder, config, progress
         return self
 
     def prepare(self, context: TrainingContext, batches: Sequence[Batch]) -> Memory:
         """Return what the losses of a round need, for this process's batches in order; runs without gradients."""
-        del context, batches
         return {}
 
     @abstractmethod
@@ -119,25 +115,14 @@ def named_scores(scores: RewardOutput) -> dict[str, Tensor]:
 
 
 def score_latents(context: TrainingContext, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Score the images (B,) of finished latents as the pipeline would return them; see `named_scores`.
-
-    All scores of an image are NaN if its pixels or its total are not finite.
-    """
+    """Score the images (B,) of finished latents; all scores are NaN where the pixels or the total are not finite."""
     scores = named_scores(context.bound.score(context.rollout.show(latents), prompts))
     finite = scores["reward"].isfinite()
     return {name: torch.where(finite.to(value.device), value, math.nan) for name, value in scores.items()}
 
 
 def reward_loss(context: TrainingContext, batch: Batch, images: Tensor, kl: Tensor, title: str) -> Outcome:
-    """Return the loss -min(total, ceiling) + penalty * kl of decoded images, mean over the rows.
-
-    Args:
-        context: Pipeline and reward.
-        batch: Rows of the images.
-        images: (B, 3, H, W); if one has pixels that are not finite, the loss is NaN.
-        kl: (B,) distances to the reference model.
-        title: Algorithm, for the error if the reward has no gradient.
-    """
+    """Return the mean loss -min(total, ceiling) + penalty * kl (B,) of images (B, 3, H, W); NaN for NaN pixels."""
     if not bool(images.isfinite().all()):
         return Outcome(loss=images.new_tensor(math.nan))
     scores = context.score(images, batch.prompts)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -28,7 +28,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from aigiqa_reward.datasets import PreferencePairs
-from aigiqa_reward.finetuning.algorithms.base import Algorithm, mean_square, row_noise, score_latents, where_rows
+from aigiqa_reward.finetuning.algorithms.base import (
+    Algorithm,
+    mean_square,
+    row_noise,
+    score_latents,
+    setting,
+    where_rows,
+)
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome, generator_of
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.context import TrainingContext
@@ -69,38 +76,32 @@ class Noising:
         models have sigma = s k / (T + (s - 1) k) for k = 1 .. T with the static shift s of the configuration, or s = 1
         if the shift depends on the image size: the levels of diffusers' training scripts for SD3 and FLUX.1.
         """
-        config = scheduler.config
+        config, kind = scheduler.config, _prediction_of(scheduler)
         steps = config.num_train_timesteps
-        if is_flow(scheduler):
+        if kind == FLOW:
             shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
             shift = 1.0 if shift is None or config.get("use_dynamic_shifting") else float(shift)
             even = torch.arange(1, steps + 1, dtype=torch.float64) / steps
             sigmas = (shift * even / (1 + (shift - 1) * even)).float()
-            return Noising(times=sigmas * steps, alphas=1 - sigmas, sigmas=sigmas, kind=FLOW, middling=True)
-        kind = _prediction_type(scheduler)
+            return Noising(times=sigmas * steps, alphas=1 - sigmas, sigmas=sigmas, kind=kind, middling=True)
         if config.get("timestep_type", "discrete") != "discrete":
             raise ValueError(
                 f"scheduler: expected timestep_type='discrete', got {config.timestep_type!r} of "
                 f"{type(scheduler).__name__}; use another scheduler of the same model"
             )
         kept = scheduler.alphas_cumprod.detach().double().cpu()
-        return Noising(
-            times=torch.arange(steps), alphas=kept.sqrt().float(), sigmas=(1 - kept).sqrt().float(), kind=kind
-        )
+        alphas, sigmas = kept.sqrt().float(), (1 - kept).sqrt().float()
+        return Noising(times=torch.arange(steps), alphas=alphas, sigmas=sigmas, kind=kind)
 
     @staticmethod
     def of_sampler(scheduler: Any) -> Noising:
-        """Return the levels and timesteps of a sampler's steps, one row per step.
-
-        Args:
-            scheduler: Scheduler with its timesteps set, as of `Rollout.start`.
-        """
+        """Return the levels and timesteps of a sampler's steps, one row per step; its timesteps must be set."""
         if (name := type(scheduler).__name__) in SEVERAL_CALLS_A_STEP:
             raise ValueError(
                 f"scheduler: {name} calls the denoiser between its noise levels, so its steps are no levels to train "
                 "on; use timesteps='uniform', or a scheduler with one call per step (Euler, DDIM, DPM-Solver)"
             )
-        kind = FLOW if is_flow(scheduler) else _prediction_type(scheduler)
+        kind = _prediction_of(scheduler)
         levels = [noise_level(scheduler, step) for step in range(len(scheduler.timesteps))]
         alphas, sigmas = (torch.stack(column).detach().float().cpu() for column in zip(*levels, strict=True))
         if kind != FLOW:  # variance-exploding latents are scaled before the denoiser sees them
@@ -127,21 +128,19 @@ class Noising:
 
     def target(self, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         """Return the model output (B, ...) that is right for `noised` of the same arguments."""
-        alpha, sigma = self._weights(clean, levels)
-        if self.kind == EPSILON:
-            return noise
-        if self.kind == SAMPLE:
-            return clean
-        return noise - clean if self.kind == FLOW else alpha * noise - sigma * clean
+        if self.kind == VELOCITY:
+            alpha, sigma = self._weights(clean, levels)
+            return alpha * noise - sigma * clean
+        return {EPSILON: noise, SAMPLE: clean, FLOW: noise - clean}[self.kind]
 
     def _weights(self, like: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         shape, levels = (-1, *[1] * (like.ndim - 1)), levels.cpu()
         return self.alphas[levels].to(like).view(shape), self.sigmas[levels].to(like).view(shape)
 
 
-def _prediction_type(scheduler: Any) -> str:
-    kind = scheduler.config.prediction_type
-    if kind not in (EPSILON, VELOCITY, SAMPLE):
+def _prediction_of(scheduler: Any) -> str:
+    kind = FLOW if is_flow(scheduler) else scheduler.config.prediction_type
+    if kind not in (EPSILON, VELOCITY, SAMPLE, FLOW):
         raise ValueError(
             f"scheduler: expected prediction_type {EPSILON}, {VELOCITY} or {SAMPLE}, or a flow model, got {kind!r} of "
             f"{type(scheduler).__name__}; use another scheduler of the same model"
@@ -172,39 +171,27 @@ class DPO(Algorithm):
     kl_coeff: ClassVar[float] = 0.0
 
     pairs: PreferencePairs | None = field(default=None, repr=False)
-    beta: float = field(
-        default=2000.0,
-        metadata={"help": "Strength of the pull towards the reference model; the paper has 2000 and 5000 (SDXL)."},
+    beta: float = setting(
+        2000.0, "Strength of the pull towards the reference model; the paper has 2000 and 5000 (SDXL)."
     )
-    loss: Loss = field(
-        default="sigmoid",
-        metadata={"help": "Loss of a pair: 'sigmoid' as in the paper, 'hinge' (SLiC) or 'ipo' (Azar et al. 2024)."},
+    loss: Loss = setting(
+        "sigmoid", "Loss of a pair: 'sigmoid' as in the paper, 'hinge' (SLiC) or 'ipo' (Azar et al. 2024)."
     )
-    timesteps: Timesteps = field(
-        default="uniform",
-        metadata={"help": "Noise levels to train on: 'uniform' over the model's training, or those of the 'sampler'."},
+    timesteps: Timesteps = setting(
+        "uniform", "Noise levels to train on: 'uniform' over the model's training, or those of the 'sampler'."
     )
-    refresh_every: int = field(
-        default=0,
-        metadata={"help": "Optimizer steps between samplings of new pairs from the trained model; 0 is never."},
+    refresh_every: int = setting(
+        0, "Optimizer steps between samplings of new pairs from the trained model; 0 is never."
     )
-    candidates: int = field(
-        default=4, metadata={"help": "Images sampled per prompt, of which the best and the worst become a pair."}
+    candidates: int = setting(4, "Images sampled per prompt, of which the best and the worst become a pair.")
+    pairs_per_prompt: int = setting(1, "Pairs per prompt, for pairs that are sampled before the training.")
+    guidance_scales: tuple[float, ...] = setting(
+        (), "Guidance scales to sample each noise at before the training, for pairs of one noise."
     )
-    pairs_per_prompt: int = field(
-        default=1, metadata={"help": "Pairs per prompt, for pairs that are sampled before the training."}
+    reward_guidance: float = setting(
+        0.0, "Scale of a reward guidance to sample each noise with once more before the training."
     )
-    guidance_scales: tuple[float, ...] = field(
-        default=(),
-        metadata={"help": "Guidance scales to sample each noise at before the training, for pairs of one noise."},
-    )
-    reward_guidance: float = field(
-        default=0.0,
-        metadata={"help": "Scale of a reward guidance to sample each noise with once more before the training."},
-    )
-    margin: float = field(
-        default=0.0, metadata={"help": "Difference of rewards that a pair must exceed to be trained on."}
-    )
+    margin: float = setting(0.0, "Difference of rewards that a pair must exceed to be trained on.")
 
     def __post_init__(self) -> None:
         number("beta", self.beta, "above 0; the paper has 2000 and 5000", lambda value: 0 < value < math.inf)
@@ -213,27 +200,21 @@ class DPO(Algorithm):
             if (value := getattr(self, name)) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
         integer("refresh_every", self.refresh_every, least=0)
-        integer("candidates", self.candidates, least=2)
-        scales = check_pairing(
-            self.guidance_scales, self.reward_guidance, self.pairs_per_prompt, self.candidates, "candidates"
-        )
+        n = integer("candidates", self.candidates, least=2)
+        scales = check_pairing(self.guidance_scales, self.reward_guidance, self.pairs_per_prompt, n, "candidates")
         object.__setattr__(self, "guidance_scales", scales)
-        self._check_unused()
-        if self.pairs is not None and not isinstance(self.pairs, PreferencePairs):
-            raise TypeError(f"pairs: expected PreferencePairs, got {self.pairs!r}; pass read_preference_pairs(folder)")
-        if self.pairs is not None and not len(self.pairs):
-            raise ValueError("pairs: expected at least one, got none")
-
-    def _check_unused(self) -> None:
-        unused = {} if self.pairs is None and not self.refresh_every else dict(_ONLY_FIRST)
-        if self.pairs is not None and not self.refresh_every:
-            unused |= _ONLY_SAMPLED
-        for name, default in unused.items():
+        given = self.pairs is not None
+        unused = _ONLY_FIRST if given or self.refresh_every else {}
+        for name, default in (unused | (_ONLY_SAMPLED if given and not self.refresh_every else {})).items():
             if getattr(self, name) != default:
                 raise ValueError(
                     f"{name}: applies to pairs that are sampled before the training, but pairs or refresh_every is "
                     "given; leave it out"
                 )
+        if given and not isinstance(self.pairs, PreferencePairs):
+            raise TypeError(f"pairs: expected PreferencePairs, got {self.pairs!r}; pass read_preference_pairs(folder)")
+        if self.pairs is not None and not len(self.pairs):
+            raise ValueError("pairs: expected at least one, got none")
 
     @cached_property
     def latents(self) -> PairLatents:
@@ -243,7 +224,6 @@ class DPO(Algorithm):
 
     @property
     def steps_per_round(self) -> int:
-        """Optimizer steps until new pairs are sampled."""
         return self.refresh_every or 1
 
     def round_of(self, step: int) -> int:
@@ -253,48 +233,28 @@ class DPO(Algorithm):
 
     @property
     def examples(self) -> Sequence[str] | None:
-        """Prompts of the pairs."""
         return None if self.pairs is None else self.pairs.prompts
 
     def settings(self) -> dict[str, Any]:
-        """Return all settings, with a fingerprint of the pairs."""
-        pairs = None if self.pairs is None else fingerprint(self.pairs)
-        return super().settings() | {"dpo.pairs": pairs}
+        return super().settings() | {"dpo.pairs": None if self.pairs is None else fingerprint(self.pairs)}
 
     def check(self, context: TrainingContext, prompts: Sequence[str]) -> None:
-        """Raise a ValueError for a scheduler whose noise levels or prediction type are not supported."""
         self.noising(first_state(context, prompts[0]))
 
     def ready(
-        self,
-        context: TrainingContext,
-        prompts: Sequence[str],
-        folder: Path,
-        config: FinetuneConfig,
-        *,
-        progress: bool,
+        self, context: TrainingContext, prompts: Sequence[str], folder: Path, config: FinetuneConfig, *, progress: bool
     ) -> DPO:
         """Return a copy with pairs of the pipeline's own images, if neither pairs nor `refresh_every` is given."""
         if self.pairs is not None or self.refresh_every:
             return self
-        pairs = own_pairs(
-            context,
-            prompts,
-            folder,
-            config,
-            n=self.candidates,
-            margin=self.margin,
-            progress=progress,
-            **{name: getattr(self, name) for name in _ONLY_FIRST},
-        )
+        named = {name: getattr(self, name) for name in ("margin", *_ONLY_FIRST)}
+        pairs = own_pairs(context, prompts, folder, config, n=self.candidates, progress=progress, **named)
         # From here on the pairs and their folder say how they were made.
         return replace(self, pairs=pairs, **_ONLY_FIRST, **_ONLY_SAMPLED)
 
     def noising(self, state: State) -> Noising:
         """Return the noise levels to draw from."""
         return Noising.of(state.scheduler) if self.timesteps == "uniform" else Noising.of_sampler(state.scheduler)
-
-    # ----------------------------------------------------------------------------------------- pairs
 
     def prepare(self, context: TrainingContext, batches: Sequence[Batch]) -> Memory:
         """Sample pairs for the rows of a round, unless it is one on given pairs."""
@@ -309,7 +269,11 @@ class DPO(Algorithm):
         Candidates without a finite reward do not count. If the rest differ by no more than the margin, winner and loser
         are the same, so that the loss has no gradient.
         """
-        found = [self._candidate(context, batch, place) for place in range(self.candidates)]
+        found = []
+        for place in range(self.candidates):
+            latents = context.rollout.run(context.start(batch, f"candidate {place}")).latents
+            total = score_latents(context, latents, batch.prompts)["reward"].to(latents.device)
+            found.append((_at_least_float32(latents), total))
         latents, totals = (torch.stack(columns) for columns in zip(*found, strict=True))
         rows = torch.arange(len(batch), device=latents.device)
         best = torch.where(totals.isnan(), -torch.inf, totals).argmax(dim=0)
@@ -320,23 +284,6 @@ class DPO(Algorithm):
         mean = totals.nanmean().nan_to_num()  # for rows without any, so that a checkpoint holds no NaN
         return {"winners": winners, "losers": losers, "reward": torch.where(totals.isnan(), mean, totals).mean(dim=0)}
 
-    def _candidate(self, context: TrainingContext, batch: Batch, place: int) -> tuple[Tensor, Tensor]:
-        """Sample one more image of each row: latents (B, ...) in at least float32 and rewards (B,), or NaN."""
-        latents = context.rollout.run(context.start(batch, f"candidate {place}")).latents
-        total = score_latents(context, latents, batch.prompts)["reward"].to(latents.device)
-        return latents.to(torch.promote_types(latents.dtype, torch.float32)), total
-
-    def _clean(self, context: TrainingContext, batch: Batch, part: int, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Latents (B, ...) of winners and losers."""
-        family = context.rollout.family
-        if memory:
-            winners, losers = (memory[f"{name}/{part}"] for name in ("winners", "losers"))
-        else:
-            winners, losers = self.latents(family, batch.places)
-        return winners.to(family.device), losers.to(family.device)
-
-    # ----------------------------------------------------------------------------------------- the loss
-
     def losses(self, context: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """Yield one loss.
 
@@ -344,7 +291,9 @@ class DPO(Algorithm):
         `inside` of the equation; `kl`, the mean square of what the adapter changed in the model output; and the mean
         `reward` of candidates that were sampled during training.
         """
-        winners, losers = self._clean(context, batch, part, memory)
+        family = context.rollout.family
+        pair = (memory[f"winners/{part}"], memory[f"losers/{part}"]) if memory else self.latents(family, batch.places)
+        winners, losers = (latents.to(family.device) for latents in pair)
         state = first_state(context, batch.prompts[0])
         noising = self.noising(state)
         levels, noise = self.draw(noising, batch, winners)
@@ -352,14 +301,11 @@ class DPO(Algorithm):
         target = noising.target(clean, noise, levels)
         noised = noising.noised(clean, noise, levels).to(state.latents.dtype)
         positive = Conditioning(positive=context.encode(batch.prompts).positive)[[*range(len(batch))] * 2]
-        predict = context.rollout.family.predict
-        arguments = (noised, noising.times[levels].to(noised.device), positive, state.shared)
-        output: Any = (
-            checkpoint(predict, *arguments, use_reentrant=False) if context.checkpointed else predict(*arguments)
-        )
+        predict = partial(family.predict, noised, noising.times[levels].to(noised.device), positive, state.shared)
+        output: Any = checkpoint(predict, use_reentrant=False) if context.checkpointed else predict()
         output = _at_least_float32(output)
         with context.reference():  # second: autocast caches the cast weights, and those with a graph serve both
-            reference = _at_least_float32(predict(*arguments))
+            reference = _at_least_float32(predict())
         gained = mean_square(output - target) - mean_square(reference - target)
         better, worse = gained.chunk(2)
         inside = -0.5 * self.beta * (better - worse)
@@ -378,11 +324,9 @@ class DPO(Algorithm):
 
     def pair_loss(self, inside: Tensor) -> Tensor:
         """Return the losses (B,) of `inside` (B,)."""
-        if self.loss == "sigmoid":
-            return -F.logsigmoid(inside)
-        if self.loss == "hinge":
-            return F.relu(1 - inside)
-        return (inside / self.beta - 1 / (2 * self.beta)).square()
+        if self.loss == "ipo":
+            return (inside / self.beta - 1 / (2 * self.beta)).square()
+        return F.relu(1 - inside) if self.loss == "hinge" else -F.logsigmoid(inside)
 
 
 def first_state(context: TrainingContext, prompt: str) -> State:

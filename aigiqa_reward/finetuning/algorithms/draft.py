@@ -13,13 +13,13 @@ averaged (the paper sums them, which is a learning rate n + 1 times as high).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from aigiqa_reward.finetuning.algorithms.base import Algorithm, reward_loss, row_noise
+from aigiqa_reward.finetuning.algorithms.base import Algorithm, reward_loss, row_noise, setting
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.sampling.rollout import State
@@ -38,71 +38,55 @@ class DRaFT(Algorithm):
         >>> from aigiqa_reward.finetuning import DRaFT
         >>> DRaFT(truncation_steps=2), DRaFT(low_variance=4).truncation_steps
         (DRaFT(truncation_steps=2, low_variance=0), 1)
-        >>> DRaFT(truncation_steps=2, low_variance=4)
-        Traceback (most recent call last):
-            ...
-        ValueError: low_variance: DRaFT-LV noises finished latents to the last step, so it needs ...
     """
 
     name: ClassVar[str] = "draft"
     title: ClassVar[str] = "DRaFT"
     reward_gradient: ClassVar[bool] = True
 
-    truncation_steps: int | Literal["all", "random"] = field(
-        default=1, metadata={"help": "Last sampling steps K that carry gradients, 'all', or 'random' as in AlignProp."}
+    truncation_steps: int | Literal["all", "random"] = setting(
+        1, "Last sampling steps K that carry gradients, 'all', or 'random' as in AlignProp."
     )
-    low_variance: int = field(
-        default=0,
-        metadata={"help": "Extra gradients per image (n of DRaFT-LV); needs truncation_steps=1, and 0 is DRaFT-K."},
+    low_variance: int = setting(
+        0, "Extra gradients per image (n of DRaFT-LV); needs truncation_steps=1, and 0 is DRaFT-K."
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.truncation_steps, str):
-            integer("truncation_steps", self.truncation_steps, least=1)
-        elif self.truncation_steps not in ("all", "random"):
-            raise ValueError(
-                f"truncation_steps: expected a number of steps, 'all' or 'random', got {self.truncation_steps!r}"
-            )
-        integer("low_variance", self.low_variance, least=0)
-        if self.low_variance and self.truncation_steps != 1:
+        kept = self.truncation_steps
+        if not isinstance(kept, str):
+            integer("truncation_steps", kept, least=1)
+        elif kept not in ("all", "random"):
+            raise ValueError(f"truncation_steps: expected a number of steps, 'all' or 'random', got {kept!r}")
+        if integer("low_variance", self.low_variance, least=0) and kept != 1:
             raise ValueError(
                 f"low_variance: DRaFT-LV noises finished latents to the last step, so it needs truncation_steps=1, got "
-                f"{self.truncation_steps!r}; pass truncation_steps=1, or low_variance=0 for DRaFT-K"
+                f"{kept!r}; pass truncation_steps=1, or low_variance=0 for DRaFT-K"
             )
 
     def kept_steps(self, batch: Batch, steps: int) -> int:
         """Return the number K of steps with gradients, of `steps`."""
-        if self.truncation_steps == "all":
-            return steps
         if self.truncation_steps == "random":
             return int(batch.numbers("truncation").integers(1, steps + 1))
-        return min(self.truncation_steps, steps)
+        return steps if self.truncation_steps == "all" else min(self.truncation_steps, steps)
 
     def losses(self, context: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """Yield one loss, or the n + 1 terms of DRaFT-LV."""
-        del part, memory
         state = context.start(batch)
-        kept = self.kept_steps(batch, state.steps)
         with torch.no_grad():
-            state = context.rollout.run(state, until=state.steps - kept)
+            state = context.rollout.run(state, until=state.steps - self.kept_steps(batch, state.steps))
         latents, kl = finish_sampling(context, state)
         finished = latents.detach()
         yield self._term(context, batch, latents, kl)
         del latents, kl  # frees the graph
-        for noised in self._noised(state, finished, batch):
+        alpha, sigma = (level.to(finished.device) for level in noise_level(state.scheduler, state.step))
+        generators = batch.generators("low variance")
+        for _ in range(self.low_variance):
+            noised = (alpha * finished.float() + sigma * row_noise(finished, generators)).to(finished.dtype)
             yield self._term(context, batch, *finish_sampling(context, replace(state, latents=noised)))
 
     def _term(self, context: TrainingContext, batch: Batch, latents: Tensor, kl: Tensor) -> Outcome:
         outcome = reward_loss(context, batch, context.decode(latents), kl, self.title)
         return replace(outcome, loss=outcome.loss / (self.low_variance + 1))
-
-    def _noised(self, state: State, finished: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """Yield the finished latents at the noise level of the last step, n times with fresh noise."""
-        alpha, sigma = (v.to(finished.device) for v in noise_level(state.scheduler, state.step))
-        generators = batch.generators("low variance")
-        for _ in range(self.low_variance):
-            noise = row_noise(finished, generators)
-            yield (alpha * finished.float() + sigma * noise).to(finished.dtype)
 
 
 def finish_sampling(context: TrainingContext, state: State) -> tuple[Tensor, Tensor]:

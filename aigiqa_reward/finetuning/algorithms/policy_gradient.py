@@ -10,13 +10,20 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from aigiqa_reward.finetuning.algorithms.base import Algorithm, mean_square, row_noise, score_latents, where_rows
+from aigiqa_reward.finetuning.algorithms.base import (
+    Algorithm,
+    mean_square,
+    row_noise,
+    score_latents,
+    setting,
+    where_rows,
+)
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.sampling.ancestral import ANCESTRAL, StepWeights, ancestral_weights, is_last, placed, step_mean
@@ -27,18 +34,15 @@ from aigiqa_reward.utils.checks import integer, number
 STD_FLOOR = 1e-4
 """Added to the std of rewards before dividing by it, as in Flow-GRPO's code. DDPO's 1e-6 would turn differences of
 rounding into whole advantages, since our rewards are near [0, 1]."""
-
 EQUAL = 4 * torch.finfo(torch.float32).eps
 """Relative difference up to which rewards are equal but for float32 rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianStep:
-    """Distribution N(mean, std^2 I) of the latents after one step of a sampler.
+    """Distribution N(mean, std^2 I) of the latents (B, ...) after one step of a sampler, in at least float32.
 
-    Attributes:
-        mean: (B, ...) in at least float32.
-        std: () above 0; 0 for a step without noise, which has no probabilities.
+    The () std is above 0; it is 0 for a step without noise, which has no probabilities.
     """
 
     mean: Tensor
@@ -55,8 +59,7 @@ class GaussianStep:
         of the policy gradient, and the clip ranges of DDPO's and Flow-GRPO's code (1e-4) mean the same here.
         """
         far = (latents.to(self.mean) - self.mean) / self.std
-        values = -far.square() / 2 - self.std.log() - math.log(2 * math.pi) / 2
-        return values.flatten(1).mean(dim=1)
+        return (-far.square() / 2 - self.std.log() - math.log(2 * math.pi) / 2).flatten(1).mean(dim=1)
 
     def divergence(self, reference: GaussianStep) -> Tensor:
         """Return KL(self || reference) (B,) for a reference of equal std, mean over the dimensions like `log_prob`.
@@ -82,12 +85,8 @@ def flow_sde_weights(scheduler: Any, step: int, amount: float) -> StepWeights:
     (Wang & Yu 2025, "Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching").
 
     As in the authors' code, the last step takes no noise, and where 1 - t is 0, at the first step, 1 - t' replaces it;
-    so it does where 1 - t is less than a tenth of |dt|, for schedules that begin a little below 1.
-
-    Args:
-        scheduler: Scheduler of a flow model with its timesteps set.
-        step: Number of the step, from 0.
-        amount: Noise level a; 0.7 in the paper.
+    so it does where 1 - t is less than a tenth of |dt|, for schedules that begin a little below 1. The noise level a is
+    `amount`, 0.7 in the paper.
     """
     _, time = noise_level(scheduler, step)
     if is_last(scheduler, step):
@@ -110,16 +109,11 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> T
 def group_advantages(
     rewards: Tensor, size: int, *, deviation: Literal["group", "batch"] = "group", limit: float = math.inf
 ) -> tuple[Tensor, Tensor]:
-    """Subtract the mean of their group from rewards, divide by a standard deviation and clip to [-limit, limit].
+    """Subtract the mean of their group from rewards (N,), divide by a population std and clip to [-limit, limit].
 
-    Flow-GRPO and DDPO's per-prompt statistics divide by the std of the group (DDPO's code keeps statistics over several
-    rounds). The std of the batch, `global_std` in Flow-GRPO's code, does not amplify differences between near equals.
-
-    Args:
-        rewards: (N,) sample i belongs to group i // size; values that are not finite are ignored.
-        size: Size of a group, a divisor of N. 1 makes all N one group: DDPO without per-prompt statistics.
-        deviation: Which standard deviation (of the population) divides.
-        limit: Largest advantage.
+    Sample i belongs to group i // size; size 1 makes all one group: DDPO without per-prompt statistics. Flow-GRPO and
+    DDPO's per-prompt statistics divide by the std of the group (DDPO's code keeps statistics over several rounds). The
+    std of the batch, `global_std` in Flow-GRPO's code, does not amplify differences between near equals.
 
     Returns:
         Advantages (N,) float64, 0 for samples without a finite reward and in degenerate groups; and (N,) whether the
@@ -146,24 +140,19 @@ class PolicyGradient(Algorithm):
 
     learning_rate: ClassVar[float] = 3e-4
 
-    images_per_prompt: int = field(
-        default=4,
-        metadata={"help": "Images per prompt, which are compared with each other; 1 compares the whole batch."},
+    images_per_prompt: int = setting(
+        4, "Images per prompt, which are compared with each other; 1 compares the whole batch."
     )
-    updates_per_round: int = field(default=1, metadata={"help": "Optimizer steps on the same sampled images."})
-    clip_range: float = field(
-        default=1e-4,
-        metadata={"help": "Distance from 1 at which the probability ratio of a sampling step is clipped, in (0, 1)."},
+    updates_per_round: int = setting(1, "Optimizer steps on the same sampled images.")
+    clip_range: float = setting(
+        1e-4, "Distance from 1 at which the probability ratio of a sampling step is clipped, in (0, 1)."
     )
-    advantage_clip: float = field(
-        default=10.0, metadata={"help": "Largest advantage, in standard deviations of the reward."}
+    advantage_clip: float = setting(10.0, "Largest advantage, in standard deviations of the reward.")
+    deviation: Literal["group", "batch"] = setting(
+        "group", "Standard deviation that divides advantages: of the prompt's 'group' or of the 'batch'."
     )
-    deviation: Literal["group", "batch"] = field(
-        default="group",
-        metadata={"help": "Standard deviation that divides advantages: of the prompt's 'group' or of the 'batch'."},
-    )
-    timestep_fraction: float = field(
-        default=1.0, metadata={"help": "Share of the sampling steps to train on, in (0, 1], drawn anew each round."}
+    timestep_fraction: float = setting(
+        1.0, "Share of the sampling steps to train on, in (0, 1], drawn anew each round."
     )
 
     def __post_init__(self) -> None:
@@ -177,12 +166,10 @@ class PolicyGradient(Algorithm):
 
     @property
     def steps_per_round(self) -> int:
-        """Optimizer steps on the same samples."""
         return self.updates_per_round
 
     @property
     def rows_per_prompt(self) -> int:
-        """Size of a group."""
         return self.images_per_prompt
 
     @abstractmethod
@@ -190,7 +177,6 @@ class PolicyGradient(Algorithm):
         """Return the weights of clean latents, predicted noise and fresh noise after step number `step`."""
 
     def check(self, context: TrainingContext, prompts: Sequence[str]) -> None:
-        """Raise a ValueError for a scheduler without a stochastic sampler, or an `eta` that would have no effect."""
         super().check(context, prompts)
         check_scheduler(context.rollout.pipe.scheduler, need=self.title, served=ANCESTRAL)
         if eta := context.rollout.family.options.eta:
@@ -199,18 +185,14 @@ class PolicyGradient(Algorithm):
                 f"pipeline; leave it out there and set the noise in {self.title}"
             )
 
-    # ----------------------------------------------------------------------------------------- sampling
-
     @torch.no_grad()
     def prepare(self, context: TrainingContext, batches: Sequence[Batch]) -> Memory:
         """Sample and score this process's batches, and compare them with those of all processes.
 
         Samples with pixels or scores that are not finite get advantage 0, and zeros in place of their latents. If none
-        is finite, the losses are NaN.
-
-        Returns:
-            CPU tensors: "steps" (n,), the numbers of the trained steps; and for each batch, as "NAME/PART": latents
-            (B, T, ...) before each of the T steps, log_probs (B, n), advantages, degenerate, dropped and scores (B,).
+        is finite, the losses are NaN. The memory has the numbers of the n trained "steps"; and for each batch, as
+        "NAME/PART": latents (B, T, ...) before each of the T steps, log_probs (B, n), advantages, degenerate, dropped
+        and scores (B,).
         """
         self._check_size(batches[0].size)
         memory, scores = {}, []
@@ -224,14 +206,13 @@ class PolicyGradient(Algorithm):
             memory[f"latents/{part}"] = where_rows(finite, latents, 0)
             memory[f"log_probs/{part}"] = where_rows(finite, log_probs, 0)
             memory[f"dropped/{part}"] = (~finite).float()
-        lengths = [len(batch) for batch in batches]
         for name, values in self.compare(context, batches, scores).items():
-            memory |= {f"{name}/{part}": value.clone() for part, value in enumerate(values.split(lengths))}
+            parts = values.split([len(batch) for batch in batches])
+            memory |= {f"{name}/{part}": value.clone() for part, value in enumerate(parts)}
         return memory
 
     def _check_size(self, size: int) -> None:
-        group = self.images_per_prompt
-        if size % group:
+        if size % (group := self.images_per_prompt):
             near = max(group, size // group * group)
             raise ValueError(
                 f"images_per_prompt: expected a divisor of the batch of an optimizer step, got {group} for {size} rows "
@@ -253,16 +234,10 @@ class PolicyGradient(Algorithm):
                 f"{state.steps} and none to train; use 2 or more"
             )
         count = max(1, round(self.timestep_fraction * len(noisy)))
-        drawn = batch.numbers("timesteps").choice(noisy, size=count, replace=False)
-        return sorted(int(step) for step in drawn)
+        return sorted(batch.numbers("timesteps").choice(noisy, size=count, replace=False).tolist())
 
     def sample(self, context: TrainingContext, state: State, steps: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample to the end.
-
-        Returns:
-            Finished latents (B, ...); on the CPU the latents (B, T, ...) before each step, and the log-probabilities
-            (B, n) of the trained steps.
-        """
+        """Return finished latents (B, ...), and on the CPU those before each step (B, T, ...) and log-probs (B, n)."""
         before, log_probs = [], []
         while not state.done:
             policy = self.policy(state, context.predict(state).clean)
@@ -306,8 +281,6 @@ class PolicyGradient(Algorithm):
             result[name] = torch.where(table.isfinite(), table, mean)[rows]
         return {name: value.float() for name, value in result.items()}
 
-    # ----------------------------------------------------------------------------------------- losses
-
     def losses(self, context: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """Yield one loss per trained step; their sum is the mean over these steps."""
         state = context.start(batch)
@@ -317,13 +290,9 @@ class PolicyGradient(Algorithm):
         steps = memory["steps"].tolist()
         for place, step in enumerate(steps):
             before, after = own["latents"][:, step : step + 2].to(device).unbind(dim=1)
+            advantages, old, dropped = (own[name].to(device) for name in ("advantages", "log_probs", "dropped"))
             loss, measures = self.step_loss(
-                context,
-                placed(state, step, before),
-                after,
-                advantages=own["advantages"].to(device),
-                old=own["log_probs"][:, place].to(device),
-                alive=1 - own["dropped"].to(device),
+                context, placed(state, step, before), after, advantages=advantages, old=old[:, place], alive=1 - dropped
             )
             yield Outcome(loss=loss.mean() / len(steps), measures={**logged, **measures})
 
@@ -366,16 +335,13 @@ class DDPO(PolicyGradient):
     name: ClassVar[str] = "ddpo"
     title: ClassVar[str] = "DDPO"
 
-    eta: float = field(
-        default=1.0, metadata={"help": "Noise of the sampler, in (0, 1], as in DDIM; the paper's code uses 1."}
-    )
+    eta: float = setting(1.0, "Noise of the sampler, in (0, 1], as in DDIM; the paper's code uses 1.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number("eta", self.eta, "in (0, 1]; without noise a step has no probability", lambda v: 0 < v <= 1)
 
     def weights(self, scheduler: Any, step: int) -> StepWeights:
-        """Return the weights of DDIM (Song et al. 2021) for any noise schedule."""
         return ancestral_weights(scheduler, step, self.eta)
 
 
@@ -395,16 +361,11 @@ class FlowGRPO(PolicyGradient):
     name: ClassVar[str] = "grpo"
     title: ClassVar[str] = "Flow-GRPO"
 
-    advantage_clip: float = field(
-        default=5.0, metadata={"help": "Largest advantage, in standard deviations of the reward."}
+    advantage_clip: float = setting(5.0, "Largest advantage, in standard deviations of the reward.")
+    sampler: Literal["sde", "ancestral"] = setting(
+        "sde", "Sampling step: 'sde' as in the paper, or 'ancestral', with cleaner images in few steps."
     )
-    sampler: Literal["sde", "ancestral"] = field(
-        default="sde",
-        metadata={"help": "Sampling step: 'sde' as in the paper, or 'ancestral', with cleaner images in few steps."},
-    )
-    noise_level: float = field(
-        default=0.7, metadata={"help": "Noise a of sigma_t = a sqrt(t / (1 - t)), in (0, sqrt(2)]; the paper uses 0.7."}
-    )
+    noise_level: float = setting(0.7, "Noise a of sigma_t = a sqrt(t / (1 - t)), in (0, sqrt(2)]; the paper uses 0.7.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -414,7 +375,6 @@ class FlowGRPO(PolicyGradient):
         number("noise_level", self.noise_level, "in (0, sqrt(2)]; try 0.7", lambda value: 0 < value < 1.4143)
 
     def check(self, context: TrainingContext, prompts: Sequence[str]) -> None:
-        """Raise a ValueError for models that are not flow models, besides what every policy gradient refuses."""
         pipe = context.rollout.pipe
         if not is_flow(pipe.scheduler):
             raise ValueError(
@@ -424,7 +384,6 @@ class FlowGRPO(PolicyGradient):
         super().check(context, prompts)
 
     def weights(self, scheduler: Any, step: int) -> StepWeights:
-        """Return the weights of the chosen sampler."""
         if self.sampler == "sde":
             return flow_sde_weights(scheduler, step, self.noise_level)
         return ancestral_weights(scheduler, step, min(1.0, self.noise_level / math.sqrt(2)))

@@ -8,12 +8,12 @@ KL penalty replaces the paper's loss on images of the model's training.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from aigiqa_reward.finetuning.algorithms.base import Algorithm, reward_loss
+from aigiqa_reward.finetuning.algorithms.base import Algorithm, reward_loss, setting
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.utils.checks import number
@@ -33,21 +33,17 @@ class ReFL(Algorithm):
     title: ClassVar[str] = "ReFL"
     reward_gradient: ClassVar[bool] = True
 
-    earliest: float = field(
-        default=0.75, metadata={"help": "Share of the sampling steps, in [0, 1), before which no step is judged."}
-    )
+    earliest: float = setting(0.75, "Share of the sampling steps, in [0, 1), before which no step is judged.")
 
     def __post_init__(self) -> None:
         number("earliest", self.earliest, "in [0, 1), a share of the steps", lambda value: 0 <= value < 1)
 
     def judged_step(self, batch: Batch, steps: int) -> int:
-        """Return the step, from 0, whose prediction is judged; the last one if rounding leaves none."""
-        first = min(int(self.earliest * steps), steps - 1)
-        return int(batch.numbers("late step").integers(first, steps))
+        """Draw the step, from 0, whose prediction is judged; the last one if rounding leaves none."""
+        return int(batch.numbers("late step").integers(min(int(self.earliest * steps), steps - 1), steps))
 
     def losses(self, context: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """Yield one loss."""
-        del part, memory
         state = context.start(batch)
         with torch.no_grad():
             state = context.rollout.run(state, until=self.judged_step(batch, state.steps))

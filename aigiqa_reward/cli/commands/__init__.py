@@ -1,0 +1,1 @@
+"""The commands of `aigiqa-reward`, one file each."""

@@ -1,0 +1,157 @@
+"""The command `demo`: best of N with the generator and the reward in the package, drawn in one picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from aigiqa_reward.cli._console import CommandError, Row, emit, progress, render, say
+from aigiqa_reward.cli._io import check_writable, checked_prompt, png, write
+from aigiqa_reward.cli._options import option, options
+from aigiqa_reward.cli._pipelines import EMBEDDED, EMBEDDED_SAMPLING, library, load_pipeline
+from aigiqa_reward.cli.commands.score import scored
+from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, read_subject
+from aigiqa_reward.utils.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from aigiqa_reward import BestOfN, BestOfNOutput
+
+EXAMPLE = "a red apple on a blue background"
+
+SHEET, RESULTS, BEST = "contact-sheet.png", "results.jsonl", "best.png"
+"""The files of a demo's folder."""
+
+_BATCH = 8
+_LISTED = 5  # candidates in the table
+_SHORT = 200  # characters of a prompt that is repeated on the terminal
+
+
+@options("Options")
+class DemoOptions:
+    """What to sample, and where to draw it."""
+
+    prompt: str = option(EXAMPLE, "Prompt to sample images of.", metavar="TEXT")
+    n: int = option(16, "Number of candidates.", "--n", min=1, max=1000)
+    seed: int = option(
+        0, "Seed of the first candidate; candidate i has the seed plus i.", min=0, max=2**32 - 1
+    )  # torch's CPU generator uses 32 bits
+    output_dir: Path = option(
+        Path("aigiqa-demo"), f"Folder for {SHEET}, {RESULTS} and {BEST}; those of an earlier demo are replaced."
+    )
+    open: bool = option(False, "Open the contact sheet in the system's viewer.")
+
+
+def demo(options: DemoOptions) -> None:
+    """Sample small images of a prompt, pick the best and draw them all: offline, on the CPU, with embedded weights."""
+    prompt, n = checked_prompt(options.prompt), options.n
+    check_writable(options.output_dir)
+    folder = RunFolder(options.output_dir, contents=(SHEET, RESULTS, BEST))
+    with library():
+        folder.settings()  # refuses a folder that no demo wrote
+    _report_unknown(prompt)
+    from aigiqa_reward import BestOfN, create_reward
+    from aigiqa_reward.toy.pipeline import quiet_libraries
+
+    with quiet_libraries():
+        pipe: Any = load_pipeline(EMBEDDED, "cpu", "float32")
+        _report_cut(pipe, prompt)
+        search = BestOfN(pipe, create_reward("compact"), n=n, batch_size=_BATCH, top_k=n)
+        output, failure = _sample(search, prompt, options.seed)
+    if output is not None:
+        with library():
+            folder.begin({"command": "demo", "prompt": prompt, "n": n, "seed": options.seed}, overwrite=True)
+        _write(output, prompt, folder.path)
+        _report(output, prompt, folder.path)
+    if output is not None and isinstance(failure, KeyboardInterrupt):
+        say("error", f"interrupted: {len(output.all_seeds)} of {n} candidates")
+        raise typer.Exit(130) from failure
+    if failure is not None:
+        raise failure
+    if options.open:
+        _open(folder.path / SHEET)
+
+
+def _report_unknown(prompt: str) -> None:
+    subject, colors = read_subject(prompt), ", ".join(COLOR_NAMES)
+    if subject.noun is None:
+        say("warning", f"the embedded generator knows nothing that this prompt names; try {EXAMPLE!r}")
+        say("note", f"it knows {len(NOUNS)} things: {', '.join(NOUNS)}")
+        say("note", f"on {len(COLOR_NAMES)} background colors: {colors}")
+    elif subject.color is None:
+        say("warning", f"the prompt names no background color that the embedded generator knows ({colors})")
+
+
+def _report_cut(pipe: Any, prompt: str) -> None:
+    length, most = len(pipe.tokenizer(prompt).input_ids), pipe.tokenizer.model_max_length
+    if length > most:
+        say("warning", f"the embedded generator reads the first {most} of the prompt's {length} tokens")
+
+
+def _sample(
+    search: BestOfN, prompt: str, seed: int
+) -> tuple[BestOfNOutput | None, CommandError | KeyboardInterrupt | None]:
+    """The last output that was reached, and what ended the sampling early."""
+    from aigiqa_reward.sampling import NothingRankedError
+
+    output = None
+    try:
+        with progress("best of n", search.n) as show, library():
+            for output in search.stream(prompt, seed, **EMBEDDED_SAMPLING):
+                show(len(output.all_seeds))
+    except (CommandError, KeyboardInterrupt) as error:
+        return output, error
+    except NothingRankedError as error:
+        return error.output, CommandError(str(error), status=1)
+    return output, None
+
+
+# --------------------------------------------------------------------------------------------- after
+
+
+def _candidates(output: BestOfNOutput, prompt: str) -> list[Row]:
+    """All candidates in their order, by seed; those that were dropped have an error."""
+    known = output.all_correspondence or [None] * len(output.all_seeds)
+    scores = zip(output.all_seeds, output.all_scores, output.all_quality, known, strict=True)
+    return [
+        Row(key=seed, prompt=prompt, error=output.dropped[seed])
+        if seed in output.dropped
+        else scored(seed, prompt, total, quality, correspondence)
+        for seed, total, quality, correspondence in scores
+    ]
+
+
+def _write(output: BestOfNOutput, prompt: str, folder: Path) -> None:
+    from aigiqa_reward.report import contact_sheet
+
+    write(folder / SHEET, png(contact_sheet(output, prompt)))
+    write(folder / RESULTS, render(_candidates(output, prompt), "jsonl").encode())
+    if output.images:
+        write(folder / BEST, png(output.images[0]))
+
+
+def _report(output: BestOfNOutput, prompt: str, folder: Path) -> None:
+    rows = {row.key: row for row in _candidates(output, prompt)}
+    best = [dataclasses.replace(rows[seed], key=f"seed {seed}") for seed in output.seeds[:_LISTED]]
+    if best:
+        emit(render(best, "table", numbered=True, terminal=sys.stdout.isatty()))
+    say("note", f"in {folder}: {SHEET} (all candidates), {RESULTS} (their scores){f', {BEST}' if best else ''}")
+    if best and len(prompt) <= _SHORT:
+        settings = ", ".join(f"{name}={value}" for name, value in EMBEDDED_SAMPLING.items())
+        again = (
+            "import torch, aigiqa_reward; image = aigiqa_reward.load_embedded_pipeline()"
+            f"({prompt!r}, {settings}, generator=torch.Generator().manual_seed({output.seeds[0]})).images[0]"
+        )
+        say("note", f"the best again, in Python: {again}")
+
+
+def _open(file: Path) -> None:
+    try:
+        status = typer.launch(str(file.resolve()))
+    except OSError:
+        status = 1
+    if status != 0:
+        say("warning", f"cannot open {file} here; any image viewer shows it")

@@ -1,0 +1,358 @@
+"""The command `evaluate`: agreement of a model with people on images that it was not trained on, beside controls."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from aigiqa_reward.cli._console import CommandError, Row, emit, encoded, printable, report_unreadable, say
+from aigiqa_reward.cli._io import Source, check_writable, write
+from aigiqa_reward.cli._options import Fields, command, option, options
+from aigiqa_reward.cli._pipelines import library, usable_device
+from aigiqa_reward.cli.commands.score import score_sources
+from aigiqa_reward.cli.commands.train import (
+    DataOptions,
+    MachineOptions,
+    ModelOptions,
+    describe,
+    digest,
+    make_accelerator,
+    make_plan,
+    parse_split,
+    plan_fields,
+    read,
+    recipe_fields,
+)
+from aigiqa_reward.utils.io import MAX_BYTES, read_arrays, read_json
+from aigiqa_reward.utils.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aigiqa_reward import Reward
+    from aigiqa_reward.datasets import PreferencePairs, ScoredImages
+    from aigiqa_reward.evaluation import ProtocolReport
+    from aigiqa_reward.training.by_name import TrainingPlan
+    from aigiqa_reward.training.report import ProtocolSettings
+
+HELP = "Train and test on several splits, or test given weights; run again, it resumes from the last finished seed."
+
+_BATCH = 32
+_ASPECTS = ("quality", "correspondence")
+_BENCHMARKS = {
+    "agiqa3k": "AGIQA-3K",
+    "agiqa1k": "AGIQA-1K",
+    "aigciqa2023": "AIGCIQA2023",
+    "aigiqa20k": "AIGIQA-20K",
+    "imagereward": "ImageReward",
+    "pickapic": "Pick-a-Pic",
+}
+"""Names of --data, and the benchmarks' names in tables."""
+
+
+@options("Evaluation")
+class EvaluateOptions:
+    """Weights, split and output of an evaluation."""
+
+    weights: str | None = option(
+        None,
+        "Weights to test without training: embedded, or the folder or Hub id of a saved reward.",
+        metavar="embedded|FOLDER|ID",
+    )
+    split: str = option(
+        "group",
+        "Split: group (the images of a prompt stay together), random_image, or csv:FILE with columns name and split.",
+    )
+    output_dir: Path | None = option(None, "Folder for tables, plots and seeds; by default aigiqa-MODEL-report.")
+
+
+def build() -> Callable[..., None]:
+    """Return the command with all its options."""
+    from aigiqa_reward.training.report import ProtocolSettings
+
+    return command(
+        evaluate,
+        protocol=Fields(ProtocolSettings, "Evaluation", skip=("mode", "file")),
+        plan=plan_fields(skip=("init", "seed")),
+        recipe=recipe_fields(),
+    )
+
+
+def evaluate(
+    data: DataOptions,
+    options: EvaluateOptions,
+    protocol: dict[str, Any],
+    model: ModelOptions,
+    plan: dict[str, Any],
+    recipe: dict[str, Any],
+    machine: MachineOptions,
+) -> None:
+    """Train and test on several splits, or test given weights."""
+    from aigiqa_reward.datasets import ScoredImages
+
+    folder = options.output_dir or Path(f"aigiqa-{data.model}-report")
+    same_generator = protocol.get("same_generator", "sd1.5")
+    if options.weights is not None:
+        given = {**vars(model), "mixed_precision": machine.mixed_precision, **protocol, **plan, **recipe}
+        given.pop("same_generator", None)
+        useless = [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, ())]
+        if useless:
+            raise CommandError(f"nothing is trained; leave out {', '.join(useless)}", argument="weights")
+        evaluate_weights(data, options.weights, folder, machine.device, same_generator)
+        return
+    training = make_plan(data.model, model, plan, recipe)
+    mode, file = parse_split(options.split, ("group", "random_image"))
+    settings = _settings(protocol, mode, file)
+    table = read(data.data)
+    if not isinstance(table, ScoredImages):
+        text = f"{data.data.partition(':')[0]} holds preferences, which the protocol cannot measure; --weights can"
+        raise CommandError(text, argument="data")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CommandError("evaluate trains in one process; start it without torchrun or accelerate launch")
+    accelerator = make_accelerator(machine)
+    described = describe(training, model, table, mode, file) | {"same_generator": same_generator}
+    described |= {"seeds": settings.seeds, "ablation_seeds": settings.ablation_seeds}
+    _begin(folder, "report.json", described)
+    towers = ", ".join(sorted(model.tower)) or ("published towers" if training.preset else "compact towers")
+    found = _run(training, table, settings, folder, accelerator, title_of(data.model, data.data, towers))
+    with library():
+        arrays = read_arrays(folder / "seed0.npz", most=MAX_BYTES)
+        unreadable = [(entry["path"], entry["reason"]) for entry in read_json(folder / "unreadable.json")]
+    rows = arrays.pop("rows")
+    write_report(found, table, rows, arrays, folder, _benchmark(data.data), part="test part of seed 0")
+    report_unreadable(unreadable, folder / "unreadable.json")
+    if unreadable:
+        raise typer.Exit(1)
+
+
+def _settings(given: dict[str, Any], mode: Any, file: Path | None) -> ProtocolSettings:
+    from aigiqa_reward.training.report import ProtocolSettings
+
+    fewest = min(3, given.get("seeds", 3))
+    with library():
+        return ProtocolSettings(**{"ablation_seeds": fewest, **given}, mode=mode, file=file)
+
+
+def _begin(folder: Path, started: str, settings: dict[str, Any]) -> None:
+    check_writable(folder)
+    with library():
+        RunFolder(folder, contents=("report.json", "table.csv"), started=started).begin(settings)
+
+
+def _run(
+    plan: TrainingPlan, table: ScoredImages, settings: ProtocolSettings, folder: Path, accelerator: Any, title: str
+) -> ProtocolReport:
+    from aigiqa_reward.training.report import run_protocol
+
+    show = sys.stderr.isatty()
+    try:
+        with library(folder="output_dir", name="model", towers="tower"):
+            return run_protocol(plan, table, settings, folder, title=title, accelerator=accelerator, progress=show)
+    except KeyboardInterrupt as error:
+        say("error", "interrupted; the same command resumes from the last finished seed")
+        raise typer.Exit(130) from error
+
+
+# --------------------------------------------------------------------------------------------- given weights
+
+
+def evaluate_weights(data: DataOptions, weights: str, folder: Path, device: str | None, same_generator: str) -> None:
+    """Score everything with given weights; write and print the agreement with people."""
+    import numpy as np
+
+    from aigiqa_reward.datasets import ScoredImages
+
+    embedded = weights == "embedded"
+    table = read(data.data)
+    described = {"model": data.model, "weights": weights, "data": digest(table), "same_generator": same_generator}
+    reward = _load(data.model, None if embedded else weights, device)
+    _begin(folder, "table.csv", described)
+    seen = embedded and data.data.startswith("agiqa3k:")
+    if seen:
+        say("warning", "the embedded weights were trained on AGIQA-3K: this is no test of them")
+    title = title_of(data.model, data.data, "embedded weights" if embedded else f"weights of {weights}")
+    if isinstance(table, ScoredImages):
+        rows = _scores(reward, [str(path) for path in table.paths], table.prompts)
+        protocol = f"all images, by the given weights{', which were trained on some of them' if seen else ''}"
+        predicted = {aspect: _column(rows, aspect) for aspect in _ASPECTS}
+        report = _agreement(predicted, table, title, protocol, same_generator)
+        every = np.arange(len(table))
+        write_report(report, table, every, predicted, folder, _benchmark(data.data), part="all images")
+    else:
+        rows = _against_pairs(reward, table, title, folder)
+    if any(row.error is not None for row in rows):
+        raise typer.Exit(1)
+
+
+def _load(name: str, weights: str | None, device: str | None) -> Reward:
+    """The model with the embedded weights, or with those of a saved reward, which must be of that model."""
+    from aigiqa_reward import create_reward
+
+    with library(name="model"):
+        return create_reward(name, weights=weights, device=usable_device(device))
+
+
+def _scores(reward: Reward, paths: Sequence[str], prompts: Sequence[str]) -> list[Row]:
+    """A row for each image; those that cannot be read are reported on stderr."""
+    sources = [Source(path=path, prompt=prompt) for path, prompt in zip(paths, prompts, strict=True)]
+    result = score_sources({reward.name: (reward, 1.0)}, sources, _BATCH)
+    if isinstance(result.failure, KeyboardInterrupt):
+        say("error", "interrupted: nothing is written")
+        raise typer.Exit(130) from result.failure
+    if result.failure is not None:
+        raise result.failure
+    if all(row.error is not None for row in result.rows):
+        raise CommandError(f"none of the {len(sources)} images could be scored", argument="data", status=1)
+    return result.rows
+
+
+def _column(rows: Sequence[Row], aspect: str) -> np.ndarray:
+    """(N,) scores of all images; NaN where there are none."""
+    import numpy as np
+
+    return np.array([getattr(row, aspect) for row in rows], dtype=np.float64)
+
+
+def _agreement(
+    predicted: Mapping[str, np.ndarray], table: ScoredImages, title: str, protocol: str, same_generator: str
+) -> ProtocolReport:
+    """The agreement of predictions with the human scores, as one seed."""
+    import numpy as np
+
+    from aigiqa_reward.evaluation import ProtocolReport, score_split
+    from aigiqa_reward.evaluation.protocol import MODEL
+
+    scores = []
+    for aspect, found in predicted.items():
+        human = getattr(table, aspect)
+        kept = np.flatnonzero(np.isfinite(human) & np.isfinite(found))
+        if len(kept):
+            prompts, generators = ([column[row] for row in kept] for column in (table.prompts, table.generators))
+            whole = {"task": aspect, "predicted": found[kept], "target": human[kept]}
+            named = {"prompts": prompts, "generators": generators, "same_generator": same_generator or None}
+            scores.append(score_split(0, MODEL, **whole, **named))
+    return ProtocolReport(title=title, protocol=protocol, scores=tuple(scores))
+
+
+def _against_pairs(reward: Reward, pairs: PreferencePairs, title: str, folder: Path) -> list[Row]:
+    """Write and print the share of the pairs in which the preferred image scores higher."""
+    sides = [
+        (str(path), prompt)
+        for images in (pairs.better, pairs.worse)
+        for path, prompt in zip(images, pairs.prompts, strict=True)
+    ]
+    distinct = list(dict.fromkeys(sides))
+    rows = _scores(reward, [path for path, _ in distinct], [prompt for _, prompt in distinct])
+    found = dict(zip(distinct, rows, strict=True))
+    from aigiqa_reward.evaluation.tables import markdown_table
+
+    both = list(zip(sides[: len(pairs)], sides[len(pairs) :], strict=True))
+    kept = [(found[a], found[b]) for a, b in both if found[a].error is None and found[b].error is None]
+    if not kept:
+        raise CommandError("there is no pair both of whose images could be scored", argument="data", status=1)
+    header, table = ["score", "share", "ties", "pairs"], []
+    for aspect in ("total", *_ASPECTS):
+        values = [(getattr(better, aspect), getattr(worse, aspect)) for better, worse in kept]
+        if not any(value is None for pair in values for value in pair):
+            ties = sum(better == worse for better, worse in values)
+            share = (sum(better > worse for better, worse in values) + ties / 2) / len(values)
+            table.append([aspect, share, ties, len(values)])
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([header, *table])
+    shown = [[aspect, f"{share:.4f}", str(ties), f"{count:,}"] for aspect, share, ties, count in table]
+    about = "Share of the pairs in which people's choice scores higher; a tie counts half."
+    text = "\n".join([f"### {title}", "", about, "", *markdown_table(header, shown)]) + "\n"
+    write(folder / "table.csv", file.getvalue().encode())
+    write(folder / "table.md", encoded(text))
+    emit(text)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------- tables and plots
+
+
+def _benchmark(data: str) -> str | None:
+    """The benchmark that NAME:PATH names; None for another table."""
+    return _BENCHMARKS.get(data.partition(":")[0])
+
+
+def title_of(model: str, data: str, kind: str) -> str:
+    """Return one line: the system, the benchmark or the table's file name, and the kind of weights."""
+    from aigiqa_reward import get_reward_spec
+
+    name = _benchmark(data) or Path(data.partition(":")[2]).name
+    return printable(f"{get_reward_spec(model).title} on {name} ({kind})")
+
+
+def write_report(
+    report: ProtocolReport,
+    table: ScoredImages,
+    rows: np.ndarray,
+    predicted: Mapping[str, np.ndarray],
+    folder: Path,
+    benchmark: str | None,
+    *,
+    part: str,
+) -> None:
+    """Write table.csv, table.md and plots of some `rows` (M,) of the table and scores (M,) by aspect; print table.md.
+
+    Published figures of the benchmark are added if there is one; `part` is the name of the rows in the plots.
+    """
+    from aigiqa_reward.evaluation import PUBLISHED, published_markdown
+    from aigiqa_reward.report import protocol_plot
+
+    parts = [report.markdown()]
+    if differences := _differences(report):
+        parts.append("\n".join(["**SRCC on the same test parts, model minus**", "", *differences]) + "\n")
+    if any(result.benchmark == benchmark for result in PUBLISHED):
+        parts.append(published_markdown(str(benchmark)))
+    text = "\n".join(parts)
+    write(folder / "table.csv", report.csv().encode())
+    write(folder / "table.md", encoded(text))
+    for aspect in _ASPECTS:
+        if aspect in predicted:
+            _scatter(aspect, report.title, table, rows, predicted[aspect], folder, part)
+    protocol_plot(report, folder / "srcc.png")
+    emit(text)
+    say("note", f"in {folder}: table.md, table.csv and the plots")
+
+
+def _differences(report: ProtocolReport) -> list[str]:
+    lines, leading = [], {}
+    for row in report.summary():
+        model = leading.setdefault(row.task, row.predictor)  # the first of a task is the model
+        if row.predictor != model:
+            lines.append(f"- {row.task}, {row.predictor}: {report.difference(row.task, model, row.predictor)}")
+    return lines
+
+
+def _scatter(
+    aspect: str, title: str, table: ScoredImages, rows: np.ndarray, predicted: np.ndarray, folder: Path, part: str
+) -> None:
+    import numpy as np
+
+    from aigiqa_reward.evaluation.metrics import MIN_ROWS
+    from aigiqa_reward.report import scatter_plot
+
+    generators, human = np.array(table.generators)[rows], getattr(table, aspect)[rows]
+    known = np.isfinite(human) & np.isfinite(predicted)
+    if known.sum() < MIN_ROWS:
+        if known.any():
+            say("note", f"no {aspect}.png: {known.sum()} images are too few to plot")
+        return
+    scatter_plot(
+        predicted[known],
+        human[known],
+        folder / f"{aspect}.png",
+        title=f"{title}: {aspect}, {part}",
+        x_label=f"predicted {aspect}",
+        y_label=f"human {aspect} score",
+        generators=generators[known] if len(set(generators[known])) > 1 else None,
+    )
