@@ -13,6 +13,7 @@ from pipelines import FAMILIES, FEW_STEPS
 from pipelines_current import CALL, CURRENT_FAMILIES, GUIDED, _pixart
 from pipelines_current import pipeline as built
 from torch import Tensor
+from watched import assert_close, generators
 
 from aigiqa_reward import load_embedded_pipeline
 from aigiqa_reward.sampling.families import Conditioning
@@ -76,10 +77,6 @@ def reference(kind: str) -> Any:
     return pipe
 
 
-def generators(seeds: list[int] = SEEDS) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def rollout_of(case: str) -> Rollout:
     kind, call = CASES[case]
     return Rollout(pipeline(kind), **call)
@@ -100,11 +97,6 @@ def called(case: str, output_type: str) -> Tensor:
     return reference(kind)(prompt=list(PROMPTS), generator=generators(), output_type=output_type, **call).images
 
 
-def assert_close(one: Tensor, other: Tensor) -> None:
-    scale = max(1.0, float(other.abs().max()))
-    torch.testing.assert_close(one / scale, other / scale, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("case", marked(CASES))
 def test_a_rollout_ends_where_the_pipeline_ends(case):
     latents, images = sampled(case)
@@ -119,7 +111,7 @@ def test_a_rollout_ends_where_the_pipeline_ends(case):
 def test_prompts_encoded_and_sampled_together_are_those_alone(case):
     rollout = rollout_of(case)
     for row in (0, 2):  # shorter and longer than one another: padding must not count
-        alone = rollout.run(rollout.start(rollout.encode([PROMPTS[row]]), generators([SEEDS[row]]))).latents
+        alone = rollout.run(rollout.start(rollout.encode([PROMPTS[row]]), generators(SEEDS[row]))).latents
         assert_close(alone, sampled(case)[0][row : row + 1])
 
 
@@ -128,7 +120,7 @@ def test_prompts_encoded_and_sampled_together_are_those_alone(case):
 def test_prompts_encoded_apart_can_be_joined(case):
     rollout, rows = rollout_of(case), [0, 2, 1, 2]
     joined = Conditioning.cat([rollout.encode([PROMPTS[row] for row in group]) for group in ([0], [2], [1, 2])])
-    state = rollout.run(rollout.start(joined, generators([SEEDS[row] for row in rows])))
+    state = rollout.run(rollout.start(joined, generators(*(SEEDS[row] for row in rows))))
     assert_close(state.latents, sampled(case)[0][rows])
 
 
@@ -137,7 +129,7 @@ def test_prompts_encoded_apart_can_be_joined(case):
 def test_prompts_make_a_difference_and_each_row_may_have_a_time_of_its_own(kind):
     rollout = Rollout(pipeline(kind), **CALL.get(kind, FEW_STEPS))
     conditioning = Conditioning(positive=rollout.encode(PROMPTS).positive)
-    state = rollout.start(conditioning, generators([7, 7, 7]))
+    state = rollout.start(conditioning, generators(7, 7, 7))
     times = state.scheduler.timesteps.new_tensor([900, 500, 20])
     together = rollout.family.predict(state.latents, times, conditioning, state.shared)
     for row in range(3):
@@ -153,11 +145,11 @@ def test_prompts_make_a_difference_and_each_row_may_have_a_time_of_its_own(kind)
 def test_gradients_reach_all_latents_and_checkpointing_changes_nothing(kind):
     rollout = Rollout(pipeline(kind), **{**CALL.get(kind, FEW_STEPS), **GUIDED.get(kind, {})})
     conditioning = rollout.encode(PROMPTS[1:])
-    noise = rollout.start(conditioning, generators(SEEDS[1:])).latents
+    noise = rollout.start(conditioning, generators(*SEEDS[1:])).latents
     found = []
     for checkpointed in (False, True):
         first = noise.clone().requires_grad_()
-        state = rollout.start(conditioning, generators(SEEDS[1:]), first)
+        state = rollout.start(conditioning, generators(*SEEDS[1:]), first)
         while not state.done:
             state = rollout.advance(state, rollout.predict(state, checkpointed=checkpointed).output)
         found.append(torch.autograd.grad(rollout.decode(state.latents).sum(), (first, state.latents)))
@@ -209,11 +201,11 @@ def test_a_size_that_was_not_trained_is_sampled_at_the_nearest_and_cropped():
     call = {"height": 250, "width": 270, "num_inference_steps": 1, "guidance_scale": 1.0}
     rollout = Rollout(pipeline("pixart binned"), **call, use_resolution_binning=True)
     with torch.no_grad():
-        state = rollout.run(rollout.start(rollout.encode(PROMPTS[:1]), generators([3])))
+        state = rollout.run(rollout.start(rollout.encode(PROMPTS[:1]), generators(3)))
     latents = state.latents.clone().requires_grad_()
     images = rollout.decode(latents)
     pipe = reference("pixart binned")
-    expected = pipe(prompt=list(PROMPTS[:1]), generator=generators([3]), output_type="pt", **call).images
+    expected = pipe(prompt=list(PROMPTS[:1]), generator=generators(3), output_type="pt", **call).images
     assert images.shape == (1, 3, 250, 270)
     assert_close(images.detach().clamp(0, 1), expected)
     assert torch.autograd.grad(images.sum(), latents)[0].isfinite().all()
@@ -225,7 +217,7 @@ def test_a_size_that_was_not_trained_is_sampled_at_the_nearest_and_cropped():
 def test_earlier_calls_of_the_pipeline_do_not_count():
     # Euler scales its noise by the first of its steps, not by that of the call before.
     pipe = reference("sdxl")
-    pipe(prompt=PROMPTS[0], generator=generators([0]), **{**FEW_STEPS, "timesteps": [301, 101]})
+    pipe(prompt=PROMPTS[0], generator=generators(0), **{**FEW_STEPS, "timesteps": [301, 101]})
     rollout = Rollout(pipe, **CASES["sdxl guided"][1])
     with torch.no_grad():
         state = rollout.run(rollout.start(rollout.encode(PROMPTS), generators()))
@@ -274,7 +266,7 @@ def test_means_of_a_vaes_latents_are_subtracted():
 @torch.no_grad()
 def test_encoders_without_a_distribution_are_used_as_they_are():
     rollout = Rollout(load_embedded_pipeline(), num_inference_steps=10, guidance_scale=3.0)
-    state = rollout.run(rollout.start(rollout.encode(["a red apple on a blue background"]), generators([0])))
+    state = rollout.run(rollout.start(rollout.encode(["a red apple on a blue background"]), generators(0)))
     again = rollout.family.encode_images(rollout.show(state.latents))
     assert (again - state.latents).std() < 0.3 * state.latents.std()  # trained: it recovers what it decoded
     assert (rollout.show(again) - rollout.show(state.latents)).abs().mean() < 0.03

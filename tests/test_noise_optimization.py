@@ -188,7 +188,7 @@ def test_bad_arguments_are_refused(sd):
         make(sd, clip="none")
     with pytest.raises(TypeError, match="one prompt per call"):
         make(sd)([PROMPT], **ONE_STEP)
-    with pytest.raises(ValueError, match=r"seed: expected an integer in .* got 18446744073709551616; pass a smaller"):
+    with pytest.raises(ValueError, match=r"seed: expected an integer in .* got 18446744073709551616"):
         make(sd)(PROMPT, seed=2**64, **ONE_STEP)
     with pytest.raises(ValueError, match=r"inference_mode\(\) forbids gradients"), torch.inference_mode():
         make(sd)(PROMPT, **ONE_STEP)

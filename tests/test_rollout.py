@@ -12,7 +12,7 @@ from diffusers import EDMEulerScheduler, StableDiffusionImg2ImgPipeline, StableD
 from pipelines import FAMILIES, FEW_STEPS
 from pipelines_current import CALL, CURRENT_FAMILIES, GUIDED, pipeline
 from torch import Tensor
-from watched import assert_same
+from watched import assert_same, generators
 
 from aigiqa_reward.sampling.families import find_family
 from aigiqa_reward.sampling.rollout import Rollout, State
@@ -26,10 +26,6 @@ ALL = {**FAMILIES, **CURRENT_FAMILIES}
 @pytest.fixture(scope="module")
 def sd() -> Any:
     return pipeline("sd")
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds or (3, 4, 5)]
 
 
 def started(rollout: Rollout, latents: Tensor | None = None) -> State:

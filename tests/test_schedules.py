@@ -22,6 +22,7 @@ from pipelines import _BETAS as BETAS
 from pipelines import SIDE
 from pipelines_current import pipeline
 from torch import Tensor
+from watched import assert_close, generators
 
 from aigiqa_reward.sampling.ancestral import advance, ancestral_step
 from aigiqa_reward.sampling.rollout import Rollout, State
@@ -115,17 +116,8 @@ def rollout_of(case: str) -> Rollout:
     return Rollout(pipe_of(case, "flow" if case in FLOW else "epsilon"), **CALL, **CASES[case][2])
 
 
-def generators() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
-
-
 def with_fresh_generators(state: State) -> State:
     return replace(state, generators=tuple(generator.clone_state() for generator in state.generators))
-
-
-def assert_close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> None:
-    scale = max(1.0, float(other.abs().max()))
-    torch.testing.assert_close(one / scale, other / scale, atol=tolerance, rtol=0)
 
 
 def noise(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

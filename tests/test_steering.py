@@ -205,7 +205,7 @@ def test_bad_arguments_are_refused(sd):
         make(sd)([PROMPT])
     with pytest.raises(ValueError, match="eta: expected as an argument of ParticleSteering"):
         make(sd)(PROMPT, eta=0.5)
-    with pytest.raises(ValueError, match=r"seed: expected an integer in .* got 18446744073709551615; pass a smaller"):
+    with pytest.raises(ValueError, match=r"seed: expected an integer in .* got 18446744073709551615"):
         make(sd)(PROMPT, seed=2**64 - 1)
     pipe = copy.copy(sd)
     for scheduler in (PNDMScheduler, HeunDiscreteScheduler):  # which have points between the steps

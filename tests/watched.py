@@ -39,6 +39,15 @@ def sample(pipe: Any, name: str = "sd", *, seed: int = 0, steps: int = STEPS, pr
     return pipe(prompt=prompt, **call).images
 
 
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds or (3, 4, 5)]
+
+
+def assert_close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> None:
+    scale = max(1.0, float(other.abs().max()))
+    torch.testing.assert_close(one / scale, other / scale, atol=tolerance, rtol=0)
+
+
 def families(*names: str, slow: tuple[str, ...]) -> Any:
     """Parametrize a test's `name`; the names in `slow` are marked so."""
     params = [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]

@@ -133,7 +133,7 @@ class NoiseOptimizer(PromptSampler):
         """
         if torch.is_inference_mode_enabled():
             raise ValueError("NoiseOptimizer: torch.inference_mode() forbids gradients; call it outside of that block")
-        with self._call(prompt, seed, 1, "the noise", pipe_kwargs) as call:
+        with self._call(prompt, seed, 1, "all candidates", pipe_kwargs) as call:
             ascent = _Ascent(self, call)
             with torch.enable_grad(), without_weight_gradients(self.pipe, self.reward):
                 stopped = ascent.climb()
