@@ -123,7 +123,9 @@ def test_the_reward_rises(tmp_path: Path) -> None:
     assert [json.loads(line) for line in written] == list(result.history)
 
 
-@pytest.mark.parametrize("algorithm", [DRaFT(truncation_steps="random"), ReFL(earliest=0.0)], ids=["draft", "refl"])
+@pytest.mark.parametrize(
+    "algorithm", [DRaFT(truncation_steps="random"), pytest.param(ReFL(earliest=0.0), marks=pytest.mark.slow)]
+)
 def test_accumulated_parts_are_one_batch(tmp_path: Path, algorithm: Any) -> None:
     same = {"max_train_steps": 2, "sampling": CALL, "kl_coeff": 0.1}
     parts = train(tmp_path / "a", algorithm=algorithm, gradient_accumulation_steps=4, **same)
@@ -159,29 +161,32 @@ def stored(pipe: Any) -> LoRA:
     return LoRA(family_of(pipe, {}, need="the test"), rank=2)
 
 
-class Pressed:
-    name = "warmth"
+def broken_from(call: int, breaking: Callable[[Tensor], Tensor]) -> Any:
+    calls = [0]
 
-    def __init__(self, count: int) -> None:
-        self.left = count
+    def broken(images: Tensor, prompts: list[str]) -> Tensor:
+        calls[0] += 1
+        scores = warmth(images, prompts)
+        return breaking(scores) if calls[0] >= call else scores
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-        return warmth(images, prompts)
+    return broken
+
+
+def press(scores: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGINT)
+    return scores
 
 
 def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"ema_decay": 0.9, "lr_scheduler": "cosine", "lr_warmup_steps": 1, "checkpointing_steps": 1}
     settings |= {"max_train_steps": 5, "algorithm": DRaFT(truncation_steps=1), "train_batch_size": 2}
-    expected = train(tmp_path / "a", reward=Pressed(-1), **settings)
+    expected = train(tmp_path / "a", reward=broken_from(99, press), **settings)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", reward=Pressed(4), **settings)  # a first time before the training
+        train(tmp_path / "b", reward=broken_from(4, press), **settings)  # a first time before the training
     assert "interrupted: stopping after this step" in caplog.text
     assert (tmp_path / "b" / "checkpoint-3").is_dir()
     assert not torch.equal(*(next(iter(weights(tmp_path / name).values())) for name in "ab"))
-    found = train(tmp_path / "b", reward=Pressed(-1), resume_from_checkpoint="latest", **settings)
+    found = train(tmp_path / "b", reward=broken_from(99, press), resume_from_checkpoint="latest", **settings)
     assert numbers(found) == numbers(expected)
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     last = [load_checkpoint(tmp_path / name / "checkpoint-5", stored(pipelines.stable_diffusion())) for name in "ab"]
@@ -197,7 +202,7 @@ def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path, caplog
     assert rates[1] > rates[2] > rates[3] > rates[4] > 0
     kept = weights(tmp_path / "b")
     assert any(not torch.equal(tensor, kept[name]) for name, tensor in last[1].lora.items()), "the average is kept"
-    again = train(tmp_path / "b", reward=Pressed(-1), resume_from_checkpoint="latest", **settings)
+    again = train(tmp_path / "b", reward=broken_from(99, press), resume_from_checkpoint="latest", **settings)
     assert numbers(again) == numbers(expected), "there is nothing left to do"
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
@@ -205,9 +210,8 @@ def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path, caplog
 def test_a_longer_training_goes_on_with_another_split(tmp_path: Path) -> None:
     expected = train(tmp_path / "a", train_batch_size=2, max_train_steps=2)
     train(tmp_path / "b", train_batch_size=2, max_train_steps=1)
-    changes = {"max_train_steps": 2}
-    changes |= {"gradient_accumulation_steps": 2, "checkpoints_total_limit": None, "gradient_checkpointing": True}
-    found = train(tmp_path / "b", **changes, resume_from_checkpoint="latest")
+    changes = {"gradient_accumulation_steps": 2, "checkpoints_total_limit": None, "gradient_checkpointing": True}
+    found = train(tmp_path / "b", max_train_steps=2, **changes, resume_from_checkpoint="latest")
     for mine, other in zip(numbers(found), numbers(expected), strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-6)
 
@@ -280,17 +284,6 @@ def test_two_processes_train_and_validate_as_one(tmp_path: Path) -> None:
     for name, tensor in checkpoints[0].items():
         torch.testing.assert_close(checkpoints[1][name], tensor, rtol=1e-4, atol=1e-5)
     assert_same(checkpoints[1], checkpoints[2])
-
-
-def broken_from(call: int, breaking: Callable[[Tensor], Tensor]) -> Any:
-    calls = [0]
-
-    def broken(images: Tensor, prompts: list[str]) -> Tensor:
-        calls[0] += 1
-        scores = warmth(images, prompts)
-        return breaking(scores) if calls[0] >= call else scores
-
-    return broken
 
 
 @pytest.mark.parametrize(
@@ -424,18 +417,14 @@ def test_the_weights_are_uploaded_and_a_failed_upload_loses_nothing(
 ) -> None:
     sent: list[Any] = []
 
-    def upload_folder(*, repo_id: str, folder_path: Path, **options: Any) -> None:
+    def upload_folder(*, repo_id: str, folder_path: Path, ignore_patterns: list[str], **options: Any) -> None:
         if repo_id == "me/full":
             raise OSError("no space")
-        files = filter_repo_objects(
-            [str(f.relative_to(folder_path)) for f in folder_path.rglob("*")],
-            ignore_patterns=options["ignore_patterns"],
-        )
-        sent.append((repo_id, set(files)))
+        files = [str(f.relative_to(folder_path)) for f in folder_path.rglob("*")]
+        sent.append((repo_id, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
 
-    monkeypatch.setattr(
-        huggingface_hub, "create_repo", lambda name, **options: RepoUrl(f"https://huggingface.co/me/{name}")
-    )
+    create = "create_repo", lambda name, **options: RepoUrl(f"https://huggingface.co/me/{name}")
+    monkeypatch.setattr(huggingface_hub, *create)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     train(tmp_path / "mine", max_train_steps=1, push_to_hub=True)
     ((name, files),) = sent
