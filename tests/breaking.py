@@ -8,8 +8,6 @@ from torch import Tensor
 
 
 class Breaking:
-    """Scores images (B, 3, H, W) by `score`, and raises `error` at the prompt `fails_on`."""
-
     def __init__(
         self,
         name: str,

@@ -15,14 +15,12 @@ CALL: dict[str, Any] = {**FEW_STEPS, "guidance_scale": 1.0}
 
 
 def warmth(images: Tensor, prompts: list[str]) -> Tensor:
-    """A score that depends on all pixels, linearly on none, and differently for each prompt."""
     assert len(images) == len(prompts)
     lengths = torch.tensor([len(prompt) / 10 for prompt in prompts], dtype=images.dtype)
     return (images[:, 0].square() - images[:, 1] * images[:, 2]).mean(dim=(1, 2)) * lengths
 
 
 def stir(lora: LoRA, size: float = 0.3, seed: int = 0) -> LoRA:
-    """Add noise to the weights, so that B is not 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in lora.weights.values():

@@ -80,17 +80,21 @@ def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> No
     assert not [name for name in first if not torch.equal(first[name], second[name])]
 
 
+@pytest.fixture(scope="module")
+def after(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Tensor]]:
+    """The weights after each step of a plain training."""
+    folder = tmp_path_factory.mktemp("plain")
+    train(folder, checkpointing_steps=1, checkpoints_total_limit=None)
+    return lambda step: weights(folder / f"checkpoint-{step}")
+
+
 def numbers(result: FinetuneResult) -> list[dict[str, Any]]:
-    """The history without what the clock says."""
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in result.history]
 
 
 def image(pipe: Any) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return pipe(prompt="a red apple", generator=generator, output_type="pt", **FEW_STEPS).images
-
-
-# ------------------------------------------------------------------------------------------------ the outcome
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "sd")) for n in FAMILIES])
@@ -107,7 +111,6 @@ def test_a_fresh_pipeline_makes_the_trained_ones_images(name: str, tmp_path: Pat
 
 
 def test_the_reward_rises(tmp_path: Path) -> None:
-    """Above that of a training which hardly moves and so sees the images of the same noise as they were."""
     settings = {"max_train_steps": 6, "train_batch_size": 2, "sampling": CALL}
     still = train(tmp_path / "still", learning_rate=1e-9, **settings)
     result = train(tmp_path / "trained", learning_rate=0.05, **settings)
@@ -120,7 +123,9 @@ def test_the_reward_rises(tmp_path: Path) -> None:
     assert [json.loads(line) for line in written] == list(result.history)
 
 
-@pytest.mark.parametrize("algorithm", [DRaFT(truncation_steps="random"), ReFL(earliest=0.0)], ids=["draft", "refl"])
+@pytest.mark.parametrize(
+    "algorithm", [DRaFT(truncation_steps="random"), pytest.param(ReFL(earliest=0.0), marks=pytest.mark.slow)]
+)
 def test_accumulated_parts_are_one_batch(tmp_path: Path, algorithm: Any) -> None:
     same = {"max_train_steps": 2, "sampling": CALL, "kl_coeff": 0.1}
     parts = train(tmp_path / "a", algorithm=algorithm, gradient_accumulation_steps=4, **same)
@@ -132,8 +137,6 @@ def test_accumulated_parts_are_one_batch(tmp_path: Path, algorithm: Any) -> None
 
 
 def test_a_denoiser_that_computes_its_blocks_again_changes_nothing(tmp_path: Path) -> None:
-    """Also where the user enabled it: what is computed without the adapter is recomputed without it."""
-
     def how(pipe: Any) -> list[Any]:
         parts = [m for part in (pipe.unet, pipe.vae) for m in part.modules() if hasattr(m, "gradient_checkpointing")]
         return [(part.gradient_checkpointing, getattr(part, "_gradient_checkpointing_func", None)) for part in parts]
@@ -155,38 +158,35 @@ def half(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def stored(pipe: Any) -> LoRA:
-    """An adapter that can read checkpoints."""
     return LoRA(family_of(pipe, {}, need="the test"), rank=2)
 
 
-# ------------------------------------------------------------------------------------------------ resuming
+def broken_from(call: int, breaking: Callable[[Tensor], Tensor]) -> Any:
+    calls = [0]
+
+    def broken(images: Tensor, prompts: list[str]) -> Tensor:
+        calls[0] += 1
+        scores = warmth(images, prompts)
+        return breaking(scores) if calls[0] >= call else scores
+
+    return broken
 
 
-class Pressed:
-    """Warmth, and Ctrl-C while it is asked for the n-th time."""
-
-    name = "warmth"
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-        return warmth(images, prompts)
+def press(scores: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGINT)
+    return scores
 
 
 def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"ema_decay": 0.9, "lr_scheduler": "cosine", "lr_warmup_steps": 1, "checkpointing_steps": 1}
     settings |= {"max_train_steps": 5, "algorithm": DRaFT(truncation_steps=1), "train_batch_size": 2}
-    expected = train(tmp_path / "a", reward=Pressed(-1), **settings)
+    expected = train(tmp_path / "a", reward=broken_from(99, press), **settings)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", reward=Pressed(4), **settings)  # a first time before the training
+        train(tmp_path / "b", reward=broken_from(4, press), **settings)  # a first time before the training
     assert "interrupted: stopping after this step" in caplog.text
     assert (tmp_path / "b" / "checkpoint-3").is_dir()
     assert not torch.equal(*(next(iter(weights(tmp_path / name).values())) for name in "ab"))
-    found = train(tmp_path / "b", reward=Pressed(-1), resume_from_checkpoint="latest", **settings)
+    found = train(tmp_path / "b", reward=broken_from(99, press), resume_from_checkpoint="latest", **settings)
     assert numbers(found) == numbers(expected)
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     last = [load_checkpoint(tmp_path / name / "checkpoint-5", stored(pipelines.stable_diffusion())) for name in "ab"]
@@ -202,7 +202,7 @@ def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path, caplog
     assert rates[1] > rates[2] > rates[3] > rates[4] > 0
     kept = weights(tmp_path / "b")
     assert any(not torch.equal(tensor, kept[name]) for name, tensor in last[1].lora.items()), "the average is kept"
-    again = train(tmp_path / "b", reward=Pressed(-1), resume_from_checkpoint="latest", **settings)
+    again = train(tmp_path / "b", reward=broken_from(99, press), resume_from_checkpoint="latest", **settings)
     assert numbers(again) == numbers(expected), "there is nothing left to do"
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
@@ -210,9 +210,8 @@ def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path, caplog
 def test_a_longer_training_goes_on_with_another_split(tmp_path: Path) -> None:
     expected = train(tmp_path / "a", train_batch_size=2, max_train_steps=2)
     train(tmp_path / "b", train_batch_size=2, max_train_steps=1)
-    changes = {"max_train_steps": 2}
-    changes |= {"gradient_accumulation_steps": 2, "checkpoints_total_limit": None, "gradient_checkpointing": True}
-    found = train(tmp_path / "b", **changes, resume_from_checkpoint="latest")
+    changes = {"gradient_accumulation_steps": 2, "checkpoints_total_limit": None, "gradient_checkpointing": True}
+    found = train(tmp_path / "b", max_train_steps=2, **changes, resume_from_checkpoint="latest")
     for mine, other in zip(numbers(found), numbers(expected), strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-6)
 
@@ -248,8 +247,6 @@ def test_other_settings_are_refused_and_listed(tmp_path: Path) -> None:
     # The pipeline can be trained again after a refusal.
     assert train(tmp_path / "new", pipe, max_train_steps=1, resume_from_checkpoint="latest").steps == 1
 
-
-# ------------------------------------------------------------------------------------------------ processes
 
 SCRIPT = """
 import sys
@@ -289,38 +286,22 @@ def test_two_processes_train_and_validate_as_one(tmp_path: Path) -> None:
     assert_same(checkpoints[1], checkpoints[2])
 
 
-# ------------------------------------------------------------------------------------------------ what goes wrong
-
-
-def broken_from(call: int, breaking: Callable[[Tensor], Tensor]) -> Any:
-    calls = [0]
-
-    def broken(images: Tensor, prompts: list[str]) -> Tensor:
-        calls[0] += 1
-        scores = warmth(images, prompts)
-        return breaking(scores) if calls[0] >= call else scores
-
-    return broken
-
-
 @pytest.mark.parametrize(
     ("breaking", "what"),
     [(lambda s: s * float("nan"), "loss"), (lambda s: s + (s - s.detach()).sqrt() * 0, "gradient")],
     ids=["loss", "gradient"],
 )
-def test_what_is_not_finite_stops_it(tmp_path: Path, breaking: Any, what: str) -> None:
-    """The second step's weights give the NaN if it is the loss that is one; those of the step before gave none."""
+def test_what_is_not_finite_stops_it(tmp_path: Path, breaking: Any, what: str, after: Any) -> None:
     pipe = pipelines.stable_diffusion()
     with pytest.raises(FinetuningError, match=f"^step 3: the {what} became NaN.*lower learning_rate.*are kept in"):
         train(tmp_path, pipe, broken_from(4, breaking))  # a first time before the training
-    train(tmp_path / "twin", max_train_steps=1 if what == "loss" else 2)
-    assert_same(weights(tmp_path), weights(tmp_path / "twin"))
+    assert_same(weights(tmp_path), after(1 if what == "loss" else 2))
     fresh = pipelines.stable_diffusion()
     fresh.load_lora_weights(tmp_path)
     assert torch.equal(image(fresh), image(pipe))
 
 
-def test_whatever_is_raised_nothing_is_lost(tmp_path: Path) -> None:
+def test_whatever_is_raised_nothing_is_lost(tmp_path: Path, after: Any) -> None:
     def fails(scores: Tensor) -> Tensor:
         raise RuntimeError("the server is away")
 
@@ -330,17 +311,14 @@ def test_whatever_is_raised_nothing_is_lost(tmp_path: Path) -> None:
     (note,) = caught.value.__notes__
     assert note.startswith("after step 2 of the training, whose weights are kept in ")
     assert note.endswith("resume_from_checkpoint='latest' resumes from checkpoint-2")
-    train(tmp_path / "two", max_train_steps=2)
-    assert_same(weights(tmp_path / "a"), weights(tmp_path / "two"))
+    assert_same(weights(tmp_path / "a"), after(2))
     train(tmp_path / "a", pipe, broken_from(99, fails), resume_from_checkpoint="latest")
-    train(tmp_path / "whole", reward=broken_from(99, fails))
-    assert_same(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+    assert_same(weights(tmp_path / "a"), after(4))
     with pytest.raises(ValueError, match="max_train_steps: expected at least the 4 steps of checkpoint-4, got 2"):
         train(tmp_path / "a", reward=broken_from(99, fails), max_train_steps=2, resume_from_checkpoint="latest")
 
 
 def train_onto_a_full_disk(folder: Path) -> None:
-    """Exits with 3 if the training ended as it should, once the second checkpoint did not fit."""
     train(folder, max_train_steps=1, checkpointing_steps=1)
     size = max(file.stat().st_size for file in (folder / "checkpoint-1").iterdir())
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
@@ -350,8 +328,7 @@ def train_onto_a_full_disk(folder: Path) -> None:
     sys.exit(3)
 
 
-def test_a_full_disk_ends_a_training_and_leaves_its_last_checkpoint(tmp_path: Path) -> None:
-    """Simulated by a limit on the size of files, with which writes fail half way in the same manner."""
+def test_a_full_disk_ends_a_training_and_leaves_its_last_checkpoint(tmp_path: Path, after: Any) -> None:
     process = multiprocessing.get_context("fork").Process(target=train_onto_a_full_disk, args=(tmp_path / "a",))
     process.start()
     process.join()
@@ -359,8 +336,7 @@ def test_a_full_disk_ends_a_training_and_leaves_its_last_checkpoint(tmp_path: Pa
     assert [path.name for path in tmp_path.glob("a/*checkpoint-*")] == ["checkpoint-1"]
     assert not list(tmp_path.glob("a/**/.*"))
     train(tmp_path / "a", max_train_steps=2, resume_from_checkpoint="latest")
-    train(tmp_path / "b", max_train_steps=2)
-    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert_same(weights(tmp_path / "a"), after(2))
 
 
 PAIRS = PreferencePairs(prompts=("a cat",), better=(Path("a.png"),), worse=(Path("b.png"),))
@@ -405,9 +381,6 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         train(tmp_path, pipe)
 
 
-# ------------------------------------------------------------------------------------------------ callbacks, the Hub
-
-
 class Recorder(TrainingCallback):
     def __init__(self, stop_at: int = -1) -> None:
         self.stop_at = stop_at
@@ -444,18 +417,14 @@ def test_the_weights_are_uploaded_and_a_failed_upload_loses_nothing(
 ) -> None:
     sent: list[Any] = []
 
-    def upload_folder(*, repo_id: str, folder_path: Path, **options: Any) -> None:
+    def upload_folder(*, repo_id: str, folder_path: Path, ignore_patterns: list[str], **options: Any) -> None:
         if repo_id == "me/full":
             raise OSError("no space")
-        files = filter_repo_objects(
-            [str(f.relative_to(folder_path)) for f in folder_path.rglob("*")],
-            ignore_patterns=options["ignore_patterns"],
-        )
-        sent.append((repo_id, set(files)))
+        files = [str(f.relative_to(folder_path)) for f in folder_path.rglob("*")]
+        sent.append((repo_id, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
 
-    monkeypatch.setattr(
-        huggingface_hub, "create_repo", lambda name, **options: RepoUrl(f"https://huggingface.co/me/{name}")
-    )
+    create = "create_repo", lambda name, **options: RepoUrl(f"https://huggingface.co/me/{name}")
+    monkeypatch.setattr(huggingface_hub, *create)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     train(tmp_path / "mine", max_train_steps=1, push_to_hub=True)
     ((name, files),) = sent
@@ -465,28 +434,31 @@ def test_the_weights_are_uploaded_and_a_failed_upload_loses_nothing(
     with pytest.raises(FinetuningError, match=r"^push_to_hub: the upload to me/full failed .*are safe in"):
         train(tmp_path / "b", max_train_steps=1, push_to_hub=True, hub_model_id="full")
     assert_same(weights(tmp_path / "b"), weights(tmp_path / "mine"))
-    train(tmp_path / "c", max_train_steps=1)
-    assert len(sent) == 1
-
-
-# ------------------------------------------------------------------------------------------------ surroundings
 
 
 @pytest.mark.slow
-def test_a_compiled_denoiser_is_trained_alike(tmp_path: Path) -> None:
-    """Its parameters' names have a prefix."""
+def test_a_compiled_denoiser_is_trained_alike(tmp_path: Path, after: Any) -> None:
     pipe = pipelines.stable_diffusion()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     train(tmp_path / "compiled", pipe, max_train_steps=2)
-    train(tmp_path / "plain", max_train_steps=2)
-    assert_same(weights(tmp_path / "compiled"), weights(tmp_path / "plain"))
+    assert_same(weights(tmp_path / "compiled"), after(2))
 
 
-def test_the_launchers_accumulation_does_not_change_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path / "plain", max_train_steps=1)
+def test_the_launchers_accumulation_does_not_change_a_training(
+    tmp_path: Path, after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     train(tmp_path / "launched", max_train_steps=1)
-    assert_same(weights(tmp_path / "launched"), weights(tmp_path / "plain"))
+    assert_same(weights(tmp_path / "launched"), after(1))
+
+
+def test_a_process_may_train_in_one_precision_and_then_in_another(tmp_path: Path, after: Any) -> None:
+    for precision in ("bf16", "no"):
+        train(tmp_path / precision, mixed_precision=precision, max_train_steps=1)
+    narrow = weights(tmp_path / "bf16")
+    assert {tensor.dtype for tensor in narrow.values()} == {torch.float32}
+    assert_same(weights(tmp_path / "no"), after(1))
+    assert any(not torch.equal(tensor, narrow[name]) for name, tensor in after(1).items())
 
 
 def test_encoded_prompts_of_another_kind_are_not_passed_to_the_reward() -> None:
@@ -499,13 +471,3 @@ def test_encoded_prompts_of_another_kind_are_not_passed_to_the_reward() -> None:
 
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(BoundReward(Own())(images, ["a cat", "a"]).total, warmth(images, ["a cat", "a"]))
-
-
-def test_a_process_may_train_in_one_precision_and_then_in_another(tmp_path: Path) -> None:
-    for place, precision in enumerate(("no", "bf16", "no")):
-        result = train(tmp_path / str(place), mixed_precision=precision, max_train_steps=1)
-        assert {tensor.dtype for tensor in weights(result.folder).values()} == {torch.float32}
-    assert_same(weights(tmp_path / "0"), weights(tmp_path / "2"))
-    assert any(
-        not torch.equal(tensor, weights(tmp_path / "1")[name]) for name, tensor in weights(tmp_path / "0").items()
-    )

@@ -18,8 +18,6 @@ P, S = 8, 4
 
 
 class Sequence:
-    """Validations whose true means are given; prompts and images differ, and each validation adds noise to both."""
-
     def __init__(self, seed: int, prompts: int = P) -> None:
         self.random = np.random.default_rng(seed)
         self.base = self.random.normal(0, 1, (prompts, 1)) + self.random.normal(0, 0.5, (prompts, S))
@@ -33,7 +31,6 @@ class Sequence:
 
 
 def run(seed: int, holdouts: list[float], rewards: list[float], monitor: Monitor | None = None) -> Monitor:
-    """Validations every 10 steps until the monitor says stop."""
     monitor, sequence = monitor or Monitor(), Sequence(seed)
     for place, (holdout, reward) in enumerate(zip(holdouts, rewards, strict=True)):
         if monitor.add(10 * place, sequence.result(10 * place, holdout, reward)):
@@ -42,7 +39,6 @@ def run(seed: int, holdouts: list[float], rewards: list[float], monitor: Monitor
 
 
 def resumed(monitor: Monitor) -> Monitor:
-    """A monitor with the state of another, by way of a JSON file."""
     other = Monitor()
     other.load(json.loads(to_json(monitor.state())))
     return other
@@ -119,17 +115,6 @@ def test_images_that_are_not_finite() -> None:
     assert monitor.best_step == 0
 
 
-def test_nothing_finite_from_the_start_has_no_best() -> None:
-    monitor = Monitor()
-    nothing = made_up(0, [[np.nan]], [[np.nan]], diversity=np.nan, saturation=np.nan, bad=1)
-    assert monitor.add(0, nothing) is not None
-    assert monitor.best_step is None
-    assert math.isnan(monitor.best_holdout)
-    again = resumed(monitor)
-    assert to_json(again.state()) == to_json(monitor.state())
-    assert again.stop == monitor.stop
-
-
 def test_the_paired_difference_is_scipys_over_the_prompts_means() -> None:
     random = np.random.default_rng(0)
     now, before = random.normal(size=(2, P, S))
@@ -168,3 +153,14 @@ def test_a_resumed_monitor_decides_the_same(interrupted: int) -> None:
         part.add(result.step, result)
     assert whole.stop is not None
     assert part.state() == whole.state()
+
+
+def test_nothing_finite_from_the_start_has_no_best() -> None:
+    monitor = Monitor()
+    nothing = made_up(0, [[np.nan]], [[np.nan]], diversity=np.nan, saturation=np.nan, bad=1)
+    assert monitor.add(0, nothing) is not None
+    assert monitor.best_step is None
+    assert math.isnan(monitor.best_holdout)
+    again = resumed(monitor)
+    assert to_json(again.state()) == to_json(monitor.state())
+    assert again.stop == monitor.stop

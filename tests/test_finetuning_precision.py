@@ -24,11 +24,7 @@ from aigiqa_reward.sampling.rollout import Rollout
 SCALE = 2.0**10
 
 
-# ------------------------------------------------------------------------------------------------ the decoder
-
-
 def test_a_decoder_that_float16_is_too_narrow_for_is_not_narrowed() -> None:
-    """Its weights are made so large that half precision overflows, as those of Stable Diffusion XL are."""
     pipe = pipelines.stable_diffusion_xl()
     assert pipe.vae.config.force_upcast
     with torch.no_grad():
@@ -45,21 +41,13 @@ def test_a_decoder_that_float16_is_too_narrow_for_is_not_narrowed() -> None:
     assert not narrow.isfinite().all(), "or this shows nothing"
     assert torch.equal(images, expected)
     assert torch.equal(torch.autograd.grad(images.sum(), latents)[0], slope)
-
-
-def test_a_decoder_that_float16_suffices_for_is_left_to_autocast() -> None:
-    pipe = pipelines.stable_diffusion_xl()
     pipe.vae.register_to_config(force_upcast=False)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
-        assert Rollout(pipe, **CALL).decode(torch.zeros(1, 4, 16, 16)).dtype == torch.float16
-
-
-# ------------------------------------------------------------------------------------------------ 8 bits
+        assert Rollout(pipe, **CALL).decode(latents).dtype == torch.float16, "left to autocast"
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_8_bit_adam_goes_on_where_it_was(tmp_path: Path) -> None:
-    """At this rank its matrices are large enough to have moments of 8 bits."""
     eight = {"use_8bit_adam": True, "rank": 128, "checkpointing_steps": 2}
     train(tmp_path / "whole", max_train_steps=4, **eight)
     train(tmp_path / "parts", max_train_steps=2, **eight)
@@ -73,11 +61,7 @@ def test_8_bit_adam_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [name for name in whole if not torch.equal(whole[name], plain[name])], "or it was not used"
 
 
-# ------------------------------------------------------------------------------------------------ scaled gradients
-
-
 def scaling(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
-    """Accelerate as it is with fp16 on a GPU, with torch's scaler for the CPU."""
     accelerator = Accelerator(cpu=True)
     monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
     accelerator.native_amp = True
@@ -95,7 +79,6 @@ def weights(optimization: Optimization) -> Tensor:
 
 
 def backward(optimization: Optimization, factor: float = 1.0) -> None:
-    """Of a loss with a gradient much longer than the clipping allows."""
     loss = factor * sum((weight * (place + 1)).sum() for place, weight in enumerate(optimization.weights))
     optimization.accelerator.backward(loss)
 

@@ -7,48 +7,31 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pipelines
 import pytest
 import torch
 from finetuned import CALL, PROMPTS, warmth
 from pandas import read_parquet
 from safetensors.torch import load_file
+from test_finetuning_loop import train
 from torch import Tensor
 
 from aigiqa_reward import create_reward
-from aigiqa_reward.finetuning import DDPO, DPO, Algorithm, DRaFT, FinetuneConfig, FinetuneResult, finetune
+from aigiqa_reward.finetuning import DDPO, DPO, Algorithm, DRaFT, FinetuneResult
 from aigiqa_reward.finetuning.lora import FILE
 from aigiqa_reward.finetuning.pairs import FILE as PAIRS
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
+from aigiqa_reward.finetuning.validation import warn_of_weak
 from aigiqa_reward.sampling import BestOfEachError
 
 ROUNDS: dict[str, Algorithm] = {
     "ddpo": DDPO(images_per_prompt=2, updates_per_round=3, clip_range=0.1),
     "dpo": DPO(refresh_every=3, candidates=2, beta=10.0),
 }
-QUICK: dict[str, Any] = {
-    "rank": 2,
-    "learning_rate": 1e-2,
-    "kl_coeff": 0.0,
-    "sampling": {**CALL, "num_inference_steps": 2},
-}
+QUICK: dict[str, Any] = {"sampling": {**CALL, "num_inference_steps": 2}}
 
 
-def train(
-    folder: Path, algorithm: Algorithm, *, reward: Any = warmth, train_data: Any = PROMPTS, **changes: Any
-) -> FinetuneResult:
-    own = {
-        name: changes.pop(name)
-        for name in ("resume_from_checkpoint", "validation_prompts", "holdout")
-        if name in changes
-    }
-    config = FinetuneConfig(**{**QUICK, **changes})
-    pipe = pipelines.stable_diffusion()
-    return finetune(pipe, reward, train_data, algorithm, folder, config, progress=False, **own)
-
-
-def plain(folder: Path, algorithm: Algorithm, *, resume: str | None = None, **changes: Any) -> FinetuneResult:
-    return train(folder, algorithm, resume_from_checkpoint=resume, **changes)
+def plain(folder: Path, algorithm: Algorithm, **changes: Any) -> FinetuneResult:
+    return train(folder, algorithm=algorithm, **{**QUICK, **changes})
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "ddpo")) for n in ROUNDS])
@@ -58,7 +41,7 @@ def test_a_training_goes_on_in_the_middle_of_a_round(name: str, tmp_path: Path) 
     plain(tmp_path / "b", ROUNDS[name], max_train_steps=2, **split)
     half = load_file(tmp_path / "b" / FILE)
     assert torch.load(tmp_path / "b" / "checkpoint-2" / "training_state.pt", weights_only=True)["memory"]
-    found = plain(tmp_path / "b", ROUNDS[name], resume="latest", max_train_steps=4, **split)
+    found = plain(tmp_path / "b", ROUNDS[name], resume_from_checkpoint="latest", max_train_steps=4, **split)
     assert [line["step"] for line in found.history] == [1, 2, 3, 4]
     whole, again = (load_file(tmp_path / run / FILE) for run in "ab")
     assert not [key for key in whole if not torch.equal(whole[key], again[key])]
@@ -71,7 +54,6 @@ def test_a_training_goes_on_in_the_middle_of_a_round(name: str, tmp_path: Path) 
     ids=["reward", "scales"],
 )
 def test_without_pairs_they_are_made_first(tmp_path: Path, contrast: dict[str, Any]) -> None:
-    """The training is that on the pairs of `build_preference_pairs`, also when it is resumed."""
     own = DPO(candidates=2, pairs_per_prompt=2, timesteps="sampler", **contrast)
 
     def images(run: str) -> dict[Path, int]:
@@ -79,26 +61,26 @@ def test_without_pairs_they_are_made_first(tmp_path: Path, contrast: dict[str, A
 
     plain(tmp_path / "a", own, max_train_steps=2, train_batch_size=2)
     given = read_preference_pairs(tmp_path / "a" / "pairs")
-    plain(tmp_path / "b", DPO(timesteps="sampler"), train_data=given, max_train_steps=2, train_batch_size=2)
+    plain(tmp_path / "b", DPO(timesteps="sampler"), prompts=given, max_train_steps=2, train_batch_size=2)
     plain(tmp_path / "c", own, max_train_steps=1, train_batch_size=2)
     made = images("c")
     assert len(made) == len(images("a")) == 2 * 2 * len(PROMPTS)
     assert not images("b")
-    plain(tmp_path / "c", own, resume="latest", max_train_steps=2, train_batch_size=2)
+    plain(tmp_path / "c", own, resume_from_checkpoint="latest", max_train_steps=2, train_batch_size=2)
     assert images("c") == made
     first, second, third = (load_file(tmp_path / run / FILE) for run in "abc")
     for other in (second, third):
         assert not [key for key in first if not torch.equal(first[key], other[key])]
     with pytest.raises(ValueError, match=r"seed: \d+ there, \d+ now"):
-        plain(tmp_path / "c", own, resume="latest", max_train_steps=3, seed=1)
+        plain(tmp_path / "c", own, resume_from_checkpoint="latest", max_train_steps=3, seed=1)
     with pytest.raises(ValueError, match=r"prompts: "):
-        plain(tmp_path / "c", own, resume="latest", train_data=["new"], max_train_steps=3, train_batch_size=2)
+        plain(
+            tmp_path / "c", own, resume_from_checkpoint="latest", prompts=["new"], max_train_steps=3, train_batch_size=2
+        )
     assert images("c") == made
 
 
 def test_a_prompt_without_any_pair_is_left_out(tmp_path: Path) -> None:
-    """As one whose images the safety checker withholds, or the reward gives no number."""
-
     def fails(which: list[str]) -> Any:
         def judge(images: Tensor, prompts: list[str]) -> Tensor:
             return torch.where(
@@ -119,7 +101,7 @@ def test_pairs_within_the_margin_are_left_out(tmp_path: Path) -> None:
     plain(tmp_path / "a", DPO(candidates=2), max_train_steps=1)
     shutil.rmtree(tmp_path / "a" / "checkpoint-1")
     with pytest.raises(ValueError, match="n: 2 there, 3 now") as refused:
-        plain(tmp_path / "a", DPO(candidates=3), resume="latest", max_train_steps=1)
+        plain(tmp_path / "a", DPO(candidates=3), resume_from_checkpoint="latest", max_train_steps=1)
     assert refused.value.__notes__ == [
         f"n and top_k are DPO's candidates; to make the pairs again, remove {tmp_path / 'a' / 'pairs'}"
     ]
@@ -134,19 +116,12 @@ def test_the_trained_reward_is_not_held_out(tmp_path: Path) -> None:
     one, same = create_reward("compact"), create_reward("compact")
     for reward, holdout in ((warmth, warmth), (one, same)):
         with pytest.raises(ValueError, match=r"holdout: expected a reward that is not trained on, got the trained one"):
-            train(tmp_path, DRaFT(), reward=reward, validation_prompts=PROMPTS, holdout=holdout)
+            plain(tmp_path, DRaFT(), reward=reward, validation_prompts=PROMPTS, holdout=holdout)
     with pytest.raises(TypeError, match="holdout: expected 'auto', a Reward or a function"):
-        train(tmp_path, DRaFT(), validation_prompts=PROMPTS, holdout="compact")
-
-
-def test_a_round_is_not_gone_on_with_in_other_parts(tmp_path: Path) -> None:
-    plain(tmp_path, ROUNDS["ddpo"], max_train_steps=1, train_batch_size=2, gradient_accumulation_steps=2)
-    with pytest.raises(ValueError, match=r"train_batch_size: 2 there, 4 now"):
-        plain(tmp_path, ROUNDS["ddpo"], resume="latest", max_train_steps=2, train_batch_size=4)
+        plain(tmp_path, DRaFT(), validation_prompts=PROMPTS, holdout="compact")
 
 
 def cold(images: Tensor, prompts: list[str]) -> Tensor:
-    """Worse the warmer."""
     return -warmth(images, prompts)
 
 
@@ -154,7 +129,7 @@ def watched(folder: Path, holdout: Any, **changes: Any) -> FinetuneResult:
     prompts = [f"{thing} on a table" for thing in ("a cup", "a cat", "two keys", "a red hat", "an old lamp", "a pear")]
     settings = {"learning_rate": 0.05, "train_batch_size": 3, "validation_steps": 2, "validation_seeds": 2}
     settings |= {"max_train_steps": 8, "patience": 1, **changes}
-    return train(folder, DRaFT(), validation_prompts=prompts, holdout=holdout, **settings)
+    return plain(folder, DRaFT(), validation_prompts=prompts, holdout=holdout, **settings)
 
 
 def test_a_hacked_reward_ends_the_training_and_the_weights_before_it_are_kept(tmp_path: Path) -> None:
@@ -182,14 +157,15 @@ def test_the_best_validation_by_the_held_out_reward_is_kept(tmp_path: Path) -> N
     assert not [name for name in top if not torch.equal(top[name], kept[name])]
 
 
-def test_validation_prompts_that_show_little_give_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    def warned(*prompts: str, seeds: int) -> str:
-        recwarn.clear()
-        watch: dict[str, Any] = {"validation_prompts": prompts, "validation_seeds": seeds, "holdout": cold}
-        train(tmp_path / f"{len(prompts)}-{seeds}", DRaFT(), max_train_steps=1, **watch)
-        return " ".join(str(warning.message) for warning in recwarn)
+def test_validation_prompts_that_show_little_give_a_warning() -> None:
+    with pytest.warns(UserWarning, match="validation_prompts: one image gives no estimate of the noise"):
+        warn_of_weak(["a cup"], PROMPTS, seeds=1)
+    with pytest.warns(UserWarning, match=rf"1 of 2 are training prompts too \(first: '{PROMPTS[0]}'\)") as both:
+        warn_of_weak(["a cup", PROMPTS[0]], PROMPTS, seeds=1)
+    assert len(both) == 1
 
-    assert "validation_prompts: one image gives no estimate of the noise" in warned("a cup on a table", seeds=1)
-    both = warned("a cup on a table", PROMPTS[0], seeds=1)
-    assert f"1 of 2 are training prompts too (first: {PROMPTS[0]!r})" in both
-    assert "one image" not in both
+
+def test_a_round_is_not_gone_on_with_in_other_parts(tmp_path: Path) -> None:
+    plain(tmp_path, ROUNDS["ddpo"], max_train_steps=1, train_batch_size=2, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"train_batch_size: 2 there, 4 now"):
+        plain(tmp_path, ROUNDS["ddpo"], resume_from_checkpoint="latest", max_train_steps=2, train_batch_size=4)

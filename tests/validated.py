@@ -52,7 +52,6 @@ def validate(folder: Path | None = None) -> ValidationResult:
 
 
 def made_up(step: int, holdout: Any, reward: Any, *, diversity: float = 0.2, saturation: float = 0.01, bad: int = 0):
-    """A result of these scores (P, S)."""
     holdout, reward = (np.array(values, dtype=np.float64) for values in (holdout, reward))
     numbers = {name: np.zeros_like(holdout) for name in PER_IMAGE}
     numbers |= {"holdout": holdout, "reward": reward, "saturation": np.full_like(holdout, saturation)}

@@ -15,7 +15,8 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 
 
 def _option(default: Any, text: str) -> Any:
-    return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": text})
+    given: Any = {"default_factory" if callable(default) else "default": default}
+    return field(**given, metadata={"help": text})
 
 
 def _launched() -> MixedPrecision:
@@ -109,11 +110,9 @@ class FinetuneConfig:
             raise ValueError(f"target_modules: expected a tuple of layer names or None, got {self.target_modules!r}")
 
 
-_LEAST = dict.fromkeys(
-    ("rank", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpoints_total_limit"), 1
-)
-_LEAST |= dict.fromkeys(("validation_steps", "validation_seeds", "patience"), 1)
-_LEAST |= dict.fromkeys(("lr_warmup_steps", "checkpointing_steps", "seed"), 0)
+_LEAST: dict[str, int] = {"lr_warmup_steps": 0, "checkpointing_steps": 0, "seed": 0, "rank": 1, "patience": 1}
+_LEAST |= {"train_batch_size": 1, "gradient_accumulation_steps": 1, "max_train_steps": 1}
+_LEAST |= {"checkpoints_total_limit": 1, "validation_steps": 1, "validation_seeds": 1}
 _RANGES = {
     "lora_alpha": ("above 0", lambda value: 0 < value < math.inf),
     "learning_rate": ("above 0", lambda value: 0 < value < math.inf),

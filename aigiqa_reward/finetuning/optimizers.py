@@ -69,7 +69,7 @@ class Optimization:
         self.weights = list(lora.weights.values())
         kind = _adamw_8bit() if config.use_8bit_adam else torch.optim.AdamW
         self.inner: torch.optim.Optimizer = kind(self.weights, lr=learning_rate, weight_decay=config.weight_decay)
-        steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
+        steps: Any = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
         self.rates = get_scheduler(config.lr_scheduler, self.inner, **steps)
         self.optimizer: Any = accelerator.prepare(self.inner)
         # By default the first update would replace the average; with -1 the decay of update n is (1 + n) / (10 + n).

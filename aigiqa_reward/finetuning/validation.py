@@ -84,8 +84,8 @@ def default_holdout(reward: RewardFunction, device: torch.device | None = None) 
     used = {part.name for part in parts if isinstance(part, Reward)}
     if not (left := [name for name in CANDIDATES if name not in used]):
         raise ValueError("holdout: the trained reward uses every embedded system; pass another reward as holdout")
-    shares = {"quality_weight": 1.0, "correspondence_weight": 0.0}
-    return create_reward(left[0], device=device_of(reward) or device, **shares)
+    device = device_of(reward) or device
+    return create_reward(left[0], quality_weight=1.0, correspondence_weight=0.0, device=device)
 
 
 def frozen(reward: RewardFunction) -> RewardFunction:
