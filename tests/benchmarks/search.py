@@ -190,10 +190,7 @@ def report(tables: dict[str, dict[str, np.ndarray]], calls: dict[str, int]) -> s
         same = table["finals"][:, :, :PREVIEWED]
         full = best_of(same, PREVIEWED) - table["finals"].mean(axis=(1, 2))
         cost, pruned = found[f"pruned best of {PREVIEWED}"]
-        share, calls_share = (
-            shown(interval(pruned[:, 0], full[:, 0], DRAWS)).replace("+", ""),
-            cost / (PREVIEWED * STEPS),
-        )
+        share = shown(interval(pruned[:, 0], full[:, 0], DRAWS)).replace("+", "")
         text = f"Pruned best of {PREVIEWED} keeps {share} of the gain in reward of the same {PREVIEWED} candidates"
         lines += ["", f"{text}, at {cost / (PREVIEWED * STEPS):.2f} of their denoiser calls.", ""]
     return "\n".join(lines)
