@@ -223,9 +223,6 @@ def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
 
     Args:
         path: Folder with `pairs.parquet` or with other Parquet files of Pick-a-Pic, or one Parquet file of either.
-
-    Raises:
-        ValueError: No such file, a missing column, no row, or missing images.
     """
     source = Path(path)
     file = source / FILE if source.is_dir() else source
@@ -311,8 +308,7 @@ def own_pairs(
 ) -> PreferencePairs:
     """Make pairs of the pipeline's images in the `folder`/pairs of a training, or find them there.
 
-    It warns of prompts that failed and of pairs that do not exceed the margin, which are left out. The seed of the
-    training gives other images than those of validation. `arguments` are for `build_preference_pairs`.
+    The seed of the training gives other images than those of validation.
     """
     made, accelerator = folder / "pairs", context.accelerator
     notes = (made / "settings.json", *sorted(made.glob("*/settings.json"))) if checkpoints_in(folder) else ()
