@@ -8,8 +8,7 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +25,7 @@ from aigiqa_reward.finetuning.checkpoints import checkpoints_in
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder, best_of_each, checked_prompts
-from aigiqa_reward.sampling.best_of_n import BestOfN
+from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput
 from aigiqa_reward.sampling.families import Family
 from aigiqa_reward.sampling.guidance import RewardGuidance
 from aigiqa_reward.types import RewardFunction
@@ -83,9 +82,11 @@ class GuidedBestOfN(BestOfN):
             pass  # refuses a pipeline that cannot be guided
         BoundReward(self.reward).check_differentiable("reward_guidance", prompt, self.pipe.device)
 
-    def _sample(self, call: Any, seeds: Sequence[int]) -> tuple[Tensor, list[Any]]:
-        with RewardGuidance(self.pipe, self.reward, call.prompt, scale=self.scale) as guidance:
-            return super()._sample(replace(call, pipe_kwargs={**call.pipe_kwargs, _CALLBACK: guidance}), seeds)
+    def _start(
+        self, prompt: str | None, seed: int, pipe_kwargs: dict[str, Any], *, stacklevel: int
+    ) -> Generator[BestOfNOutput, None, None]:
+        with RewardGuidance(self.pipe, self.reward, prompt or "", scale=self.scale) as guidance:
+            yield from super()._start(prompt, seed, {**pipe_kwargs, _CALLBACK: guidance}, stacklevel=stacklevel + 1)
 
 
 def build_preference_pairs(
