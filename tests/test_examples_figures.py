@@ -75,7 +75,6 @@ def test_the_generator_can_be_checked(printed) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["draft", "refl", "ddpo", "dpo"])
 def test_the_recipes_on_the_embedded_pipeline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one step of two rows."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "watched.txt").write_text("a crab on a green background\n")
     few = ["--train_batch_size", "2", "--max_train_steps", "1", "--validation_seeds", "1"]
@@ -92,20 +91,14 @@ def test_the_recipes_on_the_embedded_pipeline(name: str, tmp_path: Path, monkeyp
     assert (tmp_path / name / "pytorch_lora_weights.safetensors").is_file()
 
 
+TRAININGS = [f"train_compact/{name}.py" for name in ("align", "train", "guard", "evaluate_limits")]
+TRAININGS += [f"train_generator/{name}.py" for name in ("autoencoder", "denoiser", "judge")] + [
+    "train_systems/train.py"
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "train_compact/align.py",
-        "train_compact/train.py",
-        "train_compact/guard.py",
-        "train_compact/evaluate_limits.py",
-        "train_generator/autoencoder.py",
-        "train_generator/denoiser.py",
-        "train_generator/judge.py",
-        "train_systems/train.py",
-    ],
-)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_of_what_is_embedded_says_what_it_needs(name: str, printed, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         printed(name, "--help")

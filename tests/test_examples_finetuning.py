@@ -94,21 +94,11 @@ def test_optimize_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     import optimize_prompts_grpo as example
 
     tokenizer = word_tokenizer([*example.TASK.split(), *" ".join(PROMPTS).split(), "on", "white"])
+    few = {"steps": 2, "rewrites": 2, "sampling_steps": 2, "guidance_scale": 1.0, "length": 3, "learning_rate": 0.01}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        rewards = example.main(
-            PROMPTS[:2],
-            tmp_path,
-            steps=2,
-            rewrites=2,
-            sampling_steps=2,
-            guidance_scale=1.0,
-            pipe=load_embedded_pipeline(),
-            writer=qwen_3(tokenizer, layers=1),
-            tokenizer=tokenizer,
-            length=3,
-            learning_rate=0.01,
-        )
+        models = {"pipe": load_embedded_pipeline(), "writer": qwen_3(tokenizer, layers=1), "tokenizer": tokenizer}
+        rewards = example.main(PROMPTS[:2], tmp_path, **few, **models)
     assert len(rewards) == 2
     assert f"{rewards[0]:.4f} in the first step, {rewards[1]:.4f} in the last" in capsys.readouterr().out
     weights = load_file(tmp_path / "adapter_model.safetensors")

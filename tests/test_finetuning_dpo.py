@@ -192,7 +192,6 @@ def test_steps_raise_the_implicit_accuracy(loss, pairs):
             seen = [outcome(dpo, context, batch_of(ROWS, step=1000 + place, seed=5)).measures for place in range(20)]
         return tuple(float(torch.stack([m[name] for m in seen]).mean()) for name in ("accuracy", "margin"))  # type: ignore[return-value]
 
-    assert judged() == (0.5, 0.0)
     for step in range(15):
         outcome(dpo, context, batch_of(ROWS, round=step, seed=5)).loss.backward()
         optimizer.step()

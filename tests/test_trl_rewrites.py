@@ -130,16 +130,10 @@ def test_noise_is_shared_and_stays_or_is_fresh_every_step(pipe: Any) -> None:
 
 
 def test_arguments_are_checked(pipe: Any) -> None:
-    scorer = PromptScorer(pipe, Seen())
     with pytest.raises(TypeError, match=r"expected a PromptScorer\(pipe, reward, ...\), got Seen"):
         RewriteReward(Seen())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="judged_by: expected 'original' or 'rewrite', got 'image'"):
-        RewriteReward(scorer, judged_by="image")
-    with pytest.raises(TypeError, match="compose: expected f"):
-        RewriteReward(scorer, compose="{original}")  # pyright: ignore[reportArgumentType]
-
-
-# --------------------------------------------------------------------------------------------- under the trainer
+        RewriteReward(PromptScorer(pipe, Seen()), judged_by="image")  # pyright: ignore[reportArgumentType]
 
 
 class Witness:
@@ -217,11 +211,6 @@ def test_rewards_reach_the_trainer_and_move_the_language_model(pipe: Any, tmp_pa
             for text, original in zip(texts, step["original"], strict=True)
         ]
         assert line["rewards/image_reward/mean"] == pytest.approx(sum(expected) / 4, abs=5e-3)
-        known = reward.scorer.score(
-            [text.strip() for text in texts if text.strip()],
-            [original for text, original in zip(texts, step["original"], strict=True) if text.strip()],
-        )
-        assert all(score.cached for score in known)
     assert max(run.moved.values()) > 1e-3
 
 

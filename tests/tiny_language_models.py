@@ -101,19 +101,11 @@ def gemma_tokenizer() -> GemmaTokenizer:
 
 def mistral_3(processor: PixtralProcessor, *, layers: int) -> Mistral3ForConditionalGeneration:
     """Text and vision of Mistral 3, as FLUX.2 uses them."""
-    config = Mistral3Config(
-        text_config={"model_type": "mistral", "head_dim": 8, **_sizes(processor.tokenizer, layers=layers)},
-        vision_config={
-            "model_type": "pixtral",
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-        image_token_index=processor.image_token_id,
-    )
+    text = {"model_type": "mistral", "head_dim": 8, **_sizes(processor.tokenizer, layers=layers)}
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    image = processor.image_token_id
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=image)
     return Mistral3ForConditionalGeneration(config).eval()
 
 
@@ -136,22 +128,10 @@ def qwen_3(tokenizer: PreTrainedTokenizerBase, *, layers: int) -> Qwen3ForCausal
 
 def qwen_2_5_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """Text and vision of Qwen2.5-VL, as Qwen-Image uses them."""
-    config = Qwen2_5_VLConfig(
-        text_config={
-            **_sizes(tokenizer, layers=2),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": WIDTH,
-            "fullatt_block_indexes": [0],
-        },
-    )
+    ropes = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+    text = {**_sizes(tokenizer, layers=2), "rope_parameters": ropes, "bos_token_id": None, "eos_token_id": None}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]})
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 

@@ -8,8 +8,7 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +25,7 @@ from aigiqa_reward.finetuning.checkpoints import checkpoints_in
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder, best_of_each, checked_prompts
-from aigiqa_reward.sampling.best_of_n import BestOfN
+from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput
 from aigiqa_reward.sampling.families import Family
 from aigiqa_reward.sampling.guidance import RewardGuidance
 from aigiqa_reward.types import RewardFunction
@@ -83,9 +82,11 @@ class GuidedBestOfN(BestOfN):
             pass  # refuses a pipeline that cannot be guided
         BoundReward(self.reward).check_differentiable("reward_guidance", prompt, self.pipe.device)
 
-    def _sample(self, call: Any, seeds: Sequence[int]) -> tuple[Tensor, list[Any]]:
-        with RewardGuidance(self.pipe, self.reward, call.prompt, scale=self.scale) as guidance:
-            return super()._sample(replace(call, pipe_kwargs={**call.pipe_kwargs, _CALLBACK: guidance}), seeds)
+    def _start(
+        self, prompt: str | None, seed: int, pipe_kwargs: dict[str, Any], *, stacklevel: int
+    ) -> Generator[BestOfNOutput, None, None]:
+        with RewardGuidance(self.pipe, self.reward, prompt or "", scale=self.scale) as guidance:
+            yield from super()._start(prompt, seed, {**pipe_kwargs, _CALLBACK: guidance}, stacklevel=stacklevel + 1)
 
 
 def build_preference_pairs(
@@ -223,9 +224,6 @@ def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
 
     Args:
         path: Folder with `pairs.parquet` or with other Parquet files of Pick-a-Pic, or one Parquet file of either.
-
-    Raises:
-        ValueError: No such file, a missing column, no row, or missing images.
     """
     source = Path(path)
     file = source / FILE if source.is_dir() else source
@@ -311,8 +309,7 @@ def own_pairs(
 ) -> PreferencePairs:
     """Make pairs of the pipeline's images in the `folder`/pairs of a training, or find them there.
 
-    It warns of prompts that failed and of pairs that do not exceed the margin, which are left out. The seed of the
-    training gives other images than those of validation. `arguments` are for `build_preference_pairs`.
+    The seed of the training gives other images than those of validation.
     """
     made, accelerator = folder / "pairs", context.accelerator
     notes = (made / "settings.json", *sorted(made.glob("*/settings.json"))) if checkpoints_in(folder) else ()

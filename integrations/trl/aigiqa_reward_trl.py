@@ -60,16 +60,8 @@ class RewriteReward:
             raise TypeError(f"scorer: expected a PromptScorer(pipe, reward, ...), got {type(scorer).__name__}")
         if judged_by not in ("original", "rewrite"):
             raise ValueError(f"judged_by: expected 'original' or 'rewrite', got {judged_by!r}")
-        if compose is not None and not callable(compose):
-            raise TypeError(f"compose: expected f(original, completion) -> rewrite, got {type(compose).__name__}")
-        self.scorer = scorer
-        self.original_column = original_column
-        self.judged_by = judged_by
-        self.compose = compose
-        self.floor = floor
-        self.seed = seed
-        self.fresh_noise = fresh_noise
-        self.__name__ = name
+        self.scorer, self.original_column, self.judged_by, self.compose = scorer, original_column, judged_by, compose
+        self.floor, self.seed, self.fresh_noise, self.__name__ = floor, seed, fresh_noise, name
 
     def __call__(
         self,
@@ -108,7 +100,9 @@ class RewriteReward:
         if log_metric is not None:
             for name, value in _metrics(scores).items():
                 log_metric(f"rewrite/{name}", value)
-        return [self._reward_of(score) for score in scores]
+        return [
+            self.floor if score is None or score.flagged else None if score.dropped else score.total for score in scores
+        ]
 
     def _originals(self, columns: dict[str, Any]) -> list[str]:
         originals = columns.get(self.original_column)
@@ -139,11 +133,6 @@ class RewriteReward:
         )
         by_row = dict(zip(written, scores, strict=True))
         return [by_row.get(row) for row in range(len(rewrites))]
-
-    def _reward_of(self, score: PromptScore | None) -> float | None:
-        if score is None or score.flagged:
-            return self.floor
-        return None if score.dropped else score.total
 
 
 def _metrics(scores: Sequence[PromptScore | None]) -> dict[str, float]:

@@ -11,7 +11,6 @@ training is resumed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rounds import interval, parsed, parser_of, save, shown
 from tqdm import tqdm
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -46,7 +46,6 @@ FIRST_SEED = 1000
 """First seed of the images; trainings and validations use others."""
 
 COLUMNS = ("reward", "held-out", "judge", "right")
-DRAWS = 10_000
 MARGIN = 0.03
 """Largest accepted loss in the share of right pictures."""
 
@@ -111,32 +110,6 @@ def train(name: str, seed: int, runs: Path, threads: int) -> Path:
     return folder
 
 
-# --------------------------------------------------------------------------------------------- figures
-
-
-def interval(values: np.ndarray, reference: np.ndarray | None = None) -> tuple[float, float, float]:
-    """Mean of values (seeds, prompts, IMAGES) and its 95 % bootstrap interval over prompts and training seeds.
-
-    Args:
-        values: changes.
-        reference: (prompts,) of which the mean, over the same prompts, is what the change is measured by.
-    """
-    rng = np.random.default_rng(0)
-    table = values.mean(axis=2)
-    seeds, prompts = table.shape
-    whole = np.ones(prompts) if reference is None else reference
-    picked = rng.integers(seeds, size=(DRAWS, seeds)), rng.integers(prompts, size=(DRAWS, prompts))
-    draws = np.array([table[np.ix_(s, p)].mean() / whole[p].mean() for s, p in zip(*picked, strict=True)])
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return float(table.mean() / whole.mean()), float(low), float(high)
-
-
-def shown(values: tuple[float, float, float]) -> str:
-    """As text."""
-    point, low, high = values
-    return f"{point:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
 def best_of(base: np.ndarray) -> np.ndarray:
     """(prompts,) what the best of BEST_OF by reward gains over one image, from the same seeds."""
     groups = base[..., 0].reshape(len(base), -1, BEST_OF)
@@ -150,33 +123,26 @@ def report(base: np.ndarray, tuned: dict[str, np.ndarray], seconds: dict[str, fl
     lines = [f"Without fine-tuning: {means}; best of {BEST_OF} gains {gain.mean():.3f} of reward.", ""]
     lines += [f"| | reward | as a part of best of {BEST_OF} | held-out reward | judge (nats) | right | minutes |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    bars = []
     for name, values in tuned.items():
-        change = values - base
-        cells = [shown(interval(change[..., place])) for place in range(len(COLUMNS))]
-        cells.insert(1, shown(interval(change[..., 0], gain)).replace("+", ""))
+        change = (values - base).mean(axis=2)
+        found = [interval(change[..., place]) for place in range(len(COLUMNS))]
+        part = interval(change[..., 0], gain)
+        cells = [shown(found[0]), shown(part).replace("+", ""), *map(shown, found[1:])]
         lines.append(f"| {name} | {' | '.join(cells)} | {seconds[name] / 60:.1f} |")
-    lines.append("")
-    for name, values in tuned.items():
-        share, least, _ = interval((values - base)[..., 0], gain)
-        lowest = interval((values - base)[..., 3])[1]
-        held = "holds" if lowest > -MARGIN else "is not shown to hold"
-        lines.append(
-            f"{name}, {len(values)} trainings: {share:.0%} of best of {BEST_OF}'s gain, at least {least:.0%}; the "
+        held = "holds" if found[3][1] > -MARGIN else "is not shown to hold"
+        bars.append(
+            f"{name}, {len(values)} trainings: {part[0]:.0%} of best of {BEST_OF}'s gain, at least {part[1]:.0%}; the "
             f"share of right pictures {held} by {MARGIN}."
         )
-    return "\n".join(lines)
-
-
-def took(folder: Path) -> float:
-    """Seconds of a training."""
-    return float((folder / "seconds.txt").read_text())
+    return "\n".join([*lines, "", *bars])
 
 
 def clock(folder: Path) -> dict[int, float]:
     """Seconds of a training until each of its steps."""
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     times = {line["step"]: line["seconds"] for line in lines}
-    before = max(0.0, took(folder) - max(times.values()))  # loading, and making pairs
+    before = max(0.0, float((folder / "seconds.txt").read_text()) - max(times.values()))  # loading, and making pairs
     return {0: before} | {step: before + seconds for step, seconds in times.items() if step}
 
 
@@ -196,8 +162,6 @@ def curve(
 
 def plot(curves: dict[str, list[list[tuple[float, np.ndarray]]]], gain: float, path: Path) -> None:
     """Changes of reward, held-out reward and judge against wall time, one panel each; a line a training."""
-    from io import BytesIO
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
@@ -214,15 +178,11 @@ def plot(curves: dict[str, list[list[tuple[float, np.ndarray]]]], gain: float, p
         axis.axhline(0, color="black", linewidth=0.5)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    write_atomically(path, data.getvalue())
+    save(figure, path)
 
 
 def pictures(models: Models, folders: dict[str, Path], prompts: list[str], path: Path, side: int = 128) -> None:
     """The first image of a few held-out prompts, one row without fine-tuning and one for each algorithm."""
-    from io import BytesIO
-
     from PIL import Image
 
     rows = []
@@ -233,22 +193,18 @@ def pictures(models: Models, folders: dict[str, Path], prompts: list[str], path:
         models.pipe.unload_lora_weights()
     sheet = to_pil(torch.cat(rows, dim=2))[0]
     scale = side / rows[0].shape[2]
-    data = BytesIO()
-    sheet.resize((round(sheet.width * scale), round(sheet.height * scale)), Image.Resampling.LANCZOS).save(data, "PNG")
-    write_atomically(path, data.getvalue())
+    save(sheet.resize((round(sheet.width * scale), round(sheet.height * scale)), Image.Resampling.LANCZOS), path)
     print(f"{path}: rows without fine-tuning, then {', '.join(folders)}; columns {'; '.join(prompts[:8])}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, threads=1)
     parser.add_argument("algorithms", nargs="+", choices=("draft", "refl", "dpo", "ddpo"))
     parser.add_argument("--seeds", type=int, default=3, help="trainings per algorithm")
     parser.add_argument("--runs", type=Path, default=Path("runs/finetuning"), help="folder of results")
     parser.add_argument("--plot", type=Path, help="PNG of the curves of all trainings")
     parser.add_argument("--pictures", type=Path, help="PNG of images before and after, seed 0")
-    parser.add_argument("--threads", type=int, default=1, help="of each training and of measuring")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parsed(parser)
     prompts = (RECIPES / "held-out.txt").read_text().splitlines()
     reward = create_reward("compact")
     models = Models(pipe=load_embedded_pipeline(), reward=reward, holdout=default_holdout(reward), judge=load_judge())

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peak_memory import Peak
+from rounds import parsed, timing_parser
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -35,8 +36,6 @@ from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import Rollout, State
 
 PROMPT = "a red fox in the snow"
-OPERATIONS = 5
-"""Of the profile, the ones that take most time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,20 +136,18 @@ class Steps:
             self.pipe.vae.enable_gradient_checkpointing()
         self.reward = create_reward("compact", device=self.device)
         self.tools = self._tools(rollout, arguments.checkpointed)
-        self.conditioning = self._conditioning()
+        shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (77, self.size.unet["cross_attention_dim"])}
+        if self.size.large:
+            shapes |= {"text_embeds": (1280,), "time_ids": (6,)}
+        like = {"device": self.device, "dtype": self.pipe.unet.dtype}
+        drawn = {name: torch.randn(self.batch, *shape, **like) for name, shape in shapes.items()}
+        self.conditioning = Conditioning(positive=drawn)
 
     def _tools(self, rollout: Rollout, checkpointed: bool) -> TrainingContext:
         accelerator = Accelerator(cpu=self.device.type == "cpu")
         return TrainingContext(
             rollout=rollout, lora=self.lora, reward=self.reward, accelerator=accelerator, checkpointed=checkpointed
         )
-
-    def _conditioning(self) -> Conditioning:
-        shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (77, self.size.unet["cross_attention_dim"])}
-        if self.size.large:
-            shapes |= {"text_embeds": (1280,), "time_ids": (6,)}
-        like = {"device": self.device, "dtype": self.pipe.unet.dtype}
-        return Conditioning(positive={name: torch.randn(self.batch, *shape, **like) for name, shape in shapes.items()})
 
     def start(self) -> State:
         generators = [torch.Generator().manual_seed(row) for row in range(self.batch)]
@@ -209,15 +206,13 @@ class Steps:
             weight.grad = None
 
     def profiled(self, step: Callable[[Clock], None]) -> list[tuple[str, float]]:
-        """The operations that take most time of their own, and their share of all."""
+        """The operations that take most time, and their share of all."""
         cuda = self.device.type == "cuda"
-        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-        with profile(activities=kinds) as found:
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
             step(Clock(self.device))
         name = "self_device_time_total" if cuda else "self_cpu_time_total"
         times = {event.key: getattr(event, name) for event in found.key_averages()}
-        most = sorted(times, key=lambda key: -times[key])[:OPERATIONS]
-        return [(key, times[key] / sum(times.values())) for key in most]
+        return [(key, times[key] / sum(times.values())) for key in sorted(times, key=lambda key: -times[key])[:5]]
 
 
 def compare(steps: Steps, repeats: int) -> None:
@@ -252,19 +247,13 @@ def compare(steps: Steps, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_parser(__doc__, repeats=3, batch=1)
     parser.add_argument("--size", choices=SIZES, help="default: small on the CPU, else sd15")
     parser.add_argument("--steps", type=int, default=10, help="of sampling")
     parser.add_argument("--all-steps", type=int, nargs="+", metavar="STEPS", help="measure K = all instead")
     parser.add_argument("--checkpointed", action="store_true", help="both steps keep no activations")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds; 0 measures memory alone")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     arguments.size = arguments.size or ("small" if arguments.device.type == "cpu" else "sd15")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     steps = Steps(arguments)
     count = sum(p.numel() for p in steps.pipe.unet.parameters()) / 1e6
     print(f"{arguments.size}: UNet of {count:.0f} M parameters, batch {arguments.batch}, {arguments.device}", end="")

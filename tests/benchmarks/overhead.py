@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from rounds import medians, read_arguments
+from rounds import medians, parsed, timing_parser
 
 from aigiqa_reward import create_reward, list_rewards
 
@@ -38,7 +38,7 @@ def decoder() -> AutoencoderKL:
 
 
 def main() -> None:
-    arguments = read_arguments(__doc__)
+    arguments = parsed(timing_parser(__doc__))
     device, batch = arguments.device, arguments.batch
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     denoiser, vae = unet().to(device, dtype).eval(), decoder().to(device, dtype).eval()

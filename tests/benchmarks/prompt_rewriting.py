@@ -12,7 +12,6 @@ original prompt; in brackets the minimum and maximum over the language models.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rounds import parsed, parser_of
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
 from aigiqa_reward.sampling import PromptScorer
@@ -104,12 +104,10 @@ def vocabulary(tokenizer: Any) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, threads=1)
     parser.add_argument("--seeds", type=int, default=3, help="language models to train")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = parsed(parser)
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "integrations" / "trl")]
     from tiny_language_models import word_tokenizer
 

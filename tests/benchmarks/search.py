@@ -11,7 +11,6 @@ backward pass counts as two. Finished prompts are files in --runs and are not sa
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 import json
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rounds import interval, parsed, parser_of, save, shown
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,7 +32,6 @@ from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.toy.judge import Judge, load_judge
 from aigiqa_reward.toy.pictures import all_pairs
 from aigiqa_reward.toy.world import caption
-from aigiqa_reward.utils.io import write_atomically
 from aigiqa_reward.utils.weights import ASSETS, read_weights, sha256, write_weights
 
 BLOCKS, CANDIDATES, PREVIEWED, BATCH = 4, 64, 16, 16
@@ -150,9 +149,6 @@ def sample_all(count: int, runs: Path, only: str | None) -> dict[str, dict[str, 
     return tables
 
 
-# --------------------------------------------------------------------------------------------- figures
-
-
 def best_of(finals: np.ndarray, n: int, previews: np.ndarray | None = None) -> np.ndarray:
     """(prompts, 3) values of the winners, mean over blocks and groups of `n` candidates; pruned where previews come."""
     finals = finals.reshape(len(finals), -1, n, len(COLUMNS))
@@ -177,18 +173,6 @@ def methods(table: dict[str, np.ndarray], calls: dict[str, int]) -> dict[str, tu
     return found | {name: (cost, table[name].mean(axis=1) - one) for name, cost in calls.items()}
 
 
-def interval(values: np.ndarray, reference: np.ndarray | None = None) -> str:
-    """Mean over prompts, or ratio of means to a reference, with the 95 % bootstrap interval over prompts."""
-    rng = np.random.default_rng(0)
-    rows = rng.integers(len(values), size=(DRAWS, len(values)))
-    if reference is None:
-        draws, point = values[rows].mean(axis=1), values.mean()
-    else:
-        draws, point = values[rows].sum(axis=1) / reference[rows].sum(axis=1), values.sum() / reference.sum()
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return f"{point:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
 def report(tables: dict[str, dict[str, np.ndarray]], calls: dict[str, int]) -> str:
     """The tables in Markdown."""
     lines = []
@@ -200,20 +184,20 @@ def report(tables: dict[str, dict[str, np.ndarray]], calls: dict[str, int]) -> s
         lines += ["| --- | ---: | ---: | ---: | ---: |"]
         found = methods(table, calls)
         for name, (cost, gain) in found.items():
-            lines.append(f"| {name} | {cost} | {' | '.join(interval(gain[:, k]) for k in range(3))} |")
+            lines.append(
+                f"| {name} | {cost} | {' | '.join(shown(interval(gain[:, k], draws=DRAWS)) for k in range(3))} |"
+            )
         same = table["finals"][:, :, :PREVIEWED]
         full = best_of(same, PREVIEWED) - table["finals"].mean(axis=(1, 2))
         cost, pruned = found[f"pruned best of {PREVIEWED}"]
-        share, calls_share = interval(pruned[:, 0], full[:, 0]).replace("+", ""), cost / (PREVIEWED * STEPS)
+        share = shown(interval(pruned[:, 0], full[:, 0], DRAWS)).replace("+", "")
         text = f"Pruned best of {PREVIEWED} keeps {share} of the gain in reward of the same {PREVIEWED} candidates"
-        lines += ["", f"{text}, at {calls_share:.2f} of their denoiser calls.", ""]
+        lines += ["", f"{text}, at {cost / (PREVIEWED * STEPS):.2f} of their denoiser calls.", ""]
     return "\n".join(lines)
 
 
 def plot(tables: dict[str, dict[str, np.ndarray]], calls: dict[str, int], path: Path) -> None:
     """Gains against calls: one row a split, the reward on the left, the judge on the right."""
-    from io import BytesIO
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6 * len(tables)), layout="constrained")
@@ -230,18 +214,16 @@ def plot(tables: dict[str, dict[str, np.ndarray]], calls: dict[str, int], path: 
             axis.set(xscale="log", xlabel="denoiser calls", ylabel=label, title=f"{split} prompts")
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    write_atomically(path, data.getvalue())
+    save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--prompts", type=int, default=40, help="of each split")
     parser.add_argument("--runs", type=Path, default=Path("runs/search"), help="folder for finished prompts")
     parser.add_argument("--split", choices=list(SPLITS), help="one split alone")
     parser.add_argument("--plot", type=Path, help="PNG of gains against calls")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     tables = sample_all(arguments.prompts, arguments.runs, arguments.split)
     models = Models(pipe=None, reward=None, judge=load_judge())
     calls = {name: cost for name, (cost, _) in searches(models).items()}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import open_clip
 import torch
-from rounds import medians, print_ratios, read_arguments
+from rounds import medians, parsed, print_ratios, timing_parser
 from torch import Tensor
 
 from aigiqa_reward import Scorer, create_reward
@@ -71,7 +71,7 @@ def contestants(batch: int, device: torch.device) -> dict[str, Callable[[], obje
 
 
 def main() -> None:
-    arguments = read_arguments(__doc__)
+    arguments = parsed(timing_parser(__doc__))
     middle = medians(contestants(arguments.batch, arguments.device), arguments.repeats, arguments.device)
     print(f"batch of {arguments.batch} images of 512 x 512, {arguments.repeats} rounds, {arguments.device}\n")
     print_ratios(middle, REFERENCE)

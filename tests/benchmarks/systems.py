@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from rounds import medians, print_ratios, read_arguments
+from rounds import medians, parsed, print_ratios, timing_parser
 from torch import Tensor
 
 from aigiqa_reward import Reward, create_reward
@@ -65,7 +65,7 @@ def texts_read(reward: Reward, batch: int) -> int:
 
 
 def main() -> None:
-    arguments = read_arguments(__doc__)
+    arguments = parsed(timing_parser(__doc__))
     runs, mst = contestants(arguments.batch, arguments.device)
     middle = medians(runs, arguments.repeats, arguments.device)
     print(f"batch of {arguments.batch} images, {arguments.repeats} rounds, {arguments.device}\n")

@@ -74,11 +74,7 @@ class Algorithm(ABC):
     def ready(
         self, context: TrainingContext, prompts: Sequence[str], folder: Path, config: FinetuneConfig, *, progress: bool
     ) -> Algorithm:
-        """Return the algorithm to train with: this one, or a copy with examples that are made now.
-
-        It runs once before the training, while the adapter changes nothing yet. What it makes in `folder`, the folder
-        of the training, must be found again on resuming.
-        """
+        """Return the algorithm to train with: this one, or a copy with examples, which are found again on resuming."""
         return self
 
     def prepare(self, context: TrainingContext, batches: Sequence[Batch]) -> Memory:
