@@ -191,7 +191,7 @@ def test_a_reward_without_gradients_is_scored_without_a_heat_map(reward, reason)
         assert row["heat_map"] is None and reason in row["heat_map_error"]
     with pytest.raises((ValueError, RuntimeError), match=reason):
         node("AIGIQAScore").score(reward, images, PROMPT, "gradient")
-    with pytest.raises(ValueError, match=r"gives no distortion maps.*cpa_iqa"):
+    with pytest.raises(ValueError, match="gives no distortion maps"):
         node("AIGIQAScore").score(reward, images, PROMPT, "distortion")
 
 
