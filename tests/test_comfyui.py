@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import re
 import subprocess
 import sys
 import tomllib
@@ -192,7 +191,7 @@ def test_a_reward_without_gradients_is_scored_without_a_heat_map(reward, reason)
         assert row["heat_map"] is None and reason in row["heat_map_error"]
     with pytest.raises((ValueError, RuntimeError), match=reason):
         node("AIGIQAScore").score(reward, images, PROMPT, "gradient")
-    with pytest.raises(ValueError, match=r"gives no distortion maps.*cpa_iqa"):
+    with pytest.raises(ValueError, match="gives no distortion maps"):
         node("AIGIQAScore").score(reward, images, PROMPT, "distortion")
 
 
@@ -235,9 +234,8 @@ def test_top_k_is_one_limit_and_0_is_none(top_k, order):
     images = gray(0.3, 0.9, 0.5, 0.9, 0.1)
     images[3] = images[1]  # a tie goes to the earlier
     [ranked], _, scores, indices = select([images], top_k=top_k)
-    assert indices == order
+    assert (indices, scores) == (order, sorted(scores, reverse=True))
     assert torch.equal(ranked, images[order])
-    assert scores == sorted(scores, reverse=True)
 
 
 def test_images_of_several_sizes_compete_and_come_out_as_a_list():
@@ -252,8 +250,7 @@ def test_images_of_several_sizes_compete_and_come_out_as_a_list():
 
 def test_with_a_prompt_for_each_batch_each_has_its_winner():
     first, second = gray(0.1, 0.2), gray(0.6, 0.5, 0.4)
-    [winners], _, _, indices = select([first, second], prompt=("a", "b"))
-    assert indices == [1, 0]
+    [winners], *_ = select([first, second], prompt=("a", "b"))
     assert torch.equal(winners, torch.stack([first[1], second[0]]))
     with pytest.raises(ValueError, match="one for each of the 2 image batches, got 3 prompts"):
         select([first, second], prompt=("a", "b", "c"))
@@ -358,9 +355,8 @@ def test_what_scores_enough_passes_in_its_order():
     levels = images.mean(dim=(1, 2, 3)).tolist()
     latent = {"samples": torch.arange(4.0).view(4, 1, 1, 1)}
     [kept], [rows], scores, indices = keep([images], levels[2] - 1e-6, latent=[latent])
-    assert indices == [1, 2, 3]
+    assert rows["samples"].flatten().tolist() == indices == [1, 2, 3]
     assert torch.equal(kept, images[indices])
-    assert rows["samples"].flatten().tolist() == indices
     assert scores == pytest.approx(levels[1:], abs=1e-6)
 
 
@@ -378,12 +374,10 @@ def test_the_aspect_says_which_score_is_compared_to_the_threshold(aspect, passin
 
 def test_where_none_passes_it_fails_by_how_much_or_passes_the_best_or_nothing():
     images = gray(0.3, 0.9, 0.5)
-    best = f"{float(images[1].mean()):.3f}"
-    with pytest.raises(ValueError, match=f"no image passes: the best total is {re.escape(best)}, below 0.990; lower"):
+    with pytest.raises(ValueError, match=rf"the best total is {images[1].mean():.3f}, below 0\.990; lower"):
         keep([images], 0.99)
     images[2] = torch.nan
-    [kept], _, _, indices = keep([images], 0.99, if_none="best")
-    assert indices == [1]
+    [kept], *_ = keep([images], 0.99, if_none="best")
     assert torch.equal(kept, images[1:2])
     assert keep([images], 0.99, if_none="stop") == (None,) * 4
 

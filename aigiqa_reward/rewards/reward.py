@@ -298,7 +298,7 @@ def _empty(
         description = {**saved, "config": {**saved["config"], **settings}}
         with torch.device("meta"):  # takes no memory
             sketch = empty_model(name, description, assistants)
-        numbers = sum(tensor.numel() for tensor in sketch.state_dict().values())
+        numbers = sum(tensor.numel() for tensor in (*sketch.parameters(), *sketch.buffers()))
         if numbers > size + 2**25:  # a number takes at least a byte; load_strictly names smaller differences
             raise ValueError(f"it is larger than the {size:,} bytes of {_WEIGHTS} can fill")
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, which loading replaces

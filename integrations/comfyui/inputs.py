@@ -28,7 +28,7 @@ PROMPT = (
 def in_comfyui(message: str) -> str:
     """Replace the package's advice on pixel values by what a user of ComfyUI can do."""
     advice = "; an IMAGE holds values in [0, 1]: scale or clamp them before this node, or decode with VAE Decode"
-    message = re.sub(r"; [^;]*\(validate=False skips this check\)", advice, message)
+    message = re.sub(r"(expected values in \[0, 1\], got \[[^]]*\]); [^;]*", rf"\1{advice}", message)
     return message.replace("decode in float32 or bfloat16", "start ComfyUI with --fp32-vae or --bf16-vae")
 
 
