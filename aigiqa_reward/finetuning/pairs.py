@@ -128,9 +128,6 @@ def build_preference_pairs(
         progress: As for `best_of_each`.
         settings: What else decides the images (a LoRA, say), as JSON.
         **pipe_kwargs: Arguments of the pipeline (steps, guidance, size, ...).
-
-    Raises:
-        BestOfEachError: Some prompts failed; the pairs of the others are written.
     """
     extra_data("pyarrow.parquet", f"writing {FILE}")
     folder, prompts = Path(folder), checked_prompts(prompts)
@@ -139,15 +136,8 @@ def build_preference_pairs(
     scales = check_pairing(guidance_scales, reward_guidance, pairs_per_prompt, n, "n")
     search = BestOfN(pipe, reward, n=n, top_k=n, batch_size=batch_size, progress=False)
     pipe_kwargs |= {"seed": seed, "accelerator": accelerator, "settings": settings}
-    failed, results = None, []
     kinds = list(_kinds(search, prompts, scales, reward_guidance, pipe_kwargs))
-    for place, (name, kind, arguments) in enumerate(kinds):
-        show = partial(_show_part, progress, place, len(kinds)) if callable(progress) else progress
-        try:
-            results.append(best_of_each(kind, prompts, folder / name, progress=show, **pipe_kwargs | arguments))
-        except BestOfEachError as error:
-            results.append(error.results)
-            failed = failed or error
+    results, failed = _sampled(kinds, prompts, folder, progress, pipe_kwargs)
     pairs = [_pairs(results, index)[:pairs_per_prompt] for index in range(len(prompts))]
     rows = [_row(prompts[i], i, pair, folder) for i, found in enumerate(pairs) for pair in found if _gap(pair) > margin]
     pandas, data = extra_data("pandas", f"writing {FILE}"), io.BytesIO()
@@ -156,10 +146,9 @@ def build_preference_pairs(
     if failed is not None:
         raise failed
     if not rows:
-        greatest = max((_gap(found[0]) for found in pairs if found), default=0.0)
+        most = max((_gap(found[0]) for found in pairs if found), default=0.0)
         raise ValueError(
-            f"margin: no prompt has two images whose rewards differ by more than {margin}; the greatest difference in "
-            f"{folder} is {greatest:.4g}: lower margin, or raise n"
+            f"margin: no rewards of a prompt differ by more than {margin}, only by {most:.4g}; lower it, or raise n"
         )
     return _as_pairs(rows, folder)
 
@@ -178,6 +167,25 @@ def _kinds(
         yield from ((f"guidance-{scale:g}", search, {"guidance_scale": scale}) for scale in scales)
     else:
         yield "", search, {}
+
+
+def _sampled(
+    kinds: Sequence[tuple[str, BestOfN, dict[str, Any]]],
+    prompts: Sequence[str],
+    folder: Path,
+    progress: bool | Callable[[int, int], object],
+    arguments: Mapping[str, Any],
+) -> tuple[list[ResultsFolder], BestOfEachError | None]:
+    """Sample all kinds of images of all prompts; also return the first failure."""
+    results, failed = [], None
+    for place, (name, search, own) in enumerate(kinds):
+        show = partial(_show_part, progress, place, len(kinds)) if callable(progress) else progress
+        try:
+            results.append(best_of_each(search, prompts, folder / name, progress=show, **{**arguments, **own}))
+        except BestOfEachError as error:
+            results.append(error.results)
+            failed = failed or error
+    return results, failed
 
 
 def _show_part(progress: Callable[[int, int], object], place: int, parts: int, done: int, total: int) -> None:

@@ -69,8 +69,7 @@ def create_reward(
 
     Args:
         name: one of `list_rewards()`.
-        preset: None for the embedded weights, offline; "paper" for the published towers from the Hub, with which only
-            tsp_mgs scores, zero-shot; train the others (`aigiqa-reward train`) and pass the result as `weights`.
+        preset: None for the embedded weights; "paper" for published towers, zero-shot tsp_mgs only (train the others).
         encoder: open_clip model for zero-shot tsp_mgs.
         zero_shot: use tsp_mgs untrained, on `encoder` or else the compact towers.
         scenario: scenario of cpa_iqa; `aigiqa-reward scenarios` lists them.
@@ -80,8 +79,7 @@ def create_reward(
         dtype: dtype of the towers: float32, float64, bfloat16 or float16. Heads stay at least float32.
         weights: folder written by `reward.save_pretrained`, or its Hub id, in place of the embedded weights.
         revision: branch, tag or commit of the Hub id.
-        quality_weight: share of quality in `total`; None is 0.5, or the saved share.
-        correspondence_weight: share of correspondence in `total`; None likewise.
+        quality_weight, correspondence_weight: shares in `total`; None is 0.5, or the saved share.
 
     Example:
         >>> from aigiqa_reward import create_reward
@@ -92,12 +90,9 @@ def create_reward(
     check_preset(preset)
     if assistants is not None and not isinstance(assistants, Assistants):
         raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     settings = _scenario_settings(name, scenario, preferences)
     given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
     shares: dict[str, Any] = {argument: share for argument, share in given.items() if share is not None}
-    untrained = encoder is not None or zero_shot or (preset is not None and name == "tsp_mgs")
     if weights is not None:
         if preset is not None or encoder is not None or zero_shot:
             raise ValueError("weights: a saved reward has its own towers; pass neither preset nor encoder")
@@ -107,13 +102,18 @@ def create_reward(
         raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
     else:
         with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
-            if untrained:
-                model = _zero_shot(name, preset, encoder, assistants)
-            else:
-                model = _embedded(name, preset, assistants, settings)
+            zero_shot = encoder is not None or zero_shot or (preset is not None and name == "tsp_mgs")
+            untrained = _zero_shot(name, preset, encoder, assistants) if zero_shot else None
+            model = untrained or _embedded(name, preset, assistants, settings)
         reward = Reward(model, spec, **shares)
-        if name in SYSTEMS and not untrained:
+        if name in SYSTEMS and not zero_shot:
             load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
+    return _moved(reward, device, dtype)
+
+
+def _moved(reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None) -> Reward:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     try:
         return reward.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError) as error:
