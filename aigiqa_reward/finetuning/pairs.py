@@ -147,9 +147,7 @@ def build_preference_pairs(
         raise failed
     if not rows:
         most = max((_gap(found[0]) for found in pairs if found), default=0.0)
-        raise ValueError(
-            f"margin: no rewards of a prompt differ by more than {margin}, only by {most:.4g}; lower it, or raise n"
-        )
+        raise ValueError(f"margin: no rewards of a prompt differ by more than {margin}, only by {most:.4g}; raise n")
     return _as_pairs(rows, folder)
 
 

@@ -79,18 +79,18 @@ def create_reward(
         dtype: dtype of the towers: float32, float64, bfloat16 or float16. Heads stay at least float32.
         weights: folder written by `reward.save_pretrained`, or its Hub id, in place of the embedded weights.
         revision: branch, tag or commit of the Hub id.
-        quality_weight, correspondence_weight: shares in `total`; None is 0.5, or the saved share.
+        quality_weight: share of quality in `total`; None is 0.5, or the saved share.
+        correspondence_weight: share of correspondence in `total`; None likewise.
 
     Example:
         >>> from aigiqa_reward import create_reward
         >>> create_reward("compact", quality_weight=0.7, correspondence_weight=0.3).quality_weight
         0.7
     """
-    spec = get_reward_spec(name)
+    spec, settings = get_reward_spec(name), _scenario_settings(name, scenario, preferences)
     check_preset(preset)
     if assistants is not None and not isinstance(assistants, Assistants):
         raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
-    settings = _scenario_settings(name, scenario, preferences)
     given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
     shares: dict[str, Any] = {argument: share for argument, share in given.items() if share is not None}
     if weights is not None:
