@@ -1,7 +1,8 @@
-"""Running the command line: in this process, or as a process of its own that can be interrupted."""
+"""Running the command line: in this process, or as another one that can be interrupted."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,11 +18,16 @@ from typer.testing import CliRunner, Result
 
 from aigiqa_reward.cli import app
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def interruptible() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run(*arguments: object, cwd: Path = Path()) -> Result:
+    with contextlib.chdir(cwd):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -45,7 +51,7 @@ def only_error(result: Result) -> str:
     return result.stderr
 
 
-def command(*arguments: str | Path) -> list[str]:
+def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "aigiqa_reward", *map(str, arguments)]
 
 
@@ -55,13 +61,7 @@ def interrupt(arguments: list[str], moved: bytes = rb"[1-9]\d*/\d+") -> tuple[in
 
     terminal, end = os.openpty()
     termios.tcsetwinsize(end, (40, 200))  # without a size tqdm draws no bar
-    process = subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=end,
-        env=ENVIRONMENT | {"TERM": "xterm"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=end, env=ENVIRONMENT, preexec_fn=interruptible)
     os.close(end)
     shown = b""
     while not re.search(moved, shown):
@@ -69,10 +69,8 @@ def interrupt(arguments: list[str], moved: bytes = rb"[1-9]\d*/\d+") -> tuple[in
     process.send_signal(signal.SIGINT)
     stdout, _ = process.communicate(timeout=120)
     os.set_blocking(terminal, False)
-    try:
+    with contextlib.suppress(OSError):  # read to its end
         while part := os.read(terminal, 4096):
             shown += part
-    except OSError:  # read to its end
-        pass
     os.close(terminal)
-    return process.returncode, stdout.decode(), shown.decode(errors="replace")
+    return process.returncode, stdout.decode(), re.sub(r"\x1b\[[0-9;]*m", "", shown.decode(errors="replace"))
