@@ -1,4 +1,4 @@
-"""Running the command line: in this process, or as another one that can be interrupted."""
+"""Running the command line, in this process or in another."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,7 @@ from typer.testing import CliRunner, Result
 
 from aigiqa_reward.cli import app
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
-
-
-def interruptible() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments: object, cwd: Path = Path()) -> Result:
@@ -53,24 +47,3 @@ def only_error(result: Result) -> str:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "aigiqa_reward", *map(str, arguments)]
-
-
-def interrupt(arguments: list[str], moved: bytes = rb"[1-9]\d*/\d+") -> tuple[int, str, str]:
-    """Start a command with a terminal on stderr and send SIGINT once its bar has moved: its status, stdout, stderr."""
-    import termios  # where there are pseudo-terminals
-
-    terminal, end = os.openpty()
-    termios.tcsetwinsize(end, (40, 200))  # without a size tqdm draws no bar
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=end, env=ENVIRONMENT, preexec_fn=interruptible)
-    os.close(end)
-    shown = b""
-    while not re.search(moved, shown):
-        shown += os.read(terminal, 4096)
-    process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=120)
-    os.set_blocking(terminal, False)
-    with contextlib.suppress(OSError):  # read to its end
-        while part := os.read(terminal, 4096):
-            shown += part
-    os.close(terminal)
-    return process.returncode, stdout.decode(), re.sub(r"\x1b\[[0-9;]*m", "", shown.decode(errors="replace"))

@@ -51,7 +51,7 @@ def names(folder: Path) -> set[str]:
     return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_it_is_best_of_n_of_each_prompt(tiny: list[str], tiny_reward: Any, tmp_path: Path) -> None:
+def test_it_is_best_of_n_of_each_prompt(tiny, tiny_reward, tmp_path):
     arguments = [*BEST_OF_N, "--prompt", PROMPT, "--prompt", HOSTILE, *FEW, *tiny, "--output-dir", tmp_path]
     more = ["--top-k", "2", "--seed", "7", "--set", "eta=0.5", "--negative-prompt", "blurry"]
     result = run(*arguments, *more)
@@ -76,7 +76,7 @@ def test_it_is_best_of_n_of_each_prompt(tiny: list[str], tiny_reward: Any, tmp_p
     assert all(text in result.stderr for text in (str(tmp_path), "index.html", "results.jsonl"))
 
 
-def test_pruning_shows_its_curves_and_a_reward_its_maps(tmp_path: Path) -> None:
+def test_pruning_shows_its_curves_and_a_reward_its_maps(tmp_path):
     arguments = [*BEST_OF_N, "--prompt", PROMPT, "--num-inference-steps", "4", "--n", "6", "--pruning", "halving"]
     result = run(*arguments, "--diverse", "--reward", "cpa_iqa", "--device", "cpu", "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
@@ -86,7 +86,7 @@ def test_pruning_shows_its_curves_and_a_reward_its_maps(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "settings.json").read_text())["settings"]["pipe_kwargs"]["guidance_scale"] == 3.0
 
 
-def test_zero_order_takes_prompts_from_a_file(tiny: list[str], tmp_path: Path) -> None:
+def test_zero_order_takes_prompts_from_a_file(tiny, tmp_path):
     (tmp_path / "p.txt").write_text(f"\ufeff{PROMPT}\r\n\n  \na penguin\u2028on ice\n", encoding="utf-8")
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": PROMPT, "x": 1}) + "\n\n" + '{"prompt": "a\\nb"}')
     for name, second in (("p.txt", "a penguin\u2028on ice"), ("p.jsonl", "a\nb")):
@@ -99,7 +99,7 @@ def test_zero_order_takes_prompts_from_a_file(tiny: list[str], tmp_path: Path) -
         assert (out / "noises" / "00001.safetensors").is_file()
 
 
-def test_loras_are_loaded_and_scaled(lora: Path, tiny: list[str], tiny_reward: Any, tmp_path: Path) -> None:
+def test_loras_are_loaded_and_scaled(lora, tiny, tiny_reward, tmp_path):
     moved = shutil.copy(lora, tmp_path / "lora.safetensors")
     arguments = ["best-of-n", "--model", GENERATOR, "--prompt", PROMPT, *FEW, *tiny, "--output-dir", tmp_path / "out"]
     arguments += ["--lora", f"{lora.parent}:0.5", "--lora", f"{moved}:0.25"]
@@ -115,7 +115,7 @@ def test_loras_are_loaded_and_scaled(lora: Path, tiny: list[str], tiny_reward: A
     assert re.search("lora: .* there, .* now", refused(run(*arguments)))
 
 
-def test_a_rerun_resumes_and_refuses_other_settings(tiny: list[str], tmp_path: Path) -> None:
+def test_a_rerun_resumes_and_refuses_other_settings(tiny, tmp_path):
     def sheets() -> dict[str, tuple[int, bytes]]:
         return {f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in (tmp_path / "contact-sheets").iterdir()}
 
@@ -144,7 +144,7 @@ def test_a_rerun_resumes_and_refuses_other_settings(tiny: list[str], tmp_path: P
     assert {name: drawn for name, (_, drawn) in sheets().items()} == {"00000.png": longer["00002.png"][1]}
 
 
-def test_a_prompt_that_fails_gives_status_1(tiny: list[str], tmp_path: Path) -> None:
+def test_a_prompt_that_fails_gives_status_1(tiny, tmp_path):
     arguments = ["3" if word == "1" else word for word in FEW]
     more = ["--prompt", PROMPT, "--prompt", "x", "--set", "guidance_rescale=text", "--output-dir", tmp_path]
     result = run(*BEST_OF_N, *arguments, *tiny, *more)
@@ -154,7 +154,7 @@ def test_a_prompt_that_fails_gives_status_1(tiny: list[str], tmp_path: Path) -> 
     assert [row["seed"] for row in rows_of(tmp_path)] == [None, None]
 
 
-def test_an_interruption_keeps_what_was_made(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_keeps_what_was_made(tiny, tmp_path, monkeypatch):
     step, count = DDIMScheduler.step, iter(range(100))
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
@@ -185,17 +185,13 @@ def test_an_interruption_keeps_what_was_made(tiny: list[str], tmp_path: Path, mo
         ("--prompt x --n 2 --top-k 3", "at most --n 2"),
         ("--prompt x --seed -1", "--seed: expected an integer from 0"),
         (f"--prompt x --seed {2**64 - 15}", f"2.64 - N = {2**64 - 16}"),
-        ("--prompt x --pruning half", "'none', 'halving'"),
-        ("--prompt x --dtype int8", "'--dtype'"),
         ("--prompt x --model embeded", "--model: .*did you mean embedded"),
         ("--prompt x --model models/my-sdd", "--model: .*did you mean models/my-sd"),
         ("--prompt x --model models", "no model_index.json"),
-        ("--prompt x --model a/b/c", "--model: expected a folder of a pipeline, a Hub id"),
         ("--prompt x --output-dir p.txt", "--output-dir: expected a folder"),
         ("--prompt x --output-dir mine", "--output-dir: .*index.html exists and is not of an earlier run"),
         ("--prompt x --num-inference-steps 2 --set num_inference_steps=3", "is given by --num-inference-steps already"),
         ("--prompt x --set seed=3", "--set: seed is not a further argument"),
-        ("--prompt x --set eta", "--set: expected KEY=VALUE"),
         ("--prompt x --set latents=1 TINY", "latents: BestOfN sets this"),
         ("--prompt x --set et=1 TINY", "et: StableDiffusionPipeline has no such argument"),
         ("--prompt x --pruning halving --search zero_order TINY", "pass one of them"),
@@ -205,7 +201,7 @@ def test_an_interruption_keeps_what_was_made(tiny: list[str], tmp_path: Path, mo
         ("--prompt x --lora models TINY", "--lora: expected .* a folder with one"),
     ],
 )
-def test_usage_errors(tiny: list[str], tmp_path: Path, arguments: str, message: str) -> None:
+def test_usage_errors(tiny, tmp_path, arguments, message):
     (tmp_path / "mine").mkdir()
     (tmp_path / "models" / "my-sd").mkdir(parents=True)
     files = {"p.txt": "x", "blank.txt": "\n \n", "bad.jsonl": '{"text": "x"}', "mine/index.html": "x"}
@@ -217,7 +213,7 @@ def test_usage_errors(tiny: list[str], tmp_path: Path, arguments: str, message: 
     assert names(tmp_path) == files.keys()
 
 
-def test_pickled_weights_are_never_opened(tiny: list[str], tmp_path: Path) -> None:
+def test_pickled_weights_are_never_opened(tiny, tmp_path):
     pickled = shutil.copytree(GENERATOR, tmp_path / "pickled")
     for file in pickled.rglob("*.safetensors"):
         name = "pytorch_model" if file.stem == "model" else file.stem  # transformers' name, or diffusers'

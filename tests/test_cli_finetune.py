@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from commands import ENVIRONMENT, command, interrupt, lines, options_of, run
+from commands import ENVIRONMENT, lines, options_of, run
 from diffusers import DiffusionPipeline
 from finetune_commands import (
     CALL,
@@ -65,7 +65,6 @@ def trained(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize(
     ("algorithm", "model", "more"),
     [
-        pytest.param("draft", "sd", "--truncation_steps all", marks=pytest.mark.slow),
         pytest.param("draft", "sd", "--truncation-steps 7 --reward-ceiling none", marks=pytest.mark.slow),
         pytest.param("draft", "sd", "--low_variance 2 --gradient_checkpointing", marks=pytest.mark.slow),
         ("refl", "sd", "--earliest 0.5 --reward_ceiling 0.9 --ema_decay 0.5 --max_grad_norm inf"),
@@ -74,9 +73,7 @@ def trained(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
         ("grpo", "flux", "--images-per-prompt 2 --clip-range 0.001"),
     ],
 )
-def test_every_algorithm_leaves_weights_that_load(
-    room: Path, tmp_path: Path, algorithm: str, model: str, more: str
-) -> None:
+def test_every_algorithm_leaves_weights_that_load(room, tmp_path, algorithm, model, more):
     arguments = [*from_prompts(room, model), *training(), *more.split(), "--output_dir", tmp_path]
     result = run("finetune", algorithm, *arguments)
     assert result.exit_code == 0, result.output
@@ -92,14 +89,14 @@ def test_every_algorithm_leaves_weights_that_load(
     assert abs(after - before).max() > 1e-4
 
 
-def test_it_is_finetune_of_the_library(room: Path, trained: Path, tmp_path: Path) -> None:
+def test_it_is_finetune_of_the_library(room, trained, tmp_path):
     config, judge = FinetuneConfig(**TRAINING, sampling=CALL), create_reward("tsp_mgs", weights=room / "judge")
     pipe = DiffusionPipeline.from_pretrained(room / "sd")
     finetune_in_python(pipe, judge, PROMPTS, DRaFT(), tmp_path, config, progress=False)
     assert_equal_weights(trained, tmp_path)
 
 
-def test_the_embedded_generator_and_several_rewards(tmp_path: Path) -> None:
+def test_the_embedded_generator_and_several_rewards(tmp_path):
     (tmp_path / "p.txt").write_text("a red apple\n\n \na blue car\n")
     options = ["--pretrained-model-name-or-path", "embedded", "--prompts", tmp_path / "p.txt", "--device", "cpu"]
     options += ["--reward", "compact:3", "--reward", "mst_clipiqa", "--num-inference-steps", "1", "--guidance-scale", 1]
@@ -111,7 +108,7 @@ def test_the_embedded_generator_and_several_rewards(tmp_path: Path) -> None:
     assert pipe.unet.peft_config
 
 
-def test_validation_is_reported_before_and_after(room: Path, options: list[str], tmp_path: Path) -> None:
+def test_validation_is_reported_before_and_after(room, options, tmp_path):
     more = ["--validation_prompts", room / "validation.txt", "--validation_steps", "1", "--validation_seeds", "1"]
     more += ["--holdout-reward", "mst_clipiqa", *(["--report-to", "tensorboard"] if find_spec("tensorboard") else [])]
     result = run("finetune", "draft", *options, *more, "--output_dir", tmp_path)
@@ -151,14 +148,14 @@ def assert_logged(folder: Path, history: list[dict[str, Any]]) -> None:
     assert pictures == seen.keys()
 
 
-def test_a_loss_that_is_no_number_ends_with_status_1(room: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_ends_with_status_1(room, tmp_path):
     more = ["--max_grad_norm", "1e30", "--kl_coeff", "1e30", "--output_dir", tmp_path]
     error = refused(run("finetune", "draft", *others(room, learning_rate=1e9), *more), status=1)
     assert re.search(r"error: step 2: the loss became NaN .* are (kept|saved) in ", error), error
     assert all(weight.isfinite().all() for weight in weights_of(tmp_path).values())
 
 
-def test_a_yaml_file_gives_options(room: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_yaml_file_gives_options(room, trained, tmp_path):
     (tmp_path / "a.yaml").write_text(
         f"# as the options of `trained`\npretrained_model_name_or_path: {room / 'sd'}\n"
         f'prompts: {room / "prompts.txt"}\nreward: "{room / "judge"}"\ndevice: cpu\nnum_inference_steps: 2\n'
@@ -170,7 +167,7 @@ def test_a_yaml_file_gives_options(room: Path, trained: Path, tmp_path: Path) ->
     assert_equal_weights(trained, tmp_path / "lora")
 
 
-def test_the_command_line_takes_precedence(room: Path, tmp_path: Path) -> None:
+def test_the_command_line_takes_precedence(room, tmp_path):
     (tmp_path / "a.yaml").write_text("rank: 8\ntarget_modules: [to_q, to_v]\nuse_8bit_adam: yes\n")
     arguments = ["--config", tmp_path / "a.yaml", *others(room, max_train_steps=1), "--output_dir", tmp_path / "lora"]
     if find_spec("bitsandbytes") is None:
@@ -187,8 +184,6 @@ def test_the_command_line_takes_precedence(room: Path, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("rnk: 2", "no option is named 'rnk'; did you mean rank?"),
-        ("config: b.yaml", "no option is named 'config'; see --help"),
-        ("rank: two", "a.yaml: rank: .*valid integer"),
         ("rank: true", "a.yaml: rank: .*valid integer"),
         ("rank: [2, 3]", "a.yaml: rank: expected one value, got a list"),
         ("rank: {a: 3}", "a.yaml: rank: expected a value or a list of values"),
@@ -199,14 +194,14 @@ def test_the_command_line_takes_precedence(room: Path, tmp_path: Path) -> None:
         ("!!python/object/apply:os.getcwd []", "expected lines 'option: value', got list"),
     ],
 )
-def test_a_yaml_file_that_cannot_be_used(options: list[str], tmp_path: Path, text: str, message: str) -> None:
+def test_a_yaml_file_that_cannot_be_used(options, tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text + "\n")
     error = refused(run("finetune", "draft", "--config", tmp_path / "a.yaml", *options, "--output_dir", tmp_path / "x"))
     assert error.startswith(f"error: --config: {tmp_path / 'a.yaml'}")
     assert re.search(message, error), error
 
 
-def test_required_options_may_be_in_the_file(room: Path, tmp_path: Path) -> None:
+def test_required_options_may_be_in_the_file(room, tmp_path):
     (tmp_path / "a.yaml").write_text(f"prompts: {room / 'prompts.txt'}\n")
     assert "--model" in refused(run("finetune", "draft", "--config", tmp_path / "a.yaml"))
     (tmp_path / "a.yaml").write_text(f"model: {room / 'nowhere'}\n")
@@ -214,65 +209,49 @@ def test_required_options_may_be_in_the_file(room: Path, tmp_path: Path) -> None
     assert "error: --model: expected a folder of a pipeline" in refused(both)
 
 
-def test_resumed_is_uninterrupted(room: Path, options: list[str], trained: Path, tmp_path: Path) -> None:
-    there = ["--output_dir", tmp_path, "--resume-from-checkpoint"]
-    assert run("finetune", "draft", *others(room, max_train_steps=1), *there, "latest").exit_code == 0
-    error = refused(run("finetune", "draft", *options, *there[:2]))
+def test_an_interrupted_training_resumes_as_if_it_had_not_been(room, options, trained, tmp_path, monkeypatch):
+    step, count = torch.optim.AdamW.step, iter(range(100))
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        if next(count) == 1:
+            raise KeyboardInterrupt
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    there = ["--checkpointing_steps", "0", "--output_dir", tmp_path]
+    latest = [*there, "--resume-from-checkpoint", "latest"]
+    result = run("finetune", "draft", *options, *latest)
+    assert (result.exit_code, result.stdout) == (130, "")
+    saved = tmp_path / "checkpoint-1"
+    assert f"error: interrupted; --resume-from-checkpoint latest resumes from {saved}" in result.stderr
+    assert weights_of(tmp_path).keys() == weights_of(saved).keys()
+    error = refused(run("finetune", "draft", *options, *there))
     assert re.search(r"error: --(output-dir|resume-from-checkpoint): .*checkpoint-1", error), error
-    error = refused(run("finetune", "draft", *others(room, rank=3), *there, "latest", "--kl_coeff", "0.5"))
+    error = refused(run("finetune", "draft", *others(room, rank=3), *latest, "--kl_coeff", "0.5"))
     assert error.startswith("error: --resume-from-checkpoint: ")
     assert all(text in error for text in ("rank: 2 there, 3 now", "kl_coeff: 0.01 there, 0.5 now"))
-    error = refused(run("finetune", "refl", *options, *there, "checkpoint-1"))
+    error = refused(run("finetune", "refl", *options, *latest))
     assert "algorithm: 'draft' there, 'refl' now" in error
-    result = run("finetune", "draft", *options, *there, "latest")
+    result = run("finetune", "draft", *options, *latest)
     assert result.exit_code == 0, result.output
     assert [line["step"] for line in lines((tmp_path / "history.jsonl").read_text())] == [1, 2]
     assert_equal_weights(trained, tmp_path)
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    words = [*start, "aigiqa_reward", "finetune", *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900, env=ENVIRONMENT, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_two_processes_train_as_one(room: Path, trained: Path, tmp_path: Path) -> None:
-    more = ["--candidates", "2", "--seed", "3", "--output_dir"]
-    torchrun("dpo", *others(room, train_batch_size=1), *more, tmp_path / "two")
-    assert run("finetune", "dpo", *others(room), *more, tmp_path / "one").exit_code == 0
-    one, other = (read_preference_pairs(tmp_path / name / "pairs") for name in ("one", "two"))
-    assert [file.name for file in one.better] == [file.name for file in other.better]
-    torch.testing.assert_close(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"), rtol=1e-3, atol=1e-5)
-    done = torchrun("draft", *others(room, train_batch_size=1), "--output-dir", tmp_path)
-    assert done.stdout == f"{tmp_path}\n"
+def test_two_processes_train_as_one(room, trained, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    words += ["aigiqa_reward", "finetune", "draft", *others(room, train_batch_size=1), "--output-dir", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}\n"), done.stderr[-3000:]
     assert done.stderr.count("no --validation-prompts") == 1
     torch.testing.assert_close(weights_of(tmp_path), weights_of(trained), rtol=1e-4, atol=1e-5)
-    numbers = [lines((folder / "history.jsonl").read_text()) for folder in (trained, tmp_path)]
-    for mine, other in zip(*numbers, strict=True):  # whose scale Adam would hide
-        names = ("loss", "grad_norm")
-        assert [mine[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_an_interrupted_process_leaves_a_checkpoint(room: Path, tmp_path: Path) -> None:
-    more = ["--checkpointing_steps", "0", "--output_dir", str(tmp_path)]
-    arguments = command("finetune", "draft", *others(room, max_train_steps=5000), *more)
-    status, stdout, stderr = interrupt(arguments, rb"[1-9]\d*/5000")
-    assert (status, stdout) == (130, ""), stderr
-    assert "Traceback" not in stderr
-    (checkpoint,) = tmp_path.glob("checkpoint-*")
-    step = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert f"error: interrupted; --resume-from-checkpoint latest resumes from {checkpoint}" in stderr
-    assert weights_of(tmp_path).keys() == weights_of(checkpoint).keys()
-    more += ["--resume_from_checkpoint", "latest"]
-    result = run("finetune", "draft", *others(room, max_train_steps=step + 1), *more)
-    assert result.exit_code == 0, result.output
-    assert [line["step"] for line in lines((tmp_path / "history.jsonl").read_text())] == [*range(1, step + 2)]
+    one, two = (lines((folder / "history.jsonl").read_text()) for folder in (trained, tmp_path))
+    for name in ("loss", "grad_norm"):  # whose scale Adam would hide
+        assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +263,6 @@ def test_an_interrupted_process_leaves_a_checkpoint(room: Path, tmp_path: Path) 
         ("draft --validation_prompts none.txt", "--validation-prompts: cannot read none.txt"),
         ("draft --holdout_reward tsp_mgs", "--holdout-reward: .*--validation-prompts, which is missing"),
         ("draft --reward_ceiling high", "'--reward-ceiling': expected a number, or auto or none, got 'high'"),
-        ("draft --truncation_steps foo", "'--truncation-steps': expected a number, or all or random, got"),
         ("draft --truncation_steps 0", "--truncation-steps: "),
         ("draft --low_variance 2 --truncation_steps 3", "--low-variance: .*needs truncation_steps=1,"),
         ("refl --earliest 1", "--earliest: expected a number in .*, a share"),
@@ -292,43 +270,22 @@ def test_an_interrupted_process_leaves_a_checkpoint(room: Path, tmp_path: Path) 
         ("ddpo --images_per_prompt 3", "--train-batch-size: "),
         ("grpo", "--model: .*StableDiffusionPipeline.*`aigiqa-reward finetune ddpo`"),
         ("draft --target_modules to_x", "--target-modules: .* named 'to_x'; "),
-        ("draft --lr_scheduler sine", "'--lr-scheduler'"),
         ("draft --mixed_precision fp16", "--mixed-precision: fp16 is not for the CPU"),
         ("draft --report_to board", "--report-to: expected one of .*tensorboard.*, got 'board'"),
         ("draft --pretrained_model_name_or_path x", "--model: given twice"),
         ("draft --resume-from-checkpoint nine", "'nine'"),
         ("draft --set height=64", "--set: height is given by --height already"),
-        ("draft --set prompt=x", "--set: prompt is not a further argument of the pipeline"),
         ("draft --set foo=1", "foo: "),
     ],
 )
-def test_usage_errors(options: list[str], tmp_path: Path, arguments: str, message: str) -> None:
+def test_usage_errors(options, tmp_path, arguments, message):
     algorithm, *more = arguments.split()
     error = refused(run("finetune", algorithm, *options, "--output_dir", "out", *more, cwd=tmp_path))
     assert re.search(message, error), error
     assert not list(tmp_path.glob(f"**/{WEIGHTS}"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("", "--prompt, --prompts: expected one of them, got none"),
-        ("--prompt x --reward nowhere/x/y", "--reward: expected a folder"),
-        ("--prompt x --model broken", "--model: cannot load"),
-        ("--prompt x --output-dir blank.txt", "--output-dir: expected a folder, got the file blank.txt"),
-        ("--prompt x --learning-rate 0", "--learning-rate: expected a number above 0"),
-    ],
-)
-def test_wrong_names(room: Path, tmp_path: Path, arguments: str, message: str) -> None:
-    (tmp_path / "blank.txt").write_text("\n \n")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    model = [] if "--model" in arguments else ["--model", room / "sd"]
-    error = refused(run("finetune", "draft", *model, "--device", "cpu", *arguments.split(), cwd=tmp_path))
-    assert re.search(message, error), error
-
-
-def test_trackers_that_are_not_installed(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_that_are_not_installed(options, tmp_path, monkeypatch):
     from accelerate import tracking
 
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
@@ -340,7 +297,7 @@ def test_trackers_that_are_not_installed(options: list[str], tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_options_are_the_fields_of_the_dataclasses(name: str) -> None:
+def test_options_are_the_fields_of_the_dataclasses(name):
     """Of the algorithm and of FinetuneConfig, with their defaults and help; none of other algorithms."""
     found = options_of("finetune", name)
     other = {each.name for kind in ALGORITHMS.values() for each in fields(kind)}

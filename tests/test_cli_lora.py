@@ -72,9 +72,7 @@ EACH = [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) f
 
 
 @pytest.mark.parametrize("family", EACH)
-def test_a_whole_lora_is_loaded_without_a_message(
-    written: Files, family: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_whole_lora_is_loaded_without_a_message(written, family, capsys):
     pipe, file = FAMILIES[family]().to(torch.bfloat16), written(family)
     capsys.readouterr()
     add_loras(pipe, [str(file)])
@@ -82,7 +80,7 @@ def test_a_whole_lora_is_loaded_without_a_message(
     assert len(layers_of(pipe)) == len(load_file(file))
 
 
-def test_the_names_of_kohya_fit(written: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_names_of_kohya_fit(written, tmp_path, capsys):
     tensors = {key: tensor for key, tensor in load_file(written("sd")).items() if key.startswith("unet.")}
     other = {}
     for key, tensor in tensors.items():
@@ -106,9 +104,7 @@ def test_the_names_of_kohya_fit(written: Files, tmp_path: Path, capsys: pytest.C
         pytest.param("sd3", "transformer.", "prior.", marks=pytest.mark.slow),
     ],
 )
-def test_what_does_not_fit_is_counted_and_named(
-    written: Files, family: str, old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_fit_is_counted_and_named(written, family, old, new, tmp_path, capsys):
     file = written(family)
     names = sorted(load_file(file))  # both halves of a layer are neighbors
     having = [name for name in names if old in name]
@@ -134,9 +130,7 @@ def test_what_does_not_fit_is_counted_and_named(
 
 
 @pytest.mark.parametrize("family", EACH)
-def test_nothing_that_fits_is_an_error(
-    written: Files, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_that_fits_is_an_error(written, family, tmp_path, capsys):
     for rename in (lambda k: LAYERS.sub("other", k), lambda k: f"prior.{k}"):
         file, _ = changed(written(family), tmp_path / "x.safetensors", rename)
         pipe = FAMILIES[family]()
@@ -155,13 +149,13 @@ def test_nothing_that_fits_is_an_error(
         (lambda k, t: (HALF.sub("lora_C", k, 1), t), r"one half of \d+ layers.*lora_A"),
     ],
 )
-def test_what_changes_nothing_is_an_error(written: Files, tmp_path: Path, change: Any, message: str) -> None:
+def test_what_changes_nothing_is_an_error(written, tmp_path, change, message):
     save_file(dict(change(*each) for each in load_file(written("flux")).items()), tmp_path / "x.safetensors")
     with pytest.raises(CommandError, match=message):
         add_loras(FAMILIES["flux"](), [str(tmp_path / "x.safetensors")])
 
 
-def test_a_pickle_under_the_right_name_is_never_opened(tmp_path: Path) -> None:
+def test_a_pickle_under_the_right_name_is_never_opened(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "mark")))
     with pytest.raises(CommandError, match=r"x\.safetensors is not a whole \.safetensors file"):
         add_loras(FAMILIES["flux"](), [str(tmp_path / "x.safetensors")])
