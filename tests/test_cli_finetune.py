@@ -32,7 +32,6 @@ from finetune_commands import (
 from aigiqa_reward import create_reward, load_embedded_pipeline
 from aigiqa_reward.finetuning import ALGORITHMS, DRaFT, FinetuneConfig
 from aigiqa_reward.finetuning import finetune as finetune_in_python
-from aigiqa_reward.finetuning.pairs import read_preference_pairs
 from aigiqa_reward.utils.run_folder import reward_identity
 
 
@@ -236,8 +235,6 @@ def test_an_interrupted_training_resumes_as_if_it_had_not_been(room, options, tr
     assert result.exit_code == 0, result.output
     assert [line["step"] for line in lines((tmp_path / "history.jsonl").read_text())] == [1, 2]
     assert_equal_weights(trained, tmp_path)
-
-
 
 
 @pytest.mark.slow

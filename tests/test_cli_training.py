@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import ENVIRONMENT, command, lines, only_error, run
+from commands import ENVIRONMENT, lines, only_error, run
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
@@ -125,14 +126,12 @@ def test_a_finished_training_is_not_repeated_nor_mixed_with_another(trained):
     assert contents(folder) == after
 
 
-
-
 @pytest.mark.slow
 def test_an_interrupted_process_resumes_to_the_same_end(data, tiny, tmp_path):
     options = ["train", *tiny, "--data", f"agiqa3k:{data}", "--epochs", "12", "--batch-size", "6", "--output-dir"]
     whole = run(*options, tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
-    interruptible = "import signal, aigiqa_reward.__main__ as m; signal.signal(2, signal.default_int_handler); m.main()"
+    interruptible = "import signal; signal.signal(2, signal.default_int_handler); import aigiqa_reward.__main__"
     arguments = [sys.executable, "-c", interruptible, *options, str(tmp_path / "parts")]
     with subprocess.Popen(arguments, stdout=-1, stderr=-1, text=True, env=ENVIRONMENT) as process:
         while process.poll() is None and not (tmp_path / "parts" / "checkpoint").is_dir():
