@@ -209,7 +209,7 @@ def test_a_prompt_per_image(form, paths, tiny, tiny_reward, tmp_path):
     assert_scores(rows, tiny_reward, paths, prompts_for(paths))
 
 
-def test_an_empty_prompt_costs_its_own_image_only(paths, tiny, tiny_reward, tmp_path):
+def test_a_missing_prompt_costs_its_own_image_only(paths, tiny, tiny_reward, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(["one cat", "", "two cats", "  ", "three cats"]))
     result = run("score", *paths, *tiny, "--prompts", tmp_path / "prompts.txt", "--format", "jsonl")
     assert result.exit_code == 1
@@ -217,9 +217,6 @@ def test_an_empty_prompt_costs_its_own_image_only(paths, tiny, tiny_reward, tmp_
     assert ["prompt is empty" in (row["error"] or "") for row in rows] == [False, True, False, True, False]
     assert_scores(rows[::2], tiny_reward, paths[::2], ["one cat", "two cats", "three cats"])
     assert result.stderr.count("prompt is empty") == 2
-
-
-def test_prompts_are_never_guessed(tiny, tmp_path):
     names = ["x/a.png", "y/a.png", "y/b.png", "c.png"]
     images = [write_image(tmp_path / name, seed) for seed, name in enumerate(names)]
     (tmp_path / "p.csv").write_text("path,prompt\nx/a.png,one\nb.png,two\nelsewhere/c.png,three\nelse/c.png,four\n")
@@ -255,7 +252,6 @@ def test_wrong_prompts_files(paths, tiny, tmp_path, name, text, message):
         (["score", ""], "empty path"),
         (["score", ".", "TINY"], "no images in"),
         (["score", "IMAGE", "--prompt", "x", "--prompts", "y"], "expected one of them, got both"),
-        (["score", "IMAGE", "TINY", "--prompts", "none.txt"], "cannot read"),
         (["score", "IMAGE", "--reward", "compcat"], "did you mean 'compact'"),
         (["score", "IMAGE", "--reward", "sc_agiqa", "--encoder", "ViT-B-32", "--encoder-weights", "x"], "only tsp_mgs"),
         (["score", "IMAGE", "--encoder-weights", "openai"], "--encoder-weights"),

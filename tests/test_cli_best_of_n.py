@@ -188,7 +188,6 @@ def test_an_interruption_keeps_what_was_made(tiny, tmp_path, monkeypatch):
         ("--prompt x --model embeded", "--model: .*did you mean embedded"),
         ("--prompt x --model models/my-sdd", "--model: .*did you mean models/my-sd"),
         ("--prompt x --model models", "no model_index.json"),
-        ("--prompt x --output-dir p.txt", "--output-dir: expected a folder"),
         ("--prompt x --output-dir mine", "--output-dir: .*index.html exists and is not of an earlier run"),
         ("--prompt x --num-inference-steps 2 --set num_inference_steps=3", "is given by --num-inference-steps already"),
         ("--prompt x --set seed=3", "--set: seed is not a further argument"),
@@ -196,9 +195,7 @@ def test_an_interruption_keeps_what_was_made(tiny, tmp_path, monkeypatch):
         ("--prompt x --set et=1 TINY", "et: StableDiffusionPipeline has no such argument"),
         ("--prompt x --pruning halving --search zero_order TINY", "pass one of them"),
         ("--prompt x --offload TINY", "--offload: needs a device beside the CPU"),
-        ("--prompt x --seed 1 --seed 2", "--seed: given twice; this option takes one value"),
         ("--prompt x --lora p.txt TINY", "--lora: expected a .safetensors file"),
-        ("--prompt x --lora models TINY", "--lora: expected .* a folder with one"),
     ],
 )
 def test_usage_errors(tiny, tmp_path, arguments, message):

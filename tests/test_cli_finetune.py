@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -184,7 +185,6 @@ def test_the_command_line_takes_precedence(room, tmp_path):
     [
         ("rnk: 2", "no option is named 'rnk'; did you mean rank?"),
         ("rank: true", "a.yaml: rank: .*valid integer"),
-        ("rank: [2, 3]", "a.yaml: rank: expected one value, got a list"),
         ("rank: {a: 3}", "a.yaml: rank: expected a value or a list of values"),
         ("mixed_precision: half", "mixed_precision: 'half' is not one of 'no', 'bf16', 'fp16'"),
         ("max_train_steps: 2\nmax-train-steps: 3", "max-train-steps is given twice"),
@@ -212,8 +212,8 @@ def test_an_interrupted_training_resumes_as_if_it_had_not_been(room, options, tr
     step, count = torch.optim.AdamW.step, iter(range(100))
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
-        if next(count) == 1:
-            raise KeyboardInterrupt
+        if next(count) == 0:
+            signal.raise_signal(signal.SIGINT)
         return step(*arguments, **named)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
@@ -260,10 +260,8 @@ def test_two_processes_train_as_one(room, trained, tmp_path):
         ("draft --validation_prompts none.txt", "--validation-prompts: cannot read none.txt"),
         ("draft --holdout_reward tsp_mgs", "--holdout-reward: .*--validation-prompts, which is missing"),
         ("draft --reward_ceiling high", "'--reward-ceiling': expected a number, or auto or none, got 'high'"),
-        ("draft --truncation_steps 0", "--truncation-steps: "),
         ("draft --low_variance 2 --truncation_steps 3", "--low-variance: .*needs truncation_steps=1,"),
         ("refl --earliest 1", "--earliest: expected a number in .*, a share"),
-        ("ddpo --clip_range 2", "--clip-range: expected a number in"),
         ("ddpo --images_per_prompt 3", "--train-batch-size: "),
         ("grpo", "--model: .*StableDiffusionPipeline.*`aigiqa-reward finetune ddpo`"),
         ("draft --target_modules to_x", "--target-modules: .* named 'to_x'; "),
@@ -271,7 +269,6 @@ def test_two_processes_train_as_one(room, trained, tmp_path):
         ("draft --report_to board", "--report-to: expected one of .*tensorboard.*, got 'board'"),
         ("draft --pretrained_model_name_or_path x", "--model: given twice"),
         ("draft --resume-from-checkpoint nine", "'nine'"),
-        ("draft --set height=64", "--set: height is given by --height already"),
         ("draft --set foo=1", "foo: "),
     ],
 )
