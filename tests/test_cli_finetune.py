@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from commands import ENVIRONMENT, lines, options_of, run
 from diffusers import DiffusionPipeline
@@ -209,14 +210,14 @@ def test_required_options_may_be_in_the_file(room, tmp_path):
 
 
 def test_an_interrupted_training_resumes_as_if_it_had_not_been(room, options, trained, tmp_path, monkeypatch):
-    step, count = torch.optim.AdamW.step, iter(range(100))
+    backward, count = Accelerator.backward, iter(range(100))
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
         if next(count) == 0:
             signal.raise_signal(signal.SIGINT)
-        return step(*arguments, **named)
+        return backward(*arguments, **named)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    monkeypatch.setattr(Accelerator, "backward", interrupted)
     there = ["--checkpointing_steps", "0", "--output_dir", tmp_path]
     latest = [*there, "--resume-from-checkpoint", "latest"]
     result = run("finetune", "draft", *options, *latest)
