@@ -83,7 +83,7 @@ def test_pruning_shows_its_curves_and_a_reward_its_maps(tmp_path):
     page = (tmp_path / "index.html").read_text()
     assert page.count('class="curve') >= 4
     assert page.count('alt="Map: ') == 12
-    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["pipe_kwargs"]["guidance_scale"] == 3.0
+    assert json.loads((tmp_path / "settings.json").read_text())["pipe_kwargs"]["guidance_scale"] == 3.0
 
 
 def test_zero_order_takes_prompts_from_a_file(tiny, tmp_path):
