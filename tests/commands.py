@@ -1,12 +1,11 @@
-"""Running the command line: in this process, or as a process of its own that can be interrupted."""
+"""Running the command line, in this process or in another."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from aigiqa_reward.cli import app
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def run(*arguments: object, cwd: Path = Path()) -> Result:
+    with contextlib.chdir(cwd):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -45,34 +45,5 @@ def only_error(result: Result) -> str:
     return result.stderr
 
 
-def command(*arguments: str | Path) -> list[str]:
+def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "aigiqa_reward", *map(str, arguments)]
-
-
-def interrupt(arguments: list[str], moved: bytes = rb"[1-9]\d*/\d+") -> tuple[int, str, str]:
-    """Start a command with a terminal on stderr and send SIGINT once its bar has moved: its status, stdout, stderr."""
-    import termios  # where there are pseudo-terminals
-
-    terminal, end = os.openpty()
-    termios.tcsetwinsize(end, (40, 200))  # without a size tqdm draws no bar
-    process = subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=end,
-        env=ENVIRONMENT | {"TERM": "xterm"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    os.close(end)
-    shown = b""
-    while not re.search(moved, shown):
-        shown += os.read(terminal, 4096)
-    process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=120)
-    os.set_blocking(terminal, False)
-    try:
-        while part := os.read(terminal, 4096):
-            shown += part
-    except OSError:  # read to its end
-        pass
-    os.close(terminal)
-    return process.returncode, stdout.decode(), shown.decode(errors="replace")

@@ -33,7 +33,6 @@ def furnish(folder: Path) -> Path:
 
 
 def training(**others: object) -> list[str]:
-    """Options of a short training."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in (TRAINING | others).items()]
 
 
@@ -43,7 +42,6 @@ def sampled(room: Path, model: str = "sd") -> list[str]:
 
 
 def from_prompts(room: Path, model: str = "sd") -> list[str]:
-    """Options that name which pipeline samples which prompts for which reward."""
     return [*sampled(room, model), "--prompts", str(room / "prompts.txt")]
 
 
@@ -59,7 +57,6 @@ def assert_equal_weights(one: Path, other: Path) -> None:
 
 def refused(result: Result, status: int = 2) -> str:
     """The error of a command that did nothing; notes and warnings may come before it."""
-    assert result.exit_code == status, result.output
-    assert result.stdout == ""
+    assert (result.exit_code, result.stdout) == (status, ""), result.output
     assert re.fullmatch(r"((note|warning): [^\n]+\n)*error: [^\n]+\n", result.stderr), result.stderr
     return result.stderr.splitlines()[-1]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.models.blocks import CrossAttention
-from aigiqa_reward.types import PromptFeatures
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -79,13 +77,3 @@ def tiny_clip(folder: Path, seed: int = 0) -> OpenCLIPEncoder:
     """A frozen CLIP of 32 px, in float64."""
     encoder = OpenCLIPEncoder(OpenCLIPConfig(architecture=f"local-dir:{write_tiny_clip(folder, seed)}"))
     return encoder.requires_grad_(False).eval().double()
-
-
-def with_rubbish(prompts: PromptFeatures, pairs: Mapping[str, str]) -> PromptFeatures:
-    """The same prompts with large numbers in every place that a mask hides: feature name to its mask's name."""
-    tensors: dict[str, Any] = dict(prompts.tensors)
-    for name, mask in pairs.items():
-        hidden = ~tensors[mask]
-        assert hidden.any(), "nothing is hidden, so nothing is tested"
-        tensors[name] = torch.where(hidden[..., None], tensors[name] + 50, tensors[name])
-    return PromptFeatures(texts=prompts.texts, index=prompts.index, tensors=tensors, model=prompts.model)

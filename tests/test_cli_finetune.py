@@ -1,10 +1,10 @@
-"""`aigiqa-reward finetune`: what it leaves behind, what it takes from a YAML file, what it refuses and survives."""
+"""`aigiqa-reward finetune`: what it writes, what it takes from a YAML file, what it refuses."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from commands import ENVIRONMENT, command, interrupt, lines, options_of, run
+from commands import ENVIRONMENT, lines, options_of, run
 from diffusers import DiffusionPipeline
 from finetune_commands import (
     CALL,
@@ -33,7 +34,6 @@ from finetune_commands import (
 from aigiqa_reward import create_reward, load_embedded_pipeline
 from aigiqa_reward.finetuning import ALGORITHMS, DRaFT, FinetuneConfig
 from aigiqa_reward.finetuning import finetune as finetune_in_python
-from aigiqa_reward.finetuning.pairs import read_preference_pairs
 from aigiqa_reward.utils.run_folder import reward_identity
 
 
@@ -63,59 +63,45 @@ def trained(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-# --------------------------------------------------------------------------------------------- what it leaves behind
-
-
 @pytest.mark.parametrize(
     ("algorithm", "model", "more"),
     [
-        pytest.param("draft", "sd", ["--truncation_steps", "all"], marks=pytest.mark.slow),
-        pytest.param("draft", "sd", ["--truncation-steps", "7", "--reward-ceiling", "none"], marks=pytest.mark.slow),
-        pytest.param("draft", "sd", ["--low_variance", "2", "--gradient_checkpointing"], marks=pytest.mark.slow),
-        (
-            "refl",
-            "sd",
-            ["--earliest", "0.5", "--reward_ceiling", "0.9", "--ema_decay", "0.5", "--max_grad_norm", "inf"],
-        ),
-        ("dpo", "sd", ["--refresh_every", "1", "--candidates", "2", "--loss", "hinge"]),
-        ("ddpo", "sd", ["--images_per_prompt", "2"]),
-        ("grpo", "flux", ["--images-per-prompt", "2", "--clip-range", "0.001"]),
+        pytest.param("draft", "sd", "--truncation-steps 7 --reward-ceiling none", marks=pytest.mark.slow),
+        pytest.param("draft", "sd", "--low_variance 2 --gradient_checkpointing", marks=pytest.mark.slow),
+        ("refl", "sd", "--earliest 0.5 --reward_ceiling 0.9 --ema_decay 0.5 --max_grad_norm inf"),
+        ("dpo", "sd", "--refresh_every 1 --candidates 2 --loss hinge"),
+        pytest.param("ddpo", "sd", "--images_per_prompt 2", marks=pytest.mark.slow),
+        ("grpo", "flux", "--images-per-prompt 2 --clip-range 0.001"),
     ],
 )
-def test_every_algorithm_leaves_weights_that_load(
-    room: Path, tmp_path: Path, algorithm: str, model: str, more: list[str]
-) -> None:
-    folder = tmp_path / "lora"
-    result = run("finetune", algorithm, *from_prompts(room, model), *training(), *more, "--output_dir", folder)
+def test_every_algorithm_leaves_weights_that_load(room, tmp_path, algorithm, model, more):
+    arguments = [*from_prompts(room, model), *training(), *more.split(), "--output_dir", tmp_path]
+    result = run("finetune", algorithm, *arguments)
     assert result.exit_code == 0, result.output
-    assert [line["step"] for line in lines((folder / "history.jsonl").read_text())] == [1, 2]
-    down = [weight for name, weight in weights_of(folder).items() if "lora_A" in name]
-    assert {weight.shape[0] for weight in down} == {2}, "--rank 2"
-    settings = json.loads((folder / "checkpoint-2" / "state.json").read_text())["settings"]
+    assert [line["step"] for line in lines((tmp_path / "history.jsonl").read_text())] == [1, 2]
+    assert {weight.shape[0] for name, weight in weights_of(tmp_path).items() if "lora_A" in name} == {2}, "--rank 2"
+    settings = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())["settings"]
     assert settings["algorithm"] == algorithm
     pipe = DiffusionPipeline.from_pretrained(room / model)
     pipe.set_progress_bar_config(disable=True)
-    images = []
-    for load in (lambda: None, lambda: pipe.load_lora_weights(str(folder))):
-        load()
-        drawn = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="np", **CALL).images
-        images.append(torch.from_numpy(drawn))
-    assert (images[1] - images[0]).abs().max() > 1e-4
+    before = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="np", **CALL).images
+    pipe.load_lora_weights(str(tmp_path))
+    after = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="np", **CALL).images
+    assert abs(after - before).max() > 1e-4
 
 
-def test_it_is_finetune_of_the_library(room: Path, trained: Path, tmp_path: Path) -> None:
-    config = FinetuneConfig(**TRAINING, sampling=CALL)
-    judge = create_reward("tsp_mgs", weights=room / "judge")
+def test_it_is_finetune_of_the_library(room, trained, tmp_path):
+    config, judge = FinetuneConfig(**TRAINING, sampling=CALL), create_reward("tsp_mgs", weights=room / "judge")
     pipe = DiffusionPipeline.from_pretrained(room / "sd")
     finetune_in_python(pipe, judge, PROMPTS, DRaFT(), tmp_path, config, progress=False)
     assert_equal_weights(trained, tmp_path)
 
 
-def test_the_embedded_generator_and_several_rewards(tmp_path: Path) -> None:
+def test_the_embedded_generator_and_several_rewards(tmp_path):
     (tmp_path / "p.txt").write_text("a red apple\n\n \na blue car\n")
     options = ["--pretrained-model-name-or-path", "embedded", "--prompts", tmp_path / "p.txt", "--device", "cpu"]
-    options += ["--reward", "compact:3", "--reward", "mst_clipiqa", "--num-inference-steps", "1", *training()]
-    result = run("finetune", "draft", *options, "--guidance-scale", "1", "--output-dir", tmp_path / "lora")
+    options += ["--reward", "compact:3", "--reward", "mst_clipiqa", "--num-inference-steps", "1", "--guidance-scale", 1]
+    result = run("finetune", "draft", *options, *training(max_train_steps=1), "--output-dir", tmp_path / "lora")
     assert result.exit_code == 0, result.output
     assert f"note: 2 blank lines of {tmp_path / 'p.txt'} left out" in result.stderr
     pipe = load_embedded_pipeline()
@@ -123,96 +109,72 @@ def test_the_embedded_generator_and_several_rewards(tmp_path: Path) -> None:
     assert pipe.unet.peft_config
 
 
-def test_validation_is_reported_before_and_after(room: Path, options: list[str], tmp_path: Path) -> None:
+def test_validation_is_reported_before_and_after(room, options, tmp_path):
     more = ["--validation_prompts", room / "validation.txt", "--validation_steps", "1", "--validation_seeds", "1"]
     more += ["--holdout-reward", "mst_clipiqa", *(["--report-to", "tensorboard"] if find_spec("tensorboard") else [])]
-    result = run("finetune", "draft", *options, *more, "--output_dir", tmp_path / "x")
+    result = run("finetune", "draft", *options, *more, "--output_dir", tmp_path)
     assert result.exit_code == 0, result.output
-    history = lines((tmp_path / "x" / "history.jsonl").read_text())
+    history = lines((tmp_path / "history.jsonl").read_text())
     seen = {line["step"]: line["validation"] for line in history if "validation" in line}
     assert sorted(seen) == [0, 1, 2]
     kept = max(seen, key=lambda step: seen[step]["holdout"])
     assert f"kept: the weights after step {kept};" in result.stderr
     for name in ("reward", "holdout"):
-        told = f"validation {name}: {seen[0][name]:.4f} before, {seen[kept][name]:.4f} with the kept weights"
-        assert told in result.stderr
+        reported = f"validation {name}: {seen[0][name]:.4f} before, {seen[kept][name]:.4f} with the kept weights"
+        assert reported in result.stderr
     assert "diversity" not in result.stderr, "one image per prompt has none"
-    state = json.loads((tmp_path / "x" / "checkpoint-2" / "state.json").read_text())
+    state = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())
     assert state["settings"]["holdout_reward"] == reward_identity(create_reward("mst_clipiqa"))
     if find_spec("tensorboard"):
-        assert_logged(tmp_path / "x", history)
+        assert_logged(tmp_path, history)
 
 
 def assert_logged(folder: Path, history: list[dict[str, Any]]) -> None:
-    """TensorBoard's files hold the numbers of the history and the pictures of the validations."""
-    import numpy as np
-    from PIL import Image
+    """TensorBoard's files hold the numbers of the history and a picture per validation."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: dict[str, dict[int, float]] = {}
-    pictures: dict[int, np.ndarray] = {}
+    pictures = set()
     for file in (folder / "logs").rglob("events.out.tfevents.*"):
-        events = EventAccumulator(str(file))
-        events.Reload()
+        events = EventAccumulator(str(file)).Reload()
         for tag in events.Tags()["scalars"]:
             found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-        for event in (event for tag in events.Tags()["images"] for event in events.Images(tag)):
-            pictures[event.step] = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
+        pictures |= {event.step for tag in events.Tags()["images"] for event in events.Images(tag)}
     for name in ("reward", "loss", "kl", "learning_rate", "grad_norm"):
         assert found[name] == pytest.approx({line["step"]: line[name] for line in history if name in line}, rel=1e-5)
     seen = {line["step"]: line["validation"] for line in history if "validation" in line}
     for name in ("reward", "holdout"):
         expected = {step: numbers[name] for step, numbers in seen.items()}
         assert found[f"validation/{name}"] == pytest.approx(expected, rel=1e-5)
-    assert sorted(pictures) == sorted(seen)
-    for step, picture in pictures.items():
-        tiles = np.asarray(Image.open(folder / "validation" / "tiles" / f"step-{step:06d}.png"))
-        assert np.array_equal(picture, tiles)
+    assert pictures == seen.keys()
 
 
-def test_a_loss_that_is_no_number_ends_with_status_1(room: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_ends_with_status_1(room, tmp_path):
     more = ["--max_grad_norm", "1e30", "--kl_coeff", "1e30", "--output_dir", tmp_path]
     error = refused(run("finetune", "draft", *others(room, learning_rate=1e9), *more), status=1)
     assert re.search(r"error: step 2: the loss became NaN .* are (kept|saved) in ", error), error
     assert all(weight.isfinite().all() for weight in weights_of(tmp_path).values())
 
 
-# --------------------------------------------------------------------------------------------- from a YAML file
-
-
-def test_a_yaml_file_gives_options(room: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_yaml_file_gives_options(room, trained, tmp_path):
     (tmp_path / "a.yaml").write_text(
-        f"""# as the options of `trained`
-pretrained_model_name_or_path: {room / "sd"}
-prompts: {room / "prompts.txt"}
-reward: "{room / "judge"}"
-device: cpu
-num_inference_steps: 2
-guidance-scale: 1.0
-set: [height=32, width=32]
-train_batch_size: 2
-max_train_steps: 2
-learning_rate: 1e-2
-rank: 2
-lora_alpha: ~
-mixed_precision: no
-output_dir: {tmp_path / "lora"}
-"""
+        f"# as the options of `trained`\npretrained_model_name_or_path: {room / 'sd'}\n"
+        f'prompts: {room / "prompts.txt"}\nreward: "{room / "judge"}"\ndevice: cpu\nnum_inference_steps: 2\n'
+        "guidance-scale: 1.0\nset: [height=32, width=32]\ntrain_batch_size: 2\nmax_train_steps: 2\n"
+        f"learning_rate: 1e-2\nrank: 2\nlora_alpha: ~\nmixed_precision: no\noutput_dir: {tmp_path / 'lora'}\n"
     )
     result = run("finetune", "draft", "--config", tmp_path / "a.yaml")
-    assert result.exit_code == 0, result.output
-    assert result.stdout == f"{tmp_path / 'lora'}\n"
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'lora'}\n"), result.output
     assert_equal_weights(trained, tmp_path / "lora")
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="the error needs it to be missing")
-def test_the_command_line_takes_precedence(options: list[str], tmp_path: Path) -> None:
+def test_the_command_line_takes_precedence(room, tmp_path):
     (tmp_path / "a.yaml").write_text("rank: 8\ntarget_modules: [to_q, to_v]\nuse_8bit_adam: yes\n")
-    config = ["--config", tmp_path / "a.yaml"]
-    error = refused(run("finetune", "draft", *config, *options, "--output_dir", tmp_path / "x"))
-    assert error.startswith("error: --use-8bit-adam: needs bitsandbytes")
-    more = ["--no-use-8bit-adam", "--target-modules", "to_k", "--output-dir", tmp_path / "lora"]
-    result = run("finetune", "draft", *config, *options, *more)
+    arguments = ["--config", tmp_path / "a.yaml", *others(room, max_train_steps=1), "--output_dir", tmp_path / "lora"]
+    if find_spec("bitsandbytes") is None:
+        error = refused(run("finetune", "draft", *arguments))
+        assert error.startswith("error: --use-8bit-adam: needs bitsandbytes")
+    result = run("finetune", "draft", *arguments, "--no-use-8bit-adam", "--target-modules", "to_k")
     assert result.exit_code == 0, result.output
     found = weights_of(tmp_path / "lora")
     assert {weight.shape[0] for name, weight in found.items() if "lora_A" in name} == {2}
@@ -223,27 +185,23 @@ def test_the_command_line_takes_precedence(options: list[str], tmp_path: Path) -
     ("text", "message"),
     [
         ("rnk: 2", "no option is named 'rnk'; did you mean rank?"),
-        ("config: b.yaml", "no option is named 'config'; see --help"),
-        ("rank: two", "a.yaml: rank: .*valid integer"),
         ("rank: true", "a.yaml: rank: .*valid integer"),
-        ("rank: [2, 3]", "a.yaml: rank: expected one value, got a list"),
         ("rank: {a: 3}", "a.yaml: rank: expected a value or a list of values"),
         ("mixed_precision: half", "mixed_precision: 'half' is not one of 'no', 'bf16', 'fp16'"),
         ("max_train_steps: 2\nmax-train-steps: 3", "max-train-steps is given twice"),
-        ("- rank", "expected lines 'option: value', got list"),
         ("# nothing", "expected lines 'option: value', got NoneType"),
         ("rank: [2", "a.yaml is not YAML: .*line 1"),
         ("!!python/object/apply:os.getcwd []", "expected lines 'option: value', got list"),
     ],
 )
-def test_a_yaml_file_that_cannot_be_used(options: list[str], tmp_path: Path, text: str, message: str) -> None:
+def test_a_yaml_file_that_cannot_be_used(options, tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text + "\n")
     error = refused(run("finetune", "draft", "--config", tmp_path / "a.yaml", *options, "--output_dir", tmp_path / "x"))
     assert error.startswith(f"error: --config: {tmp_path / 'a.yaml'}")
     assert re.search(message, error), error
 
 
-def test_required_options_may_be_in_the_file(room: Path, tmp_path: Path) -> None:
+def test_required_options_may_be_in_the_file(room, tmp_path):
     (tmp_path / "a.yaml").write_text(f"prompts: {room / 'prompts.txt'}\n")
     assert "--model" in refused(run("finetune", "draft", "--config", tmp_path / "a.yaml"))
     (tmp_path / "a.yaml").write_text(f"model: {room / 'nowhere'}\n")
@@ -251,153 +209,78 @@ def test_required_options_may_be_in_the_file(room: Path, tmp_path: Path) -> None
     assert "error: --model: expected a folder of a pipeline" in refused(both)
 
 
-# --------------------------------------------------------------------------------------------- resuming
+def test_an_interrupted_training_resumes_as_if_it_had_not_been(room, options, trained, tmp_path, monkeypatch):
+    backward, count = Accelerator.backward, iter(range(100))
 
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        if next(count) == 0:
+            signal.raise_signal(signal.SIGINT)
+        return backward(*arguments, **named)
 
-def test_resumed_is_uninterrupted(room: Path, options: list[str], trained: Path, tmp_path: Path) -> None:
-    there = ["--output_dir", tmp_path, "--resume-from-checkpoint"]
-    assert run("finetune", "draft", *others(room, max_train_steps=1), *there, "latest").exit_code == 0
-    error = refused(run("finetune", "draft", *options, *there[:2]))
+    monkeypatch.setattr(Accelerator, "backward", interrupted)
+    there = ["--checkpointing_steps", "0", "--output_dir", tmp_path]
+    latest = [*there, "--resume-from-checkpoint", "latest"]
+    result = run("finetune", "draft", *options, *latest)
+    assert (result.exit_code, result.stdout) == (130, "")
+    saved = tmp_path / "checkpoint-1"
+    assert f"error: interrupted; --resume-from-checkpoint latest resumes from {saved}" in result.stderr
+    assert weights_of(tmp_path).keys() == weights_of(saved).keys()
+    error = refused(run("finetune", "draft", *options, *there))
     assert re.search(r"error: --(output-dir|resume-from-checkpoint): .*checkpoint-1", error), error
-    error = refused(run("finetune", "draft", *others(room, rank=3), *there, "latest", "--kl_coeff", "0.5"))
+    error = refused(run("finetune", "draft", *others(room, rank=3), *latest, "--kl_coeff", "0.5"))
     assert error.startswith("error: --resume-from-checkpoint: ")
     assert all(text in error for text in ("rank: 2 there, 3 now", "kl_coeff: 0.01 there, 0.5 now"))
-    error = refused(run("finetune", "refl", *options, *there, "checkpoint-1"))
+    error = refused(run("finetune", "refl", *options, *latest))
     assert "algorithm: 'draft' there, 'refl' now" in error
-    assert "'nine'" in refused(run("finetune", "draft", *options, *there, "nine"))
-    result = run("finetune", "draft", *options, *there, "latest")
+    result = run("finetune", "draft", *options, *latest)
     assert result.exit_code == 0, result.output
     assert [line["step"] for line in lines((tmp_path / "history.jsonl").read_text())] == [1, 2]
     assert_equal_weights(trained, tmp_path)
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    words = [*start, "aigiqa_reward", "finetune", *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900, env=ENVIRONMENT, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_two_processes_make_pairs_and_train_as_one(room: Path, tmp_path: Path) -> None:
-    more = ["--candidates", "2", "--seed", "3", "--output_dir"]
-    done = torchrun("dpo", *others(room, train_batch_size=1), *more, tmp_path / "two")
-    assert done.stdout == f"{tmp_path / 'two'}\n"
-    assert run("finetune", "dpo", *others(room), *more, tmp_path / "one").exit_code == 0
-    one, other = (read_preference_pairs(tmp_path / name / "pairs") for name in ("one", "two"))
-    assert [file.name for file in one.better] == [file.name for file in other.better]
-    for name, tensor in weights_of(tmp_path / "one").items():
-        torch.testing.assert_close(weights_of(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_two_processes_train_as_one(room: Path, trained: Path, tmp_path: Path) -> None:
-    done = torchrun("draft", *others(room, train_batch_size=1), "--output-dir", tmp_path)
-    assert done.stdout == f"{tmp_path}\n"
+def test_two_processes_train_as_one(room, trained, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    words += ["aigiqa_reward", "finetune", "draft", *others(room, train_batch_size=1), "--output-dir", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}\n"), done.stderr[-3000:]
     assert done.stderr.count("no --validation-prompts") == 1
-    one, two = weights_of(trained), weights_of(tmp_path)
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)  # Adam enlarges what rounding does
-    told = [lines((folder / "history.jsonl").read_text()) for folder in (trained, tmp_path)]
-    for mine, other in zip(*told, strict=True):  # whose scale Adam would hide
-        names = ("loss", "grad_norm")
-        assert [mine[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_an_interrupted_process_leaves_a_checkpoint(room: Path, tmp_path: Path) -> None:
-    more = ["--checkpointing_steps", "0", "--output_dir", str(tmp_path)]
-    arguments = command("finetune", "draft", *others(room, max_train_steps=5000), *more)
-    status, stdout, stderr = interrupt(arguments, rb"[1-9]\d*/5000")
-    assert (status, stdout) == (130, ""), stderr
-    assert "Traceback" not in stderr
-    (checkpoint,) = tmp_path.glob("checkpoint-*")
-    step = int(checkpoint.name.removeprefix("checkpoint-"))
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", stderr)
-    assert f"error: interrupted; --resume-from-checkpoint latest resumes from {checkpoint}" in plain
-    assert weights_of(tmp_path).keys() == weights_of(checkpoint).keys()
-    more += ["--resume_from_checkpoint", "latest"]
-    result = run("finetune", "draft", *others(room, max_train_steps=step + 1), *more)
-    assert result.exit_code == 0, result.output
-    assert [line["step"] for line in lines((tmp_path / "history.jsonl").read_text())] == [*range(1, step + 2)]
-
-
-# --------------------------------------------------------------------------------------------- refusals
+    torch.testing.assert_close(weights_of(tmp_path), weights_of(trained), rtol=1e-4, atol=1e-5)
+    one, two = (lines((folder / "history.jsonl").read_text()) for folder in (trained, tmp_path))
+    for name in ("loss", "grad_norm"):  # whose scale Adam would hide
+        assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "more", "message"),
+    ("arguments", "message"),
     [
-        ("draft", ["--clip_range", "0.1"], "No such option: --clip[-_]range"),
-        ("dpo", ["--candidates", "2", "--pairs_per_prompt", "2"], "--pairs-per-prompt: expected at most .* = 1, got 2"),
-        ("dpo", ["--pairs", "x"], "--pairs: have their own prompts"),
-        ("draft", ["--validation_prompts", "none.txt"], "--validation-prompts: cannot read none.txt"),
-        ("draft", ["--holdout_reward", "tsp_mgs"], "--holdout-reward: .*--validation-prompts, which is missing"),
-        ("draft", ["--reward_ceiling", "high"], "'--reward-ceiling': expected a number, or auto or none, got 'high'"),
-        ("draft", ["--truncation_steps", "foo"], "'--truncation-steps': expected a number, or all or random, got"),
-        ("draft", ["--truncation_steps", "0"], "--truncation-steps: "),
-        ("draft", ["--low_variance", "2", "--truncation_steps", "3"], "--low-variance: .*needs truncation_steps=1,"),
-        ("refl", ["--earliest", "1"], "--earliest: expected a number in .*, a share"),
-        ("ddpo", ["--clip_range", "2"], "--clip-range: expected a number in"),
-        ("ddpo", ["--images_per_prompt", "3"], "--train-batch-size: "),
-        ("grpo", [], "--model: .*StableDiffusionPipeline.*`aigiqa-reward finetune ddpo`"),
-        ("draft", ["--target_modules", "to_x"], "--target-modules: .* named 'to_x'; "),
-        ("draft", ["--lr_scheduler", "sine"], "'--lr-scheduler'"),
-        ("draft", ["--mixed_precision", "fp16"], "--mixed-precision: fp16 is not for the CPU"),
-        ("draft", ["--report_to", "board"], "--report-to: expected one of .*tensorboard.*, got 'board'"),
-        ("draft", ["--model", "x"], "--model: given twice"),
-        ("draft", ["--pretrained_model_name_or_path", "x"], "--model: given twice"),
-        ("draft", ["--set", "height=64"], "--set: height is given by --height already"),
-        ("draft", ["--set", "prompt=x"], "--set: prompt is not a further argument of the pipeline"),
-        ("draft", ["--set", "foo=1"], "foo: "),
+        ("draft --clip_range 0.1", "No such option: --clip[-_]range"),
+        ("dpo --candidates 2 --pairs_per_prompt 2", "--pairs-per-prompt: expected at most .* = 1, got 2"),
+        ("dpo --pairs x", "--pairs: have their own prompts"),
+        ("draft --validation_prompts none.txt", "--validation-prompts: cannot read none.txt"),
+        ("draft --holdout_reward tsp_mgs", "--holdout-reward: .*--validation-prompts, which is missing"),
+        ("draft --reward_ceiling high", "'--reward-ceiling': expected a number, or auto or none, got 'high'"),
+        ("draft --low_variance 2 --truncation_steps 3", "--low-variance: .*needs truncation_steps=1,"),
+        ("refl --earliest 1", "--earliest: expected a number in .*, a share"),
+        ("ddpo --images_per_prompt 3", "--train-batch-size: "),
+        ("grpo", "--model: .*StableDiffusionPipeline.*`aigiqa-reward finetune ddpo`"),
+        ("draft --target_modules to_x", "--target-modules: .* named 'to_x'; "),
+        ("draft --mixed_precision fp16", "--mixed-precision: fp16 is not for the CPU"),
+        ("draft --report_to board", "--report-to: expected one of .*tensorboard.*, got 'board'"),
+        ("draft --pretrained_model_name_or_path x", "--model: given twice"),
+        ("draft --resume-from-checkpoint nine", "'nine'"),
+        ("draft --set foo=1", "foo: "),
     ],
 )
-def test_usage_errors(
-    options: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    algorithm: str,
-    more: list[str],
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    error = refused(run("finetune", algorithm, *options, "--output_dir", "out", *more))
+def test_usage_errors(options, tmp_path, arguments, message):
+    algorithm, *more = arguments.split()
+    error = refused(run("finetune", algorithm, *options, "--output_dir", "out", *more, cwd=tmp_path))
     assert re.search(message, error), error
     assert not list(tmp_path.glob(f"**/{WEIGHTS}"))
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({}, "--prompt, --prompts: expected one of them, got none"),
-        ({"prompts": "none.txt"}, "--prompts: cannot read none.txt: No such file"),
-        ({"prompts": "blank.txt"}, "--prompts: blank.txt holds no prompt"),
-        ({"prompt": "x", "reward": "nowhere/x/y"}, "--reward: expected a folder"),
-        ({"prompt": "x", "reward": "compct"}, "--reward: no reward is called 'compct'"),
-        ({"prompt": "x", "model": "embeded"}, "--model: .*mean embedded"),
-        ({"prompt": "x", "model": "broken"}, "--model: cannot load"),
-        ({"prompt": "x", "output-dir": "blank.txt"}, "--output-dir: expected a folder, got the file blank.txt"),
-        ({"prompt": "x", "learning-rate": "0"}, "--learning-rate: expected a number above 0"),
-    ],
-)
-def test_wrong_names(
-    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "blank.txt").write_text("\n \n")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    given = {"model": room / "sd", "device": "cpu"} | changed
-    error = refused(run("finetune", "draft", *(part for name, value in given.items() for part in (f"--{name}", value))))
-    assert re.search(message, error), error
-
-
-def test_trackers_that_are_not_installed(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_that_are_not_installed(options, tmp_path, monkeypatch):
     from accelerate import tracking
 
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
@@ -408,21 +291,16 @@ def test_trackers_that_are_not_installed(options: list[str], tmp_path: Path, mon
         assert f"pip install {package}" in error
 
 
-# --------------------------------------------------------------------------------------------- the options
-
-
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_options_are_the_fields_of_the_dataclasses(name: str) -> None:
-    """Of the chosen algorithm and of FinetuneConfig, with their defaults and help; none of other algorithms."""
+def test_options_are_the_fields_of_the_dataclasses(name):
+    """Of the algorithm and of FinetuneConfig, with their defaults and help; none of other algorithms."""
     found = options_of("finetune", name)
     other = {each.name for kind in ALGORITHMS.values() for each in fields(kind)}
-    for kind in (FinetuneConfig, ALGORITHMS[name]):
-        for each in fields(kind):
-            if "help" in each.metadata and each.name != "sampling":
-                option = found[f"--{each.name.replace('_', '-')}"]
-                assert option.help == each.metadata["help"]
-                if each.name not in ("mixed_precision", "guidance_scales"):
-                    assert option.default == each.default
-                other.discard(each.name)
+    for each in (*fields(FinetuneConfig), *fields(ALGORITHMS[name])):
+        if "help" in each.metadata and each.name != "sampling":
+            option = found[f"--{each.name.replace('_', '-')}"]
+            assert option.help == each.metadata["help"]
+            assert each.name in ("mixed_precision", "guidance_scales") or option.default == each.default
+            other.discard(each.name)
     own = {"--pairs", "--reward-guidance", "--margin"} if name == "dpo" else set()
     assert not {f"--{each.replace('_', '-')}" for each in other} & found.keys() - own
