@@ -49,7 +49,6 @@ LISTED = "1. two cats\n2. **red sofa**\n- oil painting\n"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Any:
-    """Tiny models on disk: random ones, and ones that give a known answer."""
     place = tmp_path_factory.mktemp("models")
     return SimpleNamespace(
         llava=write_tiny_llava(place / "llava"),
@@ -69,8 +68,6 @@ def images() -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """One assistant: how to make and ask it, and the network's input that counts rows."""
-
     assistant: Any
     config: Any
     method: str
@@ -104,7 +101,6 @@ def kind(request) -> Kind:
 
 @contextmanager
 def passes(kind: Kind, assistant: Any) -> Iterator[list[int]]:
-    """The rows of each forward pass that begins something new, as the network itself sees them."""
     seen: list[int] = []
 
     def note(_module: nn.Module, _args: Any, options: dict[str, Any], _output: Any) -> None:
@@ -229,7 +225,6 @@ def test_a_description_is_the_models_answer_alone_with_or_without_a_chat_templat
 
 
 def greedy(model: Any, inputs: dict[str, Tensor], count: int) -> list[int]:
-    """The likeliest next token, `count` times, without any of the library's generation."""
     tokens, said = inputs["input_ids"], []
     rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     with torch.no_grad():
@@ -297,7 +292,6 @@ def picture_of(image: Tensor) -> Image.Image:
 
 
 def suppressed(masks: np.ndarray, scores: np.ndarray, count: int, most: float) -> list[int]:
-    """Greedy non-maximum suppression over sets of cells."""
     cells = [set(np.flatnonzero(mask)) for mask in masks]
     kept: list[int] = []
     for index in sorted(range(len(masks)), key=lambda i: (-scores[i], i)):

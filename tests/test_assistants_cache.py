@@ -20,8 +20,6 @@ from aigiqa_reward.assistants.cache import key_of
 
 
 class Asked:
-    """Gives each row a value made from its text, and keeps which rows it was asked for."""
-
     def __init__(self, contents: list[str]) -> None:
         self.contents = contents
         self.calls: list[list[int]] = []

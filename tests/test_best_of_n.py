@@ -54,7 +54,6 @@ def text_encoders(pipe: Any) -> list[nn.Module]:
 
 
 def count_forwards(modules: list[nn.Module]) -> list[int]:
-    """Batch sizes of all forwards from now on."""
     calls: list[int] = []
     for module in modules:
         module.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
@@ -313,7 +312,6 @@ def test_memory_does_not_grow_with_n():
 
 
 def out_of_memory_over(module: nn.Module, limit: int) -> list[int]:
-    """From now on batches of more than `limit` rows raise what CUDA raises; returns the batches that were tried."""
     tried: list[int] = []
 
     def refuse(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -341,7 +339,6 @@ def test_a_chunk_out_of_memory_is_halved_with_the_same_result():
 
 
 def spoil(pipe: Any, seeds: set[int]) -> None:
-    """NaN out of the decoder for these seeds, known by the first number that they draw."""
     marks = {}
     for seed in seeds:
         generator = torch.Generator("cpu").manual_seed(seed)

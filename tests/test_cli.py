@@ -29,7 +29,6 @@ COMMANDS += [("evaluate",), *(("finetune", name) for name in ("draft", "refl", "
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> Path:
-    """Colored blocks: images of different seeds score apart."""
     blocks = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1)).save(path)
@@ -43,7 +42,6 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def assert_scores(rows: list[dict[str, Any]], reward: Reward, paths: list[str], prompts: Any) -> None:
-    """Each row holds what Scorer says of its path."""
     expected = Scorer(reward).score(paths, prompts)
     assert [row["path"] for row in rows] == paths
     for name in ("total", "quality", "correspondence"):
@@ -183,7 +181,6 @@ def prompts_for(paths: list[str]) -> list[str]:
 
 
 def prompts_file(form: str, paths: list[str]) -> str:
-    """The text of a .txt or .jsonl file, or of a .csv file that has the column."""
     pairs = list(zip(paths, prompts_for(paths), strict=True))
     if form == "txt":
         return "".join(prompt + "\r\n" for _, prompt in pairs)

@@ -33,7 +33,6 @@ SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 @pytest.fixture(scope="session")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA that changes what the embedded pipeline draws, written as diffusers does."""
     pipe, folder = load_embedded_pipeline(), tmp_path_factory.mktemp("lora")
     with torch.random.fork_rng():
         torch.manual_seed(0)

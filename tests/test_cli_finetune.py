@@ -53,7 +53,6 @@ def others(room: Path, **changed: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of DRaFT, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("trained") / "lora"
     result = run("finetune", "draft", *options, "--checkpointing_steps", "1", "--output_dir", folder)
     assert result.exit_code == 0, result.output
@@ -130,7 +129,6 @@ def test_validation_is_reported_before_and_after(room, options, tmp_path):
 
 
 def assert_logged(folder: Path, history: list[dict[str, Any]]) -> None:
-    """TensorBoard's files hold the numbers of the history and a picture per validation."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: dict[str, dict[int, float]] = {}
@@ -293,7 +291,6 @@ def test_trackers_that_are_not_installed(options, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_options_are_the_fields_of_the_dataclasses(name):
-    """Of the algorithm and of FinetuneConfig, with their defaults and help; none of other algorithms."""
     found = options_of("finetune", name)
     other = {each.name for kind in ALGORITHMS.values() for each in fields(kind)}
     for each in (*fields(FinetuneConfig), *fields(ALGORITHMS[name])):

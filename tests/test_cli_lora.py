@@ -29,7 +29,6 @@ Files = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A LoRA for a family's denoiser, and for the text encoder of the first, as peft makes and diffusers writes it."""
     wanted = Version(getattr(integrations, "MIN_PEFT_VERSION", "0"))
 
     @cache
@@ -51,14 +50,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def changed(file: Path, to: Path, name: Callable[[str], str]) -> tuple[Path, list[str]]:
-    """The file with other names, and those of them that are new."""
     tensors = load_file(file)
     save_file({name(key): tensor for key, tensor in tensors.items()}, to)
     return to, sorted({name(key) for key in tensors} - tensors.keys())
 
 
 def layers_of(pipe: Any) -> dict[str, torch.Tensor]:
-    """What each part that a LoRA is put into holds of it."""
     parts = [getattr(pipe, name, None) for name in ("unet", "transformer", "text_encoder")]
     adapted = [part for part in parts if getattr(part, "peft_config", None)]
     return {
@@ -163,8 +160,6 @@ def test_a_pickle_under_the_right_name_is_never_opened(tmp_path):
 
 
 class Payload:
-    """Writes a file when it is unpickled."""
-
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 

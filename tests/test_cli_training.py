@@ -36,7 +36,6 @@ PRINTED = re.compile(r"test: (quality|correspondence) SRCC (\S+), PLCC (\S+), (\
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """As in the processes that are started here, so that sums are added in one order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +44,6 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AGIQA-3K's layout: the later its generator, the noisier and worse an image."""
     folder, rng = tmp_path_factory.mktemp("agiqa3k"), np.random.default_rng(0)
     (folder / "images").mkdir()
     rows = [COLUMNS]
@@ -63,14 +61,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(clip: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """mst_clipiqa on a small tower."""
     options = ["--cache", str(tmp_path_factory.mktemp("cache")), "--device", "cpu", "--learning-rate", "0.001"]
     return ["mst_clipiqa", "--tower", f"coarse={clip}", *options]
 
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
-    """The folder of such a reward, how it was trained, what that printed."""
     folder = tmp_path_factory.mktemp("trained") / "mst"
     arguments = ["train", *tiny, "--data", f"agiqa3k:{data}", "--split", "group", "--seed", "1"]
     arguments += ["--epochs", "2", "--output-dir", str(folder)]

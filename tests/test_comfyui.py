@@ -50,25 +50,21 @@ def loaded() -> Any:
 
 @pytest.fixture(scope="module")
 def pictures() -> Tensor:
-    """Five pictures of one subject as an IMAGE (5, 64, 64, 3): the sharp one third, the others blurred."""
     sharp = compose(np.array([SUBJECT]), np.random.default_rng(0)).expand(5, -1, -1, -1)
     return blur(sharp, torch.tensor([0.5, 0.25, 0.0, 0.75, 1.0])).permute(0, 2, 3, 1).contiguous()
 
 
 @pytest.fixture(scope="module")
 def expected(pictures: Tensor) -> RewardOutput:
-    """What the reward says of them when called by itself."""
     return create_reward("compact")(pictures.permute(0, 3, 1, 2), [PROMPT] * 5)
 
 
 def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
-    """A reward whose scores everybody can see."""
     del prompts
     return images.mean(dim=(1, 2, 3))
 
 
 def gray(*levels: float, height: int = 16, width: int = 20) -> Tensor:
-    """An IMAGE (B, H, W, 3) of one gray level per image, with a mark in a corner."""
     batch = torch.tensor(levels).view(-1, 1, 1, 1).repeat(1, height, width, 3)
     batch[:, 0, 0] = torch.rand(len(levels), 3, generator=torch.Generator().manual_seed(len(levels)))
     return batch
@@ -433,7 +429,6 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def manager(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A stand-in for comfy.model_management on a machine whose only device is the CPU."""
     found: Any = types.ModuleType("comfy.model_management")
     found.stop, found.emptied = False, []
 

@@ -32,7 +32,6 @@ SIDE = 256
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
-    """A ComfyUI with the pack as a folder in custom_nodes."""
     base = tmp_path_factory.mktemp("comfyui")
     shutil.copytree(PACK, base / "custom_nodes" / "aigiqa-reward")
     with comfyui(base, [ROOT]) as running:

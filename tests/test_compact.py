@@ -62,7 +62,6 @@ def test_the_right_prompt_fits_better_than_others(reward: Reward) -> None:
 
 @pytest.fixture(scope="module")
 def unseen() -> np.ndarray:
-    """Every pair of thing and color that neither the reward nor the generator was trained on."""
     return all_pairs(held_out=True)
 
 
@@ -111,7 +110,6 @@ def test_held_out_intervals_have_their_coverage() -> None:
 
 
 def ascended(reward: Reward, image: torch.Tensor, steps: int) -> torch.Tensor:
-    """`image` after steps of a root mean square of 1/255 up the gradient of quality."""
     for _ in range(steps):
         leaf = image.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(reward(leaf).quality.sum(), leaf)

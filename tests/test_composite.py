@@ -20,13 +20,10 @@ def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
 
 
 def contrast(images: Tensor, prompts: list[str] | None) -> Tensor:
-    """On a scale of its own, far from that of brightness."""
     return 100 * images.var(dim=(1, 2, 3)) - 7
 
 
 class Conv(nn.Module):
-    """A small judge: smooth, non-linear, with parameters and a buffer."""
-
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -68,7 +65,6 @@ def totals(member: Callable[..., Any], images: Tensor) -> np.ndarray:
 
 
 def shares_below(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Rank of each score among the reference: 0 at its least, 1 at its greatest, linear between neighbors."""
     return np.interp(scores, np.sort(reference), np.linspace(0, 1, len(reference)))
 
 
@@ -191,8 +187,6 @@ def test_images_are_checked_and_validation_can_be_skipped(sample, images):
 
 
 class Reader:
-    """Scores by the length of its prompts, which it encodes, and counts how often."""
-
     def __init__(self) -> None:
         self.read: list[list[str]] = []
 

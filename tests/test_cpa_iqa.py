@@ -33,22 +33,17 @@ MATRIX = Preferences(
 
 
 def phrases(text: str) -> list[str]:
-    """The parts between semicolons."""
     return [part.strip() for part in text.split(";")]
 
 
 @dataclass(frozen=True)
 class Shouting:
-    """A reader of known attributes, which differ from the phrases."""
-
     def decompose(self, texts: list[str]) -> list[list[str]]:
         return [[phrase.upper() + "!" for phrase in phrases(text)] + ["seen in daylight"] for text in texts]
 
 
 @dataclass(frozen=True)
 class Masks:
-    """A segmenter with the same regions in every image."""
-
     masks: Tensor
 
     def segment(self, images: Tensor) -> Tensor:
@@ -80,8 +75,6 @@ def smooth(values: list[float]) -> float:
 
 
 class Plain:
-    """The equations of the module's docstring, for one image and one prompt; regions are the map's own places."""
-
     def __init__(self, model: CPAIQA, clip: OpenCLIPEncoder, image: Tensor) -> None:
         self.head, self.clip = model.head, clip
         self.v = array(clip.encode_image(image[None]))[0]

@@ -24,8 +24,6 @@ PROMPTS = ["a cat", "a dog"]
 
 
 class Described:
-    """A captioner that says the same of everything."""
-
     def describe(self, images: torch.Tensor) -> list[str]:
         return ["a picture"] * len(images)
 

@@ -28,7 +28,6 @@ Rows = list[dict[str, Any]]
 
 
 def touch(folder: Path, names: list[str]) -> None:
-    """Make empty files: no reader opens an image."""
     files = [folder / name for name in names if len(name) < 200]
     for parent in {file.parent for file in files} | {folder}:
         parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +44,6 @@ def write_csv(file: Path, rows: Rows) -> Path:
 
 
 def agiqa3k_rows() -> Rows:
-    """Three prompts, one with a comma and a quote, by three generators; scores count rows."""
     prompts = ["a cat", 'statue of a man, "marble"', "a tray of sushi"]
     return [
         {
@@ -69,7 +67,6 @@ def write_agiqa3k(folder: Path, rows: Rows) -> Path:
 
 
 def agiqa1k_rows() -> Rows:
-    """Two mains, two seconds, two places, two styles; dreamStudio counts its seconds in another order."""
     rows: Rows = []
     pairs = product(enumerate(["cat", "teddy bear"]), enumerate(["using CD", "wearing hat"]))
     kinds = list(product(enumerate(["city", "wild"]), enumerate(["anime style", "realistic style"])))
@@ -111,7 +108,6 @@ def write_table(folder: Path, rows: Rows) -> Path:
 
 
 def imagereward_rows() -> Rows:
-    """Entries of 2 to 5 images with ranks from 1 to 4, some shared; every third prompt is the same."""
     rng = np.random.default_rng(0)
     rows: Rows = []
     for number, images in enumerate(rng.integers(2, 6, 6)):
@@ -131,7 +127,6 @@ def write_imagereward(folder: Path, rows: Rows, images: str = "images", name: st
 
 
 def pickapic_rows(start: int = 0, count: int = 12) -> Rows:
-    """Rows whose chosen image says so; the second of three is chosen, and every third row is a tie."""
     rows = []
     for number in range(start, start + count):
         first, second = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)][number % 3]
@@ -150,8 +145,6 @@ def write_pickapic(folder: Path, rows: Rows, name: str = "train") -> Path:
 
 @dataclass(frozen=True)
 class Layout:
-    """A benchmark's files, the entries and groups they give, a required column, and errors of the third row."""
-
     rows: Callable[[], Rows]
     write: Callable[[Path, Rows], Path]
     entries: int
@@ -343,7 +336,6 @@ def write_prompts(folder: Path, prompts: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def whole_aigciqa2023(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Score k of image i is k + i / 2400, its deviation k."""
     folder = tmp_path_factory.mktemp("aigciqa2023")
     for k in (1, 2, 3):
         write_scores(folder / f"own/DATA/MOS/mosz{k}.mat", k + np.arange(2400)[:, None] / 2400)
@@ -355,7 +347,6 @@ def whole_aigciqa2023(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def aigciqa2023(tmp_path: Path, whole_aigciqa2023: Path) -> Path:
-    """A copy to change, with the same images."""
     shutil.copytree(whole_aigciqa2023 / "own", tmp_path / "data")
     (tmp_path / "data" / "Image").symlink_to(whole_aigciqa2023 / "Image", target_is_directory=True)
     return tmp_path / "data"

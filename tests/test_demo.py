@@ -42,7 +42,6 @@ def array(image: Image.Image | Path) -> np.ndarray:
 
 
 def assert_holds(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """The folder holds a whole demo whose winner is that of the rows."""
     assert names(folder) == FILES
     for name in ("contact-sheet.png", "best.png"):
         with Image.open(folder / name) as image:
@@ -55,15 +54,12 @@ def assert_holds(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
-    """One whole demo, and its folder."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     return run("demo", "--prompt", PROMPT, "--n", "3", "--seed", "5", "--output-dir", out), out
 
 
 @pytest.fixture
 def each_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, torch.Tensor], None]], None]:
-    """Let a test act after each denoising step: on its number, counted from 1, and its latents."""
-
     def act_on(action: Callable[[int, torch.Tensor], None]) -> None:
         step, count = DDIMScheduler.step, iter(range(1, 10**6))
 

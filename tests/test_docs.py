@@ -34,8 +34,6 @@ OF_OTHERS = {"--fp32-vae", "--bf16-vae", "--shutdown-timeout", "--nproc-per-node
 
 
 class Block(NamedTuple):
-    """A fenced block of a page."""
-
     language: str
     code: str
     line: int
@@ -78,7 +76,6 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def calls(lines: Iterator[str]) -> Iterator[list[str]]:
-    """The words of each call of ours, without the name of the command."""
     for line in lines:
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
         lexer.whitespace_split, words = True, [[]]
@@ -90,7 +87,6 @@ def calls(lines: Iterator[str]) -> Iterator[list[str]]:
 
 
 def find(call: list[str]) -> tuple[Any, list[str]]:
-    """The command that a call names, through groups, and the words behind its name."""
     command: Any = get_command(app)
     words = list(call)
     while hasattr(command, "list_commands") and words and not re.fullmatch(r"-.*|\.{3}|[A-Z_]+", words[0]):
@@ -171,7 +167,6 @@ def test_python_blocks_use_what_their_page_defines(name: str) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in RUN])
 def test_python_blocks_run_in_their_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder that holds the examples, as a checkout does; blocks that are left out say why."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {"__name__": "documentation_page"}

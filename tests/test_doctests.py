@@ -34,7 +34,6 @@ FILES = [path for path in sorted(ROOT.rglob("*.py")) if ">>> " in path.read_text
 
 
 def examples_of(text: str, name: str) -> Iterator[doctest.DocTest]:
-    """The examples of each docstring in a module's source; jaxtyping's hook hides those of imported functions."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
             doc := ast.get_docstring(node, clean=False)
@@ -49,7 +48,6 @@ def examples_of(text: str, name: str) -> Iterator[doctest.DocTest]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _rewards_are_loaded_once() -> Iterator[None]:
-    """Let the examples share what `create_reward("compact")` returned the first time."""
     from aigiqa_reward.rewards import factory
 
     create, kept = factory.create_reward, {}

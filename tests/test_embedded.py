@@ -29,7 +29,6 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def pairs() -> np.ndarray:
-    """Every second pair of thing and color, those held out from the generator as well."""
     return np.concatenate([all_pairs(held_out=False), all_pairs(held_out=True)])[::2]
 
 
@@ -39,7 +38,6 @@ def pictures(pairs: np.ndarray) -> torch.Tensor:
 
 
 def mean_channel_error(picture: torch.Tensor, color: int) -> float:
-    """How far the corners of a picture are from the named color, of 255."""
     corners = picture[:, [0, 0, -1, -1], [0, -1, 0, -1]].T * 255
     return float((corners - torch.tensor(list(world.COLORS.values())[color])).abs().mean(dim=1).median())
 

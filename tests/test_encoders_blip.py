@@ -31,7 +31,6 @@ def encoder(folder: Path) -> BLIPEncoder:
 
 @pytest.fixture
 def broken(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the folder, to be damaged."""
     return Path(shutil.copytree(folder, tmp_path / "broken"))
 
 

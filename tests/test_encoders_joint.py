@@ -32,7 +32,6 @@ def images() -> Tensor:
 
 
 def plain_embedding(encoder: CompactEncoder, feature: np.ndarray) -> np.ndarray:
-    """The docstring's equation for one feature vector."""
     part = encoder.alignment
     named = softmax(linear(encoder.image.classifier, feature)) @ array(encoder.image.class_names)
     centered = (feature - array(part.feature_mean)) / array(part.feature_std)

@@ -75,7 +75,6 @@ def test_open_clip_outputs_never_fall_below_float32(clip: OpenCLIPEncoder) -> No
 
 
 def recorded(encoder: TimmEncoder, images: Tensor) -> list[Tensor]:
-    """What each block of the trunk returns during an ordinary pass."""
     outputs: list[Tensor] = []
     handles = [
         block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))

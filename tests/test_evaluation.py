@@ -150,7 +150,6 @@ def test_group_means_come_from_training_alone() -> None:
 
 
 def unbalanced_design(seed: int, rows: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two groupings whose cells are unevenly filled, and the additive effects of both."""
     rng = np.random.default_rng(seed)
     first = rng.choice(8, size=rows, p=rng.dirichlet(np.ones(8)))
     second = (rng.integers(0, 30, size=rows) + first * rng.integers(0, 2, size=rows)) % 30

@@ -36,7 +36,6 @@ GENERATORS = ("sd1.5_a", "sd1.5_b", "sd1.5_c", "good_x", "bad_y")
 
 
 def make_split(seed: int = 0, prompts: int = 12) -> dict[str, Any]:
-    """A test part: every prompt by every generator, less a few images, predictions with ties."""
     rng = np.random.default_rng(seed)
     prompt, generator = np.divmod(rng.permutation(prompts * 5)[: prompts * 5 - 4], 5)
     target = np.array([2.5, 2.6, 2.4, 4.0, 1.0])[generator] + rng.normal(size=len(prompt))
@@ -310,7 +309,6 @@ def test_published_figures_stand_apart_and_say_so() -> None:
 
 
 def augmented(x: np.ndarray, y: np.ndarray, t: np.ndarray, penalty: float) -> np.ndarray:
-    """Ridge as ordinary least squares with one more row a feature and a free intercept."""
     mean, deviation = x.mean(axis=0), x.std(axis=0)
     keep = deviation > 0
     z, s = ((rows - mean)[:, keep] / deviation[keep] for rows in (x, t))
@@ -322,7 +320,6 @@ def augmented(x: np.ndarray, y: np.ndarray, t: np.ndarray, penalty: float) -> np
 
 
 def by_hand(x: np.ndarray, y: np.ndarray, t: np.ndarray, groups: list[str], penalties: list[float]) -> np.ndarray:
-    """The same choice of the penalty, by loops."""
     names = sorted(set(groups))
     count = min(5, len(names))
     filled, fold_of = [0] * count, {}

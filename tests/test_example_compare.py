@@ -23,14 +23,12 @@ GENERATORS = ("sd1.5_a", "sd1.5_b", "sd1.5_c", "good_x", "bad_y")
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    """compare.py, which takes its neighbor predictions.py as a script does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLE))
         return importlib.import_module("compare")
 
 
 def make_predictions(example: ModuleType, prompts: int = 40) -> Any:
-    """Scores with generator, prompt and image effects; the model sees them all, with noise."""
     rng = np.random.default_rng(0)
     prompt, generator = np.divmod(np.arange(prompts * 5), 5)
     common = np.array([2.5, 2.5, 2.5, 4.0, 1.0])[generator] + 0.3 * rng.normal(size=prompts)[prompt]

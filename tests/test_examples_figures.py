@@ -21,8 +21,6 @@ EMBEDDED = EXAMPLES / "finetune_embedded"
 
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a script with arguments in this process; what it printed."""
-
     def run_script(name: str, *arguments: str) -> str:
         script = EXAMPLES / name
         monkeypatch.syspath_prepend(script.parent)
@@ -40,7 +38,6 @@ def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def missing(printed: str, page: str) -> list[str]:
-    """Printed lines that a page of the documentation lacks, their rank as headings apart."""
     shown = {line.lstrip("# ") for line in (ROOT / "docs" / page).read_text().splitlines()}
     return [line for line in printed.splitlines() if line.lstrip("# ") not in shown]
 

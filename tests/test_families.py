@@ -71,7 +71,6 @@ def pipeline(kind: str) -> Any:
 
 @functools.cache
 def reference(kind: str) -> Any:
-    """The same pipeline to call, with its own scheduler, which calls change."""
     pipe = copy.copy(pipeline(kind))
     pipe.scheduler = copy.deepcopy(pipe.scheduler)
     return pipe

@@ -58,7 +58,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PreferencePairs:
 
 @pytest.fixture(scope="module")
 def contexts() -> dict[bool, TrainingContext]:
-    """Models without and with a flow, in float64 where losses are compared to finite differences."""
     return {False: context_of(precise(), call=STEPS), True: context_of(flow().to(torch.float64), call=STEPS)}
 
 
@@ -151,7 +150,6 @@ def test_the_penalty_is_added_and_logged(setting: Any) -> None:
 
 @pytest.mark.parametrize("name", EVERY[:-1])  # the small noise of the ancestral sampler magnifies rounding
 def test_mixed_precision_keeps_the_gradient(name: str, pairs: PreferencePairs, tmp_path: Path) -> None:
-    """A weight that autocast has cast without a graph, in the prefix or the reference, must not serve the loss."""
     algorithm = case(name, pairs)
     context = context_of(flow() if isinstance(algorithm, FlowGRPO) else pipelines.stable_diffusion(), moved=0.1)
     parts = batches(range(2), group=2)

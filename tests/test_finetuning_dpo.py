@@ -52,7 +52,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PreferencePairs:
 
 @pytest.fixture(scope="module")
 def away() -> TrainingContext:
-    """Stable Diffusion with an adapter that does something."""
     return family_context("sd")
 
 
@@ -79,7 +78,6 @@ def test_the_loss_starts_where_nothing_is_preferred(kind: str, pairs: Preference
 
 
 def called_directly(context: TrainingContext, kind: str, noised: Tensor, time: Tensor, prompt: str) -> Tensor:
-    """The denoiser's output for one row, with the pipeline's own parts alone."""
     pipe: Any = context.rollout.pipe
     if kind == "sdxl":
         texts, _, pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
@@ -95,7 +93,6 @@ def called_directly(context: TrainingContext, kind: str, noised: Tensor, time: T
 def noised_by_diffusers(
     context: TrainingContext, clean: Tensor, noise: Tensor, level: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noised latents, the time of their level, and the target."""
     scheduler: Any = context.rollout.pipe.scheduler
     if "FlowMatch" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
@@ -109,7 +106,6 @@ def noised_by_diffusers(
 
 @torch.no_grad()
 def insides_of(dpo: DPO, context: TrainingContext, kind: str, batch: Batch, pairs: PreferencePairs) -> Tensor:
-    """Insides (B,) in float64 by equation 14, one image at a time."""
     family = context.rollout.family
     like = torch.stack([family.encode_images(load(file)[None])[0] for file in pairs.better])
     levels, noise = dpo.draw(Noising.of(context.rollout.pipe.scheduler), batch, like)
@@ -183,7 +179,6 @@ def test_noise_is_new_in_each_step_and_shared_by_winner_and_loser(pairs, away):
 
 @pytest.mark.parametrize("loss", ["sigmoid", *(pytest.param(k, marks=pytest.mark.slow) for k in ("hinge", "ipo"))])
 def test_steps_raise_the_implicit_accuracy(loss, pairs):
-    """Seen on noise that no step was taken on: 60 draws, of which at random 40 or more would be right once in 150."""
     context, dpo = family_context("sd", moved=0.0, rank=4), DPO(pairs=pairs, beta=BETA, loss=loss)
     optimizer = torch.optim.AdamW(context.lora.weights.values(), lr=3e-3)
 

@@ -36,7 +36,6 @@ STEPS = 2
 
 @pytest.fixture(scope="module")
 def double() -> TrainingContext:
-    """Stable Diffusion in float64 with a random adapter."""
     return context_of(precise())
 
 
@@ -65,7 +64,6 @@ def denoised(pipe: Any, latents: Tensor, time: Tensor, prompts: Iterable[str], s
 
 
 def sampled(context: TrainingContext, batch: Batch, latents: Tensor, first: int = 0, last: int = STEPS) -> Tensor:
-    """Latents after steps `first` to `last - 1`, by unet and scheduler and nothing of ours."""
     pipe = context.rollout.pipe
     pipe.scheduler.set_timesteps(STEPS)
     for time in pipe.scheduler.timesteps[first:last]:
@@ -85,7 +83,6 @@ def flat_gradient(context: TrainingContext, loss: Tensor) -> Tensor:
 
 
 def test_gradient_is_that_of_finite_differences(guided: TrainingContext) -> None:
-    """Of the loss by another sampler, whose prefix has the adapter as it is and whose rest the one that is moved."""
     batch = batch_of()
     found = gradient(guided, DRaFT(), batch)
     with torch.no_grad():
@@ -107,7 +104,6 @@ def test_gradients_are_those_of_backpropagation_from_the_prefix(double: Training
 
 
 def test_refl_has_the_gradient_of_the_clean_prediction(guided: TrainingContext) -> None:
-    """x0 = (x - sqrt(1 - a) eps) / sqrt(a), of the guided eps, from latents that are cut off the graph."""
     algorithm, pipe = ReFL(earliest=0.0), guided.rollout.pipe
     batch = next(b for step in range(50) if algorithm.judged_step(b := batch_of((0, 1), round=step), 2) == 1)
     with torch.no_grad():
@@ -152,7 +148,6 @@ def test_only_the_kept_steps_have_gradients_and_no_step_is_taken_twice(
 
 
 def test_checkpointing_changes_no_gradient() -> None:
-    """Also with a history in the scheduler, with the denoiser's own checkpoints within ours, and with a penalty."""
     pipe = precise()
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     plain = context_of(pipe, call={**PLAIN, "num_inference_steps": 3}, penalty=0.3)

@@ -82,7 +82,6 @@ def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> No
 
 @pytest.fixture(scope="module")
 def after(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Tensor]]:
-    """The weights after each step of a plain training."""
     folder = tmp_path_factory.mktemp("plain")
     train(folder, checkpointing_steps=1, checkpoints_total_limit=None)
     return lambda step: weights(folder / f"checkpoint-{step}")

@@ -29,7 +29,6 @@ BUILDERS = {**FAMILIES, **CURRENT_FAMILIES}
 
 
 def drawn(count: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Clean latents and noise."""
     generator = torch.Generator().manual_seed(seed)
     clean, noise = torch.randn(2, count, 4, 6, 8, generator=generator)
     return clean, noise

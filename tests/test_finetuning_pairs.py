@@ -33,8 +33,6 @@ SETTINGS: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 
 class Brightness(Breaking):
-    """Mean of all pixels."""
-
     def __init__(self, fails_on: str = "", error: type[BaseException] = RuntimeError) -> None:
         super().__init__("brightness", lambda images: images.mean(dim=(1, 2, 3)), fails_on, error)
 

@@ -174,13 +174,11 @@ MEAN, SPREAD = 0.8, 0.3
 
 
 def clean_of_gaussian_data(latents: Tensor, time: float) -> Tensor:
-    """E[x0 | x] = m + s^2 (1 - t) (x - (1 - t) m) / ((1 - t)^2 s^2 + t^2), what the exact model predicts."""
     share = SPREAD**2 * (1 - time) / ((1 - time) ** 2 * SPREAD**2 + time**2)
     return MEAN + share * (latents - (1 - time) * MEAN)
 
 
 def marginals(sampler: str, steps: int) -> list[tuple[float, float]]:
-    """Mean and standard deviation after each step, exactly: steps are affine, so two points and the deviation do."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
     mean, variance, found = 0.0, 1.0, []

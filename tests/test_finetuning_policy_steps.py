@@ -50,7 +50,6 @@ PIPES = {
 
 
 def red(images: Tensor, prompts: list[str]) -> Tensor:
-    """(B,) mean of the red channel, without a gradient."""
     assert len(images) == len(prompts)
     return images[:, 0].mean(dim=(1, 2)).detach()
 
@@ -84,7 +83,6 @@ def test_at_the_first_update_every_ratio_is_one(family: str, algorithm: PolicyGr
 
 
 def published(context: TrainingContext, memory: Any, step: int) -> Normal:
-    """A step's distribution: DDIM's step without noise, Euler ancestral's sigmas, or Flow-GRPO's equations 9 to 12."""
     state = context.start(batch_of(range(4), group=2))
     scheduler, x = state.scheduler, memory["latents/0"][:, step]
     time, predict = scheduler.timesteps[step], context.rollout.family.predict
@@ -231,7 +229,6 @@ def test_updates_raise_a_reward_without_gradients_on_noise_that_training_has_not
 
     @torch.no_grad()
     def unseen() -> Tensor:
-        """Rewards of the pipeline's own scheduler."""
         generators = [torch.Generator().manual_seed(90_000 + place) for place in range(count)]
         state = rollout.run(rollout.start(context.encode(prompts), generators))
         return context.score(rollout.show(state.latents), prompts).total

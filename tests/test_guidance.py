@@ -32,8 +32,6 @@ AS_ASKED = {"use_resolution_binning": False, "clean_caption": False}
 
 
 class Callback:
-    """A user's own callback."""
-
     tensor_inputs = ("latents",)
 
     def __init__(self, look: Callable[[Any, Tensor], None]) -> None:

@@ -91,7 +91,6 @@ PAIRS = {"prompt": ["a", "b"], "winner": ["images/1.png", "images/2.png"], "lose
 
 
 def tokenizer() -> bytes:
-    """A BERT tokenizer of few words."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     words = {word: number for number, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "a", "fox", "##es", "é"])}
@@ -102,7 +101,6 @@ def tokenizer() -> bytes:
 
 
 def targets() -> dict[str, Target]:
-    """Every reader of files that a user may get from elsewhere."""
     image = {f"image {name}": Target(files={name: data}, read=read_image(name)) for name, data in image_files().items()}
     pictures = {f"images/{name}.png": PNG for name in (1, 2)}
     rows = "path,prompt,quality\nimages/1.png,a fox,1.5\nimages/2.png,'b',2\n"

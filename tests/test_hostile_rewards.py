@@ -24,7 +24,6 @@ from aigiqa_reward.utils.weights import WeightsError
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward on a tiny CLIP, as `save_pretrained` writes it."""
     folder = tmp_path_factory.mktemp("saved")
     clip = write_tiny_clip(folder / "clip", seed=0)
     create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=f"local-dir:{clip}")).save_pretrained(
@@ -49,8 +48,6 @@ def refused(folder: Path) -> str:
 
 
 class Payload:
-    """Writes a file when it is unpickled."""
-
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 

@@ -23,7 +23,6 @@ COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [250, 180, 20]], dtype
 
 
 def natural(height: int, width: int, seed: int, *, contrast: float = 0.9) -> np.ndarray:
-    """(H, W, 3) uint8 with sharp edges, flat parts and grain."""
     rng = np.random.default_rng(seed)
     blocks = rng.random((-(-height // 8), -(-width // 8), 3)).repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
     image = 0.5 + contrast * (blocks - 0.5) + 0.03 * rng.normal(size=blocks.shape)
@@ -39,7 +38,6 @@ def array_of(image: Tensor) -> np.ndarray:
 
 
 def pillow_float(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pillow's BICUBIC on 32-bit float channels: its kernel without its 8-bit rounding."""
     bands = [
         Image.fromarray(band.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
         for band in np.moveaxis(array, -1, 0)
@@ -146,7 +144,6 @@ def test_to_pil_of_load_is_exact_on_8_bits(dtype):
 
 
 def aspect_ratios() -> Iterator[tuple[int, int, int]]:
-    """Heights and widths from 1:128 to 128:1, with a side of crops that fits."""
     for exponent in range(-7, 8):
         for odd in (0, 5):
             long = 24 * 2 ** abs(exponent) + odd
@@ -292,13 +289,11 @@ def test_a_header_that_claims_too_many_pixels_is_refused(tmp_path):
 
 
 def mosaic(height: int = 18, width: int = 26) -> np.ndarray:
-    """(H, W, 3) uint8 that differs from all its rotations and mirror images."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows * 9, columns * 7, (rows > 4) * (columns < 9) * 200], axis=-1).astype(np.uint8)
 
 
 def assert_is(image: Tensor, expected: np.ndarray, *, atol: float = 1e-6) -> None:
-    """`image` (3, H, W) in [0, 1] shows `expected` (H, W, 3) in 0..255."""
     assert image.dtype == torch.float32
     assert image.device.type == "cpu"
     assert tuple(image.shape) == (3, *expected.shape[:2])
@@ -403,7 +398,6 @@ def test_exif_rotation_is_applied(tmp_path, orientation):
 
 
 def array_layouts() -> dict[str, tuple[Any, np.ndarray]]:
-    """Sources and what they show, (H, W, 3) in 0..255."""
     image = mosaic()
     gray = np.repeat(image[..., :1], 3, axis=-1)
     alpha = np.full((18, 26, 1), 51, np.uint8)

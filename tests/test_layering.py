@@ -42,7 +42,6 @@ PUBLIC = (PACKAGE, *(f"{PACKAGE}.{room}" for room in ("images", "sampling", "fin
 
 
 def imports_of(path: Path, *, for_types: bool = True) -> Iterator[tuple[str, int]]:
-    """Full dotted name and line of every import in a file, also inside functions and under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
     if not for_types:
         tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test))]
@@ -95,7 +94,6 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     names = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources(PACKAGE)}
 
     def at_import(path: Path) -> set[str]:
-        """Modules that a file imports when it is imported itself, TYPE_CHECKING left out."""
         found = set()
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
@@ -129,7 +127,6 @@ def test_functions_and_example_scripts_are_short() -> None:
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has loaded after a statement."""
     code = f"import sys\n{statement}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     return set(result.stdout.split())

@@ -31,7 +31,6 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 def attend_channels(module: TransposedAttention, x: np.ndarray) -> np.ndarray:
-    """Channels as tokens, (C, places) to (C, places)."""
     query, key, value = (linear(layer, x) for layer in (module.query, module.key, module.value))
     out = np.zeros_like(x)
     for c in range(len(x)):
@@ -76,7 +75,6 @@ def test_swin_blocks_add_their_scale_and_look_across_windows() -> None:
 
 
 def plain_fusion(module: Any, vectors: list[np.ndarray]) -> tuple[float, np.ndarray]:
-    """Equation 4 for one row."""
     own, *assisting = vectors
     joined = [linear(module.own, own)]
     joined += [relu(linear(layer[0], part)) for layer, part in zip(module.assisting, assisting, strict=True)]
@@ -87,8 +85,6 @@ def plain_fusion(module: Any, vectors: list[np.ndarray]) -> tuple[float, np.ndar
 
 @dataclass(frozen=True)
 class Colors:
-    """A reader of known features: mean and std of each color."""
-
     width: int = 3
 
     def read(self, images: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ SLOW = ("mst_clipiqa", "sc_agiqa", "tsp_mgs", "cpa_iqa", "ma_agiqa")
     params=[*(pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in list_rewards()), ZERO_SHOT],
 )
 def make(request: pytest.FixtureRequest, tiny_clip: Path) -> Maker:
-    """Builds the reward of this name, as a user would, with any further arguments of create_reward."""
     if request.param != ZERO_SHOT:
         return partial(create_reward, request.param)
     encoder = OpenCLIPConfig(architecture=f"local-dir:{tiny_clip}")
@@ -54,14 +53,12 @@ def reward(make: Maker) -> Reward:
 
 @pytest.fixture(scope="module")
 def seen(reward: Reward) -> tuple[torch.Tensor, RewardOutput]:
-    """An image for each of PROMPTS, and how they score together."""
     images = scenes(3, 64, 80)
     with torch.no_grad():
         return images, reward(images, PROMPTS)
 
 
 def scenes(count: int, height: int, width: int, *, seed: int = 0) -> torch.Tensor:
-    """Images with edges and texture, (count, 3, height, width) in [0.1, 0.9]; no two score alike, as noise would."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, max(2, height // 16), max(2, width // 16), generator=generator)
     blocks = torch.nn.functional.interpolate(coarse, size=(height, width), mode="nearest")
@@ -71,7 +68,6 @@ def scenes(count: int, height: int, width: int, *, seed: int = 0) -> torch.Tenso
 
 
 def assert_gradient_equals_differences(total: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> None:
-    """Central differences in float64, along the gradient and along another direction."""
     images = images.double().requires_grad_()
     (gradient,) = torch.autograd.grad(total(images), images)
     assert torch.isfinite(gradient).all()

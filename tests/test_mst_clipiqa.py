@@ -68,7 +68,6 @@ def build(towers: Towers, *, moved: bool = True, **settings: Any) -> MSTCLIPIQA:
 
 
 def embeddings(towers: Towers, images: torch.Tensor) -> list[np.ndarray]:
-    """f_c and f_f of the letterboxed images."""
     return [
         array(tower.encode_image(pixels.letterbox(images, 32, fill=images.new_tensor(tower.mean)))) for tower in towers
     ]

@@ -31,7 +31,6 @@ def output(
     dropped: dict[int, str] | None = None,
     top_k: int | None = None,
 ) -> BestOfNOutput:
-    """What BestOfN returns for these candidates; the last one is the best unless scores say otherwise."""
     seeds = list(range(len(images)))
     reasons = dropped or {}
     given = scores or [place / 100 for place in range(len(images))]
@@ -55,7 +54,6 @@ def pixels(result: BestOfNOutput, prompt: str = PROMPT) -> np.ndarray:
 
 
 def find(sheet: np.ndarray, image: Image.Image) -> tuple[Box, int] | None:
-    """Find the image in the sheet with each pixel a square, and the side of the squares."""
     small = np.asarray(image)
     corners = np.nonzero((sheet @ [1, 256, 65536]) == small[0, 0] @ [1, 256, 65536])
     for top, left in zip(*map(np.ndarray.tolist, corners), strict=True):
@@ -84,7 +82,6 @@ def box_where(mask: np.ndarray) -> Box | None:
 
 
 def below(box: Box | None, image: Box) -> bool:
-    """Whether a box lies right under an image: in its column, give or take a pixel of a letter, and near it."""
     assert box is not None
     return image[0] - 1 <= box[0] and box[2] <= image[2] + 1 and image[3] < box[1] and box[3] < image[3] + 110
 

@@ -29,7 +29,6 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def points(picture: np.ndarray) -> np.ndarray:
-    """Centers (N, 2) in px, across and down, of the blue dots."""
     blue = picture[:, :, 2] - picture[:, :, 0] > 60
     found, count = ndimage.label(ndimage.binary_closing(blue, iterations=3))  # a line may run over a dot
     return np.array(ndimage.center_of_mass(found > 0, found, range(1, count + 1))).reshape(-1, 2)[:, ::-1]

@@ -61,8 +61,6 @@ def test_calibration_is_affine_for_each_aspect_and_never_clamps():
 
 
 class Mixed(FullPrecision):
-    """Parameters and buffers of its own, and an ordinary layer inside."""
-
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(1.2345678))
@@ -96,7 +94,6 @@ def test_parameters_stay_parameters_and_keep_their_gradients():
 
 
 def by_color(images: Tensor, prompts: list[str] | None) -> RewardOutput:
-    """Three aspects that differ, correspondence only with prompts."""
     red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
     return RewardOutput(total=red, quality=green, correspondence=None if prompts is None else blue)
 

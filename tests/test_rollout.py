@@ -172,8 +172,6 @@ def test_the_pipeline_is_left_as_it_was(family):
 
 
 class Rewritten(StableDiffusionPipeline):
-    """A user's own class with another loop."""
-
     def __call__(self, prompt: str, **arguments: Any) -> Any:
         return super().__call__(prompt, **arguments)
 

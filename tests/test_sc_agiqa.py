@@ -29,7 +29,6 @@ SMALL: dict[str, Any] = {"width": 16, "heads": 4, "crops": 2, "short_side": 64, 
 
 
 def sensitivity(v: float) -> float:
-    """Mannos and Sakrison 1974, as printed."""
     return 2.6 * (0.0192 + 0.114 * v) * np.exp(-((0.114 * v) ** 1.1))
 
 
@@ -81,8 +80,6 @@ def test_pooling_is_its_equations() -> None:
 
 @dataclass(frozen=True)
 class Brightness:
-    """A captioner of known answers, by the image's brightness."""
-
     texts: Sequence[str]
 
     def describe(self, images: Tensor) -> list[str]:
@@ -107,12 +104,10 @@ def build(towers: dict[str, Any], captioner: Any = None, **settings: Any) -> SCA
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    """A dark one, a middling one and a bright one."""
     return 0.4 * draw(3, 64, 96) + torch.tensor([0.0, 0.3, 0.6], dtype=torch.float64).view(3, 1, 1, 1)
 
 
 def plain_scores(model: SCAGIQA, image: Tensor, prompt: str, description: str) -> tuple[float, float]:
-    """Equations 3 to 10 for one image, one crop after another."""
     head, config, blip = model.head, model.config, model.text
     whole = F.interpolate(image[None], (21, 32), mode="bicubic", antialias=True, align_corners=False)
     canvas = image.new_tensor(blip.mean).view(1, 3, 1, 1).repeat(1, 1, 32, 32)

@@ -131,7 +131,6 @@ def test_every_served_scheduler_is_here():
 @pytest.mark.parametrize(("case", "kind"), [p for p in KINDS if p.values[0] not in FLOW or p.values[0] not in DRAWING])
 @torch.no_grad()
 def test_a_rollout_ends_where_the_pipeline_ends(case, kind):
-    """But for noise on the way in SD3, which its pipeline draws from the global random state."""
     call = {**CALL, **CASES[case][2]}
     rollout = Rollout(pipe_of(case, kind), **call)
     state = rollout.run(rollout.start(rollout.encode(PROMPTS), generators()))
@@ -167,7 +166,6 @@ def test_noise_levels_are_those_of_the_schedulers_own_noising(case):
 
 @pytest.mark.parametrize(("case", "kind"), KINDS)
 def test_clean_predictions_are_the_schedulers_own(case, kind):
-    """The x0 of `step` or `convert_model_output`, at every step of a run, those in between included."""
     scheduler = timed(case, kind, 5)
     x, compared = noise(2), 0
     for step, time in enumerate(scheduler.timesteps):
@@ -189,7 +187,6 @@ def test_clean_predictions_are_the_schedulers_own(case, kind):
 
 
 def _converted(scheduler: Any, x: Tensor, output: Tensor, time: Tensor) -> Tensor | None:
-    """x0 as the solvers of exponential integrators see it."""
     if not hasattr(scheduler, "convert_model_output"):
         return None
     asked = copy.copy(scheduler)
@@ -204,7 +201,6 @@ def _converted(scheduler: Any, x: Tensor, output: Tensor, time: Tensor) -> Tenso
 
 @pytest.mark.parametrize("case", marked(case for case in CASES if case not in DRAWING))
 def test_a_model_that_always_knows_the_noise_sees_the_clean_latents_everywhere(case):
-    """At the second calls of Heun's and DPM-2's steps as well; and generators are left alone."""
     rollout = rollout_of(case)
     state = rollout.start(rollout.encode(PROMPTS), generators())
     drawn = [generator.get_state() for generator in state.generators]

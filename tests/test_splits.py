@@ -14,7 +14,6 @@ from aigiqa_reward.datasets import PreferencePairs, ScoredImages, Split, group_f
 
 
 def images(seed: int = 0, prompts: int = 50) -> ScoredImages:
-    """Each prompt has 1 to 8 images, in a random order."""
     rng = np.random.default_rng(seed)
     groups = rng.permutation(np.repeat(np.arange(prompts), rng.integers(1, 9, prompts)))
     count = len(groups)
@@ -32,7 +31,6 @@ def parts(split: Split) -> tuple[list[int], list[int], list[int]]:
 
 
 def groups_of(data: ScoredImages, split: Split) -> list[set[str]]:
-    """The groups of each part, after a check that the parts are ascending and have every row once."""
     assert sorted(np.concatenate(parts(split)).tolist()) == list(range(len(data)))
     assert all(part == sorted(part) for part in parts(split))
     return [{data.groups[row] for row in part} for part in parts(split)]

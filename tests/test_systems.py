@@ -53,7 +53,6 @@ NEARBY = {"crops": 1, "resolution": 32, "short_side": -32, "side": -32, "coarse_
 
 @lru_cache(maxsize=1)
 def heads() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Description and weights of each model, moved away from its start and standardized as in training."""
     made = {}
     for name, settings in FEWER_CROPS.items():
         with torch.random.fork_rng(devices=[]):
@@ -72,7 +71,6 @@ def heads() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> TrainedModel:
-    """The model, rebuilt from its description, by way of JSON, and its weights."""
     description, weights = heads()[name]
     with torch.random.fork_rng(devices=[]):
         model = empty_model(name, json.loads(json.dumps(description)))

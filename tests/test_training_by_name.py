@@ -48,7 +48,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ScoredImages:
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Planned:
-    """A plan on the tiny CLIP, whose features are kept for all tests."""
     folder = tmp_path_factory.mktemp("towers")
     clip = write_tiny_clip(folder / "clip", seed=0)
 
@@ -62,7 +61,6 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Planned:
 
 @pytest.fixture(scope="module")
 def trained(images: ScoredImages, plan: Planned, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
-    """A reward that was trained for 12 epochs, and its folder."""
     folder = tmp_path_factory.mktemp("trained")
     longer = plan(recipe=replace(QUICK, epochs=12))
     return train(longer, images, split_rows(images, seed=0), folder, progress=False), folder

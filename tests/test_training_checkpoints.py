@@ -55,7 +55,6 @@ class Interruption(KeyboardInterrupt):
 
 @contextmanager
 def interrupted_after(module: nn.Module, calls: int) -> Iterator[None]:
-    """Raise in the forward pass of a training step."""
     left = [calls]
 
     def count(part: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -213,7 +212,6 @@ train("unscored", unscored, replace(QUICK, batch_size=4, epochs=2))
 
 
 def joint_split(images: ScoredImages) -> Split:
-    """48 images to train on: 6 steps of two equal halves of 4."""
     split = split_rows(images, seed=0)
     return replace(split, train=split.train[:48])
 

@@ -29,8 +29,6 @@ QUICK = Recipe(learning_rate=1e-2, batch_size=16, epochs=4)
 
 @dataclass
 class Bench:
-    """Images, how they are split, and the towers that see them."""
-
     clip: Path
     folder: Path
     images: ScoredImages
@@ -144,8 +142,6 @@ def test_frozen_towers_stay_as_they_were(bench: Bench, name: str, settings: dict
 
 
 class FirstIsBest(ScoreTask):
-    """Scores by which every epoch is worse than the one before, so that the weights kept are not the last ones."""
-
     epochs = 0
 
     def measure(self, *scores: Any) -> float:

@@ -35,7 +35,6 @@ def scores(count: int, seed: int) -> torch.Tensor:
 
 
 def margin_by_loops(predicted: list[float], target: list[float], margin: float) -> float:
-    """MST-CLIPIQA's ranking term, straight from its sum over ordered pairs."""
     terms = []
     for i, j in product(range(len(predicted)), repeat=2):
         if target[i] != target[j]:
@@ -45,7 +44,6 @@ def margin_by_loops(predicted: list[float], target: list[float], margin: float) 
 
 
 def bradley_terry_by_loops(predicted: list[float], target: list[float], temperature: float) -> float:
-    """-log P(the preferred one wins) under a Bernoulli of the difference, over the pairs with a preference."""
     terms = []
     for i, j in product(range(len(predicted)), repeat=2):
         if target[i] > target[j]:

@@ -38,13 +38,11 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ScoredImages:
-    """160 images of one size: the progress of a store of them is written every 64."""
     return write_scored_images(tmp_path_factory.mktemp("data"), prompts=20, images=8)
 
 
 @pytest.fixture(scope="module")
 def features(images: ScoredImages, clip: Path) -> dict[str, torch.Tensor]:
-    """What the towers of mst_clipiqa see of them, image by image."""
     return directly(tiny_model("mst_clipiqa", clip), images.paths)
 
 
@@ -59,7 +57,6 @@ def store(model: Any, images: ScoredImages, folder: Path, **options: Any) -> Fea
 
 
 def few(images: ScoredImages, folder: Path, count: int = 6) -> ScoredImages:
-    """Copies of some of them, to be changed."""
     shutil.copytree(images.paths[0].parents[1], folder)
     part = images.subset(np.arange(count))
     object.__setattr__(part, "paths", tuple(folder / "images" / name for name in part.names))
@@ -68,7 +65,6 @@ def few(images: ScoredImages, folder: Path, count: int = 6) -> ScoredImages:
 
 @contextmanager
 def counted(model: Any) -> Iterator[list[int]]:
-    """How many images the tower of mst_clipiqa is shown in each call; two calls a batch."""
     shown: list[int] = []
     handle = model.coarse.clip.visual.register_forward_hook(lambda *seen: shown.append(len(seen[2])))
     try:
@@ -78,7 +74,6 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 
 def assert_holds(found: FeatureStore, features: dict[str, torch.Tensor], rows: Any = None) -> None:
-    """That these are the features of all images, or of these rows."""
     seen, _ = found.features(NO_CROPS, np.arange(len(found)) if rows is None else np.asarray(rows), CPU)
     assert {tensor.dtype for tensor in seen.values()} == {torch.float32}
     torch.testing.assert_close(seen, features, **FLOAT16)
@@ -106,8 +101,6 @@ def test_images_of_many_sizes_and_crops(images: ScoredImages, clip: Path, tmp_pa
 
 @dataclass(frozen=True)
 class Counting:
-    """A captioner that says how bright an image is, in more words for a brighter one."""
-
     identity: str = "counting"
 
     def describe(self, images: torch.Tensor) -> list[str]:

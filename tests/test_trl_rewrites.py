@@ -137,8 +137,6 @@ def test_arguments_are_checked(pipe: Any) -> None:
 
 
 class Witness:
-    """A second reward function, of no weight in the advantages, that notes what the trainer gives to one."""
-
     def __init__(self) -> None:
         self.__name__ = "witness"
         self.steps: list[dict[str, list[Any]]] = []
@@ -151,7 +149,6 @@ class Witness:
 
 
 def train(reward: RewriteReward, folder: Path, *, conversational: bool = False, steps: int = 2) -> Any:
-    """A trainer after some steps of four completions each, and its witness."""
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl", reason="needs aigiqa-reward[trl]")
     tokenizer = word_tokenizer(WORDS)
     rows = defaultdict(list)
@@ -221,7 +218,6 @@ def by_hand(pipe: Any, judge: Any, rewrite: str, original: str) -> float:
 
 
 def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Of the four corners, where the background is: red less green and blue."""
     corners = images[..., [0, 1, -2, -1]][:, :, [0, 1, -2, -1]].mean(dim=(2, 3))
     return corners[:, 0] - corners[:, 1:].mean(dim=1)
 
@@ -230,7 +226,6 @@ def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 def test_it_learns_to_ask_for_what_the_reward_likes_of_things_it_never_saw_too(
     pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a language model earns is exact: the mean over all its words, each by its probability."""
     pytest.importorskip("trl", reason="needs aigiqa-reward[trl]")
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
     from prompt_rewriting import best_and_none, earned, train, writer

@@ -38,8 +38,6 @@ def build(clip: OpenCLIPEncoder, **settings: Any) -> TSPMGS:
 
 
 class Plain:
-    """Equations 3 to 7 over one image at a time, with every text embedded on its own; scores are Q / L."""
-
     def __init__(self, model: TSPMGS, clip: OpenCLIPEncoder, image: Tensor) -> None:
         self.model, self.clip, self.config = model, clip, model.config
         whole = pixels.letterbox(image[None], 32, fill=image.new_tensor(clip.mean))
@@ -54,7 +52,6 @@ class Plain:
         return embedded + linear(layers.up, linear(layers.down, embedded))
 
     def part(self, task: str, name: str) -> np.ndarray:
-        """F of the whole image, or the mean F over the crops."""
         embedded = []
         for feature in [self.whole] if name == "whole" else self.crops:
             added = np.zeros(32)
@@ -145,7 +142,6 @@ def test_an_adapter_serves_its_task_alone(clip: OpenCLIPEncoder, images: Tensor)
 
 @pytest.fixture
 def own_clip(tmp_path: Any) -> OpenCLIPEncoder:
-    """A CLIP that a test may change."""
     return tiny_clip(tmp_path / "clip")
 
 

@@ -16,7 +16,6 @@ from aigiqa_reward.types import PromptFeatures, as_reward_output
 
 
 def features(*prompts: str) -> PromptFeatures:
-    """Features whose rows state which of the distinct prompts they belong to."""
     texts = tuple(dict.fromkeys(prompts))
     tensors = {
         "pooled": torch.arange(len(texts), dtype=torch.float32)[:, None].expand(-1, 4),

@@ -18,8 +18,6 @@ from aigiqa_reward.utils.weights import WeightsError, load_strictly, read_weight
 
 
 class Small(nn.Module):
-    """A convolution, a normalization with an integer buffer, and a head."""
-
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Conv2d(3, 8, 3)
@@ -179,7 +177,6 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(name):
 
 
 def made_up(path: Path, header: object, data: bytes = b"") -> Path:
-    """A safetensors file with this header, or with one of this claimed length."""
     text = json.dumps(header).encode()
     length = header if isinstance(header, int) else len(text)
     path.write_bytes(struct.pack("<Q", length) + text + data)
