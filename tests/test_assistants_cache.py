@@ -1,5 +1,3 @@
-"""The cache of assistants: keys, rows, damaged files, several processes, its bound."""
-
 from __future__ import annotations
 
 import hashlib

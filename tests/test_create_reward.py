@@ -1,8 +1,5 @@
-"""Rewards by name: the table, arguments that contradict each other, embedded files, saved folders."""
-
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +13,7 @@ from huggingface_hub import ModelCard
 from aigiqa_reward import Reward, create_reward, get_reward_spec, list_rewards
 from aigiqa_reward.assistants import Assistants
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
-from aigiqa_reward.rewards.build import SYSTEMS, build_model, load_embedded
+from aigiqa_reward.rewards.build import SYSTEMS, load_embedded
 from aigiqa_reward.utils.weights import ASSETS, WeightsError, sha256
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -61,7 +58,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "compact", "device": "cudaa"}, "device: cannot use 'cudaa' here.*'cpu'"),
     ({"name": "mst_clipiqa", "preset": "paper"}, "no trained head.*aigiqa-reward train mst_clipiqa --preset paper"),
     ({"name": "mst_clipiqa", "preset": "large"}, "'large'"),
-    ({"name": "sc_agiqa", "encoder": ENCODER}, "only tsp_mgs"),
     ({"name": "tsp_mgs", "weights": FOLDER, "zero_shot": True}, "neither preset nor encoder"),
     ({"name": "tsp_mgs", "scenario": "poster"}, "only cpa_iqa has scenarios"),
     ({"name": "cpa_iqa", "scenario": "postr"}, "none called 'postr'.*poster"),
@@ -92,12 +88,7 @@ def test_the_table_lists_the_embedded_files_within_their_budgets():
 
 
 @pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("compact", "compact/model.safetensors"),
-        ("compact", "towers/text.safetensors"),
-        ("cpa_iqa", "cpa_iqa/model.safetensors"),
-    ],
+    ("name", "file"), [("compact", "towers/text.safetensors"), ("cpa_iqa", "cpa_iqa/model.safetensors")]
 )
 def test_an_altered_embedded_file_is_refused(name: str, file: str, tmp_path: Path):
     for folder in {"towers", name}:
@@ -132,22 +123,9 @@ def test_an_assistant_that_a_reward_was_trained_with_is_asked_for(tmp_path: Path
     assert not output.details["substitute_description"].any()
 
 
-def test_assistants_of_another_kind_are_refused():
-    with pytest.raises(ValueError, match="tsp_mgs can use none, got captioner"):
-        build_model("tsp_mgs", assistants=Assistants(captioner=Described()))
-    with pytest.raises(TypeError, match="expected Assistants"):
-        create_reward("sc_agiqa", assistants={"captioner": Described()})  # type: ignore[arg-type]
-
-
-def test_a_saved_reward_is_the_same_and_as_small_as_the_embedded_one(mst: Reward, saved: Path):
+def test_a_saved_reward_is_small_and_has_a_card_that_shows_how_to_load_it(mst: Reward, saved: Path, tmp_path: Path):
     embedded = sum((ASSETS / file).stat().st_size for file in mst.spec.sha256)
     assert (saved / "model.safetensors").stat().st_size < 1.1 * embedded
-    loaded, expected = Reward.from_pretrained(saved).state_dict(), mst.state_dict()
-    assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
-
-
-def test_a_saved_reward_has_a_card_that_shows_how_to_load_it(mst: Reward, saved: Path, tmp_path: Path):
     card = ModelCard.load(saved / "README.md")
     assert card.data.to_dict()["library_name"] == "aigiqa-reward"
     assert all(text in card.text for text in (mst.spec.title, mst.spec.paper, mst.spec.scale))
@@ -158,23 +136,6 @@ def test_a_saved_reward_has_a_card_that_shows_how_to_load_it(mst: Reward, saved:
     (tmp_path / "README.md").write_text("mine")
     mst.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"width": 128}, r"shape .*expected"),
-        ({"width": 10**6}, r"larger than the .* bytes of model\.safetensors can fill"),
-        ({"nonsense": 1}, "nonsense"),
-    ],
-)
-def test_a_description_that_does_not_fit_the_weights_is_refused(saved: Path, tmp_path: Path, change: Any, message: str):
-    copy = shutil.copytree(saved, tmp_path / "copy")
-    config = json.loads((copy / "config.json").read_text())
-    config["model"]["config"] |= change
-    (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=message):
-        Reward.from_pretrained(copy)
 
 
 def test_what_is_no_saved_reward_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

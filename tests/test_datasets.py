@@ -1,5 +1,3 @@
-"""Readers of benchmarks, on files that these tests write in the published layouts: one contract, then each layout."""
-
 from __future__ import annotations
 
 import csv
@@ -21,9 +19,7 @@ from scipy.io import savemat
 
 from aigiqa_reward import datasets
 from aigiqa_reward.datasets import SOURCES, PreferencePairs, ScoredImages, read_aigciqa2023, read_data, read_imagereward
-from aigiqa_reward.evaluation import group_mean_predictor, selection_gain
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "agiqa3k"
 Rows = list[dict[str, Any]]
 
 
@@ -518,13 +514,3 @@ def test_tables_check_their_fields() -> None:
         scored(4, correspondence_std=np.zeros(3))
     with pytest.raises(ValueError, match="expected two images, got '2a' twice at row 2"):
         pairs(worse=(Path("0b"), Path("1b"), Path("2a")))
-
-
-@pytest.mark.skipif(not (REAL / "data.csv").is_file(), reason="AGIQA-3K is not at ../shared/data beside the checkout")
-def test_the_generator_is_most_of_choosing_but_not_within_a_generator() -> None:
-    data = datasets.read_agiqa3k(REAL)
-    assert (len(data), len(set(data.prompts)), len(set(data.generators))) == (2385, 240, 10)
-    predicted, prompts = group_mean_predictor(data.quality, data.generators, data.generators), np.array(data.prompts)
-    variants = np.array([name.startswith("sd1.5") for name in data.generators])
-    assert selection_gain(predicted, data.quality, prompts) == pytest.approx(0.90, abs=0.02)
-    assert abs(selection_gain(predicted[variants], data.quality[variants], prompts[variants])) < 0.2

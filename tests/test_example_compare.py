@@ -1,11 +1,8 @@
-"""The comparison of held-out predictions in examples/train_compact."""
-
 from __future__ import annotations
 
 import importlib
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,15 +44,6 @@ def make_predictions(example: ModuleType, prompts: int = 40) -> Any:
         image_only_correspondence=common + noise[4],
         shuffled_prompt_correspondence=common + noise[5],
     )
-
-
-def test_predictions_round_trip(example: ModuleType, tmp_path: Path) -> None:
-    table = make_predictions(example)
-    found = example.Predictions.load(table.save(tmp_path / "fold.npz"))
-    for name, before in vars(table).items():
-        assert np.array_equal(before, getattr(found, name)), name
-    with pytest.raises(ValueError, match="prompts: expected 200 entries"):
-        replace(table, prompts=("only one",))
 
 
 def test_the_report_shows_what_a_model_sees_beyond_the_generator(example: ModuleType) -> None:

@@ -1,5 +1,3 @@
-"""Splits and folds: no group on two sides, and the same for the same seed."""
-
 from __future__ import annotations
 
 import csv

@@ -1,5 +1,3 @@
-"""Trainings that are interrupted and resumed, or run in several processes."""
-
 from __future__ import annotations
 
 import contextlib
@@ -29,6 +27,7 @@ from aigiqa_reward.training.tasks import ScoreTask
 from aigiqa_reward.utils.weights import WeightsError
 
 QUICK = Recipe(learning_rate=1e-2, batch_size=8, epochs=5)
+TOWERS = replace(QUICK, learning_rate=1e-3, epochs=3, train_towers=True)
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Recipe, str, int]] = {
     # system, settings, recipe, a module of every step, its calls in about two and a half epochs
     "noise": ("mst_clipiqa", {"bottleneck": 0.01}, replace(QUICK, mismatch_weight=0.3), "head.fusion", 15),
     "average": ("mst_clipiqa", {}, replace(QUICK, ema=0.9, optimizer="adam", rank_weight=1.0), "head.fusion", 15),
-    "towers": (
-        "tsp_mgs",
-        {},
-        replace(QUICK, learning_rate=1e-3, epochs=3, train_towers=True),
-        "encoder.clip.visual",
-        180,
-    ),
+    "towers": ("tsp_mgs", {}, TOWERS, "encoder.clip.visual", 180),
 }
 
 

@@ -1,5 +1,3 @@
-"""Fitting heads and towers: it learns, what must not change does not, and the same call gives the same weights."""
-
 from __future__ import annotations
 
 import random

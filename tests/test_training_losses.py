@@ -1,5 +1,3 @@
-"""Losses, rates and recipes against loops, scipy and torch.distributions."""
-
 from __future__ import annotations
 
 import math
@@ -95,17 +93,10 @@ def test_a_step_down_the_gradient_raises_the_better_image_and_equal_targets_cost
 
 
 def scored(quality: list[float], correspondence: list[float]) -> ScoredImages:
-    count, words = len(quality), tuple("abcdefghijkl"[: len(quality)])
-    return ScoredImages(
-        names=words,
-        paths=tuple(Path(word) for word in words),
-        prompts=words,
-        generators=("g",) * count,
-        quality=np.array(quality),
-        quality_std=np.zeros(count),
-        correspondence=np.array(correspondence),
-        correspondence_std=np.zeros(count),
-    )
+    words, zeros = tuple("abcdefghijkl"[: len(quality)]), np.zeros(len(quality))
+    texts = {"names": words, "paths": tuple(map(Path, words)), "prompts": words, "generators": words}
+    scores = {"quality": np.array(quality), "correspondence": np.array(correspondence)}
+    return ScoredImages(**texts, **scores, quality_std=zeros, correspondence_std=zeros)
 
 
 def test_targets_are_shares_of_the_best_training_score() -> None:

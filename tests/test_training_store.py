@@ -1,5 +1,3 @@
-"""Stored features: what the towers see, kept through interruptions, damage and company."""
-
 from __future__ import annotations
 
 import json
