@@ -27,7 +27,6 @@ GUIDED: dict[str, Any] = {**FEW_STEPS, "guidance_scale": 3.0}
 
 
 def precise() -> Any:
-    """Stable Diffusion in float64, paler, so that no pixel lies where the input of a reward is clamped."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = pipelines.stable_diffusion().to(torch.float64)
@@ -38,7 +37,6 @@ def precise() -> Any:
 def context_of(
     pipe: Any, reward: Any = warmth, *, moved: float = 0.3, rank: int = 2, call: Any = PLAIN, **options: Any
 ) -> TrainingContext:
-    """Context with an adapter in the pipeline's dtype, moved away from B = 0 by normal numbers."""
     rollout = Rollout(pipe, **call)
     lora = LoRA(rollout.family, rank=rank)
     for weight in lora.weights.values():
@@ -48,7 +46,6 @@ def context_of(
 
 
 def changed(context: TrainingContext, **options: Any) -> TrainingContext:
-    """The same pipeline and adapter with other options."""
     kept = {name: getattr(context, name) for name in ("rollout", "lora", "reward", "accelerator")}
     return TrainingContext(**{**kept, **options})
 
@@ -56,7 +53,6 @@ def changed(context: TrainingContext, **options: Any) -> TrainingContext:
 def batch_of(
     rows: Iterable[int] = (0,), *, group: int = 1, round: int = 0, step: int | None = None, size: int = 0, seed: int = 0
 ) -> Batch:
-    """Rows of a step; the rows of group i have prompt i."""
     rows, step = tuple(rows), round if step is None else step
     places = tuple(row // group % len(PROMPTS) for row in rows)
     prompts, size = tuple(PROMPTS[place] for place in places), size or len(rows)
@@ -64,14 +60,12 @@ def batch_of(
 
 
 def batches(*parts: Sequence[int], **more: Any) -> list[Batch]:
-    """The parts of one step."""
     return [batch_of(rows, size=sum(map(len, parts)), **more) for rows in parts]
 
 
 def run_backward(
     algorithm: Algorithm, context: TrainingContext, parts: Sequence[Batch], memory: Mapping[str, Tensor] | None = None
 ) -> list[list[Outcome]]:
-    """The outcomes of each part, after the backward pass of each as in the loop."""
     with torch.no_grad():
         memory = algorithm.prepare(context, parts) if memory is None else memory
     outcomes: list[list[Outcome]] = [[] for _ in parts]
@@ -83,7 +77,6 @@ def run_backward(
 
 
 def take_gradient(context: TrainingContext) -> Tensor:
-    """The gradient, flat over all weights, which are then without."""
     weights = [*context.lora.weights.values()]
     found = [torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten() for w in weights]
     for weight in weights:
@@ -94,7 +87,6 @@ def take_gradient(context: TrainingContext) -> Tensor:
 def gradient(
     context: TrainingContext, algorithm: Algorithm, *parts: Batch, memory: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """The gradient of all losses of a step."""
     take_gradient(context)
     run_backward(algorithm, context, parts, memory)
     return take_gradient(context)
@@ -103,7 +95,6 @@ def gradient(
 def loss_of(
     algorithm: Algorithm, context: TrainingContext, parts: Sequence[Batch], memory: Mapping[str, Tensor]
 ) -> float:
-    """The loss of a step."""
     return sum(
         float(outcome.loss.detach()) * len(batch) / batch.size
         for part, batch in enumerate(parts)
@@ -116,12 +107,10 @@ def flat(context: TrainingContext) -> Tensor:
 
 
 def put(context: TrainingContext, values: Tensor) -> None:
-    """The opposite of `flat`."""
     torch.nn.utils.vector_to_parameters(values, context.lora.weights.values())
 
 
 def slope(context: TrainingContext, loss: Callable[[], float], direction: Tensor, small: float = 1e-4) -> float:
-    """Central difference of a loss along a direction in the space of the adapter's weights."""
     start, values = flat(context), []
     for sign in (1, -1):
         put(context, start + sign * small * direction)
@@ -136,7 +125,6 @@ def directions(context: TrainingContext, count: int = 2) -> list[Tensor]:
 
 
 def write_pairs(folder: Path, count: int = 3) -> PreferencePairs:
-    """Pairs of random images of 32 px, of the prompts in turn."""
     generator = torch.Generator().manual_seed(0)
     files: dict[str, list[Path]] = {"better": [], "worse": []}
     for name, found in files.items():

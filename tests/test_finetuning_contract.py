@@ -193,7 +193,7 @@ def test_settings_identify_an_algorithm_and_say_what_they_are(name: str) -> None
 BAD: list[tuple[Any, dict[str, Any]]] = [
     *((DRaFT, {"truncation_steps": steps}) for steps in (0, 1.5, "some", True)),
     (DRaFT, {"low_variance": 2, "truncation_steps": 2}),
-    (ReFL, {"earliest": 1.0}),
+    *((ReFL, {"earliest": share}) for share in (1, -0.1, float("nan"))),
     *((DPO, {name: value}) for name, value in (("beta", 0), ("loss", "kto"), ("timesteps", "late"), ("margin", -0.1))),
     *((DPO, {name: value}) for name, value in (("refresh_every", -1), ("candidates", 1), ("pairs", "made"))),
     (DPO, {"pairs": PreferencePairs(prompts=(), better=(), worse=())}),
@@ -232,7 +232,7 @@ def test_a_reward_without_gradients_is_refused_where_they_are_needed(name: str) 
         (DDPO(), {"eta": 0.5}, r"eta: .* got eta=0\.5 .* leave it out"),
         (FlowGRPO(), {}, "got StableDiffusionPipeline with DDIMScheduler; train it with DDPO"),
         (DPO(), "score", "got 'score' of DDIMScheduler"),
-        (DPO(timesteps="sampler"), HeunDiscreteScheduler, "HeunDiscreteScheduler calls the denoiser between its noise"),
+        (DPO(timesteps="sampler"), HeunDiscreteScheduler, "HeunDiscreteScheduler calls .*timesteps='uniform', or"),
     ],
 )
 def test_schedulers_that_an_algorithm_cannot_train_with_are_refused(algorithm: Any, change: Any, message: str) -> None:

@@ -10,18 +10,7 @@ import numpy as np
 import pipelines
 import pytest
 import torch
-from algorithm_runs import (
-    GUIDED,
-    PLAIN,
-    batch_of,
-    changed,
-    context_of,
-    directions,
-    gradient,
-    precise,
-    slope,
-)
-from diffusers import DPMSolverMultistepScheduler
+from algorithm_runs import GUIDED, PLAIN, batch_of, changed, context_of, directions, gradient, precise, slope
 from finetuned import warmth
 from peak_memory import Peak
 from scipy import stats
@@ -82,24 +71,14 @@ def flat_gradient(context: TrainingContext, loss: Tensor) -> Tensor:
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(context.lora.weights.values()))])
 
 
-def test_gradient_is_that_of_finite_differences(guided: TrainingContext) -> None:
-    batch = batch_of()
-    found = gradient(guided, DRaFT(), batch)
-    with torch.no_grad():
-        before = sampled(guided, batch, noise_of(batch), last=1)
-        (direction,) = directions(guided, 1)
-        loss = lambda: float(loss_at(guided, batch, sampled(guided, batch, before, first=1)))  # noqa: E731
-        assert float(found @ direction) == pytest.approx(slope(guided, loss, direction), rel=1e-5) != 0
-
-
-def test_gradients_are_those_of_backpropagation_from_the_prefix(double: TrainingContext) -> None:
+def test_gradients_are_those_of_backpropagation_from_the_prefix(guided: TrainingContext) -> None:
     batch = batch_of((0, 1))
-    whole = flat_gradient(double, loss_at(double, batch, sampled(double, batch, noise_of(batch))))
-    prefix = sampled(double, batch, noise_of(batch), last=1).detach()
-    last = flat_gradient(double, loss_at(double, batch, sampled(double, batch, prefix, first=1)))
+    whole = flat_gradient(guided, loss_at(guided, batch, sampled(guided, batch, noise_of(batch))))
+    prefix = sampled(guided, batch, noise_of(batch), last=1).detach()
+    last = flat_gradient(guided, loss_at(guided, batch, sampled(guided, batch, prefix, first=1)))
     assert not torch.allclose(whole, last, rtol=1e-2)
     for steps, expected in (("all", whole), (STEPS + 5, whole), (1, last)):
-        found = gradient(double, DRaFT(truncation_steps=steps), batch)
+        found = gradient(guided, DRaFT(truncation_steps=steps), batch)
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10 * float(expected.norm()))
 
 
@@ -147,17 +126,6 @@ def test_only_the_kept_steps_have_gradients_and_no_step_is_taken_twice(
     assert (len(calls), len(stepped)) == (2 * STEPS, STEPS), "denoised again in the backward pass, but not stepped"
 
 
-def test_checkpointing_changes_no_gradient() -> None:
-    pipe = precise()
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    plain = context_of(pipe, call={**PLAIN, "num_inference_steps": 3}, penalty=0.3)
-    algorithm, batch = DRaFT(truncation_steps=2), batch_of()
-    expected = gradient(plain, algorithm, batch)
-    pipe.unet.enable_gradient_checkpointing(plain.lora.checkpoint)
-    found = gradient(changed(plain, penalty=0.3, checkpointed=True), algorithm, batch)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.norm()))
-
-
 def test_a_ceiling_ends_the_gradient(double: TrainingContext) -> None:
     batch = batch_of((0, 1))
     (outcome,) = DRaFT().losses(double, batch, 0, {})
@@ -177,6 +145,7 @@ def test_the_penalty_is_the_mean_square_of_what_the_adapter_changes(double: Trai
 
     def loss() -> float:
         latents, found = noise_of(batch), []
+        pipe.scheduler.set_timesteps(STEPS)
         for place, time in enumerate(pipe.scheduler.timesteps):
             output = denoised(pipe, latents, time, batch.prompts, 1.0)
             pipe.unet.disable_adapters()

@@ -136,11 +136,10 @@ def test_everything_else_is_frozen_and_half_precision_stays() -> None:
     pipe = pipelines.stable_diffusion().to(torch.bfloat16)
     lora = lora_on(pipe)
     assert {weight.dtype for weight in lora.weights.values()} == {torch.float32}
-    kinds = {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()}
-    assert kinds == {torch.bfloat16, torch.float32}
-    trained = {name for name, weight in pipe.unet.named_parameters() if weight.requires_grad}
-    assert trained == set(lora.weights)
-    assert not any(p.requires_grad for part in (pipe.vae, pipe.text_encoder) for p in part.parameters())
+    others = [
+        p for part in (pipe.unet, pipe.vae, pipe.text_encoder) for n, p in part.named_parameters() if "lora" not in n
+    ]
+    assert {(p.dtype, p.requires_grad) for p in others} == {(torch.bfloat16, False)}
 
 
 def test_state_goes_there_and_back(tmp_path: Path) -> None:

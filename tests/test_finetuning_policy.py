@@ -25,7 +25,6 @@ from aigiqa_reward.finetuning.algorithms.policy_gradient import (
     group_advantages,
 )
 from aigiqa_reward.sampling.ancestral import ancestral_weights, step_mean
-from aigiqa_reward.sampling.schedulers import noise_level
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SDE = 0.7
@@ -154,52 +153,3 @@ def test_flow_sde_keeps_its_head_where_a_schedule_begins_a_little_below_one():
     scheduler.set_timesteps(8)
     assert 0.999 < float(scheduler.sigmas[0]) < 1
     assert float(flow_sde_weights(scheduler, 0, SDE).fresh) == pytest.approx(SDE, rel=0.02)
-
-
-def test_to_first_order_flow_sde_and_the_ancestral_sampler_are_one():
-    excess = []
-    for steps in (50, 500):
-        scheduler = scheduler_of("flow", steps)
-        middle = steps // 2
-        sde = flow_sde_weights(scheduler, middle, SDE)
-        ancestral = ancestral_weights(scheduler, middle, SDE / math.sqrt(2))
-        assert float(sde.clean) == float(ancestral.clean)
-        excess.append(abs(float(sde.fresh / ancestral.fresh) - 1))
-    assert excess[0] < 0.1
-    assert excess[1] < excess[0] / 8
-
-
-MEAN, SPREAD = 0.8, 0.3
-"""Gaussian data, whose flow has a closed form: latents at time t are N((1 - t) m, (1 - t)^2 s^2 + t^2)."""
-
-
-def clean_of_gaussian_data(latents: Tensor, time: float) -> Tensor:
-    share = SPREAD**2 * (1 - time) / ((1 - time) ** 2 * SPREAD**2 + time**2)
-    return MEAN + share * (latents - (1 - time) * MEAN)
-
-
-def marginals(sampler: str, steps: int) -> list[tuple[float, float]]:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
-    mean, variance, found = 0.0, 1.0, []
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    kind, amount = (flow_sde_weights, SDE) if sampler == "sde" else (ancestral_weights, SDE / math.sqrt(2))
-    for step in range(steps):
-        weights = kind(scheduler, step, amount)
-        clean = clean_of_gaussian_data(ends, float(noise_level(scheduler, step)[1]))
-        zero, one = step_mean(scheduler, step, ends, clean, weights).tolist()
-        mean, variance = zero + (one - zero) * mean, (one - zero) ** 2 * variance + float(weights.fresh) ** 2
-        found.append((mean, math.sqrt(variance)))
-    return found
-
-
-@pytest.mark.parametrize("sampler", ["sde", "ancestral"])
-def test_with_many_steps_the_marginals_are_those_of_the_flow(sampler):
-    errors = []
-    for steps in (100, 2000):
-        found = marginals(sampler, steps)
-        half = found[steps // 2 - 1]
-        expected = (0.5 * MEAN, math.sqrt(0.25 * SPREAD**2 + 0.25))
-        errors.append([abs(a - b) for a, b in zip((*half, *found[-1]), (*expected, MEAN, SPREAD), strict=True)])
-    assert max(errors[1]) < 0.01
-    assert max(errors[1]) < max(errors[0]) / 4

@@ -41,12 +41,7 @@ def ancestral_xl() -> Any:
     return pipe
 
 
-PIPES = {
-    "sd": pipelines.stable_diffusion,
-    "sdxl": ancestral_xl,
-    "sd3": pipelines.stable_diffusion_3,
-    "flux": pipelines.flux,
-}
+PIPES = {**pipelines.FAMILIES, "sdxl": ancestral_xl}
 
 
 def red(images: Tensor, prompts: list[str]) -> Tensor:

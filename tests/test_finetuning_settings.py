@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aigiqa_reward.finetuning import FinetuneConfig, ReFL
+from aigiqa_reward.finetuning import FinetuneConfig
 
 ZERO = "rank lora_alpha gradient_accumulation_steps max_grad_norm checkpoints_total_limit validation_steps patience"
 NEGATIVE = "learning_rate lr_warmup_steps kl_coeff checkpointing_steps"
@@ -37,12 +37,6 @@ def test_the_ends_of_the_ranges_are_accepted() -> None:
 def test_every_field_has_a_help_of_one_sentence() -> None:
     helps = {field.name: field.metadata["help"] for field in fields(FinetuneConfig)}
     assert not [name for name, text in helps.items() if not text[0].isupper() or not text.endswith(".") or ". " in text]
-
-
-@pytest.mark.parametrize("share", [1, -0.1, math.nan])
-def test_refl_starts_within_the_steps(share: float) -> None:
-    with pytest.raises(ValueError, match=r"^earliest: expected a number in"):
-        ReFL(earliest=share)
 
 
 def test_the_launcher_sets_the_default_precision(monkeypatch: pytest.MonkeyPatch) -> None:

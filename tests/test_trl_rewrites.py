@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,16 +77,8 @@ def test_rewrites_at_fault_get_the_floor_and_images_that_failed_get_none(pipe: A
     )
     [good] = PromptScorer(pipe, Seen(), **SETTINGS).score([APPLE], ["abc"])
     assert rewards == [pytest.approx(good.total, abs=1e-6), -1.0, None, -1.0]
-    assert metrics == pytest.approx(
-        {
-            "rewrite/quality": good.quality,
-            "rewrite/correspondence": 3.0,
-            "rewrite/blank": 1 / 4,
-            "rewrite/dropped": 2 / 3,
-            "rewrite/cached": 0.0,
-        },
-        abs=1e-6,
-    )
+    expected = {"quality": good.quality, "correspondence": 3.0, "blank": 1 / 4, "dropped": 2 / 3, "cached": 0.0}
+    assert metrics == pytest.approx({f"rewrite/{name}": value for name, value in expected.items()}, abs=1e-6)
     assert RewriteReward(scorer, floor=None)(rewrites, rewrites, original=["abc"] * 4)[1:] == [None] * 3
     nothing: dict[str, float] = {}
     assert RewriteReward(scorer)([""], [""], original=["abc"], log_metric=nothing.__setitem__) == [0.0]
@@ -136,65 +127,37 @@ def test_arguments_are_checked(pipe: Any) -> None:
         RewriteReward(PromptScorer(pipe, Seen()), judged_by="image")  # pyright: ignore[reportArgumentType]
 
 
-class Witness:
-    def __init__(self) -> None:
-        self.__name__ = "witness"
-        self.steps: list[dict[str, list[Any]]] = []
-
-    def __call__(
-        self, prompts: list[Any], completions: list[Any], original: list[str], note: list[int], **_: Any
-    ) -> Any:
-        self.steps.append({"prompts": prompts, "completions": completions, "original": original, "note": note})
-        return [0.0] * len(prompts)
-
-
-def train(reward: RewriteReward, folder: Path, *, conversational: bool = False, steps: int = 2) -> Any:
+def train(reward: RewriteReward, folder: Path, conversational: bool) -> Any:
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl", reason="needs aigiqa-reward[trl]")
     tokenizer = word_tokenizer(WORDS)
-    rows = defaultdict(list)
-    for note, original in enumerate(ORIGINALS):
-        question = f"rewrite: {original}"
-        rows["prompt"].append([{"role": "user", "content": question}] if conversational else question)
-        rows["original"].append(original)
-        rows["note"].append(note)
-    config = trl.GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        num_generations=2,
-        max_completion_length=4,
-        learning_rate=0.01,
-        seed=0,
-    )
-    witness = Witness()
+    questions: list[Any] = [f"rewrite: {original}" for original in ORIGINALS]
+    prompts = [[{"role": "user", "content": question}] for question in questions] if conversational else questions
+    data = datasets.Dataset.from_dict({"prompt": prompts, "original": ORIGINALS, "note": [*range(4)]})
+    quiet: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    few = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4}
+    cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    config = trl.GRPOConfig(output_dir=str(folder), learning_rate=0.01, seed=0, **cpu, **quiet, **few)
+    steps: list[dict[str, Any]] = []
+
+    def witness(prompts: list[Any], **columns: Any) -> Any:
+        steps.append({"prompts": prompts, **columns})
+        return [0.0] * len(prompts)
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = qwen_3(tokenizer, layers=1)
-        trainer = trl.GRPOTrainer(
-            model=model,
-            reward_funcs=[reward, witness],
-            args=config,
-            train_dataset=datasets.Dataset.from_dict(dict(rows)),
-            processing_class=tokenizer,
-        )
+        model, rewards = qwen_3(tokenizer, layers=1), [reward, witness]
+        trainer = trl.GRPOTrainer(model, rewards, config, data, processing_class=tokenizer)
         before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         trainer.train()
     moved = {name: float((weight.detach() - before[name]).abs().max()) for name, weight in model.named_parameters()}
-    return SimpleNamespace(log=trainer.state.log_history, steps=witness.steps, moved=moved)
+    return SimpleNamespace(log=trainer.state.log_history, steps=steps, moved=moved)
 
 
 @pytest.mark.parametrize("conversational", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["text", "chat"])
 def test_rewards_reach_the_trainer_and_move_the_language_model(pipe: Any, tmp_path: Path, conversational: bool) -> None:
     judge = create_reward("compact")
     reward = RewriteReward(PromptScorer(pipe, judge, **SETTINGS))
-    run = train(reward, tmp_path, conversational=conversational)
+    run = train(reward, tmp_path, conversational)
     logged = [line for line in run.log if "rewards/image_reward/mean" in line]
     assert len(logged) == len(run.steps) == 2
     for line, step in zip(logged, run.steps, strict=True):
@@ -215,29 +178,3 @@ def by_hand(pipe: Any, judge: Any, rewrite: str, original: str) -> float:
     generator = torch.Generator("cpu").manual_seed(0)
     image = pipe(rewrite.strip(), generator=generator, output_type="pt", **SETTINGS).images
     return float(judge(image, [original]).total)
-
-
-def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    corners = images[..., [0, 1, -2, -1]][:, :, [0, 1, -2, -1]].mean(dim=(2, 3))
-    return corners[:, 0] - corners[:, 1:].mean(dim=1)
-
-
-@pytest.mark.slow
-def test_it_learns_to_ask_for_what_the_reward_likes_of_things_it_never_saw_too(
-    pipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("trl", reason="needs aigiqa-reward[trl]")
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
-    from prompt_rewriting import best_and_none, earned, train, writer
-
-    trained, others = ["a penguin", "a crown", "a ghost"], ["a banana", "a turtle"]
-    tokenizer = word_tokenizer(["penguin", "crown", "ghost", "banana", "turtle", *COLOR_NAMES])
-    scorer = PromptScorer(pipe, redness, batch_size=16, num_inference_steps=3, guidance_scale=1.0)
-    model = writer(tokenizer, 0)
-    before = [earned(model, tokenizer, scorer, things, 0) for things in (trained, others)]
-    train(model, tokenizer, scorer, trained, 40, 0)
-    after = [earned(model, tokenizer, scorer, things, 0) for things in (trained, others)]
-    best = [best_and_none(scorer, tokenizer, things, 0)[1] for things in (trained, others)]
-    print("before", before, "after", after, "best", best)
-    for first, last, most in zip(before, after, best, strict=True):
-        assert last > (first + most) / 2

@@ -45,8 +45,6 @@ MISTRAL_CHAT = (
 )
 """Mistral Small's chat template, for what a system and a user say."""
 
-_ROLES = "system user assistant"
-
 _QWEN_IMAGE_TEMPLATE = (
     "Describe the image by detailing the color shape size texture quantity text spatial relationships of the objects "
     "and background"
@@ -56,9 +54,8 @@ template ahead of the prompt has the 34 tokens which the pipeline drops."""
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Bytes, the words of Qwen-Image's template, the chat's tokens; pads on the right."""
     first, *following = _QWEN_IMAGE_TEMPLATE.split()
-    merges = _merges_of(*_ROLES.split(), first, *("Ġ" + word for word in following))
+    merges = _merges_of("system", "user", "assistant", first, *("Ġ" + word for word in following))
     tokens = [*_bytes(), *(left + right for left, right in merges)]
     tokenizer = Qwen2Tokenizer(
         vocab={token: number for number, token in enumerate(tokens)},
@@ -71,7 +68,6 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def mistral_processor() -> PixtralProcessor:
-    """Bytes and the chat's tokens; pads on the left, as FLUX.2's does."""
     core = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(_bytes())}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -93,14 +89,12 @@ def mistral_processor() -> PixtralProcessor:
 
 
 def gemma_tokenizer() -> GemmaTokenizer:
-    """Byte fallback for everything; texts begin with the start token; pads on the left until a pipeline says right."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return GemmaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True, model_max_length=4096)
 
 
 def mistral_3(processor: PixtralProcessor, *, layers: int) -> Mistral3ForConditionalGeneration:
-    """Text and vision of Mistral 3, as FLUX.2 uses them."""
     text = {"model_type": "mistral", "head_dim": 8, **_sizes(processor.tokenizer, layers=layers)}
     vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -110,7 +104,6 @@ def mistral_3(processor: PixtralProcessor, *, layers: int) -> Mistral3ForConditi
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token a word, for a language model that is to write some; pads on the left. Its chat says words only."""
     known = ["<pad>", "<eos>", "<unk>", *dict.fromkeys(words)]
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -122,12 +115,10 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def qwen_3(tokenizer: PreTrainedTokenizerBase, *, layers: int) -> Qwen3ForCausalLM:
-    """Qwen3 with its head, as FLUX.2 klein uses it; Z-Image takes the `model` within."""
     return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **_sizes(tokenizer, layers=layers))).eval()
 
 
 def qwen_2_5_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """Text and vision of Qwen2.5-VL, as Qwen-Image uses them."""
     ropes = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
     text = {**_sizes(tokenizer, layers=2), "rope_parameters": ropes, "bos_token_id": None, "eos_token_id": None}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
@@ -136,21 +127,13 @@ def qwen_2_5_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration
 
 
 def gemma_2(tokenizer: GemmaTokenizer) -> Gemma2Model:
-    """Gemma 2 without its head, as Sana uses it."""
     return Gemma2Model(Gemma2Config(head_dim=8, query_pre_attn_scalar=8, **_sizes(tokenizer, layers=2))).eval()
 
 
 def _sizes(tokenizer: PreTrainedTokenizerBase, *, layers: int) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.3,
-    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": layers}
+    widths = {"vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
+    return {**heads, **widths, "max_position_embeddings": 4096, "initializer_range": 0.3}
 
 
 def _bytes() -> list[str]:
@@ -158,5 +141,4 @@ def _bytes() -> list[str]:
 
 
 def _merges_of(*words: str) -> list[tuple[str, str]]:
-    """Byte pairs that put each word together from its first letter on; beginnings in common are listed once."""
     return list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
