@@ -1,5 +1,3 @@
-"""RewardLogger and EarlyExit on diffusers' own pipelines: scores, prompts, entering and leaving, errors."""
-
 import copy
 import functools
 from typing import Any
@@ -14,7 +12,6 @@ from torch import Tensor
 from watched import PROMPT, STEPS, Recorder, families, is_left_alone, redness, sample
 
 from aigiqa_reward.sampling.callbacks import EarlyExit, RewardLogger
-from aigiqa_reward.types import PromptFeatures
 
 
 @families("sd", "flux", "qwen_image", "sana", slow=("sdxl", "sd3", "flux_2", "flux_2_klein", "z_image"))
@@ -144,45 +141,6 @@ def test_prompts_of_a_batch_go_with_their_images():
     assert logger.history[-1].quality == pytest.approx(redness(images, [""] * 4).tolist(), abs=1e-3)
     with pytest.raises(ValueError, match="2 for 3 images"), RewardLogger(pipe, reward, prompts) as logger:
         sample(pipe, steps=1, num_images_per_prompt=3, callback_on_step_end=logger)
-
-
-def test_the_prompt_is_encoded_once():
-    class Featured(Recorder):
-        device = torch.device("cpu")
-        encoded: list[list[str]] = []  # noqa: RUF012
-
-        def encode_prompts(self, prompts: list[str]) -> PromptFeatures:
-            self.encoded.append(prompts)
-            return PromptFeatures(texts=tuple(prompts), index=torch.arange(len(prompts)), tensors={}, model="x")
-
-    pipe, reward = pipeline("sd"), Featured()
-    with RewardLogger(pipe, reward, PROMPT) as logger:
-        sample(pipe, steps=2, num_images_per_prompt=2, callback_on_step_end=logger)
-    assert reward.encoded == [[PROMPT]]
-    assert all(features.prompts == [PROMPT] * 2 for features in reward.prompts)
-
-
-def test_previews_that_are_not_finite_are_nan_and_their_batch_mates_scored():
-    pipe, reward = pipeline("sd"), Recorder()
-    first = torch.tensor([0])
-    hook = pipe.vae.decoder.register_forward_hook(lambda _, args, output: output.index_fill(0, first, torch.nan))
-    try:
-        with RewardLogger(pipe, reward, PROMPT) as logger:
-            sample(pipe, steps=1, num_images_per_prompt=2, output_type="latent", callback_on_step_end=logger)
-    finally:
-        hook.remove()
-    (entry,) = logger.history
-    assert len(reward.images[0]) == 1
-    for scores in (entry.total, entry.quality, entry.correspondence):
-        assert torch.tensor(scores).isnan().tolist() == [True, False]
-
-
-def test_an_error_in_the_pipeline_leaves_nothing_behind():
-    pipe = pipeline("sd")
-    broken = lambda images, prompts: {}["mine"]  # noqa: E731
-    with pytest.raises(KeyError, match="mine"), RewardLogger(pipe, broken, PROMPT) as logger:
-        sample(pipe, callback_on_step_end=logger)
-    assert is_left_alone(pipe)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])

@@ -1,5 +1,3 @@
-"""Every architecture's parts, put together again, against diffusers' own call of the same pipeline."""
-
 import copy
 import functools
 from collections.abc import Iterable

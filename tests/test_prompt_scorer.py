@@ -1,7 +1,3 @@
-"""Scores of prompts, compared with the embedded pipeline called by hand and a known reward."""
-
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -110,10 +106,7 @@ def test_arguments_are_checked(pipe: Any, arguments: dict[str, Any], error: type
 
 
 def test_prompts_are_checked_before_anything_is_sampled() -> None:
-    def never(prompt: str) -> Any:
-        raise AssertionError("sampled")
-
-    scorer = PromptScorer(never, Seen())
+    scorer = PromptScorer(lambda prompt: pytest.fail("sampled"), Seen())
     with pytest.raises(ValueError, match=r"prompts\[1\]: expected a text for the reward to see, got ' '"):
         scorer.score([APPLE, " "])
     with pytest.raises(ValueError, match="judged_by: expected one text per prompt, got 1 for 2"):

@@ -1,7 +1,3 @@
-"""Contact sheets, judged by their pixels: every image in its place, one frame around the right one, nothing spilled."""
-
-from __future__ import annotations
-
 import dataclasses
 import math
 import warnings
@@ -17,7 +13,6 @@ from aigiqa_reward.report import WINNER, contact_sheet
 PROMPT = "a red apple on a blue background"
 
 Box = tuple[int, int, int, int]
-"""Left, top, right, bottom in px; right and bottom are not inside."""
 
 
 def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -25,11 +20,7 @@ def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
 
 
 def output(
-    images: list[Image.Image],
-    scores: list[float] | None = None,
-    *,
-    dropped: dict[int, str] | None = None,
-    top_k: int | None = None,
+    images: list[Image.Image], scores: Any = None, *, dropped: dict[int, str] | None = None, top_k: int | None = None
 ) -> BestOfNOutput:
     seeds = list(range(len(images)))
     reasons = dropped or {}
@@ -37,14 +28,10 @@ def output(
     total = [math.nan if seed in reasons else score for seed, score in zip(seeds, given, strict=True)]
     order = [place for place in range(len(images)) if seeds[place] not in reasons]
     order = sorted(order, key=lambda place: -total[place])[:top_k]
-    best, names = [total[place] for place in order], ("quality", "correspondence")
-    scores = dict.fromkeys(("scores", *names), best) | dict.fromkeys(
-        ("all_scores", *(f"all_{n}" for n in names)), total
-    )
+    best, names = [total[place] for place in order], ("scores", "quality", "correspondence")
+    columns = dict.fromkeys(names, best) | dict.fromkeys((f"all_{name}" for name in names), total)
     kept = [images[place] for place in order]
-    return BestOfNOutput(
-        images=kept, seeds=[seeds[place] for place in order], all_seeds=seeds, dropped=reasons, **scores
-    )
+    return BestOfNOutput(images=kept, seeds=order, all_seeds=seeds, dropped=reasons, **columns)
 
 
 def pixels(result: BestOfNOutput, prompt: str = PROMPT) -> np.ndarray:

@@ -1,7 +1,3 @@
-"""Heat maps: gradients against closed forms, distortion maps against where a distortion was put."""
-
-from __future__ import annotations
-
 import matplotlib
 import numpy as np
 import pytest

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,21 +19,8 @@ def brightness(images: Tensor, prompts: list[str] | None) -> Tensor:
 
 def detailed(images: Tensor, prompts: list[str] | None) -> RewardOutput:
     red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
-    return RewardOutput(
-        total=red,
-        quality=green,
-        correspondence=blue,
-        details={"gate": red * 2, "map": images[:, 0], "one": red[:, None]},
-    )
-
-
-class Channels(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(3, 1)
-
-    def forward(self, images: Tensor, prompts: list[str] | None) -> Tensor:
-        return self.head(images.mean(dim=(2, 3))).squeeze(1)
+    details = {"gate": red * 2, "map": images[:, 0], "one": red[:, None]}
+    return RewardOutput(total=red, quality=green, correspondence=blue, details=details)
 
 
 def random_image(height: int, width: int, seed: int) -> np.ndarray:
@@ -148,9 +133,8 @@ def damaged(arrays, tmp_path) -> list[Any]:
 
 
 def test_unreadable_inputs_raise_an_error_that_carries_all_other_scores_or_are_nan_on_request(damaged, means):
-    with pytest.raises(
-        ScoringError, match=r"3 could not be read, the first is inputs\[0\]: .*absent.*\.output"
-    ) as caught:
+    message = r"3 could not be read, the first is inputs\[0\]: .*absent.*\.output"
+    with pytest.raises(ScoringError, match=message) as caught:
         Scorer(brightness, batch_size=2).score(damaged)
     assert caught.value.errors.keys() == {0, 3, 6}
     assert "at least 16 px" in caught.value.errors[6]
@@ -178,24 +162,18 @@ def test_an_input_whose_prompt_cannot_be_read_is_reported_and_the_others_scored(
         scorer.stream(arrays, "?")  # at once: the argument is at fault, not an input
 
 
-@pytest.mark.parametrize(
-    ("inputs", "error", "message"),
-    [
-        ([], ValueError, "at least one image, got none"),
-        ("image.png", TypeError, "list of images.*got str; wrap a single image in a list"),
-        (torch.rand(3, 20, 20), ValueError, r"got shape \(3, 20, 20\); wrap one image in a list"),
-    ],
-)
-def test_inputs_that_are_no_list_of_images_are_refused(inputs, error, message):
-    with pytest.raises(error, match=f"inputs: .*{message}"):
-        Scorer(brightness).score(inputs)
-
-
-def test_settings_are_checked(arrays):
+def test_settings_and_inputs_are_checked(arrays):
     with pytest.raises(TypeError, match=r"reward: expected a Reward or a function.*got str"):
         Scorer("compact")
     with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1"):
         Scorer(brightness, batch_size=0)
+    for inputs, error, message in (
+        ([], ValueError, "at least one image, got none"),
+        ("image.png", TypeError, "list of images.*got str; wrap a single image in a list"),
+        (torch.rand(3, 20, 20), ValueError, r"got shape \(3, 20, 20\); wrap one image in a list"),
+    ):
+        with pytest.raises(error, match=f"inputs: .*{message}"):
+            Scorer(brightness).score(inputs)
     with pytest.raises(ValueError, match="on_error: expected 'raise' or 'nan', got 'ignore'"):
         Scorer(brightness).score(arrays, on_error="ignore")
     with pytest.raises(ValueError, match=r"returned scores of shape \(\) for 1 images; expected \(1,\)"):
@@ -203,11 +181,14 @@ def test_settings_are_checked(arrays):
 
 
 def test_scoring_builds_no_graph_and_its_scores_are_ordinary_tensors(arrays):
-    reward = Channels()
-    grad_modes = []
-    reward.register_forward_pre_hook(lambda module, args: grad_modes.append(torch.is_grad_enabled()))
+    grad_modes, head = [], nn.Linear(3, 1)
+
+    def reward(images: Tensor, prompts: None) -> Tensor:
+        grad_modes.append(torch.is_grad_enabled())
+        return head(images.mean(dim=(2, 3))).squeeze(1)
+
     output = Scorer(reward, batch_size=3).score(arrays)
-    assert not any(grad_modes)
+    assert grad_modes and not any(grad_modes)
     assert not output.total.requires_grad
     weight = torch.ones(len(arrays), requires_grad=True)
     (weight * output.total).sum().backward()  # inference tensors could not be saved for this
