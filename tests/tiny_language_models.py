@@ -56,7 +56,6 @@ template ahead of the prompt has the 34 tokens which the pipeline drops."""
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Bytes, the words of Qwen-Image's template, the chat's tokens; pads on the right."""
     first, *following = _QWEN_IMAGE_TEMPLATE.split()
     merges = _merges_of(*_ROLES.split(), first, *("Ġ" + word for word in following))
     tokens = [*_bytes(), *(left + right for left, right in merges)]
@@ -71,7 +70,6 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def mistral_processor() -> PixtralProcessor:
-    """Bytes and the chat's tokens; pads on the left, as FLUX.2's does."""
     core = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(_bytes())}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -100,7 +98,6 @@ def gemma_tokenizer() -> GemmaTokenizer:
 
 
 def mistral_3(processor: PixtralProcessor, *, layers: int) -> Mistral3ForConditionalGeneration:
-    """Text and vision of Mistral 3, as FLUX.2 uses them."""
     text = {"model_type": "mistral", "head_dim": 8, **_sizes(processor.tokenizer, layers=layers)}
     vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -127,7 +124,6 @@ def qwen_3(tokenizer: PreTrainedTokenizerBase, *, layers: int) -> Qwen3ForCausal
 
 
 def qwen_2_5_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """Text and vision of Qwen2.5-VL, as Qwen-Image uses them."""
     ropes = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
     text = {**_sizes(tokenizer, layers=2), "rope_parameters": ropes, "bos_token_id": None, "eos_token_id": None}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
@@ -136,21 +132,15 @@ def qwen_2_5_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration
 
 
 def gemma_2(tokenizer: GemmaTokenizer) -> Gemma2Model:
-    """Gemma 2 without its head, as Sana uses it."""
     return Gemma2Model(Gemma2Config(head_dim=8, query_pre_attn_scalar=8, **_sizes(tokenizer, layers=2))).eval()
 
 
 def _sizes(tokenizer: PreTrainedTokenizerBase, *, layers: int) -> dict[str, Any]:
     return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.3,
-    }
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_position_embeddings": 4096, "initializer_range": 0.3,
+    }  # fmt: skip
 
 
 def _bytes() -> list[str]:
