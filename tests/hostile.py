@@ -22,11 +22,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 SECONDS = 20
-"""Longest time per file, on a busy machine."""
-
 MEMORY = 1_500_000_000
-"""Bytes that reading one small file may add to the process."""
-
 # fmt: off
 NAMES = (
     "../escaped", "/tmp/absolute-escaped", "two\nlines", "-rf", "a" * 300, "ünïcödé-\u202e-名前", "$(touch escaped)",
@@ -40,7 +36,6 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_that_claims(width: int, height: int) -> bytes:
-    """A tiny, well-formed PNG whose header states a size that its data do not have."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = zlib.compress(bytes(100))
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
@@ -51,16 +46,6 @@ Damage = Callable[[bytes], bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A reader under attack.
-
-    Attributes:
-        files: whole files of its folder, by relative name.
-        read: reader of the folder.
-        errors: its clear errors.
-        named: name in every error; None is the damaged file.
-        kept: files that are not damaged.
-    """
-
     files: Mapping[str, bytes]
     read: Callable[[Path], Any]
     errors: tuple[type[Exception], ...] = (ValueError, TypeError, OSError)
@@ -115,19 +100,14 @@ DAMAGES: st.SearchStrategy[Damage] = st.one_of(
 )
 
 SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.sampled_from([10**9, -(10**9), 2**63, 10**400, float("nan"), float("inf"), -1, 0]),
-    st.floats(),
-    TEXTS,
-)
+    st.none(), st.booleans(), st.integers(),
+    st.sampled_from([10**9, -(10**9), 2**63, 10**400, float("nan"), float("inf"), -1, 0]), st.floats(), TEXTS,
+)  # fmt: skip
 VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(TEXTS, SCALARS, max_size=2)
 
 
 @st.composite
 def rewritten(draw: st.DrawFn) -> Damage:
-    """Change, add or remove values of a JSON file, as flipped bytes seldom do."""
     turns = draw(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 2), TEXTS, VALUES), max_size=3))
 
     def damage(data: bytes) -> bytes:
@@ -154,7 +134,6 @@ def rewritten(draw: st.DrawFn) -> Damage:
 
 
 def _spots(node: Any) -> list[tuple[Any, Any]]:
-    """Every place of a JSON value: its container, and its name or number there."""
     keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
     return [spot for key in keys for spot in [(node, key), *_spots(node[key])]]
 
@@ -187,7 +166,6 @@ def attack(target: Target, home: Path, cases: int, *, repeatable: bool) -> None:
 
 
 def lay(target: Target, folder: Path, other: Mapping[str, bytes] | None = None) -> None:
-    """Write the files of a target, some of them with other contents."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, data in {**target.files, **(other or {})}.items():
         file = folder / name
@@ -196,7 +174,6 @@ def lay(target: Target, folder: Path, other: Mapping[str, bytes] | None = None) 
 
 
 def hold(target: Target, folder: Path, name: str, elsewhere: Path) -> BaseException | None:
-    """Run the reader on a folder, check its effects, and return its error."""
     spent, held = resource.getrusage(resource.RUSAGE_SELF).ru_utime, peak()
     raised = None
     try:
@@ -215,5 +192,4 @@ def hold(target: Target, folder: Path, name: str, elsewhere: Path) -> BaseExcept
 
 
 def peak() -> int:
-    """Most bytes that this process ever held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -228,6 +228,7 @@ def test_preferences_are_read_by_name_in_any_order(tmp_path: Path) -> None:
         ("[1, 2]", "not iterable|cannot convert"),
         ("{}", "at least one scenario"),
         ('{"poster": [1, 2, 3, 4, NaN]}', "finite weights of .* for 'poster'"),
+        (f'{{"poster": [{10**400}, 2, 3, 4, 5]}}', "finite weights of .* for 'poster'"),
         ('{"poster": {"global": 1}}', "finite weights of .* for 'poster'"),
     ],
 )

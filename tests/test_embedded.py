@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 from aigiqa_reward import load_embedded_pipeline
 from aigiqa_reward.toy import world
-from aigiqa_reward.toy.degradations import DEGRADATIONS, blur, degrade, noise, warp
+from aigiqa_reward.toy.degradations import DEGRADATIONS, degrade
 from aigiqa_reward.toy.judge import Judge, load_judge
 from aigiqa_reward.toy.pictures import all_pairs, compose
 from aigiqa_reward.toy.pipeline import GENERATOR
@@ -54,7 +54,6 @@ def test_every_caption_is_read_back():
         ("a red apple", "red apple", None),
         ("A GREEN APPLE on a RED background", "green apple", "red"),
         ("an airbus on black", None, "black"),
-        ("a monkey on blue", None, "blue"),
         ("", None, None),
         ("a jack-o-lantern, whiteish", "jack-o-lantern", None),
         ("a green, red apple in front of a blue wall", "red apple", "blue"),
@@ -83,14 +82,6 @@ def test_pictures_repeat_with_their_generator_and_have_their_color(pairs: np.nda
     assert float(first.min()) >= 0 and float(first.max()) <= 1
     errors = [mean_channel_error(picture, int(color)) for picture, (_, color) in zip(first, pairs, strict=False)]
     assert max(errors) < 15
-
-
-def test_degradations_do_nothing_at_level_0_and_more_at_higher_levels(pictures: torch.Tensor):
-    images, generator = pictures[:16], torch.Generator().manual_seed(0)
-    assert torch.allclose(degrade(images, torch.zeros(16, 3), generator), images, atol=1e-5)
-    for change in (blur, lambda x, level: noise(x, level, generator), lambda x, level: warp(x, level, generator)):
-        errors = [float((change(images, torch.full((16,), level)) - images).square().mean()) for level in (0.2, 0.5, 1)]
-        assert 1e-5 < errors[0] < errors[1] < errors[2]
 
 
 def test_the_judge_is_right_on_clean_pictures(judge: Judge, pictures: torch.Tensor, pairs: np.ndarray):

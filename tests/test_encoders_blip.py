@@ -79,19 +79,6 @@ def test_pixel_gradient_is_that_of_finite_differences(encoder: BLIPEncoder) -> N
     assert (gradient.flatten(1).norm(dim=1) > 1e-3).all()
 
 
-def test_rows_do_not_depend_on_padding_or_each_other(encoder: BLIPEncoder) -> None:
-    encoder.double()
-    images, features = draw_images(), encoder.read(TEXTS)
-    together = encoder.ground(encoder.look(images), **features)
-    for i in range(2):
-        alone = encoder.read(TEXTS[i : i + 1])
-        states = encoder.ground(encoder.look(images[i : i + 1]), **alone)
-        words = features["mask"][i]
-        assert int(words.sum()) == alone["text"].shape[1]
-        assert torch.allclose(together[i, words], states[0], atol=1e-12)
-    assert not features["mask"].all()
-
-
 def test_words_beyond_the_window_are_named_and_the_end_is_kept(folder: Path) -> None:
     encoder = BLIPEncoder(BLIPConfig(path_or_id=str(folder), window=6))
     with pytest.warns(UserWarning, match=r"window of 6 tokens.*'five six'"):

@@ -26,10 +26,7 @@ from aigiqa_reward.models.cpa_iqa import UNIFORM, Preferences
 from aigiqa_reward.utils.weights import read_weights
 
 CASES, FEW = 60, 8
-"""Damaged files per target, in the slow and in the fast suite."""
-
 FAST = ("image rgb.png", "image photo.jpg", "table", "preferences", "weights")
-"""Targets that are also attacked in the fast suite."""
 
 
 def picture(kind: str, mode: str = "RGB", **options: Any) -> bytes:
@@ -45,19 +42,12 @@ def image_files() -> dict[str, bytes]:
     exif[0x0112], exif[0x010E] = 6, "a description"
     animated = {"save_all": True, "append_images": [Image.new("RGB", (48, 40), "red")] * 2}
     return {
-        "rgb.png": picture("PNG", exif=exif),
-        "palette.png": picture("PNG", "P"),
-        "alpha.png": picture("PNG", "RGBA"),
-        "photo.jpg": picture("JPEG", exif=exif),
-        "cmyk.jpg": picture("JPEG", "CMYK"),
-        "animated.gif": picture("GIF", "P", **animated),
-        "animated.webp": picture("WEBP", **animated),
-        "scan.tif": picture("TIFF", exif=exif, compression="tiff_lzw"),
-        "float.tif": picture("TIFF", "F"),
-        "plain.ppm": picture("PPM"),
-        "wavelet.jp2": picture("JPEG2000"),
-        "next.avif": picture("AVIF"),
-    }
+        "rgb.png": picture("PNG", exif=exif), "palette.png": picture("PNG", "P"), "alpha.png": picture("PNG", "RGBA"),
+        "photo.jpg": picture("JPEG", exif=exif), "cmyk.jpg": picture("JPEG", "CMYK"),
+        "animated.gif": picture("GIF", "P", **animated), "animated.webp": picture("WEBP", **animated),
+        "scan.tif": picture("TIFF", exif=exif, compression="tiff_lzw"), "float.tif": picture("TIFF", "F"),
+        "plain.ppm": picture("PPM"), "wavelet.jp2": picture("JPEG2000"), "next.avif": picture("AVIF"),
+    }  # fmt: skip
 
 
 def read_image(name: str) -> Callable[[Path], Any]:
@@ -80,13 +70,9 @@ def parquet(columns: dict[str, list[Any]]) -> bytes:
 
 
 PICKED = {
-    "caption": ["a fox", "a hen"] * 4,
-    "jpg_0": [PNG] * 8,
-    "jpg_1": [PNG] * 8,
-    "label_0": [1.0, 0.0] * 4,
-    "label_1": [0.0, 1.0] * 4,
-    "ranking_id": list(range(8)),
-}
+    "caption": ["a fox", "a hen"] * 4, "jpg_0": [PNG] * 8, "jpg_1": [PNG] * 8, "label_0": [1.0, 0.0] * 4,
+    "label_1": [0.0, 1.0] * 4, "ranking_id": list(range(8)),
+}  # fmt: skip
 PAIRS = {"prompt": ["a", "b"], "winner": ["images/1.png", "images/2.png"], "loser": ["images/2.png", "images/1.png"]}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import re
 import resource
@@ -101,16 +100,3 @@ def test_a_description_of_something_else_is_refused(
     node[place[-1]] = value
     (copy / "config.json").write_text(json.dumps(config))
     refused(copy)
-
-
-@pytest.mark.slow
-def test_pipes_and_loops_in_the_folder_are_refused(copy: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        (copy / name).rename(copy / "kept")
-        os.mkfifo(copy / name)
-        assert "not a regular file" in refused(copy)
-        (copy / name).unlink()
-        (copy / name).symlink_to(name)
-        refused(copy)
-        (copy / name).unlink()
-        (copy / "kept").rename(copy / name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import resource
 import zipfile
 from collections.abc import Callable
@@ -16,9 +15,8 @@ import pytest
 from hostile import MEMORY, SECONDS, peak
 from scipy.io import savemat
 
-from aigiqa_reward.datasets import read_agiqa1k, read_table
+from aigiqa_reward.datasets import read_agiqa1k
 from aigiqa_reward.datasets.aigciqa2023 import _read_array
-from aigiqa_reward.models.cpa_iqa import Preferences
 from aigiqa_reward.utils.io import read_arrays
 
 pytestmark = pytest.mark.slow
@@ -40,26 +38,19 @@ def test_a_sheet_with_one_cell_far_out(tmp_path: Path, cell: str) -> None:
     refused(lambda: read_agiqa1k(tmp_path), r"AIGC_MOS_Zscore\.xlsx: no column Prompt, MOS")
 
 
-def saved_arrays(file: Path, **changes: Any) -> Path:
-    np.savez_compressed(file, **{"a": np.linspace(0, 1, 3), "names": np.array(["a", "b"])} | changes)
+def saved_arrays(file: Path) -> Path:
+    np.savez_compressed(file, a=np.linspace(0, 1, 3), names=np.array(["a", "b"]))
     return file
 
 
-def rezipped(file: Path, name: str, data: bytes) -> None:
-    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, data)
-
-
-def test_arrays_that_unpack_to_too_much_or_claim_to(tmp_path: Path) -> None:
+def test_arrays_that_claim_too_much(tmp_path: Path) -> None:
     file = saved_arrays(tmp_path / "p.npz")
     assert set(read_arrays(file, most=10_000)) == {"a", "names"}
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**13,)})
-    rezipped(file, "claims.npy", header.getvalue())
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("claims.npy", header.getvalue())
     refused(lambda: read_arrays(file, most=10_000), ".")
-    rezipped(file, "bomb.npy", b"\0" * 1_000_000)
-    refused(lambda: read_arrays(file, most=1_000_000), r"unpacks to 1,\d\d\d,\d\d\d bytes")
-    refused(lambda: read_arrays(saved_arrays(file, names=np.array([None])), most=10_000), "pickle")
 
 
 def test_arrays_whose_compressed_bytes_are_damaged(tmp_path: Path) -> None:
@@ -78,15 +69,3 @@ def test_scores_of_another_shape(tmp_path: Path, shape: tuple[int, int]) -> None
     folder.mkdir(parents=True)
     savemat(folder / "mosz1.mat", {"MOSz": np.zeros(shape, dtype=np.int8)}, do_compression=True)
     refused(lambda: _read_array(tmp_path, "DATA/MOS/mosz1.mat", "MOSz"), r"mosz1\.mat: expected an array MOSz")
-
-
-@pytest.mark.parametrize("name", ["../none.png", "two\nlines.png", "nul\0.png"])
-def test_paths_of_nothing(tmp_path: Path, name: str) -> None:
-    (tmp_path / "t.csv").write_text(f'path,prompt,quality\n"{name}",p,1\n')
-    refused(lambda: read_table(tmp_path / "t.csv"), r"t\.csv lists are absent")
-
-
-@pytest.mark.parametrize("rows", [{"s": [1, 2]}, {"s": [0, 0, 0, 0, float("nan")]}, {"s": 3}, {"s": [10**400] * 5}])
-def test_preferences_name_their_file(tmp_path: Path, rows: dict[str, Any]) -> None:
-    (tmp_path / "p.json").write_text(json.dumps(rows))
-    refused(lambda: Preferences.load(tmp_path / "p.json"), r"p\.json")

@@ -25,7 +25,11 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:
     assert read_regular(file, most=5) == read_regular(link, most=5) == b"12345"
     with pytest.raises(OSError, match="5 bytes, expected at most 4"):
         read_regular(file, most=4)
-    for place, reason in ((pipe, "not a regular file"), (Path("/dev/zero"), "not a regular file"), (tmp_path, "not a regular")):
+    for place, reason in (
+        (pipe, "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+        (tmp_path, "not a regular"),
+    ):
         with pytest.raises(OSError, match=reason):
             read_regular(place, most=100)
     with pytest.raises(FileNotFoundError):

@@ -29,22 +29,10 @@ FEWER_CROPS: dict[str, dict[str, Any]] = {
 """Settings that make a pass fast."""
 
 OTHERWISE: dict[str, Any] = {
-    "fusion": "mean",
-    "anchor": False,
-    "train_crops": 7,
-    "levels": "one",
-    "alpha": "learned",
-    "words_in_quality": True,
-    "frequency": "mean",
-    "preference": "description",
-    "prompt_in_quality": True,
-    "semantics": "zeros",
-    "dropout": 0.5,
-    "tiers": ("global",),
-    "attributes": 2,
-    "grid": 2,
-    "scenario": "poster",
-}
+    "fusion": "mean", "anchor": False, "train_crops": 7, "levels": "one", "alpha": "learned", "words_in_quality": True,
+    "frequency": "mean", "preference": "description", "prompt_in_quality": True, "semantics": "zeros", "dropout": 0.5,
+    "tiers": ("global",), "attributes": 2, "grid": 2, "scenario": "poster",
+}  # fmt: skip
 """Settings that do not change the towers' features."""
 
 NEARBY = {"crops": 1, "resolution": 32, "short_side": -32, "side": -32, "coarse_side": -32, "fine_side": -32}

@@ -15,17 +15,12 @@ _SPREAD = 0.2
 
 TEXT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
     "patch_size": 8,
-}
+}  # fmt: skip
 
 
 def write_tiny_blip(folder: Path, seed: int, **text: object) -> Path:
-    """Write the model and its tokenizer as `save_pretrained` does."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = Tokenizer.from_file(str(TOWERS / "tokenizer.json")).get_vocab()
     words = sorted(vocabulary, key=vocabulary.__getitem__)

@@ -48,7 +48,6 @@ def tiny_tokenizer(answer: str | None = None) -> hf.PreTrainedTokenizerFast:
 
 
 def write_tiny_llama(folder: Path, *, seed: int = 0, answer: str | None = None, chat: bool = False) -> Path:
-    """Write a causal language model of 2 layers with its tokenizer, whose answer to any prompt is `answer`."""
     tokenizer = tiny_tokenizer(answer)
     tokenizer.chat_template = TEXT_CHAT if chat else None
     model = _drawn(lambda: hf.LlamaForCausalLM(_llama(tokenizer)), seed)
@@ -105,7 +104,6 @@ def write_tiny_blip2(folder: Path) -> Path:
 
 
 def write_tiny_sam(folder: Path, *, seed: int = 0) -> Path:
-    """Write a Segment Anything model that sees 64 px and gives masks of 16 x 16; arguments as above."""
     size = {"image_size": 64, "patch_size": 16}
     config = hf.SamConfig(
         vision_config=hf.SamVisionConfig(

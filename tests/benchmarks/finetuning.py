@@ -52,8 +52,6 @@ MARGIN = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Pipeline, rewards and judge."""
-
     pipe: Any
     reward: Any
     holdout: Any
@@ -61,7 +59,6 @@ class Models:
 
     @torch.no_grad()
     def images(self, prompt: str, count: int) -> torch.Tensor:
-        """(count, 3, H, W) of a prompt."""
         rollout = Rollout(self.pipe, **CALL)
         generators = [torch.Generator().manual_seed(FIRST_SEED + place) for place in range(count)]
         return rollout.show(rollout.run(rollout.start(rollout.encode([prompt] * count), generators)).latents)
@@ -117,7 +114,6 @@ def best_of(base: np.ndarray) -> np.ndarray:
 
 
 def report(base: np.ndarray, tuned: dict[str, np.ndarray], seconds: dict[str, float]) -> str:
-    """The table in Markdown, and whether the bars are met."""
     gain = best_of(base)
     means = ", ".join(f"{name} {base[..., place].mean():.3f}" for place, name in enumerate(COLUMNS))
     lines = [f"Without fine-tuning: {means}; best of {BEST_OF} gains {gain.mean():.3f} of reward.", ""]
@@ -139,7 +135,6 @@ def report(base: np.ndarray, tuned: dict[str, np.ndarray], seconds: dict[str, fl
 
 
 def clock(folder: Path) -> dict[int, float]:
-    """Seconds of a training until each of its steps."""
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     times = {line["step"]: line["seconds"] for line in lines}
     before = max(0.0, float((folder / "seconds.txt").read_text()) - max(times.values()))  # loading, and making pairs
@@ -161,7 +156,6 @@ def curve(
 
 
 def plot(curves: dict[str, list[list[tuple[float, np.ndarray]]]], gain: float, path: Path) -> None:
-    """Changes of reward, held-out reward and judge against wall time, one panel each; a line a training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
@@ -182,7 +176,6 @@ def plot(curves: dict[str, list[list[tuple[float, np.ndarray]]]], gain: float, p
 
 
 def pictures(models: Models, folders: dict[str, Path], prompts: list[str], path: Path, side: int = 128) -> None:
-    """The first image of a few held-out prompts, one row without fine-tuning and one for each algorithm."""
     from PIL import Image
 
     rows = []

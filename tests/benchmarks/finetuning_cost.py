@@ -48,7 +48,6 @@ class Size:
 
     @property
     def large(self) -> bool:
-        """As SDXL, which has two text encoders."""
         return "addition_embed_type" in self.unet
 
 
@@ -83,17 +82,12 @@ SIZES = {
 
 
 def pipeline(size: Size, device: torch.device) -> Any:
-    """A pipeline of random weights; text encoder and tokenizer are the embedded generator's and stay unused."""
     unet = UNet2DConditionModel(sample_size=size.side // 8, **size.unet)
     vae = AutoencoderKL(
-        block_out_channels=size.decoder,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=8,
+        block_out_channels=size.decoder, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, norm_num_groups=8,
         force_upcast=False,
-    )
+    )  # fmt: skip
     own = load_embedded_pipeline()
     parts: dict[str, Any] = {"vae": vae, "unet": unet, "scheduler": own.scheduler}
     parts |= {"text_encoder": own.text_encoder, "tokenizer": own.tokenizer}
@@ -107,8 +101,6 @@ def pipeline(size: Size, device: torch.device) -> Any:
 
 
 class Clock:
-    """Seconds of each phase of one step."""
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
@@ -123,8 +115,6 @@ class Clock:
 
 
 class Steps:
-    """The steps, on one pipeline with one adapter."""
-
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.size, self.device, self.batch = SIZES[arguments.size], arguments.device, arguments.batch
         self.pipe = pipeline(self.size, self.device)
@@ -154,7 +144,6 @@ class Steps:
         return self.tools.rollout.start(self.conditioning, generators)
 
     def ordinary(self, clock: Clock) -> None:
-        """Predict noise, mean square error, backward."""
         state = self.start()
         with clock.phase("denoiser, forward"):
             output = self.tools.predict(state, alone=True).output
@@ -162,7 +151,6 @@ class Steps:
             F.mse_loss(output.float(), torch.zeros_like(output.float())).backward()
 
     def draft(self, clock: Clock, kept: int = 1) -> None:
-        """All steps but the last ones without gradients, these with, decoder, reward, backward."""
         state = self.start()
         with clock.phase("steps before"), torch.no_grad():
             state = self.tools.rollout.run(state, until=state.steps - kept)
@@ -182,7 +170,6 @@ class Steps:
             (-self.tools.score(images, [PROMPT] * self.batch).total.mean()).backward()
 
     def memory(self, step: Callable[[Clock], None]) -> float:
-        """MiB at most, beyond what lay there before."""
         self.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -201,12 +188,10 @@ class Steps:
         return self.memory(lambda clock: self.draft(clock, steps))
 
     def forget(self) -> None:
-        """The gradients."""
         for weight in self.lora.weights.values():
             weight.grad = None
 
     def profiled(self, step: Callable[[Clock], None]) -> list[tuple[str, float]]:
-        """The operations that take most time, and their share of all."""
         cuda = self.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
             step(Clock(self.device))
@@ -216,7 +201,6 @@ class Steps:
 
 
 def compare(steps: Steps, repeats: int) -> None:
-    """DRaFT-1 with an ordinary step."""
     named: dict[str, Callable[[Clock], None]] = {"ordinary": steps.ordinary, "draft": steps.draft}
     memory = {name: steps.memory(step) for name, step in {**named, "decoding": steps.decoding}.items()}
     ratios = {name: value / memory["ordinary"] for name, value in memory.items()}

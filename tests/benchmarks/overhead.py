@@ -27,14 +27,10 @@ def unet() -> UNet2DConditionModel:
 
 
 def decoder() -> AutoencoderKL:
-    """Its autoencoder."""
     return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-    )
+        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
+    )  # fmt: skip
 
 
 def main() -> None:

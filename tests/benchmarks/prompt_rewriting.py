@@ -45,15 +45,9 @@ def writer(tokenizer: Any, seed: int) -> Any:
 
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
-    )
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
     return Qwen3ForCausalLM(config)
 
 
@@ -64,21 +58,11 @@ def train(model: Any, tokenizer: Any, scorer: PromptScorer, originals: list[str]
 
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_steps=steps,
-            max_steps=steps,
-            per_device_train_batch_size=GROUPS * REWRITES,
-            num_generations=REWRITES,
-            max_completion_length=1,
-            learning_rate=2e-3,
-            seed=seed,
-        )
+            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+            save_strategy="no", disable_tqdm=True, logging_steps=steps, max_steps=steps,
+            per_device_train_batch_size=GROUPS * REWRITES, num_generations=REWRITES, max_completion_length=1,
+            learning_rate=2e-3, seed=seed,
+        )  # fmt: skip
         reward = RewriteReward(scorer, compose=compose)
         rows = originals * GROUPS  # one step; with fewer rows trl silently trains on none
         data = Dataset.from_dict({"prompt": [question(original) for original in rows], "original": rows})

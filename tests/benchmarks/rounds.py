@@ -32,7 +32,6 @@ def timing_parser(description: str | None, repeats: int = 7, batch: int = 8) -> 
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Arguments of the command; the threads are set."""
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -55,7 +54,6 @@ def medians(runs: Mapping[str, Callable[[], object]], repeats: int, device: torc
 
 
 def print_ratios(middle: Mapping[str, float], reference: str) -> None:
-    """A Markdown table of medians over the reference's."""
     print("| | ratio to ViT-B/16 |\n| --- | ---: |")
     for name, value in middle.items():
         print(f"| {name} | {value / middle[reference]:.2f} |")
@@ -79,7 +77,6 @@ def shown(values: tuple[float, ...]) -> str:
 
 
 def save(picture: Any, path: Path) -> None:
-    """Write a figure of matplotlib or an image of PIL as PNG."""
     data = io.BytesIO()
     more = {"dpi": 110} if hasattr(picture, "savefig") else {}
     getattr(picture, "savefig", getattr(picture, "save", None))(data, format="png", **more)

@@ -48,8 +48,6 @@ DRAWS = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Pipeline, reward and judge."""
-
     pipe: Any
     reward: Any
     judge: Judge
@@ -84,7 +82,6 @@ def sample_block(models: Models, prompt: str, first: int) -> tuple[Tensor, Tenso
 
 
 def guided(models: Models, prompt: str, seed: int, **arguments: Any) -> Any:
-    """One guided image."""
     with RewardGuidance(models.pipe, models.reward, prompt, **arguments) as guidance:
         generator = torch.Generator().manual_seed(seed)
         return models.pipe(prompt=prompt, generator=generator, callback_on_step_end=guidance, **CALL).images[0]
@@ -132,7 +129,6 @@ def version() -> str:
 
 
 def sample_all(count: int, runs: Path, only: str | None) -> dict[str, dict[str, np.ndarray]]:
-    """Of each split, `sample_prompt` of `count` prompts, stacked."""
     models = Models(pipe=load_embedded_pipeline(), reward=create_reward("compact"), judge=load_judge())
     tables: dict[str, dict[str, np.ndarray]] = {}
     for split, held_out in SPLITS.items():
@@ -174,7 +170,6 @@ def methods(table: dict[str, np.ndarray], calls: dict[str, int]) -> dict[str, tu
 
 
 def report(tables: dict[str, dict[str, np.ndarray]], calls: dict[str, int]) -> str:
-    """The tables in Markdown."""
     lines = []
     for split, table in tables.items():
         one = table["finals"].mean(axis=(0, 1, 2))
@@ -197,7 +192,6 @@ def report(tables: dict[str, dict[str, np.ndarray]], calls: dict[str, int]) -> s
 
 
 def plot(tables: dict[str, dict[str, np.ndarray]], calls: dict[str, int], path: Path) -> None:
-    """Gains against calls: one row a split, the reward on the left, the judge on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6 * len(tables)), layout="constrained")

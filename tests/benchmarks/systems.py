@@ -54,7 +54,6 @@ def contestants(batch: int, device: torch.device) -> tuple[dict[str, Callable[[]
 
 
 def texts_read(reward: Reward, batch: int) -> int:
-    """How many texts the text tower is given when every image of a batch has the same prompt."""
     counted: list[int] = []
     hook = reward.model.coarse.clip.transformer.register_forward_pre_hook(  # the text transformer
         lambda _module, inputs: counted.append(len(inputs[0]))
