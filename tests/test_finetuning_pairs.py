@@ -163,7 +163,7 @@ def test_another_margin_or_number_of_pairs_samples_nothing(pipe, built):
 
 
 def test_refused_candidates_and_ties_are_in_no_pair(pipe, tmp_path):
-    with pytest.raises(ValueError, match=r"no rewards of a prompt differ by more than 0\.0, only by"):
+    with pytest.raises(ValueError, match=r"no prompt has two images whose rewards differ by more than 0\.0; the"):
         build(pipe, tmp_path / "ties", PROMPTS[:1], lambda images, prompts: torch.zeros(len(images)), n=2)
 
     def not_the_brightest(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

@@ -146,9 +146,16 @@ def build_preference_pairs(
     if failed is not None:
         raise failed
     if not rows:
-        most = max((_gap(found[0]) for found in pairs if found), default=0.0)
-        raise ValueError(f"margin: no rewards of a prompt differ by more than {margin}, only by {most:.4g}; raise n")
+        raise _nothing_paired(pairs, margin)
     return _as_pairs(rows, folder)
+
+
+def _nothing_paired(pairs: Sequence[Sequence[_Pair]], margin: float) -> ValueError:
+    most = max((_gap(found[0]) for found in pairs if found), default=0.0)
+    return ValueError(
+        f"margin: no prompt has two images whose rewards differ by more than {margin}; the greatest difference is "
+        f"{most:.4g}: lower margin, or raise n"
+    )
 
 
 def _kinds(

@@ -251,7 +251,9 @@ class EarlyExit(Watch[LoggedStep]):
     Each step before costs a decoding and a call of the reward. Previews lack mostly fine detail.
 
     Args:
-        pipe, reward, prompt: see `RewardLogger`.
+        pipe: see `RewardLogger`.
+        reward: see `RewardLogger`.
+        prompt: see `RewardLogger`.
         above: end when the totals of all images of the batch are at least this.
         patience: end when the mean total of the batch has not risen for so many steps; at least 1.
         first: share of the steps, in [0, 1], that is always taken, and not scored: early previews are blurs.

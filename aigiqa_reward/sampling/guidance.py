@@ -52,11 +52,13 @@ class RewardGuidance(Watch[GuidedStep]):
     the whole pipeline in bfloat16 or float32. (The VAEs of Stable Diffusion 1.x and SDXL are refused in float16.)
 
     Args:
-        pipe, reward: see `RewardLogger`; the reward must be differentiable with respect to the images.
+        pipe: see `RewardLogger`.
+        reward: see `RewardLogger`; it must be differentiable with respect to the images.
         prompt: see `RewardLogger`; with `through_denoiser` the prompt of the pipeline's call.
         scale: length of a move at full noise and clipped gradient is at most `scale * clip`; 0 changes nothing.
         through_denoiser: whether to use the second formula.
-        start, stop: first share of the steps to guide, in [0, 1], and the share before which to stop.
+        start: first share of the steps to guide, in [0, 1].
+        stop: share of the steps before which to stop.
         clip: maximum gradient norm per image for clipping, above 0; `math.inf` for no clipping.
         every: guide every `every`-th step.
         **pipe_kwargs: with `through_denoiser`, the arguments of the pipeline's call (height, guidance_scale, ...).
