@@ -2,7 +2,8 @@
 
 Example:
     >>> from aigiqa_reward import create_reward, load_embedded_pipeline
-
+    >>> from aigiqa_reward.finetuning import ALGORITHMS, DPO, DRaFT, FinetuneConfig, FinetuneResult, finetune
+    >>> from aigiqa_reward.finetuning import build_preference_pairs, read_preference_pairs
     >>> sorted(ALGORITHMS)
     ['ddpo', 'dpo', 'draft', 'grpo', 'refl']
     >>> pipe, reward = load_embedded_pipeline(), create_reward("compact")
