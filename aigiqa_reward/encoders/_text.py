@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -31,6 +33,24 @@ def read_tokens(
     length = max(len(row) for row in rows)
     ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
     return ids, torch.tensor([[place < len(row) for place in range(length)] for row in rows])
+
+
+def clip_tokens(tokenizer: Any, texts: Sequence[str], *, tower: str) -> Tensor:
+    """Return the ids (P, window) of texts by open_clip's `SimpleTokenizer`, padded with 0; cut texts keep their end.
+
+    A text without words raises a PromptError; dropped words and texts that are not in Latin script give a warning.
+    """
+    room = tokenizer.context_length - 2  # for the start and end tokens
+    for text in texts:
+        warn_if_not_latin(text, tower=tower)
+        words = text.split()
+        ends = list(accumulate(len(tokenizer.encode(word)) for word in words))
+        if not ends or ends[-1] == 0:
+            raise PromptError(text)
+        if ends[-1] > room:
+            kept = sum(end <= room for end in ends)
+            warn_dropped(text, " ".join(words[kept:]), tokenizer.context_length, tower=tower)
+    return tokenizer(list(texts))
 
 
 def warn_dropped(text: str, dropped: str, limit: int, *, tower: str) -> None:

@@ -20,6 +20,7 @@ from aigiqa_reward.models.cpa_iqa import CPAIQA, CPAIQAConfig
 from aigiqa_reward.models.mst_clipiqa import MSTCLIPIQA, MSTCLIPIQAConfig
 from aigiqa_reward.models.sc_agiqa import SCAGIQA, SCAGIQAConfig
 from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
+from aigiqa_reward.rewards.published import PUBLISHED
 from aigiqa_reward.rewards.specs import SPECS, TOWER_FILES
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
 
@@ -155,6 +156,8 @@ def empty_model(name: str, description: Mapping[str, Any], assistants: Assistant
     """Build a saved model from what its `describe` returned, with weights still to be loaded."""
     if name == "compact":
         return _empty_compact(description["config"])
+    if name in PUBLISHED:
+        return PUBLISHED[name].model.from_description(description)
     given = _usable_assistants(name, assistants)
     for role in description.get("assistants", ()):
         if getattr(given, role) is None:

@@ -16,7 +16,8 @@ from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 from aigiqa_reward.models.base import ModelSpec, QualityModel
 from aigiqa_reward.models.cpa_iqa import Preferences
 from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embedded_weights, load_embedded
-from aigiqa_reward.rewards.reward import Reward
+from aigiqa_reward.rewards.published import PUBLISHED, load_published
+from aigiqa_reward.rewards.reward import Reward, is_saved_reward
 from aigiqa_reward.rewards.specs import SPECS
 from aigiqa_reward.utils.weights import load_strictly
 
@@ -77,7 +78,8 @@ def create_reward(
         assistants: captioner, multimodal model, segmenter or attribute reader in place of the offline substitutes.
         device: device to move it to; None leaves it on the CPU.
         dtype: dtype of the towers: float32, float64, bfloat16 or float16. Heads stay at least float32.
-        weights: folder written by `reward.save_pretrained`, or its Hub id, in place of the embedded weights.
+        weights: folder written by `reward.save_pretrained`, or its Hub id, in place of the embedded weights; for a
+            published reward also a local copy of the authors' file, or its folder.
         revision: branch, tag or commit of the Hub id.
         quality_weight: share of quality in `total`; None is 0.5, or the saved share.
         correspondence_weight: share of correspondence in `total`; None likewise.
@@ -93,6 +95,10 @@ def create_reward(
         raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
     given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
     shares: dict[str, Any] = {argument: share for argument, share in given.items() if share is not None}
+    if name in PUBLISHED and not (weights is not None and is_saved_reward(weights)):
+        others = {"encoder": encoder, "zero_shot": zero_shot or None, "preset": preset, "revision": revision}
+        _refuse(name, others | {"assistants": assistants} | shares)
+        return _moved(Reward(load_published(name, weights, dtype), spec), device, dtype)
     if weights is not None:
         if preset is not None or encoder is not None or zero_shot:
             raise ValueError("weights: a saved reward has its own towers; pass neither preset nor encoder")
@@ -109,6 +115,14 @@ def create_reward(
         if name in SYSTEMS and not zero_shot:
             load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
     return _moved(reward, device, dtype)
+
+
+def _refuse(name: str, arguments: Mapping[str, Any]) -> None:
+    given = [argument for argument, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: {name} is a published reward with one number, which has none; leave it out"
+        )
 
 
 def _moved(reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None) -> Reward:

@@ -165,6 +165,8 @@ class Reward(nn.Module, ModelHubMixin):
         elif context is not None:
             check_context(context, self.model.context_names, len(images))
         raw = self.model(images.to(self.calibration.quality.dtype), self._features(images, prompts), context)
+        if isinstance(raw, RewardOutput):
+            return raw
         quality = self.calibration(raw.quality, "quality")
         details = dict(raw.details)
         if "uncertainty" in details:  # a std of quality, on the same scale
@@ -287,6 +289,17 @@ def check_features(features: PromptFeatures, model: str, count: int) -> None:
             f"prompts: expected one per image, got {len(features)} prompts for {count} images; "
             "encode_prompts([prompt]).expand(B) repeats one prompt for a batch"
         )
+
+
+def is_saved_reward(source: str | Path) -> bool:
+    """Whether this is a folder written by `save_pretrained`, or may be its Hub id, and not the authors' files."""
+    path = Path(os.path.expanduser(source))  # noqa: PTH111
+    if not path.exists():
+        return not path.is_absolute() and len(path.parts) == 2 and not path.suffix
+    try:
+        return path.is_dir() and "library_version" in read_json(path / _CONFIG, most=_CONFIG_BYTES)
+    except (OSError, ValueError):
+        return False
 
 
 def _empty(

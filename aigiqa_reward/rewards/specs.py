@@ -30,6 +30,12 @@ def _system(name: str, *, sha256: str, scale: str = _SCALE, **facts: Any) -> Mod
     )
 
 
+def _published(name: str, *, needs_prompt: bool = True, **facts: Any) -> ModelSpec:
+    """A published reward, whose weights are fetched from the Hub."""
+    facts = {"judges": "preference", "weights": "fetched from the Hub, checked by hash", **facts}
+    return ModelSpec(name=name, differentiable=True, needs_prompt=needs_prompt, **facts)
+
+
 SPECS: dict[str, ModelSpec] = {
     "compact": ModelSpec(
         name="compact",
@@ -96,6 +102,17 @@ SPECS: dict[str, ModelSpec] = {
         gradient_path="pixels through the image tower, the tiers and the distortion maps; regions and attributes fixed",
         megabytes=29.1,
         sha256="aa85a91071d581f4c354e94da27cabf1d93f42a150f3d08c72a5e745d37cdc9b",
+    ),
+    "pickscore": _published(
+        "pickscore",
+        title="PickScore v1",
+        paper="Kirstain et al. 2023, Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation",
+        license="MIT (code); the weights' page names none",
+        scale="raw = exp(logit_scale) cos, about 15 to 26; total = raw / 26; compares images of one prompt",
+        input_size="center crop of 224 px",
+        gradient_path="pixels through the image tower; prompts fixed",
+        megabytes=3940.0,
+        accuracy="Pick-a-Pic test 70.5 %",
     ),
 }
 """The rewards by name."""

@@ -1,0 +1,165 @@
+"""The published rewards: where their files come from, and how a file becomes a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aigiqa_reward.models.pickscore import PickScore
+from aigiqa_reward.models.published import PublishedModel
+from aigiqa_reward.utils.weights import WeightsError, load_strictly, sha256, write_weights
+
+_PICKLES = (".pt", ".pth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Files of a published reward on the Hub.
+
+    Attributes:
+        model: class of the model.
+        repo: Hub id of the repository.
+        file: name of the weights there.
+        revision: commit; None if none is known, for the newest.
+        sha256: hash of the weights; None if none is known.
+        other_files: configuration and tokenizer, in the same repository.
+    """
+
+    model: type[PublishedModel]
+    repo: str
+    file: str
+    revision: str | None = None
+    sha256: str | None = None
+    other_files: tuple[str, ...] = ()
+
+
+PUBLISHED: dict[str, Source] = {
+    "pickscore": Source(
+        model=PickScore,
+        repo="yuvalkirstain/PickScore_v1",
+        revision="a4e4367c6dfa7288a00c550414478f865b875800",
+        file="model.safetensors",
+        sha256="ef31ef6fc5ff4d9bb90dd232df4e145887ba62c5a03aa2841415f8c25f18d52e",
+    ),
+}
+"""The published rewards by name."""
+
+
+def load_published(name: str, weights: str | Path | None = None, dtype: torch.dtype | None = None) -> PublishedModel:
+    """Build a published reward's model and load the authors' weights strictly.
+
+    Args:
+        name: one of PUBLISHED.
+        weights: a local copy of the authors' file, or the folder that holds it; None fetches it from the Hub. A
+            `config.json` beside it gives the sizes, where they are not the published ones.
+        dtype: dtype of the towers; None is float32.
+    """
+    source = PUBLISHED[name]
+    file = _fetch(name) if weights is None else _local(name, Path(weights).expanduser())
+    try:
+        description = source.model.read_description(file.parent)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"weights: {file.parent} does not describe a {name} ({type(error).__name__}: {error}); expected the authors' "
+            f"files of https://huggingface.co/{source.repo}"
+        ) from error
+    tensors = source.model.rename(_read(file, _check_hash(name, file, description)))
+    with init_empty_weights():
+        model = source.model.from_description(description)
+    model.to(dtype or torch.float32)
+    expected = model.state_dict()
+    fitting = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in tensors.items()}
+    load_strictly(model, fitting, source=str(file))
+    return model
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted weights."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aigiqa-reward" / "weights"
+
+
+def _fetch(name: str) -> Path:
+    """Download the files of a reward, or find them in the Hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    source = PUBLISHED[name]
+    try:
+        for other in source.other_files:
+            hf_hub_download(source.repo, other, revision=source.revision)
+        return Path(hf_hub_download(source.repo, source.file, revision=source.revision))
+    except (OSError, ValueError) as error:
+        address = f"https://huggingface.co/{source.repo}/resolve/{source.revision or 'main'}"
+        files = " ".join(f"{address}/{file}" for file in (source.file, *source.other_files))
+        raise WeightsError(
+            f"weights: could not fetch {name} ({type(error).__name__}); download {files} on a machine with a network, put "
+            f"the files into one folder and pass create_reward({name!r}, weights=FOLDER)"
+        ) from error
+
+
+def _local(name: str, path: Path) -> Path:
+    """Return the authors' file, given it or its folder."""
+    source = PUBLISHED[name]
+    file = path / source.file if path.is_dir() else path
+    if not file.is_file():
+        raise WeightsError(
+            f"weights: no file {file}; expected {source.file} of https://huggingface.co/{source.repo}, or its folder"
+        )
+    others = {other.file: other_name for other_name, other in PUBLISHED.items() if other.file != "model.safetensors"}
+    if others.get(file.name, name) != name and file.name != source.file:
+        raise WeightsError(
+            f"weights: {file.name} is the file of {others[file.name]!r}, expected {source.file} of {name!r}"
+        )
+    return file
+
+
+def _check_hash(name: str, file: Path, description: Mapping[str, Any]) -> str:
+    """Return a file's hash; refuse one of another reward, and another than the known one at the published sizes."""
+    source, found = PUBLISHED[name], sha256(file)
+    others = {other.sha256: other_name for other_name, other in PUBLISHED.items() if other.sha256 is not None}
+    if others.get(found, name) != name:
+        raise WeightsError(
+            f"weights: {file} holds {others[found]!r} by its hash, expected {name!r}; pass {source.file}"
+        )
+    published = description == source.model.read_description(None)
+    if published and source.sha256 is not None and found != source.sha256:
+        raise WeightsError(
+            f"weights: {file} is not whole, or not {name}: expected sha256 {source.sha256[:12]}..., got {found[:12]}...; "
+            f"download {source.file} of https://huggingface.co/{source.repo} again"
+        )
+    return found
+
+
+def _read(file: Path, digest: str) -> dict[str, Tensor]:
+    """Read safetensors; a pickle of tensors is converted once, without running code, into the cache."""
+    if file.suffix in _PICKLES:
+        converted = cache_folder() / f"{digest}.safetensors"
+        if not converted.is_file():
+            write_weights(converted, _unpickle(file))
+        file = converted
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"weights: {file} is not a whole safetensors file ({error}); download it again") from error
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # strangers' bytes: pickle, zipfile and torch raise what they like
+        raise WeightsError(
+            f"weights: {file} is not a file of tensors alone ({type(error).__name__}: {str(error).splitlines()[0]:.200}); "
+            "it is never opened in a way that could run code. Download it again"
+        ) from error
+    tensors = stored.get("state_dict", stored) if isinstance(stored, Mapping) else stored
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise WeightsError(f"weights: {file} holds no tensors by name; expected the authors' state dict")
+    return {str(name): tensor.contiguous().clone() for name, tensor in tensors.items()}
