@@ -16,14 +16,26 @@ from aigiqa_reward.types import PromptError
 
 
 def read_tokens(
-    tokenizer: Tokenizer, texts: Sequence[str], window: int, *, tower: str, argument: str, padding: int = 0
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    window: int,
+    *,
+    tower: str,
+    argument: str,
+    padding: int = 0,
+    special: int = 2,
+    multilingual: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return ids (P, L) of texts, cut to `window` tokens with a warning, and a mask (P, L) that is False at padding."""
+    """Return ids (P, L) of texts, cut to `window` tokens with a warning, and a mask (P, L) that is False at padding.
+
+    A tokenizer adds `special` tokens to a text: start and end, or the end alone.
+    """
     rows = []
     for text in texts:
-        warn_if_not_latin(text, tower=tower)
+        if not multilingual:
+            warn_if_not_latin(text, tower=tower)
         encoding = tokenizer.encode(text)
-        if len(encoding.ids) <= 2:  # start and end
+        if len(encoding.ids) <= special:
             raise PromptError(text, argument)
         ids = encoding.ids
         if len(ids) > window:

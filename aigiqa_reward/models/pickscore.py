@@ -19,5 +19,4 @@ class PickScore(CLIPReward):
     scale = 1 / 26
 
     def raw_scores(self, images: Images, prompts: PromptFeatures | None) -> dict[str, Tensor]:
-        assert prompts is not None
         return {"raw": self.cosine.logit_scale.exp() * self.cosines(images, prompts)}

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from aigiqa_reward.encoders.clip import UNUSED, CLIPTower, Fit
+from aigiqa_reward.encoders.clip import UNUSED, VIT_H, CLIPTower, Fit, read_clip_sizes
 from aigiqa_reward.models.base import FullPrecision, QualityModel
 from aigiqa_reward.types import Context, Images, PromptFeatures, RewardOutput, Scores
-from aigiqa_reward.utils.io import read_json
+from aigiqa_reward.utils.io import read_regular
 
 
 class PublishedModel(QualityModel):
@@ -41,6 +41,9 @@ class PublishedModel(QualityModel):
     def read_description(cls, folder: Path | None) -> dict[str, Any]:
         """Read the authors' configuration files in a folder; the published sizes if there are none, or no folder."""
 
+    head_file: ClassVar[str | None] = None
+    """A second file of weights that may lie beside the first; its tensors get the prefix "head."."""
+
     @classmethod
     def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename the tensors of the authors' file to this model's, and drop those that it does not use, by name."""
@@ -54,6 +57,13 @@ class PublishedModel(QualityModel):
         return RewardOutput(total=total, **aspects, details=details)
 
 
+def read_tokenizer(folder: Path) -> str:
+    """Read the tokenizer.json of a folder, or of `tokenizer/` in it."""
+    places = (folder / "tokenizer.json", folder / "tokenizer" / "tokenizer.json")
+    file = next((place for place in places if place.is_file()), places[0])
+    return read_regular(file, most=100_000_000).decode("utf-8")
+
+
 class Cosine(FullPrecision):
     """Cosine of two embeddings (B, d), and the learned logit scale, at least in float32."""
 
@@ -65,16 +75,6 @@ class Cosine(FullPrecision):
         return (F.normalize(first, dim=-1) * F.normalize(second, dim=-1)).sum(dim=-1)
 
 
-_VISION = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-VIT_H: dict[str, Any] = {
-    "projection_dim": 1024,
-    "vision_config": {**_VISION, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"},
-    "text_config": {**_TEXT, "hidden_act": "gelu", "eos_token_id": 2},
-}
-"""laion/CLIP-ViT-H-14-laion2B-s32B-b79K, as fields of `transformers.CLIPConfig`."""
-
-
 class CLIPReward(PublishedModel):
     """A published reward that is one CLIP model."""
 
@@ -82,24 +82,21 @@ class CLIPReward(PublishedModel):
     sizes: Mapping[str, Any] = VIT_H
     """The published sizes, as fields of `transformers.CLIPConfig`."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, tower: Any) -> None:
         super().__init__()
-        self.tower = CLIPTower(config, self.fit)
+        self.tower = tower
         self.cosine = Cosine()
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Self:
-        return cls(description["config"])
+        return cls(CLIPTower(description["config"], cls.fit))
 
     def describe(self) -> dict[str, Any]:
         return {"config": self.tower.config}
 
     @classmethod
     def read_description(cls, folder: Path | None) -> dict[str, Any]:
-        file = None if folder is None else folder / "config.json"
-        found = read_json(file) if file is not None and file.is_file() else cls.sizes
-        keys = ("projection_dim", "text_config", "vision_config")
-        return {"config": {key: found[key] for key in keys}}
+        return {"config": read_clip_sizes(folder) or cls.sizes}
 
     @classmethod
     def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,5 +107,6 @@ class CLIPReward(PublishedModel):
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return {"text": self.tower.encode_text(texts)}
 
-    def cosines(self, images: Images, prompts: PromptFeatures) -> Tensor:
+    def cosines(self, images: Images, prompts: PromptFeatures | None) -> Scores:
+        assert prompts is not None  # a reward that needs prompts refuses a call without them
         return self.cosine(self.tower.encode_image(images), prompts.rows("text"))
