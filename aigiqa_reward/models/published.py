@@ -57,10 +57,10 @@ class PublishedModel(QualityModel):
         return RewardOutput(total=total, **aspects, details=details)
 
 
-def read_tokenizer(folder: Path) -> str:
-    """Read the tokenizer.json of a folder, or of `tokenizer/` in it."""
-    places = (folder / "tokenizer.json", folder / "tokenizer" / "tokenizer.json")
-    file = next((place for place in places if place.is_file()), places[0])
+def read_tokenizer(folder: Path | None, default: Path | None = None) -> str:
+    """Read the tokenizer.json of a folder, or of `tokenizer/` in it, else the default."""
+    places = [] if folder is None else [folder / "tokenizer.json", folder / "tokenizer" / "tokenizer.json"]
+    file = next((place for place in places if place.is_file()), default or places[0])
     return read_regular(file, most=100_000_000).decode("utf-8")
 
 

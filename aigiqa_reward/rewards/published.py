@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aigiqa_reward.models.clipscore import CLIPScore
 from aigiqa_reward.models.hps import HPSv2, HPSv21
+from aigiqa_reward.models.imagereward import CycleReward, ImageReward
 from aigiqa_reward.models.laion_aesthetic import LAIONAesthetic
 from aigiqa_reward.models.mps import MPS
 from aigiqa_reward.models.pickscore import PickScore
@@ -79,6 +80,14 @@ PUBLISHED: dict[str, Source] = {
         sha256="07cb0d20626232204ca3a6ec53ff5984e7e53212a8a7b0e0ec2bac1bdaf125a1",
     ),
     "mps": Source(model=MPS, repo="RE-N-Y/mpsv1", file="model.safetensors", other_names=("MPS_overall_state_dict.pt",)),
+    "imagereward": Source(
+        model=ImageReward,
+        repo="THUDM/ImageReward",
+        revision="5736be0",
+        file="ImageReward.pt",
+        sha256="d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
+    ),
+    "cyclereward": Source(model=CycleReward, repo="carolineec/CycleReward-Combo", file="CycleReward-Combo.pth"),
     "clipscore": Source(model=CLIPScore, other_names=("open_clip_model.safetensors",), **_CLIP_L),
     "siglip2": Source(
         model=SigLIP2,
