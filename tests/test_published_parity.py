@@ -31,7 +31,10 @@ class Case(NamedTuple):
         return self.tensors[f"{RAW.get(self.name, 'score')}_{which}"]
 
 
-@pytest.fixture(scope="module", params=["pickscore", "hpsv2.1", "clipscore", "siglip2", "laion_aesthetic", "mps", "imagereward", "cyclereward"])
+@pytest.fixture(
+    scope="module",
+    params=["pickscore", "hpsv2.1", "clipscore", "siglip2", "laion_aesthetic", "mps", "imagereward", "cyclereward"],
+)
 def case(request: pytest.FixtureRequest) -> Case:
     folder = FOLDER / request.param
     prompts = json.loads((folder / "prompts.json").read_text()) if (folder / "prompts.json").exists() else None

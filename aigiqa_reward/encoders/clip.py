@@ -16,7 +16,7 @@ from aigiqa_reward.types import Images
 from aigiqa_reward.utils.io import read_json
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel
+    pass
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Channel statistics that all CLIP models share."""
@@ -98,7 +98,7 @@ class CLIPTower(nn.Module):
 
 
 def read_clip_sizes(folder: Path | None) -> dict[str, Any] | None:
-    """Read the fields of `transformers.CLIPConfig` in a folder's config.json or open_clip_config.json, if it has one."""
+    """Read the fields of `transformers.CLIPConfig` in a folder's config.json or open_clip_config.json; None without."""
     files = [] if folder is None else [folder / "config.json", folder / "open_clip_config.json"]
     for file in files:
         if file.is_file():

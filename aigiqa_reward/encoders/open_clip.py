@@ -61,11 +61,20 @@ class OpenCLIPEncoder(nn.Module):
 
         self.config = config
         schema, architecture = config.architecture.startswith(_SCHEMAS), _architecture(config)
+        tag: Any = open_clip.get_pretrained_cfg(config.architecture, config.pretrained or "")
+        if tag.get("quick_gelu"):  # OpenAI's activation, which open_clip only warns about
+            architecture["quick_gelu"] = True
+        elif tag and architecture.get("quick_gelu"):
+            raise ValueError(
+                f"architecture: {config.architecture!r} has QuickGELU and {config.pretrained!r} was trained with GELU; "
+                "choose an architecture without -quickgelu"
+            )
         try:
             model: Any = open_clip.create_model(
                 config.architecture,
-                pretrained=config.pretrained,
+                pretrained=config.pretrained if load_weights else None,
                 load_weights=load_weights,
+                force_quick_gelu=bool(architecture.get("quick_gelu")),
                 require_pretrained=load_weights and (schema or config.pretrained is not None),
                 device=torch.get_default_device(),  # else the CPU, also where modules are built on the meta device
             )

@@ -44,7 +44,7 @@ from aigiqa_reward.images.resize import (
 )
 
 __all__ = [
-    "HIGHEST", "LOWEST", "MAX_PIXELS", "MIN_SIDE", "ImageError", "ImageSource", "center_crop", "check",
-    "even_crops", "even_offsets", "finite_rows", "from_bhwc", "from_vae", "letterbox", "load", "load_batch", "normalize",
+    "HIGHEST", "LOWEST", "MAX_PIXELS", "MIN_SIDE", "ImageError", "ImageSource", "center_crop", "check", "even_crops",
+    "even_offsets", "finite_rows", "from_bhwc", "from_vae", "letterbox", "load", "load_batch", "normalize",
     "random_crops", "reduce_to", "resize", "resize_to_area", "to_bhwc", "to_pil", "to_vae", "unletterbox",
 ]

@@ -59,11 +59,12 @@ class ImageReward(PublishedModel):
     mean: ClassVar[float] = 0.16717362830052426
     std: ClassVar[float] = 1.0333394966054072
 
-    def __init__(self, vision: Mapping[str, Any], text: Mapping[str, Any], tokenizer: str) -> None:
+    def __init__(self, config: Mapping[str, Any], tokenizer: str) -> None:
         super().__init__()
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-        self.configs, self.tokenizer_json = {"vision_config": dict(vision), "text_config": dict(text)}, tokenizer
+        self.config, self.tokenizer_json = dict(config), tokenizer
+        vision, text = config["vision_config"], config["text_config"]
         self.vision: Any = BlipVisionModel(BlipVisionConfig(**vision))
         self.text: Any = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
         self.mlp = _MLP(text["hidden_size"], self.activation)
@@ -74,18 +75,18 @@ class ImageReward(PublishedModel):
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Self:
-        return cls(description["vision_config"], description["text_config"], description["tokenizer"])
+        return cls(description["config"], description["tokenizer"])
 
     def describe(self) -> dict[str, Any]:
-        return {**self.configs, "tokenizer": self.tokenizer_json}
+        return {"config": self.config, "tokenizer": self.tokenizer_json}
 
     @classmethod
     def read_description(cls, folder: Path | None) -> dict[str, Any]:
         """Read the sizes; the tokenizer is BERT's uncased one, which is embedded, unless another lies in the folder."""
         file = None if folder is None else folder / "config.json"
         found = read_json(file) if file is not None and file.is_file() else _SIZES
-        own = {key: found[key] for key in _SIZES}
-        return {**own, "tokenizer": read_tokenizer(folder, default=ASSETS / "towers" / "tokenizer.json")}
+        tokenizer = read_tokenizer(folder, default=ASSETS / "towers" / "tokenizer.json")
+        return {"config": {key: found[key] for key in _SIZES}, "tokenizer": tokenizer}
 
     @classmethod
     def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -115,8 +115,8 @@ def load_published(name: str, weights: str | Path | None = None, dtype: torch.dt
         description = source.model.read_description(file.parent)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"weights: {file.parent} does not describe a {name} ({type(error).__name__}: {error}); expected the authors' "
-            f"files of https://huggingface.co/{source.repo}"
+            f"weights: {file.parent} does not describe a {name} ({type(error).__name__}: {error}); expected the "
+            f"authors' files of https://huggingface.co/{source.repo}"
         ) from error
     digest = sha256(file)
     _check_hash(name, file, digest)
@@ -150,8 +150,8 @@ def _fetch(name: str) -> Path:
         address = f"https://huggingface.co/{source.repo}/resolve/{source.revision or 'main'}"
         files = " ".join(f"{address}/{file}" for file in (source.file, *source.other_files))
         raise WeightsError(
-            f"weights: could not fetch {name} ({type(error).__name__}); download {files} on a machine with a network, put "
-            f"the files into one folder and pass create_reward({name!r}, weights=FOLDER)"
+            f"weights: could not fetch {name} ({type(error).__name__}); download {files} on a machine with a network, "
+            f"put the files into one folder and pass create_reward({name!r}, weights=FOLDER)"
         ) from error
 
 
@@ -168,7 +168,9 @@ def _local(name: str, path: Path) -> Path:
         )
     owners = [owner for owner, other in PUBLISHED.items() if other.file == file.name]
     if owners and file.name not in names:
-        raise WeightsError(f"weights: {file} is by its name of {' or '.join(owners)}, not of {name}; pass {source.file}")
+        raise WeightsError(
+            f"weights: {file} is by its name of {' or '.join(owners)}, not of {name}; pass {source.file}"
+        )
     return file
 
 
@@ -221,8 +223,8 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # strangers' bytes: pickle, zipfile and torch raise what they like
         raise WeightsError(
-            f"weights: {file} is not a whole file of tensors alone ({type(error).__name__}); it is never opened in a way "
-            "that could run code: download it again"
+            f"weights: {file} is not a whole file of tensors alone ({type(error).__name__}); it is never opened in a "
+            "way that could run code: download it again"
         ) from error
     tensors = stored.get("state_dict", stored) if isinstance(stored, Mapping) else stored
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
