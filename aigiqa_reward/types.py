@@ -101,7 +101,7 @@ class RewardOutput:
     Attributes:
         total: (B,) number to maximize.
         quality: (B,) perceptual quality. For a calibrated reward 1 is the benchmark's best human score; never clamped.
-            None for a reward that does not judge it alone, such as CLIPScore, PickScore or a function of one number.
+            None for a reward that does not judge it alone, such as CLIPScore and PickScore.
         correspondence: (B,) correspondence to the prompt on the same scale; None without prompts, and for a reward that
             does not judge it alone.
         details: tensors of the model by name (gates, scores of crops, maps, ...), first dimension B.
@@ -198,7 +198,7 @@ class RewardFunction(Protocol):
 def as_reward_output(result: Tensor | RewardOutput, batch: int, *, source: str = "the reward") -> RewardOutput:
     """Convert what a RewardFunction returned for `batch` images to a RewardOutput, and check its shapes."""
     if isinstance(result, Tensor):
-        result = RewardOutput(total=result)
+        result = RewardOutput(total=result, quality=result)
     if not isinstance(result, RewardOutput):
         kind = type(result).__name__
         raise TypeError(f"{source} returned {kind}; expected a tensor of shape ({batch},) or a RewardOutput")

@@ -128,6 +128,13 @@ class BLIPEncoder(nn.Module):
         return states.to(torch.promote_types(seen.dtype, torch.float32))
 
 
+def blip_towers(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Build transformers' image tower and image-grounded text encoder from fields of their configurations."""
+    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+    return BlipVisionModel(BlipVisionConfig(**vision)), BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
+
+
 def _architecture(config: BLIPConfig) -> Any:
     from transformers import AutoConfig, BlipConfig
 

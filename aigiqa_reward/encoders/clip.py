@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -14,9 +14,6 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders._text import clip_tokens
 from aigiqa_reward.types import Images
 from aigiqa_reward.utils.io import read_json
-
-if TYPE_CHECKING:
-    pass
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Channel statistics that all CLIP models share."""
@@ -62,7 +59,7 @@ class CLIPTower(nn.Module):
         from transformers import CLIPConfig, CLIPModel
 
         self.config, self.fit = dict(config), fit
-        self.clip = CLIPModel(CLIPConfig(**self.config))
+        self.clip: Any = CLIPModel(CLIPConfig(**self.config))
         del self.clip.logit_scale  # kept at full precision by the model around
         self.window: int = self.clip.config.text_config.max_position_embeddings
         self.image_size: int = self.clip.config.vision_config.image_size
@@ -82,7 +79,7 @@ class CLIPTower(nn.Module):
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
         """Embed images in [0, 1] of any size."""
-        found: Any = self.clip.get_image_features(pixel_values=self.square(images))  # type: ignore[arg-type]
+        found: Any = self.clip.get_image_features(pixel_values=self.square(images))
         return _at_least_float32(getattr(found, "pooler_output", found))
 
     def tokenize(self, texts: Sequence[str], *, padding: int = 0) -> Int[Tensor, "texts window"]:

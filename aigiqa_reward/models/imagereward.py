@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders._text import read_tokens
+from aigiqa_reward.encoders.blip import blip_towers
 from aigiqa_reward.encoders.clip import CLIP_MEAN, CLIP_STD
 from aigiqa_reward.models.base import FullPrecision
 from aigiqa_reward.models.published import PublishedModel, read_tokenizer
@@ -61,17 +62,13 @@ class ImageReward(PublishedModel):
 
     def __init__(self, config: Mapping[str, Any], tokenizer: str) -> None:
         super().__init__()
-        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
         self.config, self.tokenizer_json = dict(config), tokenizer
-        vision, text = config["vision_config"], config["text_config"]
-        self.vision: Any = BlipVisionModel(BlipVisionConfig(**vision))
-        self.text: Any = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
-        self.mlp = _MLP(text["hidden_size"], self.activation)
+        self.vision, self.text = blip_towers(config["vision_config"], config["text_config"])
+        self.mlp = _MLP(config["text_config"]["hidden_size"], self.activation)
         self.tokenizer = Tokenizer.from_str(tokenizer)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.side: int = vision["image_size"]
+        self.image_size: int = config["vision_config"]["image_size"]
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Self:
@@ -100,7 +97,7 @@ class ImageReward(PublishedModel):
 
     def raw_scores(self, images: Images, prompts: PromptFeatures | None) -> dict[str, Tensor]:
         assert prompts is not None
-        square = pixels.normalize(pixels.center_crop(images, self.side, nearest=True), CLIP_MEAN, CLIP_STD)
+        square = pixels.normalize(pixels.center_crop(images, self.image_size, nearest=True), CLIP_MEAN, CLIP_STD)
         weight = self.text.embeddings.word_embeddings.weight
         seen = self.vision(pixel_values=square.to(weight.dtype)).last_hidden_state
         states = self.text(

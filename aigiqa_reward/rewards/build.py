@@ -235,7 +235,7 @@ def _other_towers(
     configs = {**(PUBLISHED_TOWERS[name] if preset == "paper" else {}), **given}
     if system.roles[0] not in configs:
         raise ValueError(f"towers: {name} needs {system.roles[0]!r}, got {sorted(configs)}; or pass preset='paper'")
-    return {role: _load_tower(config) for role, config in configs.items()}
+    return {role: load_tower(config) for role, config in configs.items()}
 
 
 def _make(name: str, settings: Settings, towers: Mapping[str, Tower], assistants: Assistants) -> QualityModel:
@@ -247,7 +247,8 @@ def _make(name: str, settings: Settings, towers: Mapping[str, Tower], assistants
         raise ValueError(f"settings: not ones of {name} ({error}); models/{name}.py lists its fields") from error
 
 
-def _load_tower(config: TowerConfig) -> Tower:
+def load_tower(config: TowerConfig) -> Tower:
+    """Load a tower's published weights, or those of a local file."""
     if isinstance(config, BLIPConfig):
         return BLIPEncoder(config)
     if isinstance(config, TimmConfig):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -109,6 +108,8 @@ def load_published(name: str, weights: str | Path | None = None, dtype: torch.dt
             `config.json` beside it gives the sizes, where they are not the published ones.
         dtype: dtype of the towers; None is float32.
     """
+    from accelerate import init_empty_weights
+
     source = PUBLISHED[name]
     file = _fetch(name) if weights is None else _local(name, Path(weights).expanduser())
     try:
@@ -127,7 +128,9 @@ def load_published(name: str, weights: str | Path | None = None, dtype: torch.dt
     model.to(dtype or torch.float32)
     expected = model.state_dict()
     tensors = source.model.rename(_read_all(source, file, digest))
-    fitting = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in tensors.items()}
+    fitting = {
+        key: tensor.to(expected[key].dtype, copy=True) if key in expected else tensor for key, tensor in tensors.items()
+    }
     load_strictly(model, fitting, source=str(file))
     return model
 

@@ -308,7 +308,7 @@ def _empty(
     """Build the model that config.json describes, if it is no larger than model.safetensors."""
     try:
         size = (folder / _WEIGHTS).stat().st_size
-        description = {**saved, "config": {**saved["config"], **settings}}
+        description = {**saved, "config": {**saved["config"], **settings}} if settings else saved
         with torch.device("meta"):  # takes no memory
             sketch = empty_model(name, description, assistants)
         numbers = sum(tensor.numel() for tensor in (*sketch.parameters(), *sketch.buffers()))
