@@ -10,7 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from aigiqa_reward.datasets.base import ScoredImages, find_table, generators_of, read_csv, scored_images
+from aigiqa_reward.datasets.base import ScoredImages, find_table, generators_of, scored_images
+from aigiqa_reward.datasets.rows import read_csv
 
 _SCORES = {
     "quality": "mos_quality",

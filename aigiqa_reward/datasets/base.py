@@ -1,11 +1,7 @@
-"""Tables of human scores and preferences, and what their readers share: rows, images and errors with file and line."""
+"""Tables of human scores and preferences, and what their readers share: images, scores and generators of rows."""
 
 from __future__ import annotations
 
-import csv
-import importlib
-import io
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,24 +11,21 @@ from typing import Any, Self
 
 import numpy as np
 
-from aigiqa_reward.utils.io import read_regular
-
-MAX_SHEET_BYTES, MAX_SHEET_ROWS = 20_000_000, 100_000
-"""Bounds of an .xlsx file and of its rows; the benchmarks' sheets have 1,080 rows at most."""
-
-_EXTRA = "\0"
-"""Key of the cells beyond the header's."""
+from aigiqa_reward.datasets.rows import Row, path_key, text_key
 
 
 class _Table:
-    """What both tables share: as many entries per field as rows, prompts as default groups, and subsets."""
+    """What both tables share: as many entries per field as rows, prompts as default groups, and subsets.
+
+    Spaces around a prompt are dropped, and two spellings of a group are one group.
+    """
 
     prompts: tuple[str, ...]
     groups: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not self.groups:
-            object.__setattr__(self, "groups", self.prompts)
+        object.__setattr__(self, "prompts", tuple(prompt.strip() for prompt in self.prompts))
+        object.__setattr__(self, "groups", tuple(map(text_key, self.groups or self.prompts)))
         for name, value in vars(self).items():
             if len(value) != len(self) or (isinstance(value, np.ndarray) and value.ndim != 1):
                 raise ValueError(f"{name}: expected {len(self)} entries, one per row, got shape {np.shape(value)}")
@@ -141,41 +134,8 @@ class PreferencePairs(_Table):
     def __post_init__(self) -> None:
         super().__post_init__()
         for row, (better, worse) in enumerate(zip(self.better, self.worse, strict=True)):
-            if better == worse:
+            if path_key(better) == path_key(worse):
                 raise ValueError(f"better, worse: expected two images, got {str(better)!r} twice at row {row}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table: its file, its line there (the first is 1), and the text of each column."""
-
-    table: Path
-    line: int
-    cells: Mapping[str, str]
-
-    def __getitem__(self, column: str) -> str:
-        return self.cells[column]
-
-    def number(self, column: str) -> float:
-        """Return the cell as a finite number."""
-        value = number_or_nan(self[column])
-        if not math.isfinite(value):
-            raise self.error(
-                f"expected a finite number in column {column}, got {self[column]!r}; correct the cell or remove the row"
-            )
-        return value
-
-    def error(self, message: str) -> ValueError:
-        """Make an error that names the file and the line."""
-        return ValueError(f"{self.table}, line {self.line}: {message}")
-
-
-def number_or_nan(text: str) -> float:
-    """Return the number in a cell, or NaN; underscores, which Python allows within one, are no part of a number."""
-    try:
-        return math.nan if "_" in text else float(text)
-    except ValueError:
-        return math.nan
 
 
 def find_table(folder: Path, name: str, expected: str, remedy: str = "") -> Path:
@@ -183,70 +143,6 @@ def find_table(folder: Path, name: str, expected: str, remedy: str = "") -> Path
     if not (table := folder / name).is_file():
         raise ValueError(f"folder: expected {expected} in {str(folder)!r}, but there is no {name}{remedy}")
     return table
-
-
-def read_csv(
-    table: Path, columns: Sequence[str], *, expected: str = "the published columns", header: Sequence[str] | None = None
-) -> list[Row]:
-    """Read the rows of a CSV file in UTF-8, with these columns at least; `header` names those of a file without one."""
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, fieldnames=header, restval="", restkey=_EXTRA)
-            _require_columns(table, columns, reader.fieldnames or (), expected)
-            rows = [Row(table, reader.line_num, cells) for cells in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table}: expected a CSV file in UTF-8, got {error}; save it as such") from error
-    for row in rows:
-        if extra := row.cells.get(_EXTRA):
-            named = len(row.cells) - 1
-            raise row.error(
-                f"expected {named} cells, got {named + len(extra)}; put a text that holds a comma in double quotes"
-            )
-    return _not_empty(table, rows)
-
-
-def read_xlsx(table: Path, columns: Sequence[str]) -> list[Row]:
-    """Read the rows of the first sheet of an .xlsx file, whose first row names the columns."""
-    header, *lines = read_sheet(table) or [[]]
-    _require_columns(table, columns, header, "the published columns")
-    return _not_empty(table, [Row(table, n, dict(zip(header, cells, strict=True))) for n, cells in enumerate(lines, 2)])
-
-
-def read_sheet(table: Path) -> list[list[str]]:
-    """Read the cells of the first sheet of an .xlsx file as text, row by row; a blank cell is ""."""
-    pandas, _ = (extra_data(module, f"reading {table.name}") for module in ("pandas", "openpyxl"))
-    try:
-        data = io.BytesIO(read_regular(table, most=MAX_SHEET_BYTES))
-        sheet = pandas.read_excel(
-            data, header=None, nrows=MAX_SHEET_ROWS, dtype=object, keep_default_na=False, engine="openpyxl"
-        )
-    except Exception as error:  # openpyxl lets through what zipfile and its XML parser raise
-        raise ValueError(f"{table}: expected an .xlsx sheet, got {type(error).__name__}: {error}") from error
-    return [[str(cell) for cell in cells] for cells in sheet.itertuples(index=False)]
-
-
-def extra_data(module: str, purpose: str) -> Any:
-    """Import a module of the extra `data`."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'{purpose} needs {module}; pip install "aigiqa-reward[data]"') from error
-
-
-def _require_columns(table: Path, columns: Sequence[str], header: Sequence[str], expected: str) -> None:
-    if twice := sorted({column for column in columns if list(header).count(column) > 1}):
-        raise ValueError(f"{table}: expected each column once, got {', '.join(twice)} several times; remove the others")
-    if missing := [column for column in columns if column not in header]:
-        raise ValueError(
-            f"{table}: no column {', '.join(missing)}; expected {expected} "
-            f"{', '.join(columns)}, got {', '.join(filter(None, header)) or 'an empty file'}"
-        )
-
-
-def _not_empty(table: Path, rows: list[Row]) -> list[Row]:
-    if not rows:
-        raise ValueError(f"{table}: expected a row per image, got the header alone")
-    return rows
 
 
 def scored_images(
@@ -299,12 +195,13 @@ def generators_of(rows: Sequence[Row], column: str, name: re.Pattern[str], form:
 
 
 def refuse_repeats(rows: Sequence[Row], column: str) -> None:
-    """Raise an error if two rows have the same cell."""
-    seen: set[str] = set()
+    """Raise an error if two rows have the same path, however it is spelled."""
+    seen: dict[str, Row] = {}
     for row in rows:
-        if row[column] in seen:
-            raise row.error(f"{row[column]!r} is listed twice; keep one of the two")
-        seen.add(row[column])
+        first = seen.setdefault(path_key(row[column]), row)
+        if first is not row:
+            listed = f"{first[column]!r} of {first.unit} {first.line}"
+            raise row.error(f"{row[column]!r} is listed twice, first as {listed}; keep one of the two")
 
 
 def image_folder(folder: Path, *names: str) -> Path:
