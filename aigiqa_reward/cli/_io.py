@@ -8,24 +8,22 @@ import os
 import re
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aigiqa_reward.cli._console import CommandError, first_process, say
-from aigiqa_reward.utils.io import MAX_BYTES, write_atomically
+from aigiqa_reward.utils.io import write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from aigiqa_reward.datasets.base import Row
+
 _NO_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"})
 """Formats that Pillow knows by name only, or draws with other programs."""
-
-_PLAIN_LISTS = (".yaml", ".yml", ".toml", ".xml", ".html")
-"""Endings of files of texts with a syntax that is not read: their lines are no prompts."""
-
-_LISTED = 5  # endings that were left out
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """A name on the Hub, owner/name."""
@@ -59,47 +57,47 @@ class Source:
 def find_images(given: Sequence[str], *, recursive: bool) -> list[str]:
     """Return paths of images in the order given, each folder replaced by its image files, sorted.
 
-    A note counts and names the endings of a folder's other files.
+    A note counts and names the other files of the folders by ending.
     """
     paths: list[str] = []
     others = defaultdict[str, list[str]](list)
     for place in given:
         if not place:
             raise CommandError("got an empty path; check the variable that it came from", argument="images")
-        paths += _images_in(place, recursive, others) if os.path.isdir(place) else [place]  # noqa: PTH112  (never raises)
-    left = ""
-    if others:
-        sizes = sorted(others.items(), key=lambda each: -len(each[1]))
-        named = [f"{len(names)} {ending or 'without one'} ({min(names)})" for ending, names in sizes[:_LISTED]]
-        more = f" and {len(sizes) - _LISTED} more endings" if len(sizes) > _LISTED else ""
-        count = sum(map(len, others.values()))
-        left = f"{count} {'file' if count == 1 else 'files'} left out by ending: {', '.join(named)}{more}"
-        left += "; convert images that Pillow cannot read to PNG"
+        if not os.path.isdir(place):  # noqa: PTH112  (never raises)
+            paths.append(place)
+            continue
+        for path in _files_in(place, recursive):
+            if (ending := path.suffix.lower()) in image_endings():
+                paths.append(str(path))
+            else:
+                others[ending].append(path.name)
+    kinds = [
+        f"{ending or 'without one'} ({len(names)}: {names[0]}{', ...' * (len(names) > 1)})"
+        for ending, names in others.items()
+    ]
+    left = f"left out by ending: {', '.join(kinds)}; convert images that Pillow cannot read to PNG"
     if not paths:
         below = "" if recursive else "; --recursive looks into subfolders as well"
-        raise CommandError(f"no images in {', '.join(given)}{left and f'; {left}'}{below}", argument="images")
-    if left:
+        raise CommandError(f"no images in {', '.join(given)}{f'; {left}' * bool(kinds)}{below}", argument="images")
+    if kinds:
         say("note", left)
     return paths
 
 
-def _images_in(folder: str, recursive: bool, others: dict[str, list[str]]) -> list[str]:
-    """The images of a folder, sorted; its other files are added to `others` by ending."""
+def _files_in(folder: str, recursive: bool) -> list[Path]:
     found: list[Path] = []
-    endings = image_endings()
     try:
         for parent, subfolders, names in os.walk(folder, onerror=_raise):
-            for path in (Path(parent, name) for name in names if not name.startswith(".")):
-                if path.suffix.lower() in endings:
-                    found.append(path)
-                else:
-                    others[path.suffix.lower()].append(path.name)
+            visible = (name for name in names if not name.startswith("."))
+            found += (Path(parent, name) for name in visible)
             subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
     except OSError as error:
         raise CommandError(f"cannot read the folder {error.filename}: {error.strerror}", argument="images") from error
-    return [str(path) for path in sorted(found)]
+    return sorted(found)
 
 
+@cache
 def image_endings() -> set[str]:
     """Return the endings of the files of a folder that count as its images, in lower case: those that Pillow reads."""
     from PIL import Image
@@ -122,8 +120,7 @@ def attach_prompts(
 
     An image whose prompt is empty, missing in the file or ambiguous becomes a Source with an error.
     """
-    if prompts and file is not None:
-        raise CommandError("--prompt, --prompts: expected one of them, got both")
+    _check_given(prompts, file, column)
     if any(not prompt.strip() for prompt in prompts):
         raise CommandError("expected a text, got an empty one; leave it out for quality alone", argument="prompt")
     if len(prompts) > 1 and len(prompts) != len(paths):
@@ -131,49 +128,42 @@ def attach_prompts(
             f"expected one prompt for all images or one for each of the {len(paths)}, got {len(prompts)}",
             argument="prompt",
         )
-    _check_column(file, column)
     if file is None:
         texts = [None] * len(paths) if not prompts else list(prompts) * (len(paths) if len(prompts) == 1 else 1)
         return [Source(path=path, prompt=text) for path, text in zip(paths, texts, strict=True)]
-    if is_table(file):
-        keys, texts = _keyed_prompts(file, column, {Path(path).name for path in paths})
-        if keys is not None:
-            return _looked_up(paths, file, zip(keys, texts, strict=True))
-        kind, rule = "row", "expected the columns path,prompt or name,prompt, or one row"
-    else:
-        texts, kind, rule = _lines(file, "prompts"), "line", "expected one line"
+    with _reading(file, "prompts"):
+        from aigiqa_reward.datasets.base import find_column, prompt_column, read_rows
+
+        rows = read_rows(file, plain=True)
+        column = prompt_column(rows, column, _NAME_IT)
+        key = find_column(rows, _KEYS, "keep one of them") or _column_of_names(rows, paths)
+        texts = [row[column].strip() for row in rows]
+        if key is not None:
+            if unnamed := next((row for row in rows if not row[key]), None):
+                raise unnamed.error(f"no {key}")
+            return _looked_up(paths, file, [(row[key], text) for row, text in zip(rows, texts, strict=True)])
     if len(texts) != len(paths):
-        remedy = "; a table, such as a .csv, gives prompts by path or file name" if kind == "line" else ""
         raise CommandError(
-            f"{rule} for each of the {len(paths)} images, got {len(texts)} {kind}s in {file}{remedy}",
+            f"expected one line for each of the {len(paths)} images, got {len(texts)} lines in {file}; in a table "
+            "that gives prompts by path or file name, expected the columns path,prompt or name,prompt",
             argument="prompts",
         )
     return [
-        Source(path=path, prompt=text) if text.strip() else Source(path=path, error=_EMPTY_PROMPT)
+        Source(path=path, prompt=text) if text else Source(path=path, error=_EMPTY_PROMPT)
         for path, text in zip(paths, texts, strict=True)
     ]
 
 
-def _keyed_prompts(file: Path, column: str | None, names: Collection[str]) -> tuple[list[str] | None, list[str]]:
-    """The images' paths or names, None without any, and the prompts of a table; `names` are those of the images."""
-    from aigiqa_reward.datasets.rows import columns_of, find_column, prompt_column, read_rows
-
-    with _reading(file, "prompts"):
-        rows = read_rows(file)
-        prompts = prompt_column(rows, column, _NAME_IT)
-        key = find_column(rows, _KEYS, "keep one of them")
-        if key is None:  # a column of another name that holds an image's
-            cells = ((name, row.cells.get(name)) for row in rows for name in columns_of(rows[:1]))
-            key = next((name for name, cell in cells if isinstance(cell, str) and Path(cell).name in names), None)
-        for row in rows if key is not None else ():
-            if not row[key]:
-                raise row.error(f"no {key}")
-        return None if key is None else [row[key] for row in rows], [row[prompts].strip() for row in rows]
+def _column_of_names(rows: Sequence[Row], paths: Sequence[str]) -> str | None:
+    """The column, of whatever name, that holds the name of an image."""
+    names = {Path(path).name for path in paths}
+    cells = ((name, cell) for row in rows for name, cell in row.cells.items() if isinstance(cell, str))
+    return next((name for name, cell in cells if Path(cell).name in names), None)
 
 
 def _looked_up(paths: Sequence[str], file: Path, rows: Iterable[tuple[str, str]]) -> list[Source]:
     """Look images up by path, relative to the working directory or to the file's folder, or else by file name."""
-    from aigiqa_reward.datasets.rows import path_key
+    from aigiqa_reward.datasets.base import path_key
 
     by_path, by_name = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for key, prompt in rows:
@@ -204,33 +194,29 @@ def _looked_up(paths: Sequence[str], file: Path, rows: Iterable[tuple[str, str]]
 
 def gather_prompts(given: Sequence[str], file: Path | None, column: str | None = None) -> list[str]:
     """Return the prompts of --prompt or of --prompts, of which exactly one must be given."""
-    if bool(given) == (file is not None):
-        raise CommandError(f"--prompt, --prompts: expected one of them, got {'both' if given else 'none'}")
-    _check_column(file, column)
+    if not given and file is None:
+        raise CommandError("--prompt, --prompts: expected one of them, got none")
+    _check_given(given, file, column)
     return [checked_prompt(text) for text in given] if file is None else read_prompts(file, "prompts", column)
 
 
 def checked_prompt(text: str) -> str:
     """Return a prompt of --prompt; refuse blank ones and undecodable bytes."""
-    if not text.strip() or text.encode(errors="ignore").decode() != text:
+    if not text.strip() or not _decodable(text):
         raise CommandError(f"expected a text, got {text!r}", argument="prompt")
     return text
 
 
 def read_prompts(file: Path, argument: str, column: str | None = None) -> list[str]:
     """Return the prompts of a text with one per line, or of the column of a table; blank ones are left out."""
-    if is_table(file):
-        from aigiqa_reward.datasets.rows import prompt_column, read_rows
+    with _reading(file, argument):
+        from aigiqa_reward.datasets.base import prompt_column, read_rows
 
-        with _reading(file, argument):
-            rows = read_rows(file)
-            column = prompt_column(rows, column, _NAME_IT)
-            found = [row[column] for row in rows]
-            for row in rows:
-                if row[column].encode(errors="ignore").decode() != row[column]:
-                    raise row.error(f"expected a text, got {row[column]!r:.80}")
-    else:
-        found = _lines(file, argument)
+        rows = read_rows(file, plain=True)
+        column = prompt_column(rows, column, _NAME_IT)
+        found = [row[column] for row in rows]
+        if broken := next((row for row in rows if not _decodable(row[column])), None):
+            raise broken.error(f"expected a text, got {broken[column]!r:.80}")
     prompts = [text.strip() for text in found if text.strip()]
     if not prompts:
         raise CommandError(f"{file} holds no prompt; write one per line", argument=argument)
@@ -240,18 +226,15 @@ def read_prompts(file: Path, argument: str, column: str | None = None) -> list[s
     return prompts
 
 
-def is_table(file: Path) -> bool:
-    """Whether a file of prompts is read as a table; others are read line by line."""
-    from aigiqa_reward.datasets.rows import TABLES
+def _check_given(prompts: Sequence[str], file: Path | None, column: str | None) -> None:
+    if prompts and file is not None:
+        raise CommandError("--prompt, --prompts: expected one of them, got both")
+    if column is not None and file is None:
+        raise CommandError("names a column of the table of --prompts, which is missing", argument="prompt_column")
 
-    return file.suffix.lower() in TABLES
 
-
-def _check_column(file: Path | None, column: str | None) -> None:
-    """Refuse --prompt-column where it has nothing to name."""
-    if column is not None and (file is None or not is_table(file)):
-        got = "got none" if file is None else f"got the text {file}"
-        raise CommandError(f"names a column of the table of --prompts, {got}; leave it out", argument="prompt_column")
+def _decodable(text: str) -> bool:
+    return text.encode(errors="ignore").decode() == text
 
 
 @contextlib.contextmanager
@@ -265,34 +248,16 @@ def _reading(file: Path, argument: str) -> Iterator[None]:
         raise CommandError(str(error), argument=argument) from error
 
 
-def _lines(file: Path, argument: str) -> list[str]:
-    if file.suffix.lower() in _PLAIN_LISTS:
-        text = f"expected one prompt per line or a table, got {file}; if each line is a prompt, rename it to .txt"
-        raise CommandError(text, argument=argument)
-    text = read_text(file, argument)
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def read_text(file: Path, argument: str) -> str:
-    """Return the text of a file that was given to an option, with Unix line ends."""
-    try:
-        with file.open("rb") as opened:  # the size of a pipe, such as <(...), is not known before
-            data = opened.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise CommandError(f"{file} holds more than {MAX_BYTES:,} bytes; split it", argument=argument)
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except OSError as error:
-        raise CommandError(f"cannot read {file}: {error.strerror}", argument=argument) from error
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{file} is not UTF-8 text ({error.reason})", argument=argument) from error
-
-
 def read_yaml(file: Path) -> dict[str, Any]:
     """Return the lines 'option: value' of a YAML file; values are texts or lists of texts, None for `~`."""
     import yaml
 
+    from aigiqa_reward.datasets.base import read_text
+
+    with _reading(file, "config"):
+        text = read_text(file)
     try:
-        loader = yaml.BaseLoader(read_text(file, "config"))
+        loader = yaml.BaseLoader(text)
         node = loader.get_single_node()
         found = loader.construct_document(node) if node is not None else None
         names = Counter(key.value for key, _ in node.value) if isinstance(node, yaml.MappingNode) else Counter()

@@ -10,8 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from aigiqa_reward.datasets.base import ScoredImages, find_table, generators_of, image_folder, scored_images
-from aigiqa_reward.datasets.rows import read_xlsx
+from aigiqa_reward.datasets.base import ScoredImages, find_table, generators_of, image_folder, read_xlsx, scored_images
 
 _TABLE, _OTHER_SCORES = "AIGC_MOS_Zscore.xlsx", "AIGC_all.csv"
 _NAME = re.compile(r"(deepai|dreamStudio)_\d+_\d+_[01]_[01]\.jpg")

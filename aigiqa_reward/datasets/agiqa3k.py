@@ -10,8 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from aigiqa_reward.datasets.base import ScoredImages, find_table, generators_of, scored_images
-from aigiqa_reward.datasets.rows import read_csv
+from aigiqa_reward.datasets.base import ScoredImages, find_table, generators_of, read_csv, scored_images
 
 _SCORES = {
     "quality": "mos_quality",

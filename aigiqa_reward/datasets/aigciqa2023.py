@@ -14,8 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from aigiqa_reward.datasets.base import ScoredImages, find_table, refuse_absent
-from aigiqa_reward.datasets.rows import read_sheet
+from aigiqa_reward.datasets.base import ScoredImages, find_table, read_sheet, refuse_absent
 from aigiqa_reward.utils.io import read_regular
 
 _GENERATORS = ("Controlnet", "DALLE", "Glide", "Lafite", "stable-diffusion", "Unidiffuser")

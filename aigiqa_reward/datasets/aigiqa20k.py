@@ -18,9 +18,10 @@ from aigiqa_reward.datasets.base import (
     find_table,
     generators_of,
     image_folder,
+    number_or_nan,
+    read_csv,
     scored_images,
 )
-from aigiqa_reward.datasets.rows import number_or_nan, read_csv
 
 _COLUMNS = ("name", "prompt", "mos")
 _NAME = re.compile(r"([^/\\]+)_\d+\.png")

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aigiqa_reward.datasets.base import PreferencePairs
-from aigiqa_reward.datasets.rows import extra_data
+from aigiqa_reward.datasets.base import PreferencePairs, extra_data
 
 _IMAGES = ("jpg_0", "jpg_1")
 _LIGHT = ("caption", "label_0", "label_1", "ranking_id")

@@ -10,8 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages, refuse_repeats
-from aigiqa_reward.datasets.rows import path_key, read_csv
+from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages, path_key, read_csv, refuse_repeats
 
 TEST_FRACTION = 0.2
 """Share of the groups: 80/20, as in the published protocols."""

@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from aigiqa_reward.datasets.base import ScoredImages, scored_images
-from aigiqa_reward.datasets.rows import columns_of, prompt_column, read_rows, refuse_misspelled, require_columns
+from aigiqa_reward.datasets.base import (
+    ScoredImages,
+    columns_of,
+    prompt_column,
+    read_rows,
+    require_columns,
+    scored_images,
+)
 
 _SCORES = ("quality", "correspondence")
 _OPTIONAL = ("generator", "group")
@@ -36,8 +42,9 @@ def read_table(file: str | os.PathLike[str]) -> ScoredImages:
         raise ValueError(f"file: expected a CSV file with the columns path, prompt and a score, found none at {file!s}")
     rows = read_rows(table)
     columns, prompt = columns_of(rows), prompt_column(rows)
-    require_columns(table, ("path",), columns, "the column")
-    refuse_misspelled(table, (*_SCORES, *_OPTIONAL), columns)
+    remedy = "rename it, or remove it"
+    optional = (*_SCORES, *_OPTIONAL)
+    require_columns(table, ("path", prompt), columns, optional, expected="the columns", remedy=remedy)
     if not any(score in columns for score in _SCORES):
         raise ValueError(
             f"{table}: no column {' or '.join(_SCORES)}; expected at least one of them beside path, prompt, got "

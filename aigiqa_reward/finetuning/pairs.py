@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.datasets import PreferencePairs, read_pickapic
-from aigiqa_reward.datasets.rows import extra_data
+from aigiqa_reward.datasets.base import extra_data
 from aigiqa_reward.finetuning.batch import seed_of
 from aigiqa_reward.finetuning.checkpoints import checkpoints_in
 from aigiqa_reward.finetuning.config import FinetuneConfig

@@ -30,8 +30,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(found := dict(pairs)) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the key {twice!r} is given twice")
     return found
@@ -78,17 +77,11 @@ def read_arrays(path: str | os.PathLike[str], *, most: int) -> dict[str, np.ndar
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
-    r"""Return rows as CSV with Unix line ends, a cell with any line end in quotes.
-
-    Example:
-        >>> from aigiqa_reward.utils.io import csv_text
-        >>> csv_text([["prompt", "total"], ["a fox\ron a hill", 0.5]])
-        'prompt,total\n"a fox\ron a hill",0.5\n'
-    """
+    """Return rows as CSV with Unix line ends, a cell with any line end in quotes."""
     lines = []
     for row in rows:
         line = io.StringIO(newline="")
-        csv.writer(line).writerow(row)  # quotes the characters of its line end, which is \r\n
+        csv.writer(line).writerow(row)  # quotes the characters of its line end, which is CR LF
         lines.append(line.getvalue().removesuffix("\r\n") + "\n")
     return "".join(lines)
 
