@@ -87,10 +87,10 @@ def test_a_table_without_prompts_is_refused(
         read_prompts(tmp_path / name, "prompts", column)
 
 
-def scores(folder: Path, text: str, name: str = "scores.csv") -> Path:
+def scores(folder: Path, text: str | None, name: str = "scores.csv") -> Path:
     for number in range(3):
         (folder / f"{number}.png").touch()
-    (folder / name).write_text(text)
+    (folder / name).write_text(text or "")
     return folder / name
 
 
