@@ -71,7 +71,9 @@ def test_parquet_and_xlsx_give_the_same(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}', None, "line 2: .*'prompt' is given twice"),
         ("p.json", '["a", 3]', None, "entry 2: expected a text or an object"),
         ("p.json", '[{"prompt": ["a"]}]', None, r"entry 1: expected a text in column prompt, got \['a'\]"),
-        ("p.json", '{"a": [1], "b": [2]}', None, "expected a list of texts or of objects"),
+        ("p.json", '{"a": ["1"], "b": ["2"]}', None, "no column prompt; .* got a, b"),
+        ("p.json", '{"a": {"0": "x"}, "b": {"0": "y"}}', None, "no column prompt"),
+        ("p.json", '"a fox, "x"', None, "p.json: not JSON"),
         ("p.parquet", "PAR1", None, "expected a whole Parquet file"),
         ("p.yaml", "- a red apple\n", None, "rename it to .txt"),
         ("p.csv", "prompt\n", None, "at least one row"),
@@ -106,11 +108,12 @@ def scores(folder: Path, text: str | None, name: str = "scores.csv") -> Path:
         ("pth,prompt,quality", "0.png,a,1", "no column path; .*is 'pth' meant"),
         ("path,prompt,quality", "0.png,a,1\n1.png,b,2\n./0.png,a ,3", "line 4: './0.png' is listed twice, .*line 2"),
         ("path,prompt,quality", "0.png,a,1\nx/../0.png,b,3", "line 3: .* is listed twice, first as '0.png' of line 2"),
+        ("path,prompt,quality", "0.png,a,1\nFOLDER/0.png,b,3", "line 3: .* is listed twice, first as '0.png' of"),
     ],
 )  # fmt: skip
 def test_a_used_column_and_a_path_are_unique(tmp_path: Path, header: str, row: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_table(scores(tmp_path, f"{header}\n{row}\n"))
+        read_table(scores(tmp_path, f"{header}\n{row}\n".replace("FOLDER", str(tmp_path))))
 
 
 def test_columns_that_are_not_used_may_be_anything(tmp_path: Path) -> None:

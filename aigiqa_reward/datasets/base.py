@@ -181,10 +181,8 @@ class Row:
         """Return the cell as a finite number."""
         value = number_or_nan(self._cell(column))
         if not math.isfinite(value):
-            raise self.error(
-                f"expected a finite number in column {column}, got {self.cells[column]!r}; correct the cell or remove "
-                "the row"
-            )
+            got = f"{self.cells[column]!r}; correct the cell or remove the row"
+            raise self.error(f"expected a finite number in column {column}, got {got}")
         return value
 
     def error(self, message: str) -> ValueError:
@@ -227,18 +225,12 @@ def prompt_column(rows: Sequence[Row], named: str | None = None, remedy: str = "
     """Return the column of prompts: the one `named`, or the one whose name is in `PROMPTS`."""
     found = named or find_column(rows, PROMPTS, remedy) or "prompt"
     expected = "the column" if named else "a column caption, text or"
-    require_columns(rows[0].table, [found], columns_of(rows), expected=expected, remedy=remedy)
+    require_columns(rows[0].table, [found], columns_of(rows), expected, remedy)
     return found
 
 
 def require_columns(
-    table: Path,
-    columns: Sequence[str],
-    header: Sequence[str],
-    optional: Sequence[str] = (),
-    *,
-    expected: str,
-    remedy: str,
+    table: Path, columns: Sequence[str], header: Sequence[str], expected: str, remedy: str, optional: Sequence[str] = ()
 ) -> None:
     """Raise an error that names the columns that are not there, and optional ones whose names are misspelled."""
     absent = [column for column in (*columns, *optional) if column not in header]
@@ -285,11 +277,8 @@ def read_rows(table: Path, *, plain: bool = False) -> list[Row]:
         rows = _parquet_rows(table)
     elif ending == ".xlsx":
         rows = read_xlsx(table, ())
-    elif ending == ".json":
-        rows = [_json_row(table, n, entry, "entry") for n, entry in enumerate(_entries(table), start=1)]
-    elif ending in (".jsonl", ".ndjson"):
-        lines = ((n, line) for n, line in enumerate(_lines(table), start=1) if line.strip())
-        rows = [_json_row(table, n, _parsed(f"{table}, line {n}", line), "line") for n, line in lines]
+    elif ending in (".json", ".jsonl", ".ndjson"):
+        rows = _json_rows(table, "entry" if ending == ".json" else "line")
     elif plain and ending in _SYNTAX:
         raise ValueError(f"{table}: expected one text per line or a table; if each line is a text, rename it to .txt")
     elif plain and ending not in (".csv", ".tsv", ".tab"):
@@ -305,14 +294,14 @@ def read_csv(
 ) -> list[Row]:
     """Read the rows of a CSV file in UTF-8, with these columns at least; `header` names those of a file without one."""
     found, rows = _separated(table, header)
-    require_columns(table, columns, found, expected=expected, remedy="rename them so")
+    require_columns(table, columns, found, expected, "rename them so")
     return _not_empty(table, rows)
 
 
 def read_xlsx(table: Path, columns: Sequence[str]) -> list[Row]:
     """Read the rows of the first sheet of an .xlsx file, whose first row names the columns."""
     header, *lines = read_sheet(table) or [[]]
-    require_columns(table, columns, header, expected="the published columns", remedy="take the published file")
+    require_columns(table, columns, header, "the published columns", "take the published file")
     return _not_empty(table, _rows_of(table, header, enumerate(lines, start=2)))
 
 
@@ -386,28 +375,26 @@ def _rows_of(
     return rows
 
 
-def _parsed(place: str, text: str) -> Any:
+def _json_rows(table: Path, unit: str) -> list[Row]:
+    """Return the rows of a JSON value, or of one per line."""
+    texts = [read_text(table)] if unit == "entry" else _lines(table)
+    place, values = str(table), []
     try:
-        return parse_json(text)
+        for line, text in enumerate(texts, start=1):
+            place = str(table) if unit == "entry" else f"{table}, line {line}"
+            values += [(line, parse_json(text))] if text.strip() else []
     except ValueError as error:
         raise ValueError(f"{place}: not JSON ({error})") from error
-
-
-def _entries(table: Path) -> list[Any]:
-    value = _parsed(str(table), read_text(table))
-    if isinstance(value, dict):
-        lists, objects = ([each for each in value.values() if isinstance(each, kind)] for kind in (list, dict))
-        value = lists[0] if len(lists) == 1 else objects if len(objects) == len(value) else value
-    if not isinstance(value, list):
-        raise ValueError(f'{table}: expected a list of texts or of objects {{"prompt": "..."}}, got {value!r:.80}')
-    return value
-
-
-def _json_row(table: Path, number: int, entry: Any, unit: str) -> Row:
-    row = Row(table, number, {"prompt": entry} if isinstance(entry, str) else entry, unit=unit)
-    if not isinstance(row.cells, dict):
-        raise row.error(f'expected a text or an object {{"prompt": "..."}}, got {entry!r:.80}')
-    return row
+    if unit == "entry" and values:
+        found = values[0][1]
+        if isinstance(found, dict):
+            lists, objects = ([each for each in found.values() if isinstance(each, kind)] for kind in (list, dict))
+            found = lists[0] if len(lists) == 1 else objects or [found]
+        values = list(enumerate(found if isinstance(found, list) else [found], start=1))
+    rows = [Row(table, n, {"prompt": value} if isinstance(value, str) else value, unit=unit) for n, value in values]
+    if wrong := next((row for row in rows if not isinstance(row.cells, dict)), None):
+        raise wrong.error(f'expected a text or an object {{"prompt": "..."}}, got {wrong.cells!r:.80}')
+    return rows
 
 
 def _parquet_rows(table: Path) -> list[Row]:
@@ -455,7 +442,7 @@ def scored_images(
         argument: argument to name where images are absent.
         remedy: what to do about it.
     """
-    refuse_repeats(rows, name)
+    refuse_repeats(rows, name, folder)
     names = tuple(row[name] for row in rows)
     paths = tuple(folder / image for image in names)
     refuse_absent(paths, rows[0].table.name, argument=argument, remedy=remedy)
@@ -479,11 +466,11 @@ def generators_of(rows: Sequence[Row], column: str, name: re.Pattern[str], form:
     return [match[1] for match in matches if match]
 
 
-def refuse_repeats(rows: Sequence[Row], column: str) -> None:
-    """Raise an error if two rows have the same path, however it is spelled."""
+def refuse_repeats(rows: Sequence[Row], column: str, folder: Path = Path()) -> None:
+    """Raise an error if two rows have the same path in a folder, however it is spelled."""
     seen: dict[str, Row] = {}
     for row in rows:
-        first = seen.setdefault(path_key(row[column]), row)
+        first = seen.setdefault(path_key(folder / row[column]), row)
         if first is not row:
             listed = f"{first[column]!r} of {first.unit} {first.line}"
             raise row.error(f"{row[column]!r} is listed twice, first as {listed}; keep one of the two")

@@ -42,9 +42,8 @@ def read_table(file: str | os.PathLike[str]) -> ScoredImages:
         raise ValueError(f"file: expected a CSV file with the columns path, prompt and a score, found none at {file!s}")
     rows = read_rows(table)
     columns, prompt = columns_of(rows), prompt_column(rows)
-    remedy = "rename it, or remove it"
-    optional = (*_SCORES, *_OPTIONAL)
-    require_columns(table, ("path", prompt), columns, optional, expected="the columns", remedy=remedy)
+    used = (*_SCORES, *_OPTIONAL)
+    require_columns(table, ("path", prompt), columns, "the columns", "rename it, or remove it", optional=used)
     if not any(score in columns for score in _SCORES):
         raise ValueError(
             f"{table}: no column {' or '.join(_SCORES)}; expected at least one of them beside path, prompt, got "
