@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from commands import ENVIRONMENT, command, lines, only_error, options_of, run
@@ -123,7 +124,7 @@ def test_folders_stand_for_their_images(tiny, tmp_path):
         return [Path(row["path"]).as_posix() for row in lines(result.stdout)]
 
     assert found(".") == ["a.JPG", "b.png"]
-    assert "left out by ending: .txt (1: notes.txt)" in run("score", tmp_path, *tiny).stderr
+    assert "left out by their ending: .txt (1: notes.txt)" in run("score", tmp_path, *tiny).stderr
     assert found(".", "--recursive") == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.bmp"]
     assert found("sub", "b.png", "empty") == ["sub/c.webp", "b.png"]
 
@@ -286,7 +287,7 @@ def test_the_csv_of_score_gives_its_prompts_back(paths, tiny, tmp_path):
     given = [part for text in texts for part in ("--prompt", text)]
     printed = run("score", *paths, *tiny, *given, "--format", "csv").stdout_bytes
     (tmp_path / "scores.csv").write_bytes(printed)
-    assert [row["prompt"] for row in csv.DictReader(io.StringIO(printed.decode(), newline=""))] == texts
+    assert pandas.read_csv(io.BytesIO(printed)).prompt.tolist() == texts
     again = run("score", *paths, *tiny, "--prompts", tmp_path / "scores.csv", "--format", "csv")
     assert again.stdout_bytes == printed
 

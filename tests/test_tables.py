@@ -89,6 +89,15 @@ def test_a_table_without_prompts_is_refused(
         read_prompts(tmp_path / name, "prompts", column)
 
 
+def test_another_file_need_not_have_the_named_column(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("short,prompt\na,b\n")
+    (tmp_path / "p.txt").write_text("a penguin\n")
+    assert [read_prompts(tmp_path / "p.csv", argument, "short") for argument in ("prompts", "validation")] == [
+        ["a"]
+    ] * 2
+    assert read_prompts(tmp_path / "p.txt", "validation", "short") == ["a penguin"]
+
+
 def scores(folder: Path, text: str | None, name: str = "scores.csv") -> Path:
     for number in range(3):
         (folder / f"{number}.png").touch()
@@ -147,14 +156,6 @@ def test_spellings_of_a_prompt_are_one_group_and_of_a_path_one_image(tmp_path: P
         split_rows(table, mode="csv", seed=0, file=tmp_path / "twice.csv")
     with pytest.raises(ValueError, match="expected two images"):
         PreferencePairs(prompts=("a",), better=(Path("0.png"),), worse=(Path("x/../0.png"),))
-
-
-@pytest.mark.parametrize("text", ["a\rb", "a\r\nb", "a\nb", 'a "b", c', "a\u2028b"])
-def test_what_csv_writes_csv_reads(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "p.csv"
-    file.write_bytes(csv_text([["prompt", "x"], [text, None], ["c", 1.5]]).encode())
-    assert read_prompts(file, "prompts") == [text, "c"]
-    assert pandas.read_csv(file).prompt.tolist() == [text, "c"]
 
 
 def test_a_key_of_json_is_given_once() -> None:

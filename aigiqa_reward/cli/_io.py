@@ -76,7 +76,7 @@ def find_images(given: Sequence[str], *, recursive: bool) -> list[str]:
         f"{ending or 'without one'} ({len(names)}: {names[0]}{', ...' * (len(names) > 1)})"
         for ending, names in others.items()
     ]
-    left = f"left out by ending: {', '.join(kinds)}; convert images that Pillow cannot read to PNG"
+    left = f"files left out by their ending: {', '.join(kinds)}; convert images that Pillow cannot read to PNG"
     if not paths:
         below = "" if recursive else "; --recursive looks into subfolders as well"
         raise CommandError(f"no images in {', '.join(given)}{f'; {left}' * bool(kinds)}{below}", argument="images")
@@ -136,7 +136,7 @@ def attach_prompts(
 
         rows = read_rows(file, plain=True)
         column = prompt_column(rows, column, _NAME_IT)
-        key = find_column(rows, _KEYS, "keep one of them") or _column_of_names(rows, paths)
+        key = find_column(rows, _KEYS, "keep one of them") or _column_of_names(rows, paths, column)
         texts = [row[column].strip() for row in rows]
         if key is not None:
             if unnamed := next((row for row in rows if not row[key]), None):
@@ -154,11 +154,11 @@ def attach_prompts(
     ]
 
 
-def _column_of_names(rows: Sequence[Row], paths: Sequence[str]) -> str | None:
-    """The column, of whatever name, that holds the name of an image."""
+def _column_of_names(rows: Sequence[Row], paths: Sequence[str], prompts: str) -> str | None:
+    """The column, of whatever name, that holds the name of an image, beside that of the prompts."""
     names = {Path(path).name for path in paths}
     cells = ((name, cell) for row in rows for name, cell in row.cells.items() if isinstance(cell, str))
-    return next((name for name, cell in cells if Path(cell).name in names), None)
+    return next((name for name, cell in cells if name != prompts and Path(cell).name in names), None)
 
 
 def _looked_up(paths: Sequence[str], file: Path, rows: Iterable[tuple[str, str]]) -> list[Source]:
@@ -210,9 +210,11 @@ def checked_prompt(text: str) -> str:
 def read_prompts(file: Path, argument: str, column: str | None = None) -> list[str]:
     """Return the prompts of a text with one per line, or of the column of a table; blank ones are left out."""
     with _reading(file, argument):
-        from aigiqa_reward.datasets.base import prompt_column, read_rows
+        from aigiqa_reward.datasets.base import columns_of, prompt_column, read_rows
 
         rows = read_rows(file, plain=True)
+        if argument != "prompts" and column not in columns_of(rows):
+            column = None  # that of --prompts, which need not be in another file
         column = prompt_column(rows, column, _NAME_IT)
         found = [row[column] for row in rows]
         if broken := next((row for row in rows if not _decodable(row[column])), None):
