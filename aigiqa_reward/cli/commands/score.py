@@ -121,7 +121,7 @@ def score_images(
     paths: Sequence[str], images: ImageOptions, reward: RewardOptions, compute: ComputeOptions
 ) -> ScoringRun:
     """Score image files as the options say."""
-    sources = attach_prompts(paths, images.prompt, images.prompts)
+    sources = attach_prompts(paths, images.prompt, images.prompts, images.prompt_column)
     return score_sources(load_rewards(reward, compute.device, compute.dtype), sources, compute.batch_size)
 
 
