@@ -31,7 +31,7 @@ class Case(NamedTuple):
         return self.tensors[f"{RAW.get(self.name, 'score')}_{which}"]
 
 
-@pytest.fixture(scope="module", params=["pickscore"])
+@pytest.fixture(scope="module", params=["pickscore", "vqascore", "hpsv3"])
 def case(request: pytest.FixtureRequest) -> Case:
     folder = FOLDER / request.param
     prompts = json.loads((folder / "prompts.json").read_text()) if (folder / "prompts.json").exists() else None

@@ -16,7 +16,8 @@ from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 from aigiqa_reward.models.base import ModelSpec, QualityModel
 from aigiqa_reward.models.cpa_iqa import Preferences
 from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embedded_weights, load_embedded
-from aigiqa_reward.rewards.published import PUBLISHED, load_published
+from aigiqa_reward.models.published import PublishedModel
+from aigiqa_reward.rewards.published import PUBLISHED, is_hub_id, load_published
 from aigiqa_reward.rewards.reward import Reward, is_saved_reward
 from aigiqa_reward.rewards.specs import SPECS
 from aigiqa_reward.utils.weights import load_strictly
@@ -65,6 +66,8 @@ def create_reward(
     revision: str | None = None,
     quality_weight: float | None = None,
     correspondence_weight: float | None = None,
+    gradient_checkpointing: bool = False,
+    offload: bool = False,
 ) -> Reward:
     """Build a reward, ready to score.
 
@@ -79,10 +82,14 @@ def create_reward(
         device: device to move it to; None leaves it on the CPU.
         dtype: dtype of the towers: float32, float64, bfloat16 or float16. Heads stay at least float32.
         weights: folder written by `reward.save_pretrained`, or its Hub id, in place of the embedded weights; for a
-            published reward also a local copy of the authors' file, or its folder.
+            published reward also a local copy of the authors' file, its folder, or the Hub id of another copy or size.
         revision: branch, tag or commit of the Hub id.
         quality_weight: share of quality in `total`; None is 0.5, or the saved share.
         correspondence_weight: share of correspondence in `total`; None likewise.
+        gradient_checkpointing: whether the towers of a published reward recompute their blocks in the backward pass,
+            which takes less memory and more time.
+        offload: whether the weights of a published reward stay on the CPU and each call copies them to `device`, where
+            they remain until its graph is freed. Images and prompts are still passed on `device`.
 
     Example:
         >>> from aigiqa_reward import create_reward
@@ -95,11 +102,15 @@ def create_reward(
         raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
     given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
     shares: dict[str, Any] = {argument: share for argument, share in given.items() if share is not None}
-    if name in PUBLISHED and not (weights is not None and is_saved_reward(weights)):
-        others = {"encoder": encoder, "zero_shot": zero_shot or None, "preset": preset, "revision": revision}
-        _refuse(name, others | {"assistants": assistants} | shares)
-        return _moved(Reward(load_published(name, weights, dtype), spec), device, dtype)
-    if weights is not None:
+    memory = {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
+    _check_memory(name, memory, device)
+    if name in PUBLISHED and not (weights is not None and is_saved_reward(weights, revision)):
+        others = {"encoder": encoder, "zero_shot": zero_shot or None, "preset": preset, "assistants": assistants}
+        if weights is None or not is_hub_id(weights):
+            others["revision"] = revision
+        _refuse(name, others | shares)
+        reward = Reward(load_published(name, weights, dtype, revision), spec)
+    elif weights is not None:
         if preset is not None or encoder is not None or zero_shot:
             raise ValueError("weights: a saved reward has its own towers; pass neither preset nor encoder")
         shares |= {"assistants": assistants, "settings": settings}
@@ -114,7 +125,10 @@ def create_reward(
         reward = Reward(model, spec, **shares)
         if name in SYSTEMS and not zero_shot:
             load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
-    return _moved(reward, device, dtype)
+    if gradient_checkpointing and isinstance(reward.model, PublishedModel):
+        reward.model.checkpoint_blocks()
+        reward.train()
+    return _moved(reward, device, dtype, offload=offload)
 
 
 def _refuse(name: str, arguments: Mapping[str, Any]) -> None:
@@ -125,10 +139,28 @@ def _refuse(name: str, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _moved(reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None) -> Reward:
+def _check_memory(name: str, given: Mapping[str, bool], device: torch.device | str | None) -> None:
+    """Refuse options that save memory where they have no effect, or together would break the backward pass."""
+    if name not in PUBLISHED and any(given.values()):
+        options = ", ".join(option for option, value in given.items() if value)
+        raise ValueError(f"{options}: only published rewards are large enough to need it, and {name} is not one; leave it out")
+    if all(given.values()):
+        raise ValueError(
+            "gradient_checkpointing, offload: a block is recomputed in the backward pass, when its weights are back on the "
+            "CPU; pass one of them"
+        )
+    if given["offload"] and device is None:
+        raise ValueError("offload: needs the device of the calls; pass device='cuda' as well")
+
+
+def _moved(
+    reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None, *, offload: bool = False
+) -> Reward:
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     try:
+        if offload and device is not None:
+            reward.call_device, device = torch.empty(0, device=device).device, None
         return reward.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -14,11 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from aigiqa_reward.models.hpsv3 import TOKENIZER, HPSv3
 from aigiqa_reward.models.pickscore import PickScore
 from aigiqa_reward.models.published import PublishedModel
+from aigiqa_reward.models.vqascore import VQAScore
+from aigiqa_reward.utils.io import read_json
 from aigiqa_reward.utils.weights import WeightsError, load_strictly, sha256, write_weights
 
 _PICKLES = (".pt", ".pth")
+_INDEX = ".safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,9 @@ class Source:
         file: name of the weights there.
         revision: commit; None if none is known, for the newest.
         sha256: hash of the weights; None if none is known.
-        other_files: configuration and tokenizer, in the same repository.
+        other_files: configuration and tokenizer, in the same repository; "*" stands for the numbers of shards.
+        other_names: names that the weights have in other copies or sizes of the model.
+        tokenizer: Hub id of the tokenizer, if another repository has it.
     """
 
     model: type[PublishedModel]
@@ -40,6 +47,8 @@ class Source:
     revision: str | None = None
     sha256: str | None = None
     other_files: tuple[str, ...] = ()
+    other_names: tuple[str, ...] = ()
+    tokenizer: str | None = None
 
 
 PUBLISHED: dict[str, Source] = {
@@ -50,21 +59,36 @@ PUBLISHED: dict[str, Source] = {
         file="model.safetensors",
         sha256="ef31ef6fc5ff4d9bb90dd232df4e145887ba62c5a03aa2841415f8c25f18d52e",
     ),
+    "vqascore": Source(
+        model=VQAScore,
+        repo="Qwen/Qwen2.5-VL-3B-Instruct",
+        file=f"model{_INDEX}",
+        other_files=("model-*-of-*.safetensors", "config.json", "preprocessor_config.json", *_TOKENIZER_FILES),
+        other_names=("model.safetensors",),
+    ),
+    "hpsv3": Source(model=HPSv3, repo="MizzenAI/HPSv3", file="HPSv3.safetensors", tokenizer=TOKENIZER),
 }
 """The published rewards by name."""
 
 
-def load_published(name: str, weights: str | Path | None = None, dtype: torch.dtype | None = None) -> PublishedModel:
+def load_published(
+    name: str, weights: str | Path | None = None, dtype: torch.dtype | None = None, revision: str | None = None
+) -> PublishedModel:
     """Build a published reward's model and load the authors' weights strictly.
 
     Args:
         name: one of PUBLISHED.
-        weights: a local copy of the authors' file, or the folder that holds it; None fetches it from the Hub. A
-            `config.json` beside it gives the sizes, where they are not the published ones.
+        weights: a local copy of the authors' file, the folder that holds it, or the Hub id of another copy or size of
+            the model; None fetches the authors' from the Hub. A `config.json` beside it gives the sizes, where they
+            are not the published ones.
         dtype: dtype of the towers; None is float32.
+        revision: branch, tag or commit of the Hub id.
     """
     source = PUBLISHED[name]
-    file = _fetch(name) if weights is None else _local(name, Path(weights).expanduser())
+    if weights is None or is_hub_id(weights):
+        file = _fetch(name, weights and str(weights), revision)
+    else:
+        file = _local(name, Path(weights).expanduser())
     try:
         description = source.model.read_description(file.parent)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -87,34 +111,48 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aigiqa-reward" / "weights"
 
 
-def _fetch(name: str) -> Path:
+def is_hub_id(weights: str | Path) -> bool:
+    """Whether this is no local path but may be owner/name on the Hub."""
+    path = Path(os.path.expanduser(weights))  # noqa: PTH111  (Path's own raises for an unknown ~name)
+    return not path.exists() and not path.is_absolute() and len(path.parts) == 2 and not path.suffix
+
+
+def _fetch(name: str, repo: str | None = None, revision: str | None = None) -> Path:
     """Download the files of a reward, or find them in the Hub's cache."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     source = PUBLISHED[name]
+    repo, revision = (repo, revision) if repo else (source.repo, source.revision)
+    files = (source.file, *source.other_files)
     try:
-        for other in source.other_files:
-            hf_hub_download(source.repo, other, revision=source.revision)
-        return Path(hf_hub_download(source.repo, source.file, revision=source.revision))
+        folder = snapshot_download(repo, revision=revision, allow_patterns=[*files, *source.other_names])
+        for file in _TOKENIZER_FILES if source.tokenizer else ():
+            hf_hub_download(str(source.tokenizer), file)
+        return _local(name, Path(folder))
     except (OSError, ValueError) as error:
-        address = f"https://huggingface.co/{source.repo}/resolve/{source.revision or 'main'}"
-        files = " ".join(f"{address}/{file}" for file in (source.file, *source.other_files))
+        places = {repo: (revision or "main", files)}
+        if source.tokenizer:
+            places[source.tokenizer] = ("main", _TOKENIZER_FILES)
+        listed = (f"https://huggingface.co/{of}/resolve/{at}/{file}" for of, (at, names) in places.items() for file in names)
         raise WeightsError(
-            f"weights: could not fetch {name} ({type(error).__name__}); download {files} on a machine with a network, put "
-            f"the files into one folder and pass create_reward({name!r}, weights=FOLDER)"
+            f"weights: could not fetch {name} ({type(error).__name__}); download {' '.join(listed)} on a machine with a "
+            f"network, put the files into one folder and pass create_reward({name!r}, weights=FOLDER)"
         ) from error
 
 
 def _local(name: str, path: Path) -> Path:
     """Return the authors' file, given it or its folder."""
     source = PUBLISHED[name]
-    file = path / source.file if path.is_dir() else path
-    if not file.is_file():
+    names = (source.file, *source.other_names)
+    places = [path / file for file in names] if path.is_dir() else [path]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         raise WeightsError(
-            f"weights: no file {file}; expected {source.file} of https://huggingface.co/{source.repo}, or its folder"
+            f"weights: no {' or '.join(map(str, places))}; expected {source.file} of https://huggingface.co/{source.repo}, "
+            "or its folder"
         )
     others = {other.file: other_name for other_name, other in PUBLISHED.items() if other.file != "model.safetensors"}
-    if others.get(file.name, name) != name and file.name != source.file:
+    if others.get(file.name, name) != name and file.name not in names:
         raise WeightsError(
             f"weights: {file.name} is the file of {others[file.name]!r}, expected {source.file} of {name!r}"
         )
@@ -129,8 +167,9 @@ def _check_hash(name: str, file: Path, description: Mapping[str, Any]) -> str:
         raise WeightsError(
             f"weights: {file} holds {others[found]!r} by its hash, expected {name!r}; pass {source.file}"
         )
-    published = description == source.model.read_description(None)
-    if published and source.sha256 is not None and found != source.sha256:
+    altered = source.sha256 is not None and found != source.sha256
+    if altered and description == source.model.read_description(None):
+        assert source.sha256 is not None
         raise WeightsError(
             f"weights: {file} is not whole, or not {name}: expected sha256 {source.sha256[:12]}..., got {found[:12]}...; "
             f"download {source.file} of https://huggingface.co/{source.repo} again"
@@ -139,7 +178,9 @@ def _check_hash(name: str, file: Path, description: Mapping[str, Any]) -> str:
 
 
 def _read(file: Path, digest: str) -> dict[str, Tensor]:
-    """Read safetensors; a pickle of tensors is converted once, without running code, into the cache."""
+    """Read safetensors by mmap; a pickle of tensors is converted once, without running code, into the cache."""
+    if file.name.endswith(_INDEX):
+        return _read_shards(file)
     if file.suffix in _PICKLES:
         converted = cache_folder() / f"{digest}.safetensors"
         if not converted.is_file():
@@ -149,6 +190,17 @@ def _read(file: Path, digest: str) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"weights: {file} is not a whole safetensors file ({error}); download it again") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Read the files that an index names, which lie beside it."""
+    try:
+        shards = sorted({index.parent / Path(shard).name for shard in read_json(index)["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"weights: {index} is not an index of safetensors files ({type(error).__name__})") from error
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise WeightsError(f"weights: {index.parent} lacks {', '.join(missing)}, which {index.name} names; add it")
+    return {name: tensor for shard in shards for name, tensor in _read(shard, "").items()}
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
