@@ -52,11 +52,8 @@ class VQAScore(PublishedModel):
     def read_description(cls, folder: Path | None) -> dict[str, Any]:
         if folder is None:
             return {}
-        return {
-            "config": read_json(folder / "config.json"),
-            "chat": read_chat(folder),
-            "picture": read_picture(folder),
-        }
+        config = read_json(folder / "config.json")
+        return {"config": config, "chat": read_chat(folder), "picture": read_picture(folder)}
 
     @classmethod
     def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -64,19 +61,17 @@ class VQAScore(PublishedModel):
         return {own.get(name, f"tower.{rename(name)}"): tensor for name, tensor in tensors.items()}
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        self.tower.check_prompts(texts)
-        return {"tokens": self.tower.tokenize([_QUESTION.format(text) for text in texts])}
+        return {"tokens": self.tower.tokenize(_QUESTION, texts)}
 
     def raw_scores(self, images: Images, prompts: PromptFeatures | None) -> dict[str, Tensor]:
         assert prompts is not None
         tokens = prompts.rows("tokens")
-        last = (tokens >= 0).sum(dim=1) - 1
-        state = self.tower(images, tokens, last)
+        state = self.tower(images, tokens, (tokens >= 0).sum(dim=1) - 1)
         words = (self.tower.model.get_input_embeddings() if self.head is None else self.head).weight
         parts = [checkpoint(_logits, state, rows, use_reentrant=False) for rows in words.split(_ROWS)]
         logits = torch.cat(parts, dim=1)
-        probability = logits.softmax(dim=1)[:, self.yes]
-        return {"raw": probability, "log_odds": logits[:, self.yes] - logits[:, self.no]}
+        odds = logits[:, self.yes] - logits[:, self.no]
+        return {"raw": logits.softmax(dim=1)[:, self.yes], "log_odds": odds}
 
 
 def _logits(state: Tensor, rows: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from aigiqa_reward.assistants import Assistants
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 from aigiqa_reward.models.base import ModelSpec, QualityModel
 from aigiqa_reward.models.cpa_iqa import Preferences
-from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embedded_weights, load_embedded
 from aigiqa_reward.models.published import PublishedModel
+from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embedded_weights, load_embedded
 from aigiqa_reward.rewards.published import PUBLISHED, is_hub_id, load_published
 from aigiqa_reward.rewards.reward import Reward, is_saved_reward
 from aigiqa_reward.rewards.specs import SPECS
@@ -102,13 +102,11 @@ def create_reward(
         raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
     given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
     shares: dict[str, Any] = {argument: share for argument, share in given.items() if share is not None}
-    memory = {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
-    _check_memory(name, memory, device)
+    _check_memory(name, gradient_checkpointing, offload, device)
     if name in PUBLISHED and not (weights is not None and is_saved_reward(weights, revision)):
         others = {"encoder": encoder, "zero_shot": zero_shot or None, "preset": preset, "assistants": assistants}
-        if weights is None or not is_hub_id(weights):
-            others["revision"] = revision
-        _refuse(name, others | shares)
+        hub = weights is not None and is_hub_id(weights)
+        _refuse(name, others | shares | {"revision": None if hub else revision})
         reward = Reward(load_published(name, weights, dtype, revision), spec)
     elif weights is not None:
         if preset is not None or encoder is not None or zero_shot:
@@ -139,18 +137,18 @@ def _refuse(name: str, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _check_memory(name: str, given: Mapping[str, bool], device: torch.device | str | None) -> None:
-    """Refuse options that save memory where they have no effect, or together would break the backward pass."""
-    if name not in PUBLISHED and any(given.values()):
-        options = ", ".join(option for option, value in given.items() if value)
-        raise ValueError(f"{options}: only published rewards are large enough to need it, and {name} is not one; leave it out")
-    if all(given.values()):
+def _check_memory(name: str, gradient_checkpointing: bool, offload: bool, device: torch.device | str | None) -> None:
+    if name not in PUBLISHED and (gradient_checkpointing or offload):
         raise ValueError(
-            "gradient_checkpointing, offload: a block is recomputed in the backward pass, when its weights are back on the "
-            "CPU; pass one of them"
+            f"gradient_checkpointing, offload: only published rewards have them, {name} does not need them"
         )
-    if given["offload"] and device is None:
-        raise ValueError("offload: needs the device of the calls; pass device='cuda' as well")
+    if gradient_checkpointing and offload:
+        raise ValueError(
+            "gradient_checkpointing, offload: checkpointed blocks run again in the backward pass, after the call, when "
+            "their weights are back on the CPU; pass one of them"
+        )
+    if offload and device is None:
+        raise ValueError("offload: expected the device of the calls as well, got device=None; pass device='cuda'")
 
 
 def _moved(

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aigiqa_reward.models.hpsv3 import TOKENIZER, HPSv3
+from aigiqa_reward.encoders.qwen_vl import CHAT_FILES
+from aigiqa_reward.models.hpsv3 import CHAT_REPO, HPSv3
 from aigiqa_reward.models.pickscore import PickScore
 from aigiqa_reward.models.published import PublishedModel
 from aigiqa_reward.models.vqascore import VQAScore
@@ -23,7 +24,7 @@ from aigiqa_reward.utils.weights import WeightsError, load_strictly, sha256, wri
 
 _PICKLES = (".pt", ".pth")
 _INDEX = ".safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_QWEN_FILES = ("config.json", "preprocessor_config.json", "chat_template.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Source:
         sha256: hash of the weights; None if none is known.
         other_files: configuration and tokenizer, in the same repository; "*" stands for the numbers of shards.
         other_names: names that the weights have in other copies or sizes of the model.
-        tokenizer: Hub id of the tokenizer, if another repository has it.
+        chat: Hub id of the tokenizer and chat template, if they are in another repository.
     """
 
     model: type[PublishedModel]
@@ -48,7 +49,7 @@ class Source:
     sha256: str | None = None
     other_files: tuple[str, ...] = ()
     other_names: tuple[str, ...] = ()
-    tokenizer: str | None = None
+    chat: str = ""
 
 
 PUBLISHED: dict[str, Source] = {
@@ -63,10 +64,10 @@ PUBLISHED: dict[str, Source] = {
         model=VQAScore,
         repo="Qwen/Qwen2.5-VL-3B-Instruct",
         file=f"model{_INDEX}",
-        other_files=("model-*-of-*.safetensors", "config.json", "preprocessor_config.json", *_TOKENIZER_FILES),
+        other_files=("model-*-of-*.safetensors", *_QWEN_FILES, *CHAT_FILES),
         other_names=("model.safetensors",),
     ),
-    "hpsv3": Source(model=HPSv3, repo="MizzenAI/HPSv3", file="HPSv3.safetensors", tokenizer=TOKENIZER),
+    "hpsv3": Source(model=HPSv3, repo="MizzenAI/HPSv3", file="HPSv3.safetensors", chat=CHAT_REPO),
 }
 """The published rewards by name."""
 
@@ -91,14 +92,14 @@ def load_published(
         file = _local(name, Path(weights).expanduser())
     try:
         description = source.model.read_description(file.parent)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with init_empty_weights():
+            model = source.model.from_description(description)
+    except Exception as error:  # strangers' files: whatever library reads or builds from them raises what it likes
         raise WeightsError(
-            f"weights: {file.parent} does not describe a {name} ({type(error).__name__}: {error}); expected the authors' "
-            f"files of https://huggingface.co/{source.repo}"
+            f"weights: {file.parent} does not describe a {name} ({type(error).__name__}: {error}); expected the "
+            f"authors' files of https://huggingface.co/{source.repo}"
         ) from error
     tensors = source.model.rename(_read(file, _check_hash(name, file, description)))
-    with init_empty_weights():
-        model = source.model.from_description(description)
     model.to(dtype or torch.float32)
     expected = model.state_dict()
     fitting = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in tensors.items()}
@@ -123,20 +124,19 @@ def _fetch(name: str, repo: str | None = None, revision: str | None = None) -> P
 
     source = PUBLISHED[name]
     repo, revision = (repo, revision) if repo else (source.repo, source.revision)
-    files = (source.file, *source.other_files)
+    files = [source.file, *source.other_files]
     try:
         folder = snapshot_download(repo, revision=revision, allow_patterns=[*files, *source.other_names])
-        for file in _TOKENIZER_FILES if source.tokenizer else ():
-            hf_hub_download(str(source.tokenizer), file)
+        for file in CHAT_FILES if source.chat else ():
+            hf_hub_download(source.chat, file)
         return _local(name, Path(folder))
     except (OSError, ValueError) as error:
-        places = {repo: (revision or "main", files)}
-        if source.tokenizer:
-            places[source.tokenizer] = ("main", _TOKENIZER_FILES)
-        listed = (f"https://huggingface.co/{of}/resolve/{at}/{file}" for of, (at, names) in places.items() for file in names)
+        listed = [f"{repo}/resolve/{revision or 'main'}/{file}" for file in files]
+        listed += [f"{source.chat}/resolve/main/{file}" for file in CHAT_FILES if source.chat]
         raise WeightsError(
-            f"weights: could not fetch {name} ({type(error).__name__}); download {' '.join(listed)} on a machine with a "
-            f"network, put the files into one folder and pass create_reward({name!r}, weights=FOLDER)"
+            f"weights: could not fetch {name} ({type(error).__name__}); download "
+            f"{' '.join(f'https://huggingface.co/{file}' for file in listed)} on a machine with a network, put the "
+            f"files into one folder and pass create_reward({name!r}, weights=FOLDER)"
         ) from error
 
 
@@ -148,8 +148,8 @@ def _local(name: str, path: Path) -> Path:
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise WeightsError(
-            f"weights: no {' or '.join(map(str, places))}; expected {source.file} of https://huggingface.co/{source.repo}, "
-            "or its folder"
+            f"weights: no {' or '.join(map(str, places))}; expected {source.file} of "
+            f"https://huggingface.co/{source.repo}, or its folder"
         )
     others = {other.file: other_name for other_name, other in PUBLISHED.items() if other.file != "model.safetensors"}
     if others.get(file.name, name) != name and file.name not in names:

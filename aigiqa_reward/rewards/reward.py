@@ -129,15 +129,15 @@ class Reward(nn.Module, ModelHubMixin):
     @contextmanager
     def _on_call_device(self) -> Iterator[None]:
         """Replace the model's weights by copies on `call_device`; a graph keeps those that its backward pass needs."""
-        stores: list[dict[str, Any]] = []
-        if self.call_device is not None:
-            stores = [store for module in self.model.modules() for store in (module._parameters, module._buffers)]
+        modules = () if self.call_device is None else self.model.modules()
+        stores: list[dict[str, Any]] = [store for module in modules for store in (module._parameters, module._buffers)]
         parked = [dict(store) for store in stores]
         try:
             for store in stores:
                 for name, tensor in store.items():
-                    copy = None if tensor is None else tensor.to(self.call_device)
-                    store[name] = nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy
+                    if tensor is not None:
+                        copy = tensor.to(self.call_device)
+                        store[name] = nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy
             yield
         finally:
             for store, tensors in zip(stores, parked, strict=True):
@@ -230,7 +230,9 @@ class Reward(nn.Module, ModelHubMixin):
             "model": self.model.describe(),
         }
         write_weights(save_directory / _WEIGHTS, self.state_dict(), lossless=True)
-        write_atomically(save_directory / _CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode())
+        write_atomically(
+            save_directory / _CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode()
+        )
 
     def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
         """Return what `save_pretrained` writes as README.md where there is none; the arguments are ignored."""

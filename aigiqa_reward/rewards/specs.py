@@ -131,7 +131,7 @@ SPECS: dict[str, ModelSpec] = {
         title="HPSv3",
         paper="Ma et al. 2025, HPSv3: Towards Wide-Spectrum Human Preference Score",
         license="MIT (code and weights; Qwen2-VL, Apache-2.0)",
-        scale="raw = the mean at <|Reward|>, unbounded, about -0.2 to 11; total = raw / 15; compares images of one prompt",
+        scale="raw unbounded, mostly -0.2 to 11; total = raw / 15; compares images of one prompt",
         input_size="whole image at 448 x 448 px of area",
         gradient_path="pixels through the image tower and the language model; prompts fixed",
         weights="fetched from the Hub",
