@@ -168,8 +168,17 @@ def test_a_missing_shard_is_named(folder: Path, tmp_path: Path) -> None:
         create_reward("vqascore", weights=tmp_path)
 
 
-@pytest.mark.parametrize(("name", "files"), [("vqascore", "Qwen2.5-VL-3B.*config"), ("hpsv3", "HPSv3.saf.*Qwen2-VL")])
-def test_without_a_network_the_error_names_the_files(name: str, files: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "weights", "files"),
+    [
+        ("vqascore", None, "Qwen2.5-VL-3B-Instruct/.*config"),
+        ("vqascore", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-7B-Instruct/.*config"),
+        ("hpsv3", None, "HPSv3.safetensors .*Qwen2-VL"),
+    ],
+)
+def test_without_a_network_the_error_names_the_files(
+    name: str, weights: str | None, files: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match=files):
-        create_reward(name)
+        create_reward(name, weights=weights)

@@ -17,7 +17,7 @@ from aigiqa_reward.models.base import ModelSpec, QualityModel
 from aigiqa_reward.models.cpa_iqa import Preferences
 from aigiqa_reward.models.published import PublishedModel
 from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embedded_weights, load_embedded
-from aigiqa_reward.rewards.published import PUBLISHED, is_hub_id, load_published
+from aigiqa_reward.rewards.published import PUBLISHED, load_published
 from aigiqa_reward.rewards.reward import Reward, is_saved_reward
 from aigiqa_reward.rewards.specs import SPECS
 from aigiqa_reward.utils.weights import load_strictly
@@ -86,10 +86,9 @@ def create_reward(
         revision: branch, tag or commit of the Hub id.
         quality_weight: share of quality in `total`; None is 0.5, or the saved share.
         correspondence_weight: share of correspondence in `total`; None likewise.
-        gradient_checkpointing: whether the towers of a published reward recompute their blocks in the backward pass,
-            which takes less memory and more time.
-        offload: whether the weights of a published reward stay on the CPU and each call copies them to `device`, where
-            they remain until its graph is freed. Images and prompts are still passed on `device`.
+        gradient_checkpointing: recompute a published reward's blocks in the backward pass: less memory, more time.
+        offload: keep a published reward's weights on the CPU; each call copies them to `device`, where images must be
+            as without it, and they stay there until the call's graph is freed.
 
     Example:
         >>> from aigiqa_reward import create_reward
@@ -97,36 +96,44 @@ def create_reward(
         0.7
     """
     spec, settings = get_reward_spec(name), _scenario_settings(name, scenario, preferences)
+    _check_memory(name, gradient_checkpointing, offload, device)
     check_preset(preset)
     if assistants is not None and not isinstance(assistants, Assistants):
         raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
     given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
     shares: dict[str, Any] = {argument: share for argument, share in given.items() if share is not None}
-    _check_memory(name, gradient_checkpointing, offload, device)
+    towers = {"preset": preset, "encoder": encoder, "zero_shot": zero_shot or None}
     if name in PUBLISHED and not (weights is not None and is_saved_reward(weights, revision)):
-        others = {"encoder": encoder, "zero_shot": zero_shot or None, "preset": preset, "assistants": assistants}
-        hub = weights is not None and is_hub_id(weights)
-        _refuse(name, others | shares | {"revision": None if hub else revision})
+        _refuse(name, towers | shares | {"assistants": assistants})
         reward = Reward(load_published(name, weights, dtype, revision), spec)
     elif weights is not None:
-        if preset is not None or encoder is not None or zero_shot:
-            raise ValueError("weights: a saved reward has its own towers; pass neither preset nor encoder")
-        shares |= {"assistants": assistants, "settings": settings}
-        reward = Reward.from_pretrained(weights, name=name, revision=revision, **shares)
-    elif revision is not None:
-        raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
+        reward = _saved(name, weights, towers, revision=revision, assistants=assistants, settings=settings, **shares)
     else:
-        with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
-            zero_shot = encoder is not None or zero_shot or (preset is not None and name == "tsp_mgs")
-            untrained = _zero_shot(name, preset, encoder, assistants) if zero_shot else None
-            model = untrained or _embedded(name, preset, assistants, settings)
-        reward = Reward(model, spec, **shares)
-        if name in SYSTEMS and not zero_shot:
-            load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
-    if gradient_checkpointing and isinstance(reward.model, PublishedModel):
-        reward.model.checkpoint_blocks()
-        reward.train()
-    return _moved(reward, device, dtype, offload=offload)
+        reward = _new(spec, towers, assistants, settings, shares, revision)
+    return _moved(reward, device, dtype, gradient_checkpointing, offload)
+
+
+def _saved(name: str, weights: str | Path, towers: Mapping[str, Any], **options: Any) -> Reward:
+    if any(given is not None for given in towers.values()):
+        raise ValueError("weights: a saved reward has its own towers; pass neither preset nor encoder")
+    return Reward.from_pretrained(weights, name=name, **options)
+
+
+def _new(
+    spec: ModelSpec, towers: Mapping[str, Any], assistants: Any, settings: Any, shares: Any, revision: str | None
+) -> Reward:
+    """Build a reward of the embedded weights, or tsp_mgs without trained ones."""
+    if revision is not None:
+        raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
+    name, preset, encoder = spec.name, towers["preset"], towers["encoder"]
+    with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
+        zero_shot = encoder is not None or towers["zero_shot"] or (preset is not None and name == "tsp_mgs")
+        untrained = _zero_shot(name, preset, encoder, assistants) if zero_shot else None
+        model = untrained or _embedded(name, preset, assistants, settings)
+    reward = Reward(model, spec, **shares)
+    if name in SYSTEMS and not zero_shot:
+        load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
+    return reward
 
 
 def _refuse(name: str, arguments: Mapping[str, Any]) -> None:
@@ -140,7 +147,7 @@ def _refuse(name: str, arguments: Mapping[str, Any]) -> None:
 def _check_memory(name: str, gradient_checkpointing: bool, offload: bool, device: torch.device | str | None) -> None:
     if name not in PUBLISHED and (gradient_checkpointing or offload):
         raise ValueError(
-            f"gradient_checkpointing, offload: only published rewards have them, {name} does not need them"
+            f"gradient_checkpointing, offload: only published rewards have them, not {name}; leave them out"
         )
     if gradient_checkpointing and offload:
         raise ValueError(
@@ -152,10 +159,13 @@ def _check_memory(name: str, gradient_checkpointing: bool, offload: bool, device
 
 
 def _moved(
-    reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None, *, offload: bool = False
+    reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None, checkpointing: bool, offload: bool
 ) -> Reward:
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
+    if checkpointing and isinstance(reward.model, PublishedModel):
+        reward.model.checkpoint_blocks()
+        reward.train()
     try:
         if offload and device is not None:
             reward.call_device, device = torch.empty(0, device=device).device, None
@@ -223,6 +233,6 @@ def _embedded(
             f"assistants: {name}'s embedded head was trained with the offline substitutes and knows no others; "
             f"{remedy} before trusting its scores",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return load_embedded(name, assistants=assistants, settings=settings)

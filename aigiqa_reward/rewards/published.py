@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -85,9 +84,14 @@ def load_published(
         dtype: dtype of the towers; None is float32.
         revision: branch, tag or commit of the Hub id.
     """
+    from accelerate import init_empty_weights
+
     source = PUBLISHED[name]
-    if weights is None or is_hub_id(weights):
-        file = _fetch(name, weights and str(weights), revision)
+    hub = weights is not None and is_hub_id(weights)
+    if revision is not None and not hub:
+        raise ValueError(f"revision: expected only for a Hub id, got it for weights={weights!r}; leave it out")
+    if weights is None or hub:
+        file = _fetch(name, str(weights) if hub else None, revision)
     else:
         file = _local(name, Path(weights).expanduser())
     try:
@@ -115,7 +119,8 @@ def cache_folder() -> Path:
 def is_hub_id(weights: str | Path) -> bool:
     """Whether this is no local path but may be owner/name on the Hub."""
     path = Path(os.path.expanduser(weights))  # noqa: PTH111  (Path's own raises for an unknown ~name)
-    return not path.exists() and not path.is_absolute() and len(path.parts) == 2 and not path.suffix
+    named = path.suffix in (".safetensors", ".json", ".bin", ".ckpt", *_PICKLES)
+    return not path.exists() and not path.is_absolute() and len(path.parts) == 2 and not named
 
 
 def _fetch(name: str, repo: str | None = None, revision: str | None = None) -> Path:
@@ -133,8 +138,9 @@ def _fetch(name: str, repo: str | None = None, revision: str | None = None) -> P
     except (OSError, ValueError) as error:
         listed = [f"{repo}/resolve/{revision or 'main'}/{file}" for file in files]
         listed += [f"{source.chat}/resolve/main/{file}" for file in CHAT_FILES if source.chat]
+        wanted = name if repo == source.repo else f"{repo!r}, which is no local path, for {name}"
         raise WeightsError(
-            f"weights: could not fetch {name} ({type(error).__name__}); download "
+            f"weights: could not fetch {wanted} ({type(error).__name__}); download "
             f"{' '.join(f'https://huggingface.co/{file}' for file in listed)} on a machine with a network, put the "
             f"files into one folder and pass create_reward({name!r}, weights=FOLDER)"
         ) from error
