@@ -52,8 +52,8 @@ class PublishedModel(QualityModel):
         for tower in self.modules():
             if enable := next((getattr(tower, name) for name in names if hasattr(tower, name)), None):
                 enable({"use_reentrant": False})
-            elif hasattr(tower, "set_grad_checkpointing"):  # open_clip
-                tower.set_grad_checkpointing()
+            elif enable := getattr(tower, "set_grad_checkpointing", None):  # open_clip
+                enable()
 
     def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> RewardOutput:
         del context

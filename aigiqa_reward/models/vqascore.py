@@ -58,7 +58,11 @@ class VQAScore(PublishedModel):
     @classmethod
     def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         own = {"lm_head.weight": "head.weight"}
-        return {own.get(name, f"tower.{rename(name)}"): tensor for name, tensor in tensors.items()}
+        found = {own.get(name, f"tower.{rename(name)}"): tensor for name, tensor in tensors.items()}
+        head, words = (found.get(name) for name in ("head.weight", "tower.model.language_model.embed_tokens.weight"))
+        if head is not None and words is not None and head.dtype == words.dtype and torch.equal(head, words):
+            del found["head.weight"]  # some files of models whose input and output layer are one hold it twice
+        return found
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return {"tokens": self.tower.tokenize(_QUESTION, texts)}
