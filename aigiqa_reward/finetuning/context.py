@@ -19,6 +19,7 @@ from aigiqa_reward.finetuning.optimizers import accelerator_of
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.sampling.families import Conditioning
+from aigiqa_reward.sampling.pipeline_utils import moves
 from aigiqa_reward.sampling.rollout import Prediction, Rollout, State
 from aigiqa_reward.types import RewardFunction, RewardOutput
 
@@ -142,10 +143,11 @@ def create_context(
 ) -> TrainingContext:
     """Add the adapter to a pipeline, and check that the pipeline can be trained."""
     rollout = Rollout(pipe, need="fine-tuning", **config.sampling)
-    if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
+    if moves(pipe):
         raise ValueError(
             "pipe: expected all parts on one device, got a pipeline with CPU offload or a device_map, which a backward "
-            "pass does not support; save memory with gradient_checkpointing and a smaller train_batch_size instead"
+            "pass does not support; load it without, call pipe.to(device), and save memory with gradient_checkpointing "
+            "and a smaller train_batch_size"
         )
     for name, part in (("denoiser", rollout.family.denoiser), ("decoder", rollout.pipe.vae)):
         if config.mixed_precision != "fp16" and any(weight.dtype == torch.float16 for weight in part.parameters()):

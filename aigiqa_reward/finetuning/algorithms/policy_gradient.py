@@ -178,8 +178,9 @@ class PolicyGradient(Algorithm):
 
     def check(self, context: TrainingContext, prompts: Sequence[str]) -> None:
         super().check(context, prompts)
-        check_scheduler(context.rollout.pipe.scheduler, need=self.title, served=ANCESTRAL)
-        if eta := context.rollout.family.options.eta:
+        family = context.rollout.family
+        check_scheduler(family.pipe.scheduler, need=self.title, flow=family.flow, served=ANCESTRAL)
+        if eta := family.options.eta:
             raise ValueError(
                 f"eta: {self.title} adds its own noise to the steps, got eta={eta:g} among the arguments of the "
                 f"pipeline; leave it out there and set the noise in {self.title}"
