@@ -7,9 +7,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +48,40 @@ class CommandError(Exception):
 def first_process() -> bool:
     """Whether this process prints for all of them (torchrun)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+# --------------------------------------------------------------------------------------------- the process
+
+
+def prepare_process() -> None:
+    """Let SIGTERM, a closed terminal and Ctrl-Break do what Ctrl-C does, and make a closed stream or terminal no error.
+
+    Signals that are ignored, as under nohup, stay ignored.
+    """
+    for name in {"SIGTERM", "SIGHUP", "SIGBREAK"} & vars(signal).keys():
+        with suppress(ValueError):  # not in the main thread
+            if signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
+                signal.signal(getattr(signal, name), signal.default_int_handler)
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:  # no file may take the number of a closed stream
+        pass
+    os.close(spare)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    if sys.stderr is sys.__stderr__:
+        stream: Any = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        sys.stderr = _Messages(stream.buffer, stream.encoding, "backslashreplace", line_buffering=True)
+
+
+class _Messages(io.TextIOWrapper):
+    """A text stream that loses what cannot be written, as in a terminal that is gone."""
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 # --------------------------------------------------------------------------------------------- stderr
@@ -179,15 +214,20 @@ def drawn(table: Table, *, terminal: bool) -> str:
     return lines.strip("\n") + "\n"
 
 
-def emit(text: str) -> None:
-    """Print a result on stdout as UTF-8; a reader that has closed the pipe, such as `head`, ends it silently."""
+def emit(text: str, *, saved: bool = False) -> None:
+    """Print a result on stdout as UTF-8; a reader that has closed the pipe, such as `head`, ends it silently.
+
+    So does a terminal that is gone if the result is `saved` in files as well; if not, it is an error.
+    """
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(encoded(text))
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
+    except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # the interpreter flushes once more at its end
+        if not saved and not isinstance(error, BrokenPipeError):
+            raise CommandError(f"cannot write the result to stdout: {error.strerror}", status=1) from error
 
 
 def encoded(text: str) -> bytes:

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from aigiqa_reward import __version__
-from aigiqa_reward.cli._console import CommandError, first_process, say
+from aigiqa_reward.cli._console import CommandError, first_process, prepare_process, say
 from aigiqa_reward.cli._options import Command, command, lazy
 from aigiqa_reward.cli.commands import best_of_n, demo, evaluate, finetune, rewards, score, train
 
@@ -24,6 +24,11 @@ _UsageError: Any = typer.BadParameter.__base__  # parent of every error in a com
 
 class _Commands(TyperGroup):
     """Ends a command with one line on stderr and an exit status, where its user can act on what went wrong."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Run the command line."""
+        prepare_process()
+        return super().main(*args, **more)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand; a bug keeps its traceback."""

@@ -259,10 +259,13 @@ class _ArrayWriter:
             path = self.home / f"{name}.npy"
             fresh = open_memmap(path.with_suffix(".part"), "w+", stored[name].dtype, shapes[name])
             if name in self.arrays:
-                fresh[:, : self.arrays[name].shape[1]] = self.arrays[name]
-                fresh.flush()
+                earlier = self.arrays.pop(name)
+                fresh[:, : earlier.shape[1]] = earlier
+                del earlier
+            fresh.flush()
+            del fresh  # Windows replaces no file that is open
             path.with_suffix(".part").replace(path)
-            self.arrays[name] = fresh
+            self.arrays[name] = open_memmap(path, "r+")
 
     def flush(self) -> None:
         for array in self.arrays.values():

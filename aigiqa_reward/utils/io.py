@@ -6,10 +6,12 @@ import errno
 import io
 import json
 import os
-import tempfile
+import secrets
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,18 +68,53 @@ def read_arrays(path: str | os.PathLike[str], *, most: int) -> dict[str, np.ndar
         raise ValueError(str(error) or type(error).__name__) from error
 
 
+_REFUSED = {errno.EACCES, errno.EBUSY, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EXDEV}
+"""What a mounted or locked file, or a simple file system, answers to a second file, to fsync or to the replacement."""
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file, and its folder if missing, so that readers see the old content or the new one, never a part."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
+    """Write a file, and its folder if missing, so that readers see the old content or the new one, never a part.
+
+    Where only the file itself can be written, as one that is mounted alone, its content is replaced in place.
+    """
+    try:
+        with replacement(path) as file:
             file.write(data)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        Path(path).write_bytes(data)
+
+
+@contextmanager
+def replacement(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of another on leaving the context without an error, and make its folder.
+
+    It is closed before it is renamed, as Windows requires. A link is followed. The mode is that of the file replaced,
+    or the umask's; nothing calls chmod, which some file systems refuse.
+    """
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)  # noqa: PTH114  (never raises)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mode = target.stat().st_mode & 0o777 if target.exists() else 0o666
+    temporary = target.with_name(f".{secrets.token_hex(4)}.part")  # not longer than a name may be, as the target is
+    try:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+_NAME_BYTES, _NAME_END = 255, 8  # longest file name of common file systems, and characters kept at its end
+
+
+def fit_name(name: str) -> str:
+    """Return a file name that file systems take: one that is too long is cut before its last 8 characters."""
+    start, end = name[:-_NAME_END], name[-_NAME_END:]
+    while len(os.fsencode(start + end)) > _NAME_BYTES:
+        start = start[:-1]
+    return start + end

@@ -182,7 +182,7 @@ def _draw(search: BestOfN, results: ResultsFolder) -> None:
     shown = _drawn_sheets(results, search.n, rows, remarks)
     write_page(shown, results.path / PAGE, notes=notes, maps=_maps(search.reward, results), remarks=remarks)
     if rows:
-        emit(render(rows[:_ROWS], "table", terminal=sys.stdout.isatty()))
+        emit(render(rows[:_ROWS], "table", terminal=sys.stdout.isatty()), saved=True)
     rest = f" ({len(rows) - _ROWS} more winners there)" if len(rows) > _ROWS else ""
     say("note", f"in {results.path}: {PAGE} (all results), results.jsonl, images, {SHEETS}{rest}")
 
@@ -277,7 +277,7 @@ def pairs(
     found = _build(pipe, judge, texts, folder, {**given, "settings": {"model": pipeline.model}, **call})
     if first_process():
         say("note", f"{len(found)} pairs of {len(texts)} prompts")
-        emit(f"{folder}\n")
+        emit(f"{folder}\n", saved=True)
 
 
 def _build(pipe: Any, judge: Any, prompts: Sequence[str], folder: Path, arguments: dict[str, Any]) -> Any:

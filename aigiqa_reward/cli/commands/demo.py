@@ -137,7 +137,7 @@ def _report(output: BestOfNOutput, prompt: str, folder: Path) -> None:
     rows = {row.key: row for row in _candidates(output, prompt)}
     best = [dataclasses.replace(rows[seed], key=f"seed {seed}") for seed in output.seeds[:_LISTED]]
     if best:
-        emit(render(best, "table", numbered=True, terminal=sys.stdout.isatty()))
+        emit(render(best, "table", numbered=True, terminal=sys.stdout.isatty()), saved=True)
     say("note", f"in {folder}: {SHEET} (all candidates), {RESULTS} (their scores){f', {BEST}' if best else ''}")
     if best and len(prompt) <= _SHORT:
         settings = ", ".join(f"{name}={value}" for name, value in EMBEDDED_SAMPLING.items())

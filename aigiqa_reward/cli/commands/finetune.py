@@ -69,7 +69,7 @@ class RunOptions:
     output_dir: Path = option(
         Path("finetuned"), "Folder for pytorch_lora_weights.safetensors, checkpoints, history.jsonl and plots."
     )
-    resume_from_checkpoint: str | None = option(None, "Checkpoint to resume from: latest, a name or a path.")
+    resume_from_checkpoint: Path | None = option(None, "Checkpoint to resume from: latest, a name or a path.")
     report_to: str | None = option(None, "Tracker to log to: tensorboard, wandb or another of Accelerate's.")
     validation_prompts: Path | None = option(
         None, "File of validation prompts that are not trained on; without them the last weights are kept."
@@ -180,7 +180,7 @@ def _report(result: FinetuneResult, folder: Path) -> None:
     if validations and not result.kept_step:
         which = "those before the first step, as no later validation was better: a LoRA that changes nothing"
     say("note", f"kept: {which}; pipe.load_lora_weights({str(folder)!r})")
-    emit(f"{folder}\n")
+    emit(f"{folder}\n", saved=True)
 
 
 def _build(name: str) -> Callable[..., None]:

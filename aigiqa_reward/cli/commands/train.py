@@ -284,7 +284,8 @@ def _report(trained: Trained, parts: Split, folder: Path) -> None:
     best = f"the best epoch was {result.best_epoch} of {len(result.history)}, validation {result.best:.4f}"
     say("note", f"{trained.reward.name}: {best}{'; patience ran out' if result.stopped_early else ''}")
     report_unreadable([(str(entry.path), entry.reason) for entry in result.unreadable], folder / "training.json")
-    emit(f"{folder}\n{_tested(trained, parts)}")
+    tested = _tested(trained, parts)
+    emit(f"{folder}\n{tested}", saved=not tested)
 
 
 def _tested(trained: Trained, parts: Split) -> str:
