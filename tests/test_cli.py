@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import os
+import pty
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from commands import ENVIRONMENT, command, lines, only_error, options_of, run
 from PIL import Image
 
 from aigiqa_reward import Reward, Scorer, __version__, create_reward, get_reward_spec, list_rewards
+from aigiqa_reward.cli.commands.score import _names
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 
 KEYS = ["path", "prompt", "total", "quality", "correspondence", "error"]
@@ -125,6 +131,27 @@ def test_folders_stand_for_their_images(tiny, tmp_path):
     assert found(".") == ["a.JPG", "b.png"]
     assert found(".", "--recursive") == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.bmp"]
     assert found("sub", "b.png", "empty") == ["sub/c.webp", "b.png"]
+    write_image(tmp_path / "elsewhere" / "deep" / "f.png", 6)
+    (tmp_path / "set").mkdir()
+    links = {
+        "1-up": "..",
+        "2-deep": "../elsewhere/deep",
+        "3-all": "../elsewhere",
+        "4-again": "../elsewhere",
+        "5-self": ".",
+    }
+    for link, target in links.items():
+        (tmp_path / "set" / link).symlink_to(target)
+    assert found("elsewhere", "--recursive") == ["elsewhere/deep/f.png"]
+    inside = ["1-up/a.JPG", "1-up/b.png", "1-up/elsewhere/deep/f.png", "1-up/sub/c.webp", "1-up/sub/deep/d.bmp"]
+    assert found("set", "--recursive") == [f"set/{name}" for name in inside]
+    (tmp_path / "set" / "1-up").unlink()
+    assert found("set", "--recursive") == ["set/2-deep/f.png"]
+    (tmp_path / "set" / "own").symlink_to("../sub")
+    assert found("set/own", "set", "--recursive") == [
+        *("set/own/c.webp", "set/own/deep/d.bmp"),
+        *("set/2-deep/f.png", "set/own/c.webp", "set/own/deep/d.bmp"),
+    ]
 
 
 def test_unreadable_images_are_reported_and_the_others_scored(paths, tiny, tiny_reward, tmp_path):
@@ -331,6 +358,46 @@ def test_rank_never_overwrites_an_image_it_ranks(tiny, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_copies_of_long_names_and_many_images_sort_as_the_ranking(tiny, tmp_path):
+    names = ["x" * 251 + ".png", "寿" * 80 + ".png", "寿" * 83 + "a.png", "b.png"]
+    for seed, name in enumerate(names):
+        write_image(tmp_path / "image.png", seed).rename(tmp_path / name)
+    best = tmp_path / "best"
+    result = run("rank", tmp_path, *tiny, "--format", "jsonl", "--copy-to", best)
+    assert result.exit_code == 0, result.output
+    ranked = [Path(row["path"]) for row in lines(result.stdout)]
+    copies = sorted(best.glob("*.png"))
+    assert [copy.read_bytes() for copy in copies] == [image.read_bytes() for image in ranked]
+    assert all(
+        copy.name.startswith(f"00{place}_{image.name[:20]}")
+        for place, copy, image in zip("1234", copies, ranked, strict=True)
+    )
+    for copy in copies:
+        copy.unlink()
+        copy.symlink_to(tmp_path / "mine")
+    (tmp_path / "mine").write_bytes(b"mine")
+    assert run("rank", tmp_path, *tiny, "--copy-to", best, "--overwrite").exit_code == 0
+    assert [copy.read_bytes() for copy in copies] == [image.read_bytes() for image in ranked]
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    many = _names([Path(f"{place}.png") for place in range(1001)])
+    assert sorted(many) == many
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(paths, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    (home / "p.txt").write_text("\n".join(prompts_for(paths)) + "\n")
+    (home / "c.yaml").write_text("output: ~/scores.jsonl\nprompts: ~/p.txt\nformat: jsonl\n")
+    result = run("rank", *paths, *tiny, "--copy-to=~/best", "--config=~/c.yaml", cwd=here)
+    assert result.exit_code == 0, result.output
+    assert {row["prompt"] for row in lines((home / "scores.jsonl").read_text())} == set(prompts_for(paths))
+    assert (home / "best" / "ranking.jsonl").exists()
+    assert "~/p.txt" not in only_error(run("pairs", "--model", "embedded", "--prompts=~/none.txt", cwd=here))
+    assert not list(here.iterdir())
+
+
 def test_several_rewards_rank_by_their_weighted_mean(paths, tiny, tiny_reward, clip, tmp_path):
     other = create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip), quality_weight=0.0)
     other.save_pretrained(tmp_path / "a:b")
@@ -390,20 +457,130 @@ def test_a_reader_that_leaves_is_no_error(tiny, paths):
         assert process.wait(timeout=120) == 0
 
 
-@pytest.mark.parametrize("output", [[], ["--output", "scores.jsonl"]])
-def test_interrupted_scoring_keeps_what_it_has(paths, tiny, tiny_reward, tmp_path, output):
-    opened, count = Image.open, iter(range(100))
+@contextlib.contextmanager
+def opening(interrupted_at: int, number: int) -> Iterator[list[Any]]:
+    """Count the images that are opened; at one of them, the signal comes."""
+    opened, places, before = Image.open, [], signal.getsignal(number)
 
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        if next(count) == 3:
-            raise KeyboardInterrupt
-        return opened(*arguments, **options)
+    def count(place: Any, *arguments: Any, **options: Any) -> Any:
+        if len(places) == interrupted_at:
+            assert signal.getsignal(number) is not signal.SIG_DFL, "the tests would end here"
+            signal.raise_signal(number)
+        places.append(place)
+        return opened(place, *arguments, **options)
 
-    common = ["score", *paths, *tiny, "--prompt", PROMPT, "--batch-size", "1", "--format", "jsonl"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image, "open", interrupted)
-        result = run(*common, *output, cwd=tmp_path)
+        patch.setattr(Image, "open", count)
+        try:
+            yield places
+        finally:
+            signal.signal(number, before)
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_interrupted_scoring_prints_what_it_has(paths, tiny, tiny_reward, tmp_path, number):
+    common = ["score", *paths, *tiny, "--prompt", PROMPT, "--batch-size", "1", "--format", "jsonl"]
+    with opening(3, number):
+        result = run(*common, cwd=tmp_path)
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted: the result holds 3 of 5 images\n"
-    kept = (tmp_path / "scores.jsonl").read_text() if output else result.stdout
-    assert_scores(lines(kept), tiny_reward, paths[:3], PROMPT)
+    assert_scores(lines(result.stdout), tiny_reward, paths[:3], PROMPT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("command", "name", "number"), [("score", "a.csv", 15), ("rank", "寿" * 85, signal.SIGINT)])
+def test_the_same_command_continues_an_interrupted_one(paths, tiny, tmp_path, command, name, number):
+    images = [write_image(tmp_path / "images" / f"{seed}.png", seed) for seed in range(5)]
+    common = [command, *images, *tiny, "--prompt", PROMPT, "--format", "csv", "--batch-size", "1"]
+    whole, file = run(*common).stdout, tmp_path / "new" / name
+
+    def opened(*more: object, until: int = -1) -> int:
+        with opening(until, number) as places:
+            result = run(*common, "--output", file, *more)
+        assert (result.exit_code, result.stdout) == (0 if until < 0 else 130, ""), result.output
+        assert ([file] == list(file.parent.iterdir())) == (until < 0), "the result is there when it is whole"
+        return len(places)
+
+    assert opened(until=2) == 2
+    (partial,) = file.parent.iterdir()
+    partial.write_bytes(partial.read_bytes() + b'["cut')
+    assert opened(until=1) == 1
+    assert opened() == 2
+    assert file.read_text() == whole
+    for more in ("--overwrite", "--quality-weight=3", "--dtype=bfloat16", ""):
+        file.unlink()
+        assert opened(until=3) == 3
+        if not more:
+            write_image(images[0], 99)
+        assert opened(*[more][: len(more)]) == (5 if more else 3)
+
+
+def test_a_result_that_cannot_be_written_goes_to_stdout(paths, tiny, tmp_path, monkeypatch):
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    common = ["score", *paths, *tiny, "--format", "jsonl"]
+    printed = run(*common).stdout
+    monkeypatch.setattr(os, "fsync", full)
+    result = run(*common, "--output", tmp_path / "scores.jsonl")
+    assert (result.exit_code, result.stdout) == (1, printed)
+    assert re.search(
+        "warning: cannot keep finished rows .*No space left.*\nerror: --output: cannot write", result.stderr
+    )
+    with opening(3, signal.SIGINT):
+        result = run(*common, "--output", tmp_path / "scores.jsonl", "--batch-size", "1")
+    assert (result.exit_code, result.stdout) == (130, "".join(printed.splitlines(keepends=True)[:3]))
+    assert not list(tmp_path.iterdir())
+
+
+STREAMS = """
+import os, sys
+from contextlib import suppress
+from pathlib import Path
+from aigiqa_reward.cli._console import CommandError, emit, prepare_process, progress, say
+from aigiqa_reward.cli._io import check_output
+if len(sys.argv) > 1:
+    sys.stdin.read()  # until the terminal is gone
+prepare_process()
+with open("result", "w") as file, progress("scoring", 2) as show:
+    say("note", "x" * 10_000)
+    with suppress(OSError):
+        os.write(2, b"from a library")
+    print("from a library", file=sys.stderr, flush=True)
+    show(1)
+    file.write("whole")
+try:
+    check_output(None)
+    emit("the result")
+except CommandError as error:
+    Path("refused").write_text(str(error))
+emit(" and a copy", saved=True)
+"""
+
+
+@pytest.mark.parametrize(("closed", "refused"), [((), False), ((0,), False), ((2,), False), ((0, 1, 2), True)])
+def test_without_streams_messages_are_lost_and_results_are_not(tmp_path, closed, refused):
+    shell = " ".join(f"{number}>&-" for number in closed)
+    (tmp_path / "run.py").write_text(STREAMS)
+    done = subprocess.run(
+        f"{sys.executable} run.py {shell}", shell=True, cwd=tmp_path, capture_output=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "result").read_text() == "whole"
+    assert (tmp_path / "refused").exists() == refused
+    assert refused or done.stdout == b"the result and a copy"
+
+
+def test_a_terminal_that_is_gone_takes_messages_only(tmp_path):
+    master, slave = pty.openpty()
+    (tmp_path / "run.py").write_text(STREAMS)
+    arguments = [sys.executable, "run.py", "wait"]
+    with subprocess.Popen(arguments, cwd=tmp_path, stdin=-1, stdout=slave, stderr=slave, env=ENVIRONMENT) as process:
+        os.close(slave)
+        os.close(master)
+    assert process.returncode == 0
+    assert (tmp_path / "result").read_text() == "whole"
+    assert "cannot write the result to stdout" in (tmp_path / "refused").read_text()

@@ -67,8 +67,9 @@ def prepare_process() -> None:
     os.close(spare)
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     if sys.stderr is sys.__stderr__:
-        stream: Any = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
-        sys.stderr = _Messages(stream.buffer, stream.encoding, "backslashreplace", line_buffering=True)
+        buffer = sys.stderr.buffer if sys.stderr else open(os.devnull, "wb")  # noqa: PTH123, SIM115
+        encoding = sys.stderr.encoding if sys.stderr else "utf-8"
+        sys.stderr = _Messages(buffer, encoding, "backslashreplace", line_buffering=True)
 
 
 class _Messages(io.TextIOWrapper):
