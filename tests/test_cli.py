@@ -133,25 +133,14 @@ def test_folders_stand_for_their_images(tiny, tmp_path):
     assert found("sub", "b.png", "empty") == ["sub/c.webp", "b.png"]
     write_image(tmp_path / "elsewhere" / "deep" / "f.png", 6)
     (tmp_path / "set").mkdir()
-    links = {
-        "1-up": "..",
-        "2-deep": "../elsewhere/deep",
-        "3-all": "../elsewhere",
-        "4-again": "../elsewhere",
-        "5-self": ".",
-    }
+    links = {"1": "..", "2": "../elsewhere/deep", "3": "../elsewhere", "4": "."}
     for link, target in links.items():
         (tmp_path / "set" / link).symlink_to(target)
     assert found("elsewhere", "--recursive") == ["elsewhere/deep/f.png"]
-    inside = ["1-up/a.JPG", "1-up/b.png", "1-up/elsewhere/deep/f.png", "1-up/sub/c.webp", "1-up/sub/deep/d.bmp"]
-    assert found("set", "--recursive") == [f"set/{name}" for name in inside]
-    (tmp_path / "set" / "1-up").unlink()
-    assert found("set", "--recursive") == ["set/2-deep/f.png"]
-    (tmp_path / "set" / "own").symlink_to("../sub")
-    assert found("set/own", "set", "--recursive") == [
-        *("set/own/c.webp", "set/own/deep/d.bmp"),
-        *("set/2-deep/f.png", "set/own/c.webp", "set/own/deep/d.bmp"),
-    ]
+    names = ["a.JPG", "b.png", "elsewhere/deep/f.png", "sub/c.webp", "sub/deep/d.bmp"]
+    assert found("set", "--recursive") == [f"set/1/{name}" for name in names]
+    (tmp_path / "set" / "1").unlink()
+    assert found("set", "--recursive") == found("set/2") == ["set/2/f.png"]
 
 
 def test_unreadable_images_are_reported_and_the_others_scored(paths, tiny, tiny_reward, tmp_path):
@@ -368,10 +357,7 @@ def test_copies_of_long_names_and_many_images_sort_as_the_ranking(tiny, tmp_path
     ranked = [Path(row["path"]) for row in lines(result.stdout)]
     copies = sorted(best.glob("*.png"))
     assert [copy.read_bytes() for copy in copies] == [image.read_bytes() for image in ranked]
-    assert all(
-        copy.name.startswith(f"00{place}_{image.name[:20]}")
-        for place, copy, image in zip("1234", copies, ranked, strict=True)
-    )
+    assert [copy.name[:5] for copy in copies] == [f"00{place}_{image.name[0]}" for place, image in enumerate(ranked, 1)]
     for copy in copies:
         copy.unlink()
         copy.symlink_to(tmp_path / "mine")
@@ -527,9 +513,7 @@ def test_a_result_that_cannot_be_written_goes_to_stdout(paths, tiny, tmp_path, m
     monkeypatch.setattr(os, "fsync", full)
     result = run(*common, "--output", tmp_path / "scores.jsonl")
     assert (result.exit_code, result.stdout) == (1, printed)
-    assert re.search(
-        "warning: cannot keep finished rows .*No space left.*\nerror: --output: cannot write", result.stderr
-    )
+    assert re.search("warning: cannot keep .*No space left.*\nerror: --output: cannot write", result.stderr)
     with opening(3, signal.SIGINT):
         result = run(*common, "--output", tmp_path / "scores.jsonl", "--batch-size", "1")
     assert (result.exit_code, result.stdout) == (130, "".join(printed.splitlines(keepends=True)[:3]))
@@ -565,9 +549,8 @@ emit(" and a copy", saved=True)
 def test_without_streams_messages_are_lost_and_results_are_not(tmp_path, closed, refused):
     shell = " ".join(f"{number}>&-" for number in closed)
     (tmp_path / "run.py").write_text(STREAMS)
-    done = subprocess.run(
-        f"{sys.executable} run.py {shell}", shell=True, cwd=tmp_path, capture_output=True, env=ENVIRONMENT
-    )
+    arguments = ["sh", "-c", f"{sys.executable} run.py {shell}"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "result").read_text() == "whole"
     assert (tmp_path / "refused").exists() == refused

@@ -36,7 +36,7 @@ class CommandError(Exception):
     Args:
         message: what is wrong, and the remedy.
         argument: name of the option that is wrong, as the command calls it.
-        status: exit status: 2 for wrong usage, 1 for what failed on the way.
+        status: exit status: 2 for wrong usage, 1 for what failed on the way, 130 for an interruption.
     """
 
     def __init__(self, message: str, argument: str | None = None, *, status: int = 2) -> None:
@@ -54,13 +54,10 @@ def first_process() -> bool:
 
 
 def prepare_process() -> None:
-    """Let SIGTERM, a closed terminal and Ctrl-Break do what Ctrl-C does, and make a closed stream or terminal no error.
-
-    Signals that are ignored, as under nohup, stay ignored.
-    """
+    """Let SIGTERM, a closing terminal and Ctrl-Break do what Ctrl-C does; lose messages where stderr is gone."""
     for name in {"SIGTERM", "SIGHUP", "SIGBREAK"} & vars(signal).keys():
         with suppress(ValueError):  # not in the main thread
-            if signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
+            if signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:  # not under nohup
                 signal.signal(getattr(signal, name), signal.default_int_handler)
     while (spare := os.open(os.devnull, os.O_RDWR)) < 3:  # no file may take the number of a closed stream
         pass
@@ -68,7 +65,7 @@ def prepare_process() -> None:
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     if sys.stderr is sys.__stderr__:
         buffer = sys.stderr.buffer if sys.stderr else open(os.devnull, "wb")  # noqa: PTH123, SIM115
-        encoding = sys.stderr.encoding if sys.stderr else "utf-8"
+        encoding = getattr(sys.stderr, "encoding", "utf-8")
         sys.stderr = _Messages(buffer, encoding, "backslashreplace", line_buffering=True)
 
 
@@ -216,9 +213,9 @@ def drawn(table: Table, *, terminal: bool) -> str:
 
 
 def emit(text: str, *, saved: bool = False) -> None:
-    """Print a result on stdout as UTF-8; a reader that has closed the pipe, such as `head`, ends it silently.
+    """Print a result on stdout as UTF-8, as far as the reader of a pipe takes it; any other loss is an error.
 
-    So does a terminal that is gone if the result is `saved` in files as well; if not, it is an error.
+    It is none where the result is `saved` in files as well.
     """
     try:
         sys.stdout.flush()

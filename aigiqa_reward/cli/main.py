@@ -25,19 +25,15 @@ _UsageError: Any = typer.BadParameter.__base__  # parent of every error in a com
 class _Commands(TyperGroup):
     """Ends a command with one line on stderr and an exit status, where its user can act on what went wrong."""
 
-    def main(self, *args: Any, **more: Any) -> Any:
-        """Run the command line."""
-        prepare_process()
-        return super().main(*args, **more)
-
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand; a bug keeps its traceback."""
+        prepare_process()
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except CommandError as error:
-            if error.status != 2 or first_process():
+            if error.status == 1 or first_process():
                 say("error", error)
             raise typer.Exit(error.status) from error
         except _UsageError as error:

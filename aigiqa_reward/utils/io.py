@@ -69,14 +69,11 @@ def read_arrays(path: str | os.PathLike[str], *, most: int) -> dict[str, np.ndar
 
 
 _REFUSED = {errno.EACCES, errno.EBUSY, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EXDEV}
-"""What a mounted or locked file, or a simple file system, answers to a second file, to fsync or to the replacement."""
+"""Errors of mounted or locked files and of simple file systems, where a file is not replaced but written in place."""
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file, and its folder if missing, so that readers see the old content or the new one, never a part.
-
-    Where only the file itself can be written, as one that is mounted alone, its content is replaced in place.
-    """
+    """Write a file, and its folder if missing, so that readers see the old content or the new one, never a part."""
     try:
         with replacement(path) as file:
             file.write(data)
@@ -109,12 +106,9 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
-_NAME_BYTES, _NAME_END = 255, 8  # longest file name of common file systems, and characters kept at its end
-
-
 def fit_name(name: str) -> str:
-    """Return a file name that file systems take: one that is too long is cut before its last 8 characters."""
-    start, end = name[:-_NAME_END], name[-_NAME_END:]
-    while len(os.fsencode(start + end)) > _NAME_BYTES:
+    """Return a file name of at most 255 bytes, as file systems take: a longer one is cut before its last 8 letters."""
+    start, end = name[:-8], name[-8:]
+    while len(os.fsencode(start + end)) > 255:
         start = start[:-1]
     return start + end

@@ -158,10 +158,9 @@ def _run(search: BestOfN, prompts: list[str], folder: Path, arguments: dict[str,
         with suppress(KeyboardInterrupt), library():
             _draw(search, results)
     if isinstance(ended, KeyboardInterrupt):
-        if first_process():
-            done = sum(results.finished(index) for index in range(len(prompts)))
-            say("error", f"interrupted: {done} of {len(prompts)} prompts are finished; the same command resumes")
-        raise typer.Exit(130) from ended
+        done = sum(results.finished(index) for index in range(len(prompts)))
+        text = f"interrupted: {done} of {len(prompts)} prompts are finished; the same command resumes"
+        raise CommandError(text, status=130) from ended
     if isinstance(ended, BestOfEachError):
         if first_process():
             for index, reason in ended.failures.items():
@@ -294,6 +293,4 @@ def _build(pipe: Any, judge: Any, prompts: Sequence[str], folder: Path, argument
     except BestOfEachError as error:
         raise CommandError(str(error), status=1) from error
     except KeyboardInterrupt as error:
-        if first_process():
-            say("error", f"interrupted: the same command resumes from what {folder} holds")
-        raise typer.Exit(130) from error
+        raise CommandError(f"interrupted: the same command resumes from what {folder} holds", status=130) from error

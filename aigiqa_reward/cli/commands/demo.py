@@ -67,8 +67,7 @@ def demo(options: DemoOptions) -> None:
         _write(output, prompt, folder.path)
         _report(output, prompt, folder.path)
     if output is not None and isinstance(failure, KeyboardInterrupt):
-        say("error", f"interrupted: {len(output.all_seeds)} of {n} candidates")
-        raise typer.Exit(130) from failure
+        raise CommandError(f"interrupted: {len(output.all_seeds)} of {n} candidates", status=130) from failure
     if failure is not None:
         raise failure
     if options.open:

@@ -156,8 +156,7 @@ def _run(
         with library(folder="output_dir", name="model", towers="tower"):
             return run_protocol(plan, table, settings, folder, title=title, accelerator=accelerator, progress=show)
     except KeyboardInterrupt as error:
-        say("error", "interrupted; the same command resumes from the last finished seed")
-        raise typer.Exit(130) from error
+        raise CommandError("interrupted; the same command resumes from the last finished seed", status=130) from error
 
 
 # --------------------------------------------------------------------------------------------- given weights

@@ -156,12 +156,10 @@ def _run(
     except (finetuning.FinetuningError, BestOfEachError) as error:
         raise CommandError(str(error), status=1) from error
     except KeyboardInterrupt as error:
-        if first_process():
-            there = checkpoints_in(folder)
-            begun = f"; the same command resumes with {folder / 'pairs'}" if (folder / "pairs").is_dir() else ""
-            rest = f"; --resume-from-checkpoint latest resumes from {there[-1]}" if there else " before any checkpoint"
-            say("error", f"interrupted{rest}{'' if there else begun}")
-        raise typer.Exit(130) from error
+        there = checkpoints_in(folder)
+        begun = f"; the same command resumes with {folder / 'pairs'}" if (folder / "pairs").is_dir() else ""
+        rest = f"; --resume-from-checkpoint latest resumes from {there[-1]}" if there else " before any checkpoint"
+        raise CommandError(f"interrupted{rest}{'' if there else begun}", status=130) from error
 
 
 def _report(result: FinetuneResult, folder: Path) -> None:

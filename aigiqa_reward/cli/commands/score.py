@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import typer
 
-from aigiqa_reward.cli._console import CommandError, Format, Row, emit, encoded, progress, render, say
+from aigiqa_reward.cli._console import CommandError, Format, Row, emit, encoded, jsonl, progress, render, say
 from aigiqa_reward.cli._io import Source, attach_prompts, check_output, find_images, write
 from aigiqa_reward.cli._options import DEVICE, DType, ImageOptions, RewardOptions, option, options
 from aigiqa_reward.cli._pipelines import library, load_rewards
@@ -43,9 +42,7 @@ class OutputOptions:
 
     format: Format = option("table", "Form of the result: a table to read, JSON Lines or CSV.")
     output: Path = option(Path("-"), "File for the result, replaced if it exists; - is stdout.", metavar="FILE|-")
-    overwrite: bool = option(
-        False, "Start anew: do not continue from FILE.partial, and replace an earlier ranking of --copy-to."
-    )
+    overwrite: bool = option(False, "Start anew: ignore FILE.partial, and replace an earlier ranking of --copy-to.")
 
     @property
     def file(self) -> Path | None:
@@ -84,22 +81,20 @@ def rank(
     ranked = [result.rows[place] for place in order]
     best = [row for row in ranked if row.error is None][: copies.top_k]
     rows = best + [row for row in ranked if row.error is not None]
-    _print(result, rows, output, numbered=True, saved=copies.copy_to is not None)
+    _print(result, rows, output, copies)
     if copies.copy_to is not None and result.failure is None:  # not of an interrupted ranking
         copy_ranked(rows, copies.copy_to, originals=paths, overwrite=output.overwrite)
     result.conclude(len(paths))
 
 
-def _print(
-    result: ScoringRun, rows: Sequence[Row], output: OutputOptions, *, numbered: bool = False, saved: bool = False
-) -> None:
+def _print(result: ScoringRun, rows: Sequence[Row], output: OutputOptions, copies: CopyOptions | None = None) -> None:
     """Write a whole result to its file, and one that has no file, or cannot be written there, to stdout."""
     if not rows or (result.failure is not None and result.kept.complete):
         return
     terminal = output.file is None and sys.stdout.isatty()
-    text = render(rows, output.format, numbered=numbered, terminal=terminal)
+    text = render(rows, output.format, numbered=copies is not None, terminal=terminal)
     if output.file is None or result.failure is not None:
-        emit(text, saved=saved)
+        emit(text, saved=copies is not None and copies.copy_to is not None)
         return
     try:
         write(output.file, encoded(text))
@@ -125,8 +120,8 @@ class KeptRows:
         self._rows: dict[str, dict[str, Any]] = {}
         if self.complete and self.path.exists() and not overwrite:
             try:
-                self._rows = dict(read_jsonl(self.path.read_bytes()))
-            except (OSError, ValueError, TypeError) as error:
+                self._rows = {line["image"]: line["row"] for line in read_jsonl(self.path.read_bytes())}
+            except (OSError, ValueError, TypeError, KeyError) as error:
                 text = f"{self.path} holds no rows of an earlier run ({error}); remove it"
                 raise CommandError(text, argument="output") from error
 
@@ -148,9 +143,11 @@ class KeptRows:
             return
         try:
             if self._opened is None:
-                write_atomically(self.path, b"".join(map(_line, self._rows.items())))
+                earlier = ({"image": image, "row": known} for image, known in self._rows.items())
+                write_atomically(self.path, jsonl(earlier).encode())
                 self._opened = self.path.open("ab", buffering=0)
-            self._opened.write(_line((self._key(str(row.key), row.prompt), asdict(row))))
+            line = {"image": self._key(str(row.key), row.prompt), "row": asdict(row)}
+            self._opened.write(jsonl([line]).encode())
         except OSError as error:
             self.complete = False
             say("warning", f"cannot keep finished rows in {self.path}: {error.strerror}; an interruption loses them")
@@ -161,10 +158,6 @@ class KeptRows:
             if self._opened is not None:
                 self._opened.close()
             self.path.unlink()
-
-
-def _line(entry: tuple[str, dict[str, Any]]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
 
 
 # --------------------------------------------------------------------------------------------- scoring
@@ -181,8 +174,7 @@ class ScoringRun:
     def conclude(self, images: int) -> None:
         """End the command with the status that fits."""
         if isinstance(self.failure, KeyboardInterrupt):
-            say("error", f"interrupted: {self._reached(images)}")
-            raise typer.Exit(130) from self.failure
+            raise CommandError(f"interrupted: {self._reached(images)}", status=130) from self.failure
         if self.failure is not None:
             if self.kept.complete and self.rows:
                 say("note", self._reached(images))

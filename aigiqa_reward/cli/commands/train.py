@@ -156,17 +156,14 @@ def _train(
     """Train to the end, or end the command with how to resume."""
     from aigiqa_reward.training.by_name import train_reward
 
-    leads = accelerator.is_main_process
-    show = leads and sys.stderr.isatty()
+    show = accelerator.is_main_process and sys.stderr.isatty()
     try:
         with library(folder="output_dir", weights="init", name="model", towers="tower", encoder="tower"):
             return train_reward(plan, table, parts, folder, accelerator=accelerator, progress=show)
     except KeyboardInterrupt as error:
-        if leads:
-            done = _epochs_done(folder)
-            reached = f"after {done} of {plan.chosen_recipe.epochs} epochs" if done else "before the first epoch's end"
-            say("error", f"interrupted {reached}; the same command resumes")
-        raise typer.Exit(130) from error
+        done = _epochs_done(folder)
+        reached = f"after {done} of {plan.chosen_recipe.epochs} epochs" if done else "before the first epoch's end"
+        raise CommandError(f"interrupted {reached}; the same command resumes", status=130) from error
 
 
 def _epochs_done(folder: Path) -> int:
