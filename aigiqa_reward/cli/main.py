@@ -1,8 +1,8 @@
 """The command `aigiqa-reward`: each subcommand is a few lines over the public API.
 
 Results go to stdout or a file, messages and progress to stderr. Exit status: 0 success, 1 some inputs could not be read
-or scored, 2 wrong usage, 130 interrupted. Commands import torch and diffusers when they need them, so that help is
-quick.
+or scored, 2 wrong usage, 130 interrupted, also by SIGTERM. Commands import torch and diffusers when they need them, so
+that help is quick.
 """
 
 from __future__ import annotations
