@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import errno
 import io
@@ -13,14 +12,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from commands import ENVIRONMENT, command, lines, only_error, options_of, run
+from commands import ENVIRONMENT, command, lines, only_error, opening, options_of, run
 from PIL import Image
 
 from aigiqa_reward import Reward, Scorer, __version__, create_reward, get_reward_spec, list_rewards
@@ -441,26 +439,6 @@ def test_a_reader_that_leaves_is_no_error(tiny, paths):
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=120) == 0
-
-
-@contextlib.contextmanager
-def opening(interrupted_at: int, number: int) -> Iterator[list[Any]]:
-    """Count the images that are opened; at one of them, the signal comes."""
-    opened, places, before = Image.open, [], signal.getsignal(number)
-
-    def count(place: Any, *arguments: Any, **options: Any) -> Any:
-        if len(places) == interrupted_at:
-            assert signal.getsignal(number) is not signal.SIG_DFL, "the tests would end here"
-            signal.raise_signal(number)
-        places.append(place)
-        return opened(place, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image, "open", count)
-        try:
-            yield places
-        finally:
-            signal.signal(number, before)
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
