@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from commands import ENVIRONMENT, command, lines, only_error, opening, options_of, run
-from PIL import Image
+from PIL import Image, features
 
 from aigiqa_reward import Reward, Scorer, __version__, create_reward, get_reward_spec, list_rewards
 from aigiqa_reward.cli.commands.score import _names
@@ -127,6 +128,7 @@ def test_folders_stand_for_their_images(tiny, tmp_path):
         return [Path(row["path"]).as_posix() for row in lines(result.stdout)]
 
     assert found(".") == ["a.JPG", "b.png"]
+    assert "left out by their ending: .txt (1: notes.txt)" in run("score", tmp_path, *tiny).stderr
     assert found(".", "--recursive") == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.bmp"]
     assert found("sub", "b.png", "empty") == ["sub/c.webp", "b.png"]
     write_image(tmp_path / "elsewhere" / "deep" / "f.png", 6)
@@ -139,6 +141,24 @@ def test_folders_stand_for_their_images(tiny, tmp_path):
     assert found("set", "--recursive") == [f"set/1/{name}" for name in names]
     (tmp_path / "set" / "1").unlink()
     assert found("set", "--recursive") == found("set/2") == ["set/2/f.png"]
+
+
+def test_a_folder_gives_what_pillow_reads_and_names_the_rest(tiny, tmp_path):
+    kinds = {"jfif": "JPEG", "jpe": "JPEG", "mpo": "JPEG", "apng": "PNG", "j2k": "JPEG2000", "pgm": "PPM", "QOI": "QOI"}
+    kinds |= {"avif": "AVIF"} if features.check("avif") else {}
+    image = Image.open(write_image(tmp_path / "z" / "x.png", 0))
+    for ending, form in kinds.items():
+        image.save(tmp_path / f"a.{ending}", form)
+    for name in ("b.heic", "c.HEIC", "d.jxl", "e.cr2", "f.mp4", "README"):
+        (tmp_path / name).write_bytes(b"x")
+    result = run("score", tmp_path, *tiny, "--format", "jsonl")
+    assert result.exit_code == 0, result.output
+    assert [Path(row["path"]).suffix[1:] for row in lines(result.stdout)] == sorted(kinds)
+    for part in (".heic (2: b.heic, ...)", ".jxl (1: d.jxl)", ".cr2 (1: e.cr2)", "without one (1: README)"):
+        assert part in result.stderr
+    for ending in kinds:
+        (tmp_path / f"a.{ending}").unlink()
+    assert ".heic (2: b.heic, ...)" in only_error(run("score", tmp_path, *tiny))
 
 
 def test_unreadable_images_are_reported_and_the_others_scored(paths, tiny, tiny_reward, tmp_path):
@@ -243,6 +263,9 @@ def test_a_missing_prompt_costs_its_own_image_only(paths, tiny, tiny_reward, tmp
     ("name", "text", "message"),
     [
         ("few.txt", b"one\ntwo\n", "one line for each of the 5 images, got 2 lines"),
+        ("few.json", b'["one", "two"]', "one line for each of the 5 images, got 2"),
+        ("both.csv", b"path,prompt,path\na.png,x,b.png\n", "each column once, got path several times"),
+        ("near.csv", b"path,promt\na.png,x\n", "no column prompt; .*is 'promt' meant"),
         ("bad.jsonl", b'{"path": "a.png", "prompt": "x"}\n{"path"\n', "line 2: not JSON"),
         ("number.jsonl", b'{"path": "a.png", "prompt": 3}\n', "line 1: expected"),
         ("header.csv", b"file,text\na.png,x\n", "expected the columns path,prompt or name,prompt"),
@@ -253,7 +276,79 @@ def test_a_missing_prompt_costs_its_own_image_only(paths, tiny, tiny_reward, tmp
 )
 def test_wrong_prompts_files(paths, tiny, tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text)
-    assert message in only_error(run("score", *paths, *tiny, "--prompts", tmp_path / name))
+    assert re.search(message, only_error(run("score", *paths, *tiny, "--prompts", tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.json", json.dumps(["a fox", "a cat", "a dog"])),
+        ("sheet.tsv", 'File\tCaption\nb.png\ta cat\n./a.png\t a fox \nsub/../a.png\ta fox\nc.png\t"a" dog\n'),
+        ("metadata.csv", "file_name,text\nc.png,a dog\na.png,a fox\n./b.png,a cat\n"),
+    ],
+)
+def test_prompts_of_tables(tiny, tmp_path, name, text):
+    images = [write_image(tmp_path / image, seed) for seed, image in enumerate(["a.png", "b.png", "c.png"])]
+    (tmp_path / name).write_text(text)
+    result = run("rank", *images, *tiny, "--prompts", tmp_path / name, "--format", "jsonl")
+    assert result.exit_code == 0, result.output
+    found = {Path(row["path"]).name: row["prompt"].replace('"', "") for row in lines(result.stdout)}
+    assert found == {"a.png": "a fox", "b.png": "a cat", "c.png": "a dog"}
+
+
+def test_the_csv_of_score_gives_its_prompts_back(paths, tiny, tmp_path):
+    texts = ["a fox\ron a hill", "a\r\ncat", 'a "dog", red', "a\nhat", "a tie"]
+    given = [part for text in texts for part in ("--prompt", text)]
+    printed = run("score", *paths, *tiny, *given, "--format", "csv").stdout_bytes
+    (tmp_path / "scores.csv").write_bytes(printed)
+    assert pandas.read_csv(io.BytesIO(printed)).prompt.tolist() == texts
+    again = run("score", *paths, *tiny, "--prompts", tmp_path / "scores.csv", "--format", "csv")
+    assert again.stdout_bytes == printed
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "score PATH",
+        "rank PATH",
+        "best-of-n --model embedded",
+        "pairs --model embedded",
+        "finetune refl --model embedded",
+    ],
+)
+def test_every_command_takes_tables(command, paths, tmp_path):
+    (tmp_path / "p.csv").write_text("short,long\n,x\n")
+    start = [paths[0] if word == "PATH" else word for word in command.split()]
+    end = ["--prompts", tmp_path / "p.csv"]
+    assert "no column prompt; " in only_error(run(*start, *end, cwd=tmp_path))
+    assert "is 'long' meant" in only_error(run(*start, *end, "--prompt-column", "lon", cwd=tmp_path))
+    assert "--prompt-column: names a column" in only_error(
+        run(*start, "--prompt", "x", "--prompt-column", "a", cwd=tmp_path)
+    )
+
+
+SEVERAL = {
+    "--prompt",
+    "--lora",
+    "--reward",
+    "--holdout-reward",
+    "--set",
+    "--tower",
+    "--target-modules",
+    "--guidance-scales",
+}
+"""Options that may be repeated."""
+
+
+@pytest.mark.parametrize("names", COMMANDS)
+def test_only_options_with_several_values_may_be_repeated(names):
+    options = options_of(*names)
+    for spelling, each in options.items():
+        if spelling.startswith("--") and spelling != "--help":
+            assert not each.multiple or SEVERAL & set(each.opts), (names, spelling)
+            twice = [spelling] if each.is_flag else [spelling, "1"]
+            if not each.multiple and "_" not in spelling:
+                assert "given twice" in only_error(run(*names, *twice, *twice)), (names, spelling)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_an_interruption_keeps_what_was_made(tiny, tmp_path, monkeypatch):
 def test_usage_errors(tiny, tmp_path, arguments, message):
     (tmp_path / "mine").mkdir()
     (tmp_path / "models" / "my-sd").mkdir(parents=True)
-    files = {"p.txt": "x", "blank.txt": "\n \n", "bad.jsonl": '{"text": "x"}', "mine/index.html": "x"}
+    files = {"p.txt": "x", "blank.txt": "\n \n", "bad.jsonl": '{"text": 3}', "mine/index.html": "x"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     full = [part for argument in arguments.split() for part in (tiny if argument == "TINY" else [argument])]

@@ -187,6 +187,7 @@ def test_the_command_line_takes_precedence(room, tmp_path):
         ("rank: {a: 3}", "a.yaml: rank: expected a value or a list of values"),
         ("mixed_precision: half", "mixed_precision: 'half' is not one of 'no', 'bf16', 'fp16'"),
         ("max_train_steps: 2\nmax-train-steps: 3", "max-train-steps is given twice"),
+        ("rank: 2\nseed: 1\nrank: 3", "rank is given twice"),
         ("# nothing", "expected lines 'option: value', got NoneType"),
         ("rank: [2", "a.yaml is not YAML: .*line 1"),
         ("!!python/object/apply:os.getcwd []", "expected lines 'option: value', got list"),

@@ -240,7 +240,7 @@ def test_a_wrong_cell_is_placed(tmp_path: Path, name: str, message: str, column:
         ("csv", "scores.csv", b"path,prompt\na/1.png,p\n", "no column quality or correspondence; .*got path, prompt"),
         ("csv", "scores.csv", b"path,prompt,quality,path\na/1.png,p,1,b\n", "each column once, got path several times"),
         ("aigiqa20k", "info_train.csv", b"name,prompt,mos\nDALLE2_0000.png,a, b,1\n", "line 2: .* 3 cells, got 4"),
-        ("aigiqa20k", "info_train.csv", b"name,prompt,mos\nDALLE2_0000.png,caf\xe9,1\n", "CSV file in UTF-8"),
+        ("aigiqa20k", "info_train.csv", b"name,prompt,mos\nDALLE2_0000.png,caf\xe9,1\n", "csv is not UTF-8"),
         ("agiqa1k", "AIGC_MOS_Zscore.xlsx", b"Image,Prompt,MOS", r"expected an \.xlsx sheet, got BadZipFile"),
         ("imagereward", "train.json", b"[{]", r"train\.json: expected JSON in UTF-8"),
         ("imagereward", "train.json", b'{"a": 1}', r"expected a list of entries \{id, prompt, .* got dict"),

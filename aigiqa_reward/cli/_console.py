@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -19,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
+
+from aigiqa_reward.utils.io import csv_text
 
 Format = Literal["table", "jsonl", "csv"]
 
@@ -159,12 +160,8 @@ def render(rows: Sequence[Row], form: Format, *, numbered: bool = False, termina
         return jsonl(records)
     members = list(dict.fromkeys(name for row in rows for name in row.members))
     if form == "csv":
-        text = io.StringIO()
         names = ["path", "prompt", "total", "quality", "correspondence", *members, "error"]
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        return text.getvalue()
+        return csv_text([names, *([record.get(name) for name in names] for record in records)])
     scores = ["total", "quality"]
     scores += [name for name in ("correspondence", *members) if any(row.get(name) is not None for row in records)]
     failed = any(row.error is not None for row in rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import os
 import re
@@ -13,22 +12,28 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aigiqa_reward.cli._console import CommandError, first_process, say
-from aigiqa_reward.utils.io import MAX_BYTES, parse_json, write_atomically
+from aigiqa_reward.utils.io import write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga"}
-)
-"""Files of a folder that count as its images, in lower case: the formats that generators and cameras write."""
+    from aigiqa_reward.datasets.base import Row
+
+_NO_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"})
+"""Formats that Pillow knows by name only, or draws with other programs."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """A name on the Hub, owner/name."""
+
+_KEYS = (("path",), ("name",), ("file_name", "filename"))
+"""Names of a table's column of images, in any case; later ones count where none of the earlier ones is there."""
+
+_NAME_IT = "name the column with --prompt-column"
 
 _EMPTY_PROMPT = "the prompt is empty: correspondence to nothing has no meaning"
 
@@ -52,19 +57,37 @@ class Source:
 
 
 def find_images(given: Sequence[str], *, recursive: bool) -> list[str]:
-    """Return paths of images in the order given, each folder replaced by its image files, sorted."""
+    """Return paths of images in the order given, each folder replaced by its image files, sorted.
+
+    A note counts and names the other files of the folders by ending.
+    """
     paths: list[str] = []
+    others = defaultdict[str, list[str]](list)
     for place in given:
         if not place:
             raise CommandError("got an empty path; check the variable that it came from", argument="images")
-        paths += _images_in(place, recursive) if os.path.isdir(place) else [place]  # noqa: PTH112  (never raises)
+        if not os.path.isdir(place):  # noqa: PTH112  (never raises)
+            paths.append(place)
+            continue
+        for path in _files_in(place, recursive):
+            if (ending := path.suffix.lower()) in image_endings():
+                paths.append(str(path))
+            else:
+                others[ending].append(path.name)
+    kinds = [
+        f"{ending or 'without one'} ({len(names)}: {names[0]}{', ...' * (len(names) > 1)})"
+        for ending, names in others.items()
+    ]
+    left = f"files left out by their ending: {', '.join(kinds)}; convert images that Pillow cannot read to PNG"
     if not paths:
         below = "" if recursive else "; --recursive looks into subfolders as well"
-        raise CommandError(f"no images in {', '.join(given)}{below}", argument="images")
+        raise CommandError(f"no images in {', '.join(given)}{f'; {left}' * bool(kinds)}{below}", argument="images")
+    if kinds:
+        say("note", left)
     return paths
 
 
-def _images_in(folder: str, recursive: bool) -> list[str]:
+def _files_in(folder: str, recursive: bool) -> list[Path]:
     """Follow links to folders after all others; read each real folder once."""
     found: list[Path] = []
     seen: set[str] = set()
@@ -77,12 +100,21 @@ def _images_in(folder: str, recursive: bool) -> list[str]:
                 continue
             seen.add(real)
             visible = (name for name in names if not name.startswith("."))
-            found += (Path(parent, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+            found += (Path(parent, name) for name in visible)
             places = [os.path.join(parent, name) for name in subfolders]  # noqa: PTH118
             waiting += filter(os.path.islink, places)  # which os.walk leaves out
     except OSError as error:
         raise CommandError(f"cannot read the folder {error.filename}: {error.strerror}", argument="images") from error
-    return [str(path) for path in sorted(found)]
+    return sorted(found)
+
+
+@cache
+def image_endings() -> set[str]:
+    """Return the endings of the files of a folder that count as its images, in lower case: those that Pillow reads."""
+    from PIL import Image
+
+    known = Image.registered_extensions()  # MPO, of phones, is opened as JPEG
+    return {end for end, form in known.items() if form in Image.OPEN.keys() - _NO_PICTURES or form == "MPO"}
 
 
 def _raise(error: OSError) -> None:
@@ -92,13 +124,14 @@ def _raise(error: OSError) -> None:
 # --------------------------------------------------------------------------------------------- prompts of images
 
 
-def attach_prompts(paths: Sequence[str], prompts: Sequence[str], file: Path | None) -> list[Source]:
+def attach_prompts(
+    paths: Sequence[str], prompts: Sequence[str], file: Path | None, column: str | None = None
+) -> list[Source]:
     """Give every image its prompt, of --prompt (none, one for all, or one per image) or of the file of --prompts.
 
     An image whose prompt is empty, missing in the file or ambiguous becomes a Source with an error.
     """
-    if prompts and file is not None:
-        raise CommandError("--prompt, --prompts: expected one of them, got both")
+    _check_given(prompts, file, column)
     if any(not prompt.strip() for prompt in prompts):
         raise CommandError("expected a text, got an empty one; leave it out for quality alone", argument="prompt")
     if len(prompts) > 1 and len(prompts) != len(paths):
@@ -109,40 +142,55 @@ def attach_prompts(paths: Sequence[str], prompts: Sequence[str], file: Path | No
     if file is None:
         texts = [None] * len(paths) if not prompts else list(prompts) * (len(paths) if len(prompts) == 1 else 1)
         return [Source(path=path, prompt=text) for path, text in zip(paths, texts, strict=True)]
-    text = read_text(file, "prompts")
-    suffix = file.suffix.lower()
-    if suffix in (".jsonl", ".ndjson", ".csv"):
-        rows = _csv_rows(file, text) if suffix == ".csv" else _jsonl_rows(file, text)
-        return _looked_up(paths, file, rows)
-    lines = text.removesuffix("\n").split("\n") if text else []
-    if len(lines) != len(paths):
+    with _reading(file, "prompts"):
+        from aigiqa_reward.datasets.base import find_column, prompt_column, read_rows
+
+        rows = read_rows(file, plain=True)
+        column = prompt_column(rows, column, _NAME_IT)
+        key = find_column(rows, _KEYS, "keep one of them") or _column_of_names(rows, paths, column)
+        texts = [row[column].strip() for row in rows]
+        if key is not None:
+            if unnamed := next((row for row in rows if not row[key]), None):
+                raise unnamed.error(f"no {key}")
+            return _looked_up(paths, file, [(row[key], text) for row, text in zip(rows, texts, strict=True)])
+    if len(texts) != len(paths):
         raise CommandError(
-            f"expected one line for each of the {len(paths)} images, got {len(lines)} lines in {file}; a .jsonl or .csv"
-            " file gives prompts by path or file name",
+            f"expected one line for each of the {len(paths)} images, got {len(texts)} lines in {file}; in a table "
+            "that gives prompts by path or file name, expected the columns path,prompt or name,prompt",
             argument="prompts",
         )
     return [
-        Source(path=path, prompt=line) if line.strip() else Source(path=path, error=_EMPTY_PROMPT)
-        for path, line in zip(paths, lines, strict=True)
+        Source(path=path, prompt=text) if text else Source(path=path, error=_EMPTY_PROMPT)
+        for path, text in zip(paths, texts, strict=True)
     ]
+
+
+def _column_of_names(rows: Sequence[Row], paths: Sequence[str], prompts: str) -> str | None:
+    """The column, of whatever name, that holds the name of an image, beside that of the prompts."""
+    names = {Path(path).name for path in paths}
+    cells = ((name, cell) for row in rows for name, cell in row.cells.items() if isinstance(cell, str))
+    return next((name for name, cell in cells if name != prompts and Path(cell).name in names), None)
 
 
 def _looked_up(paths: Sequence[str], file: Path, rows: Iterable[tuple[str, str]]) -> list[Source]:
     """Look images up by path, relative to the working directory or to the file's folder, or else by file name."""
+    from aigiqa_reward.datasets.base import path_key
+
     by_path, by_name = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for key, prompt in rows:
-        for path in {_absolute(key), _absolute(file.parent / key)}:
+        for path in {path_key(Path(key).absolute()), path_key((file.parent / key).absolute())}:
             by_path[path].add(prompt)
-        by_name[Path(key).name].add(prompt)
-    sharing = Counter(Path(image).name for image in {_absolute(path) for path in paths})
+        by_name[path_key(Path(key).name)].add(prompt)
+    whole = [path_key(Path(path).absolute()) for path in paths]
+    sharing = Counter(Path(path).name for path in set(whole))
     sources = []
-    for path in paths:
-        name = Path(path).name
-        found = by_path.get(_absolute(path)) or (by_name.get(name, set()) if sharing[name] == 1 else set())
+    for path, image in zip(paths, whole, strict=True):
+        name = Path(image).name
+        found = by_path.get(image) or (by_name.get(name, set()) if sharing[name] == 1 else set())
         prompt = next(iter(found)) if len(found) == 1 else ""
         error = _EMPTY_PROMPT if found else f"no prompt for it in {file}"
         error = f"more than one prompt for it in {file}" if len(found) > 1 else error
-        sources.append(Source(path=path, prompt=prompt) if prompt.strip() else Source(path=path, error=error))
+        sources.append(Source(path=path, prompt=prompt) if prompt else Source(path=path, error=error))
     if not any(source.prompt for source in sources):
         raise CommandError(
             f"none of the {len(paths)} images has a prompt in {file}; its paths or names must be those of the images, "
@@ -152,64 +200,36 @@ def _looked_up(paths: Sequence[str], file: Path, rows: Iterable[tuple[str, str]]
     return sources
 
 
-def _absolute(path: str | Path) -> str:
-    return os.path.normpath(Path(path).absolute())
-
-
-def _jsonl_rows(file: Path, text: str) -> Iterator[tuple[str, str]]:
-    for number, row in _json_lines(file, text, "prompts"):
-        key = row.get("path", row.get("name")) if isinstance(row, dict) else None
-        prompt = (row.get("prompt") or "") if isinstance(row, dict) else None
-        if not key or not isinstance(key, str) or not isinstance(prompt, str):
-            expected = 'expected {"path": "...", "prompt": "..."}'
-            raise CommandError(f"{file}, line {number}: {expected}, got {str(row)[:80]}", argument="prompts")
-        yield key, prompt
-
-
-def _csv_rows(file: Path, text: str) -> Iterator[tuple[str, str]]:
-    reader = csv.DictReader(io.StringIO(text), strict=True)
-    try:
-        header = reader.fieldnames or []
-        column = next((name for name in ("path", "name") if name in header), None)
-        if column is None or "prompt" not in header:
-            raise CommandError(
-                f"{file}: expected the columns path,prompt or name,prompt in the first line, got "
-                f"{','.join(header) or 'none'}",
-                argument="prompts",
-            )
-        for row in reader:
-            if None in row or not row[column]:
-                problem = "more cells than columns; quote texts with commas" if None in row else f"no {column}"
-                raise CommandError(f"{file}, line {reader.line_num}: {problem}", argument="prompts")
-            yield row[column], row["prompt"] or ""
-    except csv.Error as error:
-        raise CommandError(f"{file}, line {reader.line_num}: not CSV ({error})", argument="prompts") from error
-
-
 # --------------------------------------------------------------------------------------------- prompts to sample from
 
 
-def gather_prompts(given: Sequence[str], file: Path | None) -> list[str]:
+def gather_prompts(given: Sequence[str], file: Path | None, column: str | None = None) -> list[str]:
     """Return the prompts of --prompt or of --prompts, of which exactly one must be given."""
-    if bool(given) == (file is not None):
-        raise CommandError(f"--prompt, --prompts: expected one of them, got {'both' if given else 'none'}")
-    return [checked_prompt(text) for text in given] if file is None else read_prompts(file, "prompts")
+    if not given and file is None:
+        raise CommandError("--prompt, --prompts: expected one of them, got none")
+    _check_given(given, file, column)
+    return [checked_prompt(text) for text in given] if file is None else read_prompts(file, "prompts", column)
 
 
 def checked_prompt(text: str) -> str:
     """Return a prompt of --prompt; refuse blank ones and undecodable bytes."""
-    if not text.strip() or text.encode(errors="ignore").decode() != text:
+    if not text.strip() or not _decodable(text):
         raise CommandError(f"expected a text, got {text!r}", argument="prompt")
     return text
 
 
-def read_prompts(file: Path, argument: str) -> list[str]:
-    """Return the prompts of a file: one per line, or of JSON Lines; blank ones are left out."""
-    text = read_text(file, argument)
-    if file.suffix.lower() in (".jsonl", ".ndjson"):
-        found = list(_prompts_of_json(file, text, argument))
-    else:
-        found = text.removesuffix("\n").split("\n")
+def read_prompts(file: Path, argument: str, column: str | None = None) -> list[str]:
+    """Return the prompts of a text with one per line, or of the column of a table; blank ones are left out."""
+    with _reading(file, argument):
+        from aigiqa_reward.datasets.base import columns_of, prompt_column, read_rows
+
+        rows = read_rows(file, plain=True)
+        if argument != "prompts" and column not in columns_of(rows):
+            column = None  # that of --prompts, which need not be in another file
+        column = prompt_column(rows, column, _NAME_IT)
+        found = [row[column] for row in rows]
+        if broken := next((row for row in rows if not _decodable(row[column])), None):
+            raise broken.error(f"expected a text, got {broken[column]!r:.80}")
     prompts = [text.strip() for text in found if text.strip()]
     if not prompts:
         raise CommandError(f"{file} holds no prompt; write one per line", argument=argument)
@@ -219,45 +239,41 @@ def read_prompts(file: Path, argument: str) -> list[str]:
     return prompts
 
 
-def _prompts_of_json(file: Path, text: str, argument: str) -> Iterator[str]:
-    for number, row in _json_lines(file, text, argument):
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, str) or prompt.encode(errors="ignore").decode() != prompt:
-            expected = 'expected {"prompt": "..."}'
-            raise CommandError(f"{file}, line {number}: {expected}, got {str(row)[:80]}", argument=argument)
-        yield prompt
+def _check_given(prompts: Sequence[str], file: Path | None, column: str | None) -> None:
+    if prompts and file is not None:
+        raise CommandError("--prompt, --prompts: expected one of them, got both")
+    if column is not None and file is None:
+        raise CommandError("names a column of the table of --prompts, which is missing", argument="prompt_column")
 
 
-def _json_lines(file: Path, text: str, argument: str) -> Iterator[tuple[int, Any]]:
-    """Numbers from 1 and values of the lines that are not blank."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, parse_json(line)
-            except ValueError as error:
-                raise CommandError(f"{file}, line {number}: not JSON ({error})", argument=argument) from error
+def _decodable(text: str) -> bool:
+    return text.encode(errors="ignore").decode() == text
 
 
-def read_text(file: Path, argument: str) -> str:
-    """Return the text of a file that was given to an option, with Unix line ends."""
+@contextlib.contextmanager
+def _reading(file: Path, argument: str) -> Iterator[None]:
+    """Make errors of the command of what reading a table raises."""
     try:
-        with file.open("rb") as opened:  # the size of a pipe, such as <(...), is not known before
-            data = opened.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise CommandError(f"{file} holds more than {MAX_BYTES:,} bytes; split it", argument=argument)
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        yield
     except OSError as error:
-        raise CommandError(f"cannot read {file}: {error.strerror}", argument=argument) from error
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{file} is not UTF-8 text ({error.reason})", argument=argument) from error
+        raise CommandError(f"cannot read {file}: {error.strerror or error}", argument=argument) from error
+    except (ValueError, ImportError) as error:
+        raise CommandError(str(error), argument=argument) from error
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """Return the lines 'option: value' of a YAML file; values are texts or lists of texts, None for `~`."""
     import yaml
 
+    from aigiqa_reward.datasets.base import read_text
+
+    with _reading(file, "config"):
+        text = read_text(file)
     try:
-        found = yaml.load(read_text(file, "config"), Loader=yaml.BaseLoader)
+        loader = yaml.BaseLoader(text)
+        node = loader.get_single_node()
+        found = loader.construct_document(node) if node is not None else None
+        names = Counter(key.value for key, _ in node.value) if isinstance(node, yaml.MappingNode) else Counter()
     except RecursionError as error:
         raise CommandError(f"{file} is nested too deep; expected lines 'option: value'", argument="config") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -265,6 +281,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CommandError(f"{file}: expected lines 'option: value', got {type(found).__name__}", argument="config")
     for name, value in found.items():
+        if names[name] > 1:
+            raise CommandError(f"{file}: {name} is given twice", argument="config")
         parts = value if isinstance(value, list) else [value]
         if not isinstance(name, str) or not all(isinstance(part, str) for part in parts):
             raise CommandError(f"{file}: {name}: expected a value or a list of values", argument="config")

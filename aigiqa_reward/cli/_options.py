@@ -322,6 +322,7 @@ _CONFIG = Annotated[
 # --------------------------------------------------------------------------------------------- shared options
 
 DType = Literal["float32", "bfloat16", "float16"]
+PROMPT_COLUMN = "Column of the prompts in a table; by default the one called prompt, caption or text."
 DEVICE = "Device to compute on: cpu, cuda, cuda:1, mps, ...; by default cuda if available, else cpu."
 
 
@@ -331,7 +332,10 @@ class ImageOptions:
 
     images: list[str] = argument("IMAGES", "Image files, and folders of them; put -- before names that start with -.")
     prompt: tuple[str, ...] = option((), "Prompt of all images or, repeated, one per image; none judges quality alone.")
-    prompts: Path | None = option(None, "Prompts of the images: .jsonl or .csv by path or name, or text, one per line.")
+    prompts: Path | None = option(
+        None, "Prompts of the images: a table (.csv, .json, ...) by path or name, or text with one per line."
+    )
+    prompt_column: str | None = option(None, PROMPT_COLUMN)
     recursive: bool = option(False, "Include the images in subfolders.")
 
 
@@ -380,7 +384,10 @@ class PromptOptions:
     """Prompts to sample from."""
 
     prompt: tuple[str, ...] = option((), "Prompt to sample images of; repeat for several.")
-    prompts: Path | None = option(None, "File of prompts: text with one per line, or .jsonl with a prompt per object.")
+    prompts: Path | None = option(
+        None, "File of prompts: text with one per line, or a table (.csv, .tsv, .json, .jsonl, .parquet, .xlsx)."
+    )
+    prompt_column: str | None = option(None, PROMPT_COLUMN)
 
 
 @options("Sampling (by default the pipeline's)")

@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import importlib
 import io
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from aigiqa_reward.utils.io import read_regular
+from aigiqa_reward.utils.io import MAX_BYTES, parse_json, read_regular
 
 MAX_SHEET_BYTES, MAX_SHEET_ROWS = 20_000_000, 100_000
 """Bounds of an .xlsx file and of its rows; the benchmarks' sheets have 1,080 rows at most."""
 
-_EXTRA = "\0"
-"""Key of the cells beyond the header's."""
+PROMPTS = (("prompt", "prompts"), ("caption", "captions", "text", "texts"))
+"""Names of the column of prompts, in any case; later ones count where none of the earlier ones is there."""
+
+_SYNTAX = (".yaml", ".yml", ".toml", ".xml", ".html")
+"""Endings of files whose lines are no texts."""
+
+_NEAR = 0.8
+"""Similarity of two names, from 0 to 1, from which one of them is taken for a misspelling."""
 
 
 class _Table:
-    """What both tables share: as many entries per field as rows, prompts as default groups, and subsets."""
+    """What both tables share: as many entries per field as rows, prompts as default groups, and subsets.
+
+    Spaces around a prompt are dropped, and two spellings of a group are one group.
+    """
 
     prompts: tuple[str, ...]
     groups: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not self.groups:
-            object.__setattr__(self, "groups", self.prompts)
+        object.__setattr__(self, "prompts", tuple(prompt.strip() for prompt in self.prompts))
+        object.__setattr__(self, "groups", tuple(map(text_key, self.groups or self.prompts)))
         for name, value in vars(self).items():
             if len(value) != len(self) or (isinstance(value, np.ndarray) and value.ndim != 1):
                 raise ValueError(f"{name}: expected {len(self)} entries, one per row, got shape {np.shape(value)}")
@@ -141,41 +153,110 @@ class PreferencePairs(_Table):
     def __post_init__(self) -> None:
         super().__post_init__()
         for row, (better, worse) in enumerate(zip(self.better, self.worse, strict=True)):
-            if better == worse:
+            if path_key(better) == path_key(worse):
                 raise ValueError(f"better, worse: expected two images, got {str(better)!r} twice at row {row}")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: its file, its line there (the first is 1), and the text of each column."""
+    """One row of a table: its file, its line there (the first is 1), and the texts and numbers of each column.
+
+    Columns that the table names several times are `repeated` and cannot be used; `unit` is what `line` counts.
+    """
 
     table: Path
     line: int
-    cells: Mapping[str, str]
+    cells: Mapping[str, Any]
+    repeated: Collection[str] = ()
+    unit: str = "line"
 
     def __getitem__(self, column: str) -> str:
-        return self.cells[column]
+        """Return the text in a cell; "" for null."""
+        value = self._cell(column)
+        if not isinstance(value, str | None):
+            raise self.error(f"expected a text in column {column}, got {value!r:.80}")
+        return value or ""
 
     def number(self, column: str) -> float:
         """Return the cell as a finite number."""
-        value = number_or_nan(self[column])
+        value = number_or_nan(self._cell(column))
         if not math.isfinite(value):
-            raise self.error(
-                f"expected a finite number in column {column}, got {self[column]!r}; correct the cell or remove the row"
-            )
+            got = f"{self.cells[column]!r}; correct the cell or remove the row"
+            raise self.error(f"expected a finite number in column {column}, got {got}")
         return value
 
     def error(self, message: str) -> ValueError:
         """Make an error that names the file and the line."""
-        return ValueError(f"{self.table}, line {self.line}: {message}")
+        return ValueError(f"{self.table}, {self.unit} {self.line}: {message}")
+
+    def _cell(self, column: str) -> Any:
+        if column in self.repeated:
+            raise ValueError(f"{self.table}: expected each column once, got {column} several times; remove the others")
+        if column not in self.cells:
+            raise self.error(f"expected {column}, got {', '.join(self.cells) or 'nothing'}; add it")
+        return self.cells[column]
 
 
-def number_or_nan(text: str) -> float:
+def number_or_nan(cell: Any) -> float:
     """Return the number in a cell, or NaN; underscores, which Python allows within one, are no part of a number."""
     try:
-        return math.nan if "_" in text else float(text)
-    except ValueError:
+        return math.nan if isinstance(cell, bool) or "_" in str(cell) else float(cell)
+    except (ValueError, TypeError, OverflowError):
         return math.nan
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Return the names of all columns; objects of JSON may have different ones."""
+    return list(dict.fromkeys(name for row in rows for name in row.cells))
+
+
+def find_column(rows: Sequence[Row], names: Iterable[Sequence[str]], remedy: str) -> str | None:
+    """Return the column with a name of the first group that is there, in any case; an error if there are several."""
+    for group in names:
+        found = [name for name in columns_of(rows) if name.casefold() in group]
+        if len(found) > 1:
+            raise ValueError(f"{rows[0].table}: expected one column {group[0]}, got {', '.join(found)}; {remedy}")
+        if found:
+            return found[0]
+    return None
+
+
+def prompt_column(rows: Sequence[Row], named: str | None = None, remedy: str = "rename the column of prompts") -> str:
+    """Return the column of prompts: the one `named`, or the one whose name is in `PROMPTS`."""
+    found = named or find_column(rows, PROMPTS, remedy) or "prompt"
+    expected = "the column" if named else "a column caption, text or"
+    require_columns(rows[0].table, [found], columns_of(rows), expected, remedy)
+    return found
+
+
+def require_columns(
+    table: Path, columns: Sequence[str], header: Sequence[str], expected: str, remedy: str, optional: Sequence[str] = ()
+) -> None:
+    """Raise an error that names the columns that are not there, and optional ones whose names are misspelled."""
+    absent = [column for column in (*columns, *optional) if column not in header]
+    others = [name for name in header if name not in (*columns, *optional)]
+    close = {column: _nearest(column, others) for column in absent}
+    if missing := [column for column in absent if column in columns or close[column]]:
+        meant = "".join(f"; is {close[column]!r} meant?" for column in missing if close[column])
+        raise ValueError(
+            f"{table}: no column {', '.join(missing)}; expected {expected} {', '.join(columns)}, got "
+            f"{', '.join(filter(None, header)) or 'an empty file'}{meant or ';'} {remedy}"
+        )
+
+
+def _nearest(name: str, names: Sequence[str]) -> str | None:
+    spelled = {other.casefold(): other for other in names}
+    return next((spelled[close] for close in difflib.get_close_matches(name.casefold(), spelled, 1, _NEAR)), None)
+
+
+def path_key(path: str | os.PathLike[str]) -> str:
+    """Return what all spellings of a path have in common: `./0.png` is `0.png`."""
+    return os.path.normcase(unicodedata.normalize("NFC", os.path.normpath(path)))
+
+
+def text_key(text: str) -> str:
+    """Return what all spellings of a prompt or a group have in common: "a fox " is "a fox"."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def find_table(folder: Path, name: str, expected: str, remedy: str = "") -> Path:
@@ -185,31 +266,43 @@ def find_table(folder: Path, name: str, expected: str, remedy: str = "") -> Path
     return table
 
 
+def read_rows(table: Path, *, plain: bool = False) -> list[Row]:
+    """Read a table by its ending: .tsv, .json, .jsonl, .parquet, .xlsx; a file of another ending as CSV.
+
+    With `plain`, only .csv is read as CSV, and each line of the others is a text in the column prompt. JSON is a list
+    of objects or of such texts, an object that holds one list, or an object of objects.
+    """
+    ending = table.suffix.lower()
+    if ending == ".parquet":
+        rows = _parquet_rows(table)
+    elif ending == ".xlsx":
+        rows = read_xlsx(table, ())
+    elif ending in (".json", ".jsonl", ".ndjson"):
+        rows = _json_rows(table, "entry" if ending == ".json" else "line")
+    elif plain and ending in _SYNTAX:
+        raise ValueError(f"{table}: expected one text per line or a table; if each line is a text, rename it to .txt")
+    elif plain and ending not in (".csv", ".tsv", ".tab"):
+        rows = [Row(table, n, {"prompt": line}) for n, line in enumerate(_lines(table), start=1)]
+    else:
+        delimiter = "\t" if ending in (".tsv", ".tab") else ","
+        _, rows = _separated(table, delimiter=delimiter, strict=True, skipinitialspace=True)
+    return _not_empty(table, rows)
+
+
 def read_csv(
     table: Path, columns: Sequence[str], *, expected: str = "the published columns", header: Sequence[str] | None = None
 ) -> list[Row]:
     """Read the rows of a CSV file in UTF-8, with these columns at least; `header` names those of a file without one."""
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, fieldnames=header, restval="", restkey=_EXTRA)
-            _require_columns(table, columns, reader.fieldnames or (), expected)
-            rows = [Row(table, reader.line_num, cells) for cells in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table}: expected a CSV file in UTF-8, got {error}; save it as such") from error
-    for row in rows:
-        if extra := row.cells.get(_EXTRA):
-            named = len(row.cells) - 1
-            raise row.error(
-                f"expected {named} cells, got {named + len(extra)}; put a text that holds a comma in double quotes"
-            )
+    found, rows = _separated(table, header)
+    require_columns(table, columns, found, expected, "rename them so")
     return _not_empty(table, rows)
 
 
 def read_xlsx(table: Path, columns: Sequence[str]) -> list[Row]:
     """Read the rows of the first sheet of an .xlsx file, whose first row names the columns."""
     header, *lines = read_sheet(table) or [[]]
-    _require_columns(table, columns, header, "the published columns")
-    return _not_empty(table, [Row(table, n, dict(zip(header, cells, strict=True))) for n, cells in enumerate(lines, 2)])
+    require_columns(table, columns, header, "the published columns", "take the published file")
+    return _not_empty(table, _rows_of(table, header, enumerate(lines, start=2)))
 
 
 def read_sheet(table: Path) -> list[list[str]]:
@@ -233,19 +326,94 @@ def extra_data(module: str, purpose: str) -> Any:
         raise ImportError(f'{purpose} needs {module}; pip install "aigiqa-reward[data]"') from error
 
 
-def _require_columns(table: Path, columns: Sequence[str], header: Sequence[str], expected: str) -> None:
-    if twice := sorted({column for column in columns if list(header).count(column) > 1}):
-        raise ValueError(f"{table}: expected each column once, got {', '.join(twice)} several times; remove the others")
-    if missing := [column for column in columns if column not in header]:
-        raise ValueError(
-            f"{table}: no column {', '.join(missing)}; expected {expected} "
-            f"{', '.join(columns)}, got {', '.join(filter(None, header)) or 'an empty file'}"
-        )
+def read_text(file: Path) -> str:
+    """Return a text in UTF-8 of bounded size; an OSError or a ValueError else."""
+    with file.open("rb") as opened:  # the size of a pipe, such as <(...), is not known before
+        data = opened.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{file} holds more than {MAX_BYTES:,} bytes; split it")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason}); save it in UTF-8") from error
+
+
+def _lines(file: Path) -> list[str]:
+    text = io.StringIO(read_text(file), newline=None).getvalue()  # with Unix line ends
+    return text.removesuffix("\n").split("\n")
+
+
+def _separated(table: Path, header: Sequence[str] | None = None, **dialect: Any) -> tuple[Sequence[str], list[Row]]:
+    """Return header and rows of a CSV or TSV file; quotes may be plain characters in TSV, as in PartiPrompts.tsv."""
+    reader = csv.reader(io.StringIO(read_text(table), newline=""), **dialect)
+    try:
+        lines = [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        if dialect.get("delimiter") == "\t" and "quoting" not in dialect:
+            return _separated(table, **dialect, quoting=csv.QUOTE_NONE)
+        remedy = "double the quotes within a quoted text"
+        raise ValueError(f"{table}, line {reader.line_num}: not CSV ({error}); {remedy}") from error
+    if header is None:
+        header = [name.strip() for name in lines.pop(0)[1]] if lines else ()
+    return header, _rows_of(table, header, lines)
+
+
+def _rows_of(
+    table: Path, header: Sequence[str], lines: Iterable[tuple[int, Sequence[Any]]], unit: str = "line"
+) -> list[Row]:
+    repeated = {name for name, count in Counter(header).items() if count > 1}
+    rows = []
+    for line, cells in lines:
+        blank = [""] * (len(header) - len(cells))
+        row = Row(table, line, dict(zip(header, [*cells, *blank], strict=False)), repeated, unit)
+        if len(cells) > len(header):
+            raise row.error(
+                f"more cells than columns: expected {len(header)} cells, got {len(cells)}; put a text that holds a "
+                "comma in double quotes"
+            )
+        rows.append(row)
+    return rows
+
+
+def _json_rows(table: Path, unit: str) -> list[Row]:
+    """Return the rows of a JSON value, or of one per line."""
+    texts = [read_text(table)] if unit == "entry" else _lines(table)
+    place, values = str(table), []
+    try:
+        for line, text in enumerate(texts, start=1):
+            place = str(table) if unit == "entry" else f"{table}, line {line}"
+            values += [(line, parse_json(text))] if text.strip() else []
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON ({error})") from error
+    if unit == "entry" and values:
+        found = values[0][1]
+        if isinstance(found, dict):
+            lists, objects = ([each for each in found.values() if isinstance(each, kind)] for kind in (list, dict))
+            found = lists[0] if len(lists) == 1 else objects or [found]
+        values = list(enumerate(found if isinstance(found, list) else [found], start=1))
+    rows = [Row(table, n, {"prompt": value} if isinstance(value, str) else value, unit=unit) for n, value in values]
+    if wrong := next((row for row in rows if not isinstance(row.cells, dict)), None):
+        raise wrong.error(f'expected a text or an object {{"prompt": "..."}}, got {wrong.cells!r:.80}')
+    return rows
+
+
+def _parquet_rows(table: Path) -> list[Row]:
+    """Return the rows with the columns that hold texts or numbers, so without images."""
+    parquet, types = (extra_data(module, f"reading {table.name}") for module in ("pyarrow.parquet", "pyarrow.types"))
+    table.stat()  # an error with `strerror` for a file that is not there
+    try:
+        with parquet.ParquetFile(table) as file:
+            schema = file.schema_arrow
+            names = [c.name for c in schema if not (types.is_nested(c.type) or types.is_binary(c.type))]
+            columns = [column.to_pylist() for column in file.read(names).columns]
+    except Exception as error:  # pyarrow has many kinds for damaged files
+        raise ValueError(f"{table}: expected a whole Parquet file, got {error}") from error
+    return _rows_of(table, names, enumerate(zip(*columns, strict=True), start=1), "row")
 
 
 def _not_empty(table: Path, rows: list[Row]) -> list[Row]:
     if not rows:
-        raise ValueError(f"{table}: expected a row per image, got the header alone")
+        raise ValueError(f"{table}: expected at least one row, got none or the header alone")
     return rows
 
 
@@ -274,7 +442,7 @@ def scored_images(
         argument: argument to name where images are absent.
         remedy: what to do about it.
     """
-    refuse_repeats(rows, name)
+    refuse_repeats(rows, name, folder)
     names = tuple(row[name] for row in rows)
     paths = tuple(folder / image for image in names)
     refuse_absent(paths, rows[0].table.name, argument=argument, remedy=remedy)
@@ -298,13 +466,14 @@ def generators_of(rows: Sequence[Row], column: str, name: re.Pattern[str], form:
     return [match[1] for match in matches if match]
 
 
-def refuse_repeats(rows: Sequence[Row], column: str) -> None:
-    """Raise an error if two rows have the same cell."""
-    seen: set[str] = set()
+def refuse_repeats(rows: Sequence[Row], column: str, folder: Path = Path()) -> None:
+    """Raise an error if two rows have the same path in a folder, however it is spelled."""
+    seen: dict[str, Row] = {}
     for row in rows:
-        if row[column] in seen:
-            raise row.error(f"{row[column]!r} is listed twice; keep one of the two")
-        seen.add(row[column])
+        first = seen.setdefault(path_key(folder / row[column]), row)
+        if first is not row:
+            listed = f"{first[column]!r} of {first.unit} {first.line}"
+            raise row.error(f"{row[column]!r} is listed twice, first as {listed}; keep one of the two")
 
 
 def image_folder(folder: Path, *names: str) -> Path:

@@ -39,9 +39,12 @@ SOURCES: dict[str, Source] = {
     "aigiqa20k": Source(read_aigiqa20k, "the folder that holds info_train.csv and train/"),
     "imagereward": Source(read_imagereward, "the JSON file, or the folder that holds train.json"),
     "pickapic": Source(read_pickapic, "a parquet file, or a folder of those of one part"),
-    "csv": Source(read_table, "a CSV file with the columns path, prompt and quality or correspondence"),
+    "csv": Source(
+        read_table,
+        "a table, such as a .csv, with the columns path, prompt and quality or correspondence",
+    ),
 }
-"""Readers by the name of the benchmark. `csv` is for one's own scores."""
+"""Readers by the name of the benchmark. `csv` is for one's own scores, in any form of table."""
 
 
 def read_data(source: str) -> ScoredImages | PreferencePairs:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages, read_csv, refuse_repeats
+from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages, path_key, read_csv, refuse_repeats
 
 TEST_FRACTION = 0.2
 """Share of the groups: 80/20, as in the published protocols."""
@@ -175,13 +175,13 @@ def _assigned_split(images: ScoredImages | PreferencePairs, file: Path, seed: in
     for row in rows:
         if row["split"] not in _PARTS:
             raise row.error(f"expected split to be train, validation (or val) or test, got {row['split']!r}")
-        part_of[row["name"]] = _PARTS[row["split"]]
-    if unlisted := [name for name in images.names if name not in part_of]:
+        part_of[path_key(row["name"])] = _PARTS[row["split"]]
+    if unlisted := [name for name in images.names if path_key(name) not in part_of]:
         raise ValueError(
             f"{file}: expected a row for every image, got none for {len(unlisted)} of {len(images)}, the first "
             f"{unlisted[0]!r}; add them, or drop the images by subset()"
         )
-    parts = np.array([part_of[name] for name in images.names])
+    parts = np.array([part_of[path_key(name)] for name in images.names])
     train, validation, test = (np.flatnonzero(parts == part) for part in ("train", "validation", "test"))
     if not len(train) or not len(test):
         raise ValueError(f"{file}: expected images in both train and test, got {len(train)} and {len(test)}")

@@ -5,8 +5,6 @@ Test parts of different seeds overlap, so predictions are never pooled: reported
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from aigiqa_reward.evaluation.controls import NotConverged, centered_srcc, prompt_auc, selection_gain
 from aigiqa_reward.evaluation.metrics import MIN_ROWS, Correlations, Labels, Numbers, correlations, group_codes, pair
 from aigiqa_reward.evaluation.tables import TASKS, markdown_table, number
-from aigiqa_reward.utils.io import read_json
+from aigiqa_reward.utils.io import csv_text, read_json
 from aigiqa_reward.utils.run_folder import without_nan, write_json
 
 MODEL = "model"
@@ -291,11 +289,8 @@ class ProtocolReport:
 
     def csv(self) -> str:
         """Return one line per seed, predictor and task below a header; full precision, empty where undefined."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(SplitScores)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.as_dict()["scores"])
-        return text.getvalue()
+        names = [field.name for field in fields(SplitScores)]
+        return csv_text([names, *([entry[name] for name in names] for entry in self.as_dict()["scores"])])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values, None for nan."""

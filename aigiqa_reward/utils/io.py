@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import io
 import json
 import os
 import secrets
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -21,11 +23,18 @@ MAX_BYTES = 200_000_000
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON; a ValueError also where it is nested too deep."""
+    """Parse JSON; a ValueError also where it is nested too deep, or an object has one key twice."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
 
 
 def read_json(path: str | os.PathLike[str], *, most: int = MAX_BYTES) -> Any:
@@ -66,6 +75,16 @@ def read_arrays(path: str | os.PathLike[str], *, most: int) -> dict[str, np.ndar
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # numpy lets through what zipfile, zlib and its own header parser raise
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as CSV with Unix line ends, a cell with any line end in quotes."""
+    lines = []
+    for row in rows:
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow(row)  # quotes the characters of its line end, which is CR LF
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
 
 
 _REFUSED = {errno.EACCES, errno.EBUSY, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EXDEV}

@@ -92,7 +92,7 @@ def best_of_n(
     reward: RewardOptions,
 ) -> None:
     """Sample N images of each prompt and keep those with the highest reward; run again, it resumes."""
-    texts = gather_prompts(prompt.prompt, prompt.prompts)
+    texts = gather_prompts(prompt.prompt, prompt.prompts, prompt.prompt_column)
     _check(pipeline.model, search)
     call = sampling_arguments(sampling, pipeline.model, _TAKEN, negative_prompt=search.negative_prompt)
     place = process_device(pipeline.device)
@@ -269,7 +269,7 @@ def pairs(
     given = dataclasses.asdict(options)
     folder = given.pop("output_dir")
     call = sampling_arguments(sampling, pipeline.model, _TAKEN | given.keys())
-    texts = gather_prompts(prompt.prompt, prompt.prompts)
+    texts = gather_prompts(prompt.prompt, prompt.prompts, prompt.prompt_column)
     place = process_device(pipeline.device)
     judge = mixed_reward(reward, place)
     pipe = load_pipeline(pipeline.model, place, pipeline.dtype)

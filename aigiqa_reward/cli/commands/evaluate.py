@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +28,7 @@ from aigiqa_reward.cli.commands.train import (
     read,
     recipe_fields,
 )
-from aigiqa_reward.utils.io import MAX_BYTES, read_arrays, read_json
+from aigiqa_reward.utils.io import MAX_BYTES, csv_text, read_arrays, read_json
 from aigiqa_reward.utils.run_folder import RunFolder, reward_identity
 
 if TYPE_CHECKING:
@@ -262,13 +260,11 @@ def _against_pairs(reward: Reward, pairs: PreferencePairs, title: str, folder: P
             ties = sum(better == worse for better, worse in values)
             share = (sum(better > worse for better, worse in values) + ties / 2) / len(values)
             table.append([aspect, share, ties, len(values)])
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([header, *table])
     shown = [[aspect, f"{share:.4f}", str(ties), f"{count:,}"] for aspect, share, ties, count in table]
     about = "Share of the pairs in which people's choice scores higher; a tie counts half."
     text = "\n".join([f"### {title}", "", about, "", *markdown_table(header, shown)]) + "\n"
     emit(text, saved=True)
-    write(folder / "table.csv", file.getvalue().encode())
+    write(folder / "table.csv", csv_text([header, *table]).encode())
     write(folder / "table.md", encoded(text))
     return rows
 

@@ -102,7 +102,9 @@ def finetune(
     check_model(pipeline.model)
     if first_process():
         check_writable(run.output_dir)
-    watched = [] if run.validation_prompts is None else read_prompts(run.validation_prompts, "validation_prompts")
+    watched = []
+    if run.validation_prompts is not None:
+        watched = read_prompts(run.validation_prompts, "validation_prompts", prompt.prompt_column)
     if run.holdout_reward != ("auto",) and not watched:
         raise CommandError("judges images of --validation-prompts, which is missing", argument="holdout_reward")
     texts = _prompts(prompt, pairs)
@@ -136,10 +138,10 @@ def finetune(
 
 def _prompts(prompt: PromptOptions, pairs: PairsOptions) -> list[str]:
     """The prompts to train on; none with pairs, which have their own."""
-    given = bool(prompt.prompt) or prompt.prompts is not None
+    given = bool(prompt.prompt) or prompt.prompts is not None or prompt.prompt_column is not None
     if pairs.pairs is not None and given:
         raise CommandError("have their own prompts; leave out --prompt and --prompts", argument="pairs")
-    return [] if pairs.pairs is not None else gather_prompts(prompt.prompt, prompt.prompts)
+    return [] if pairs.pairs is not None else gather_prompts(prompt.prompt, prompt.prompts, prompt.prompt_column)
 
 
 def _run(

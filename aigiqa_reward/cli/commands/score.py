@@ -193,7 +193,7 @@ def score_images(
     paths: Sequence[str], images: ImageOptions, reward: RewardOptions, compute: ComputeOptions, output: OutputOptions
 ) -> ScoringRun:
     """Score image files as the options say; what is scored is kept beside the file of the result."""
-    sources = attach_prompts(paths, images.prompt, images.prompts)
+    sources = attach_prompts(paths, images.prompt, images.prompts, images.prompt_column)
     rewards = load_rewards(reward, compute.device, compute.dtype)
     settings = None
     if output.file is not None:
