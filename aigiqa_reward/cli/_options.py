@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import os
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -197,7 +198,9 @@ def _parser(hint: Any) -> Callable[[Any], Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(value)
+        return tuple(map(_plain, value))
+    if isinstance(value, Path):  # shells leave ~ alone after =, and YAML has no shell
+        return Path(os.path.expanduser(value))  # noqa: PTH111  (Path's own raises for an unknown ~name)
     return value.value if isinstance(value, Enum) else value
 
 
@@ -283,7 +286,7 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
     params = {spelled[2:].replace("-", "_"): each for each in context.command.params for spelled in _spellings(each)}
     del params["config"]
     found: dict[str, Any] = {}
-    for name, value in read_yaml(file).items():
+    for name, value in read_yaml(_plain(file)).items():
         each = params.get(name.replace("-", "_"))
         if each is None or each.name is None:
             meant = difflib.get_close_matches(name.replace("-", "_"), params, n=1)
@@ -352,7 +355,7 @@ class RewardOptions(OneRewardOptions):
     """Rewards with the settings that some of them take."""
 
     encoder: str | None = option(None, "open_clip architecture for zero-shot tsp_mgs: ViT-B-32, local-dir:FOLDER, ...")
-    encoder_weights: str | None = option(None, "Weights of --encoder: a tag such as openai, or a .safetensors file.")
+    encoder_weights: Path | None = option(None, "Weights of --encoder: a tag such as openai, or a .safetensors file.")
     zero_shot: bool = option(False, "Use tsp_mgs without trained parts, on --encoder or the embedded towers.")
     scenario: str | None = option(None, "Scenario of cpa_iqa, as 'aigiqa-reward scenarios' lists them.")
     preferences: Path | None = option(None, "JSON file of scenarios for cpa_iqa with the weights of its components.")

@@ -135,7 +135,8 @@ def _load_reward(name: str, options: RewardOptions, *, alone: bool) -> Reward:
     kind = name if reward is None else reward.name
     further: dict[str, Any] = {}
     if alone or (kind == "tsp_mgs" and not saved):
-        tower = options.encoder and OpenCLIPConfig(architecture=options.encoder, pretrained=options.encoder_weights)
+        weights = options.encoder_weights and str(options.encoder_weights)
+        tower = options.encoder and OpenCLIPConfig(architecture=options.encoder, pretrained=weights)
         further |= chosen(encoder=tower, zero_shot=options.zero_shot)
     if alone or kind == "cpa_iqa":
         further |= chosen(scenario=options.scenario, preferences=options.preferences)

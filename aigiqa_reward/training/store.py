@@ -259,10 +259,11 @@ class _ArrayWriter:
             path = self.home / f"{name}.npy"
             fresh = open_memmap(path.with_suffix(".part"), "w+", stored[name].dtype, shapes[name])
             if name in self.arrays:
-                fresh[:, : self.arrays[name].shape[1]] = self.arrays[name]
-                fresh.flush()
+                width = self.arrays[name].shape[1]
+                fresh[:, :width] = self.arrays.pop(name)
+            del fresh  # Windows replaces no file that is open
             path.with_suffix(".part").replace(path)
-            self.arrays[name] = fresh
+            self.arrays[name] = open_memmap(path, "r+")
 
     def flush(self) -> None:
         for array in self.arrays.values():

@@ -14,7 +14,7 @@ from aigiqa_reward.cli._console import CommandError, Row, emit, encoded, printab
 from aigiqa_reward.cli._io import Source, check_writable, write
 from aigiqa_reward.cli._options import Fields, command, option, options
 from aigiqa_reward.cli._pipelines import library, usable_device
-from aigiqa_reward.cli.commands.score import score_sources
+from aigiqa_reward.cli.commands.score import KeptRows, score_sources
 from aigiqa_reward.cli.commands.train import (
     DataOptions,
     MachineOptions,
@@ -29,7 +29,7 @@ from aigiqa_reward.cli.commands.train import (
     recipe_fields,
 )
 from aigiqa_reward.utils.io import MAX_BYTES, csv_text, read_arrays, read_json
-from aigiqa_reward.utils.run_folder import RunFolder
+from aigiqa_reward.utils.run_folder import RunFolder, reward_identity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,8 +154,7 @@ def _run(
         with library(folder="output_dir", name="model", towers="tower"):
             return run_protocol(plan, table, settings, folder, title=title, accelerator=accelerator, progress=show)
     except KeyboardInterrupt as error:
-        say("error", "interrupted; the same command resumes from the last finished seed")
-        raise typer.Exit(130) from error
+        raise CommandError("interrupted; the same command resumes from the last finished seed", status=130) from error
 
 
 # --------------------------------------------------------------------------------------------- given weights
@@ -172,19 +171,21 @@ def evaluate_weights(data: DataOptions, weights: str, folder: Path, device: str 
     described = {"model": data.model, "weights": weights, "data": digest(table), "same_generator": same_generator}
     reward = _load(data.model, None if embedded else weights, device)
     _begin(folder, "table.csv", described)
+    kept = KeptRows(folder / "table.csv", [described, reward_identity(reward)])
     seen = embedded and data.data.startswith("agiqa3k:")
     if seen:
         say("warning", "the embedded weights were trained on AGIQA-3K: this is no test of them")
     title = title_of(data.model, data.data, "embedded weights" if embedded else f"weights of {weights}")
     if isinstance(table, ScoredImages):
-        rows = _scores(reward, [str(path) for path in table.paths], table.prompts)
+        rows = _scores(reward, [str(path) for path in table.paths], table.prompts, kept)
         protocol = f"all images, by the given weights{', which were trained on some of them' if seen else ''}"
         predicted = {aspect: _column(rows, aspect) for aspect in _ASPECTS}
         report = _agreement(predicted, table, title, protocol, same_generator)
         every = np.arange(len(table))
         write_report(report, table, every, predicted, folder, _benchmark(data.data), part="all images")
     else:
-        rows = _against_pairs(reward, table, title, folder)
+        rows = _against_pairs(reward, table, title, folder, kept)
+    kept.remove()
     if any(row.error is not None for row in rows):
         raise typer.Exit(1)
 
@@ -197,15 +198,12 @@ def _load(name: str, weights: str | None, device: str | None) -> Reward:
         return create_reward(name, weights=weights, device=usable_device(device))
 
 
-def _scores(reward: Reward, paths: Sequence[str], prompts: Sequence[str]) -> list[Row]:
+def _scores(reward: Reward, paths: Sequence[str], prompts: Sequence[str], kept: KeptRows) -> list[Row]:
     """A row for each image; those that cannot be read are reported on stderr."""
     sources = [Source(path=path, prompt=prompt) for path, prompt in zip(paths, prompts, strict=True)]
-    result = score_sources({reward.name: (reward, 1.0)}, sources, _BATCH)
-    if isinstance(result.failure, KeyboardInterrupt):
-        say("error", "interrupted: nothing is written")
-        raise typer.Exit(130) from result.failure
+    result = score_sources({reward.name: (reward, 1.0)}, sources, _BATCH, kept)
     if result.failure is not None:
-        raise result.failure
+        result.conclude(len(sources))
     if all(row.error is not None for row in result.rows):
         raise CommandError(f"none of the {len(sources)} images could be scored", argument="data", status=1)
     return result.rows
@@ -239,7 +237,7 @@ def _agreement(
     return ProtocolReport(title=title, protocol=protocol, scores=tuple(scores))
 
 
-def _against_pairs(reward: Reward, pairs: PreferencePairs, title: str, folder: Path) -> list[Row]:
+def _against_pairs(reward: Reward, pairs: PreferencePairs, title: str, folder: Path, finished: KeptRows) -> list[Row]:
     """Write and print the share of the pairs in which the preferred image scores higher."""
     sides = [
         (str(path), prompt)
@@ -247,7 +245,7 @@ def _against_pairs(reward: Reward, pairs: PreferencePairs, title: str, folder: P
         for path, prompt in zip(images, pairs.prompts, strict=True)
     ]
     distinct = list(dict.fromkeys(sides))
-    rows = _scores(reward, [path for path, _ in distinct], [prompt for _, prompt in distinct])
+    rows = _scores(reward, [path for path, _ in distinct], [prompt for _, prompt in distinct], finished)
     found = dict(zip(distinct, rows, strict=True))
     from aigiqa_reward.evaluation.tables import markdown_table
 
@@ -265,9 +263,9 @@ def _against_pairs(reward: Reward, pairs: PreferencePairs, title: str, folder: P
     shown = [[aspect, f"{share:.4f}", str(ties), f"{count:,}"] for aspect, share, ties, count in table]
     about = "Share of the pairs in which people's choice scores higher; a tie counts half."
     text = "\n".join([f"### {title}", "", about, "", *markdown_table(header, shown)]) + "\n"
+    emit(text, saved=True)
     write(folder / "table.csv", csv_text([header, *table]).encode())
     write(folder / "table.md", encoded(text))
-    emit(text)
     return rows
 
 
@@ -310,13 +308,13 @@ def write_report(
     if any(result.benchmark == benchmark for result in PUBLISHED):
         parts.append(published_markdown(str(benchmark)))
     text = "\n".join(parts)
+    emit(text, saved=True)
     write(folder / "table.csv", report.csv().encode())
     write(folder / "table.md", encoded(text))
     for aspect in _ASPECTS:
         if aspect in predicted:
             _scatter(aspect, report.title, table, rows, predicted[aspect], folder, part)
     protocol_plot(report, folder / "srcc.png")
-    emit(text)
     say("note", f"in {folder}: table.md, table.csv and the plots")
 
 

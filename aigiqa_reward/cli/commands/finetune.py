@@ -69,7 +69,7 @@ class RunOptions:
     output_dir: Path = option(
         Path("finetuned"), "Folder for pytorch_lora_weights.safetensors, checkpoints, history.jsonl and plots."
     )
-    resume_from_checkpoint: str | None = option(None, "Checkpoint to resume from: latest, a name or a path.")
+    resume_from_checkpoint: Path | None = option(None, "Checkpoint to resume from: latest, a name or a path.")
     report_to: str | None = option(None, "Tracker to log to: tensorboard, wandb or another of Accelerate's.")
     validation_prompts: Path | None = option(
         None, "File of validation prompts that are not trained on; without them the last weights are kept."
@@ -158,12 +158,10 @@ def _run(
     except (finetuning.FinetuningError, BestOfEachError) as error:
         raise CommandError(str(error), status=1) from error
     except KeyboardInterrupt as error:
-        if first_process():
-            there = checkpoints_in(folder)
-            begun = f"; the same command resumes with {folder / 'pairs'}" if (folder / "pairs").is_dir() else ""
-            rest = f"; --resume-from-checkpoint latest resumes from {there[-1]}" if there else " before any checkpoint"
-            say("error", f"interrupted{rest}{'' if there else begun}")
-        raise typer.Exit(130) from error
+        there = checkpoints_in(folder)
+        begun = f"; the same command resumes with {folder / 'pairs'}" if (folder / "pairs").is_dir() else ""
+        rest = f"; --resume-from-checkpoint latest resumes from {there[-1]}" if there else " before any checkpoint"
+        raise CommandError(f"interrupted{rest}{'' if there else begun}", status=130) from error
 
 
 def _report(result: FinetuneResult, folder: Path) -> None:
@@ -182,7 +180,7 @@ def _report(result: FinetuneResult, folder: Path) -> None:
     if validations and not result.kept_step:
         which = "those before the first step, as no later validation was better: a LoRA that changes nothing"
     say("note", f"kept: {which}; pipe.load_lora_weights({str(folder)!r})")
-    emit(f"{folder}\n")
+    emit(f"{folder}\n", saved=True)
 
 
 def _build(name: str) -> Callable[..., None]:
