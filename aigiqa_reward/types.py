@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from aigiqa_reward.utils.checks import lone_surrogate
+
 Images: TypeAlias = Float[Tensor, "batch 3 height width"]
 """Images inside the library: RGB, nominally in [0, 1]."""
 
@@ -21,7 +23,7 @@ Context: TypeAlias = Mapping[str, Tensor]
 
 
 class PromptError(ValueError):
-    r"""A prompt in which a text encoder finds no word, such as one of zero-width spaces only.
+    r"""A prompt that a text encoder cannot read: with half of a character, or without a word in it.
 
     Example:
         >>> from aigiqa_reward import create_reward
@@ -38,6 +40,8 @@ class PromptError(ValueError):
         self.prompt, self.argument = prompt, argument
 
     def __str__(self) -> str:
+        if place := lone_surrogate(self.prompt):
+            return f"{self.argument}: {self.prompt!r} has {place}; cut and decode texts by whole characters"
         return f"{self.argument}: {self.prompt!r} holds no readable word; pass one with words, or None to score without"
 
 

@@ -17,13 +17,13 @@ def read_tokens(
     tokenizer: Tokenizer, texts: Sequence[str], window: int, *, tower: str, argument: str, padding: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return ids (P, L) of texts, cut to `window` tokens with a warning, and a mask (P, L) that is False at padding."""
-    rows = []
+    unknown, rows = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or ""), []
     for text in texts:
-        warn_if_not_latin(text, tower=tower)
         encoding = tokenizer.encode(text)
         if len(encoding.ids) <= 2:  # start and end
             raise PromptError(text, argument)
         ids = encoding.ids
+        warn_if_not_understood(text, tower=tower, known=any(number != unknown for number in ids[1:-1]))
         if len(ids) > window:
             warn_dropped(text, text[encoding.offsets[window - 1][0] :].strip(), window, tower=tower)
             ids = ids[: window - 1] + ids[-1:]
@@ -43,13 +43,14 @@ def warn_dropped(text: str, dropped: str, limit: int, *, tower: str) -> None:
     )
 
 
-def warn_if_not_latin(text: str, *, tower: str) -> None:
-    """Warn that a prompt is mostly in a script that an English-trained tower does not understand."""
+def warn_if_not_understood(text: str, *, tower: str, known: bool = True) -> None:
+    """Warn that a prompt is mostly in a script that an English-trained tower cannot read, or has no word `known`."""
     letters = [character for character in text if character.isalpha()]
     foreign = sum("LATIN" not in unicodedata.name(letter, "") for letter in letters)
-    if foreign * 2 > len(letters):
+    if foreign * 2 > len(letters) or not known:
+        what = "is mostly not in Latin script" if foreign * 2 > len(letters) else "has no word that is known"
         warnings.warn(
-            f"prompt {text[:40]!r} is mostly not in Latin script; {tower} was trained on English text, "
+            f"prompt {text[:40]!r} {what}; {tower} was trained on English text, "
             "so its correspondence score means little: pass an English reward prompt",
             stacklevel=2,
         )

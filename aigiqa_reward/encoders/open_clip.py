@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.encoders._text import warn_dropped, warn_if_not_latin
+from aigiqa_reward.encoders._text import warn_dropped, warn_if_not_understood
 from aigiqa_reward.types import Images, PromptError
 from aigiqa_reward.utils.io import read_json
 
@@ -173,7 +173,7 @@ class OpenCLIPEncoder(nn.Module):
 
     def _warn(self, text: str) -> None:
         name = self.config.architecture.rsplit("/", maxsplit=1)[-1]
-        warn_if_not_latin(text, tower=name)
+        warn_if_not_understood(text, tower=name)
         words = text.split()
         ends = list(accumulate(len(self.tokenizer.encode(word)) for word in words))
         if not ends or ends[-1] == 0:

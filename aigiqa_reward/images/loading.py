@@ -231,7 +231,7 @@ def _from_pil(image: Image, *, name: str) -> Tensor:
 
     _check_size(image, name)  # before any pixel is decoded
     several = getattr(image, "is_animated", False)  # n_frames would read every frame
-    if several and image.format not in ("MPO", "PSD"):  # a photograph with its preview; a picture with its layers
+    if several and image.format != "MPO":  # a photograph of a phone, with its preview
         warnings.warn(f"{name}: animated image; only its first frame is used", stacklevel=4)
         image.seek(0)
     image = ImageOps.exif_transpose(image)

@@ -18,6 +18,7 @@ from aigiqa_reward.models.cpa_iqa import Preferences
 from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embedded_weights, load_embedded
 from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.rewards.specs import SPECS
+from aigiqa_reward.utils.isolation import building
 from aigiqa_reward.utils.weights import load_strictly
 
 __all__ = ["create_reward", "get_reward_spec", "list_rewards"]
@@ -101,7 +102,7 @@ def create_reward(
     elif revision is not None:
         raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
     else:
-        with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
+        with building():  # which draws initial weights that loading replaces
             zero_shot = encoder is not None or zero_shot or (preset is not None and name == "tsp_mgs")
             untrained = _zero_shot(name, preset, encoder, assistants) if zero_shot else None
             model = untrained or _embedded(name, preset, assistants, settings)

@@ -1,0 +1,194 @@
+"""What the caller has set for its process neither changes scores nor is changed: autocast, defaults, random state."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aigiqa_reward import CompositeReward, Reward, Scorer, create_reward, list_rewards, load_embedded_pipeline, rerank
+from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
+from aigiqa_reward.images import load
+from aigiqa_reward.report import heat_maps
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.build import build_model
+from aigiqa_reward.sampling import NoiseOptimizer, RewardGuidance
+from aigiqa_reward.toy.judge import load_judge
+from aigiqa_reward.utils.isolation import building, without_autocast
+
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a red apple on a blue background", "a penguin on a red background"]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+        assert torch.get_default_device().type == device
+    finally:
+        torch.set_default_device(None)
+
+
+STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "double": lambda: default_dtype(torch.float64),
+    "half": lambda: default_dtype(torch.bfloat16),
+    "device": lambda: default_device("meta"),  # a tensor that lands there by default has lost its values
+    "device block": lambda: torch.device("meta"),
+}
+
+
+def linear(images: Tensor, prompts: list[str] | None) -> Tensor:
+    weights = torch.arange(3.0 * 64 * 64, device="cpu", dtype=torch.float32) / 5000
+    return (images.flatten(1) @ weights[:, None])[:, 0] / 5000  # a product, which autocast rounds
+
+
+def composite() -> CompositeReward:
+    members = {"linear": linear, "compact": create_reward("compact")}
+    return CompositeReward.with_reference(members, IMAGES, PROMPTS)
+
+
+def on_clip(clip: str) -> Reward:
+    return create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip))
+
+
+def outcomes(reward: Any) -> dict[str, Tensor]:
+    given = IMAGES.clone().requires_grad_()
+    plain = reward is linear
+    total = reward.as_reward_fn()(given, PROMPTS)[0] if isinstance(reward, Reward | CompositeReward) else None
+    scored = Scorer(reward).score(IMAGES, PROMPTS)
+    found = {"scored": scored.total, "heat": heat_maps(reward, IMAGES[:1], PROMPTS[:1]).maps}
+    found |= {} if plain else {"called": reward(IMAGES, PROMPTS).total.detach()}
+    if total is not None:
+        with without_autocast():  # as trainers call backward
+            found |= {"as function": total.detach(), "gradient": torch.autograd.grad(total.sum(), given)[0]}
+    return found
+
+
+@pytest.mark.parametrize("name", [*list_rewards(), "clip", "composite", "function", "judge"])
+def test_neither_scores_nor_gradients_depend_on_what_surrounds_a_call(name: str, clip: str) -> None:
+    makers = {"composite": composite, "function": lambda: linear, "judge": load_judge, "clip": lambda: on_clip(clip)}
+    make: Callable[[], Any] = makers.get(name, lambda: create_reward(name))
+    reward = make()
+    wanted = outcomes(reward)
+    for state, around in STATES.items():
+        if name == "function" and state != "autocast":
+            continue  # its defaults are its own
+        with around():
+            found = outcomes(reward)
+        for kind, tensor in wanted.items():
+            assert found[kind].dtype == tensor.dtype, (state, kind)
+            assert torch.equal(found[kind], tensor), (state, kind)
+    with STATES["autocast"](), STATES["half"](), nullcontext() if name == "composite" else STATES["device"]():
+        built = make()
+    assert torch.equal(Scorer(built).score(IMAGES, PROMPTS).total, wanted["scored"])
+
+
+def test_a_saved_reward_is_loaded_as_it_was_and_a_fresh_head_drawn_alike(tmp_path: Path) -> None:
+    reward = create_reward("mst_clipiqa")
+    reward.save_pretrained(tmp_path)
+    heads = []
+    for around in (nullcontext, STATES["half"], STATES["device"]):
+        with around():
+            loaded = Reward.from_pretrained(tmp_path)
+            torch.manual_seed(0)
+            heads.append(build_model("mst_clipiqa").head.state_dict())
+        assert {t.dtype for t in loaded.state_dict().values()} == {t.dtype for t in reward.state_dict().values()}
+        assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in reward.state_dict().items())
+    assert all(torch.equal(head[key], tensor) for head in heads for key, tensor in heads[0].items())
+
+
+def test_the_process_is_as_it_was(tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 40).save(tmp_path / "noise.png")
+
+    def process() -> list[Any]:
+        numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+        filters = [(action, kind) for action, _, kind, _, _ in warnings.filters]
+        settings = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+        return [numbers, filters, settings, dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules]
+
+    create_reward("compact"), load_embedded_pipeline()  # the libraries add filters where they are imported
+    before = process()
+    reward = create_reward("compact")
+    load_embedded_pipeline(), load_judge(), build_model("tsp_mgs"), reward.save_pretrained(tmp_path / "saved")
+    Reward.from_pretrained(tmp_path / "saved")
+    load(tmp_path / "noise.png"), rerank([tmp_path / "noise.png"], PROMPTS[0], reward)
+    heat_maps(reward, IMAGES, PROMPTS)
+    assert process() == before
+
+
+def test_threads_that_build_leave_the_default_dtype() -> None:
+    found: list[torch.dtype] = []
+
+    def build() -> None:
+        for _ in range(200):
+            with building():
+                found.append(torch.zeros(1).dtype)
+
+    with default_dtype(torch.float64):
+        threads = [threading.Thread(target=build) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(found) == {torch.float32}
+    assert len(found) == 800
+
+
+def test_gradients_are_switched_on_where_they_are_the_purpose_alone() -> None:
+    pipe, few = load_embedded_pipeline(), {"num_inference_steps": 1, "guidance_scale": 1.0}
+    with torch.inference_mode():
+        reward = create_reward("compact")
+        bound = BoundReward(reward)
+        bound.score(IMAGES, PROMPTS)
+    given = IMAGES.clone().requires_grad_()
+    assert torch.autograd.grad(bound(given, PROMPTS).total.sum(), given)[0].abs().sum() > 0, "prompts kept since"
+    wanted = heat_maps(reward, IMAGES, PROMPTS).maps
+
+    def guided() -> list[float]:
+        with RewardGuidance(pipe, reward, PROMPTS[0]) as guidance:
+            pipe(PROMPTS[0], callback_on_step_end=guidance, generator=torch.Generator().manual_seed(0), **few)
+        return guidance.history[0].gradient_norm
+
+    optimize = NoiseOptimizer(pipe, reward, iterations=1, progress=False)
+    with ExitStack() as stack:
+        stack.callback(torch.set_grad_enabled, True)
+        torch.set_grad_enabled(False)
+        assert torch.equal(heat_maps(reward, IMAGES, PROMPTS).maps, wanted)
+        assert guided()[0] > 0
+        assert len(optimize(PROMPTS[0], num_inference_steps=1).history) == 2
+        bound.check_differentiable("this", "a fox")
+        assert not reward(given, PROMPTS).total.requires_grad
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        needing = {
+            "RewardGuidance": guided,
+            "NoiseOptimizer": lambda: optimize(PROMPTS[0], num_inference_steps=1),
+            "DRaFT": lambda: bound.check_differentiable("DRaFT", "a fox"),
+        }
+        for name, call in needing.items():
+            with pytest.raises(ValueError, match=rf"^{name}: torch\.inference_mode\(\) forbids gradients; call it out"):
+                call()
