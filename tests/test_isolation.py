@@ -6,8 +6,8 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from aigiqa_reward.images import load
 from aigiqa_reward.report import heat_maps
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.build import build_model
+from aigiqa_reward.rewards.reward_fn import RewardFn
 from aigiqa_reward.sampling import NoiseOptimizer, RewardGuidance
 from aigiqa_reward.toy.judge import load_judge
 from aigiqa_reward.utils.isolation import building, without_autocast
@@ -52,13 +53,17 @@ def default_device(device: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "double": lambda: default_dtype(torch.float64),
-    "half": lambda: default_dtype(torch.bfloat16),
-    "device": lambda: default_device("meta"),  # a tensor that lands there by default has lost its values
-    "device block": lambda: torch.device("meta"),
-}
+@contextmanager
+def surrounded(state: str) -> Iterator[None]:
+    """Enter what other packages of a program may have left; a tensor on the meta device has lost its values."""
+    with ExitStack() as stack:
+        if state == "autocast":
+            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+            stack.enter_context(default_dtype(torch.bfloat16))
+        else:
+            stack.enter_context(default_device("meta") if state == "device" else torch.device("meta"))
+            stack.enter_context(default_dtype(torch.float64))
+        yield
 
 
 def linear(images: Tensor, prompts: list[str] | None) -> Tensor:
@@ -66,53 +71,59 @@ def linear(images: Tensor, prompts: list[str] | None) -> Tensor:
     return (images.flatten(1) @ weights[:, None])[:, 0] / 5000  # a product, which autocast rounds
 
 
-def composite() -> CompositeReward:
-    members = {"linear": linear, "compact": create_reward("compact")}
-    return CompositeReward.with_reference(members, IMAGES, PROMPTS)
-
-
-def on_clip(clip: str) -> Reward:
-    return create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip))
+def make(name: str, clip: str) -> Any:
+    if name == "composite":
+        members = {"linear": linear, "clip": make("clip", clip)}
+        return CompositeReward.with_reference(members, IMAGES, PROMPTS)
+    if name == "clip":
+        return create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip))
+    return {"function": lambda: linear, "judge": load_judge}.get(name, lambda: create_reward(name))()
 
 
 def outcomes(reward: Any) -> dict[str, Tensor]:
     given = IMAGES.clone().requires_grad_()
-    plain = reward is linear
-    total = reward.as_reward_fn()(given, PROMPTS)[0] if isinstance(reward, Reward | CompositeReward) else None
-    scored = Scorer(reward).score(IMAGES, PROMPTS)
-    found = {"scored": scored.total, "heat": heat_maps(reward, IMAGES[:1], PROMPTS[:1]).maps}
-    found |= {} if plain else {"called": reward(IMAGES, PROMPTS).total.detach()}
-    if total is not None:
-        with without_autocast():  # as trainers call backward
-            found |= {"as function": total.detach(), "gradient": torch.autograd.grad(total.sum(), given)[0]}
-    return found
+    found = {"scored": Scorer(reward).score(IMAGES, PROMPTS).total}
+    if not isinstance(reward, Reward | CompositeReward):
+        return found | {"as function": RewardFn(reward)(given, PROMPTS)[0].detach()}
+    total = reward(given, PROMPTS).total
+    with without_autocast():  # as trainers call backward
+        return found | {"called": total.detach(), "gradient": torch.autograd.grad(total.sum(), given)[0]}
 
 
-@pytest.mark.parametrize("name", [*list_rewards(), "clip", "composite", "function", "judge"])
+QUICK = ("compact", "clip", "composite", "function", "judge")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list_rewards() if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_neither_scores_nor_gradients_depend_on_what_surrounds_a_call(name: str, clip: str) -> None:
-    makers = {"composite": composite, "function": lambda: linear, "judge": load_judge, "clip": lambda: on_clip(clip)}
-    make: Callable[[], Any] = makers.get(name, lambda: create_reward(name))
-    reward = make()
+    reward = make(name, clip)
     wanted = outcomes(reward)
-    for state, around in STATES.items():
+    for state in ("autocast", "device", "device block"):
         if name == "function" and state != "autocast":
-            continue  # its defaults are its own
-        with around():
+            continue  # a function's default device is its own
+        with surrounded(state):
             found = outcomes(reward)
-        for kind, tensor in wanted.items():
-            assert found[kind].dtype == tensor.dtype, (state, kind)
-            assert torch.equal(found[kind], tensor), (state, kind)
-    with STATES["autocast"](), STATES["half"](), nullcontext() if name == "composite" else STATES["device"]():
-        built = make()
-    assert torch.equal(Scorer(built).score(IMAGES, PROMPTS).total, wanted["scored"])
+            built = make(name, clip) if state == "autocast" or name != "composite" else reward
+            again = Scorer(built).score(IMAGES, PROMPTS).total
+        for kind, tensor in {**wanted, "built there": wanted["scored"]}.items():
+            assert (got := {**found, "built there": again}[kind]).dtype == tensor.dtype, (state, kind)
+            assert torch.equal(got, tensor), (state, kind)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "distortion"])
+def test_heat_maps_are_drawn_alike_in_autocast(kind: Any) -> None:
+    reward = create_reward("cpa_iqa" if kind == "distortion" else "compact")
+    wanted = heat_maps(reward, IMAGES[:1], PROMPTS[:1], kind).maps
+    with surrounded("autocast"):
+        assert torch.equal(heat_maps(reward, IMAGES[:1], PROMPTS[:1], kind).maps, wanted)
 
 
 def test_a_saved_reward_is_loaded_as_it_was_and_a_fresh_head_drawn_alike(tmp_path: Path) -> None:
     reward = create_reward("mst_clipiqa")
     reward.save_pretrained(tmp_path)
     heads = []
-    for around in (nullcontext, STATES["half"], STATES["device"]):
-        with around():
+    for state in (None, "autocast", "device"):
+        with surrounded(state) if state else nullcontext():
             loaded = Reward.from_pretrained(tmp_path)
             torch.manual_seed(0)
             heads.append(build_model("mst_clipiqa").head.state_dict())

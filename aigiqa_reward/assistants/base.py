@@ -208,7 +208,10 @@ class PretrainedAssistant(Generic[Config]):
         try:
             with building():
                 return getattr(transformers, part).from_pretrained(
-                    str(config.folder or config.path_or_id), revision=config.revision, trust_remote_code=False, **options
+                    str(config.folder or config.path_or_id),
+                    revision=config.revision,
+                    trust_remote_code=False,
+                    **options,
                 )
         except torch.OutOfMemoryError:
             raise

@@ -17,13 +17,14 @@ def read_tokens(
     tokenizer: Tokenizer, texts: Sequence[str], window: int, *, tower: str, argument: str, padding: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return ids (P, L) of texts, cut to `window` tokens with a warning, and a mask (P, L) that is False at padding."""
-    unknown, rows = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or ""), []
+    unknown, rows = getattr(tokenizer.model, "unk_token", None), []
     for text in texts:
         encoding = tokenizer.encode(text)
         if len(encoding.ids) <= 2:  # start and end
             raise PromptError(text, argument)
         ids = encoding.ids
-        warn_if_not_understood(text, tower=tower, known=any(number != unknown for number in ids[1:-1]))
+        words = [token for token in encoding.tokens[1:-1] if token != unknown and any(map(str.isalnum, token))]
+        warn_if_not_understood(text, tower=tower, known=bool(words))
         if len(ids) > window:
             warn_dropped(text, text[encoding.offsets[window - 1][0] :].strip(), window, tower=tower)
             ids = ids[: window - 1] + ids[-1:]

@@ -117,9 +117,7 @@ def open_rgb(path: str | os.PathLike[str]) -> Image:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image]:
-    """Open a file without decoding it; every error inside becomes an ImageError that names the file."""
-    from PIL import Image as PILImage
-
+    """Open a file; every error inside becomes an ImageError that names the file."""
     name = os.fsdecode(path)
     file = Path(name)
     with _reading(name):
