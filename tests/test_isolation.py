@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,36 +34,20 @@ PROMPTS = ["a red apple on a blue background", "a penguin on a red background"]
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def surrounded(state: str) -> Iterator[None]:
+    """Set what other packages of a program may have left; a tensor on the meta device has lost its values."""
+    dtype = torch.bfloat16 if state == "autocast" else torch.float64
+    blocks = {"autocast": torch.autocast("cpu", dtype=torch.bfloat16), "device block": torch.device("meta")}
     torch.set_default_dtype(dtype)
+    torch.set_default_device("meta" if state == "device" else None)
     try:
-        yield
-        assert torch.get_default_dtype() == dtype
+        with blocks.get(state, nullcontext()):
+            yield
+            assert torch.get_default_dtype() == dtype
+            assert torch.get_default_device().type == ("cpu" if state == "autocast" else "meta")
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-        assert torch.get_default_device().type == device
-    finally:
         torch.set_default_device(None)
-
-
-@contextmanager
-def surrounded(state: str) -> Iterator[None]:
-    """Enter what other packages of a program may have left; a tensor on the meta device has lost its values."""
-    with ExitStack() as stack:
-        if state == "autocast":
-            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
-            stack.enter_context(default_dtype(torch.bfloat16))
-        else:
-            stack.enter_context(default_device("meta") if state == "device" else torch.device("meta"))
-            stack.enter_context(default_dtype(torch.float64))
-        yield
 
 
 def linear(images: Tensor, prompts: list[str] | None) -> Tensor:
@@ -152,21 +136,12 @@ def test_the_process_is_as_it_was(tmp_path: Path) -> None:
 
 
 def test_threads_that_build_leave_the_default_dtype() -> None:
-    found: list[torch.dtype] = []
+    def build(_: int) -> torch.dtype:
+        with building():
+            return torch.zeros(1, device="cpu").dtype
 
-    def build() -> None:
-        for _ in range(200):
-            with building():
-                found.append(torch.zeros(1).dtype)
-
-    with default_dtype(torch.float64):
-        threads = [threading.Thread(target=build) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert set(found) == {torch.float32}
-    assert len(found) == 800
+    with surrounded("device"), ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(build, range(400))) == {torch.float32}
 
 
 def test_gradients_are_switched_on_where_they_are_the_purpose_alone() -> None:

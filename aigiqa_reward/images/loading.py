@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -140,24 +140,18 @@ def _identified(stream: BinaryIO, name: str) -> Image:
         if image.format == "PNG":
             image.load()  # texts may follow the pixels
         return image
-    except ImageError:
-        raise
-    except ValueError:
+    except ValueError as error:
         stream.seek(0)
-        data = stream.read()
-        if not data.startswith(_PNG):
+        if isinstance(error, ImageError) or stream.read(8) != _PNG:
             raise
-        rest, profile = _without_texts(data)
+        rest, profile = _without_texts(stream.read(_LARGEST_PNG))
         image = _first_that_opens(io.BytesIO(rest), name)
         image.info["icc_profile"] = profile
         return image
 
 
 def _first_that_opens(stream: BinaryIO, name: str) -> Image:
-    """Open a file as `PIL.Image.open` does, but with our own limit of its size.
-
-    Pillow's limit is a variable of the process and a warning, which only the process's filters of warnings switch off.
-    """
+    """Open a file as `PIL.Image.open` does, whose limit of the size is a variable and a warning of the process."""
     from PIL import Image as PILImage
 
     prefix, tried = stream.read(16), set[str]()
@@ -166,9 +160,8 @@ def _first_that_opens(stream: BinaryIO, name: str) -> Image:
         for kind in [kind for kind in PILImage.ID if kind not in tried]:
             tried.add(kind)
             factory, accepts = PILImage.OPEN[kind]
-            accepted = accepts is None or accepts(prefix)
-            if not accepted or isinstance(accepted, str):  # a text says what Pillow was built without
-                continue
+            if isinstance(accepted := accepts is None or accepts(prefix), str) or not accepted:
+                continue  # a text says what Pillow was built without
             try:
                 stream.seek(0)
                 image = factory(stream, name)
@@ -180,21 +173,21 @@ def _first_that_opens(stream: BinaryIO, name: str) -> Image:
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_LONGEST_PROFILE = 2**24
+_LARGEST_PNG, _LARGEST_PROFILE = 2**30, 2**24
 
 
-def _without_texts(png: bytes) -> tuple[bytes, bytes | None]:
+def _without_texts(chunks: bytes) -> tuple[bytes, bytes | None]:
     """Return a PNG without its texts and color profile, and the profile."""
-    kept, place, profile = [_PNG], len(_PNG), None
-    while place < len(png):
-        end = place + 12 + int.from_bytes(png[place : place + 4])
-        kind, data = png[place + 4 : place + 8], png[place + 8 : end - 4]
-        if kind == b"iCCP":
-            packed = data[data.find(b"\0") + 2 :]
-            profile = zlib.decompressobj().decompress(packed, _LONGEST_PROFILE)
+    kept, start, profile = [_PNG], 0, None
+    while start < len(chunks):
+        end = start + 12 + int.from_bytes(chunks[start : start + 4])
+        kind = chunks[start + 4 : start + 8]
+        if kind == b"iCCP":  # a name, a zero, the method, the packed profile
+            packed = chunks[chunks.find(b"\0", start + 8) + 2 : end - 4]
+            profile = zlib.decompressobj().decompress(packed, _LARGEST_PROFILE)
         elif kind not in (b"tEXt", b"zTXt", b"iTXt"):
-            kept.append(png[place:end])
-        place = end
+            kept.append(chunks[start:end])
+        start = end
     return b"".join(kept), profile
 
 
@@ -264,7 +257,7 @@ def _in_srgb(image: Image, name: str) -> Image:
         return image
     own = {"CMYK": "CMYK", "1": "L", "L": "L", "LA": "L", "La": "L"}.get(image.mode, "RGB")
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+        profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
         colors = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(profile.profile.xcolor_space.strip())
         if colors is None or (colors != own and (own, colors) != ("L", "RGB")):
             return image

@@ -1,8 +1,4 @@
-"""Computing as in a fresh process, whatever the caller has set for his own: autocast, default device and dtype.
-
-All of it holds for the calling thread alone, except for `building`, which must set torch's default dtype and draw from
-its global generator; it restores both, and one thread builds at a time.
-"""
+"""Computing as in a fresh process, whatever the caller has set for his own: autocast, default device and dtype."""
 
 from __future__ import annotations
 
@@ -18,15 +14,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Compute in the dtypes of the tensors, also where the caller is within torch.autocast.
-
-    Example:
-        >>> import torch
-        >>> from aigiqa_reward.utils.isolation import without_autocast
-        >>> with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast():
-        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-        torch.float32
-    """
+    """Compute in the dtypes of the tensors, also where the caller is within torch.autocast."""
     with ExitStack() as stack:
         for kind in _AUTOCAST:
             if torch.is_autocast_enabled(kind):
@@ -44,18 +32,16 @@ def isolated() -> Iterator[None]:
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Build modules on the CPU in float32, with gradients allowed, and leave the global random state as it was."""
-    with (
-        _ONE_AT_A_TIME,
-        without_autocast(),
-        torch.device("cpu"),
-        torch.inference_mode(False),
-        torch.random.fork_rng(devices=[]),
-    ):
+    """Build modules on the CPU in float32, with gradients allowed, and leave the global random state as it was.
+
+    The default dtype and the random state belong to all threads, so that one thread builds at a time.
+    """
+    with _ONE_AT_A_TIME, without_autocast(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            yield
+            with torch.inference_mode(False):
+                yield
         finally:
             torch.set_default_dtype(before)
 
