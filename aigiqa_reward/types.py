@@ -10,8 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from aigiqa_reward.utils.checks import lone_surrogate
-
 Images: TypeAlias = Float[Tensor, "batch 3 height width"]
 """Images inside the library: RGB, nominally in [0, 1]."""
 
@@ -35,14 +33,17 @@ class PromptError(ValueError):
         left out: '\u200b'
     """
 
-    def __init__(self, prompt: str, argument: str = "prompts") -> None:
-        super().__init__(prompt, argument)
-        self.prompt, self.argument = prompt, argument
+    def __init__(
+        self,
+        prompt: str,
+        argument: str = "prompts",
+        fault: str = "holds no readable word; pass one with words, or None to score without",
+    ) -> None:
+        super().__init__(prompt, argument, fault)
+        self.prompt, self.argument, self.fault = prompt, argument, fault
 
     def __str__(self) -> str:
-        if place := lone_surrogate(self.prompt):
-            return f"{self.argument}: {self.prompt!r} has {place}; cut and decode texts by whole characters"
-        return f"{self.argument}: {self.prompt!r} holds no readable word; pass one with words, or None to score without"
+        return f"{self.argument}: {self.prompt!r} {self.fault}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,8 +107,8 @@ class QualityModel(nn.Module, ABC):
 def check_readable(prompts: Sequence[str]) -> None:
     """Refuse texts that cannot be encoded, which tokenizers refuse without saying which."""
     for prompt in prompts:
-        if lone_surrogate(prompt):
-            raise PromptError(prompt)
+        if fault := lone_surrogate(prompt):
+            raise PromptError(prompt, fault=fault)
 
 
 def distinct_prompts(prompts: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:

@@ -47,11 +47,12 @@ def check_reward(reward: Any) -> Any:
 
 
 def lone_surrogate(text: str) -> str | None:
-    """Return where a text has half of a character or an undecoded byte, which no tokenizer reads; None where not."""
+    """Return that a text has half of a character or an undecoded byte, which no tokenizer reads; None if not."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"half of a character or an undecoded byte at position {error.start}"
+        place = f"half of a character or an undecoded byte at position {error.start}"
+        return f"has {place}; cut and decode texts by whole characters"
     return None
 
 
@@ -61,8 +62,8 @@ def check_prompt(prompt: object, argument: str = "prompt") -> str | None:
         raise TypeError(f"{argument}: expected one prompt per call, got {len(prompt)}: loop over them")
     if prompt is not None and not isinstance(prompt, str):
         raise TypeError(f"{argument}: expected a text, got {type(prompt).__name__}; pass a str")
-    if prompt is not None and (place := lone_surrogate(prompt)):
-        raise ValueError(f"{argument}: {prompt!r} has {place}; cut and decode texts by whole characters")
+    if prompt is not None and (fault := lone_surrogate(prompt)):
+        raise ValueError(f"{argument}: {prompt!r} {fault}")
     return prompt
 
 
