@@ -106,7 +106,9 @@ class RewardOutput:
     Attributes:
         total: (B,) number to maximize.
         quality: (B,) perceptual quality. For a calibrated reward 1 is the benchmark's best human score; never clamped.
-        correspondence: (B,) correspondence to the prompt on the same scale; None without prompts.
+            None for a reward that does not judge it alone, such as CLIPScore and PickScore.
+        correspondence: (B,) correspondence to the prompt on the same scale; None without prompts, and for a reward that
+            does not judge it alone.
         details: tensors of the model by name (gates, scores of crops, maps, ...), first dimension B.
 
     Example:
@@ -122,7 +124,7 @@ class RewardOutput:
     """
 
     total: Tensor
-    quality: Tensor
+    quality: Tensor | None = None
     correspondence: Tensor | None = None
     details: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -149,7 +151,7 @@ class RewardOutput:
     def _map(self, function: Callable[[Tensor], Tensor]) -> RewardOutput:
         return RewardOutput(
             total=function(self.total),
-            quality=function(self.quality),
+            quality=None if self.quality is None else function(self.quality),
             correspondence=None if self.correspondence is None else function(self.correspondence),
             details={name: function(tensor) for name, tensor in self.details.items()},
         )
@@ -158,9 +160,14 @@ class RewardOutput:
     def cat(outputs: Sequence[RewardOutput]) -> RewardOutput:
         """Join the outputs of consecutive batches of one reward.
 
-        Details that are missing in one of them, or differ in size (maps of the images' own sizes), are left out.
+        Aspects and details that are missing in one of them, and details of different sizes (maps of the images' own
+        sizes), are left out.
         """
-        correspondence = [output.correspondence for output in outputs if output.correspondence is not None]
+        aspects = [[o.quality for o in outputs], [o.correspondence for o in outputs]]
+        quality, correspondence = (
+            None if any(part is None for part in parts) else torch.cat([part for part in parts if part is not None])
+            for parts in aspects
+        )
         details = {}
         for name in outputs[0].details:
             parts = [output.details[name] for output in outputs if name in output.details]
@@ -168,8 +175,8 @@ class RewardOutput:
                 details[name] = torch.cat(parts)
         return RewardOutput(
             total=torch.cat([output.total for output in outputs]),
-            quality=torch.cat([output.quality for output in outputs]),
-            correspondence=torch.cat(correspondence) if len(correspondence) == len(outputs) else None,
+            quality=quality,
+            correspondence=correspondence,
             details=details,
         )
 

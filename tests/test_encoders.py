@@ -49,3 +49,14 @@ def test_wrong_architectures_name_close_ones(tmp_path: Path) -> None:
         OpenCLIPConfig(architecture="ViT-B-32", pretrained="model.pt")
     with pytest.raises(ValueError, match="smooth"):
         TimmConfig(architecture=LITE0.architecture, smooth=-1.0)
+
+
+def test_openai_weights_get_their_activation() -> None:
+    """open_clip 3 loads weights that were trained with QuickGELU into GELU blocks, and only warns."""
+    for architecture, tag, activation in (("ViT-B-32", "openai", "QuickGELU"), ("ViT-B-32", "laion2b_e16", "GELU")):
+        with torch.device("meta"):
+            encoder = OpenCLIPEncoder(OpenCLIPConfig(architecture=architecture, pretrained=tag), load_weights=False)
+            again = OpenCLIPEncoder.from_description(encoder.describe())
+        for tower in (encoder, again):
+            kinds = {type(module).__name__ for module in tower.clip.modules()}
+            assert kinds & {"GELU", "QuickGELU"} == {activation}

@@ -75,7 +75,7 @@ def outcomes(reward: Any) -> dict[str, Tensor]:
 
 
 QUICK = ("compact", "clip", "composite", "function", "judge")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list_rewards() if name not in QUICK]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list_rewards(embedded=True) if name not in QUICK]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])

@@ -33,7 +33,10 @@ SLOW = ("mst_clipiqa", "sc_agiqa", "tsp_mgs", "cpa_iqa", "ma_agiqa")
 
 @pytest.fixture(
     scope="module",
-    params=[*(pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in list_rewards()), ZERO_SHOT],
+    params=[
+        *(pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in list_rewards(embedded=True)),
+        ZERO_SHOT,
+    ],
 )
 def make(request: pytest.FixtureRequest, tiny_clip: Path) -> Maker:
     if request.param != ZERO_SHOT:

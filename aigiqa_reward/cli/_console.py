@@ -132,8 +132,10 @@ def render(rows: Sequence[Row], form: Format, *, numbered: bool = False, termina
         writer.writeheader()
         writer.writerows(records)
         return text.getvalue()
-    scores = ["total", "quality"]
-    scores += [name for name in ("correspondence", *members) if any(row.get(name) is not None for row in records)]
+    scores = ["total"]
+    scores += [
+        name for name in ("quality", "correspondence", *members) if any(row.get(name) is not None for row in records)
+    ]
     failed = any(row.error is not None for row in rows)
     columns = [Column("#", justify="right")] if numbered else []
     columns += [Column("image", overflow="fold"), *(Column(name, no_wrap=True) for name in scores)]

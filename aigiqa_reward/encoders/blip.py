@@ -39,7 +39,8 @@ class BLIPConfig:
 
     Attributes:
         path_or_id: folder written by `BlipForImageTextRetrieval.save_pretrained` and its tokenizer's, or the Hub id
-            owner/name of one. ImageReward's own checkpoint must be converted to it once.
+            owner/name of one. ImageReward's own checkpoint must be converted to it once: a ViT-L/16 at 224 px whose
+            `vision_config.layer_norm_eps` is 1e-6 (the default is 1e-5), and a text encoder of 12 heads.
         revision: branch, tag or commit of a Hub id; None for a folder.
         window: most tokens of a text, start and end included; 35 in ImageReward and the code of SC-AGIQA.
     """
@@ -125,6 +126,13 @@ class BLIPEncoder(nn.Module):
             input_ids=text, attention_mask=mask.long(), encoder_hidden_states=seen.to(weight.dtype)
         ).last_hidden_state
         return states.to(torch.promote_types(seen.dtype, torch.float32))
+
+
+def blip_towers(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Build transformers' image tower and image-grounded text encoder from fields of their configurations."""
+    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+    return BlipVisionModel(BlipVisionConfig(**vision)), BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
 
 
 def _architecture(config: BLIPConfig) -> Any:

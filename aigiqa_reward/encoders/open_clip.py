@@ -7,7 +7,6 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.encoders._text import warn_dropped, warn_if_not_understood
-from aigiqa_reward.types import Images, PromptError
+from aigiqa_reward.encoders._text import clip_tokens
+from aigiqa_reward.types import Images
 from aigiqa_reward.utils.io import read_json
 
 _SCHEMAS = ("local-dir:", "hf-hub:")
@@ -62,11 +61,20 @@ class OpenCLIPEncoder(nn.Module):
 
         self.config = config
         schema, architecture = config.architecture.startswith(_SCHEMAS), _architecture(config)
+        tag: Any = open_clip.get_pretrained_cfg(config.architecture, config.pretrained or "")
+        if tag.get("quick_gelu"):  # OpenAI's activation, which open_clip only warns about
+            architecture["quick_gelu"] = True
+        elif tag and architecture.get("quick_gelu"):
+            raise ValueError(
+                f"architecture: {config.architecture!r} has QuickGELU and {config.pretrained!r} was trained with GELU; "
+                "choose an architecture without -quickgelu"
+            )
         try:
             model: Any = open_clip.create_model(
                 config.architecture,
-                pretrained=config.pretrained,
+                pretrained=config.pretrained if load_weights else None,
                 load_weights=load_weights,
+                force_quick_gelu=bool(architecture.get("quick_gelu")),
                 require_pretrained=load_weights and (schema or config.pretrained is not None),
                 device=torch.get_default_device(),  # else the CPU, also where modules are built on the meta device
             )
@@ -151,9 +159,8 @@ class OpenCLIPEncoder(nn.Module):
 
     def encode_words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embed words (P, L, d), the states after the final norm, projected, with a mask (P, L) of the words."""
-        for text in texts:
-            self._warn(text)
-        tokens = self._tokenize(texts)
+        tower = self.config.architecture.rsplit("/", maxsplit=1)[-1]
+        tokens = clip_tokens(self.tokenizer, texts, tower=tower).to(self.clip.logit_scale.device)
         states: list[Tensor] = []
         handle = self._text.ln_final.register_forward_hook(lambda _module, _inputs, output: states.append(output))
         try:
@@ -170,18 +177,6 @@ class OpenCLIPEncoder(nn.Module):
 
     def _tokenize(self, texts: Sequence[str]) -> Tensor:
         return self.tokenizer(list(texts)).to(self.clip.logit_scale.device)
-
-    def _warn(self, text: str) -> None:
-        name = self.config.architecture.rsplit("/", maxsplit=1)[-1]
-        warn_if_not_understood(text, tower=name)
-        words = text.split()
-        ends = list(accumulate(len(self.tokenizer.encode(word)) for word in words))
-        if not ends or ends[-1] == 0:
-            raise PromptError(text)
-        room = self.window - 2  # for the start and end tokens
-        if ends[-1] > room:
-            kept = sum(end <= room for end in ends)
-            warn_dropped(text, " ".join(words[kept:]), self.window, tower=name)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

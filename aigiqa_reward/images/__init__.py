@@ -17,6 +17,8 @@ Example:
     (torch.Size([2, 3, 48, 32]), torch.Size([2, 3, 48, 32]))
     >>> images.resize_to_area(batch, 32 * 32, least=16).shape
     torch.Size([2, 3, 39, 26])
+    >>> images.center_crop(batch, 32).shape
+    torch.Size([2, 3, 32, 32])
     >>> square = images.letterbox(batch, 96, fill=torch.zeros(3))
     >>> square.shape, images.unletterbox(square, (96, 64)).shape
     (torch.Size([2, 3, 96, 96]), torch.Size([2, 3, 96, 64]))
@@ -37,11 +39,12 @@ from aigiqa_reward.images.layout import (
 )
 from aigiqa_reward.images.loading import MAX_PIXELS, ImageSource, load, load_batch
 from aigiqa_reward.images.resize import (
-    even_crops, even_offsets, letterbox, normalize, random_crops, reduce_to, resize, resize_to_area, unletterbox,
+    center_crop, even_crops, even_offsets, letterbox, normalize, random_crops, reduce_to, resize, resize_to_area,
+    unletterbox,
 )
 
 __all__ = [
-    "HIGHEST", "LOWEST", "MAX_PIXELS", "MIN_SIDE", "ImageError", "ImageSource", "check", "even_crops",
+    "HIGHEST", "LOWEST", "MAX_PIXELS", "MIN_SIDE", "ImageError", "ImageSource", "center_crop", "check", "even_crops",
     "even_offsets", "finite_rows", "from_bhwc", "from_vae", "letterbox", "load", "load_batch", "normalize",
     "random_crops", "reduce_to", "resize", "resize_to_area", "to_bhwc", "to_pil", "to_vae", "unletterbox",
 ]

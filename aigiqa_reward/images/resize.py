@@ -43,6 +43,20 @@ def reduce_to(images: Images, short_side: int) -> Resized:
     return images if scale == 1 else resize(images, (round(height * scale), round(width * scale)))
 
 
+def center_crop(images: Images, side: int, *, nearest: bool = False) -> Float[Tensor, "batch 3 side side"]:
+    """Resize the short side to `side` px and cut out the center.
+
+    An odd margin puts half a pixel less before the crop, as transformers does; with `nearest` it is rounded half to
+    even, as torchvision does.
+    """
+    height, width = images.shape[2:]
+    short = min(height, width)
+    images = resize(images, (int(side * height / short), int(side * width / short)))
+    margins = images.shape[2] - side, images.shape[3] - side
+    top, left = (round(margin / 2) if nearest else margin // 2 for margin in margins)
+    return images[:, :, top : top + side, left : left + side]
+
+
 def letterbox(images: Images, side: int, *, fill: Float[Tensor, " 3"]) -> Float[Tensor, "batch 3 side side"]:
     """Center the whole image in a `side` x `side` square, aspect kept, the rest filled with the color `fill`."""
     height, width = images.shape[2:]

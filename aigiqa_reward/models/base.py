@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from aigiqa_reward.types import Context, Images, PromptError, PromptFeatures
+from aigiqa_reward.types import Context, Images, PromptError, PromptFeatures, RewardOutput
 from aigiqa_reward.utils.checks import lone_surrogate
 
 Seen: TypeAlias = Mapping[str, Tensor]
@@ -78,8 +78,10 @@ class QualityModel(nn.Module, ABC):
         """Encode P distinct texts into tensors (P, ...) on the model's device."""
 
     @abstractmethod
-    def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> ModelOutput:
-        """Score a checked batch of float32 or float64 images."""
+    def forward(
+        self, images: Images, prompts: PromptFeatures | None, context: Context | None = None
+    ) -> ModelOutput | RewardOutput:
+        """Score a checked batch of float32 or float64 images: raw, or already on the reward's scale."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -221,10 +223,19 @@ class ModelSpec:
     input_size: str  # preprocessing of an image, in pixels
     differentiable: bool  # whether pixel gradients exist
     gradient_path: str  # modules that carry them, and what is fixed
-    needs_prompt: bool  # whether quality depends on the prompt
+    needs_prompt: bool  # whether it needs prompts; else quality alone is scored without them
     weights: str  # that `create_reward(name)` loads
-    megabytes: float  # of embedded weights
+    megabytes: float  # of the weights, embedded or published
+    judges: Literal["quality and correspondence", "quality", "correspondence", "preference"] = (
+        "quality and correspondence"
+    )
+    accuracy: str = ""  # published, on human preferences
     sha256: Mapping[str, str] = field(default_factory=dict)  # of each embedded file
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the weights are included, so that nothing is downloaded."""
+        return bool(self.sha256)
 
 
 def check_context(context: object, names: tuple[str, ...], batch: int) -> None:

@@ -104,7 +104,7 @@ def _cards(
             "remark": next(remarks, ""),
             "winners": [_winner(output, i, found or {}) for i, found in zip_longest(range(len(output.seeds)), heat)],
             "curves": _curves(output),
-            "aspect": output.all_correspondence is not None,
+            "aspects": [name for name in ("quality", "correspondence") if getattr(output, f"all_{name}") is not None],
             "candidates": list(candidates(output)),
         }
 

@@ -120,7 +120,7 @@ class Candidate:
 
     seed: int
     total: float
-    quality: float
+    quality: float | None
     correspondence: float | None
     place: int | None
     outcome: str
@@ -129,9 +129,7 @@ class Candidate:
 def candidates(output: BestOfNOutput) -> Iterator[Candidate]:
     """Iterate over all candidates in candidate order; `place` is 0 for the winner, None for those that are not kept."""
     places = {seed: place for place, seed in enumerate(output.seeds)}
-    known = output.all_correspondence or [None] * len(output.all_seeds)
-    rows = zip(output.all_seeds, output.all_scores, output.all_quality, known, strict=True)
-    for seed, total, quality, correspondence in rows:
+    for seed, total, quality, correspondence in output.all_rows():
         outcome = output.dropped.get(seed, "")
         if seed not in output.dropped and math.isnan(total):
             last = output.previews.get(seed, ())[-1:]
@@ -188,9 +186,9 @@ def contact_sheet(output: BestOfNOutput, prompt: str, *, kept_only: bool = False
 
 def _card(output: BestOfNOutput, candidate: Candidate) -> Card:
     state = "dropped" if candidate.seed in output.dropped else "pruned"
-    rows = [("quality", number(candidate.quality)), ("seed", str(candidate.seed))]
-    if candidate.correspondence is not None:
-        rows.insert(1, ("correspondence", number(candidate.correspondence)))
+    aspects = {"quality": candidate.quality, "correspondence": candidate.correspondence}
+    rows = [(name, number(value)) for name, value in aspects.items() if value is not None]
+    rows.append(("seed", str(candidate.seed)))
     return Card(
         image=None if candidate.place is None else output.images[candidate.place],
         rows=rows,

@@ -20,6 +20,7 @@ from aigiqa_reward.models.cpa_iqa import CPAIQA, CPAIQAConfig
 from aigiqa_reward.models.mst_clipiqa import MSTCLIPIQA, MSTCLIPIQAConfig
 from aigiqa_reward.models.sc_agiqa import SCAGIQA, SCAGIQAConfig
 from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
+from aigiqa_reward.rewards.published import PUBLISHED
 from aigiqa_reward.rewards.specs import SPECS, TOWER_FILES
 from aigiqa_reward.utils.isolation import building
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
@@ -157,6 +158,8 @@ def empty_model(name: str, description: Mapping[str, Any], assistants: Assistant
     """Build a saved model from what its `describe` returned, with weights still to be loaded."""
     if name == "compact":
         return _empty_compact(description["config"])
+    if name in PUBLISHED:
+        return PUBLISHED[name].model.from_description(description)
     given = _usable_assistants(name, assistants)
     for role in description.get("assistants", ()):
         if getattr(given, role) is None:
@@ -236,7 +239,7 @@ def _other_towers(
     configs = {**(PUBLISHED_TOWERS[name] if preset == "paper" else {}), **given}
     if system.roles[0] not in configs:
         raise ValueError(f"towers: {name} needs {system.roles[0]!r}, got {sorted(configs)}; or pass preset='paper'")
-    return {role: _load_tower(config) for role, config in configs.items()}
+    return {role: load_tower(config) for role, config in configs.items()}
 
 
 def _make(name: str, settings: Settings, towers: Mapping[str, Tower], assistants: Assistants) -> QualityModel:
@@ -248,7 +251,9 @@ def _make(name: str, settings: Settings, towers: Mapping[str, Tower], assistants
         raise ValueError(f"settings: not ones of {name} ({error}); models/{name}.py lists its fields") from error
 
 
-def _load_tower(config: TowerConfig) -> Tower:
+@building()
+def load_tower(config: TowerConfig) -> Tower:
+    """Load a tower's published weights, or those of a local file."""
     if isinstance(config, BLIPConfig):
         return BLIPEncoder(config)
     if isinstance(config, TimmConfig):

@@ -23,7 +23,8 @@ class CompositeReward(nn.Module):
 
     The scale comes from a fixed sample of each member's totals, so that a score does not depend on its batch mates.
     `"zscore"` subtracts the sample's mean and divides by its std; `"rank"` gives the share of the sample that lies
-    below, linear between neighbors. `quality` and `correspondence` are weighted means of the members' own, unscaled.
+    below, linear between neighbors. `quality` and `correspondence` are weighted means, unscaled, over the members that
+    give them.
 
     Args:
         members: rewards or reward functions by name.
@@ -119,11 +120,12 @@ class CompositeReward(nn.Module):
             given = {**dict.fromkeys(self.members, prompts.prompts), **own}
         outputs = {name: _call(name, member, images, given[name]) for name, member in self.members.items()}
         scales = {name: getattr(module, self.combine) for name, module in self.reference.items()}
-        with_prompts = {n: o.correspondence for n, o in outputs.items() if o.correspondence is not None}
+        quality = {n: o.quality for n, o in outputs.items() if o.quality is not None}
+        correspondence = {n: o.correspondence for n, o in outputs.items() if o.correspondence is not None}
         return RewardOutput(
             total=self._mean({n: scales[n](_at_least_float32(o.total)) for n, o in outputs.items()}),
-            quality=self._mean({n: o.quality for n, o in outputs.items()}),
-            correspondence=self._mean(with_prompts) if with_prompts else None,
+            quality=self._mean(quality) if quality else None,
+            correspondence=self._mean(correspondence) if correspondence else None,
             details={name: output.total for name, output in outputs.items()},
         )
 

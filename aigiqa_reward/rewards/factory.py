@@ -14,25 +14,28 @@ import torch
 from aigiqa_reward.assistants import Assistants
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 from aigiqa_reward.models.base import ModelSpec, QualityModel
+from aigiqa_reward.models.clipscore import CLIPScore
 from aigiqa_reward.models.cpa_iqa import Preferences
-from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embedded_weights, load_embedded
-from aigiqa_reward.rewards.reward import Reward
+from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embedded_weights, load_embedded, load_tower
+from aigiqa_reward.rewards.published import PUBLISHED, load_published
+from aigiqa_reward.rewards.reward import Reward, is_saved_reward
 from aigiqa_reward.rewards.specs import SPECS
-from aigiqa_reward.utils.isolation import building
 from aigiqa_reward.utils.weights import load_strictly
 
 __all__ = ["create_reward", "get_reward_spec", "list_rewards"]
 
 
-def list_rewards() -> list[str]:
-    """List the names that `create_reward` knows.
+def list_rewards(*, embedded: bool = False) -> list[str]:
+    """List the names that `create_reward` knows; with `embedded`, those whose weights are included.
 
     Example:
         >>> from aigiqa_reward import list_rewards
-        >>> list_rewards()
+        >>> list_rewards(embedded=True)
         ['compact', 'mst_clipiqa', 'tsp_mgs', 'sc_agiqa', 'ma_agiqa', 'cpa_iqa']
+        >>> "pickscore" in list_rewards()
+        True
     """
-    return list(SPECS)
+    return [name for name, spec in SPECS.items() if spec.embedded or not embedded]
 
 
 def get_reward_spec(name: str) -> ModelSpec:
@@ -55,6 +58,7 @@ def create_reward(
     *,
     preset: str | None = None,
     encoder: OpenCLIPConfig | None = None,
+    prefix: str | None = None,
     zero_shot: bool = False,
     scenario: str | None = None,
     preferences: Preferences | str | os.PathLike[str] | None = None,
@@ -71,14 +75,15 @@ def create_reward(
     Args:
         name: one of `list_rewards()`.
         preset: None for the embedded weights; "paper" for published towers, zero-shot tsp_mgs only (train the others).
-        encoder: open_clip model for zero-shot tsp_mgs.
+        encoder: open_clip model for clipscore or zero-shot tsp_mgs.
+        prefix: text that clipscore puts before prompts; the paper's is "A photo depicts ".
         zero_shot: use tsp_mgs untrained, on `encoder` or else the compact towers.
         scenario: scenario of cpa_iqa; `aigiqa-reward scenarios` lists them.
         preferences: preference matrix of cpa_iqa, or its JSON file, in place of the uniform one.
         assistants: captioner, multimodal model, segmenter or attribute reader in place of the offline substitutes.
-        device: device to move it to; None leaves it on the CPU.
-        dtype: dtype of the towers: float32, float64, bfloat16 or float16. Heads stay at least float32.
-        weights: folder written by `reward.save_pretrained`, or its Hub id, in place of the embedded weights.
+        device: None leaves it on the CPU.
+        dtype: of the towers: float32, float64, bfloat16 or float16. Heads stay at least float32.
+        weights: folder written by `reward.save_pretrained`, or its Hub id; or the authors' file of a published reward.
         revision: branch, tag or commit of the Hub id.
         quality_weight: share of quality in `total`; None is 0.5, or the saved share.
         correspondence_weight: share of correspondence in `total`; None likewise.
@@ -89,27 +94,55 @@ def create_reward(
         0.7
     """
     spec, settings = get_reward_spec(name), _scenario_settings(name, scenario, preferences)
-    check_preset(preset)
-    if assistants is not None and not isinstance(assistants, Assistants):
-        raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
-    given = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
-    shares: dict[str, Any] = {argument: share for argument, share in given.items() if share is not None}
+    _check_choices(name, preset, prefix, assistants)
+    shares: dict[str, Any] = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
+    shares = {argument: share for argument, share in shares.items() if share is not None}
+    if name in PUBLISHED and not (weights is not None and is_saved_reward(weights)):
+        others = {"zero_shot": zero_shot or None, "preset": preset, "assistants": assistants, "revision": revision}
+        return _moved(_published(spec, weights, dtype, encoder, prefix, shares | others), device, dtype)
     if weights is not None:
-        if preset is not None or encoder is not None or zero_shot:
-            raise ValueError("weights: a saved reward has its own towers; pass neither preset nor encoder")
+        if zero_shot or any(choice is not None for choice in (preset, encoder, prefix)):
+            raise ValueError("weights: a saved reward has its own towers; pass neither preset, encoder nor prefix")
         shares |= {"assistants": assistants, "settings": settings}
         reward = Reward.from_pretrained(weights, name=name, revision=revision, **shares)
     elif revision is not None:
         raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
+    elif encoder is not None or zero_shot or (preset is not None and name == "tsp_mgs"):
+        reward = Reward(_zero_shot(name, preset, encoder, assistants), spec, **shares)
     else:
-        with building():  # which draws initial weights that loading replaces
-            zero_shot = encoder is not None or zero_shot or (preset is not None and name == "tsp_mgs")
-            untrained = _zero_shot(name, preset, encoder, assistants) if zero_shot else None
-            model = untrained or _embedded(name, preset, assistants, settings)
-        reward = Reward(model, spec, **shares)
-        if name in SYSTEMS and not zero_shot:
-            load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
+        reward = _embedded(spec, preset, assistants, settings, shares)
     return _moved(reward, device, dtype)
+
+
+def _check_choices(name: str, preset: str | None, prefix: str | None, assistants: Assistants | None) -> None:
+    check_preset(preset)
+    if prefix is not None and name != "clipscore":
+        raise ValueError(f"prefix: expected only for clipscore, got it for {name}; leave it out")
+    if assistants is not None and not isinstance(assistants, Assistants):
+        raise TypeError(f"assistants: expected Assistants(...) or None, got {type(assistants).__name__}")
+
+
+def _published(
+    spec: ModelSpec,
+    weights: str | Path | None,
+    dtype: torch.dtype | None,
+    encoder: OpenCLIPConfig | None,
+    prefix: str | None,
+    others: Mapping[str, Any],
+) -> Reward:
+    """Load a published reward; refuse arguments that it does not have."""
+    others = {**others, "encoder": None if spec.name == "clipscore" else encoder}
+    if given := [argument for argument, value in others.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)}: {spec.name} has no such choice; leave it out")
+    if encoder is None:
+        model = load_published(spec.name, weights, dtype)
+    elif weights is None:
+        model = CLIPScore(load_tower(encoder))
+    else:
+        raise ValueError("weights, encoder: both name a CLIP; pass one of them")
+    if isinstance(model, CLIPScore):
+        model.prefix = prefix or ""
+    return Reward(model, spec)
 
 
 def _moved(reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None) -> Reward:
@@ -125,7 +158,7 @@ def _moved(reward: Reward, device: torch.device | str | None, dtype: torch.dtype
 def _scenario_settings(
     name: str, scenario: str | None, preferences: Preferences | str | os.PathLike[str] | None
 ) -> dict[str, Any]:
-    """Return the fields of cpa_iqa's configuration that scenario and preferences set."""
+    """Return the fields of cpa_iqa's configuration that scenario and preferences set; refuse them for others."""
     settings: dict[str, Any] = {}
     if preferences is not None:
         matrix = Preferences(preferences) if isinstance(preferences, Mapping) else Preferences.load(preferences)
@@ -156,9 +189,14 @@ def _zero_shot(
 
 
 def _embedded(
-    name: str, preset: str | None, assistants: Assistants | None, settings: Mapping[str, Any]
-) -> QualityModel:
-    """Build a model with its embedded weights; warn or raise where these do not fit the arguments."""
+    spec: ModelSpec,
+    preset: str | None,
+    assistants: Assistants | None,
+    settings: Mapping[str, Any],
+    shares: Mapping[str, float],
+) -> Reward:
+    """Build a reward with its embedded weights; warn or raise where these do not fit the arguments."""
+    name = spec.name
     needs = SYSTEMS[name].needs if name in SYSTEMS else ()
     remedy = "train one with TrainingPlan(assistants=...)"
     if name == "compact" and preset is not None:
@@ -182,4 +220,7 @@ def _embedded(
             UserWarning,
             stacklevel=3,
         )
-    return load_embedded(name, assistants=assistants, settings=settings)
+    reward = Reward(load_embedded(name, assistants=assistants, settings=settings), spec, **shares)
+    if name in SYSTEMS:
+        load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
+    return reward

@@ -170,6 +170,8 @@ class Reward(nn.Module, ModelHubMixin):
         elif context is not None:
             check_context(context, self.model.context_names, len(images))
         raw = self.model(images.to(self.calibration.quality.dtype), self._features(images, prompts), context)
+        if isinstance(raw, RewardOutput):
+            return raw
         quality = self.calibration(raw.quality, "quality")
         details = dict(raw.details)
         if "uncertainty" in details:  # a std of quality, on the same scale
@@ -294,13 +296,24 @@ def check_features(features: PromptFeatures, model: str, count: int) -> None:
         )
 
 
+def is_saved_reward(source: str | Path) -> bool:
+    """Whether this is a folder written by `save_pretrained`, or may be its Hub id, and not the authors' files."""
+    path = Path(os.path.expanduser(source))  # noqa: PTH111
+    if not path.exists():
+        return not path.is_absolute() and len(path.parts) == 2 and not path.suffix
+    try:
+        return path.is_dir() and "library_version" in read_json(path / _CONFIG, most=_CONFIG_BYTES)
+    except (OSError, ValueError):
+        return False
+
+
 def _empty(
     folder: Path, name: str, saved: Any, assistants: Assistants | None, settings: Mapping[str, Any]
 ) -> QualityModel:
     """Build the model that config.json describes, if it is no larger than model.safetensors."""
     try:
         size = (folder / _WEIGHTS).stat().st_size
-        description = {**saved, "config": {**saved["config"], **settings}}
+        description = {**saved, "config": {**saved["config"], **settings}} if settings else saved
         with torch.device("meta"):  # takes no memory
             sketch = empty_model(name, description, assistants)
         numbers = sum(tensor.numel() for tensor in (*sketch.parameters(), *sketch.buffers()))

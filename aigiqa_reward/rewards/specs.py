@@ -30,6 +30,12 @@ def _system(name: str, *, sha256: str, scale: str = _SCALE, **facts: Any) -> Mod
     )
 
 
+def _published(name: str, *, needs_prompt: bool = True, **facts: Any) -> ModelSpec:
+    """A published reward, whose weights are fetched from the Hub."""
+    facts = {"judges": "preference", "weights": "fetched from the Hub, checked by hash", **facts}
+    return ModelSpec(name=name, differentiable=True, needs_prompt=needs_prompt, **facts)
+
+
 SPECS: dict[str, ModelSpec] = {
     "compact": ModelSpec(
         name="compact",
@@ -96,6 +102,105 @@ SPECS: dict[str, ModelSpec] = {
         gradient_path="pixels through the image tower, the tiers and the distortion maps; regions and attributes fixed",
         megabytes=29.1,
         sha256="aa85a91071d581f4c354e94da27cabf1d93f42a150f3d08c72a5e745d37cdc9b",
+    ),
+    "pickscore": _published(
+        "pickscore",
+        title="PickScore v1",
+        paper="Kirstain et al. 2023, Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation",
+        license="MIT (code); the weights' page names none",
+        scale="raw = exp(logit_scale) cos, about 15 to 26; total = raw / 26; compares images of one prompt",
+        input_size="center crop of 224 px",
+        gradient_path="pixels through the image tower; prompts fixed",
+        megabytes=3940.0,
+        accuracy="Pick-a-Pic test 70.5 %",
+    ),
+    "hpsv2.1": _published(
+        "hpsv2.1",
+        title="HPS v2.1",
+        paper="Wu et al. 2023, Human Preference Score v2",
+        license="Apache-2.0 (code and weights)",
+        scale="raw = total = cos, about .14 to .33; compares images of one prompt",
+        input_size="whole image letterboxed to 224 px on black",
+        gradient_path="pixels through the image tower; prompts fixed",
+        megabytes=1972.0,
+        accuracy="HPDv2 test 84.1 %",
+    ),
+    "hpsv2": _published(
+        "hpsv2",
+        title="HPS v2.0",
+        paper="Wu et al. 2023, Human Preference Score v2",
+        license="Apache-2.0 (code and weights)",
+        scale="raw = total = cos, around .27; compares images of one prompt",
+        input_size="whole image letterboxed to 224 px on black",
+        gradient_path="pixels through the image tower; prompts fixed",
+        megabytes=1972.0,
+        accuracy="HPDv2 test 83.3 %",
+    ),
+    "mps": _published(
+        "mps",
+        title="MPS (overall)",
+        paper="Zhang et al. 2024, Learning Multi-dimensional Human Preference for Text-to-Image Generation",
+        license="MIT (code); the weights' page names none",
+        scale="raw = exp(logit_scale) cos; total = raw / 26; compares images of one prompt",
+        input_size="center crop of 224 px",
+        gradient_path="pixels through the image tower and the cross-attention; prompts and their mask fixed",
+        megabytes=4420.0,
+        accuracy="HPDv2 test 83.5 %, ImageReward test 67.5 %",
+    ),
+    "imagereward": _published(
+        "imagereward",
+        title="ImageReward v1.0",
+        paper="Xu et al. 2023, ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation",
+        license="Apache-2.0 (code and weights)",
+        scale="raw standardized, mostly -2 to 2; total = (raw + 2) / 4",
+        input_size="center crop of 224 px",
+        gradient_path="pixels through the image tower and the text encoder's cross-attention; prompts fixed",
+        megabytes=1790.0,
+        accuracy="ImageReward test 65.1 %",
+    ),
+    "cyclereward": _published(
+        "cyclereward",
+        title="CycleReward (Combo)",
+        paper="Bahng et al. 2025, Cycle Consistency as Reward: Learning Image-Text Alignment without Human Preferences",
+        license="MIT (code); the weights' page names none",
+        scale="raw = total, without a scale of its own",
+        input_size="center crop of 224 px",
+        gradient_path="pixels through the image tower and the text encoder's cross-attention; prompts fixed",
+        megabytes=1800.0,
+    ),
+    "clipscore": _published(
+        "clipscore",
+        title="CLIPScore (OpenAI's ViT-L/14, or any other CLIP)",
+        paper="Hessel et al. 2021, CLIPScore: A Reference-free Evaluation Metric for Image Captioning",
+        license="MIT (code and weights)",
+        scale="raw = cos, about .15 to .40; total = 2.5 raw, not clamped",
+        input_size="center crop of 224 px",
+        gradient_path="pixels through the image tower; prompts fixed",
+        megabytes=1710.0,
+        judges="correspondence",
+    ),
+    "siglip2": _published(
+        "siglip2",
+        title="SigLIP 2 (SO400M/14, 384 px, or any other of one size)",
+        paper="Tschannen et al. 2025, SigLIP 2: Multilingual Vision-Language Encoders",
+        license="Apache-2.0 (code and weights)",
+        scale="raw = total = the logit, whose sigmoid is the probability of a match; usually negative",
+        input_size="whole image squashed to 384 x 384 px",
+        gradient_path="pixels through the image tower; prompts fixed",
+        megabytes=4540.0,
+        judges="correspondence",
+    ),
+    "laion_aesthetic": _published(
+        "laion_aesthetic",
+        title="LAION aesthetic v2 (sac+logos+ava1)",
+        paper="Schuhmann 2022, improved-aesthetic-predictor",
+        license="Apache-2.0 (head, embedded), MIT (CLIP ViT-L/14)",
+        scale="raw about 1 to 10; total = (raw - 1) / 9",
+        input_size="center crop of 224 px",
+        gradient_path="pixels through the image tower and the head",
+        needs_prompt=False,
+        megabytes=1710.0,
+        judges="quality",
     ),
 }
 """The rewards by name."""

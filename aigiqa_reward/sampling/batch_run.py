@@ -203,9 +203,7 @@ class ResultsFolder:
 
     def _candidates(self, index: int, output: BestOfNOutput) -> Iterator[dict[str, Any]]:
         places = {seed: rank for rank, seed in enumerate(output.seeds, start=1)}
-        known = output.all_correspondence or [None] * len(output.all_seeds)
-        columns = zip(output.all_seeds, output.all_scores, output.all_quality, known, strict=True)
-        for seed, total, quality, correspondence in columns:
+        for seed, total, quality, correspondence in output.all_rows():
             error = output.dropped.get(seed)
             image = f"{_IMAGES}/{self.image_file(index, seed).name}" if seed in places else None
             scores = {"total": total, "quality": quality, "correspondence": correspondence, "error": error}
@@ -216,27 +214,28 @@ class ResultsFolder:
     def _output(self, index: int, record: dict[str, Any]) -> BestOfNOutput:
         rows = record["candidates"]
         winners = sorted((row for row in rows if row["rank"] is not None), key=lambda row: row["rank"])
-        known = any(row["correspondence"] is not None for row in rows)
         noises = self._noises(index)
         by_seed = load(read_regular(noises, most=_NOISE_BYTES)) if noises.exists() else None
 
         def column(name: str, rows: Sequence[dict[str, Any]]) -> list[float]:
             return [math.nan if row[name] is None else row[name] for row in rows]
 
+        def aspect(name: str, chosen: Sequence[dict[str, Any]]) -> list[float] | None:
+            return None if all(row[name] is None for row in rows) else column(name, chosen)
+
         def preview(scores: dict[str, Any]) -> Preview:
-            known = {name: column(name, [scores])[0] for name in ("total", "quality")}
-            return Preview(**{**scores, **known})
+            return Preview(**{**scores, "total": column("total", [scores])[0]})
 
         return BestOfNOutput(
             images=[open_rgb(self.image_file(index, row["seed"])) for row in winners],
             scores=column("total", winners),
             seeds=[row["seed"] for row in winners],
-            quality=column("quality", winners),
-            correspondence=column("correspondence", winners) if known else None,
+            quality=aspect("quality", winners),
+            correspondence=aspect("correspondence", winners),
             all_scores=column("total", rows),
             all_seeds=[row["seed"] for row in rows],
-            all_quality=column("quality", rows),
-            all_correspondence=column("correspondence", rows) if known else None,
+            all_quality=aspect("quality", rows),
+            all_correspondence=aspect("correspondence", rows),
             dropped={row["seed"]: row["error"] for row in rows if row["error"] is not None},
             previews={int(seed): tuple(map(preview, steps)) for seed, steps in record["previews"].items()},
             denoiser_calls=record["denoiser_calls"],

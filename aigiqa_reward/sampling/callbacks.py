@@ -40,7 +40,7 @@ class LoggedStep:
     step: int  # from 0
     timestep: float  # the scheduler's entry for it
     total: list[float]  # (B,)
-    quality: list[float]  # (B,) equal to `total` if the reward gives one number only
+    quality: list[float] | None  # (B,) equal to `total` for a function of one number; None if the reward gives none
     correspondence: list[float] | None  # (B,) None if the reward gives none
 
 

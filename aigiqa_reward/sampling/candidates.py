@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,16 +30,16 @@ class Preview:
     step: int
     steps: int
     total: float
-    quality: float
+    quality: float | None = None
     correspondence: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Scores of one candidate; NaN where it was dropped, for the reason in `dropped`, or pruned."""
+    """Scores of one candidate; NaN and None where it was dropped, for the reason in `dropped`, or pruned."""
 
     total: float = math.nan
-    quality: float = math.nan
+    quality: float | None = None
     correspondence: float | None = None
     dropped: str | None = None
 
@@ -87,11 +87,12 @@ class BestOfNOutput:
         images: the best, at most top_k, RGB, best first; ties go to the earlier candidate.
         scores: their totals, best first.
         seeds: their seeds, best first; each makes its image again (see `BestOfN`).
-        quality: their perceptual quality, best first; equal to `scores` if the reward returns one number only.
+        quality: their perceptual quality, best first; equal to `scores` if the reward is a function of one number, None
+            if the reward gives none.
         correspondence: their correspondence to the prompt, best first; None if the reward gives none.
         all_scores: totals of all candidates in candidate order; NaN for those that were dropped.
         all_seeds: seeds of all candidates in candidate order.
-        all_quality: quality of all candidates in candidate order; NaN for those that were dropped.
+        all_quality: quality of all candidates in candidate order; NaN for those that were dropped; None likewise.
         all_correspondence: likewise; None if the reward gives none.
         dropped: reasons why candidates could not be ranked, by seed.
         previews: scores of a candidate on its way, by seed, where a search looked at them.
@@ -116,16 +117,31 @@ class BestOfNOutput:
     images: list[Image.Image]
     scores: list[float]
     seeds: list[int]
-    quality: list[float]
+    quality: list[float] | None
     correspondence: list[float] | None
     all_scores: list[float]
     all_seeds: list[int]
-    all_quality: list[float]
+    all_quality: list[float] | None
     all_correspondence: list[float] | None
     dropped: dict[int, str]
     previews: dict[int, tuple[Preview, ...]] = field(default_factory=dict)
     denoiser_calls: int | None = None
     noises: list[Tensor] | None = None
+
+    def rows(self) -> Iterator[tuple[int, float, float | None, float | None]]:
+        """Iterate over seed, total, quality and correspondence of the best, best first."""
+        return _rows(self.seeds, self.scores, self.quality, self.correspondence)
+
+    def all_rows(self) -> Iterator[tuple[int, float, float | None, float | None]]:
+        """Iterate over seed, total, quality and correspondence of all candidates in candidate order."""
+        return _rows(self.all_seeds, self.all_scores, self.all_quality, self.all_correspondence)
+
+
+def _rows(
+    seeds: list[int], totals: list[float], *aspects: list[float] | None
+) -> Iterator[tuple[int, float, float | None, float | None]]:
+    quality, correspondence = (aspect or [None] * len(seeds) for aspect in aspects)
+    return zip(seeds, totals, quality, correspondence, strict=True)
 
 
 class NothingRankedError(RuntimeError):
@@ -183,23 +199,24 @@ class Tally:
         """Return the output for the candidates so far."""
         seeds, best = sorted(self._judged), self._best()
         found, every = [self._judged[winner.index] for winner in best], [self._judged[seed] for seed in seeds]
-        known = any(candidate.correspondence is not None for candidate in every)
         noises = [winner.item.noise for winner in best]
 
-        def correspondence(candidates: list[Judged]) -> list[float] | None:
-            values = [math.nan if c.correspondence is None else c.correspondence for c in candidates]
-            return values if known else None
+        def column(aspect: str, candidates: list[Judged]) -> list[float] | None:
+            if all(getattr(candidate, aspect) is None for candidate in every):
+                return None
+            values = [getattr(candidate, aspect) for candidate in candidates]
+            return [math.nan if value is None else value for value in values]
 
         return BestOfNOutput(
             images=[winner.item.image for winner in best],
             scores=[winner.score for winner in best],
             seeds=[winner.index for winner in best],
-            quality=[candidate.quality for candidate in found],
-            correspondence=correspondence(found),
+            quality=column("quality", found),
+            correspondence=column("correspondence", found),
             all_scores=[candidate.total for candidate in every],
             all_seeds=seeds,
-            all_quality=[candidate.quality for candidate in every],
-            all_correspondence=correspondence(every),
+            all_quality=column("quality", every),
+            all_correspondence=column("correspondence", every),
             dropped={seed: c.dropped for seed, c in self._judged.items() if c.dropped is not None},
             previews={seed: tuple(self._previews[seed]) for seed in sorted(self._previews)},
             denoiser_calls=self.calls,

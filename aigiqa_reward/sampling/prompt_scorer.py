@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +36,7 @@ class PromptScore:
 
     Attributes:
         total: number to maximize.
-        quality: perceptual quality.
+        quality: perceptual quality; None if the reward gives none.
         correspondence: correspondence to the text that the prompt is judged by; None if there is none.
         dropped: reason why no image could be scored; None if one could.
         cached: whether nothing was sampled for it, because it was known or asked for twice.
@@ -48,7 +48,7 @@ class PromptScore:
     """
 
     total: float
-    quality: float
+    quality: float | None = None
     correspondence: float | None = None
     dropped: str | None = None
     cached: bool = False
@@ -193,18 +193,25 @@ class PromptScorer:
             *_, output = search.stream(image.prompt, image.seed, **self.pipe_kwargs)
         except NothingRankedError as error:
             reason = next(iter(error.output.dropped.values()))
-            return PromptScore(total=math.nan, quality=math.nan, dropped=reason)
-        correspondence = output.correspondence[0] if output.correspondence else None
-        return PromptScore(total=output.scores[0], quality=output.quality[0], correspondence=correspondence)
+            return PromptScore(total=math.nan, dropped=reason)
+        _, total, quality, correspondence = next(output.rows())
+        return PromptScore(total=total, quality=quality, correspondence=correspondence)
 
 
 def _mean(scores: Sequence[PromptScore]) -> PromptScore:
     judged = [score for score in scores if score.dropped is None]
     if not judged:
         return scores[0]
-    aspects = [score.correspondence for score in judged if score.correspondence is not None]
-    total, quality = fmean(score.total for score in judged), fmean(score.quality for score in judged)
-    return PromptScore(total=total, quality=quality, correspondence=fmean(aspects) if aspects else None)
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return fmean(known) if known else None
+
+    return PromptScore(
+        total=fmean(score.total for score in judged),
+        quality=mean(score.quality for score in judged),
+        correspondence=mean(score.correspondence for score in judged),
+    )
 
 
 def _texts(given: Sequence[str], argument: str) -> list[str]:

@@ -168,4 +168,4 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: s
             f"weights: {source} does not fit {type(module).__name__}: {'; '.join(problems[:3])}; "
             "it was saved from another model or configuration"
         )
-    module.load_state_dict(tensors, strict=True)
+    module.load_state_dict(tensors, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))

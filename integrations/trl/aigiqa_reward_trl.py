@@ -140,7 +140,7 @@ def _metrics(scores: Sequence[PromptScore | None]) -> dict[str, float]:
     made = [score for score in scores if score is not None]
     judged = [score for score in made if score.dropped is None]
     return {
-        "quality": _mean(score.quality for score in judged),
+        "quality": _mean(score.quality for score in judged if score.quality is not None),
         "correspondence": _mean(score.correspondence for score in judged if score.correspondence is not None),
         "blank": _mean(float(score is None) for score in scores),
         "dropped": _mean(float(score.dropped is not None) for score in made),

@@ -41,7 +41,7 @@ def main() -> None:
     latents = torch.randn(batch, 4, SIDE // 8, SIDE // 8, device=device, dtype=dtype)
     texts = torch.randn(2 * batch, 77, 768, device=device, dtype=dtype)
     images = torch.rand(batch, 3, SIDE, SIDE, device=device)
-    rewards = {name: create_reward(name, device=device) for name in list_rewards()}
+    rewards = {name: create_reward(name, device=device) for name in list_rewards(embedded=True)}
     features = {name: reward.encode_prompts([PROMPT]).expand(batch) for name, reward in rewards.items()}
     runs = {
         "denoise": lambda: denoiser(torch.cat([latents, latents]), 500, encoder_hidden_states=texts),

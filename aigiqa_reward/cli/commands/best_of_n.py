@@ -201,9 +201,7 @@ def _drawn_sheets(
         output, sheet = result.output, results.path / SHEETS / f"{result.index:05d}.png"
         if output is None:
             continue
-        known = output.correspondence or [None] * len(output.seeds)
-        scores = zip(output.seeds, output.scores, output.quality, known, strict=True)
-        for seed, total, quality, correspondence in scores:
+        for seed, total, quality, correspondence in output.rows():
             image = str(results.image_file(result.index, seed))
             rows.append(scored(image, result.prompt, total, quality, correspondence))
         reached = f"{len(output.all_seeds)} of {n} candidates"

@@ -114,13 +114,11 @@ def _sample(
 
 def _candidates(output: BestOfNOutput, prompt: str) -> list[Row]:
     """All candidates in their order, by seed; those that were dropped have an error."""
-    known = output.all_correspondence or [None] * len(output.all_seeds)
-    scores = zip(output.all_seeds, output.all_scores, output.all_quality, known, strict=True)
     return [
         Row(key=seed, prompt=prompt, error=output.dropped[seed])
         if seed in output.dropped
         else scored(seed, prompt, total, quality, correspondence)
-        for seed, total, quality, correspondence in scores
+        for seed, total, quality, correspondence in output.all_rows()
     ]
 
 

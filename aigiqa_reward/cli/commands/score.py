@@ -189,7 +189,7 @@ def scored(
     """Return a row of these scores, or one with an error if they are not numbers that can be ranked."""
     given = [value for value in (total, quality, correspondence, *(members or {}).values()) if value is not None]
     if not all(map(math.isfinite, given)):
-        return Row(key=key, prompt=prompt, error=f"the reward gave {total} (quality {quality})")
+        return Row(key=key, prompt=prompt, error=f"the reward gave {total}")
     return Row(
         key=key,
         prompt=prompt,

@@ -402,9 +402,3 @@ class TrueGuidance(TwoPass):
     @property
     def guided(self) -> bool:
         return self.guidance > 1 and self.options.negative_prompt is not None
-
-    def unpack(self, latents: Tensor) -> Tensor:
-        return self.pipe._unpack_latents(latents, *self.size(), self.pipe.vae_scale_factor)
-
-    def pack(self, latents: Tensor) -> Tensor:
-        return self.pipe._pack_latents(latents, *latents.shape)

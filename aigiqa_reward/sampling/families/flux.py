@@ -10,7 +10,17 @@ from torch import Tensor
 from aigiqa_reward.sampling.families.base import Rows, TrueGuidance
 
 
-class Flux(TrueGuidance):
+class PackedLatents(TrueGuidance):
+    """Latents of 2 x 2 patches, (B, tokens, channels), as FLUX.1 and Qwen-Image pack them."""
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        return self.pipe._unpack_latents(latents, *self.size(), self.pipe.vae_scale_factor)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return self.pipe._pack_latents(latents, *latents.shape)
+
+
+class Flux(PackedLatents):
     """FLUX.1 dev and schnell."""
 
     pipelines = ("FluxPipeline",)

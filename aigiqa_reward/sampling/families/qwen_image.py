@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from aigiqa_reward.sampling.families.base import Rows, TrueGuidance
+from aigiqa_reward.sampling.families.base import Rows
+from aigiqa_reward.sampling.families.flux import PackedLatents
 
 
-class QwenImage(TrueGuidance):
+class QwenImage(PackedLatents):
     """Qwen-Image, text to image."""
 
     pipelines = ("QwenImagePipeline",)
