@@ -129,10 +129,8 @@ def _new(
         raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
     name, preset, encoder = spec.name, towers["preset"], towers["encoder"]
     zero_shot = encoder is not None or towers["zero_shot"] or (preset is not None and name == "tsp_mgs")
-    with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
-        untrained = _zero_shot(name, preset, encoder, assistants) if zero_shot else None
-        model = untrained or _embedded(name, preset, assistants, settings)
-    reward = Reward(model, spec, **shares)
+    untrained = _zero_shot(name, preset, encoder, assistants) if zero_shot else None
+    reward = Reward(untrained or _embedded(name, preset, assistants, settings), spec, **shares)
     if name in SYSTEMS and not zero_shot:
         load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
     return reward

@@ -25,6 +25,7 @@ from aigiqa_reward.models.published import PublishedModel
 from aigiqa_reward.models.siglip2 import SigLIP2
 from aigiqa_reward.models.vqascore import VQAScore
 from aigiqa_reward.utils.io import read_json
+from aigiqa_reward.utils.isolation import building
 from aigiqa_reward.utils.weights import WeightsError, load_strictly, sha256, write_weights
 
 _PICKLES = (".pt", ".pth")
@@ -115,6 +116,7 @@ PUBLISHED: dict[str, Source] = {
 """The published rewards by name."""
 
 
+@building()
 def load_published(
     name: str, weights: str | Path | None = None, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> PublishedModel:

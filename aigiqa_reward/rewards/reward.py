@@ -23,6 +23,7 @@ from aigiqa_reward.rewards.reward_fn import RewardFn
 from aigiqa_reward.rewards.specs import SPECS
 from aigiqa_reward.types import Context, PromptFeatures, RewardOutput
 from aigiqa_reward.utils.io import read_json, write_atomically
+from aigiqa_reward.utils.isolation import building, isolated
 from aigiqa_reward.utils.weights import WeightsError, load_strictly, read_weights, write_weights
 
 _CARD = """---
@@ -99,6 +100,7 @@ class Reward(nn.Module, ModelHubMixin):
         torch.Size([2])
     """
 
+    @building()
     def __init__(
         self, model: QualityModel, spec: ModelSpec, *, quality_weight: float = 0.5, correspondence_weight: float = 0.5
     ) -> None:
@@ -148,6 +150,7 @@ class Reward(nn.Module, ModelHubMixin):
         """Whether `prompts=None` is an error: the model needs them, or quality has no weight in `total`."""
         return self.model.needs_prompts or self.quality_weight == 0
 
+    @isolated()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
         """Encode B prompts, each distinct one once, to be passed instead of the strings.
 
@@ -156,11 +159,13 @@ class Reward(nn.Module, ModelHubMixin):
         with self._on_call_device():
             return self.model.encode_prompts(prompts)
 
+    @isolated()
     def prepare(self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None = None) -> Context | None:
         """Run the model's assistants, if it has any; pass the result as `context`, which is fixed in gradients."""
         pixels.check(images)
         return self.model.prepare(images.to(self.calibration.quality.dtype), self._features(images, prompts))
 
+    @isolated()
     def forward(
         self,
         images: Tensor,
@@ -341,7 +346,7 @@ def _empty(
         numbers = sum(tensor.numel() for tensor in (*sketch.parameters(), *sketch.buffers()))
         if numbers > size + 2**25:  # a number takes at least a byte; load_strictly names smaller differences
             raise ValueError(f"it is larger than the {size:,} bytes of {_WEIGHTS} can fill")
-        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, which loading replaces
+        with building():
             return empty_model(name, description, assistants)
     except Exception as error:  # a description by somebody else may break any library that builds from it
         raise WeightsError(f"weights: {folder}: cannot build the {name!r} of config.json: {error}") from error

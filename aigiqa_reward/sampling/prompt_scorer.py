@@ -14,7 +14,7 @@ from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.candidates import FLAGGED, NothingRankedError, judge
 from aigiqa_reward.sampling.pipeline_utils import Sampler, check_pipe_kwargs, in_chunks
 from aigiqa_reward.types import RewardFunction
-from aigiqa_reward.utils.checks import check_reward, check_text, integer
+from aigiqa_reward.utils.checks import check_prompt, check_reward, check_text, integer
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -214,4 +214,7 @@ def _mean(scores: Sequence[PromptScore]) -> PromptScore:
 def _texts(given: Sequence[str], argument: str) -> list[str]:
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError(f"{argument}: expected a list of texts, got {type(given).__name__}; put a single one in a list")
-    return [check_text(text, f"{argument}[{place}]", "leave blank ones out") for place, text in enumerate(given)]
+    for place, text in enumerate(given):
+        check_text(text, f"{argument}[{place}]", "leave blank ones out")
+        check_prompt(text, f"{argument}[{place}]")
+    return list(given)
