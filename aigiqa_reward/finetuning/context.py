@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from aigiqa_reward.finetuning.batch import Batch
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.finetuning.optimizers import accelerator_of
+from aigiqa_reward.images import finite_rows
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.sampling.families import Conditioning
@@ -54,6 +56,7 @@ class TrainingContext:
 
     def __post_init__(self) -> None:
         self.bound = BoundReward(self.reward)
+        self.seen: Counter[str] = Counter()  # images of this step, and those with broken pixels or a broken total
         self._conditionings: dict[str, Conditioning] = {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -127,6 +130,26 @@ class TrainingContext:
     def score(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Score images (B, 3, H, W), differentiably and in the reward's precision."""
         return self.bound(images, prompts)
+
+    def note(self, images: Tensor, totals: Tensor | None = None) -> Tensor:
+        """Count images (B, 3, H, W) of this step, and return which (B,) have finite pixels and, if given, totals."""
+        pixels = finite_rows(images)
+        fine = pixels if totals is None else pixels & totals.isfinite().to(pixels.device)
+        self.seen.update(images=len(fine), pixels=int((~pixels).sum()), totals=int((pixels & ~fine).sum()))
+        return fine
+
+    def nothing_finite(self) -> bool:
+        """Whether no image of this step has finite pixels and a finite total, in any process."""
+        fine = self.seen["images"] - self.seen["pixels"] - self.seen["totals"]
+        return not bool(self.gather(torch.tensor([fine], device=self.accelerator.device)).any())
+
+    def cause(self, remedy: str) -> str:
+        """Return why a loss is not finite, as far as the images of this step show it, and the remedy."""
+        images, pixels, totals = (self.seen[name] for name in ("images", "pixels", "totals"))
+        if totals:
+            seen = f"{totals} of {images - pixels} images with finite pixels"
+            return f"{self.bound.name} gave NaN or infinity for {seen}; make the reward return finite scores"
+        return f"{pixels} of {images} images have NaN or infinite pixels; {remedy}" if pixels else remedy
 
     def capped(self, total: Tensor) -> Tensor:
         """Clamp totals (B,) to the ceiling, so that the gradient above it is zero."""

@@ -178,6 +178,10 @@ class PolicyGradient(Algorithm):
 
     def check(self, context: TrainingContext, prompts: Sequence[str]) -> None:
         super().check(context, prompts)
+        for name, other in (("clip_range", "updates_per_round"), ("deviation", "images_per_prompt")):
+            if getattr(self, other) == 1 and getattr(self, name) != getattr(type(self), name):
+                got = f"got {getattr(self, name)!r}; raise {other}, or leave out {name}"
+                raise ValueError(f"{name}: expected its default with {other}=1, where it has no effect, {got}")
         check_scheduler(context.rollout.pipe.scheduler, need=self.title, served=ANCESTRAL)
         if eta := context.rollout.family.options.eta:
             raise ValueError(
