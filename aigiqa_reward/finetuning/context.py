@@ -143,13 +143,14 @@ class TrainingContext:
         fine = self.seen["images"] - self.seen["pixels"] - self.seen["totals"]
         return not bool(self.gather(torch.tensor([fine], device=self.accelerator.device)).any())
 
-    def cause(self, remedy: str) -> str:
-        """Return why a loss is not finite, as far as the images of this step show it, and the remedy."""
+    def broken(self) -> str:
+        """Return what is not finite among the images of this step; an empty text if all are, or none was made."""
         images, pixels, totals = (self.seen[name] for name in ("images", "pixels", "totals"))
         if totals:
-            seen = f"{totals} of {images - pixels} images with finite pixels"
-            return f"{self.bound.name} gave NaN or infinity for {seen}; make the reward return finite scores"
-        return f"{pixels} of {images} images have NaN or infinite pixels; {remedy}" if pixels else remedy
+            return (
+                f"{self.bound.name} gave NaN or infinity for {totals} of {images - pixels} images with finite pixels; "
+            )
+        return f"{pixels} of {images} images have NaN or infinite pixels; " if pixels else ""
 
     def capped(self, total: Tensor) -> Tensor:
         """Clamp totals (B,) to the ceiling, so that the gradient above it is zero."""

@@ -168,7 +168,7 @@ class Trainer:
         finite = [self._backward(batch, part, measured) for part, batch in enumerate(batches)]
         if all(finite) and not self._checked:
             self._check_used()
-        asked = self.optimization.gather(finite=all(finite), asked=bool(noted), cause=self.context.cause)
+        asked = self.optimization.gather(finite=all(finite), asked=bool(noted), broken=self.context.broken())
         if self.validation is None:
             with self.optimization.averaged():
                 self.finite = self.lora.state()
