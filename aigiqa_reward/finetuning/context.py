@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -30,6 +30,18 @@ if TYPE_CHECKING:
 
 REMEMBERED = 512
 """Number of prompts whose conditioning is cached: 2 GB at FLUX's 4 MB per prompt."""
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """Context with gradients switched on and autocast off, whatever the caller's are; refuses torch.inference_mode."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("finetune: expected gradients, got torch.inference_mode(); call it outside of that block")
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @dataclass(kw_only=True, eq=False)
@@ -147,9 +159,7 @@ class TrainingContext:
         """Return what is not finite among the images of this step; an empty text if all are, or none was made."""
         images, pixels, totals = (self.seen[name] for name in ("images", "pixels", "totals"))
         if totals:
-            return (
-                f"{self.bound.name} gave NaN or infinity for {totals} of {images - pixels} images with finite pixels; "
-            )
+            return f"{self.bound.name} gave NaN or infinity for {totals} of {images - pixels} finite images; "
         return f"{pixels} of {images} images have NaN or infinite pixels; " if pixels else ""
 
     def capped(self, total: Tensor) -> Tensor:

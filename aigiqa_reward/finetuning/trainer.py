@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import logging
+import signal
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,12 +31,11 @@ from aigiqa_reward.finetuning.checkpoints import (
     save_checkpoint,
 )
 from aigiqa_reward.finetuning.config import FinetuneConfig
-from aigiqa_reward.finetuning.context import TrainingContext, create_context
+from aigiqa_reward.finetuning.context import TrainingContext, create_context, with_gradients
 from aigiqa_reward.finetuning.early_stopping import Monitor
 from aigiqa_reward.finetuning.logging import History, check_tracker, show_picture
 from aigiqa_reward.finetuning.lora import FILE, LoRA
 from aigiqa_reward.finetuning.optimizers import FinetuningError, Optimization
-from aigiqa_reward.finetuning.process import interruptions, with_gradients
 from aigiqa_reward.finetuning.reporting import draw_course
 from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.validation import Validation, frozen, held_out, warn_of_weak
@@ -44,7 +47,28 @@ from aigiqa_reward.utils.run_folder import differences, reward_identity
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-_LISTED = 5  # layers that a warning names; the rest are counted
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def interruptions(rescue: Callable[[], object] = bool) -> Iterator[list[int]]:
+    """Context in which the first SIGINT or SIGTERM is noted and calls `rescue`; the second raises KeyboardInterrupt."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+        logger.warning("interrupted: stopping after this step; interrupt again to stop now")
+        rescue()
+
+    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = [(kind, signal.signal(kind, note)) for kind in kinds]
+    try:
+        yield noted
+    finally:
+        for kind, handler in before:
+            signal.signal(kind, handler)
 
 
 class Trainer:
@@ -185,12 +209,8 @@ class Trainer:
         """Warn once of adapted layers without a gradient, before those of the processes are summed."""
         self._checked = True
         if (unused := self.lora.unused()) and self.accelerator.is_main_process:
-            more = f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else ""
-            warnings.warn(
-                f"target_modules: the denoiser does not use {len(unused)} of the adapted layers, which stay untrained: "
-                f"{', '.join(unused[:_LISTED])}{more}; leave them out, or switch on what has them",
-                stacklevel=2,
-            )
+            text = f"the denoiser does not use {len(unused)} of the adapted layers, which stay untrained"
+            warnings.warn(f"target_modules: {text}: {', '.join(unused)}; leave them out", stacklevel=2)
 
     @property
     def _within_a_round(self) -> bool:
@@ -250,43 +270,36 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.lora.write(self.folder, self.kept)
 
-    def save(self) -> None:
-        """Write a checkpoint."""
+    def save(self, *, alone: bool = False) -> None:
+        """Write a checkpoint; `alone` without waiting for other processes, whose part of a round it then lacks."""
         within = self.memory if self._within_a_round else {}  # at the end of a round nothing needs to be remembered
-        device = self.accelerator.device
-        memory = {name: self.context.gather(tensor.to(device)[None]).cpu() for name, tensor in within.items()}
+        rows = {name: tensor.to(self.accelerator.device)[None] for name, tensor in within.items()}
+        memory = {name: (tensor if alone else self.context.gather(tensor)).cpu() for name, tensor in rows.items()}
         if self.accelerator.is_main_process:
+            checkpoint = Checkpoint(
+                step=self.step,
+                settings=self.settings,
+                monitor=self.monitor.state(),
+                lora=self.optimization.unaveraged(self.lora.state()),
+                kept=self.kept,
+                memory=memory,
+                optimization=self.optimization.state(),
+            )
             with self._changing():
-                self._save(memory)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, memory: Mapping[str, Tensor]) -> None:
-        checkpoint = Checkpoint(
-            step=self.step,
-            settings=self.settings,
-            monitor=self.monitor.state(),
-            lora=self.optimization.unaveraged(self.lora.state()),
-            kept=self.kept,
-            memory=memory,
-            optimization=self.optimization.state(),
-        )
-        save_checkpoint(self.folder, checkpoint, self.lora, limit=self.config.checkpoints_total_limit)
+                save_checkpoint(self.folder, checkpoint, self.lora, limit=self.config.checkpoints_total_limit)
+        if not alone:
+            self.accelerator.wait_for_everyone()
 
     def rescue(self) -> None:
-        """Write a checkpoint of the last whole step at once: who sends a SIGTERM may kill the process 30 s later.
-
-        It runs between two operations of the next step, or of a validation, which it does not change. With several
-        processes it waits for no other, so that a round of several steps is resumed from an earlier checkpoint.
-        """
-        alone = self.accelerator.num_processes == 1
-        if self._settled and self.step and self.accelerator.is_main_process and (alone or not self._within_a_round):
-            within = self.memory if self._within_a_round else {}
+        """Save the last whole step at once, within the next or a validation: a SIGTERM may come 30 s before a kill."""
+        whole = self.accelerator.num_processes == 1 or not self._within_a_round
+        if self._settled and self.step and whole:
             with suppress(OSError), torch.no_grad():  # the end of the step reports a full disk
-                self._save({name: tensor[None].cpu() for name, tensor in within.items()})
+                self.save(alone=True)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Context in which step, weights and what is known of them do not fit together, or a checkpoint is written."""
+        """Context in which step and weights do not fit together, or a checkpoint is being written."""
         self._settled = False
         yield
         self._settled = True
