@@ -12,17 +12,22 @@ import torch
 from algorithm_runs import context_of
 from diffusers.optimization import get_scheduler
 from finetuned import CALL, PROMPTS, warmth
+from safetensors import safe_open
 
 from aigiqa_reward.finetuning import ALGORITHMS, DDPO, DPO, DRaFT, FinetuneConfig, finetune
 from aigiqa_reward.finetuning.config import Schedule
 from aigiqa_reward.finetuning.lora import FILE
 
 BASE: dict[str, Any] = {"rank": 2, "train_batch_size": 4, "max_train_steps": 2, "learning_rate": 1e-2}
-BASE |= {"checkpointing_steps": 1, "validation_seeds": 1, "sampling": {**CALL, "num_inference_steps": 2}}
+BASE |= {"checkpointing_steps": 1, "sampling": {**CALL, "num_inference_steps": 2}}
 WITH: dict[str, dict[str, Any]] = {
+    "validation_steps": {"validated": True},
+    "validation_seeds": {"validated": True},
     "lr_warmup_steps": {"lr_scheduler": "linear"},
     "checkpoints_total_limit": {"max_train_steps": 4},
-    "patience": {"max_train_steps": 4, "validation_steps": 1, "learning_rate": 100.0},
+    "patience": {"validated": True, "max_train_steps": 4, "validation_steps": 1, "learning_rate": 1.0},
+    "deviation": {"images_per_prompt": 2},
+    "timestep_fraction": {"sampling": {**CALL, "num_inference_steps": 4}},
     "clip_range": {"updates_per_round": 2},
     "pairs_per_prompt": {"candidates": 4},
 }
@@ -46,25 +51,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def trace(folder: Path, name: str, **changes: Any) -> Any:
+def colder(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return -warmth(images, prompts)
+
+
+def trace(folder: Path, name: str, validated: bool = False, **changes: Any) -> str:
     """What a training runs and writes, or why it is refused."""
     kind: Any = ALGORITHMS[name]
     own = {field.name: changes.pop(field.name) for field in fields(kind) if field.name in changes}
     pipe = pipelines.stable_diffusion_3() if name == "grpo" else pipelines.stable_diffusion()
     calls: list[Any] = []
     denoiser: Any = pipe.transformer if name == "grpo" else pipe.unet
-    denoiser.register_forward_hook(lambda module, _, out: calls.append((len(out[0]), module.training)))
+    denoiser.register_forward_hook(lambda module, _, out: calls.append(len(out[0])))
+    for layer in [layer for layer in denoiser.modules() if hasattr(layer, "to_q")]:  # called again when recomputed
+        layer.register_forward_hook(lambda *_: calls.append(0))
     try:
         settings = {**BASE, **({"sampling": {**CALL, "num_inference_steps": 4}} if name == "grpo" else {}), **changes}
         config = FinetuneConfig(**settings)
-        given = {"validation_prompts": ["a fox", "a cat"], "progress": False}
-        result = finetune(pipe, warmth, PROMPTS[:2], kind(**own), folder, config, **given)
+        given = {"validation_prompts": ["a fox", "a cat"], "holdout": colder} if validated else {}
+        result = finetune(pipe, warmth, PROMPTS[:2], kind(**own), folder, config, progress=False, **given)
     except ValueError as error:
         return str(error)
     lines = [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in result.history]
     lines = [{**line.pop("validation", {}), **line, "seconds": 0} for line in lines]
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
-    return repr((calls, lines, files, (folder / FILE).read_bytes(), result.stopped))
+    with safe_open(folder / FILE, "pt") as file:
+        kept = [sorted(file.metadata().items()), {name: file.get_tensor(name).tolist() for name in sorted(file.keys())}]
+    return repr((calls, lines, files, kept, result.stopped))
 
 
 @pytest.mark.slow
@@ -76,6 +89,7 @@ def test_an_option_acts_or_is_refused(name: str, tmp_path: Path) -> None:
     assert set(changed) == {field.name for field in (*fields(FinetuneConfig), *fields(kind))} - {"pairs"}
     expected: dict[str, Any] = {}
     idle = []
+    assert trace(tmp_path / "a", name) == trace(tmp_path / "b", name)
     for place, (option, value) in enumerate(changed.items()):
         own = WITH.get(option, {})
         if str(own) not in expected:
@@ -123,7 +137,7 @@ def test_a_clip_range_that_cannot_act_is_said() -> None:
 
 def test_what_the_caller_has_switched_changes_nothing(tmp_path: Path) -> None:
     def trained(name: str) -> list[float]:
-        config = FinetuneConfig(**{**BASE, "validation_seeds": 4, "max_train_steps": 1})
+        config = FinetuneConfig(**{**BASE, "max_train_steps": 1})
         pipe = pipelines.stable_diffusion()
         (line,) = finetune(pipe, warmth, PROMPTS, DRaFT(), tmp_path / name, config, progress=False).history
         return [line["loss"], line["grad_norm"]]
