@@ -1,5 +1,6 @@
 import math
 import weakref
+from collections import UserList
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +430,12 @@ def test_rerank_of_a_batch_agrees_with_a_list():
     expected = images.mean(dim=(1, 2, 3)) + len(PROMPT)
     assert batch.all_scores == pytest.approx(expected.tolist(), abs=1e-5)
     assert batch.seeds == listed.seeds == sorted(range(19), key=lambda index: -batch.all_scores[index])
+    for other in (
+        tuple(images),
+        UserList(images),
+        images.permute(0, 2, 3, 1).numpy(),
+    ):  # as a column of datasets
+        assert rerank(other, PROMPT, reward).all_scores == batch.all_scores
 
 
 def test_rerank_drops_what_it_cannot_read(gallery, tmp_path):
