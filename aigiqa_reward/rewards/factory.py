@@ -158,7 +158,8 @@ def _published(
     if choices["encoder"] is None:
         model = load_published(spec.name, weights, dtype, revision)
     elif weights is None:
-        model = CLIPScore(load_tower(choices["encoder"]))
+        tower: Any = load_tower(choices["encoder"])
+        model = CLIPScore(tower)
     else:
         raise ValueError("weights, encoder: both name a CLIP; pass one of them")
     if isinstance(model, CLIPScore):
