@@ -127,6 +127,8 @@ def test_a_reward_is_identified_by_every_bit_of_its_weights_and_its_shares() -> 
 def changed_components() -> dict[str, Callable[[Any], object]]:
     """What changes the images of a pipeline whose class, origin and scheduler stay the same, by the component."""
 
+    checked = pipelines.stable_diffusion(safety_checker=True)
+
     def adapted(pipe: Any, scale: float = 2.0) -> None:
         torch.manual_seed(0)
         pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), adapter_name="x")
@@ -138,9 +140,7 @@ def changed_components() -> dict[str, Callable[[Any], object]]:
         "text_encoder": lambda pipe: pipe.text_encoder.get_input_embeddings().weight.data[3, 4].neg_(),
         "tokenizer": lambda pipe: pipe.tokenizer.add_tokens(["<fox>"]),
         "scheduler": lambda pipe: pipe.scheduler.register_to_config(num_train_timesteps=900),
-        "safety_checker": lambda pipe: pipe.register_modules(
-            safety_checker=pipelines.stable_diffusion(safety_checker=True).safety_checker
-        ),
+        "safety_checker": lambda pipe: pipe.register_modules(safety_checker=checked.safety_checker),
         "pipeline": lambda pipe: pipe.register_to_config(requires_safety_checker=True),
         "unet adapter": adapted,
         "unet adapter scale": lambda pipe: adapted(pipe, 1.0),

@@ -113,7 +113,7 @@ def reward_identity(reward: Any) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return a digest of the shapes and sums of bits of a module's tensors, equal on every device, and of their factors.
+    """Return a digest of the shapes and sums of bits of a module's tensors, and of their factors; equal on all devices.
 
     Of adapters only those count that change the output: active, with a scale above 0 and without a matrix of zeros.
     """
