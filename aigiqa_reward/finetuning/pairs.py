@@ -272,10 +272,10 @@ def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
 
 
 def fingerprint(pairs: PreferencePairs) -> str:
-    """Return a text that identifies pairs by prompts, file names and sizes, wherever their folder is."""
+    """Return a text that identifies pairs by prompts and file names, wherever their folder is."""
     above = Path(os.path.commonpath([image.parent for image in (*pairs.better, *pairs.worse)]))
     rows = zip(pairs.prompts, pairs.better, pairs.worse, strict=True)
-    named = ((p, *(f"{f.relative_to(above).as_posix()} {f.stat().st_size}" for f in files)) for p, *files in rows)
+    named = ((prompt, *(image.relative_to(above).as_posix() for image in images)) for prompt, *images in rows)
     text = "\n".join("\t".join(row) for row in named)
     return f"{len(pairs)} pairs {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

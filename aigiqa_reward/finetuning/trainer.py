@@ -378,11 +378,6 @@ def finetune(
     """
     folder = Path(output_dir)
     config = _checked_config(algorithm, config, folder)
-    config.refuse_idle(algorithm.idle, f"with {algorithm.title}")
-    if not len(validation_prompts):
-        config.refuse_idle(("validation_steps", "validation_seeds", "patience"), "without validation_prompts")
-        if holdout != "auto":
-            raise ValueError(f"holdout: expected 'auto' without validation_prompts, got {holdout!r}; pass both")
     algorithm = _with_pairs(algorithm, train_data)
     check_tracker(report_to)
     check_reward(reward)
@@ -417,6 +412,9 @@ def _validation(
     config: FinetuneConfig,
 ) -> Validation | None:
     if not len(prompts):
+        config.refuse_idle(("validation_steps", "validation_seeds", "patience"), "without validation_prompts")
+        if holdout != "auto":
+            raise ValueError(f"holdout: expected 'auto' without validation_prompts, got {holdout!r}; pass both")
         return None
     checked = _checked("validation_prompts", prompts, context.reward)
     if context.accelerator.is_main_process:
@@ -432,6 +430,7 @@ def _checked_config(algorithm: Algorithm, config: FinetuneConfig | None, folder:
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
         raise TypeError(f"config: expected FinetuneConfig, got {type(config).__name__}")
+    config.refuse_idle(algorithm.idle, f"with {algorithm.title}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: expected a folder, got the file {folder}; pass another path")
     return replace(config, kl_coeff=algorithm.kl_coeff) if config.kl_coeff is None else config
