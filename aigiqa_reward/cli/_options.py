@@ -12,8 +12,10 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field
@@ -238,15 +240,36 @@ class Command(TyperCommand):
 
     @contextmanager
     def _naming_options(self) -> Iterator[None]:
-        """Put the option before the text of an error, where the error says which argument is wrong."""
+        """Put the option before an error that says which argument is wrong; spell options as they are here."""
+        show = warnings.showwarning  # of `main`, which restores Python's
+        warnings.showwarning = lambda message, *place, **more: show(self._spelled(str(message)), *place, **more)
         try:
             yield
         except CommandError as error:
-            if error.argument is None:
-                raise
             each = next((each for each in self.params if each.name == error.argument), None)
             name = error.argument if each is None else (_spellings(each) or [each.metavar or error.argument])[0]
-            raise CommandError(f"{name}: {error}", status=error.status) from error.__cause__
+            text = self._spelled(str(error))
+            raise CommandError(text if name is None else f"{name}: {text}", status=error.status) from error.__cause__
+        finally:
+            warnings.showwarning = show
+
+    def _spelled(self, text: str) -> str:
+        """Write the library's `name=value`, and names with underscores, as the options of this command."""
+        known = {each.name: names[0] for each in self.params if (names := _spellings(each))}
+
+        def option(found: re.Match[str]) -> str:
+            if found["name"] not in known or not (found["equals"] or "_" in found["name"]):
+                return found[0]
+            value = "" if found["value"] in (None, "True") else f" {found['value'].strip(chr(39))}"
+            return known[found["name"]] + value
+
+        return _PYTHON.sub(option, text)
+
+
+_PYTHON = re.compile(
+    r"""(?<![\w/.='"-])(?<!\w\()(?P<name>[a-z]\w*)(?P<equals>=(?P<value>'[^']*'|[\w.+-]*\w)?)?(?![\w/='"(])"""
+)
+"""`name=value`, `name=` or `name` in a text, but not in a call, a quotation or a path."""
 
 
 def _spellings(each: Any) -> list[str]:

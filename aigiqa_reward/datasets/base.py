@@ -230,7 +230,7 @@ def extra_data(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'{purpose} needs {module}; pip install "aigiqa-reward[data]"') from error
+        raise ImportError(f'{purpose} needs {module}; pip install ".[data]" in a checkout of this package') from error
 
 
 def _require_columns(table: Path, columns: Sequence[str], header: Sequence[str], expected: str) -> None:

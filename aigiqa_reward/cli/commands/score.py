@@ -122,6 +122,8 @@ def score_images(
 ) -> ScoringRun:
     """Score image files as the options say."""
     sources = attach_prompts(paths, images.prompt, images.prompts)
+    if all(source.prompt is None and source.error is None for source in sources):
+        say("note", "no prompt: total is quality alone")
     return score_sources(load_rewards(reward, compute.device, compute.dtype), sources, compute.batch_size)
 
 
