@@ -216,7 +216,7 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with self._naming_options():
+        with self._naming_options(self._spelled):
             return super().invoke(ctx)
 
     def _normalized(self, args: Sequence[str]) -> Iterator[str]:
@@ -239,16 +239,16 @@ class Command(TyperCommand):
                 yield from itertools.islice(rest, 1)  # its value, whatever it looks like
 
     @contextmanager
-    def _naming_options(self) -> Iterator[None]:
-        """Put the option before an error that says which argument is wrong; spell options as they are here."""
+    def _naming_options(self, spelled: Callable[[str], str] = str) -> Iterator[None]:
+        """Put the option before an error that says which argument is wrong; pass texts through `spelled`."""
         show = warnings.showwarning  # of `main`, which restores Python's
-        warnings.showwarning = lambda message, *place, **more: show(self._spelled(str(message)), *place, **more)
+        warnings.showwarning = lambda message, *place, **more: show(spelled(str(message)), *place, **more)
         try:
             yield
         except CommandError as error:
             each = next((each for each in self.params if each.name == error.argument), None)
             name = error.argument if each is None else (_spellings(each) or [each.metavar or error.argument])[0]
-            text = self._spelled(str(error))
+            text = spelled(str(error))
             raise CommandError(text if name is None else f"{name}: {text}", status=error.status) from error.__cause__
         finally:
             warnings.showwarning = show
@@ -256,6 +256,9 @@ class Command(TyperCommand):
     def _spelled(self, text: str) -> str:
         """Write the library's `name=value`, and names with underscores, as the options of this command."""
         known = {each.name: names[0] for each in self.params if (names := _spellings(each))}
+        first, colon, rest = text.partition(": ")
+        if colon and known.keys() >= set(first.split(", ")):  # the arguments that the text is about
+            return f"{', '.join(known[name] for name in first.split(', '))}: {self._spelled(rest)}"
 
         def option(found: re.Match[str]) -> str:
             if found["name"] not in known or not (found["equals"] or "_" in found["name"]):
@@ -267,7 +270,7 @@ class Command(TyperCommand):
 
 
 _PYTHON = re.compile(
-    r"""(?<![\w/.='"-])(?<!\w\()(?P<name>[a-z]\w*)(?P<equals>=(?P<value>'[^']*'|[\w.+-]*\w)?)?(?![\w/='"(])"""
+    r"""(?<![\w/.='"-])(?<!\w\()(?P<name>[a-z]\w*)(?P<equals>=(?P<value>'[^']*'|[\w.+-]*\w)?)?(?![\w/='"(:])"""
 )
 """`name=value`, `name=` or `name` in a text, but not in a call, a quotation or a path."""
 

@@ -230,7 +230,9 @@ def extra_data(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'{purpose} needs {module}; pip install ".[data]" in a checkout of this package') from error
+        raise ImportError(
+            f'{purpose} needs {module}; pip install ".[data]" (in a checkout of aigiqa-reward)'
+        ) from error
 
 
 def _require_columns(table: Path, columns: Sequence[str], header: Sequence[str], expected: str) -> None:

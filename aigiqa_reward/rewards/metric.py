@@ -16,7 +16,7 @@ try:
     from torchmetrics import Metric
 except ImportError as error:
     raise ImportError(
-        "RewardMetric needs torchmetrics; `pip install '.[metrics]'` in a checkout of this package"
+        'RewardMetric needs torchmetrics; pip install ".[metrics]" (in a checkout of aigiqa-reward)'
     ) from error
 
 

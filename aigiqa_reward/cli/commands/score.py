@@ -94,6 +94,8 @@ def _print(rows: Sequence[Row], output: OutputOptions, *, numbered: bool = False
         emit(text)
     else:
         write(output.file, encoded(text))
+    if all(row.prompt is None for row in rows) and any(row.total is not None for row in rows):
+        say("note", "no prompt: total is quality alone")
 
 
 # --------------------------------------------------------------------------------------------- scoring
@@ -122,8 +124,6 @@ def score_images(
 ) -> ScoringRun:
     """Score image files as the options say."""
     sources = attach_prompts(paths, images.prompt, images.prompts)
-    if all(source.prompt is None and source.error is None for source in sources):
-        say("note", "no prompt: total is quality alone")
     return score_sources(load_rewards(reward, compute.device, compute.dtype), sources, compute.batch_size)
 
 
