@@ -103,7 +103,7 @@ def test_prompt_embeddings_of_the_user(sd):
         given = {"device": torch.device("cpu"), "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
         positive, negative = sd.encode_prompt(PROMPT, **given)
     embeds = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
-    out = make(sd, batch_size=4, top_k=6, reward_prompt=PROMPT)(None, **embeds, **FEW_STEPS)
+    out = make(sd, batch_size=4, top_k=6, reward_prompt=PROMPT)(**embeds, **FEW_STEPS)
     from_text = make(sd, batch_size=4, top_k=6)(PROMPT, **FEW_STEPS)
     assert out.seeds == from_text.seeds
     assert out.scores == pytest.approx(from_text.scores, abs=1e-6)

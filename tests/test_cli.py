@@ -59,7 +59,8 @@ def assert_scores(rows: list[dict[str, Any]], reward: Reward, paths: list[str], 
 def test_scores_are_those_of_scorer(paths, tiny, tiny_reward, prompt):
     given = ["--prompt", prompt] if prompt else []
     result = run("score", Path(paths[0]).parent, *tiny, "--format", "jsonl", *given)
-    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    note = "" if prompt else "note: no prompt: total is quality alone\n"
+    assert (result.exit_code, result.stderr) == (0, note), result.output
     rows = lines(result.stdout)
     assert all(list(row) == KEYS for row in rows)
     assert {row["prompt"] for row in rows} == {prompt}
@@ -107,9 +108,10 @@ def test_every_format_says_the_same(paths, tiny, tmp_path):
 
 def test_output_goes_to_a_file_whole(paths, tiny, tmp_path):
     file = tmp_path / "new" / "scores.jsonl"
-    printed = run("score", *paths, *tiny, "--format", "jsonl").stdout
+    given = ["score", *paths, *tiny, "--prompt", PROMPT, "--format", "jsonl"]
+    printed = run(*given).stdout
     for _ in range(2):
-        result = run("score", *paths, *tiny, "--format", "jsonl", "--output", file)
+        result = run(*given, "--output", file)
         assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
         assert file.read_text(encoding="utf-8") == printed
         assert list(file.parent.iterdir()) == [file]

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -415,6 +416,21 @@ class Recorder(TrainingCallback):
 
     def on_validation(self, step: int, result: Any) -> None:
         self.validations.append((step, result.summary()["holdout"]))
+
+
+@pytest.mark.parametrize("algorithm", [DRaFT(), DDPO(images_per_prompt=2)])
+def test_images_above_the_ceiling_are_warned_of(tmp_path: Path, algorithm: Any) -> None:
+    settings = {"train_batch_size": 4, "max_train_steps": 1, "sampling": {**CALL, "num_inference_steps": 2}}
+
+    def shares(ceiling: float) -> list[float]:
+        history = train(tmp_path / str(ceiling), algorithm=algorithm, reward_ceiling=ceiling, **settings).history
+        return [line["above_ceiling"] for line in history]
+
+    with pytest.warns(UserWarning, match="reward_ceiling: 100% of the images of the first step score above -9 and"):
+        assert shares(-9.0) == [1.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert shares(9.0) == [0.0]
 
 
 def test_callbacks_see_the_history_and_can_stop(tmp_path: Path) -> None:

@@ -181,6 +181,10 @@ def check_model(model: str) -> None:
     if place.is_dir():
         text = f"the folder {model} holds no model_index.json; pass one that pipe.save_pretrained wrote"
         raise CommandError(text, argument="model")
+    if place.suffix in (".safetensors", ".ckpt"):
+        text = f"expected the folder of a diffusers pipeline, got the single file {model}; convert it once in Python: "
+        text += f"StableDiffusionXLPipeline.from_single_file({model!r}).save_pretrained('FOLDER') (or its other class)"
+        raise CommandError(text, argument="model")
     siblings = [entry.name for entry in place.parent.iterdir() if entry.is_dir()] if place.parent.is_dir() else []
     meant = difflib.get_close_matches(place.name, [*siblings, EMBEDDED], n=1)
     if not HUB_ID.fullmatch(model) or meant:

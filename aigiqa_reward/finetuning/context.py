@@ -167,6 +167,10 @@ class TrainingContext:
         """Clamp totals (B,) to the ceiling, so that the gradient above it is zero."""
         return total if self.ceiling is None else total.clamp(max=self.ceiling)
 
+    def above_ceiling(self, total: Tensor) -> dict[str, Tensor]:
+        """Return which totals (B,) get no gradient from `capped`, by the name to log; nothing without a ceiling."""
+        return {} if self.ceiling is None else {"above_ceiling": (total.detach() > self.ceiling).float()}
+
     def gather(self, values: Tensor) -> Tensor:
         """Gather the rows of all processes, (B,) to (processes * B,), in the order of the processes."""
         return cast(Tensor, self.accelerator.gather(values))

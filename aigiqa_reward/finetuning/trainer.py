@@ -202,6 +202,12 @@ class Trainer:
             self.step += 1
         numbers = {**self.optimization.means(measured), "learning_rate": rate, "grad_norm": norm}
         self.history.step(self.step, numbers)
+        if self.step == 1 and (share := numbers.get("above_ceiling", 0.0)) > 0.5:
+            warnings.warn(
+                f"reward_ceiling: {share:.0%} of the images of the first step score above {self.context.ceiling:g} and "
+                "get no gradient; pass a higher one, or None",
+                stacklevel=2,
+            )
         self._call("on_step_end", [callback.on_step_end(self.step, numbers) for callback in self.callbacks])
         return asked
 

@@ -15,7 +15,9 @@ from aigiqa_reward.types import RewardFunction
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise ImportError("RewardMetric needs torchmetrics; `pip install 'aigiqa-reward[metrics]'`") from error
+    raise ImportError(
+        'RewardMetric needs torchmetrics; pip install ".[metrics]" (in a checkout of aigiqa-reward)'
+    ) from error
 
 
 class RewardMetric(Metric):

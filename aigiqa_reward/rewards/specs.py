@@ -13,7 +13,7 @@ TOWER_FILES: dict[str, str] = {
 }
 """The embedded towers that all five systems share, with the SHA-256 of each file."""
 
-_SCALE = "[0, 1] on AGIQA-3K, 1 = its best human score; not clamped"
+_SCALE = "1 is the best human score of AGIQA-3K; not clamped: may be below 0 or above 1"
 
 
 def _system(name: str, *, sha256: str, scale: str = _SCALE, **facts: Any) -> ModelSpec:
@@ -97,7 +97,7 @@ SPECS: dict[str, ModelSpec] = {
         "cpa_iqa",
         title="CPA-IQA",
         paper="CPA-IQA: contextual preference-aligned framework for AIGC quality assessment",
-        scale="[0, 1], fitted to AGIQA-3K, 1 = its best human score; details['score'] runs from 0 to 100",
+        scale=f"{_SCALE}; details['score'] runs from 0 to 100",
         input_size="whole image letterboxed to 448 px",
         gradient_path="pixels through the image tower, the tiers and the distortion maps; regions and attributes fixed",
         megabytes=29.1,

@@ -66,7 +66,7 @@ class BestOfN:
         reward_prompt: text that the reward scores by; by default the pipeline's prompt.
         progress: whether to show a progress bar over the candidates.
         search: "random" for consecutive seeds; "zero_order", or a `ZeroOrder`, to search near the best noise.
-        diverse: whether to keep, of the best 4 `top_k`, the `top_k` that look least alike, the best among them.
+        diverse: whether to keep, of the best 4 x `top_k`, the `top_k` that look least alike, the best among them.
 
     Example:
         >>> from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
@@ -110,14 +110,15 @@ class BestOfN:
         self.progress = progress
         self._batched = takes(pipe, "num_images_per_prompt")
 
-    def __call__(self, prompt: str | None, seed: int = 0, **pipe_kwargs: Any) -> BestOfNOutput:
+    def __call__(self, prompt: str | None = None, seed: int = 0, **pipe_kwargs: Any) -> BestOfNOutput:
         """Sample, score and rank the candidates for one prompt; warn once of candidates that were dropped.
 
         Candidates are dropped if their pixels or scores are NaN or infinite, or if the safety checker flagged them. If
         fewer than `top_k` are left, so many are returned.
 
         Args:
-            prompt: one prompt; or None together with `prompt_embeds` of shape (1, ...) and a `reward_prompt`.
+            prompt: one prompt; or None together with `prompt_embeds` of shape (1, ...) and a `reward_prompt`, but not
+                with pruning or search, which encode the prompt themselves.
             seed: seed of the first candidate.
             **pipe_kwargs: arguments of the pipeline's call (steps, guidance, size, negative prompt, ...), except for
                 `generator`, `latents`, `num_images_per_prompt`, `output_type` and `return_dict`.
@@ -134,7 +135,9 @@ class BestOfN:
                 bar.update(len(output.all_seeds) - bar.n)
         return output
 
-    def stream(self, prompt: str | None, seed: int = 0, **pipe_kwargs: Any) -> Generator[BestOfNOutput, None, None]:
+    def stream(
+        self, prompt: str | None = None, seed: int = 0, **pipe_kwargs: Any
+    ) -> Generator[BestOfNOutput, None, None]:
         """Yield the output so far after each chunk of candidates; arguments and errors are those of a call.
 
         Between two outputs the pipeline is as it was, and the loop may be left. Until a first candidate is ranked,

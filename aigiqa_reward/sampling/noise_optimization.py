@@ -183,8 +183,10 @@ class _Ascent:
             with torch.set_grad_enabled(not last):
                 image = self.image(noise)
             reason = self.judge(image.detach(), noise.detach())
-            if last or reason is not None:
+            if reason is not None:
                 return reason
+            if last:
+                continue
             gradient = reward_gradient(reward, reward(image, [self.call.text]).total, noise, "NoiseOptimizer")
             likelihood = torch.autograd.grad(norm_log_likelihood(noise), noise)[0]
             noise.grad = gradient + plan.regularization * likelihood

@@ -74,7 +74,7 @@ class SearchOptions:
     search: Literal["random", "zero_order"] = option(
         "random", "Source of noises; random takes consecutive seeds, zero_order searches near the best noise."
     )
-    diverse: bool = option(False, "Among the best 4 K candidates keep the K that look least alike.")
+    diverse: bool = option(False, "Among the best 4 x K candidates keep the K (--top-k) that look least alike.")
     batch_size: int = option(4, "Number of candidates sampled at a time; halved if memory runs out.", min=1)
     seed: int = option(0, "Seed of the first candidate of every prompt; candidate i has the seed plus i.")
     negative_prompt: str | None = option(None, "Text that the images should not show.", metavar="TEXT")

@@ -76,7 +76,8 @@ class RunOptions:
     )
     holdout_reward: tuple[str, ...] = option(
         ("auto",),
-        "Reward that is not trained on and decides which weights are kept; auto is another embedded system.",
+        "Reward that is not trained on and decides which weights are kept; auto is the quality score of compact, or of "
+        "mst_clipiqa if compact is trained.",
         metavar="NAME[:WEIGHT]",
     )
 
@@ -119,7 +120,7 @@ def finetune(
 
     with library(**_OPTIONS):  # whatever can be refused before a large pipeline is loaded
         check_tracker(tracker)
-        find_checkpoint(run.output_dir, run.resume_from_checkpoint)
+        begun = find_checkpoint(run.output_dir, run.resume_from_checkpoint)
         data = finetuning.read_preference_pairs(pairs.pairs) if pairs.pairs else texts
         method = finetuning.ALGORITHMS[name](**algorithm)
         settings = finetuning.FinetuneConfig(**config)
@@ -131,6 +132,9 @@ def finetune(
     if not watched and first_process():
         say("warning", "no --validation-prompts: reward hacking is not detected, and the last weights are kept")
     arguments |= {"resume_from_checkpoint": run.resume_from_checkpoint, "report_to": tracker}
+    if first_process():
+        what = "validating before training" if watched and begun is None else "training"
+        say("note", f"{what}; {run.output_dir / 'history.jsonl'} gets a line per step and validation")
     result = _run(pipe, judge, data, method, run.output_dir, settings, arguments)
     if first_process():
         _report(result, run.output_dir)

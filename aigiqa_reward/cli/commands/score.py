@@ -95,13 +95,15 @@ def _print(result: ScoringRun, rows: Sequence[Row], output: OutputOptions, copie
     text = render(rows, output.format, numbered=copies is not None, terminal=terminal)
     if output.file is None or result.failure is not None:
         emit(text, saved=copies is not None and copies.copy_to is not None)
-        return
-    try:
-        write(output.file, encoded(text))
-    except CommandError as error:
-        emit(text)
-        raise CommandError(f"{error}; the result is on stdout", argument="output", status=1) from error
-    result.kept.remove()
+    else:
+        try:
+            write(output.file, encoded(text))
+        except CommandError as error:
+            emit(text)
+            raise CommandError(f"{error}; the result is on stdout", argument="output", status=1) from error
+        result.kept.remove()
+    if all(row.prompt is None for row in rows) and any(row.total is not None for row in rows):
+        say("note", "no prompt: total is quality alone")
 
 
 # --------------------------------------------------------------------------------------------- finished rows

@@ -130,4 +130,5 @@ def reward_loss(context: TrainingContext, batch: Batch, images: Tensor, kl: Tens
     if images.requires_grad:
         context.bound.require_gradient(scores.total, title)
     loss = (context.penalty * kl - context.capped(scores.total).to(images.device)).mean()
-    return Outcome(loss=loss, measures=named_scores(scores) | ({"kl": kl.detach()} if context.penalty else {}))
+    measures = named_scores(scores) | context.above_ceiling(scores.total)
+    return Outcome(loss=loss, measures=measures | ({"kl": kl.detach()} if context.penalty else {}))

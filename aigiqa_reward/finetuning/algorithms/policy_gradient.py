@@ -292,6 +292,7 @@ class PolicyGradient(Algorithm):
         device = state.latents.device
         own = {name.removesuffix(f"/{part}"): v for name, v in memory.items() if name.endswith(f"/{part}")}
         logged = {name: v for name, v in own.items() if name not in ("latents", "log_probs", "advantages")}
+        logged |= context.above_ceiling(own["reward"])
         steps = memory["steps"].tolist()
         for place, step in enumerate(steps):
             before, after = own["latents"][:, step : step + 2].to(device).unbind(dim=1)
