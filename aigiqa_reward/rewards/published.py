@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,7 @@ class Source:
 
     Attributes:
         model: class of the model.
+        family: what it was trained from; rewards of one family have errors in common.
         repo: Hub id of the repository.
         file: name of the weights there.
         revision: commit; None if none is known, for the newest.
@@ -41,6 +42,7 @@ class Source:
     """
 
     model: type[PublishedModel]
+    family: Literal["CLIP", "BLIP", "SigLIP", "Qwen-VL"]
     repo: str
     file: str
     revision: str | None = None
@@ -51,6 +53,7 @@ class Source:
 
 _HPS = "697403c78157020a1ae59d23f111aa58ced35b0a"
 _CLIP_L: dict[str, Any] = {
+    "family": "CLIP",
     "repo": "openai/clip-vit-large-patch14",
     "file": "model.safetensors",
     "sha256": "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
@@ -59,6 +62,7 @@ _CLIP_L: dict[str, Any] = {
 PUBLISHED: dict[str, Source] = {
     "pickscore": Source(
         model=PickScore,
+        family="CLIP",
         repo="yuvalkirstain/PickScore_v1",
         revision="a4e4367c6dfa7288a00c550414478f865b875800",
         file="model.safetensors",
@@ -66,6 +70,7 @@ PUBLISHED: dict[str, Source] = {
     ),
     "hpsv2.1": Source(
         model=HPSv21,
+        family="CLIP",
         repo="xswu/HPSv2",
         revision=_HPS,
         file="HPS_v2.1_compressed.pt",
@@ -73,23 +78,34 @@ PUBLISHED: dict[str, Source] = {
     ),
     "hpsv2": Source(
         model=HPSv2,
+        family="CLIP",
         repo="xswu/HPSv2",
         revision=_HPS,
         file="HPS_v2_compressed.pt",
         sha256="07cb0d20626232204ca3a6ec53ff5984e7e53212a8a7b0e0ec2bac1bdaf125a1",
     ),
-    "mps": Source(model=MPS, repo="RE-N-Y/mpsv1", file="model.safetensors", other_names=("MPS_overall_state_dict.pt",)),
+    "mps": Source(
+        model=MPS,
+        family="CLIP",
+        repo="RE-N-Y/mpsv1",
+        file="model.safetensors",
+        other_names=("MPS_overall_state_dict.pt",),
+    ),
     "imagereward": Source(
         model=ImageReward,
+        family="BLIP",
         repo="THUDM/ImageReward",
         revision="5736be0",
         file="ImageReward.pt",
         sha256="d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
     ),
-    "cyclereward": Source(model=CycleReward, repo="carolineec/CycleReward-Combo", file="CycleReward-Combo.pth"),
+    "cyclereward": Source(
+        model=CycleReward, family="BLIP", repo="carolineec/CycleReward-Combo", file="CycleReward-Combo.pth"
+    ),
     "clipscore": Source(model=CLIPScore, other_names=("open_clip_model.safetensors",), **_CLIP_L),
     "siglip2": Source(
         model=SigLIP2,
+        family="SigLIP",
         repo="google/siglip2-so400m-patch14-384",
         file="model.safetensors",
         other_files=("config.json", "tokenizer.json"),
@@ -111,7 +127,7 @@ def load_published(name: str, weights: str | Path | None = None, dtype: torch.dt
     from accelerate import init_empty_weights
 
     source = PUBLISHED[name]
-    file = _fetch(name) if weights is None else _local(name, Path(weights).expanduser())
+    file = locate(name, weights)
     try:
         description = source.model.read_description(file.parent)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -135,6 +151,20 @@ def load_published(name: str, weights: str | Path | None = None, dtype: torch.dt
     return model
 
 
+def locate(name: str, weights: str | Path | None = None) -> Path:
+    """Return the authors' file of a published reward: a local copy, given it or its folder, or fetched from the Hub."""
+    return _fetch(name) if weights is None else _local(name, Path(weights).expanduser())
+
+
+def cached_weights(name: str) -> Path | None:
+    """Find the weights of a published reward in the Hub's cache, without a network; None if they are not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    source = PUBLISHED[name]
+    found = try_to_load_from_cache(source.repo, source.file, revision=source.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
 def cache_folder() -> Path:
     """Return the folder of converted weights."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aigiqa-reward" / "weights"
@@ -154,7 +184,8 @@ def _fetch(name: str) -> Path:
         files = " ".join(f"{address}/{file}" for file in (source.file, *source.other_files))
         raise WeightsError(
             f"weights: could not fetch {name} ({type(error).__name__}); download {files} on a machine with a network, "
-            f"put the files into one folder and pass create_reward({name!r}, weights=FOLDER)"
+            f"put the files into one folder and pass create_reward({name!r}, weights=FOLDER), on the command line "
+            "--weights FOLDER"
         ) from error
 
 
