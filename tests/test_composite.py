@@ -239,7 +239,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"reference": {**GOOD, "b": torch.tensor([1, float("nan")])}}, r"\['b'\].*finite"),
     ({"weights": {"a": 1}}, r"weights: expected an entry for each.*got \['a'\]"),
     ({"weights": {"a": 1, "b": 0}}, "weights: expected finite numbers above 0.*'b': 0"),
-    ({"members": {"v1.5": nn.Identity(), "v1_5": nn.Identity()}, "reference": None}, "differ by a dot alone.*another name"),
+    (
+        {"members": {"v1.5": nn.Identity(), "v1_5": nn.Identity()}, "reference": None},
+        "differ by a dot alone.*another name",
+    ),
     ({"combine": "rank", "reference": None}, "combine: 'rank' needs a reference"),
     ({"members": {"compact": 1.0, "b": brightness}, "reference": None}, "members: expected"),
     ({"members": {"compact": True}, "reference": None}, "members: expected"),

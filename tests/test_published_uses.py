@@ -163,7 +163,9 @@ def test_without_a_network_a_mixture_names_the_file_to_fetch(monkeypatch: pytest
     assert "--weights FOLDER" in error
 
 
-def test_verify_prints_scores_beside_the_reference_or_the_line_to_add(folder: Path, monkeypatch, tmp_path: Path) -> None:
+def test_verify_prints_scores_beside_the_reference_or_the_line_to_add(
+    folder: Path, monkeypatch, tmp_path: Path
+) -> None:
     table = tmp_path / "reference.json"
     monkeypatch.setattr(verify, "REFERENCE", table)
     table.write_text("{}")
