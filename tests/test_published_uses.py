@@ -58,9 +58,6 @@ def cached_pickscore(cache: Path) -> None:
     write_pickscore(cache / f"models--{source.repo.replace('/', '--')}" / "snapshots" / str(source.revision))
 
 
-# --------------------------------------------------------------------------------------------- sampling and training
-
-
 def test_best_of_n_and_its_reports_name_only_what_is_judged(reward: Reward, tmp_path: Path) -> None:
     pipe = pipelines.stable_diffusion()
     output = BestOfN(pipe, reward, n=3, top_k=2)(PROMPTS[0], seed=0, **FEW_STEPS)
@@ -72,9 +69,13 @@ def test_best_of_n_and_its_reports_name_only_what_is_judged(reward: Reward, tmp_
     assert (heat.kind, float(heat.maps.max())) == ("gradient", 1.0)
     page = write_page([(PROMPTS[0], output)], tmp_path / "page.html").read_text()
     assert {aspect for aspect in ASPECTS if aspect in page} == judged
+    scorer = PromptScorer(pipe, reward, **FEW_STEPS)
+    found = RewriteReward(scorer)([""] * 2, ["a red fox", ""], original=list(PROMPTS[:2]))
+    assert found == [scorer.score(["a red fox"], [PROMPTS[0]])[0].total, 0.0]
 
 
-def test_a_step_of_draft_reaches_the_lora_and_validations_leave_out_what_is_not_judged(reward, tmp_path) -> None:
+def test_a_step_of_draft_reaches_the_lora_and_validations_leave_out_what_is_not_judged(reward, cache, tmp_path):
+    cached_pickscore(cache)
     sampling = {**CALL, "num_inference_steps": 1}
     config = FinetuneConfig(max_train_steps=1, train_batch_size=2, rank=2, validation_seeds=1, sampling=sampling)
     arguments: dict[str, Any] = {"validation_prompts": ["a fox"], "progress": False}
@@ -88,6 +89,9 @@ def test_a_step_of_draft_reaches_the_lora_and_validations_leave_out_what_is_not_
     assert {"reward", "holdout"} <= found.keys()
     assert ASPECTS & {*found, *step} == ASPECTS & {reward.spec.judges}
     assert (tmp_path / "curves.png").is_file()
+    state = json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())
+    held = "auto" if PUBLISHED[reward.name].family == "CLIP" else "pickscore"  # what a resumed training must have
+    assert state["settings"]["holdout_reward"] == held
 
 
 def test_only_one_embedded_reward_has_a_ceiling(tmp_path: Path) -> None:
@@ -111,24 +115,6 @@ def test_a_published_reward_is_validated_by_one_of_another_family_if_its_weights
     assert found == ["pickscore", "compact", "mst_clipiqa"]
 
 
-def test_a_resumed_training_must_have_the_same_published_holdout(cache: Path, tmp_path: Path) -> None:
-    cached_pickscore(cache)
-    config = {"train_batch_size": 1, "rank": 2, "validation_seeds": 1, "sampling": {**CALL, "num_inference_steps": 1}}
-
-    def train(steps: int, **more: Any) -> None:
-        pipe, reward = pipelines.stable_diffusion(), tiny_published("imagereward")
-        arguments: dict[str, Any] = {"validation_prompts": ["a fox"], "progress": False, **more}
-        finetune(pipe, reward, PROMPTS, DRaFT(), tmp_path, FinetuneConfig(max_train_steps=steps, **config), **arguments)
-
-    train(1)
-    cache.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="holdout_reward: 'pickscore' there, 'auto' now"):
-        train(2, resume_from_checkpoint="latest")
-
-
-# --------------------------------------------------------------------------------------------- commands
-
-
 def test_commands_take_a_local_copy(folder: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.png" for i in range(2)]
     for image, file in zip(to_pil(scenes(2, 48, 40)), files, strict=True):
@@ -148,12 +134,11 @@ def test_commands_take_a_local_copy(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_finetune_takes_a_local_copy_and_a_mixture(folder: Path, tmp_path: Path) -> None:
+def test_finetune_takes_a_local_copy(folder: Path, tmp_path: Path) -> None:
     common = ["finetune", "draft", "--model", "embedded", "--prompt", "a penguin", "--num-inference-steps", "1"]
-    common += ["--max-train-steps", "1", "--train-batch-size", "1", "--device", "cpu", "--output-dir"]
-    for rewards in (["pickscore", "--weights", folder], ["compact:1.0", "--reward", "tsp_mgs:0.5"]):
-        result = run(*common, tmp_path / str(len(rewards)), "--reward", *rewards)
-        assert result.exit_code == 0, result.output
+    common += ["--max-train-steps", "1", "--train-batch-size", "1", "--device", "cpu", "--output-dir", tmp_path / "out"]
+    result = run(*common, "--reward", "pickscore", "--weights", folder)
+    assert result.exit_code == 0, result.output
 
 
 def test_without_a_network_a_mixture_names_the_file_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,9 +174,6 @@ def test_verify_prints_scores_beside_the_reference_or_the_line_to_add(
     assert "not a whole safetensors file" in only_error(run(*command))
 
 
-# --------------------------------------------------------------------------------------------- other hosts
-
-
 def test_comfyui_loads_and_scores_a_local_copy(folder: Path) -> None:
     nodes = load_pack().NODE_CLASS_MAPPINGS
     loaded = nodes["AIGIQARewardLoader"]().load("pickscore", device="cpu", weights=str(folder))[0]
@@ -205,11 +187,3 @@ def test_comfyui_loads_and_scores_a_local_copy(folder: Path) -> None:
         nodes["AIGIQAFilter"]().filter(**chosen, aspect=["quality"])
     with pytest.raises(ValueError, match="needs one prompt per image"):
         nodes["AIGIQAScore"]().score(loaded, images, "")
-
-
-def test_rewrites_are_scored_by_the_total(reward: Reward) -> None:
-    scorer = PromptScorer(pipelines.stable_diffusion(), reward, **FEW_STEPS)
-    logged: dict[str, list[Any]] = {}
-    found = RewriteReward(scorer)([""] * 2, ["a red fox", ""], original=list(PROMPTS[:2]), log_extra=logged.__setitem__)
-    assert found == [scorer.score(["a red fox"], [PROMPTS[0]])[0].total, 0.0]
-    assert (logged["quality"][0] is None) == (reward.spec.judges != "quality")

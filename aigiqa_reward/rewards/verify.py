@@ -66,9 +66,9 @@ def verify(name: str, weights: str | Path | None = None, table: Mapping[str, Any
     """
     if name not in PUBLISHED:
         raise ValueError(f"name: expected a published reward, one of {', '.join(PUBLISHED)}, got {name!r}")
+    scores = Scorer(create_reward(name, weights=weights)).score([ASSETS / "verify" / image for image in IMAGES], PROMPT)
     file = locate(name, weights)
     digest = sha256(file)
-    scores = Scorer(create_reward(name, weights=file)).score([ASSETS / "verify" / image for image in IMAGES], PROMPT)
     known = (read_json(REFERENCE) if table is None else table).get(name)
     reference = None if known is None or known["sha256"] != digest else tuple(known["raw"])
     raw = tuple(scores.details["raw"].tolist())

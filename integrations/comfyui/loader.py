@@ -33,8 +33,8 @@ class RewardLoader:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Declare the inputs."""
         judges = (
-            "Which model judges. `aigiqa-reward rewards` lists what each of them judges, its size and its license. cpa_iqa "
-            "also draws distortion maps."
+            "Which model judges. `aigiqa-reward rewards` lists what each of them judges, its size and its license. "
+            "cpa_iqa also draws distortion maps."
         )
         towers = "Of the towers; heads always compute in float32. Choose bfloat16 or float16 for models of several GB."
         keep = "On: stays on the device between runs. Off: moves to ComfyUI's offload device after each use."

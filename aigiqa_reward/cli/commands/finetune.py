@@ -76,8 +76,8 @@ class RunOptions:
     )
     holdout_reward: tuple[str, ...] = option(
         ("auto",),
-        "Reward that is not trained on and decides which weights are kept; auto is another embedded system or, against a "
-        "published reward, a published one of another family if its weights are in the Hub's cache.",
+        "Reward that is not trained on and decides which weights are kept; auto is another embedded system or, for "
+        "published rewards, a published one of another family if its weights are in the Hub's cache.",
         metavar="NAME[:WEIGHT]",
     )
 
