@@ -183,7 +183,7 @@ def test_comfyui_loads_and_scores_a_local_copy(folder: Path) -> None:
     assert [(row["quality"], row["correspondence"]) for row in json.loads(report)] == [(None, None)] * 2
     chosen = {"reward": [loaded], "images": [images], "prompt": PROMPTS[:1], "threshold": [0.0], "if_none": ["best"]}
     assert len(nodes["AIGIQAFilter"]().filter(**chosen, aspect=["total"])[2]) >= 1
-    with pytest.raises(ValueError, match="aspect: the reward gives no quality here; choose total"):
+    with pytest.raises(ValueError, match="aspect: quality needs a reward that gives it; choose total"):
         nodes["AIGIQAFilter"]().filter(**chosen, aspect=["quality"])
     with pytest.raises(ValueError, match="needs one prompt per image"):
         nodes["AIGIQAScore"]().score(loaded, images, "")

@@ -134,10 +134,8 @@ class Filter(_Choosing):
                 faults += fault
                 scores = getattr(output, {"total": "all_scores"}.get(by, f"all_{by}"))
                 if output.seeds and scores is None:
-                    raise ValueError(
-                        f"aspect: the reward gives no {by} here; choose total, or another reward"
-                        + (", or fill in prompt" if by == "correspondence" else "")
-                    )
+                    what, remedy = ("a prompt and ", "fill in prompt, or ") if by == "correspondence" else ("", "")
+                    raise ValueError(f"aspect: {by} needs {what}a reward that gives it; {remedy}choose total")
                 for index, score in enumerate(scores if output.seeds else []):
                     found = rows[index], latents[index : index + 1], score, index
                     if score >= least:  # never true of NaN, which dropped images have
