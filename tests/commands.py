@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from typer import Context
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from aigiqa_reward.cli import app
+from aigiqa_reward.images import loading
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -56,7 +56,7 @@ def command(*arguments: object) -> list[str]:
 @contextlib.contextmanager
 def opening(interrupted_at: int, number: int) -> Iterator[list[Any]]:
     """Count the images that are opened; at one of them, the signal comes."""
-    opened, places, before = Image.open, [], signal.getsignal(number)
+    opened, places, before = loading._opened, [], signal.getsignal(number)
 
     def count(place: Any, *arguments: Any, **options: Any) -> Any:
         if len(places) == interrupted_at:
@@ -66,7 +66,7 @@ def opening(interrupted_at: int, number: int) -> Iterator[list[Any]]:
         return opened(place, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image, "open", count)
+        patch.setattr(loading, "_opened", count)
         try:
             yield places
         finally:

@@ -276,7 +276,7 @@ def test_what_is_not_finite_before_any_training_is_not_the_learning_rates(
         train(tmp_path, pipe, reward, algorithm, train_batch_size=2, sampling=CALL)
     what = {
         "pixels": r"[24] of [24] images have NaN or infinite pixels",
-        "reward": r"\.broken gave NaN .*[24] of [24] images",
+        "reward": r"\.broken gave NaN .*[24] of [24] finite images",
     }
     assert re.search(what[fault], str(caught.value))
     assert "no weight was trained yet" in str(caught.value)

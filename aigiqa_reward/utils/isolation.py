@@ -10,6 +10,7 @@ import torch
 
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu")
 _ONE_AT_A_TIME = threading.RLock()
+_BUILDING: list[torch.dtype] = []  # the caller's default dtype while a thread builds
 
 
 @contextmanager
@@ -34,16 +35,25 @@ def isolated() -> Iterator[None]:
 def building() -> Iterator[None]:
     """Build modules on the CPU in float32, with gradients allowed, and leave the global random state as it was.
 
-    The default dtype and the random state belong to all threads, so that one thread builds at a time.
+    The default dtype and the random state belong to all threads, so that one thread builds at a time. Within another
+    `building`, which restores both at its end, it does nothing: initial weights are drawn one after another.
     """
-    with _ONE_AT_A_TIME, without_autocast(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        before = torch.get_default_dtype()
+    with _ONE_AT_A_TIME:
+        if _BUILDING:
+            yield
+            return
+        _BUILDING.append(torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         try:
-            with torch.inference_mode(False):
+            with (
+                without_autocast(),
+                torch.device("cpu"),
+                torch.random.fork_rng(devices=[]),
+                torch.inference_mode(False),
+            ):
                 yield
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(_BUILDING.pop())
 
 
 def check_gradients_allowed(needed_by: str) -> None:
