@@ -21,7 +21,7 @@ Context: TypeAlias = Mapping[str, Tensor]
 
 
 class PromptError(ValueError):
-    r"""A prompt in which a text encoder finds no word, such as one of zero-width spaces only.
+    r"""A prompt that a reward cannot read, such as one of zero-width spaces only.
 
     Example:
         >>> from aigiqa_reward import create_reward
@@ -33,12 +33,17 @@ class PromptError(ValueError):
         left out: '\u200b'
     """
 
-    def __init__(self, prompt: str, argument: str = "prompts") -> None:
-        super().__init__(prompt, argument)
-        self.prompt, self.argument = prompt, argument
+    def __init__(
+        self,
+        prompt: str,
+        argument: str = "prompts",
+        reason: str = "holds no readable word; pass one with words, or None to score without",
+    ) -> None:
+        super().__init__(prompt, argument, reason)
+        self.prompt, self.argument, self.reason = prompt, argument, reason
 
     def __str__(self) -> str:
-        return f"{self.argument}: {self.prompt!r} holds no readable word; pass one with words, or None to score without"
+        return f"{self.argument}: {self.prompt!r} {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,9 +57,9 @@ def options(panel: str) -> Callable[[type[Options]], type[Options]]:
     return make
 
 
-def argument(metavar: str, help: str) -> Any:
+def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
     """Declare a positional argument as a dataclass field."""
-    return field(metadata={"help": help, "metavar": metavar})
+    return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def _parameter(each: dataclasses.Field[Any], hint: Any, panel: str, default: Any
     kind, more = _kind(hint, default)
     if "metavar" in about:
         info = typer.Argument(metavar=about["metavar"], help=about["help"])
-        return inspect.Parameter(each.name, _KEYWORD, annotation=Annotated[kind, info])
+        empty = inspect.Parameter.empty if default is MISSING else None
+        return inspect.Parameter(each.name, _KEYWORD, default=empty, annotation=Annotated[kind, info])
     names = about.get("names") or (f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}",)
     info = typer.Option(*names, help=about["help"], rich_help_panel=panel, **more, **about.get("more", {}))
     if default is MISSING:

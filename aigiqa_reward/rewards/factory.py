@@ -200,6 +200,8 @@ def _embedded(
     name = spec.name
     needs = SYSTEMS[name].needs if name in SYSTEMS else ()
     remedy = "train one with TrainingPlan(assistants=...)"
+    if name == "ocr" and (shares or preset is not None):
+        raise ValueError(f"{', '.join(shares) or 'preset'}: ocr has no such choice; leave it out")
     if name == "compact" and preset is not None:
         raise ValueError("preset: the compact reward has its own embedded towers; leave it out")
     if preset == "paper":

@@ -1,0 +1,69 @@
+"""Reader of the image part of GenAI-Bench in its published layout.
+
+Source: B. Li et al., "GenAI-Bench: Evaluating and Improving Compositional Text-to-Visual Generation", 2024, arXiv
+2406.13743; https://huggingface.co/datasets/BaiqiL/GenAI-Bench-1600 (1,600 prompts, six models),
+https://huggingface.co/datasets/zhiqiulin/GenAI-Bench-527.
+
+Found: genai_image.json of the 1,600 prompts, and the paths of the images in t2v_metrics' dataset.py. The three ratings,
+1 to 5, are of the correspondence to the prompt. Ours: the pairs; the paper reports correlations over all images.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from aigiqa_reward.datasets.base import PreferencePairs
+from aigiqa_reward.datasets.ranked import ranked_pairs, read_published_json
+
+_EXPECTED = 'an object such as {"00000": {"prompt": "a cat", "models": {"DALLE_3": [5, 4, 5]}}}'
+
+
+def read_genai_bench(path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None) -> PreferencePairs:
+    """Read the ratings as pairs; no image is opened.
+
+    Every two images of a prompt give a pair, the one of the higher mean rating the better; two of one mean give none.
+    The group of a pair is its prompt.
+
+    Args:
+        path: folder that holds `genai_image.json`.
+        images: folder that holds the unpacked folder of each model, with images `{id}.jpeg`. None: the same folder.
+
+    Example:
+        >>> import json
+        >>> from pathlib import Path
+        >>> from aigiqa_reward.datasets import read_genai_bench
+        >>> for model in ("DALLE_3", "SDXL_Base"):
+        ...     Path("genai", model).mkdir(parents=True)
+        ...     Path("genai", model, "00000.jpeg").touch()
+        >>> entry = {"id": "00000", "prompt": "a red fox", "models": {"DALLE_3": [5, 4, 5], "SDXL_Base": [3, 3, 2]}}
+        >>> _ = Path("genai/genai_image.json").write_text(json.dumps({"00000": entry}))
+        >>> read_genai_bench("genai").better[0].parent.name
+        'DALLE_3'
+    """
+    file = Path(path) / "genai_image.json"
+    if not file.is_file():
+        raise ValueError(f"path: expected a folder that holds genai_image.json and the models' folders, got {path!s}")
+    entries = read_published_json(file)
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file}: expected {_EXPECTED}, got {type(entries).__name__}")
+    rows = []
+    for name, entry in entries.items():
+        if not _is_rated(entry):
+            raise ValueError(f"{file}, entry {name!r}: expected {_EXPECTED}, got {entry!r:.200}")
+        means = {model: sum(ratings) / len(ratings) for model, ratings in entry["models"].items()}
+        paths, ranks = [f"{model}/{name}.jpeg" for model in means], [-mean for mean in means.values()]
+        rows.append((f"{file}, entry {name!r}", entry["prompt"], paths, ranks))
+    return ranked_pairs(rows, ("prompt", "models", "ratings"), file.parent if images is None else Path(images), file)
+
+
+def _is_rated(entry: Any) -> bool:
+    """Whether this is a prompt with lists of ratings by model, of which there may be none."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        return False
+    models = entry.get("models")
+    return isinstance(models, dict) and all(
+        isinstance(ratings, list) and ratings and all(type(rating) in (int, float) for rating in ratings)
+        for ratings in models.values()
+    )
