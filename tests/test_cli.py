@@ -317,6 +317,7 @@ SEVERAL = {
     "--prompt",
     "--lora",
     "--reward",
+    "--pairs",
     "--holdout-reward",
     "--set",
     "--tower",

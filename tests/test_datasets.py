@@ -232,7 +232,7 @@ LAYOUTS = {
         "entry 3: 'a.jpg' is listed twice": ("image_path", ["a.jpg", "a.jpg", "b.jpg", "c.jpg"]),
     }),
     "genai_bench": Layout(genai_bench_rows, write_genai_bench, 3 + 0 + 2, 2, "models", {
-        "entry '00002': expected an object such as": ("models", {"DALLE_3": [], "SDXL_Base": [1, 2, 3]}),
+        "entry '00002': expected the fields prompt and models": ("models", {"DALLE_3": [], "SDXL_Base": [1, 2, 3]}),
         "entry '00002': .*got .*None": ("prompt", None),
     }),
     "pickapic": Layout(pickapic_rows, write_pickapic, 8, 4, "jpg_1", {
@@ -301,7 +301,7 @@ def test_a_wrong_cell_is_placed(tmp_path: Path, name: str, message: str, column:
         ("imagereward", "train.json", b"[{]", r"train\.json: expected JSON in UTF-8"),
         ("imagereward", "train.json", b'{"a": 1}', r"expected a list of entries \{id, prompt, .* got dict"),
         ("hpdv2", "test.json", b"[3]", "entry 1: expected the fields prompt, image_path, rank, got int"),
-        ("genai_bench", "genai_image.json", b"[]", r"genai_image\.json: expected an object such as .* got list"),
+        ("genai_bench", "genai_image.json", b"[]", r"genai_image\.json: expected the fields .* got list"),
         ("pickapic", "train.parquet", b"no parquet", r"train\.parquet: expected a whole parquet file"),
     ],
 )  # fmt: skip

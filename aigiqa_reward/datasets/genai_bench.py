@@ -17,7 +17,7 @@ from typing import Any
 from aigiqa_reward.datasets.base import PreferencePairs
 from aigiqa_reward.datasets.ranked import ranked_pairs, read_published_json
 
-_EXPECTED = 'an object such as {"00000": {"prompt": "a cat", "models": {"DALLE_3": [5, 4, 5]}}}'
+_EXPECTED = 'the fields prompt and models, as in {"00000": {"prompt": "a cat", "models": {"DALLE_3": [5, 4, 5]}}}'
 
 
 def read_genai_bench(path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None) -> PreferencePairs:

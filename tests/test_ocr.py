@@ -1,0 +1,84 @@
+"""The reward `ocr` on rendered text; its weights are in the package rapidocr."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from aigiqa_reward import BestOfN, Reward, Scorer, create_reward, get_reward_spec, load_embedded_pipeline
+from aigiqa_reward.models.ocr import _likeness, quoted_text
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.types import PromptError
+
+pytest.importorskip("rapidocr", reason="the reward ocr needs the extra ocr")
+pytest.importorskip("onnxruntime", reason="the reward ocr needs the extra ocr")
+
+
+@pytest.fixture(scope="module")
+def reward() -> Reward:
+    return create_reward("ocr")
+
+
+def written(text: str) -> Image.Image:
+    image = Image.new("RGB", (320, 160), "white")
+    ImageDraw.Draw(image).text((20, 20), text, fill="black", font=ImageFont.load_default(size=48))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ('a sign that says "Hello  World"', "helloworld"),
+        ("a sign, “One” above „Two“", "onetwo"),
+        ("a poster 'Don't panic' on a wall", "don'tpanic"),
+        ('the dog\'s "OPEN" sign', "open"),
+    ],
+)
+def test_the_quoted_parts_of_a_prompt_are_joined(prompt: str, text: str) -> None:
+    assert quoted_text(prompt) == text
+
+
+@pytest.mark.parametrize("prompt", ["a sign", "the dogs' toys and the cats' bowl", 'a 5" pipe and a 6" pipe', '" "'])
+def test_a_prompt_without_quotes_is_refused(prompt: str) -> None:
+    with pytest.raises(PromptError, match="has no text in quotes"):
+        quoted_text(prompt)
+
+
+def test_the_distance_is_levenshtein_s() -> None:
+    assert [_likeness("kitten", other) for other in ("kitten", "sitting", "")] == [1, 1 - 3 / 7, 0]
+
+
+def test_rendered_text_scores_by_its_likeness(reward: Reward) -> None:
+    texts = ["Hello\nWORLD", "Help World", ""]
+    scores = Scorer(reward).score([written(text) for text in texts], 'a sign that says "hello world"')
+    assert scores.total.tolist() == pytest.approx([1, 0.8, 0])
+    assert (scores.quality, scores.correspondence.tolist()) == (None, scores.total.tolist())
+
+
+def test_a_row_whose_prompt_has_no_quotes_has_an_error(reward: Reward) -> None:
+    first, second = Scorer(reward).stream([written("OPEN")] * 2, ['a sign "open"', "a sign"])
+    assert (first.error, float(first.output.total)) == (None, 1)
+    assert second.output is None
+    assert "no text in quotes" in second.error
+
+
+def test_gradient_methods_refuse_it_and_best_of_n_takes_it(reward: Reward) -> None:
+    with pytest.raises(ValueError, match="DRaFT needs its gradient"):
+        BoundReward(reward).check_differentiable("DRaFT", 'a sign "OPEN"')
+    pipe: Any = load_embedded_pipeline()
+    found = BestOfN(pipe, reward, n=2)('a sign "OPEN"', num_inference_steps=1)
+    assert all(0 <= score <= 1 for score in found.all_scores)
+    assert not get_reward_spec("ocr").differentiable
+
+
+def test_it_is_saved_and_loaded_and_has_no_choices(reward: Reward, tmp_path: Path) -> None:
+    reward.save_pretrained(tmp_path)
+    images, prompts = torch.ones(1, 3, 64, 64), ['a sign "OPEN"']
+    assert torch.equal(Reward.from_pretrained(tmp_path)(images, prompts).total, reward(images, prompts).total)
+    for choice in ({"quality_weight": 0.2}, {"preset": "paper"}):
+        with pytest.raises(ValueError, match="ocr has no such choice"):
+            create_reward("ocr", **choice)
