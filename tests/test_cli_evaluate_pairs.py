@@ -85,7 +85,6 @@ def test_each_reward_is_measured_on_each_benchmark(sources: dict[str, str], tiny
     assert header.split()[:3] == ["benchmark", "reward", "accuracy"]
     assert row.split()[:2] == ["GenAI-Bench", str(tiny[0])]
     assert "Pairs of which people prefer neither are left out" in about
-    assert "half a pair" in table
 
 
 def test_the_published_accuracy_stands_beside_the_measured_one(sources: dict[str, str], tiny: list[Path]) -> None:
@@ -132,7 +131,7 @@ def test_ties_count_half_and_unreadable_images_are_left_out(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "error: expected MODEL and --data NAME:PATH, or --pairs"),
+        ("", "expected MODEL and --data NAME:PATH, or --pairs"),
         ("--pairs SOURCE", "--pairs: needs --reward NAME as well"),
         ("--reward compact", "--reward: needs --pairs NAME:PATH as well"),
         ("--pairs agiqa3k:x --reward compact", "--pairs: expected one of imagereward:PATH, hpdv2:PATH, "),

@@ -301,7 +301,7 @@ def test_a_wrong_cell_is_placed(tmp_path: Path, name: str, message: str, column:
         ("imagereward", "train.json", b"[{]", r"train\.json: expected JSON in UTF-8"),
         ("imagereward", "train.json", b'{"a": 1}', r"expected a list of entries \{id, prompt, .* got dict"),
         ("hpdv2", "test.json", b"[3]", "entry 1: expected the fields prompt, image_path, rank, got int"),
-        ("genai_bench", "genai_image.json", b"[]", r"genai_image\.json: expected the fields .* got list"),
+        ("genai_bench", "genai_image.json", b"[]", "entry 'none': expected the fields prompt and models, .* got "),
         ("pickapic", "train.parquet", b"no parquet", r"train\.parquet: expected a whole parquet file"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,12 @@ def written(text: str) -> Image.Image:
         ("a sign, “One” above „Two“", "onetwo"),
         ("a poster 'Don't panic' on a wall", "don'tpanic"),
         ('the dog\'s "OPEN" sign', "open"),
+        *((prompt, None) for prompt in ("a sign", "the dogs' toys and the cats' bowl", 'a 5" and a 6" pipe', '" "')),
     ],
 )
-def test_the_quoted_parts_of_a_prompt_are_joined(prompt: str, text: str) -> None:
-    assert quoted_text(prompt) == text
-
-
-@pytest.mark.parametrize("prompt", ["a sign", "the dogs' toys and the cats' bowl", 'a 5" pipe and a 6" pipe', '" "'])
-def test_a_prompt_without_quotes_is_refused(prompt: str) -> None:
-    with pytest.raises(PromptError, match="has no text in quotes"):
-        quoted_text(prompt)
+def test_quoted_parts_are_joined_and_a_prompt_without_is_refused(prompt: str, text: str | None) -> None:
+    with nullcontext() if text else pytest.raises(PromptError, match="has no text in quotes"):
+        assert quoted_text(prompt) == text
 
 
 def test_the_distance_is_levenshtein_s() -> None:
@@ -57,12 +54,8 @@ def test_rendered_text_scores_by_its_likeness(reward: Reward) -> None:
     scores = Scorer(reward).score([written(text) for text in texts], 'a sign that says "hello world"')
     assert scores.total.tolist() == pytest.approx([1, 0.8, 0])
     assert (scores.quality, scores.correspondence.tolist()) == (None, scores.total.tolist())
-
-
-def test_a_row_whose_prompt_has_no_quotes_has_an_error(reward: Reward) -> None:
     first, second = Scorer(reward).stream([written("OPEN")] * 2, ['a sign "open"', "a sign"])
-    assert (first.error, float(first.output.total)) == (None, 1)
-    assert second.output is None
+    assert (first.error, float(first.output.total), second.output) == (None, 1, None)
     assert "no text in quotes" in second.error
 
 

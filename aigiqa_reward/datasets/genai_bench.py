@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from statistics import StatisticsError, fmean
 
 from aigiqa_reward.datasets.base import PreferencePairs
 from aigiqa_reward.datasets.ranked import ranked_pairs, read_published_json
@@ -46,24 +46,13 @@ def read_genai_bench(path: str | os.PathLike[str], *, images: str | os.PathLike[
     if not file.is_file():
         raise ValueError(f"path: expected a folder that holds genai_image.json and the models' folders, got {path!s}")
     entries = read_published_json(file)
-    if not isinstance(entries, dict):
-        raise ValueError(f"{file}: expected {_EXPECTED}, got {type(entries).__name__}")
     rows = []
-    for name, entry in entries.items():
-        if not _is_rated(entry):
-            raise ValueError(f"{file}, entry {name!r}: expected {_EXPECTED}, got {entry!r:.200}")
-        means = {model: sum(ratings) / len(ratings) for model, ratings in entry["models"].items()}
-        paths, ranks = [f"{model}/{name}.jpeg" for model in means], [-mean for mean in means.values()]
-        rows.append((f"{file}, entry {name!r}", entry["prompt"], paths, ranks))
+    for name, entry in entries.items() if isinstance(entries, dict) else [("none", entries)]:
+        try:
+            prompt, models = entry["prompt"], entry["models"]
+            paths = [f"{model}/{name}.jpeg" for model in models]
+            ranks = [-fmean(ratings) for ratings in models.values()]
+        except (KeyError, TypeError, AttributeError, StatisticsError) as error:
+            raise ValueError(f"{file}, entry {name!r}: expected {_EXPECTED}, got {entry!r:.200}") from error
+        rows.append((f"{file}, entry {name!r}", prompt, paths, ranks))
     return ranked_pairs(rows, ("prompt", "models", "ratings"), file.parent if images is None else Path(images), file)
-
-
-def _is_rated(entry: Any) -> bool:
-    """Whether this is a prompt with lists of ratings by model, of which there may be none."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        return False
-    models = entry.get("models")
-    return isinstance(models, dict) and all(
-        isinstance(ratings, list) and ratings and all(type(rating) in (int, float) for rating in ratings)
-        for ratings in models.values()
-    )

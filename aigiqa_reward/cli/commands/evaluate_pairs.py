@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +42,13 @@ def evaluate_pairs(
     tables = {source: _read(source) for source in sources}
     records = []
     try:
-        for record in _records(tables, rewards, weights, device, batch_size):
-            records.append(record)
-            if form == "jsonl":
-                emit(jsonl([record]))
+        for name in rewards:
+            reward = _load(name, weights, device)
+            for source, table in tables.items():
+                found = _measure(reward, table, batch_size)
+                records.append({"data": source, "reward": name, **found, "published": _known(name, source)})
+                if form == "jsonl":
+                    emit(jsonl(records[-1:]))
     finally:  # what is known is printed, whatever ended the others
         if form == "table" and records:
             emit(_table(records))
@@ -69,15 +72,6 @@ def _read(source: str) -> PreferencePairs:
     return table
 
 
-def _records(
-    tables: Mapping[str, PreferencePairs], rewards: Sequence[str], weights: str | None, device: str | None, batch: int
-) -> Iterator[dict[str, Any]]:
-    for name in rewards:
-        reward = _load(name, weights, device)
-        for source, table in tables.items():
-            yield {"data": source, "reward": name, **_measure(reward, table, batch), "published": _known(name, source)}
-
-
 def _load(name: str, weights: str | None, device: str | None) -> Reward:
     from aigiqa_reward import create_reward
 
@@ -94,7 +88,7 @@ def _measure(reward: Reward, table: PreferencePairs, batch_size: int) -> dict[st
     sides = [
         [(str(path), text) for path, text in zip(s, table.prompts, strict=True)] for s in (table.better, table.worse)
     ]
-    images = list(dict.fromkeys(sides[0] + sides[1]))
+    images = list(dict.fromkeys(image for pair in zip(*sides, strict=True) for image in pair))  # a prompt's together
     paths, prompts = zip(*images, strict=True)
     rows = score_table(reward, paths, prompts, batch_size, argument="pairs")
     totals = {image: row.total for image, row in zip(images, rows, strict=True)}
