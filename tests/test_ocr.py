@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from aigiqa_reward import BestOfN, Reward, Scorer, create_reward, get_reward_spec, load_embedded_pipeline
 from aigiqa_reward.models.ocr import _likeness, quoted_text
 from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.sampling import BestOfEachError, best_of_each
 from aigiqa_reward.types import PromptError
 
 pytest.importorskip("rapidocr", reason="the reward ocr needs the extra ocr")
@@ -59,12 +60,14 @@ def test_rendered_text_scores_by_its_likeness(reward: Reward) -> None:
     assert "no text in quotes" in second.error
 
 
-def test_gradient_methods_refuse_it_and_best_of_n_takes_it(reward: Reward) -> None:
+def test_gradient_methods_refuse_it_and_best_of_n_takes_it(reward: Reward, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="DRaFT needs its gradient"):
         BoundReward(reward).check_differentiable("DRaFT", 'a sign "OPEN"')
     pipe: Any = load_embedded_pipeline()
-    found = BestOfN(pipe, reward, n=2)('a sign "OPEN"', num_inference_steps=1)
-    assert all(0 <= score <= 1 for score in found.all_scores)
+    with pytest.raises(BestOfEachError) as caught:  # of the prompt without quotes alone
+        best_of_each(BestOfN(pipe, reward, n=2), ["a sign", 'a sign "OPEN"'], tmp_path, num_inference_steps=1)
+    assert list(caught.value.failures) == [0]
+    assert "no text in quotes" in caught.value.failures[0]
     assert not get_reward_spec("ocr").differentiable
 
 
