@@ -21,7 +21,7 @@ Context: TypeAlias = Mapping[str, Tensor]
 
 
 class PromptError(ValueError):
-    r"""A prompt that a reward cannot read, such as one of zero-width spaces only.
+    r"""A prompt that a text encoder cannot read: with half of a character, or without a word in it.
 
     Example:
         >>> from aigiqa_reward import create_reward
@@ -37,13 +37,13 @@ class PromptError(ValueError):
         self,
         prompt: str,
         argument: str = "prompts",
-        reason: str = "holds no readable word; pass one with words, or None to score without",
+        fault: str = "holds no readable word; pass one with words, or None to score without",
     ) -> None:
-        super().__init__(prompt, argument, reason)
-        self.prompt, self.argument, self.reason = prompt, argument, reason
+        super().__init__(prompt, argument, fault)
+        self.prompt, self.argument, self.fault = prompt, argument, fault
 
     def __str__(self) -> str:
-        return f"{self.argument}: {self.prompt!r} {self.reason}"
+        return f"{self.argument}: {self.prompt!r} {self.fault}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,4 +71,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("flux-grpo"))
     parser.add_argument("--steps", type=int, default=300)
     given = parser.parse_args()
-    main(given.prompts.read_text().splitlines(), given.out, steps=given.steps)
+    main(given.prompts.read_text(encoding="utf-8").splitlines(), given.out, steps=given.steps)

@@ -74,4 +74,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("sd15-dpo"))
     parser.add_argument("--n", type=int, default=8)
     given = parser.parse_args()
-    main(given.prompts.read_text().splitlines(), given.out, n=given.n)
+    main(given.prompts.read_text(encoding="utf-8").splitlines(), given.out, n=given.n)

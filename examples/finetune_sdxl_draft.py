@@ -75,5 +75,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("sdxl-draft"))
     parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args()
-    texts, watched = (file.read_text().splitlines() for file in (given.prompts, given.validation_prompts))
+    texts, watched = (f.read_text(encoding="utf-8").splitlines() for f in (given.prompts, given.validation_prompts))
     main(texts, watched, given.out, steps=given.steps)

@@ -77,4 +77,4 @@ if __name__ == "__main__":
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--out", type=Path, default=Path("prompt-writer"))
     given = parser.parse_args()
-    main(given.prompts.read_text().splitlines(), given.out)
+    main(given.prompts.read_text(encoding="utf-8").splitlines(), given.out)

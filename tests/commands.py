@@ -6,10 +6,14 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+from PIL import Image
 from typer import Context
 from typer.main import get_command
 from typer.testing import CliRunner, Result
@@ -47,3 +51,23 @@ def only_error(result: Result) -> str:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "aigiqa_reward", *map(str, arguments)]
+
+
+@contextlib.contextmanager
+def opening(interrupted_at: int, number: int) -> Iterator[list[Any]]:
+    """Count the images that are opened; at one of them, the signal comes."""
+    opened, places, before = Image.open, [], signal.getsignal(number)
+
+    def count(place: Any, *arguments: Any, **options: Any) -> Any:
+        if len(places) == interrupted_at:
+            assert signal.getsignal(number) is not signal.SIG_DFL, "the tests would end here"
+            signal.raise_signal(number)
+        places.append(place)
+        return opened(place, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "open", count)
+        try:
+            yield places
+        finally:
+            signal.signal(number, before)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from aigiqa_reward import RewardOutput, create_reward
+from aigiqa_reward import BestOfN, CompositeReward, RewardOutput, Scorer, create_reward, rerank
 from aigiqa_reward.rewards.bound import BoundReward, device_of, reward_name
 from aigiqa_reward.types import PromptError, PromptFeatures
 
@@ -68,6 +69,25 @@ def test_unreadable_prompts_are_found_and_the_others_encoded() -> None:
     assert bound.unreadable(["b"]) == {} == BoundReward(brightness).unreadable(["?"])
     with pytest.raises(PromptError, match=r"'\?' holds no readable word"):
         BoundReward(reward, ["?"])
+
+
+@pytest.mark.parametrize("text", ["a smiling face \ud83d", "caf\udce9"], ids=["half a character", "undecoded byte"])
+def test_a_text_that_no_tokenizer_reads_is_the_error_of_its_row_for_every_reward(text: str) -> None:
+    message = rf"prompts: '{re.escape(ascii(text)[1:-1])}' has half of a character or .* at position {len(text) - 1}; "
+    composite = CompositeReward({"bright": brightness}, reference={"bright": torch.tensor([0.0, 1.0])})
+    for reward in (brightness, Lengths(), composite, create_reward("compact")):
+        scores = Scorer(reward).score(levels(0.1, 0.2, 0.3), ["a", text, "a"], on_error="nan")
+        assert scores.total.isnan().tolist() == [False, True, False]
+        (found,) = BoundReward(reward).unreadable(["a", text]).values()
+        assert re.match(message, found)
+        with pytest.raises(PromptError, match=message):
+            BoundReward(reward, [text])
+        with pytest.raises(ValueError, match=message.removeprefix("prompts").join(["^prompt", ""])):
+            rerank(levels(0.1, 0.2), text, reward)
+    with pytest.raises(PromptError, match=message):
+        create_reward("compact")(levels(0.1, 0.2), ["a", text])
+    with pytest.raises(ValueError, match=r"prompt: .* has half of a character"):
+        BestOfN(lambda **_: None, brightness, n=1, reward_prompt="a")(text)
 
 
 def test_only_finite_images_are_scored() -> None:

@@ -72,6 +72,21 @@ def test_every_third_step_and_the_last():
     assert [entry.step for entry in logger.history] == [0, 1]
 
 
+@pytest.mark.parametrize("end", [0.5, 0.7])
+def test_the_last_step_before_a_refiner_is_scored_by_its_preview(end):
+    pipe, every, third = pipeline("sdxl"), Recorder(), Recorder()
+    for logger in (RewardLogger(pipe, every, PROMPT), RewardLogger(pipe, third, PROMPT, every=3)):
+        with logger:
+            sample(pipe, "sdxl", denoising_end=end, output_type="latent", callback_on_step_end=logger)
+    last = pipe.num_timesteps - 1
+    assert last < STEPS - 1
+    assert [entry.step for entry in logger.history] == sorted({*range(0, last, 3), last})
+    assert torch.equal(third.images[-1], every.images[-1])  # of the clean latents predicted there
+    with RewardLogger(pipe, whole := Recorder(), PROMPT) as full:
+        sample(pipe, "sdxl", callback_on_step_end=full)
+    assert torch.equal(third.images[-1], whole.images[last])
+
+
 @families("sd", "flux", slow=("z_image", "sana"))
 def test_early_exit_saves_calls_and_the_preview_is_the_image(name):
     pipe, reward, calls = pipeline(name), Recorder(), []

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
+import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +19,11 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from commands import ENVIRONMENT, command, lines, only_error, options_of, run
+from commands import ENVIRONMENT, command, lines, only_error, opening, options_of, run
 from PIL import Image, features
 
 from aigiqa_reward import Reward, Scorer, __version__, create_reward, get_reward_spec, list_rewards
+from aigiqa_reward.cli.commands.score import _names
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 
 KEYS = ["path", "prompt", "total", "quality", "correspondence", "error"]
@@ -55,7 +59,8 @@ def assert_scores(rows: list[dict[str, Any]], reward: Reward, paths: list[str], 
 def test_scores_are_those_of_scorer(paths, tiny, tiny_reward, prompt):
     given = ["--prompt", prompt] if prompt else []
     result = run("score", Path(paths[0]).parent, *tiny, "--format", "jsonl", *given)
-    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    note = "" if prompt else "note: no prompt: total is quality alone\n"
+    assert (result.exit_code, result.stderr) == (0, note), result.output
     rows = lines(result.stdout)
     assert all(list(row) == KEYS for row in rows)
     assert {row["prompt"] for row in rows} == {prompt}
@@ -103,9 +108,10 @@ def test_every_format_says_the_same(paths, tiny, tmp_path):
 
 def test_output_goes_to_a_file_whole(paths, tiny, tmp_path):
     file = tmp_path / "new" / "scores.jsonl"
-    printed = run("score", *paths, *tiny, "--format", "jsonl").stdout
+    given = ["score", *paths, *tiny, "--prompt", PROMPT, "--format", "jsonl"]
+    printed = run(*given).stdout
     for _ in range(2):
-        result = run("score", *paths, *tiny, "--format", "jsonl", "--output", file)
+        result = run(*given, "--output", file)
         assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
         assert file.read_text(encoding="utf-8") == printed
         assert list(file.parent.iterdir()) == [file]
@@ -127,6 +133,16 @@ def test_folders_stand_for_their_images(tiny, tmp_path):
     assert "left out by their ending: .txt (1: notes.txt)" in run("score", tmp_path, *tiny).stderr
     assert found(".", "--recursive") == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.bmp"]
     assert found("sub", "b.png", "empty") == ["sub/c.webp", "b.png"]
+    write_image(tmp_path / "elsewhere" / "deep" / "f.png", 6)
+    (tmp_path / "set").mkdir()
+    links = {"1": "..", "2": "../elsewhere/deep", "3": "../elsewhere", "4": "."}
+    for link, target in links.items():
+        (tmp_path / "set" / link).symlink_to(target)
+    assert found("elsewhere", "--recursive") == ["elsewhere/deep/f.png"]
+    names = ["a.JPG", "b.png", "elsewhere/deep/f.png", "sub/c.webp", "sub/deep/d.bmp"]
+    assert found("set", "--recursive") == [f"set/1/{name}" for name in names]
+    (tmp_path / "set" / "1").unlink()
+    assert found("set", "--recursive") == found("set/2") == ["set/2/f.png"]
 
 
 def test_a_folder_gives_what_pillow_reads_and_names_the_rest(tiny, tmp_path):
@@ -427,6 +443,43 @@ def test_rank_never_overwrites_an_image_it_ranks(tiny, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_copies_of_long_names_and_many_images_sort_as_the_ranking(tiny, tmp_path):
+    names = ["x" * 251 + ".png", "寿" * 80 + ".png", "寿" * 83 + "a.png", "b.png"]
+    for seed, name in enumerate(names):
+        write_image(tmp_path / "image.png", seed).rename(tmp_path / name)
+    best = tmp_path / "best"
+    result = run("rank", tmp_path, *tiny, "--format", "jsonl", "--copy-to", best)
+    assert result.exit_code == 0, result.output
+    ranked = [Path(row["path"]) for row in lines(result.stdout)]
+    copies = sorted(best.glob("*.png"))
+    assert [copy.read_bytes() for copy in copies] == [image.read_bytes() for image in ranked]
+    assert [copy.name[:5] for copy in copies] == [f"00{place}_{image.name[0]}" for place, image in enumerate(ranked, 1)]
+    for copy in copies:
+        copy.unlink()
+        copy.symlink_to(tmp_path / "mine")
+    (tmp_path / "mine").write_bytes(b"mine")
+    assert run("rank", tmp_path, *tiny, "--copy-to", best, "--overwrite").exit_code == 0
+    assert [copy.read_bytes() for copy in copies] == [image.read_bytes() for image in ranked]
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    many = _names([Path(f"{place}.png") for place in range(1001)])
+    assert sorted(many) == many
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(paths, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    (home / "p.txt").write_text("\n".join(prompts_for(paths)) + "\n")
+    (home / "c.yaml").write_text("output: ~/scores.jsonl\nprompts: ~/p.txt\nformat: jsonl\n")
+    result = run("rank", *paths, *tiny, "--copy-to=~/best", "--config=~/c.yaml", cwd=here)
+    assert result.exit_code == 0, result.output
+    assert {row["prompt"] for row in lines((home / "scores.jsonl").read_text())} == set(prompts_for(paths))
+    assert (home / "best" / "ranking.jsonl").exists()
+    assert "~/p.txt" not in only_error(run("pairs", "--model", "embedded", "--prompts=~/none.txt", cwd=here))
+    assert not list(here.iterdir())
+
+
 def test_several_rewards_rank_by_their_weighted_mean(paths, tiny, tiny_reward, clip, tmp_path):
     other = create_reward("tsp_mgs", encoder=OpenCLIPConfig(architecture=clip), quality_weight=0.0)
     other.save_pretrained(tmp_path / "a:b")
@@ -486,20 +539,107 @@ def test_a_reader_that_leaves_is_no_error(tiny, paths):
         assert process.wait(timeout=120) == 0
 
 
-@pytest.mark.parametrize("output", [[], ["--output", "scores.jsonl"]])
-def test_interrupted_scoring_keeps_what_it_has(paths, tiny, tiny_reward, tmp_path, output):
-    opened, count = Image.open, iter(range(100))
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        if next(count) == 3:
-            raise KeyboardInterrupt
-        return opened(*arguments, **options)
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_interrupted_scoring_prints_what_it_has(paths, tiny, tiny_reward, tmp_path, number):
     common = ["score", *paths, *tiny, "--prompt", PROMPT, "--batch-size", "1", "--format", "jsonl"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image, "open", interrupted)
-        result = run(*common, *output, cwd=tmp_path)
+    with opening(3, number):
+        result = run(*common, cwd=tmp_path)
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted: the result holds 3 of 5 images\n"
-    kept = (tmp_path / "scores.jsonl").read_text() if output else result.stdout
-    assert_scores(lines(kept), tiny_reward, paths[:3], PROMPT)
+    assert_scores(lines(result.stdout), tiny_reward, paths[:3], PROMPT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("command", "name", "number"), [("score", "a.csv", 15), ("rank", "寿" * 85, signal.SIGINT)])
+def test_the_same_command_continues_an_interrupted_one(paths, tiny, tmp_path, command, name, number):
+    images = [write_image(tmp_path / "images" / f"{seed}.png", seed) for seed in range(5)]
+    common = [command, *images, *tiny, "--prompt", PROMPT, "--format", "csv", "--batch-size", "1"]
+    whole, file = run(*common).stdout, tmp_path / "new" / name
+
+    def opened(*more: object, until: int = -1) -> int:
+        with opening(until, number) as places:
+            result = run(*common, "--output", file, *more)
+        assert (result.exit_code, result.stdout) == (0 if until < 0 else 130, ""), result.output
+        assert ([file] == list(file.parent.iterdir())) == (until < 0), "the result is there when it is whole"
+        return len(places)
+
+    assert opened(until=2) == 2
+    (partial,) = file.parent.iterdir()
+    partial.write_bytes(partial.read_bytes() + b'["cut')
+    assert opened(until=1) == 1
+    assert opened() == 2
+    assert file.read_text() == whole
+    for more in ("--overwrite", "--quality-weight=3", "--dtype=bfloat16", ""):
+        file.unlink()
+        assert opened(until=3) == 3
+        if not more:
+            write_image(images[0], 99)
+        assert opened(*[more][: len(more)]) == (5 if more else 3)
+
+
+def test_a_result_that_cannot_be_written_goes_to_stdout(paths, tiny, tmp_path, monkeypatch):
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    common = ["score", *paths, *tiny, "--format", "jsonl"]
+    printed = run(*common).stdout
+    monkeypatch.setattr(os, "fsync", full)
+    result = run(*common, "--output", tmp_path / "scores.jsonl")
+    assert (result.exit_code, result.stdout) == (1, printed)
+    assert re.search("warning: cannot keep .*No space left.*\nerror: --output: cannot write", result.stderr)
+    with opening(3, signal.SIGINT):
+        result = run(*common, "--output", tmp_path / "scores.jsonl", "--batch-size", "1")
+    assert (result.exit_code, result.stdout) == (130, "".join(printed.splitlines(keepends=True)[:3]))
+    assert not list(tmp_path.iterdir())
+
+
+STREAMS = """
+import os, sys
+from contextlib import suppress
+from pathlib import Path
+from aigiqa_reward.cli._console import CommandError, emit, prepare_process, progress, say
+from aigiqa_reward.cli._io import check_output
+if len(sys.argv) > 1:
+    sys.stdin.read()  # until the terminal is gone
+prepare_process()
+with open("result", "w") as file, progress("scoring", 2) as show:
+    say("note", "x" * 10_000)
+    with suppress(OSError):
+        os.write(2, b"from a library")
+    print("from a library", file=sys.stderr, flush=True)
+    show(1)
+    file.write("whole")
+try:
+    check_output(None)
+    emit("the result")
+except CommandError as error:
+    Path("refused").write_text(str(error))
+emit(" and a copy", saved=True)
+"""
+
+
+@pytest.mark.parametrize(("closed", "refused"), [((), False), ((0,), False), ((2,), False), ((0, 1, 2), True)])
+def test_without_streams_messages_are_lost_and_results_are_not(tmp_path, closed, refused):
+    shell = " ".join(f"{number}>&-" for number in closed)
+    (tmp_path / "run.py").write_text(STREAMS)
+    arguments = ["sh", "-c", f"{sys.executable} run.py {shell}"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "result").read_text() == "whole"
+    assert (tmp_path / "refused").exists() == refused
+    assert refused or done.stdout == b"the result and a copy"
+
+
+def test_a_terminal_that_is_gone_takes_messages_only(tmp_path):
+    master, slave = pty.openpty()
+    (tmp_path / "run.py").write_text(STREAMS)
+    arguments = [sys.executable, "run.py", "wait"]
+    with subprocess.Popen(arguments, cwd=tmp_path, stdin=-1, stdout=slave, stderr=slave, env=ENVIRONMENT) as process:
+        os.close(slave)
+        os.close(master)
+    assert process.returncode == 0
+    assert (tmp_path / "result").read_text() == "whole"
+    assert "cannot write the result to stdout" in (tmp_path / "refused").read_text()

@@ -139,6 +139,7 @@ def test_a_rerun_resumes_and_refuses_other_settings(tiny, tmp_path):
     error = only_error(fill(PROMPT, more=("--seed", "5", "--reward-prompt", "two cats")))
     assert "--output-dir:" in error
     assert all(text in error for text in ("seed: 0 there, 5 now", "reward_prompt: None there, 'two cats' now"))
+    assert "start again with --overwrite" in error
     assert fill("a penguin", more=("--overwrite",)).exit_code == 0
     assert {name: drawn for name, (_, drawn) in sheets().items()} == {"00000.png": longer["00002.png"][1]}
 
@@ -187,6 +188,7 @@ def test_an_interruption_keeps_what_was_made(tiny, tmp_path, monkeypatch):
         ("--prompt x --model embeded", "--model: .*did you mean embedded"),
         ("--prompt x --model models/my-sdd", "--model: .*did you mean models/my-sd"),
         ("--prompt x --model models", "no model_index.json"),
+        ("--prompt x --model sd/model.safetensors", r"\.from_single_file\('sd/model.safetensors'\)\.save_pretrained\("),
         ("--prompt x --output-dir mine", "--output-dir: .*index.html exists and is not of an earlier run"),
         ("--prompt x --num-inference-steps 2 --set num_inference_steps=3", "is given by --num-inference-steps already"),
         ("--prompt x --set seed=3", "--set: seed is not a further argument"),

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import ENVIRONMENT, lines, only_error, run
+from commands import ENVIRONMENT, lines, only_error, opening, run
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
@@ -272,6 +272,12 @@ def test_evaluate_given_weights(data, trained, tmp_path):
     embedded = run("evaluate", "compact", *common, "embedded")
     assert embedded.exit_code == 1
     assert "warning: the embedded weights were trained on AGIQA-3K" in embedded.stderr
+    whole = ["compact", "--data", f"agiqa3k:{data}", *common[2:-2], tmp_path / "whole", "--weights", "embedded"]
+    for until, read, status in ((40, 40, 130), (-1, 48 - 32, 0)):  # 32 of 48 are kept
+        with opening(until, signal.SIGTERM) as places:
+            assert run("evaluate", *whole).exit_code == status
+        assert len(places) == read
+        assert (tmp_path / "whole" / "table.csv.partial").exists() == (status == 130)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +299,7 @@ def test_evaluate_given_weights(data, trained, tmp_path):
         ("evaluate mst_clipiqa DATA --split whole", "--split: expected group, random_image or csv:FILE"),
         ("evaluate mst_clipiqa DATA --seeds 2 --ablation-seeds 4", "got 2 and 4"),
         ("score DATA.CSV --scenario poster", "only cpa_iqa has scenarios"),
-        ("score DATA.CSV --zero-shot", "zero_shot"),
+        ("score DATA.CSV --zero-shot", "--zero-shot: only tsp_mgs"),
         ("scenarios --preferences no.json", "--preferences: cannot read"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,18 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "images"
 @pytest.fixture(scope="module")
 def reward() -> Reward:
     return create_reward("compact")
+
+
+@pytest.mark.parametrize("text", ["🍣🍣🍣", "🚗 🍣!", "x" * 300])
+def test_a_text_without_a_known_word_is_scored_with_a_warning(reward: Reward, text: str, recwarn: Any) -> None:
+    images = torch.rand(1, 3, 64, 64)
+    reward(images, [f"a tray of {text[:2]}"])
+    assert not recwarn.list
+    reward(images, [text])
+    (warning,) = recwarn.list
+    assert re.search(
+        rf"{re.escape(text[:40])}' has no word that is known; .*English reward prompt", str(warning.message)
+    )
 
 
 @pytest.mark.parametrize(("size", "count"), [((512, 512), 4), ((300, 900), 12), ((16, 2048), 16), ((2048, 2048), 4)])

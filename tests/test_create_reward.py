@@ -58,7 +58,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "compact", "device": "cudaa"}, "device: cannot use 'cudaa' here.*'cpu'"),
     ({"name": "mst_clipiqa", "preset": "paper"}, "no trained head.*aigiqa-reward train mst_clipiqa --preset paper"),
     ({"name": "mst_clipiqa", "preset": "large"}, "'large'"),
-    ({"name": "tsp_mgs", "weights": FOLDER, "zero_shot": True}, "neither preset nor encoder"),
+    ({"name": "tsp_mgs", "weights": FOLDER, "zero_shot": True}, "neither preset, encoder nor prefix"),
     ({"name": "tsp_mgs", "scenario": "poster"}, "only cpa_iqa has scenarios"),
     ({"name": "cpa_iqa", "scenario": "postr"}, "none called 'postr'.*poster"),
     ({"name": "cpa_iqa", "preferences": "none.json"}, "cannot read.*none.json"),

@@ -316,7 +316,7 @@ def test_a_file_of_another_form_is_named(tmp_path: Path, name: str, file: str, c
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str) -> None:
     path = LAYOUTS[name].write(tmp_path, LAYOUTS[name].rows())
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf'needs {module}; pip install "aigiqa-reward\[data\]"'):
+    with pytest.raises(ImportError, match=rf'needs {module}; pip install "\.\[data\]"'):
         read_data(f"{name}:{path}")
 
 

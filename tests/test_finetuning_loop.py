@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from torch.utils._pytree import tree_flatten_with_path
 from aigiqa_reward import create_reward
 from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning import (
+    DDPO,
+    DPO,
     DRaFT,
     FinetuneConfig,
     FinetuneResult,
@@ -257,6 +261,69 @@ def test_what_is_not_finite_stops_it(tmp_path: Path, breaking: Any, what: str, a
     assert torch.equal(image(fresh), image(pipe))
 
 
+@pytest.mark.parametrize("algorithm", [DRaFT(), DDPO(images_per_prompt=2), DPO(refresh_every=1, candidates=2)])
+@pytest.mark.parametrize("fault", ["pixels", "reward"])
+def test_what_is_not_finite_before_any_training_is_not_the_learning_rates(
+    tmp_path: Path, algorithm: Any, fault: str
+) -> None:
+    pipe, reward = pipelines.stable_diffusion(), warmth
+    if fault == "pixels":
+        with torch.no_grad():
+            pipe.vae.decoder.conv_out.weight.mul_(torch.inf)
+    else:
+        reward = broken_from(2 if algorithm.reward_gradient else 1, lambda scores: scores * float("nan"))
+    with pytest.raises(FinetuningError, match=r"^step 1: ") as caught:
+        train(tmp_path, pipe, reward, algorithm, train_batch_size=2, sampling=CALL)
+    what = {
+        "pixels": r"[24] of [24] images have NaN or infinite pixels",
+        "reward": r"\.broken gave NaN .*[24] of [24] images",
+    }
+    assert re.search(what[fault], str(caught.value))
+    assert "no weight was trained yet" in str(caught.value)
+    assert "learning_rate" not in str(caught.value)
+
+
+def test_layers_that_the_denoiser_does_not_use_are_named(tmp_path: Path) -> None:
+    pipe = pipelines.stable_diffusion()
+    attention: Any = next(module for module in pipe.unet.modules() if hasattr(module, "to_q"))
+    attention.other = torch.nn.ModuleDict({"to_q": torch.nn.Linear(32, 32)})
+    with pytest.warns(UserWarning, match=r"^target_modules: .* not use 1 of .*attn1\.other\.to_q; leave") as caught:
+        train(tmp_path / "a", pipe, max_train_steps=2)
+    assert len([warning for warning in caught if "target_modules" in str(warning.message)]) == 1, "once"
+    pipe.delete_adapters("reward")
+    with pytest.raises(ValueError, match=r"^target_modules: the denoiser uses none of the adapted layers"):
+        train(tmp_path / "b", pipe, target_modules=("other.to_q",))
+
+
+@pytest.mark.parametrize("within", ["step", "round", "validation"])
+def test_a_signal_writes_the_last_whole_step_at_once(tmp_path: Path, within: str) -> None:
+    """Whoever sends a SIGTERM may kill the process before the step it is in, or the validation, has ended."""
+    settings: dict[str, Any] = {"max_train_steps": 4, "train_batch_size": 2, "sampling": CALL}
+    if within == "validation":
+        settings |= {"validation_prompts": ["a fox", "a cat"], "holdout": half, "ema_decay": 0.5}
+        settings |= {"validation_seeds": 1, "validation_steps": 2}
+    else:
+        settings["algorithm"] = DDPO(images_per_prompt=2, updates_per_round=2 if within == "round" else 1)
+    done = 1 if within == "round" else 2
+    stopped, killed = tmp_path / "stopped", tmp_path / "killed"
+
+    def stop(*_: Any) -> None:
+        if stopped.exists() and (stopped / "history.jsonl").read_text().count('"loss"') == done and not killed.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+            shutil.copytree(stopped, killed)  # what a kill at this place leaves
+
+    pipe = pipelines.stable_diffusion()
+    expected = train(tmp_path / "whole", **settings)
+    pipe.unet.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, pipe, **settings)
+    assert [path.name for path in killed.glob("checkpoint-*")] == [f"checkpoint-{done}"]
+    found = train(killed, resume_from_checkpoint="latest", **settings)
+    order = [[(line["step"], "validation" in line) for line in run.history] for run in (expected, found)]
+    assert order[0] == order[1]
+    assert_same(weights(tmp_path / "whole"), weights(killed))
+
+
 def test_whatever_is_raised_nothing_is_lost(tmp_path: Path, after: Any) -> None:
     def fails(scores: Tensor) -> Tensor:
         raise RuntimeError("the server is away")
@@ -349,6 +416,21 @@ class Recorder(TrainingCallback):
 
     def on_validation(self, step: int, result: Any) -> None:
         self.validations.append((step, result.summary()["holdout"]))
+
+
+@pytest.mark.parametrize("algorithm", [DRaFT(), DDPO(images_per_prompt=2)])
+def test_images_above_the_ceiling_are_warned_of(tmp_path: Path, algorithm: Any) -> None:
+    settings = {"train_batch_size": 4, "max_train_steps": 1, "sampling": {**CALL, "num_inference_steps": 2}}
+
+    def shares(ceiling: float) -> list[float]:
+        history = train(tmp_path / str(ceiling), algorithm=algorithm, reward_ceiling=ceiling, **settings).history
+        return [line["above_ceiling"] for line in history]
+
+    with pytest.warns(UserWarning, match="reward_ceiling: 100% of the images of the first step score above -9 and"):
+        assert shares(-9.0) == [1.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert shares(9.0) == [0.0]
 
 
 def test_callbacks_see_the_history_and_can_stop(tmp_path: Path) -> None:

@@ -118,6 +118,37 @@ def test_another_adapter_stays_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(image(pipe), before)
 
 
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_a_disabled_adapter_stays_off_and_every_layer_is_trained(family: str) -> None:
+    pipe = FAMILIES[family]()
+    denoiser: Any = pipe.unet if family == "sd" else pipe.transformer
+    before = image(pipe)
+    config = LoraConfig(r=2, lora_alpha=40, init_lora_weights=False, target_modules=["to_q", "to_k", "proj_out"])
+    denoiser.add_adapter(config, adapter_name="style")
+    assert not torch.equal(image(pipe), before)
+    pipe.disable_lora()
+    lora = lora_on(pipe)
+    assert torch.equal(image(pipe), before)
+    for name in lora.weights:
+        layer = denoiser.get_submodule(name.partition(".lora_")[0])
+        assert "reward" in layer.active_adapters and not layer.disable_adapters
+    lora.remove()
+    assert torch.equal(image(pipe), before)
+    pipe.enable_lora()
+    assert not torch.equal(image(pipe), before), "as before"
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+def test_fused_projections_are_refused_until_they_are_undone(family: str) -> None:
+    pipe = FAMILIES[family]()
+    denoiser: Any = pipe.unet if family == "sd" else pipe.transformer
+    denoiser.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"^pipe: expected .*projections, got fused .*unfuse_qkv_projections\(\)"):
+        lora_on(pipe)
+    denoiser.unfuse_qkv_projections()
+    lora_on(pipe)
+
+
 def test_initial_values_depend_on_the_seed_and_a_removed_adapter_leaves_no_trace() -> None:
     pipe, states = pipelines.stable_diffusion(), []
     for seed in (0, 0, 1):

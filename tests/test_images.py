@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hostile import png_that_claims
-from PIL import Image
+from hostile import png_chunk, png_that_claims
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
@@ -348,6 +351,129 @@ def test_16_bit_grayscale_keeps_its_precision(tmp_path):
     np.testing.assert_allclose(loaded[1].numpy(), values / 65535, atol=1e-7)
     assert len(loaded[0].unique()) == 400
     assert torch.equal(loaded[0], loaded[2])
+
+
+def test_32_bit_grayscale_holds_the_8_bits_it_was_converted_from_or_16(tmp_path):
+    values = np.arange(400, dtype=np.uint16).reshape(20, 20)
+    loaded = pixels.load(Image.fromarray(values.astype(np.uint8)).convert("I"))[0].numpy()
+    np.testing.assert_allclose(loaded, values.astype(np.uint8) / 255, atol=1e-7)
+    deep = values.astype(np.int32) * 160
+    np.testing.assert_allclose(pixels.load(Image.fromarray(deep))[0].numpy(), deep / 65535, atol=1e-7)
+    Image.fromarray(values % 256).save(tmp_path / "dark.png")  # a file says that it has 16 bits
+    assert pixels.load(tmp_path / "dark.png").max() == np.float32(255 / 65535)
+
+
+WIDE = np.array([[0.6097, 0.2053, 0.1492], [0.3111, 0.6257, 0.0632], [0.0195, 0.0609, 0.7445]])  # Adobe RGB to XYZ, D50
+NARROW = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])  # sRGB to XYZ, D50
+
+
+def color_profile(space: bytes, gamma: float) -> bytes:
+    def xyz(*values: float) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH2x", 1, round(gamma * 256))
+    named = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"made\0" + bytes(79)
+    tags = {b"desc": named, b"wtpt": xyz(0.9642, 1, 0.8249), b"kTRC": curve}
+    if space == b"RGB ":
+        tags |= {bytes([name]) + b"XYZ": xyz(*WIDE[:, place]) for place, name in enumerate(b"rgb")}
+        tags |= {bytes([name]) + b"TRC": curve for name in b"rgb"}
+    table, body, start = b"", b"", 132 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    head = struct.pack(">I4xI4s4s4s12x4s28x", start + len(body), 0x02100000, b"mntr", space, b"XYZ ", b"acsp")
+    return head + xyz(0.9642, 1, 0.8249)[8:] + bytes(48) + struct.pack(">I", len(tags)) + table + body
+
+
+def displayed(stored: np.ndarray, gamma: float, to_xyz: np.ndarray) -> np.ndarray:
+    linear = (np.linalg.inv(NARROW) @ to_xyz @ ((stored / 255) ** gamma)[..., None])[..., 0].clip(0, 1)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_colors_are_shown_by_the_files_profile(tmp_path, suffix):
+    stored = np.random.default_rng(0).integers(60, 200, (2, 2, 3)).repeat(16, 0).repeat(16, 1).astype(np.uint8)
+    options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
+    path = tmp_path / f"wide.{suffix}"
+    Image.fromarray(stored).save(path, icc_profile=color_profile(b"RGB ", 2.2), **options)
+    with Image.open(path) as opened:
+        plain = np.asarray(opened.convert("RGB"))
+    wanted = displayed(plain, 2.2, WIDE)
+    assert np.abs(wanted - plain).max() > 8
+    for source in (path, Image.open(path)):
+        assert np.abs(pixels.load(source).permute(1, 2, 0).numpy() * 255 - wanted).max() < 2
+
+
+def test_profiles_reach_every_kind_of_image_but_16_bits(tmp_path):
+    wide, gray = color_profile(b"RGB ", 2.2), color_profile(b"GRAY", 1.0)
+    stored = np.array([[[200, 60, 60], [60, 200, 60]]], np.uint8).repeat(16, 0).repeat(8, 1)
+    shown = displayed(stored, 2.2, WIDE)
+    level = displayed(np.full(3, 50.0), 1.0, NARROW)
+    color = Image.fromarray(stored)
+    cases: dict[str, tuple[Image.Image, bytes, np.ndarray]] = {
+        "alpha": (color.copy(), wide, shown * 0.2 + 255 * 0.8),
+        "palette": (color.quantize(4), wide, shown),
+        "gray": (Image.new("L", (16, 16), 50), gray, np.broadcast_to(level, shown.shape)),
+        "gray by colors": (Image.new("L", (16, 16), 50), wide, displayed(np.full((16, 16, 3), 50), 2.2, WIDE)),
+        "another kind": (color, gray, stored),
+        "sRGB": (color, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), stored),
+        "deep": (Image.fromarray(np.full((16, 16), 12800, np.uint16)), gray, np.full((16, 16, 3), 12800 / 257)),
+    }
+    cases["alpha"][0].putalpha(51)
+    for name, (image, profile, wanted) in cases.items():
+        image.save(tmp_path / f"{name}.png", icc_profile=profile)
+        found = pixels.load(tmp_path / f"{name}.png").permute(1, 2, 0).numpy() * 255
+        assert np.abs(found - wanted).max() < (1e-3 if name in ("another kind", "sRGB", "deep") else 2), name
+    color.save(tmp_path / "broken.png", icc_profile=wide[:100])
+    with pytest.warns(UserWarning, match=r"broken\.png: its color profile cannot be read, so sRGB is assumed"):
+        assert_is(pixels.load(tmp_path / "broken.png"), stored)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "after the pixels"])
+def test_pngs_with_long_texts_are_read(tmp_path, after):
+    profile = color_profile(b"RGB ", 2.2)
+    stored = np.full((20, 20, 3), (200, 60, 60), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(stored).save(file, format="PNG", icc_profile=profile)
+    data, packed = file.getvalue(), zlib.compress(b"x" * 20_000_000)
+    texts = png_chunk(b"zTXt", b"workflow\0\0" + packed) + png_chunk(b"iTXt", b"parameters\0\1\0\0\0" + packed)
+    texts += png_chunk(b"tEXt", b"prompt\0" + b"y" * 3_000_000) * 25
+    place = len(data) - 12 if after else 33
+    (tmp_path / "long.png").write_bytes(data[:place] + texts + data[place:])
+    found = pixels.load(tmp_path / "long.png").permute(1, 2, 0).numpy() * 255
+    assert np.abs(found - displayed(stored, 2.2, WIDE)).max() < 2
+    (tmp_path / "cut.png").write_bytes(data[:33] + texts + data[33:-40])
+    with pytest.raises(ImageError, match=r"cut\.png: cannot be read"):
+        pixels.load(tmp_path / "cut.png")
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_a_photograph_with_its_preview_is_no_animation(tmp_path, stripped, recwarn):
+    photograph = Image.fromarray(natural(48, 64, seed=0))
+    path = tmp_path / "phone.jpg"
+    photograph.save(path, format="MPO", save_all=True, append_images=[photograph.resize((16, 12))], quality=95)
+    if stripped:  # the index of previews is left
+        data = path.read_bytes()
+        path.write_bytes(data[: data.rindex(b"\xff\xd8\xff")])
+    plain = io.BytesIO()
+    photograph.save(plain, format="JPEG", quality=95)
+    assert torch.equal(pixels.load(path), pixels.load(Image.open(plain)))
+    assert not recwarn.list
+
+
+def test_loading_in_threads_leaves_the_filters_of_warnings(tmp_path, monkeypatch):
+    files = [tmp_path / f"{number}.png" for number in range(30)]
+    for file in files:
+        Image.fromarray(natural(64, 64, seed=0)).save(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # a program that opens small files only
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        before, filters = list(warnings.filters), warnings.filters
+        with ThreadPoolExecutor(8) as pool:
+            shapes = {tuple(image.shape) for image in pool.map(pixels.load, files)}
+        assert warnings.filters is filters
+        assert warnings.filters == before
+    assert shapes == {(3, 64, 64)}
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])

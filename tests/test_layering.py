@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,22 @@ def imports_of(path: Path, *, for_types: bool = True) -> Iterator[tuple[str, int
 
 def sources(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in the machine's own encoding, such as code page 1252."""
+    name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+    modes = [a.value for a in call.args if isinstance(a, ast.Constant) and re.fullmatch("[rwax]b?[+]?", str(a.value))]
+    opened = name == "open" and (bool(modes) or isinstance(call.func, ast.Name)) and "b" not in "".join(modes)
+    given = any(keyword.arg in ("encoding", "opener") for keyword in call.keywords)
+    whole = name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute)
+    return (opened or whole) and not given
+
+
+def test_the_encoding_of_text_files_is_given() -> None:
+    for path in sources(PACKAGE, "integrations", "examples"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not [f"{path}:{call.lineno}" for call in calls if opens_text(call)]
 
 
 def room_of(name: str) -> str:

@@ -70,7 +70,9 @@ def scenes(count: int, height: int, width: int, *, seed: int = 0) -> torch.Tenso
     return (0.15 + 0.7 * blocks + strength * grain).clamp(0.1, 0.9)
 
 
-def assert_gradient_equals_differences(total: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> None:
+def assert_gradient_equals_differences(
+    total: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, length: float = 1e-5, error: float = 1e-4
+) -> None:
     images = images.double().requires_grad_()
     (gradient,) = torch.autograd.grad(total(images), images)
     assert torch.isfinite(gradient).all()
@@ -78,10 +80,10 @@ def assert_gradient_equals_differences(total: Callable[[torch.Tensor], torch.Ten
     other = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
         for direction in (gradient, other):
-            step = 1e-5 * direction / direction.norm()
+            step = length * direction / direction.norm()
             numeric = (total(images + step) - total(images - step)) / 2
             analytic = (gradient * step).sum()
-            assert abs(float(numeric - analytic)) <= 1e-4 * abs(float(analytic)) + 1e-14
+            assert abs(float(numeric - analytic)) <= error * abs(float(analytic)) + 1e-14
 
 
 def test_pixel_gradient_equals_central_differences(make: Maker) -> None:

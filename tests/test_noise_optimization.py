@@ -38,7 +38,7 @@ class Scaled(nn.Module):
 
 
 def make(pipe: Any, reward: Any = corner, **arguments: Any) -> NoiseOptimizer:
-    return NoiseOptimizer(pipe, reward, progress=False, **{"iterations": 3, "clip": 1.0, **arguments})
+    return NoiseOptimizer(pipe, reward, **{"iterations": 3, "clip": 1.0, "progress": False, **arguments})
 
 
 def initial(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,6 +81,11 @@ def test_the_first_step_is_along_the_gradient(checkpointed):
     small = 1e-5
     slope = (objective(start + small * direction) - objective(start - small * direction)) / (2 * small)
     assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-5)
+
+
+def test_the_bar_ends_where_the_optimization_does(sd, capsys):
+    make(sd, iterations=1, progress=True)(PROMPT, **ONE_STEP)
+    assert "| 2/2 [" in capsys.readouterr().err
 
 
 def test_the_gradient_is_clipped_as_a_whole(sd):

@@ -112,5 +112,7 @@ def test_prompts_are_checked_before_anything_is_sampled() -> None:
         scorer.score([APPLE, " "])
     with pytest.raises(ValueError, match="judged_by: expected one text per prompt, got 1 for 2"):
         scorer.score([APPLE, PENGUIN], ["a"])
+    with pytest.raises(ValueError, match=r"judged_by\[1\]: 'a\\ud83d' has half of a character .* at position 1"):
+        scorer.score([APPLE, APPLE], ["a", "a\ud83d"])
     with pytest.raises(TypeError, match="prompts: expected a list of texts, got str"):
         scorer.score(APPLE)

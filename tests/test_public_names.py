@@ -30,7 +30,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "BestOfN": {
         "pipe": NEEDED, "reward": NEEDED, "n": 16, "batch_size": 4, "top_k": 1, "pruning": None, "reward_prompt": None,
     },
-    "BestOfN.__call__": {"self": NEEDED, "prompt": NEEDED, "seed": 0},
+    "BestOfN.__call__": {"self": NEEDED, "prompt": None, "seed": 0},
     "Scorer": {"reward": NEEDED, "batch_size": 32},
     "Scorer.score": {"self": NEEDED, "inputs": NEEDED, "prompts": None},
     "rerank": {"images": NEEDED, "prompt": NEEDED, "reward": NEEDED, "top_k": None},

@@ -24,7 +24,9 @@ def test_every_published_reward_is_tested() -> None:
 
 def test_pixel_gradient_equals_central_differences(reward: Reward) -> None:
     exact = tiny_published(reward.name, dtype=torch.float64)
-    assert_gradient_equals_differences(lambda batch: exact(batch, PROMPTS[:1]).total.sum(), scenes(1, 48, 40))
+    rounded = reward.name in ("vqascore", "hpsv3")  # transformers' RMS norms stay float32
+    steps = {"length": 5e-2, "error": 2e-2} if rounded else {}
+    assert_gradient_equals_differences(lambda batch: exact(batch, PROMPTS[:1]).total.sum(), scenes(1, 48, 40), **steps)
 
 
 def test_one_number_has_its_aspect_or_none(reward: Reward) -> None:

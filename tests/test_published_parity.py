@@ -31,10 +31,13 @@ class Case(NamedTuple):
         return self.tensors[f"{RAW.get(self.name, 'score')}_{which}"]
 
 
-@pytest.fixture(
-    scope="module",
-    params=["pickscore", "hpsv2.1", "clipscore", "siglip2", "laion_aesthetic", "mps", "imagereward", "cyclereward"],
-)
+PARITY = (
+    "pickscore", "hpsv2.1", "clipscore", "siglip2", "laion_aesthetic", "mps", "imagereward", "cyclereward", "vqascore",
+    "hpsv3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=PARITY)
 def case(request: pytest.FixtureRequest) -> Case:
     folder = FOLDER / request.param
     prompts = json.loads((folder / "prompts.json").read_text()) if (folder / "prompts.json").exists() else None

@@ -1,9 +1,11 @@
 """States, gradients and refusals of our own sampling loop, on tiny pipelines of diffusers' real classes."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import accelerate
 import diffusers
 import pipelines
 import pytest
@@ -12,15 +14,19 @@ from diffusers import EDMEulerScheduler, StableDiffusionImg2ImgPipeline, StableD
 from pipelines import FAMILIES, FEW_STEPS
 from pipelines_current import CALL, CURRENT_FAMILIES, GUIDED, pipeline
 from torch import Tensor
-from watched import assert_same, generators
+from watched import assert_same, generators, redness
 
+from aigiqa_reward import BestOfN
+from aigiqa_reward.finetuning import DPO, FinetuneConfig, finetune
+from aigiqa_reward.sampling import NoiseOptimizer, ParticleSteering, RewardLogger
 from aigiqa_reward.sampling.families import find_family
 from aigiqa_reward.sampling.rollout import Rollout, State
-from aigiqa_reward.sampling.schedulers import SERVED
+from aigiqa_reward.sampling.schedulers import FLOW, SERVED
 
 PROMPTS = ["a cat on a mat", "a red apple", "two dogs"]
 FOUR = {**FEW_STEPS, "num_inference_steps": 4}
 ALL = {**FAMILIES, **CURRENT_FAMILIES}
+FLOW_UNI_PC = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +202,7 @@ def test_other_pipelines_schedulers_and_arguments_are_refused(sd):
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(ValueError, match="steering cannot serve EDMEulerScheduler; it serves") as refused:
         Rollout(pipe, need="steering", **FEW_STEPS)
-    assert all(name in str(refused.value) for name in SERVED)
+    assert all((name in str(refused.value)) != (name in FLOW) for name in SERVED)
     with pytest.raises(TypeError, match="negative_prompt: expected one text"):
         Rollout(sd, **FEW_STEPS, negative_prompt=["blurry", "dark"])
     with pytest.raises(ValueError, match=r"DDIMScheduler.* does not support custom sigmas"):
@@ -206,12 +212,80 @@ def test_other_pipelines_schedulers_and_arguments_are_refused(sd):
 @pytest.mark.parametrize("kind", ["sd3", "flux", "flux_2", "qwen_image", "z_image", "sana"])
 def test_flow_models_are_not_sampled_by_schedulers_that_misread_them(kind):
     pipe = copy.copy(pipeline(kind))
-    for other in (diffusers.DDIMScheduler(), diffusers.UniPCMultistepScheduler()):
+    left_over = diffusers.DDIMScheduler.from_config(FLOW_UNI_PC.config)  # which keeps settings that it does not have
+    for other in (diffusers.DDIMScheduler(), diffusers.UniPCMultistepScheduler(), left_over):
         pipe.scheduler = other
         with pytest.raises(ValueError, match=r"for a model of flow matching; it serves FlowMatchEuler.*use_flow_sigma"):
             Rollout(pipe, **FEW_STEPS)
-    pipe.scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    pipe.scheduler = FLOW_UNI_PC
     Rollout(pipe, **FEW_STEPS)
+
+
+@pytest.mark.parametrize("kind", ["sd", pytest.param("sdxl", marks=pytest.mark.slow), "pixart_sigma"])
+@pytest.mark.parametrize(
+    "other", [diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.FlowMatchLCMScheduler(), FLOW_UNI_PC]
+)
+def test_other_models_are_not_sampled_by_schedulers_of_flow_matching(kind, other):
+    pipe, own = copy.copy(pipeline(kind)), pipeline(kind).scheduler
+    pipe.scheduler = other
+    methods: list[Callable[[], Any]] = [lambda: Rollout(pipe, **FEW_STEPS), lambda: ParticleSteering(pipe, redness)]
+    if kind != "pixart_sigma":
+        methods.append(RewardLogger(pipe, redness, "a cat").__enter__)
+    for method in methods:
+        with pytest.raises(ValueError, match=rf"{type(other).__name__}, of flow matching.*Set .*subfolder") as caught:
+            method()
+        assert "FlowMatchEuler" not in str(caught.value).split("it serves")[1]
+    pipe.scheduler = diffusers.DDIMScheduler.from_config({**own.config, "use_flow_sigmas": True})
+    Rollout(pipe, **FEW_STEPS)  # DDIM has no such setting
+
+
+CACHES = [diffusers.FirstBlockCacheConfig(), diffusers.TaylorSeerCacheConfig()]
+CACHES.append(diffusers.PyramidAttentionBroadcastConfig(2, current_timestep_callback=int))
+
+
+@pytest.mark.parametrize("config", [*CACHES, None])
+def test_a_denoiser_with_a_cache_is_refused_before_it_is_called(config, tmp_path):
+    pipe = pipelines.flux()
+    if config is None:
+        diffusers.hooks.apply_first_block_cache(pipe.transformer, CACHES[0])
+    else:
+        pipe.transformer.enable_cache(config)
+    search = BestOfN(pipe, redness, n=2, pruning="halving", progress=False)
+    optimizer, steering = (kind(pipe, redness, progress=False) for kind in (NoiseOptimizer, ParticleSteering))
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("was called"))
+    for method in (search, optimizer, steering):
+        with pytest.raises(ValueError, match=r"pipe: its transformer has a cache .* pipe\.transformer\.disable_cache"):
+            method("a cat", **FEW_STEPS)
+    with pytest.raises(ValueError, match="fine-tuning calls it"):
+        finetune(pipe, redness, ["a cat"], DPO(candidates=2), tmp_path, FinetuneConfig(sampling=FEW_STEPS))
+
+
+def sequentially(pipe: Any) -> None:  # as enable_sequential_cpu_offload does on a GPU
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
+
+
+def grouped(pipe: Any) -> None:
+    pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("offload", [sequentially, grouped, lambda pipe: pipe.enable_model_cpu_offload(device="cpu")])
+def test_fine_tuning_refuses_offloading_before_anything_is_sampled(offload, tmp_path):
+    pipe = pipelines.stable_diffusion()
+    offload(pipe)
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("was called"))
+    with pytest.raises(ValueError, match=r"pipe: expected all parts on one device, .*offload.*pipe\.to\(device\)"):
+        finetune(pipe, redness, ["a cat"], DPO(candidates=2), tmp_path, FinetuneConfig(sampling=FEW_STEPS))
+
+
+def test_sequential_offloading_changes_nothing_where_weights_are_not_trained():
+    plain, offloaded = pipelines.stable_diffusion(), pipelines.stable_diffusion()
+    sequentially(offloaded)
+    for search in (
+        lambda pipe: BestOfN(pipe, redness, n=2, pruning="halving", progress=False)("a cat", **FOUR).scores,
+        lambda pipe: NoiseOptimizer(pipe, redness, iterations=1, progress=False)("a cat", **FOUR).history,
+    ):
+        assert search(offloaded) == search(plain)
 
 
 @pytest.mark.parametrize(("name", "value"), [("prompt_embeds", torch.zeros(1, 77, 32)), ("guidance_scal", 2.0)])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pipelines
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig
 from PIL import Image
 from torch import nn
 
@@ -17,6 +21,7 @@ from aigiqa_reward.utils.run_folder import (
     RunFolder,
     differences,
     identity,
+    pipeline_identity,
     read_jsonl,
     reward_identity,
     to_json,
@@ -96,9 +101,12 @@ def test_json_has_no_nan_and_lines_may_be_cut_off(tmp_path: Path) -> None:
 def test_values_are_identified_by_their_content() -> None:
     array = np.arange(6.0).reshape(2, 3)
     values = [array, array + 1, torch.from_numpy(array + 2), Image.new("L", (2, 3)), Image.new("L", (2, 3), 1), array.T]
-    found = [identity(value) for value in values]
+    values += [array.view(np.int64), torch.from_numpy(array + 2).float(), Image.new("P", (2, 3))]
+    values += [other := Image.new("P", (2, 3)), np.array(["x", None]), np.array(["y", None])]
+    other.putpalette([7, 8, 9])
+    found = [str(identity(value)) for value in values]
     assert len(set(found)) == len(values)
-    assert found == [identity(value.copy() if hasattr(value, "copy") else value.clone()) for value in values]
+    assert found == [str(identity(value.copy() if hasattr(value, "copy") else value.clone())) for value in values]
     assert identity({"a": (1, None, "x"), 3: object}) == {"a": [1, None, "x"], "3": "builtins.object"}
 
 
@@ -114,6 +122,59 @@ def test_a_reward_is_identified_by_every_bit_of_its_weights_and_its_shares() -> 
     assert len({before, changed, weights_digest(module)}) == 3
     assert reward_identity(module).startswith("Sequential ")
     assert reward_identity(by_hand) == "by_hand"
+
+
+def changed_components() -> dict[str, Callable[[Any], object]]:
+    """What changes the images of a pipeline whose class, origin and scheduler stay the same, by the component."""
+
+    checked = pipelines.stable_diffusion(safety_checker=True)
+
+    def adapted(pipe: Any, scale: float = 2.0) -> None:
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), adapter_name="x")
+        pipe.set_adapters(["x"], [scale])
+
+    return {
+        "vae": lambda pipe: pipe.register_modules(vae=pipelines.stable_diffusion_xl().vae),
+        "vae scaling": lambda pipe: pipe.vae.register_to_config(scaling_factor=0.5),
+        "text_encoder": lambda pipe: pipe.text_encoder.get_input_embeddings().weight.data[3, 4].neg_(),
+        "tokenizer": lambda pipe: pipe.tokenizer.add_tokens(["<fox>"]),
+        "scheduler": lambda pipe: pipe.scheduler.register_to_config(num_train_timesteps=900),
+        "safety_checker": lambda pipe: pipe.register_modules(safety_checker=checked.safety_checker),
+        "pipeline": lambda pipe: pipe.register_to_config(requires_safety_checker=True),
+        "unet adapter": adapted,
+        "unet adapter scale": lambda pipe: adapted(pipe, 1.0),
+        "unet fused": lambda pipe: (adapted(pipe), pipe.fuse_lora(), pipe.unload_lora_weights()),
+        "unet FreeU": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    }
+
+
+def test_a_pipeline_is_identified_by_what_its_components_hold() -> None:
+    before, seen = pipeline_identity(pipelines.stable_diffusion()), []
+    assert before == pipeline_identity(pipelines.stable_diffusion())
+    for name, change in changed_components().items():
+        change(pipe := pipelines.stable_diffusion())
+        now = pipeline_identity(pipe)
+        assert [key for key in now if now[key] != before[key]] == [name.split()[0]], name
+        seen.append(str(now))
+    assert len(set(seen)) == len(seen)
+
+
+def test_what_does_not_change_the_images_keeps_the_identity_of_a_pipeline(tmp_path: Path) -> None:
+    pipe = pipelines.stable_diffusion()
+    before = pipeline_identity(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert pipeline_identity(type(pipe).from_pretrained(tmp_path)) == before
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="untrained")
+    pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_v"]), adapter_name="disabled")
+    pipe.set_adapters(["untrained"])
+    assert pipeline_identity(pipe) == before
+    pipe.register_modules(unet=torch.compile(pipe.unet))
+    assert pipeline_identity(pipe) == before
+    other = pipelines.stable_diffusion()
+    cpu_offload(other.unet, torch.device("cpu"))
+    assert all(weight.is_meta for weight in other.unet.parameters())
+    assert pipeline_identity(other)["unet"] == before["unet"]
 
 
 def by_hand(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

@@ -166,6 +166,15 @@ def test_preferences_pull_their_images_apart_and_count_what_was_ordered_right() 
     assert task.measure(quality.detach().numpy(), None, examples, "srcc") == 0.5
 
 
+def test_an_image_in_pairs_of_several_prompts_is_read_with_that_of_each_pair() -> None:
+    fox, cat, prompts = Path("fox.png"), Path("cat.png"), ("a red fox", "a gray cat", "a red fox")
+    better, worse = (fox, cat, cat), (cat, fox, fox)
+    task = PairTask(PreferencePairs(prompts=prompts, better=better, worse=worse))
+    rows = task.rows(np.arange(3))
+    assert [(task.paths[row], task.prompts[row]) for row in rows] == list(zip(better + worse, prompts * 2, strict=True))
+    assert len(task.paths) == 4, "each image once with each of its prompts"
+
+
 INVALID: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("loss", "optimizer", "schedule", "monitor", "keep"), ("other",)),
     **dict.fromkeys(("batch_size", "epochs", "step_epochs"), (0, 1.5, True, None)),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +129,8 @@ def test_descriptions_of_any_length_are_kept_and_belong_to_their_captioner(
     other: Any = build_model("sc_agiqa", assistants=Assistants(captioner=Counting("other")), settings=small)
     store(other, part, tmp_path / "store", batch_size=2)
     assert len(list((tmp_path / "store").iterdir())) == 2
+    store(other, replace(part, prompts=("a gray square",) * len(part)), tmp_path / "store", batch_size=2)
+    assert len(list((tmp_path / "store").iterdir())) == 3, "an assistant may read the prompt"
 
 
 SCRIPT = """

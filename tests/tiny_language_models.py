@@ -53,6 +53,14 @@ _QWEN_IMAGE_TEMPLATE = (
 template ahead of the prompt has the 34 tokens which the pipeline drops."""
 
 
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template in the form of Qwen2-VL's."""
+
+
 def qwen_tokenizer() -> Qwen2Tokenizer:
     first, *following = _QWEN_IMAGE_TEMPLATE.split()
     merges = _merges_of("system", "user", "assistant", first, *("Ġ" + word for word in following))

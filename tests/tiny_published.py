@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tiny_language_models import CHAT, qwen_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from aigiqa_reward import Reward
@@ -55,6 +56,41 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "cyclereward": _BLIP,
 }
 """What `describe` returns for a tiny model, by the reward's name."""
+
+
+def _qwen() -> tuple[dict[str, str], dict[str, Any]]:
+    """The tokenizer and chat template of a tiny Qwen2-VL, and the fields of its configuration."""
+    tokenizer = qwen_tokenizer()
+    special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    tokens = dict(zip(names, tokenizer.convert_tokens_to_ids(special), strict=True))
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    text = {**_TEXT, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_scaling": rope}
+    sizes = {"tie_word_embeddings": False, "rope_theta": 1e6, "vocab_size": len(tokenizer) + 1}  # with <|Reward|>
+    chat = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "template": CHAT}
+    return chat, {**text, **tokens, **sizes}
+
+
+_CHAT, _QWEN = _qwen()
+_SEES = {"depth": 2, "hidden_size": 32, "num_heads": 2}
+_QWEN_2_5 = {**_SEES, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 8, "fullatt_block_indexes": [1]}
+DESCRIPTIONS |= {
+    "vqascore": {
+        "config": {"model_type": "qwen2_5_vl", **_QWEN, "vision_config": {**_QWEN_2_5, "window_size": 32}},
+        "chat": _CHAT,
+        "picture": {"mean": [0.5] * 3, "std": [0.3] * 3, "least": 1024, "most": 4096},
+    },
+    "hpsv3": {
+        "config": {
+            "model_type": "qwen2_vl",
+            **_QWEN,
+            "vision_config": {**_SEES, "embed_dim": 32, "mlp_ratio": 2, "patch_size": 8},
+            "hpsv3": {"min_pixels": 4096, "max_pixels": 4096},
+        },
+        "chat": _CHAT,
+    },
+}
 
 
 def tiny_published(name: str, seed: int = 0, dtype: torch.dtype | None = None) -> Reward:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from aigiqa_reward.assistants.cache import AssistantCache, Content, Value
 from aigiqa_reward.utils.checks import integer
+from aigiqa_reward.utils.isolation import building, isolated
 
 
 class Captioner(Protocol):
@@ -205,9 +206,13 @@ class PretrainedAssistant(Generic[Config]):
 
         config = self.config
         try:
-            return getattr(transformers, part).from_pretrained(
-                str(config.folder or config.path_or_id), revision=config.revision, trust_remote_code=False, **options
-            )
+            with building():
+                return getattr(transformers, part).from_pretrained(
+                    str(config.folder or config.path_or_id),
+                    revision=config.revision,
+                    trust_remote_code=False,
+                    **options,
+                )
         except torch.OutOfMemoryError:
             raise
         except (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, SafetensorError) as error:
@@ -229,7 +234,7 @@ class PretrainedAssistant(Generic[Config]):
             size = self.config.batch_size
             with tqdm(total=len(rows), desc=self.kind, leave=False, disable=len(rows) <= 4) as bar:
                 for chunk in (rows[start : start + size] for start in range(0, len(rows), size)):
-                    with torch.no_grad():
+                    with torch.no_grad(), isolated():
                         values = answer(chunk)
                     yield from values
                     bar.update(len(chunk))

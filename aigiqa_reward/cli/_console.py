@@ -6,9 +6,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ class CommandError(Exception):
     Args:
         message: what is wrong, and the remedy.
         argument: name of the option that is wrong, as the command calls it.
-        status: exit status: 2 for wrong usage, 1 for what failed on the way.
+        status: exit status: 2 for wrong usage, 1 for what failed on the way, 130 for an interruption.
     """
 
     def __init__(self, message: str, argument: str | None = None, *, status: int = 2) -> None:
@@ -48,6 +49,38 @@ class CommandError(Exception):
 def first_process() -> bool:
     """Whether this process prints for all of them (torchrun)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+# --------------------------------------------------------------------------------------------- the process
+
+
+def prepare_process() -> None:
+    """Let SIGTERM, a closing terminal and Ctrl-Break do what Ctrl-C does; lose messages where stderr is gone."""
+    for name in {"SIGTERM", "SIGHUP", "SIGBREAK"} & vars(signal).keys():
+        with suppress(ValueError):  # not in the main thread
+            if signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:  # not under nohup
+                signal.signal(getattr(signal, name), signal.default_int_handler)
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:  # no file may take the number of a closed stream
+        pass
+    os.close(spare)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    if sys.stderr is sys.__stderr__:
+        buffer = sys.stderr.buffer if sys.stderr else open(os.devnull, "wb")  # noqa: PTH123, SIM115
+        encoding = getattr(sys.stderr, "encoding", "utf-8")
+        sys.stderr = _Messages(buffer, encoding, "backslashreplace", line_buffering=True)
+
+
+class _Messages(io.TextIOWrapper):
+    """A text stream that loses what cannot be written, as in a terminal that is gone."""
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 # --------------------------------------------------------------------------------------------- stderr
@@ -176,15 +209,20 @@ def drawn(table: Table, *, terminal: bool) -> str:
     return lines.strip("\n") + "\n"
 
 
-def emit(text: str) -> None:
-    """Print a result on stdout as UTF-8; a reader that has closed the pipe, such as `head`, ends it silently."""
+def emit(text: str, *, saved: bool = False) -> None:
+    """Print a result on stdout as UTF-8, as far as the reader of a pipe takes it; any other loss is an error.
+
+    It is none where the result is `saved` in files as well.
+    """
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(encoded(text))
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
+    except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # the interpreter flushes once more at its end
+        if not saved and not isinstance(error, BrokenPipeError):
+            raise CommandError(f"cannot write the result to stdout: {error.strerror}", status=1) from error
 
 
 def encoded(text: str) -> bytes:

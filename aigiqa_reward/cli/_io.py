@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import re
+import stat
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,12 +88,21 @@ def find_images(given: Sequence[str], *, recursive: bool) -> list[str]:
 
 
 def _files_in(folder: str, recursive: bool) -> list[Path]:
+    """Follow links to folders after all others; read each real folder once."""
     found: list[Path] = []
+    seen: set[str] = set()
+    waiting = [folder]
     try:
-        for parent, subfolders, names in os.walk(folder, onerror=_raise):
+        for parent, subfolders, names in (step for place in waiting for step in os.walk(place, onerror=_raise)):
+            subfolders[:] = sorted(name for name in subfolders if recursive and not name.startswith("."))
+            if (real := os.path.realpath(parent)) in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
             visible = (name for name in names if not name.startswith("."))
             found += (Path(parent, name) for name in visible)
-            subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
+            places = [os.path.join(parent, name) for name in subfolders]  # noqa: PTH118
+            waiting += filter(os.path.islink, places)  # which os.walk leaves out
     except OSError as error:
         raise CommandError(f"cannot read the folder {error.filename}: {error.strerror}", argument="images") from error
     return sorted(found)
@@ -282,8 +293,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def check_output(file: Path | None) -> None:
-    """Refuse a folder or device as --output, before anything is computed."""
-    if file is not None and os.path.lexists(file) and not file.is_file():
+    """Refuse a folder, a device, a name that no file can have or a closed stdout, before anything is computed."""
+    if file is None and sys.__stdout__ is None:
+        raise CommandError("expected a file, as stdout is closed", argument="output")
+    try:
+        usable = file is None or stat.S_ISREG(file.stat().st_mode)
+    except FileNotFoundError:  # also a link that leads nowhere yet
+        usable = True
+    except OSError as error:
+        raise CommandError(f"cannot write {file}: {error.strerror}", argument="output") from error
+    if not usable:
         raise CommandError(f"expected a file, or - for stdout, got {file}", argument="output")
 
 

@@ -12,8 +12,11 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import os
+import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field
@@ -198,7 +201,9 @@ def _parser(hint: Any) -> Callable[[Any], Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(value)
+        return tuple(map(_plain, value))
+    if isinstance(value, Path):  # shells leave ~ alone after =, and YAML has no shell
+        return Path(os.path.expanduser(value))  # noqa: PTH111  (Path's own raises for an unknown ~name)
     return value.value if isinstance(value, Enum) else value
 
 
@@ -215,7 +220,7 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with self._naming_options():
+        with self._naming_options(self._spelled):
             return super().invoke(ctx)
 
     def _normalized(self, args: Sequence[str]) -> Iterator[str]:
@@ -238,16 +243,40 @@ class Command(TyperCommand):
                 yield from itertools.islice(rest, 1)  # its value, whatever it looks like
 
     @contextmanager
-    def _naming_options(self) -> Iterator[None]:
-        """Put the option before the text of an error, where the error says which argument is wrong."""
+    def _naming_options(self, spelled: Callable[[str], str] = str) -> Iterator[None]:
+        """Put the option before an error that says which argument is wrong; pass texts through `spelled`."""
+        show = warnings.showwarning  # of `main`, which restores Python's
+        warnings.showwarning = lambda message, *place, **more: show(spelled(str(message)), *place, **more)
         try:
             yield
         except CommandError as error:
-            if error.argument is None:
-                raise
             each = next((each for each in self.params if each.name == error.argument), None)
             name = error.argument if each is None else (_spellings(each) or [each.metavar or error.argument])[0]
-            raise CommandError(f"{name}: {error}", status=error.status) from error.__cause__
+            text = spelled(str(error))
+            raise CommandError(text if name is None else f"{name}: {text}", status=error.status) from error.__cause__
+        finally:
+            warnings.showwarning = show
+
+    def _spelled(self, text: str) -> str:
+        """Write the library's `name=value`, and names with underscores, as the options of this command."""
+        known = {each.name: names[0] for each in self.params if (names := _spellings(each))}
+        first, colon, rest = text.partition(": ")
+        if colon and known.keys() >= set(first.split(", ")):  # the arguments that the text is about
+            return f"{', '.join(known[name] for name in first.split(', '))}: {self._spelled(rest)}"
+
+        def option(found: re.Match[str]) -> str:
+            if found["name"] not in known or not (found["equals"] or "_" in found["name"]):
+                return found[0]
+            value = "" if found["value"] in (None, "True") else f" {found['value'].strip(chr(39))}"
+            return known[found["name"]] + value
+
+        return _PYTHON.sub(option, text)
+
+
+_PYTHON = re.compile(
+    r"""(?<![\w/.='"-])(?<!\w\()(?P<name>[a-z]\w*)(?P<equals>=(?P<value>'[^']*'|[\w.+-]*\w)?)?(?![\w/='"(:])"""
+)
+"""`name=value`, `name=` or `name` in a text, but not in a call, a quotation or a path."""
 
 
 def _spellings(each: Any) -> list[str]:
@@ -284,7 +313,7 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
     params = {spelled[2:].replace("-", "_"): each for each in context.command.params for spelled in _spellings(each)}
     del params["config"]
     found: dict[str, Any] = {}
-    for name, value in read_yaml(file).items():
+    for name, value in read_yaml(_plain(file)).items():
         each = params.get(name.replace("-", "_"))
         if each is None or each.name is None:
             meant = difflib.get_close_matches(name.replace("-", "_"), params, n=1)
@@ -353,7 +382,7 @@ class RewardOptions(OneRewardOptions):
     """Rewards with the settings that some of them take."""
 
     encoder: str | None = option(None, "open_clip architecture for zero-shot tsp_mgs: ViT-B-32, local-dir:FOLDER, ...")
-    encoder_weights: str | None = option(None, "Weights of --encoder: a tag such as openai, or a .safetensors file.")
+    encoder_weights: Path | None = option(None, "Weights of --encoder: a tag such as openai, or a .safetensors file.")
     zero_shot: bool = option(False, "Use tsp_mgs without trained parts, on --encoder or the embedded towers.")
     scenario: str | None = option(None, "Scenario of cpa_iqa, as 'aigiqa-reward scenarios' lists them.")
     preferences: Path | None = option(None, "JSON file of scenarios for cpa_iqa with the weights of its components.")

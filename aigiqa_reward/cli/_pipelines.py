@@ -135,7 +135,8 @@ def _load_reward(name: str, options: RewardOptions, *, alone: bool) -> Reward:
     kind = name if reward is None else reward.name
     further: dict[str, Any] = {}
     if alone or (kind == "tsp_mgs" and not saved):
-        tower = options.encoder and OpenCLIPConfig(architecture=options.encoder, pretrained=options.encoder_weights)
+        weights = options.encoder_weights and str(options.encoder_weights)
+        tower = options.encoder and OpenCLIPConfig(architecture=options.encoder, pretrained=weights)
         further |= chosen(encoder=tower, zero_shot=options.zero_shot)
     if alone or kind == "cpa_iqa":
         further |= chosen(scenario=options.scenario, preferences=options.preferences)
@@ -179,6 +180,10 @@ def check_model(model: str) -> None:
         return
     if place.is_dir():
         text = f"the folder {model} holds no model_index.json; pass one that pipe.save_pretrained wrote"
+        raise CommandError(text, argument="model")
+    if place.suffix in (".safetensors", ".ckpt"):
+        text = f"expected the folder of a diffusers pipeline, got the single file {model}; convert it once in Python: "
+        text += f"StableDiffusionXLPipeline.from_single_file({model!r}).save_pretrained('FOLDER') (or its other class)"
         raise CommandError(text, argument="model")
     siblings = [entry.name for entry in place.parent.iterdir() if entry.is_dir()] if place.parent.is_dir() else []
     meant = difflib.get_close_matches(place.name, [*siblings, EMBEDDED], n=1)

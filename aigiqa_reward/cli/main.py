@@ -1,8 +1,8 @@
 """The command `aigiqa-reward`: each subcommand is a few lines over the public API.
 
 Results go to stdout or a file, messages and progress to stderr. Exit status: 0 success, 1 some inputs could not be read
-or scored, 2 wrong usage, 130 interrupted. Commands import torch and diffusers when they need them, so that help is
-quick.
+or scored, 2 wrong usage, 130 interrupted, also by SIGTERM. Commands import torch and diffusers when they need them, so
+that help is quick.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from aigiqa_reward import __version__
-from aigiqa_reward.cli._console import CommandError, first_process, say
+from aigiqa_reward.cli._console import CommandError, first_process, prepare_process, say
 from aigiqa_reward.cli._options import Command, command, lazy
 from aigiqa_reward.cli.commands import best_of_n, demo, evaluate, finetune, rewards, score, train
 
@@ -27,12 +27,13 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand; a bug keeps its traceback."""
+        prepare_process()
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except CommandError as error:
-            if error.status != 2 or first_process():
+            if error.status == 1 or first_process():
                 say("error", error)
             raise typer.Exit(error.status) from error
         except _UsageError as error:

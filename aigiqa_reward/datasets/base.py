@@ -323,7 +323,9 @@ def extra_data(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'{purpose} needs {module}; pip install "aigiqa-reward[data]"') from error
+        raise ImportError(
+            f'{purpose} needs {module}; pip install ".[data]" (in a checkout of aigiqa-reward)'
+        ) from error
 
 
 def read_text(file: Path) -> str:

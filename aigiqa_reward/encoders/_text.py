@@ -30,14 +30,16 @@ def read_tokens(
 
     A tokenizer adds `special` tokens to a text: start and end, or the end alone.
     """
-    rows = []
+    unknown, rows = getattr(tokenizer.model, "unk_token", None), []
     for text in texts:
-        if not multilingual:
-            warn_if_not_latin(text, tower=tower)
         encoding = tokenizer.encode(text)
         if len(encoding.ids) <= special:
             raise PromptError(text, argument)
         ids = encoding.ids
+        if not multilingual:
+            tokens = zip(encoding.tokens, encoding.special_tokens_mask, strict=True)
+            words = [token for token, added in tokens if not added and token != unknown]
+            warn_if_not_understood(text, tower=tower, known=any(map(str.isalnum, "".join(words))))
         if len(ids) > window:
             warn_dropped(text, text[encoding.offsets[window - 1][0] :].strip(), window, tower=tower)
             ids = ids[: window - 1] + ids[-1:]
@@ -54,7 +56,7 @@ def clip_tokens(tokenizer: Any, texts: Sequence[str], *, tower: str) -> Tensor:
     """
     room = tokenizer.context_length - 2  # for the start and end tokens
     for text in texts:
-        warn_if_not_latin(text, tower=tower)
+        warn_if_not_understood(text, tower=tower)
         words = text.split()
         ends = list(accumulate(len(tokenizer.encode(word)) for word in words))
         if not ends or ends[-1] == 0:
@@ -75,13 +77,14 @@ def warn_dropped(text: str, dropped: str, limit: int, *, tower: str) -> None:
     )
 
 
-def warn_if_not_latin(text: str, *, tower: str) -> None:
-    """Warn that a prompt is mostly in a script that an English-trained tower does not understand."""
+def warn_if_not_understood(text: str, *, tower: str, known: bool = True) -> None:
+    """Warn that a prompt is mostly in a script that an English-trained tower cannot read, or has no word `known`."""
     letters = [character for character in text if character.isalpha()]
     foreign = sum("LATIN" not in unicodedata.name(letter, "") for letter in letters)
-    if foreign * 2 > len(letters):
+    if foreign * 2 > len(letters) or not known:
+        what = "is mostly not in Latin script" if foreign * 2 > len(letters) else "has no word that is known"
         warnings.warn(
-            f"prompt {text[:40]!r} is mostly not in Latin script; {tower} was trained on English text, "
+            f"prompt {text[:40]!r} {what}; {tower} was trained on English text, "
             "so its correspondence score means little: pass an English reward prompt",
             stacklevel=2,
         )

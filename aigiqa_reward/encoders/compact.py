@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from aigiqa_reward.encoders._text import read_tokens
 from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
 from aigiqa_reward.types import Images
+from aigiqa_reward.utils.isolation import building
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_checked, read_weights
 
 _Tower = TypeVar("_Tower", bound=nn.Module)
@@ -134,11 +135,13 @@ class CompactTextTower(nn.Module):
         return TextFeatures(states[:, 1:-1], inner[:, 1:-1], F.normalize(pooled, dim=-1))
 
 
+@building()
 def load_image_tower(*, sha256: str) -> CompactImageTower:
     """Load the embedded image tower, frozen, in evaluation mode."""
     return _loaded(CompactImageTower(), "image.safetensors", sha256)
 
 
+@building()
 def load_text_tower(*, sha256: str) -> CompactTextTower:
     """Load the embedded text tower, frozen, in evaluation mode."""
     return _loaded(CompactTextTower(), "text.safetensors", sha256)

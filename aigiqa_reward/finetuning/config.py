@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from aigiqa_reward.utils.checks import integer, number
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -49,7 +49,7 @@ class FinetuneConfig:
     gradient_checkpointing: bool = _option(
         False, "Recompute activations of denoiser and decoder in the backward pass to save memory."
     )
-    learning_rate: float | None = _option(None, "Learning rate, by default the algorithm's.")
+    learning_rate: float | None = _option(None, "Learning rate; by default 1e-4, and 3e-4 for ddpo and grpo.")
     lr_scheduler: Schedule = _option("constant", "Learning rate schedule of diffusers.")  # noqa: RUF009
     lr_warmup_steps: int = _option(0, "Optimizer steps of learning rate warmup.")
     max_train_steps: int = _option(500, "Total number of optimizer steps.")
@@ -66,7 +66,7 @@ class FinetuneConfig:
     )
     kl_coeff: float | None = _option(
         None,
-        "Weight of the KL penalty to the pipeline without the adapter, 0 for none; None takes the algorithm's default.",
+        "Weight of the KL penalty to the pipeline without the adapter; by default 0.01, and 0 (none) for dpo.",
     )
     reward_ceiling: float | Literal["auto"] | None = _option(
         "auto",
@@ -99,15 +99,26 @@ class FinetuneConfig:
         for name, values in (("lr_scheduler", get_args(Schedule)), ("mixed_precision", get_args(MixedPrecision))):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
-        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+        warmup = {"constant": "constant_with_warmup", "constant_with_warmup": "constant"}
+        if (other := warmup.get(self.lr_scheduler)) and (self.lr_scheduler == "constant") == bool(self.lr_warmup_steps):
             raise ValueError(
-                f"lr_warmup_steps: expected 0 with lr_scheduler='constant', got {self.lr_warmup_steps}; pass "
-                "lr_scheduler='constant_with_warmup'"
+                f"lr_warmup_steps: expected {'0' if self.lr_warmup_steps else '1 or more'} with "
+                f"lr_scheduler={self.lr_scheduler!r}, got {self.lr_warmup_steps}; or pass lr_scheduler={other!r}"
             )
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError(f"hub_model_id: expected None without push_to_hub, got {self.hub_model_id!r}; pass both")
         if not isinstance(self.sampling, Mapping):
             raise TypeError(f"sampling: expected a dict such as {{'num_inference_steps': 30}}, got {self.sampling!r}")
         if isinstance(self.target_modules, str) or self.target_modules == ():
             raise ValueError(f"target_modules: expected a tuple of layer names or None, got {self.target_modules!r}")
+
+    def refuse_idle(self, names: Sequence[str], where: str) -> None:
+        """Refuse settings that have no effect in a training unless they have their defaults."""
+        for name in names:
+            if (value := getattr(self, name)) != (default := type(self).__dataclass_fields__[name].default):
+                raise ValueError(
+                    f"{name}: expected {default!r} {where}, where it has no effect, got {value!r}; leave it out"
+                )
 
 
 _LEAST: dict[str, int] = {"lr_warmup_steps": 0, "checkpointing_steps": 0, "seed": 0, "rank": 1, "patience": 1}

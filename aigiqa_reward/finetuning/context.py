@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -16,9 +17,11 @@ from aigiqa_reward.finetuning.batch import Batch
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.finetuning.optimizers import accelerator_of
+from aigiqa_reward.images import finite_rows
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.sampling.families import Conditioning
+from aigiqa_reward.sampling.pipeline_utils import moves
 from aigiqa_reward.sampling.rollout import Prediction, Rollout, State
 from aigiqa_reward.types import RewardFunction, RewardOutput
 
@@ -28,6 +31,18 @@ if TYPE_CHECKING:
 
 REMEMBERED = 512
 """Number of prompts whose conditioning is cached: 2 GB at FLUX's 4 MB per prompt."""
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """Context with gradients switched on and autocast off, whatever the caller's are; refuses torch.inference_mode."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("finetune: expected gradients, got torch.inference_mode(); call it outside of that block")
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @dataclass(kw_only=True, eq=False)
@@ -54,6 +69,7 @@ class TrainingContext:
 
     def __post_init__(self) -> None:
         self.bound = BoundReward(self.reward)
+        self.seen: Counter[str] = Counter()  # images of this step, and those with broken pixels or a broken total
         self._conditionings: dict[str, Conditioning] = {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -128,9 +144,32 @@ class TrainingContext:
         """Score images (B, 3, H, W), differentiably and in the reward's precision."""
         return self.bound(images, prompts)
 
+    def note(self, images: Tensor, totals: Tensor | None = None) -> Tensor:
+        """Count images (B, 3, H, W) of this step, and return which (B,) have finite pixels and, if given, totals."""
+        pixels = finite_rows(images)
+        fine = pixels if totals is None else pixels & totals.isfinite().to(pixels.device)
+        self.seen.update(images=len(fine), pixels=int((~pixels).sum()), totals=int((pixels & ~fine).sum()))
+        return fine
+
+    def nothing_finite(self) -> bool:
+        """Whether no image of this step has finite pixels and a finite total, in any process."""
+        fine = self.seen["images"] - self.seen["pixels"] - self.seen["totals"]
+        return not bool(self.gather(torch.tensor([fine], device=self.accelerator.device)).any())
+
+    def broken(self) -> str:
+        """Return what is not finite among the images of this step; an empty text if all are, or none was made."""
+        images, pixels, totals = (self.seen[name] for name in ("images", "pixels", "totals"))
+        if totals:
+            return f"{self.bound.name} gave NaN or infinity for {totals} of {images - pixels} finite images; "
+        return f"{pixels} of {images} images have NaN or infinite pixels; " if pixels else ""
+
     def capped(self, total: Tensor) -> Tensor:
         """Clamp totals (B,) to the ceiling, so that the gradient above it is zero."""
         return total if self.ceiling is None else total.clamp(max=self.ceiling)
+
+    def above_ceiling(self, total: Tensor) -> dict[str, Tensor]:
+        """Return which totals (B,) get no gradient from `capped`, by the name to log; nothing without a ceiling."""
+        return {} if self.ceiling is None else {"above_ceiling": (total.detach() > self.ceiling).float()}
 
     def gather(self, values: Tensor) -> Tensor:
         """Gather the rows of all processes, (B,) to (processes * B,), in the order of the processes."""
@@ -142,10 +181,11 @@ def create_context(
 ) -> TrainingContext:
     """Add the adapter to a pipeline, and check that the pipeline can be trained."""
     rollout = Rollout(pipe, need="fine-tuning", **config.sampling)
-    if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
+    if moves(pipe):
         raise ValueError(
             "pipe: expected all parts on one device, got a pipeline with CPU offload or a device_map, which a backward "
-            "pass does not support; save memory with gradient_checkpointing and a smaller train_batch_size instead"
+            "pass does not support; load it without, call pipe.to(device), and save memory with gradient_checkpointing "
+            "and a smaller train_batch_size"
         )
     for name, part in (("denoiser", rollout.family.denoiser), ("decoder", rollout.pipe.vae)):
         if config.mixed_precision != "fp16" and any(weight.dtype == torch.float16 for weight in part.parameters()):

@@ -108,7 +108,8 @@ def check_tracker(report_to: str | None) -> None:
     if report_to not in LOGGER_TYPE_TO_CLASS:
         raise ValueError(f"report_to: expected one of {', '.join(LOGGER_TYPE_TO_CLASS)}, got {report_to!r}")
     if report_to not in map(str, get_available_trackers()):
-        package = '"aigiqa-reward[finetune]"' if report_to == "tensorboard" else report_to.replace("_", "-")
+        ours = '".[finetune]" (in a checkout of aigiqa-reward)'
+        package = ours if report_to == "tensorboard" else report_to.replace("_", "-")
         raise ImportError(f"report_to: {report_to} is not installed: pip install {package}")
 
 

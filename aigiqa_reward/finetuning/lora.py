@@ -56,22 +56,31 @@ class LoRA:
                 f"pipe: expected no adapter named {ADAPTER!r} on its {self.prefix}, found one of an earlier training; "
                 f"call pipe.delete_adapters({ADAPTER!r}), or pipe.fuse_lora() first to keep its effect"
             )
+        if any(map(_fused, self.denoiser.modules())):
+            raise ValueError(
+                f"pipe: expected a {self.prefix} with separate attention projections, got fused ones, beside which the "
+                f"adapted ones are not used; call pipe.{self.prefix}.unfuse_qkv_projections() first"
+            )
         names = self._targets(targets)
         for module in family.pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)  # pyright: ignore[reportArgumentType]
-        others = list(self.denoiser.active_adapters()) if hasattr(self.denoiser, "peft_config") else []
+        before: list[Any] = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+        self._disabled = [layer for layer in before if layer.disable_adapters]
+        active = {layer: [] if layer.disable_adapters else list(layer.active_adapters) for layer in before}
         self.denoiser.add_adapter(config, adapter_name=ADAPTER)
         self._layers: list[Any] = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
         for layer in self._layers:
-            layer.set_adapter([*others, ADAPTER])  # the denoiser's set_adapter would reset their scales to 1
+            layer.enable_adapters(True)  # also where pipe.disable_lora() was called, with the trained one alone
+            layer.set_adapter([*active.get(layer, ()), ADAPTER])  # the denoiser's would reset the others' scales to 1
         for name, weight in self.denoiser.named_parameters():
             weight.requires_grad_(f".{ADAPTER}." in name)
         for place, (name, weight) in enumerate(self.weights.items()):
             weight.data = weight.data.float()
             if "lora_A" in name:
-                weight.data.copy_(torch.randn(weight.shape, generator=generator_of(seed, "lora", place)) / rank)
+                random = torch.randn(weight.shape, generator=generator_of(seed, "lora", place), dtype=torch.float32)
+                weight.data.copy_(random / rank)
 
     def _targets(self, names: Sequence[str] | None) -> list[str]:
         """Return the names of the layers to adapt, by default the attention projections."""
@@ -94,6 +103,11 @@ class LoRA:
     def weights(self) -> dict[str, nn.Parameter]:
         """The trained parameters by their names in the denoiser."""
         return {name: weight for name, weight in self.denoiser.named_parameters() if f".{ADAPTER}." in name}
+
+    def unused(self) -> list[str]:
+        """Return the names of the adapted layers that no gradient has reached; called after a backward pass."""
+        kept = {name.partition(".lora_")[0] for name, weight in self.weights.items() if weight.grad is not None}
+        return [name for name in dict.fromkeys(n.partition(".lora_")[0] for n in self.weights) if name not in kept]
 
     def off(self) -> AbstractContextManager[None]:
         """Context without this adapter; other adapters stay active."""
@@ -127,6 +141,8 @@ class LoRA:
     def remove(self) -> None:
         """Remove the adapter from the pipeline."""
         self.denoiser.delete_adapters(ADAPTER)
+        for layer in self._disabled:
+            layer.enable_adapters(False)
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the weights by their names in diffusers' files."""
@@ -159,3 +175,9 @@ class LoRA:
 
     def _stored(self, name: str) -> str:
         return f"{self.prefix}.{name.replace(f'.{ADAPTER}.', '.')}"
+
+
+def _fused(layer: Any) -> bool:
+    """Whether an attention layer uses one projection for query, key and value; some keep the mark when it is undone."""
+    marked = getattr(layer, "fused_projections", False) and hasattr(layer, "unfuse_projections")
+    return marked or type(getattr(layer, "processor", None)).__name__.startswith("Fused")

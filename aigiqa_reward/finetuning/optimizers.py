@@ -98,8 +98,16 @@ class Optimization:
         finally:
             self.ema.restore(self.weights)
 
-    def gather(self, *, finite: bool, asked: bool) -> bool:
-        """Sum the gradients of all processes, and return whether any process was asked to stop."""
+    def unaveraged(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the adapter's state as it is outside of `averaged`."""
+        stored = None if self.ema is None else self.ema.temp_stored_params
+        return state if stored is None else dict(zip(state, stored, strict=True))
+
+    def gather(self, *, finite: bool, asked: bool, broken: str = "") -> bool:
+        """Sum the gradients of all processes, and return whether any process was asked to stop.
+
+        A loss that was not `finite` raises a FinetuningError, which says what was `broken` in this process.
+        """
         flags = torch.tensor([float(not finite), float(asked)], device=self.weights[0].device)
         if self.accelerator.num_processes > 1:
             gradients = [w.grad if w.grad is not None else torch.zeros_like(w) for w in self.weights]
@@ -108,7 +116,7 @@ class Optimization:
             for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
                 weight.grad = part.view_as(weight)
         if flags[0] > 0:
-            raise FinetuningError(f"the loss became NaN or infinite; {self._remedy()}")
+            raise FinetuningError(f"the loss became NaN or infinite; {broken}{self._remedy()}")
         return bool(flags[1] > 0)
 
     def step(self) -> float:
@@ -157,6 +165,9 @@ class Optimization:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _remedy(self) -> str:
+        if not self.rates.last_epoch:
+            own = "no weight was trained yet, so the reward or the pipeline gives NaN by itself: correct the reward"
+            return f"{own}, or load a pipeline that overflows in float16 in bfloat16 or float32"
         text = f"lower learning_rate ({self.learning_rate:g}) or max_grad_norm ({self.config.max_grad_norm:g})"
         return f"{text}, and take mixed_precision='bf16'" if self.config.mixed_precision == "fp16" else text
 

@@ -6,8 +6,9 @@ import errno
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -30,7 +31,7 @@ from aigiqa_reward.finetuning.checkpoints import (
     save_checkpoint,
 )
 from aigiqa_reward.finetuning.config import FinetuneConfig
-from aigiqa_reward.finetuning.context import TrainingContext, create_context
+from aigiqa_reward.finetuning.context import TrainingContext, create_context, with_gradients
 from aigiqa_reward.finetuning.early_stopping import Monitor
 from aigiqa_reward.finetuning.logging import History, check_tracker, show_picture
 from aigiqa_reward.finetuning.lora import FILE, LoRA
@@ -50,8 +51,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def interruptions() -> Iterator[list[int]]:
-    """Context in which the first SIGINT or SIGTERM is only noted, and the second raises KeyboardInterrupt."""
+def interruptions(rescue: Callable[[], object] = bool) -> Iterator[list[int]]:
+    """Context in which the first SIGINT or SIGTERM is noted and calls `rescue`; the second raises KeyboardInterrupt."""
     noted: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -59,6 +60,7 @@ def interruptions() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         noted.append(number)
         logger.warning("interrupted: stopping after this step; interrupt again to stop now")
+        rescue()
 
     kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = [(kind, signal.signal(kind, note)) for kind in kinds]
@@ -101,6 +103,7 @@ class Trainer:
         self.monitor = Monitor(patience=config.patience)
         self.settings = describe(context, algorithm, self.schedule, config, decisive)
         self.step = 0
+        self._checked, self._settled = False, True
         self.memory: Mapping[str, Tensor] = {}
         self.kept: Mapping[str, Tensor] = {}
         self.finite: Mapping[str, Tensor] = {}  # without validation: the last weights that gave a finite loss
@@ -154,13 +157,11 @@ class Trainer:
 
     def _run(self) -> FinetuneResult:
         last, every = self.config.max_train_steps, self.config.checkpointing_steps
-        with interruptions() as noted:
-            if self.step == 0:
-                self.validate()
+        with interruptions(self.rescue) as noted:
+            self.validate_if_due()
             while self.step < last and self.stopped is None:
                 asked = self._try_step(noted)
-                if self.step == last or self.step % self.config.validation_steps == 0:
-                    self.validate()
+                self.validate_if_due()
                 ended = self.step == last or asked or self.stopped is not None
                 if ended or (every and self.step % every == 0):
                     self.save()
@@ -183,21 +184,39 @@ class Trainer:
     def take_step(self, noted: list[int]) -> bool:
         """Take an optimizer step, and return whether a process was interrupted."""
         batches = self.schedule.batches(self.step, self.accelerator.process_index)
+        self.context.seen.clear()
         if not self._within_a_round:
             with torch.no_grad(), self.optimization.autocast():
                 self.memory = self.algorithm.prepare(self.context, batches)
         measured: dict[str, list[Tensor]] = {}
         finite = [self._backward(batch, part, measured) for part, batch in enumerate(batches)]
-        asked = self.optimization.gather(finite=all(finite), asked=bool(noted))
+        if all(finite) and not self._checked:
+            self._check_used()
+        asked = self.optimization.gather(finite=all(finite), asked=bool(noted), broken=self.context.broken())
         if self.validation is None:
             with self.optimization.averaged():
                 self.finite = self.lora.state()
-        rate, norm = self.optimization.learning_rate, self.optimization.step()
-        self.step += 1
+        rate = self.optimization.learning_rate
+        with self._changing():
+            norm = self.optimization.step()
+            self.step += 1
         numbers = {**self.optimization.means(measured), "learning_rate": rate, "grad_norm": norm}
         self.history.step(self.step, numbers)
+        if self.step == 1 and (share := numbers.get("above_ceiling", 0.0)) > 0.5:
+            warnings.warn(
+                f"reward_ceiling: {share:.0%} of the images of the first step score above {self.context.ceiling:g} and "
+                "get no gradient; pass a higher one, or None",
+                stacklevel=2,
+            )
         self._call("on_step_end", [callback.on_step_end(self.step, numbers) for callback in self.callbacks])
         return asked
+
+    def _check_used(self) -> None:
+        """Warn once of adapted layers without a gradient, before those of the processes are summed."""
+        self._checked = True
+        if (unused := self.lora.unused()) and self.accelerator.is_main_process:
+            text = f"the denoiser does not use {len(unused)} of the adapted layers, which stay untrained"
+            warnings.warn(f"target_modules: {text}: {', '.join(unused)}; leave them out", stacklevel=2)
 
     @property
     def _within_a_round(self) -> bool:
@@ -217,6 +236,8 @@ class Trainer:
             sum_of_losses = sum_of_losses + outcome.loss.detach().to(sum_of_losses)
             if not bool(sum_of_losses.isfinite()):
                 return False
+            if not outcome.loss.requires_grad:
+                raise ValueError("target_modules: the denoiser uses none of the adapted layers; name others")
             self.accelerator.backward(outcome.loss * (len(batch) / batch.size))
             for name, value in outcome.measures.items():
                 measured.setdefault(name, []).append(value.detach().to(sum_of_losses).mean())
@@ -231,16 +252,21 @@ class Trainer:
         if stop and self.stopped is None:
             self.stopped = f"step {self.step}: {', '.join(names) or 'a callback'}.{method} returned True"
 
-    def validate(self) -> None:
+    def validate_if_due(self) -> None:
+        """Validate if this step wants it and did not have it, as one that was resumed from may not."""
+        due = self.step == self.config.max_train_steps or self.step % self.config.validation_steps == 0
+        if due and self.validation is not None and self.monitor.last_step != self.step:
+            self.validate(self.validation)
+
+    def validate(self, validation: Validation) -> None:
         """Validate, keep the weights if they are the best so far, and decide whether to stop."""
-        if self.validation is None:
-            return
         with self.optimization.averaged():
-            result = self.validation.run(self.step)
-            self.monitor.add(self.step, result)
-            if self.monitor.best_step == self.step:
-                self.kept = self.lora.state()
-                self._write()
+            result = validation.run(self.step)
+            with self._changing():
+                self.monitor.add(self.step, result)
+                if self.monitor.best_step == self.step:
+                    self.kept = self.lora.state()
+                    self._write()
         self.history.validation(self.step, result.summary())
         show_picture(self.accelerator, "validation/images", result.mosaic, self.step)
         self.stopped = self.stopped or self.monitor.stop
@@ -250,23 +276,39 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.lora.write(self.folder, self.kept)
 
-    def save(self) -> None:
-        """Write a checkpoint."""
+    def save(self, *, alone: bool = False) -> None:
+        """Write a checkpoint; `alone` without waiting for other processes, whose part of a round it then lacks."""
         within = self.memory if self._within_a_round else {}  # at the end of a round nothing needs to be remembered
-        device = self.accelerator.device
-        memory = {name: self.context.gather(tensor.to(device)[None]).cpu() for name, tensor in within.items()}
+        rows = {name: tensor.to(self.accelerator.device)[None] for name, tensor in within.items()}
+        memory = {name: (tensor if alone else self.context.gather(tensor)).cpu() for name, tensor in rows.items()}
         if self.accelerator.is_main_process:
             checkpoint = Checkpoint(
                 step=self.step,
                 settings=self.settings,
                 monitor=self.monitor.state(),
-                lora=self.lora.state(),
+                lora=self.optimization.unaveraged(self.lora.state()),
                 kept=self.kept,
                 memory=memory,
                 optimization=self.optimization.state(),
             )
-            save_checkpoint(self.folder, checkpoint, self.lora, limit=self.config.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
+            with self._changing():
+                save_checkpoint(self.folder, checkpoint, self.lora, limit=self.config.checkpoints_total_limit)
+        if not alone:
+            self.accelerator.wait_for_everyone()
+
+    def rescue(self) -> None:
+        """Save the last whole step at once, within the next or a validation: a SIGTERM may come 30 s before a kill."""
+        whole = self.accelerator.num_processes == 1 or not self._within_a_round
+        if self._settled and self.step and whole:
+            with suppress(OSError), torch.no_grad():  # the end of the step reports a full disk
+                self.save(alone=True)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Context in which step and weights do not fit together, or a checkpoint is being written."""
+        self._settled = False
+        yield
+        self._settled = True
 
     def finish(self) -> FinetuneResult:
         """Load the kept weights into the pipeline, write them, and close the logs."""
@@ -304,6 +346,7 @@ class Trainer:
         return f"after step {self.step} of the training, whose weights are kept in {kept}{more}"
 
 
+@with_gradients()
 def finetune(
     pipe: DiffusionPipeline,
     reward: RewardFunction,
@@ -375,6 +418,9 @@ def _validation(
     config: FinetuneConfig,
 ) -> Validation | None:
     if not len(prompts):
+        config.refuse_idle(("validation_steps", "validation_seeds", "patience"), "without validation_prompts")
+        if holdout != "auto":
+            raise ValueError(f"holdout: expected 'auto' without validation_prompts, got {holdout!r}; pass both")
         return None
     checked = _checked("validation_prompts", prompts, context.reward)
     if context.accelerator.is_main_process:
@@ -390,6 +436,7 @@ def _checked_config(algorithm: Algorithm, config: FinetuneConfig | None, folder:
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
         raise TypeError(f"config: expected FinetuneConfig, got {type(config).__name__}")
+    config.refuse_idle(algorithm.idle, f"with {algorithm.title}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: expected a folder, got the file {folder}; pass another path")
     return replace(config, kl_coeff=algorithm.kl_coeff) if config.kl_coeff is None else config

@@ -226,11 +226,11 @@ def warn_of_weak(prompts: Sequence[str], trained: Sequence[str], seeds: int) -> 
         warnings.warn(
             f"validation_prompts: {len(both)} of {len(prompts)} are training prompts too (first: {both[0]!r}), and do "
             "not show how other prompts change",
-            stacklevel=4,
+            stacklevel=5,
         )
     if len(prompts) * seeds == 1:
         warnings.warn(
             "validation_prompts: one image gives no estimate of the noise, so that reward hacking cannot be detected; "
             "pass eight prompts or more",
-            stacklevel=4,
+            stacklevel=5,
         )

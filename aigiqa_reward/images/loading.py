@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -30,8 +33,9 @@ MAX_PIXELS = 100_000_000
 def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
     """Read one image into a float32 tensor (3, H, W), RGB, [0, 1].
 
-    EXIF rotation is applied, alpha is composited on white, grayscale is repeated, CMYK and palettes are converted,
-    16 bits keep their precision where Pillow does, and of an animation the first frame is taken with a warning.
+    The pixels are those that a viewer shows: EXIF rotation is applied, 8-bit colors are converted from the embedded
+    profile to sRGB, alpha is composited on white, grayscale is repeated, CMYK and palettes are converted, 16 bits keep
+    their precision where Pillow does, and of an animation the first frame is taken with a warning.
 
     Args:
         source: a PIL image, a path, or a uint8, uint16 or [0, 1] float array or tensor (H, W), (H, W, 1|3|4) or
@@ -113,12 +117,10 @@ def open_rgb(path: str | os.PathLike[str]) -> Image:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image]:
-    """Open a file without decoding it; every error inside becomes an ImageError that names the file."""
-    from PIL import Image as PILImage
-
+    """Open a file; every error inside becomes an ImageError that names the file."""
     name = os.fsdecode(path)
     file = Path(name)
-    with _reading(name), warnings.catch_warnings():
+    with _reading(name):
         if not name:
             raise ImageError("image: expected a path, got an empty text")
         if not file.exists():
@@ -127,10 +129,66 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image]:
             raise ImageError(f"{name}: is a folder, a pipe or a device; pass a file")
         if file.stat().st_size == 0:
             raise ImageError(f"{name}: the file is empty")
-        warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # our own, lower limit follows
-        with PILImage.open(file) as image:
-            _check_size(image, name)
+        with file.open("rb") as stream, _identified(stream, name) as image:
             yield image
+
+
+def _identified(stream: BinaryIO, name: str) -> Image:
+    """Open a file of any format; a PNG whose texts or profile Pillow finds too long is opened without them."""
+    try:
+        image = _first_that_opens(stream, name)
+        if image.format == "PNG":
+            image.load()  # texts may follow the pixels
+        return image
+    except ValueError as error:
+        stream.seek(0)
+        if isinstance(error, ImageError) or stream.read(8) != _PNG:
+            raise
+        rest, profile = _without_texts(stream.read(_LARGEST_PNG))
+        image = _first_that_opens(io.BytesIO(rest), name)
+        image.info["icc_profile"] = profile
+        return image
+
+
+def _first_that_opens(stream: BinaryIO, name: str) -> Image:
+    """Open a file as `PIL.Image.open` does, whose limit of the size is a variable and a warning of the process."""
+    from PIL import Image as PILImage
+
+    prefix, tried = stream.read(16), set[str]()
+    for register in (PILImage.preinit, PILImage.init):
+        register()
+        for kind in [kind for kind in PILImage.ID if kind not in tried]:
+            tried.add(kind)
+            factory, accepts = PILImage.OPEN[kind]
+            if isinstance(accepted := accepts is None or accepts(prefix), str) or not accepted:
+                continue  # a text says what Pillow was built without
+            try:
+                stream.seek(0)
+                image = factory(stream, name)
+            except (SyntaxError, IndexError, TypeError, struct.error):  # as Pillow: another format
+                continue
+            _check_size(image, name)
+            return image
+    raise PILImage.UnidentifiedImageError
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LARGEST_PNG, _LARGEST_PROFILE = 2**30, 2**24
+
+
+def _without_texts(chunks: bytes) -> tuple[bytes, bytes | None]:
+    """Return a PNG without its texts and color profile, and the profile."""
+    kept, start, profile = [_PNG], 0, None
+    while start < len(chunks):
+        end = start + 12 + int.from_bytes(chunks[start : start + 4])
+        kind = chunks[start + 4 : start + 8]
+        if kind == b"iCCP":  # a name, a zero, the method, the packed profile
+            packed = chunks[chunks.find(b"\0", start + 8) + 2 : end - 4]
+            profile = zlib.decompressobj().decompress(packed, _LARGEST_PROFILE)
+        elif kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(chunks[start:end])
+        start = end
+    return b"".join(kept), profile
 
 
 @contextmanager
@@ -163,18 +221,54 @@ def _from_pil(image: Image, *, name: str) -> Tensor:
     from PIL import ImageOps
 
     _check_size(image, name)  # before any pixel is decoded
-    if getattr(image, "is_animated", False):  # n_frames would read every frame
+    several = getattr(image, "is_animated", False)  # n_frames would read every frame
+    if several and image.format != "MPO":  # a photograph of a phone, with its preview
         warnings.warn(f"{name}: animated image; only its first frame is used", stacklevel=4)
         image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in "IF":  # 16-bit or float grayscale: keep its precision
-        gray = np.array(image, dtype=np.float32) / np.float32(1 if image.mode == "F" else 65535)
+        gray = np.array(image, dtype=np.float32)
+        is_8_bit = image.mode == "I" and image.format is None and gray.max() <= 255  # as convert("I") makes of 8 bits
+        gray /= np.float32(1 if image.mode == "F" else 255 if is_8_bit else 65535)
         return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
+    shown = _in_srgb(image, name)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        image = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba)
-    pixels = np.array(image.convert("RGB"), dtype=np.uint8)
+        if shown is not image:
+            shown.putalpha(rgba.getchannel("A"))
+            rgba = shown
+        shown = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba)
+    pixels = np.array(shown.convert("RGB"), dtype=np.uint8)
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+_UNSEEN = 2  # levels of 255; profiles of sRGB by other programs differ by so much, and change no pixel
+
+
+def _in_srgb(image: Image, name: str) -> Image:
+    """Convert an 8-bit image by its embedded color profile to RGB; return it unchanged without one, or if that is sRGB.
+
+    A profile of another kind of colors than the image's is ignored, as viewers do.
+    """
+    from PIL import Image as PILImage
+    from PIL import ImageCms
+
+    if not (embedded := image.info.get("icc_profile")):
+        return image
+    own = {"CMYK": "CMYK", "1": "L", "L": "L", "LA": "L", "La": "L"}.get(image.mode, "RGB")
+    try:
+        profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+        colors = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(profile.profile.xcolor_space.strip())
+        if colors is None or (colors != own and (own, colors) != ("L", "RGB")):
+            return image
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), colors, "RGB")
+        steps = np.indices((6,) * len(colors), dtype=np.uint8).reshape(len(colors), 1, -1) * 51
+        sample = PILImage.merge(colors, [PILImage.fromarray(band) for band in steps])
+        changed = np.asarray(transform.apply(sample)).astype(int) - np.asarray(sample.convert("RGB"))
+        return image if np.abs(changed).max() <= _UNSEEN else transform.apply(image.convert(colors))
+    except (ImageCms.PyCMSError, OSError) as error:
+        warnings.warn(f"{name}: its color profile cannot be read, so sRGB is assumed ({error})", stacklevel=5)
+        return image
 
 
 _INTEGER_RANGE = {torch.uint8: 255.0, torch.uint16: 65535.0}

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from aigiqa_reward.types import Context, Images, PromptFeatures, RewardOutput
+from aigiqa_reward.types import Context, Images, PromptError, PromptFeatures, RewardOutput
+from aigiqa_reward.utils.checks import lone_surrogate
 
 Seen: TypeAlias = Mapping[str, Tensor]
 """The towers' features of a batch: named tensors, first dimension B."""
@@ -99,16 +100,24 @@ class QualityModel(nn.Module, ABC):
     def read_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
         """Encode prompts without checks and with gradients, for training a text tower."""
         texts, index = distinct_prompts(prompts)
+        check_readable(texts)
         tensors = self.encode_texts(texts)
         index = index.to(next(iter(tensors.values())).device)
         return PromptFeatures(texts=texts, index=index, tensors=tensors, model=self.name)
+
+
+def check_readable(prompts: Sequence[str]) -> None:
+    """Refuse texts that cannot be encoded, which tokenizers refuse without saying which."""
+    for prompt in prompts:
+        if fault := lone_surrogate(prompt):
+            raise PromptError(prompt, fault=fault)
 
 
 def distinct_prompts(prompts: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
     """Return the distinct prompts in order of first appearance, and (B,) the index of each row's."""
     texts = tuple(dict.fromkeys(prompts))
     place = {text: i for i, text in enumerate(texts)}
-    return texts, torch.tensor([place[prompt] for prompt in prompts])
+    return texts, torch.tensor([place[prompt] for prompt in prompts], device="cpu")
 
 
 class TrainedModel(QualityModel):

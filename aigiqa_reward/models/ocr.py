@@ -59,8 +59,8 @@ def quoted_text(prompt: str) -> str:
     """Return the text in quotes of a prompt, without whitespace and case; a PromptError if there is none."""
     found = _normalized("".join("".join(parts) for parts in _QUOTED.findall(prompt.translate(_QUOTES))))
     if not found:
-        reason = 'has no text in quotes, which ocr looks for in the image; write it as in: a sign that says "OPEN"'
-        raise PromptError(prompt, reason=reason)
+        fault = 'has no text in quotes, which ocr looks for in the image; write it as in: a sign that says "OPEN"'
+        raise PromptError(prompt, fault=fault)
     return found
 
 

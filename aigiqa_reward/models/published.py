@@ -49,6 +49,15 @@ class PublishedModel(QualityModel):
         """Rename the tensors of the authors' file to this model's, and drop those that it does not use, by name."""
         return tensors
 
+    def checkpoint_blocks(self) -> None:
+        """Let the towers recompute their blocks in the backward pass: less memory, more time."""
+        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # transformers from 5.x, and before
+        for tower in self.modules():
+            if enable := next((getattr(tower, name) for name in names if hasattr(tower, name)), None):
+                enable({"use_reentrant": False})
+            elif enable := getattr(tower, "set_grad_checkpointing", None):  # open_clip
+                enable()
+
     def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> RewardOutput:
         del context
         details = self.raw_scores(images, prompts)

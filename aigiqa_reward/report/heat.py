@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from aigiqa_reward import images as pixels
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.types import RewardFunction
+from aigiqa_reward.utils.isolation import without_autocast
 
 Kind = Literal["auto", "distortion", "gradient"]
 _SMOOTHING = 64  # longer side by half the window in which gradients are averaged, since those of pixels are noisy
@@ -27,6 +28,7 @@ class HeatMaps:
     maps: Float[Tensor, "batch height width"]
 
 
+@without_autocast()
 def heat_maps(
     reward: RewardFunction, images: Tensor, prompts: Sequence[str] | str | None = None, kind: Kind = "auto"
 ) -> HeatMaps:

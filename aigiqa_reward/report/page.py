@@ -6,7 +6,6 @@ import base64
 import io
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image, features
 from aigiqa_reward.report._style import CARD, INK, LINE, MUTED, PAPER, WINNER, number
 from aigiqa_reward.report.sheet import candidates, summary
 from aigiqa_reward.sampling.candidates import BestOfNOutput
+from aigiqa_reward.utils.io import replacement
 
 WinnerMaps = Sequence[Mapping[str, Any]]
 """For each winner, best first: (H, W) arrays by name."""
@@ -69,17 +69,11 @@ def write_page(
     environment = Environment(loader=loader, autoescape=True, finalize=_cleaned, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
     page = environment.get_template("page.html")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        written = Path(folder) / target.name
-        with written.open("w", encoding="utf-8", newline="\n") as file:
-            cards = _cards(outputs, iter(maps), iter(remarks))
-            file.writelines(page.generate(title=title, notes=notes, palette=_PALETTE, cards=cards))
-            file.flush()
-            os.fsync(file.fileno())
-        written.replace(target)
-    return target
+    with replacement(path) as file:
+        cards = _cards(outputs, iter(maps), iter(remarks))
+        for part in page.generate(title=title, notes=notes, palette=_PALETTE, cards=cards):
+            file.write(part.encode())
+    return Path(path)
 
 
 def _cleaned(value: object) -> object:

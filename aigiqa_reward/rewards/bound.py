@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from aigiqa_reward.images import HIGHEST, LOWEST, finite_rows
+from aigiqa_reward.models.base import check_readable
 from aigiqa_reward.types import PromptError, PromptFeatures, RewardFunction, RewardOutput, as_reward_output
 from aigiqa_reward.utils.checks import check_reward
+from aigiqa_reward.utils.isolation import check_gradients_allowed, without_autocast
 
 
 class BoundReward:
@@ -46,10 +47,11 @@ class BoundReward:
             place = {text: i for i, text in enumerate(known.texts)}
             index = torch.tensor([place[prompt] for prompt in prompts], device=known.index.device)
             return replace(known, index=index)
+        check_readable(prompts)
         encode = getattr(self.reward, "encode_prompts", None)
         if not callable(encode):
             return list(prompts)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_autocast():  # kept for calls with gradients as well
             found = encode(list(prompts))
         self._features = found if isinstance(found, PromptFeatures) else None
         return list(prompts) if self._features is None else self._features
@@ -72,9 +74,8 @@ class BoundReward:
         images = images.to(self.device or images.device).clamp(LOWEST, HIGHEST)
         texts = [prompts] * len(images) if isinstance(prompts, str) else prompts
         reward: Any = self.reward
-        kind = images.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            images = images if images.dtype == torch.float64 else images.float()
+        images = images if images.dtype == torch.float64 else images.float()
+        with without_autocast():
             result = reward(images, None if texts is None else self.encode(texts))
         return as_reward_output(result, len(images))
 
@@ -85,7 +86,7 @@ class BoundReward:
             if kept.all():
                 return self(images, prompts)
             rows = kept.nonzero()[:, 0]
-            nothing = torch.full((len(images),), math.nan, device=self.device or images.device)
+            nothing = images.new_full((len(images),), math.nan, device=self.device, dtype=torch.float32)
             if not len(rows):
                 return RewardOutput(total=nothing, quality=nothing)
             own = prompts if prompts is None or isinstance(prompts, str) else [list(prompts)[row] for row in rows]
@@ -94,7 +95,9 @@ class BoundReward:
 
     def check_differentiable(self, needed_by: str, prompt: str, device: torch.device | str = "cpu") -> None:
         """Refuse a reward without gradients by its score of a gray image, on `device` if the reward has none."""
-        gray = torch.full((1, 3, 64, 64), 0.5, device=self.device or device, requires_grad=True)
+        check_gradients_allowed(needed_by)
+        place = {"device": self.device or device, "dtype": torch.float32}
+        gray = torch.full((1, 3, 64, 64), 0.5, requires_grad=True, **place)
         with torch.enable_grad():
             self.require_gradient(self(gray, [prompt]).total, needed_by)
 

@@ -23,6 +23,7 @@ from aigiqa_reward.models.sc_agiqa import SCAGIQA, SCAGIQAConfig
 from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
 from aigiqa_reward.rewards.published import PUBLISHED
 from aigiqa_reward.rewards.specs import SPECS, TOWER_FILES
+from aigiqa_reward.utils.isolation import building
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
 
 Settings: TypeAlias = Mapping[str, Any]  # fields of a model's configuration
@@ -112,6 +113,7 @@ SYSTEMS: dict[str, System] = {
 """The published systems. `compact`, which is ours, is built by `load_embedded` alone."""
 
 
+@building()
 def build_model(
     name: str,
     *,
@@ -172,6 +174,7 @@ def empty_model(name: str, description: Mapping[str, Any], assistants: Assistant
     return _make(name, description["config"], towers, given)
 
 
+@building()
 def load_embedded(
     name: str, *, assistants: Assistants | None = None, settings: Settings | None = None, folder: Path = ASSETS
 ) -> QualityModel:
@@ -197,6 +200,7 @@ def embedded_weights(name: str, prefix: str, folder: Path = ASSETS) -> dict[str,
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
+@building()
 def load_compact_encoder(folder: Path = ASSETS) -> CompactEncoder:
     """Load the compact towers as one contrastive encoder, frozen."""
     encoder = CompactEncoder()
@@ -252,6 +256,7 @@ def _make(name: str, settings: Settings, towers: Mapping[str, Tower], assistants
         raise ValueError(f"settings: not ones of {name} ({error}); models/{name}.py lists its fields") from error
 
 
+@building()
 def load_tower(config: TowerConfig) -> Tower:
     """Load a tower's published weights, or those of a local file."""
     if isinstance(config, BLIPConfig):

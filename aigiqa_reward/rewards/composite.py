@@ -15,6 +15,7 @@ from aigiqa_reward.rewards.bound import device_of
 from aigiqa_reward.rewards.reward import check_features
 from aigiqa_reward.rewards.reward_fn import RewardFn
 from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output
+from aigiqa_reward.utils.isolation import without_autocast
 
 
 class CompositeReward(nn.Module):
@@ -74,6 +75,7 @@ class CompositeReward(nn.Module):
             raise ValueError(f"members: not a name for a torch module ({error}); choose another name") from error
 
     @classmethod
+    @without_autocast()
     def with_reference(
         cls,
         members: Mapping[str, RewardFunction],
@@ -92,6 +94,7 @@ class CompositeReward(nn.Module):
             reference = {name: _call(name, member, images, prompts).total for name, member in members.items()}
         return cls(members, weights=weights, combine=combine, reference=reference)
 
+    @without_autocast()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
         """Encode B prompts once, as `Reward.encode_prompts` does; members that encode none get the strings."""
         check_prompts(prompts)
@@ -101,6 +104,7 @@ class CompositeReward(nn.Module):
         known = {name: features for name, features in encoded.items() if isinstance(features, PromptFeatures)}
         return _MembersFeatures(texts=texts, index=index, tensors={}, model=self._model, members=known)
 
+    @without_autocast()
     def forward(
         self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None = None, *, validate: bool = True
     ) -> RewardOutput:

@@ -16,6 +16,7 @@ from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 from aigiqa_reward.models.base import ModelSpec, QualityModel
 from aigiqa_reward.models.clipscore import CLIPScore
 from aigiqa_reward.models.cpa_iqa import Preferences
+from aigiqa_reward.models.published import PublishedModel
 from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embedded_weights, load_embedded, load_tower
 from aigiqa_reward.rewards.published import PUBLISHED, load_published
 from aigiqa_reward.rewards.reward import Reward, is_saved_reward
@@ -69,6 +70,8 @@ def create_reward(
     revision: str | None = None,
     quality_weight: float | None = None,
     correspondence_weight: float | None = None,
+    gradient_checkpointing: bool = False,
+    offload: bool = False,
 ) -> Reward:
     """Build a reward, ready to score.
 
@@ -83,10 +86,14 @@ def create_reward(
         assistants: captioner, multimodal model, segmenter or attribute reader in place of the offline substitutes.
         device: None leaves it on the CPU.
         dtype: of the towers: float32, float64, bfloat16 or float16. Heads stay at least float32.
-        weights: folder written by `reward.save_pretrained`, or its Hub id; or the authors' file of a published reward.
+        weights: folder written by `reward.save_pretrained`, or its Hub id; for a published reward also the authors'
+            file, its folder, or the Hub id of another copy or size.
         revision: branch, tag or commit of the Hub id.
         quality_weight: share of quality in `total`; None is 0.5, or the saved share.
         correspondence_weight: share of correspondence in `total`; None likewise.
+        gradient_checkpointing: recompute a published reward's blocks in the backward pass: less memory, more time.
+        offload: keep a published reward's weights on the CPU; each call copies them to `device`, where images must be
+            as without it, and they stay there until the call's graph is freed.
 
     Example:
         >>> from aigiqa_reward import create_reward
@@ -95,23 +102,40 @@ def create_reward(
     """
     spec, settings = get_reward_spec(name), _scenario_settings(name, scenario, preferences)
     _check_choices(name, preset, prefix, assistants)
+    _check_memory(name, gradient_checkpointing, offload, device)
     shares: dict[str, Any] = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
     shares = {argument: share for argument, share in shares.items() if share is not None}
-    if name in PUBLISHED and not (weights is not None and is_saved_reward(weights)):
-        others = {"zero_shot": zero_shot or None, "preset": preset, "assistants": assistants, "revision": revision}
-        return _moved(_published(spec, weights, dtype, encoder, prefix, shares | others), device, dtype)
-    if weights is not None:
-        if zero_shot or any(choice is not None for choice in (preset, encoder, prefix)):
-            raise ValueError("weights: a saved reward has its own towers; pass neither preset, encoder nor prefix")
-        shares |= {"assistants": assistants, "settings": settings}
-        reward = Reward.from_pretrained(weights, name=name, revision=revision, **shares)
-    elif revision is not None:
-        raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
-    elif encoder is not None or zero_shot or (preset is not None and name == "tsp_mgs"):
-        reward = Reward(_zero_shot(name, preset, encoder, assistants), spec, **shares)
+    towers = {"preset": preset, "encoder": encoder, "zero_shot": zero_shot or None, "prefix": prefix}
+    if name in PUBLISHED and not (weights is not None and is_saved_reward(weights, revision)):
+        reward = _published(spec, weights, dtype, revision, {**towers, **shares, "assistants": assistants})
+    elif weights is not None:
+        reward = _saved(name, weights, towers, revision=revision, assistants=assistants, settings=settings, **shares)
     else:
-        reward = _embedded(spec, preset, assistants, settings, shares)
-    return _moved(reward, device, dtype)
+        reward = _new(spec, towers, assistants, settings, shares, revision)
+    return _moved(reward, device, dtype, gradient_checkpointing, offload)
+
+
+def _saved(name: str, weights: str | Path, towers: Mapping[str, Any], **options: Any) -> Reward:
+    if any(given is not None for given in towers.values()):
+        raise ValueError("weights: a saved reward has its own towers; pass neither preset, encoder nor prefix")
+    return Reward.from_pretrained(weights, name=name, **options)
+
+
+def _new(
+    spec: ModelSpec, towers: Mapping[str, Any], assistants: Any, settings: Any, shares: Any, revision: str | None
+) -> Reward:
+    """Build a reward of the embedded weights, or tsp_mgs without trained ones."""
+    if revision is not None:
+        raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
+    name, preset, encoder = spec.name, towers["preset"], towers["encoder"]
+    if name == "ocr" and (shares or preset is not None):
+        raise ValueError(f"{', '.join(shares) or 'preset'}: ocr has no such choice; leave it out")
+    zero_shot = encoder is not None or towers["zero_shot"] or (preset is not None and name == "tsp_mgs")
+    untrained = _zero_shot(name, preset, encoder, assistants) if zero_shot else None
+    reward = Reward(untrained or _embedded(name, preset, assistants, settings), spec, **shares)
+    if name in SYSTEMS and not zero_shot:
+        load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
+    return reward
 
 
 def _check_choices(name: str, preset: str | None, prefix: str | None, assistants: Assistants | None) -> None:
@@ -126,29 +150,50 @@ def _published(
     spec: ModelSpec,
     weights: str | Path | None,
     dtype: torch.dtype | None,
-    encoder: OpenCLIPConfig | None,
-    prefix: str | None,
-    others: Mapping[str, Any],
+    revision: str | None,
+    choices: Mapping[str, Any],
 ) -> Reward:
     """Load a published reward; refuse arguments that it does not have."""
-    others = {**others, "encoder": None if spec.name == "clipscore" else encoder}
-    if given := [argument for argument, value in others.items() if value is not None]:
+    own = ("encoder", "prefix") if spec.name == "clipscore" else ()
+    if given := [argument for argument, value in choices.items() if value is not None and argument not in own]:
         raise ValueError(f"{', '.join(given)}: {spec.name} has no such choice; leave it out")
-    if encoder is None:
-        model = load_published(spec.name, weights, dtype)
+    if choices["encoder"] is None:
+        model = load_published(spec.name, weights, dtype, revision)
     elif weights is None:
-        model = CLIPScore(load_tower(encoder))
+        tower: Any = load_tower(choices["encoder"])
+        model = CLIPScore(tower)
     else:
         raise ValueError("weights, encoder: both name a CLIP; pass one of them")
     if isinstance(model, CLIPScore):
-        model.prefix = prefix or ""
+        model.prefix = choices["prefix"] or ""
     return Reward(model, spec)
 
 
-def _moved(reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None) -> Reward:
+def _check_memory(name: str, gradient_checkpointing: bool, offload: bool, device: torch.device | str | None) -> None:
+    if name not in PUBLISHED and (gradient_checkpointing or offload):
+        raise ValueError(
+            f"gradient_checkpointing, offload: only published rewards have them, not {name}; leave them out"
+        )
+    if gradient_checkpointing and offload:
+        raise ValueError(
+            "gradient_checkpointing, offload: checkpointed blocks run again in the backward pass, after the call, when "
+            "their weights are back on the CPU; pass one of them"
+        )
+    if offload and device is None:
+        raise ValueError("offload: expected the device of the calls as well, got device=None; pass device='cuda'")
+
+
+def _moved(
+    reward: Reward, device: torch.device | str | None, dtype: torch.dtype | None, checkpointing: bool, offload: bool
+) -> Reward:
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
+    if checkpointing and isinstance(reward.model, PublishedModel):
+        reward.model.checkpoint_blocks()
+        reward.train()
     try:
+        if offload and device is not None:
+            reward.call_device, device = torch.empty(0, device=device).device, None
         return reward.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -185,23 +230,15 @@ def _zero_shot(
         raise ValueError("preset, encoder: 'paper' names the encoder already; pass one of them")
     settings = {"zero_shot": True, "adapter_rank": 0, "words_in_quality": False}
     towers = {} if encoder is None else {"clip": encoder}
-    with torch.random.fork_rng(devices=[]):  # building modules draws initial weights that loading replaces
-        return build_model(name, preset=preset, towers=towers, assistants=assistants, settings=settings)
+    return build_model(name, preset=preset, towers=towers, assistants=assistants, settings=settings)
 
 
 def _embedded(
-    spec: ModelSpec,
-    preset: str | None,
-    assistants: Assistants | None,
-    settings: Mapping[str, Any],
-    shares: Mapping[str, float],
-) -> Reward:
-    """Build a reward with its embedded weights; warn or raise where these do not fit the arguments."""
-    name = spec.name
+    name: str, preset: str | None, assistants: Assistants | None, settings: Mapping[str, Any]
+) -> QualityModel:
+    """Build a model with its embedded weights; warn or raise where these do not fit the arguments."""
     needs = SYSTEMS[name].needs if name in SYSTEMS else ()
     remedy = "train one with TrainingPlan(assistants=...)"
-    if name == "ocr" and (shares or preset is not None):
-        raise ValueError(f"{', '.join(shares) or 'preset'}: ocr has no such choice; leave it out")
     if name == "compact" and preset is not None:
         raise ValueError("preset: the compact reward has its own embedded towers; leave it out")
     if preset == "paper":
@@ -221,10 +258,6 @@ def _embedded(
             f"assistants: {name}'s embedded head was trained with the offline substitutes and knows no others; "
             f"{remedy} before trusting its scores",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    with torch.random.fork_rng(devices=[]):
-        reward = Reward(load_embedded(name, assistants=assistants, settings=settings), spec, **shares)
-    if name in SYSTEMS:
-        load_strictly(reward.calibration, embedded_weights(name, "calibration."), source=name)
-    return reward
+    return load_embedded(name, assistants=assistants, settings=settings)

@@ -15,7 +15,9 @@ from aigiqa_reward.types import RewardFunction
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise ImportError("RewardMetric needs torchmetrics; `pip install 'aigiqa-reward[metrics]'`") from error
+    raise ImportError(
+        'RewardMetric needs torchmetrics; pip install ".[metrics]" (in a checkout of aigiqa-reward)'
+    ) from error
 
 
 class RewardMetric(Metric):
@@ -49,7 +51,7 @@ class RewardMetric(Metric):
             raise ValueError(f"aspect: expected one of total, quality, correspondence, got {aspect!r}")
         self.aspect = aspect
         self._scorer = Scorer(reward, batch_size)  # no submodule: a metric's checkpoint holds no weights
-        self.add_state("score_sum", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("score_sum", torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(

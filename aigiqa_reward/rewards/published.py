@@ -13,17 +13,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from aigiqa_reward.encoders.qwen_vl import CHAT_FILES
 from aigiqa_reward.models.clipscore import CLIPScore
 from aigiqa_reward.models.hps import HPSv2, HPSv21
+from aigiqa_reward.models.hpsv3 import CHAT_REPO, HPSv3
 from aigiqa_reward.models.imagereward import CycleReward, ImageReward
 from aigiqa_reward.models.laion_aesthetic import LAIONAesthetic
 from aigiqa_reward.models.mps import MPS
 from aigiqa_reward.models.pickscore import PickScore
 from aigiqa_reward.models.published import PublishedModel
 from aigiqa_reward.models.siglip2 import SigLIP2
+from aigiqa_reward.models.vqascore import VQAScore
+from aigiqa_reward.utils.io import read_json
+from aigiqa_reward.utils.isolation import building
 from aigiqa_reward.utils.weights import WeightsError, load_strictly, sha256, write_weights
 
 _PICKLES = (".pt", ".pth")
+_INDEX = ".safetensors.index.json"
+_QWEN_FILES = ("config.json", "preprocessor_config.json", "chat_template.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +43,9 @@ class Source:
         file: name of the weights there.
         revision: commit; None if none is known, for the newest.
         sha256: hash of the weights; None if none is known.
-        other_files: configuration and tokenizer, in the same repository.
-        other_names: names that copies of the weights have elsewhere.
+        other_files: configuration and tokenizer, in the same repository; "*" stands for the numbers of shards.
+        other_names: names that the weights have in other copies or sizes of the model.
+        chat: Hub id of the tokenizer and chat template, if they are in another repository.
     """
 
     model: type[PublishedModel]
@@ -47,6 +55,7 @@ class Source:
     sha256: str | None = None
     other_files: tuple[str, ...] = ()
     other_names: tuple[str, ...] = ()
+    chat: str = ""
 
 
 _HPS = "697403c78157020a1ae59d23f111aa58ced35b0a"
@@ -95,36 +104,57 @@ PUBLISHED: dict[str, Source] = {
         other_files=("config.json", "tokenizer.json"),
     ),
     "laion_aesthetic": Source(model=LAIONAesthetic, **_CLIP_L),
+    "vqascore": Source(
+        model=VQAScore,
+        repo="Qwen/Qwen2.5-VL-3B-Instruct",
+        file=f"model{_INDEX}",
+        other_files=("model-*-of-*.safetensors", *_QWEN_FILES, *CHAT_FILES),
+        other_names=("model.safetensors",),
+    ),
+    "hpsv3": Source(model=HPSv3, repo="MizzenAI/HPSv3", file="HPSv3.safetensors", chat=CHAT_REPO),
 }
 """The published rewards by name."""
 
 
-def load_published(name: str, weights: str | Path | None = None, dtype: torch.dtype | None = None) -> PublishedModel:
+@building()
+def load_published(
+    name: str, weights: str | Path | None = None, dtype: torch.dtype | None = None, revision: str | None = None
+) -> PublishedModel:
     """Build a published reward's model and load the authors' weights strictly.
 
     Args:
         name: one of PUBLISHED.
-        weights: a local copy of the authors' file, or the folder that holds it; None fetches it from the Hub. A
-            `config.json` beside it gives the sizes, where they are not the published ones.
+        weights: a local copy of the authors' file, the folder that holds it, or the Hub id of another copy or size of
+            the model; None fetches the authors' from the Hub. A `config.json` beside it gives the sizes, where they
+            are not the published ones.
         dtype: dtype of the towers; None is float32.
+        revision: branch, tag or commit of the Hub id.
     """
     from accelerate import init_empty_weights
 
     source = PUBLISHED[name]
-    file = _fetch(name) if weights is None else _local(name, Path(weights).expanduser())
+    hub = weights is not None and is_hub_id(weights)
+    if revision is not None and not hub:
+        raise ValueError(f"revision: expected only for a Hub id, got it for weights={weights!r}; leave it out")
+    if weights is None or hub:
+        file = _fetch(name, str(weights) if hub else None, revision)
+    else:
+        file = _local(name, Path(weights).expanduser())
     try:
         description = source.model.read_description(file.parent)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with init_empty_weights():
+            model = source.model.from_description(description)
+            digest = sha256(file) if source.sha256 or file.suffix in _PICKLES else ""
+            _check_hash(name, file, digest)
+            if source.sha256 not in (None, digest):
+                _check_sizes(name, file, model)
+    except WeightsError:
+        raise
+    except Exception as error:  # strangers' files: whatever library reads or builds from them raises what it likes
         raise WeightsError(
             f"weights: {file.parent} does not describe a {name} ({type(error).__name__}: {error}); expected the "
             f"authors' files of https://huggingface.co/{source.repo}"
         ) from error
-    digest = sha256(file)
-    _check_hash(name, file, digest)
-    with init_empty_weights():
-        model = source.model.from_description(description)
-        if source.sha256 not in (None, digest):
-            _check_sizes(name, file, model)
     model.to(dtype or torch.float32)
     expected = model.state_dict()
     tensors = source.model.rename(_read_all(source, file, digest))
@@ -140,21 +170,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aigiqa-reward" / "weights"
 
 
-def _fetch(name: str) -> Path:
+def is_hub_id(weights: str | Path) -> bool:
+    """Whether this is no local path but may be owner/name on the Hub."""
+    path = Path(os.path.expanduser(weights))  # noqa: PTH111  (Path's own raises for an unknown ~name)
+    named = path.suffix in (".safetensors", ".json", ".bin", ".ckpt", *_PICKLES)
+    return not path.exists() and not path.is_absolute() and len(path.parts) == 2 and not named
+
+
+def _fetch(name: str, repo: str | None = None, revision: str | None = None) -> Path:
     """Download the files of a reward, or find them in the Hub's cache."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     source = PUBLISHED[name]
+    repo, revision = (repo, revision) if repo else (source.repo, source.revision)
+    files = [source.file, *source.other_files]
     try:
-        for other in source.other_files:
-            hf_hub_download(source.repo, other, revision=source.revision)
-        return Path(hf_hub_download(source.repo, source.file, revision=source.revision))
+        folder = snapshot_download(repo, revision=revision, allow_patterns=[*files, *source.other_names])
+        for file in CHAT_FILES if source.chat else ():
+            hf_hub_download(source.chat, file)
+        return _local(name, Path(folder))
     except (OSError, ValueError) as error:
-        address = f"https://huggingface.co/{source.repo}/resolve/{source.revision or 'main'}"
-        files = " ".join(f"{address}/{file}" for file in (source.file, *source.other_files))
+        listed = [f"{repo}/resolve/{revision or 'main'}/{file}" for file in files]
+        listed += [f"{source.chat}/resolve/main/{file}" for file in CHAT_FILES if source.chat]
+        wanted = name if repo == source.repo else f"{repo!r}, which is no local path, for {name}"
         raise WeightsError(
-            f"weights: could not fetch {name} ({type(error).__name__}); download {files} on a machine with a network, "
-            f"put the files into one folder and pass create_reward({name!r}, weights=FOLDER)"
+            f"weights: could not fetch {wanted} ({type(error).__name__}); download "
+            f"{' '.join(f'https://huggingface.co/{file}' for file in listed)} on a machine with a network, put the "
+            f"files into one folder and pass create_reward({name!r}, weights=FOLDER)"
         ) from error
 
 
@@ -166,7 +208,7 @@ def _local(name: str, path: Path) -> Path:
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise WeightsError(
-            f"weights: no {' or '.join(str(place) for place in places)}; expected {source.file} of "
+            f"weights: no {' or '.join(map(str, places))}; expected {source.file} of "
             f"https://huggingface.co/{source.repo}, or its folder"
         )
     owners = [owner for owner, other in PUBLISHED.items() if other.file == file.name]
@@ -209,7 +251,9 @@ def _read_all(source: Source, file: Path, digest: str) -> dict[str, Tensor]:
 
 
 def _read(file: Path, digest: str) -> dict[str, Tensor]:
-    """Read safetensors; a pickle of tensors is converted once, without running code, into the cache."""
+    """Read safetensors by mmap; a pickle of tensors is converted once, without running code, into the cache."""
+    if file.name.endswith(_INDEX):
+        return _read_shards(file)
     if file.suffix in _PICKLES:
         converted = cache_folder() / f"{digest}.safetensors"
         if not converted.is_file():
@@ -219,6 +263,17 @@ def _read(file: Path, digest: str) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"weights: {file} is not a whole safetensors file ({error}); download it again") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Read the files that an index names, which lie beside it."""
+    try:
+        shards = sorted({index.parent / Path(shard).name for shard in read_json(index)["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"weights: {index} is not an index of safetensors files ({type(error).__name__})") from error
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise WeightsError(f"weights: {index.parent} lacks {', '.join(missing)}, which {index.name} names; add it")
+    return {name: tensor for shard in shards for name, tensor in _read(shard, "").items()}
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from aigiqa_reward import __version__
@@ -17,10 +18,12 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.assistants import Assistants
 from aigiqa_reward.models.base import FullPrecision, ModelSpec, QualityModel, check_context, warn_ignored_context
 from aigiqa_reward.rewards.build import empty_model
+from aigiqa_reward.rewards.published import is_hub_id
 from aigiqa_reward.rewards.reward_fn import RewardFn
 from aigiqa_reward.rewards.specs import SPECS
 from aigiqa_reward.types import Context, PromptFeatures, RewardOutput
 from aigiqa_reward.utils.io import read_json, write_atomically
+from aigiqa_reward.utils.isolation import building, isolated
 from aigiqa_reward.utils.weights import WeightsError, load_strictly, read_weights, write_weights
 
 _CARD = """---
@@ -51,7 +54,7 @@ If it was trained further: say here on whose scores of which images and prompts,
 """
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_CONFIG_BYTES = 20_000_000  # it may hold a tokenizer
+_CONFIG_BYTES = 100_000_000  # it may hold a tokenizer
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -97,6 +100,7 @@ class Reward(nn.Module, ModelHubMixin):
         torch.Size([2])
     """
 
+    @building()
     def __init__(
         self, model: QualityModel, spec: ModelSpec, *, quality_weight: float = 0.5, correspondence_weight: float = 0.5
     ) -> None:
@@ -108,35 +112,60 @@ class Reward(nn.Module, ModelHubMixin):
         self.calibration = Calibration()
         self.quality_weight = quality_weight
         self.correspondence_weight = correspondence_weight
+        self.call_device: torch.device | None = None
         self.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> Reward:
         """Stay in evaluation mode, whatever the mode asked for."""
-        return super().train(False)
+        super().train(False)
+        for module in self.modules():  # transformers checkpoints a block that trains; the dropout in it stays off
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
+        return self
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights; images must be on it as well."""
-        return self.calibration.quality.device
+        """Device of the weights in a call; images must be on it as well."""
+        return self.call_device or self.calibration.quality.device
+
+    @contextmanager
+    def _on_call_device(self) -> Iterator[None]:
+        """Replace the model's weights by copies on `call_device`; a graph keeps those that its backward pass needs."""
+        modules = () if self.call_device is None else self.model.modules()
+        stores: list[dict[str, Any]] = [store for module in modules for store in (module._parameters, module._buffers)]
+        parked = [dict(store) for store in stores]
+        try:
+            for store in stores:
+                for name, tensor in store.items():
+                    if tensor is not None:
+                        copy = tensor.to(self.call_device)
+                        store[name] = nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy
+            yield
+        finally:
+            for store, tensors in zip(stores, parked, strict=True):
+                store.update(tensors)
 
     @property
     def needs_prompts(self) -> bool:
         """Whether `prompts=None` is an error: the model needs them, or quality has no weight in `total`."""
         return self.model.needs_prompts or self.quality_weight == 0
 
+    @isolated()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures:
         """Encode B prompts, each distinct one once, to be passed instead of the strings.
 
         `features.expand(B)` repeats one prompt for a batch.
         """
-        return self.model.encode_prompts(prompts)
+        with self._on_call_device():
+            return self.model.encode_prompts(prompts)
 
+    @isolated()
     def prepare(self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None = None) -> Context | None:
         """Run the model's assistants, if it has any; pass the result as `context`, which is fixed in gradients."""
         pixels.check(images)
         return self.model.prepare(images.to(self.calibration.quality.dtype), self._features(images, prompts))
 
+    @isolated()
     def forward(
         self,
         images: Tensor,
@@ -164,7 +193,8 @@ class Reward(nn.Module, ModelHubMixin):
             warn_ignored_context(self.name)
         elif context is not None:
             check_context(context, self.model.context_names, len(images))
-        raw = self.model(images.to(self.calibration.quality.dtype), self._features(images, prompts), context)
+        with self._on_call_device():
+            raw = self.model(images.to(self.calibration.quality.dtype), self._features(images, prompts), context)
         if isinstance(raw, RewardOutput):
             return raw
         quality = self.calibration(raw.quality, "quality")
@@ -205,7 +235,9 @@ class Reward(nn.Module, ModelHubMixin):
             "model": self.model.describe(),
         }
         write_weights(save_directory / _WEIGHTS, self.state_dict(), lossless=True)
-        write_atomically(save_directory / _CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+        write_atomically(
+            save_directory / _CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode()
+        )
 
     def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
         """Return what `save_pretrained` writes as README.md where there is none; the arguments are ignored."""
@@ -291,12 +323,12 @@ def check_features(features: PromptFeatures, model: str, count: int) -> None:
         )
 
 
-def is_saved_reward(source: str | Path) -> bool:
-    """Whether this is a folder written by `save_pretrained`, or may be its Hub id, and not the authors' files."""
+def is_saved_reward(source: str | Path, revision: str | None = None) -> bool:
+    """Whether this is a folder written by `save_pretrained`, or its Hub id, and not the authors' files."""
     path = Path(os.path.expanduser(source))  # noqa: PTH111
-    if not path.exists():
-        return not path.is_absolute() and len(path.parts) == 2 and not path.suffix
     try:
+        if is_hub_id(source):
+            path = Path(hf_hub_download(str(source), _CONFIG, revision=revision)).parent
         return path.is_dir() and "library_version" in read_json(path / _CONFIG, most=_CONFIG_BYTES)
     except (OSError, ValueError):
         return False
@@ -314,7 +346,7 @@ def _empty(
         numbers = sum(tensor.numel() for tensor in (*sketch.parameters(), *sketch.buffers()))
         if numbers > size + 2**25:  # a number takes at least a byte; load_strictly names smaller differences
             raise ValueError(f"it is larger than the {size:,} bytes of {_WEIGHTS} can fill")
-        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, which loading replaces
+        with building():
             return empty_model(name, description, assistants)
     except Exception as error:  # a description by somebody else may break any library that builds from it
         raise WeightsError(f"weights: {folder}: cannot build the {name!r} of config.json: {error}") from error

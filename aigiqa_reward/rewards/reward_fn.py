@@ -11,6 +11,7 @@ from torch import Tensor
 from aigiqa_reward.images import ImageSource, load_batch
 from aigiqa_reward.rewards.bound import device_of, reward_name
 from aigiqa_reward.types import RewardFunction, as_reward_output
+from aigiqa_reward.utils.isolation import without_autocast
 
 
 class RewardFn:
@@ -59,7 +60,7 @@ class RewardFn:
         batch = load_batch(images)
         home = batch.device
         texts = list(prompts) if isinstance(prompts, tuple) else prompts
-        with torch.set_grad_enabled(torch.is_grad_enabled() and batch.requires_grad):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and batch.requires_grad), without_autocast():
             result = self.reward(batch.to(device_of(self.reward) or home), texts)  # pyright: ignore[reportArgumentType]
         output = as_reward_output(result, len(batch))
         columns = {"quality": output.quality, "correspondence": output.correspondence}

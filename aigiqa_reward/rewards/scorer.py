@@ -105,7 +105,7 @@ class Scorer:
             output = RewardOutput.cat([failed if r.output is None else r.output for r in results])
         if errors and on_error == "raise":
             raise ScoringError(errors, output)
-        unknown = torch.full((len(results),), torch.nan)
+        unknown = torch.full((len(results),), torch.nan, dtype=torch.float32, device="cpu")
         return output or RewardOutput(total=unknown, quality=unknown.clone())
 
     def stream(self, inputs: Inputs, prompts: Sequence[str] | str | None = None) -> Iterator[ScoredImage]:

@@ -13,7 +13,7 @@ TOWER_FILES: dict[str, str] = {
 }
 """The embedded towers that all five systems share, with the SHA-256 of each file."""
 
-_SCALE = "[0, 1] on AGIQA-3K, 1 = its best human score; not clamped"
+_SCALE = "1 is the best human score of AGIQA-3K; not clamped: may be below 0 or above 1"
 
 
 def _system(name: str, *, sha256: str, scale: str = _SCALE, **facts: Any) -> ModelSpec:
@@ -97,7 +97,7 @@ SPECS: dict[str, ModelSpec] = {
         "cpa_iqa",
         title="CPA-IQA",
         paper="CPA-IQA: contextual preference-aligned framework for AIGC quality assessment",
-        scale="[0, 1], fitted to AGIQA-3K, 1 = its best human score; details['score'] runs from 0 to 100",
+        scale=f"{_SCALE}; details['score'] runs from 0 to 100",
         input_size="whole image letterboxed to 448 px",
         gradient_path="pixels through the image tower, the tiers and the distortion maps; regions and attributes fixed",
         megabytes=29.1,
@@ -201,6 +201,30 @@ SPECS: dict[str, ModelSpec] = {
         needs_prompt=False,
         megabytes=1710.0,
         judges="quality",
+    ),
+    "vqascore": _published(
+        "vqascore",
+        title="VQAScore (Qwen2.5-VL 3B, or any other Qwen2.5-VL or Qwen3-VL)",
+        paper="Lin et al. 2024, Evaluating Text-to-Visual Generation with Image-to-Text Generation",
+        license="Apache-2.0 (code; weights of most sizes), Qwen Research License (weights of the 3B)",
+        scale='raw = total = P("Yes") in [0, 1] over the whole vocabulary; details["log_odds"] is log P(Yes) / P(No)',
+        input_size="whole image, each side to the nearest multiple of 28 px (Qwen3-VL: 32 px)",
+        gradient_path="pixels through the image tower and the language model; prompts fixed",
+        weights="fetched from the Hub",
+        megabytes=7510.0,
+        judges="correspondence",
+    ),
+    "hpsv3": _published(
+        "hpsv3",
+        title="HPSv3",
+        paper="Ma et al. 2025, HPSv3: Towards Wide-Spectrum Human Preference Score",
+        license="MIT (code and weights; Qwen2-VL, Apache-2.0)",
+        scale="raw unbounded, mostly -0.2 to 11; total = raw / 15; compares images of one prompt",
+        input_size="whole image at 448 x 448 px of area",
+        gradient_path="pixels through the image tower and the language model; prompts fixed",
+        weights="fetched from the Hub",
+        megabytes=16600.0,
+        accuracy="ImageReward test 66.8 %, Pick-a-Pic test 72.8 %, HPDv2 test 85.4 %, HPDv3 test 76.9 %",
     ),
     "ocr": ModelSpec(
         name="ocr",

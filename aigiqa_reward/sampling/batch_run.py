@@ -42,8 +42,8 @@ _DEPRECATED = ("callback", "callback_steps")  # all that a `**kwargs` of diffuse
 def describe(search: BestOfN, seed: int, settings: Mapping[str, Any], pipe_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the result of a run, as JSON.
 
-    Not covered are the code of a reward that is a function, anything that a reward uses besides its weights
-    (assistants, a service), and weights of the pipeline that were changed in place or below the same path.
+    Not covered are the code of a reward that is a function, and anything that a reward uses besides its weights
+    (assistants, a service).
     """
     return {
         **{name: identity(value) for name, value in settings.items()},  # first, so that they replace none of the rest

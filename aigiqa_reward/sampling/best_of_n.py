@@ -11,7 +11,7 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.scorer import Inputs, Scorer, check_images
 from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Judged, Picture, Tally, conclude, judge, judged
-from aigiqa_reward.sampling.pipeline_utils import PromptMemo, check_pipe_kwargs, in_chunks, sample, takes
+from aigiqa_reward.sampling.pipeline_utils import PromptMemo, Sampler, check_pipe_kwargs, in_chunks, takes
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.search import Halving, Search, ZeroOrder, climb, halve
 from aigiqa_reward.types import RewardFunction
@@ -39,10 +39,14 @@ class BestOfN:
 
     Candidate i has the seed `s = seed + i` and its own generator, so that `pipe(prompt,
     generator=torch.Generator("cpu").manual_seed(s), **pipe_kwargs)` makes its image again: bit for bit with
-    batch_size=1 in float32 on the CPU, within 2/255 otherwise. The prompt is encoded once by the pipeline and once by
-    the reward. Images stay on the pipeline's device until they are scored; only the winners are kept, so memory does
-    not grow with `n` (except for latents when pruning: below), and the ranking does not depend on `batch_size`. A chunk
-    that runs out of memory is halved and sampled again, with the same result. The pipeline is not changed.
+    batch_size=1 in float32 on the CPU, within 2/255 otherwise. A pipeline that also draws from torch's global random
+    state (SD3's ControlNet, FLUX with a stochastic scheduler) needs `torch.manual_seed(s)` before. Candidates are
+    sampled one by one where a batch would not keep them apart: most pipelines encode an input image with the first
+    candidate's generator, diffusers' caches decide for a whole batch, and some calls lack `num_images_per_prompt`. The
+    prompt is encoded once by the pipeline and once by the reward. Images stay on the pipeline's device until they are
+    scored; only the winners are kept, so memory does not grow with `n` (except for latents when pruning: below), and
+    the ranking does not depend on `batch_size`. A chunk that runs out of memory is halved and sampled again, with the
+    same result. The pipeline is not changed.
 
     With `pruning`, or `search="zero_order"`, our own loop over the pipeline's parts takes the steps; it supports the
     architectures in `sampling.families`. Pruning takes all candidates some of the way, scores the clean images
@@ -53,8 +57,7 @@ class BestOfN:
 
     Args:
         pipe: diffusers pipeline that makes images from a prompt, or from images too (image to image, ControlNet,
-            inpainting), or anything called like one. If its call has no `num_images_per_prompt`, or is given a
-            `mask_image`, it is called for one candidate at a time.
+            inpainting), or anything called like one.
         reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; it stays on its device.
         n: number of candidates.
         batch_size: candidates sampled at a time.
@@ -63,7 +66,7 @@ class BestOfN:
         reward_prompt: text that the reward scores by; by default the pipeline's prompt.
         progress: whether to show a progress bar over the candidates.
         search: "random" for consecutive seeds; "zero_order", or a `ZeroOrder`, to search near the best noise.
-        diverse: whether to keep, of the best 4 `top_k`, the `top_k` that look least alike, the best among them.
+        diverse: whether to keep, of the best 4 x `top_k`, the `top_k` that look least alike, the best among them.
 
     Example:
         >>> from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
@@ -107,14 +110,15 @@ class BestOfN:
         self.progress = progress
         self._batched = takes(pipe, "num_images_per_prompt")
 
-    def __call__(self, prompt: str | None, seed: int = 0, **pipe_kwargs: Any) -> BestOfNOutput:
+    def __call__(self, prompt: str | None = None, seed: int = 0, **pipe_kwargs: Any) -> BestOfNOutput:
         """Sample, score and rank the candidates for one prompt; warn once of candidates that were dropped.
 
         Candidates are dropped if their pixels or scores are NaN or infinite, or if the safety checker flagged them. If
         fewer than `top_k` are left, so many are returned.
 
         Args:
-            prompt: one prompt; or None together with `prompt_embeds` of shape (1, ...) and a `reward_prompt`.
+            prompt: one prompt; or None together with `prompt_embeds` of shape (1, ...) and a `reward_prompt`, but not
+                with pruning or search, which encode the prompt themselves.
             seed: seed of the first candidate.
             **pipe_kwargs: arguments of the pipeline's call (steps, guidance, size, negative prompt, ...), except for
                 `generator`, `latents`, `num_images_per_prompt`, `output_type` and `return_dict`.
@@ -131,7 +135,9 @@ class BestOfN:
                 bar.update(len(output.all_seeds) - bar.n)
         return output
 
-    def stream(self, prompt: str | None, seed: int = 0, **pipe_kwargs: Any) -> Generator[BestOfNOutput, None, None]:
+    def stream(
+        self, prompt: str | None = None, seed: int = 0, **pipe_kwargs: Any
+    ) -> Generator[BestOfNOutput, None, None]:
         """Yield the output so far after each chunk of candidates; arguments and errors are those of a call.
 
         Between two outputs the pipeline is as it was, and the loop may be left. Until a first candidate is ranked,
@@ -149,19 +155,18 @@ class BestOfN:
         if text is None:
             text = check_text(prompt, "prompt", "pass the reward's prompt as BestOfN(..., reward_prompt=)")
         reward, tally = BoundReward(self.reward, [text]), Tally(self.top_k, diverse=self.diverse)
-        memo, seeds = PromptMemo(self.pipe), range(first, first + self.n)
+        memo, sampler, seeds = PromptMemo(self.pipe), Sampler(self.pipe, pipe_kwargs), range(first, first + self.n)
 
         def sample_and_score(chunk: Sequence[int]) -> None:
-            count = {"num_images_per_prompt": len(chunk)} if self._batched else {}
             with memo.installed():
-                images, flagged = sample(self.pipe, prompt, chunk, **pipe_kwargs, **count)
+                images, flagged = sampler(prompt, chunk)
             tally.add(chunk, judge(images, flagged, reward, text), lambda row: Picture.of(images, row))
 
         if self.pruning or self.search:
             run = self._own_loop(prompt, seeds, reward, text, tally, pipe_kwargs)
-        else:  # inpainting pipelines encode the masked image with the first generator only: a batch breaks the seeds
-            together = self._batched and "mask_image" not in pipe_kwargs
-            run = in_chunks(seeds, self.batch_size if together else 1, sample_and_score, self.pipe)
+        else:
+            size = self.batch_size if self._batched and sampler.together else 1
+            run = in_chunks(seeds, size, sample_and_score, self.pipe)
         return self._outputs(tally, run, stacklevel)
 
     def _outputs(self, tally: Tally, run: Iterator[Any], stacklevel: int) -> Generator[BestOfNOutput, None, None]:

@@ -54,7 +54,8 @@ class SeenStep:
     sample: Tensor  # (B, ...) latents before the step
     output: Tensor  # (B, ...) of the model, after guidance
     latents: Tensor  # (B, ...) after the step and after the callbacks before this one
-    final: bool  # whether the latents will be decoded: the last step, or another callback ended the sampling
+    final: bool  # whether the latents are clean: the last step, or another callback ended the sampling
+    last: bool  # whether the pipeline takes no step after it; `denoising_end` leaves some of the `count` out
 
     def clean(self, scheduler: Any) -> Tensor:
         """Return latents x0 (B, ...) predicted at this step, or the final ones, in at least float32."""
@@ -144,6 +145,7 @@ class Watch(ABC, Generic[Entry]):
             output=called["model_output"],
             latents=callback_kwargs.get("latents", called["result"]),
             final=step_index + 1 == count or bool(getattr(pipeline, "_interrupt", False)),
+            last=step_index + 1 == getattr(pipeline, "num_timesteps", count),
         )
         latents = self.after_step(seen)
         return callback_kwargs if latents is None else {**callback_kwargs, "latents": latents}
@@ -213,7 +215,8 @@ class _Tap:
 class RewardLogger(Watch[LoggedStep]):
     """Scores the previews of a run; the images are the same, bit for bit, as without it.
 
-    The last entry of a run is the score of the images themselves. Each entry costs a decoding and a call of the reward.
+    The last entry of a run is the score of the images themselves (with `denoising_end`, of the last step's preview).
+    Each entry costs a decoding and a call of the reward.
 
     Args:
         pipe: a pipeline of Stable Diffusion 1 to 3.5, SDXL, FLUX, Qwen-Image, Z-Image or Sana.
@@ -241,7 +244,7 @@ class RewardLogger(Watch[LoggedStep]):
 
     def after_step(self, seen: SeenStep) -> None:
         """Score the preview, at the steps that are due."""
-        if seen.final or seen.index % self.every == 0:
+        if seen.final or seen.last or seen.index % self.every == 0:
             self.history.append(self.preview(seen)[1])
 
 

@@ -18,6 +18,7 @@ from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.schedulers import noise_level
 from aigiqa_reward.types import RewardFunction, RewardOutput
 from aigiqa_reward.utils.checks import integer, number
+from aigiqa_reward.utils.isolation import check_gradients_allowed, without_autocast
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -116,10 +117,7 @@ class RewardGuidance(Watch[GuidedStep]):
             _check_same("guidance_scale", getattr(self.pipe, "guidance_scale", None), given)
         if not self._is_due(seen):
             return None
-        if torch.is_inference_mode_enabled():
-            raise ValueError(
-                "RewardGuidance: torch.inference_mode() forbids gradients; call the pipeline outside of it"
-            )
+        check_gradients_allowed("RewardGuidance")
         last = seen.index + 1 == seen.count
         levels = [noise_level(self.pipe.scheduler, index) for index in (seen.index, seen.index + (not last))]
         (alpha, sigma), (next_alpha, next_sigma) = ([value.to(seen.latents.device) for value in ab] for ab in levels)
@@ -173,7 +171,8 @@ class RewardGuidance(Watch[GuidedStep]):
 
 def reward_gradient(reward: BoundReward, totals: Tensor, latents: Tensor, needed_by: str) -> Tensor:
     """Return the gradient of the sum of a reward's totals (B,) in the latents, without setting any `.grad`."""
-    found = torch.autograd.grad(totals.sum(), latents, allow_unused=True)[0] if totals.requires_grad else None
+    with without_autocast():  # which would round the reward's backward pass
+        found = torch.autograd.grad(totals.sum(), latents, allow_unused=True)[0] if totals.requires_grad else None
     if found is None:
         reward.require_gradient(totals.detach(), needed_by)
     assert found is not None  # else the line above raises

@@ -21,6 +21,7 @@ from aigiqa_reward.sampling.guidance import reward_gradient
 from aigiqa_reward.sampling.rollout import Call, PromptSampler, State, displayed
 from aigiqa_reward.types import RewardFunction, RewardOutput
 from aigiqa_reward.utils.checks import integer, number
+from aigiqa_reward.utils.isolation import check_gradients_allowed
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -131,8 +132,7 @@ class NoiseOptimizer(PromptSampler):
             seed: seed of the initial noise.
             **pipe_kwargs: arguments of the pipeline's call (steps, guidance, size, negative prompt, ...).
         """
-        if torch.is_inference_mode_enabled():
-            raise ValueError("NoiseOptimizer: torch.inference_mode() forbids gradients; call it outside of that block")
+        check_gradients_allowed("NoiseOptimizer")
         with self._call(prompt, seed, 1, "all candidates", pipe_kwargs) as call:
             ascent = _Ascent(self, call)
             with torch.enable_grad(), without_weight_gradients(self.pipe, self.reward):
@@ -183,8 +183,10 @@ class _Ascent:
             with torch.set_grad_enabled(not last):
                 image = self.image(noise)
             reason = self.judge(image.detach(), noise.detach())
-            if last or reason is not None:
+            if reason is not None:
                 return reason
+            if last:
+                continue
             gradient = reward_gradient(reward, reward(image, [self.call.text]).total, noise, "NoiseOptimizer")
             likelihood = torch.autograd.grad(norm_log_likelihood(noise), noise)[0]
             noise.grad = gradient + plan.regularization * likelihood

@@ -6,15 +6,19 @@ import copy
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_COUNT = "num_images_per_prompt"
 
 
 def takes(pipe: Callable[..., Any], argument: str) -> bool:
@@ -25,22 +29,138 @@ def takes(pipe: Callable[..., Any], argument: str) -> bool:
         return False
 
 
-def sample(pipe: Any, prompt: Any, seeds: Sequence[int], /, **arguments: Any) -> tuple[Tensor, list[bool]]:
-    """Return a pipeline's images (B, 3, H, W) of B seeds, and whether its safety checker flagged them."""
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    arguments |= {"output_type": "pt", "generator": generators if len(generators) > 1 else generators[0]}
-    with torch.no_grad():  # by name where it can be: the first argument of FLUX.2 is an image
-        result = pipe(prompt=prompt, **arguments) if takes(pipe, "prompt") else pipe(prompt, **arguments)
-    images = getattr(result, "images", None)
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            "pipe: expected an output whose .images is a tensor, as output_type='pt' asks for, got "
-            f"{type(result).__name__} with {type(images).__name__}; pass a diffusers pipeline that makes images"
-        )
-    pixels.check(images, validate=False, argument="the pipeline's images")
-    if len(images) != len(seeds):
-        raise ValueError(f"pipe: expected one image per generator, got {len(images)} for {len(seeds)} generators")
-    return images, getattr(result, "nsfw_content_detected", None) or [False] * len(seeds)
+def diffusers_class(pipe: object) -> str | None:
+    """Return the name of the diffusers class whose `__call__` a pipeline has or inherits; None for any other."""
+    for cls in type(pipe).__mro__:
+        if "__call__" in vars(cls):
+            return cls.__name__ if cls.__module__.startswith("diffusers.") else None
+    return None
+
+
+def _hooks(part: Any) -> list[Any]:
+    """Return the registries of diffusers' hooks in a part of a pipeline, one per module that has any."""
+    modules = part.modules() if isinstance(part, nn.Module) else ()
+    return [module._diffusers_hook for module in modules if hasattr(module, "_diffusers_hook")]
+
+
+def caches(pipe: Any) -> dict[str, list[Any]]:
+    """Return diffusers' hooks that keep results from one call of a part to the next, by the part's name.
+
+    They are there after `enable_cache`, or after functions such as `diffusers.hooks.apply_first_block_cache`.
+    """
+    found: dict[str, list[Any]] = {}
+    for name, part in getattr(pipe, "components", {}).items():
+        if keeping := [each for each in _hooks(part) if any(hook._is_stateful for hook in each.hooks.values())]:
+            found[name] = keeping
+    return found
+
+
+def moves(pipe: Any) -> bool:
+    """Return whether parts of a pipeline, or their layers, move between devices while it runs."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    layers = any(weight.is_meta for part in parts for weight in part.parameters())  # enable_sequential_cpu_offload
+    groups = any(each.get_hook("group_offloading") for part in parts for each in _hooks(part))
+    return bool(getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None) or layers or groups)
+
+
+@contextmanager
+def global_randomness(seed: int) -> Iterator[Callable[[], bool]]:
+    """Seed torch's global random state within this block; gives a function that returns whether it was drawn from."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    sources = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
+    with torch.random.fork_rng(devices):
+        before = [source.manual_seed(seed).get_state() for source in sources]
+        yield lambda: not all(map(torch.equal, before, (source.get_state() for source in sources)))
+
+
+_TOGETHER = tuple(
+    f"{name}Pipeline"
+    for name in (
+        *("StableDiffusionImg2Img", "StableDiffusionControlNet", "StableDiffusionControlNetImg2Img"),
+        *("StableDiffusionXLImg2Img", "StableDiffusionXLControlNet", "StableDiffusionXLControlNetImg2Img"),
+        *("StableDiffusionInstructPix2Pix", "StableDiffusionXLInstructPix2Pix", "FluxControlNet", "FluxControl"),
+        *("FluxKontext", "Flux2", "Flux2Klein", "QwenImageControlNet"),
+    )
+)
+"""Pipelines that draw nothing for their input images, or from each candidate's own generator."""
+
+_FEATURES = ("prompt", "embeds", "ip_adapter")  # in names of arguments for which nothing is drawn
+
+
+def _is_image_like(value: Any) -> bool:
+    """Return whether an argument of a call is an image, in any form, or has one in it."""
+    if isinstance(value, Mapping | list | tuple):
+        return any(map(_is_image_like, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, Image.Image) or (isinstance(value, Tensor | np.ndarray) and value.ndim > 1)
+
+
+class Sampler:
+    """Calls a pipeline for the images of seeds, so that each is the image of its seed alone.
+
+    Most pipelines encode an input image with the first candidate's generator, or with torch's global random state, and
+    some schedulers draw from that as well; diffusers' caches decide for the whole batch. Those candidates are sampled
+    one by one, with the global random state seeded by the candidate's seed. It is restored after every call.
+    """
+
+    def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
+        self.pipe, self.arguments = pipe, arguments
+        given = [value for name, value in arguments.items() if not any(word in name for word in _FEATURES)]
+        self._caches = list(chain(*caches(pipe).values()))
+        # Whether one call may sample several candidates:
+        self.together = not self._caches and (diffusers_class(pipe) in _TOGETHER or not any(map(_is_image_like, given)))
+        # Where nothing converts "pt" to [0, 1] (Kandinsky, DeepFloyd IF), "np" is what the pipeline shows.
+        converts = hasattr(getattr(pipe, "image_processor", None), "postprocess") or not hasattr(pipe, "numpy_to_pil")
+        self._output_type = "pt" if converts else "np"
+
+    def __call__(self, prompts: str | list[str] | None, seeds: Sequence[int]) -> tuple[Tensor, list[bool]]:
+        """Return the images (B, 3, H, W) of B seeds, and whether the pipeline's safety checker flagged them.
+
+        Args:
+            prompts: one prompt for all, or a list of B.
+            seeds: (B,) of them.
+        """
+        if self.together or len(seeds) == 1:
+            with global_randomness(seeds[0]) as was_drawn_from:
+                found = self._call(prompts, seeds)
+                if len(seeds) == 1 or not was_drawn_from():
+                    return found
+            self.together = False
+        each = prompts if isinstance(prompts, list) else [prompts] * len(seeds)
+        rows = [self(prompt, [seed]) for prompt, seed in zip(each, seeds, strict=True)]
+        return torch.cat([images for images, _ in rows]), [flag for _, flags in rows for flag in flags]
+
+    def _call(self, prompts: Any, seeds: Sequence[int]) -> tuple[Tensor, list[bool]]:
+        pipe, count = self.pipe, len(seeds)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        own = {"output_type": self._output_type, "generator": generators if count > 1 else generators[0]}
+        arguments = {**self.arguments, **own}
+        if not isinstance(prompts, list):
+            arguments |= {_COUNT: count} if takes(pipe, _COUNT) else {}
+        elif count == 1:
+            prompts = prompts[0]
+        else:  # pipelines differ in whether one negative prompt serves several prompts
+            negatives = [name for name in arguments if name.startswith("negative_prompt")]
+            arguments |= {name: [arguments[name]] * count for name in negatives if isinstance(arguments[name], str)}
+        for hook in self._caches:  # a call that failed leaves its state
+            hook.reset_stateful_hooks(recurse=False)
+        with torch.no_grad():  # by name where it can be: the first argument of FLUX.2 is an image
+            result = pipe(prompt=prompts, **arguments) if takes(pipe, "prompt") else pipe(prompts, **arguments)
+        flagged = getattr(result, "nsfw_content_detected", None) or getattr(result, "nsfw_detected", None)
+        return self._checked(getattr(result, "images", None), result, count), flagged or [False] * count
+
+    def _checked(self, images: Any, result: Any, count: int) -> Tensor:
+        if isinstance(images, np.ndarray) and images.ndim == 4:  # (B, H, W, 3)
+            place = getattr(self.pipe, "_execution_device", "cpu")
+            images = torch.from_numpy(images).movedim(3, 1).contiguous().to(place)
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                "pipe: expected an output whose .images is a tensor, as output_type='pt' asks for, got "
+                f"{type(result).__name__} with {type(images).__name__}; pass a diffusers pipeline that makes images"
+            )
+        pixels.check(images, validate=False, argument="the pipeline's images")
+        if len(images) != count:
+            raise ValueError(f"pipe: expected one image per generator, got {len(images)} for {count} generators")
+        return images
 
 
 def check_pipe_kwargs(pipe_kwargs: Mapping[str, Any], owner: str, owned: Mapping[str, str]) -> None:
@@ -88,7 +208,6 @@ def in_chunks(
             torch.cuda.empty_cache()
 
 
-_COUNT = "num_images_per_prompt"
 _REMEMBERED = 16  # encodings kept: a pipeline that is given new tensors in every call would fill the memory
 
 

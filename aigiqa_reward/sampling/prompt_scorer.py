@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.candidates import FLAGGED, NothingRankedError, judge
-from aigiqa_reward.sampling.pipeline_utils import check_pipe_kwargs, in_chunks, sample
+from aigiqa_reward.sampling.pipeline_utils import Sampler, check_pipe_kwargs, in_chunks
 from aigiqa_reward.types import RewardFunction
-from aigiqa_reward.utils.checks import check_reward, check_text, integer
+from aigiqa_reward.utils.checks import check_prompt, check_reward, check_text, integer
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -72,8 +72,9 @@ class PromptScorer:
 
     Image i of a prompt has the seed `s = seed + i` and is that of `pipe(prompt,
     generator=torch.Generator("cpu").manual_seed(s), **pipe_kwargs)`: bit for bit with batch_size=1 in float32 on the
-    CPU, within 2/255 otherwise. All prompts of a call share their seeds, so that they differ by more than noise. Scores
-    are cached by prompt, judging text and seed.
+    CPU, within 2/255 otherwise. `BestOfN` says which pipelines need `torch.manual_seed(s)` before, and which images are
+    sampled one by one. All prompts of a call share their seeds, so that they differ by more than noise. Scores are
+    cached by prompt, judging text and seed.
 
     Args:
         pipe: diffusers pipeline that makes images from a list of prompts (with batch_size=1: from one). Or a BestOfN,
@@ -171,20 +172,16 @@ class PromptScorer:
         if self._search is not None:
             yield from ((image, self._best(self._search, image)) for image in images)
             return
-        together = "mask_image" not in self.pipe_kwargs  # see BestOfN
-        size = self.batch_size if together else 1
-        for chunk, scores in in_chunks(images, size, self._sample_and_score, self.pipe):
-            yield from zip(chunk, scores, strict=True)
+        sampler = Sampler(self.pipe, self.pipe_kwargs)
 
-    def _sample_and_score(self, chunk: Sequence[_Image]) -> list[PromptScore]:
-        prompts: Any = [image.prompt for image in chunk] if len(chunk) > 1 else chunk[0].prompt
-        arguments = dict(self.pipe_kwargs)
-        if len(chunk) > 1:  # pipelines differ in whether one negative prompt serves several prompts
-            repeated = {n: v for n, v in arguments.items() if n.startswith("negative_prompt") and isinstance(v, str)}
-            arguments |= {name: [text] * len(chunk) for name, text in repeated.items()}
-        pictures, flagged = sample(self.pipe, prompts, [image.seed for image in chunk], **arguments)
-        candidates = judge(pictures, flagged, BoundReward(self.reward), [image.judged_by for image in chunk])
-        return [PromptScore(**vars(candidate)) for candidate in candidates]
+        def sample_and_score(chunk: Sequence[_Image]) -> list[PromptScore]:
+            pictures, flagged = sampler([image.prompt for image in chunk], [image.seed for image in chunk])
+            candidates = judge(pictures, flagged, BoundReward(self.reward), [image.judged_by for image in chunk])
+            return [PromptScore(**vars(candidate)) for candidate in candidates]
+
+        size = self.batch_size if sampler.together else 1
+        for chunk, scores in in_chunks(images, size, sample_and_score, self.pipe):
+            yield from zip(chunk, scores, strict=True)
 
     def _best(self, search: BestOfN, image: _Image) -> PromptScore:
         search = copy.copy(search)  # the user's own keeps its reward_prompt
@@ -217,4 +214,7 @@ def _mean(scores: Sequence[PromptScore]) -> PromptScore:
 def _texts(given: Sequence[str], argument: str) -> list[str]:
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError(f"{argument}: expected a list of texts, got {type(given).__name__}; put a single one in a list")
-    return [check_text(text, f"{argument}[{place}]", "leave blank ones out") for place, text in enumerate(given)]
+    for place, text in enumerate(given):
+        check_text(text, f"{argument}[{place}]", "leave blank ones out")
+        check_prompt(text, f"{argument}[{place}]")
+    return list(given)

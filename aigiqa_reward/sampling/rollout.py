@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.families import Conditioning, Family, family_of
+from aigiqa_reward.sampling.pipeline_utils import caches
 from aigiqa_reward.sampling.schedulers import check_scheduler, joined_history, predict_clean, with_history_of
 from aigiqa_reward.utils.checks import check_prompt, check_reward, check_text, first_seed
 
@@ -115,6 +116,12 @@ class Rollout:
     def __init__(self, pipe: DiffusionPipeline, *, need: str = "this", **pipe_kwargs: Any) -> None:
         self.family: Family = family_of(pipe, pipe_kwargs, need=need)
         check_scheduler(pipe.scheduler, need=need, flow=self.family.flow)
+        for part in caches(pipe):
+            raise ValueError(
+                f"pipe: its {part} has a cache that keeps results from one call to the next, and {need} calls it for "
+                f"other candidates in between; call pipe.{part}.disable_cache(), or, if a function of diffusers.hooks "
+                "added the cache, load the pipeline without it"
+            )
         self.pipe: Any = pipe
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -207,12 +214,15 @@ class PromptSampler:
         self, pipe: DiffusionPipeline, reward: RewardFunction, reward_prompt: str | None, progress: bool
     ) -> None:
         self._name = type(self).__name__
-        family_of(pipe, need=self._name)
+        self._flow = family_of(pipe, need=self._name).flow
         self.pipe: Any = pipe
         self.reward: RewardFunction = check_reward(reward)
         if reward_prompt is not None:
             check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
         self.reward_prompt, self.progress = reward_prompt, progress
+
+    def _check_scheduler(self, served: Sequence[str]) -> None:
+        check_scheduler(self.pipe.scheduler, need=self._name, flow=self._flow, served=served)
 
     @contextmanager
     def _call(self, prompt: str, first: int, seeds: int, of: str, pipe_kwargs: dict[str, Any]) -> Iterator[Call]:

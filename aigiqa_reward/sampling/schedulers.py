@@ -33,29 +33,31 @@ SEVERAL_CALLS_A_STEP += _names("DPMSolverSinglestep")
 """Higher-order schedulers that call the denoiser several times per step, between the samples of the process."""
 
 
-def check_scheduler(scheduler: Any, *, need: str, served: Sequence[str] = SERVED, flow: bool = False) -> None:
+def check_scheduler(scheduler: Any, *, need: str, flow: bool, served: Sequence[str] = SERVED) -> None:
     """Refuse a scheduler whose state our loop cannot carry (subclasses may hold more), or that does not fit the model.
 
-    With `flow` the model was trained by flow matching, whose output other schedulers misread.
+    `flow` is whether the model was trained by flow matching; schedulers of one kind misread the output of the other.
     """
-    name = type(scheduler).__name__
-    if name in served and (not flow or is_flow(scheduler)):
+    name, fits = type(scheduler).__name__, is_flow(scheduler) == flow
+    if name in served and fits:
         return
-    serves, first = ", ".join(served), served[0]
-    if flow or name.startswith("FlowMatch") or is_flow(scheduler):
-        own, others = ([each for each in served if each in kind] for kind in (FLOW, BY_SIGMA))
-        serves = f"{', '.join(own)}; and with use_flow_sigmas=True, prediction_type='flow_prediction': "
-        serves, first = serves + ", ".join(others), own[0]
-    raise ValueError(
-        f"scheduler: {need} cannot serve {name}{' for a model of flow matching' if flow else ''}; it serves {serves}. "
-        f"Set pipe.scheduler = {first}.from_config(pipe.scheduler.config)"
+    own = [each for each in served if (each in FLOW) == flow]
+    serves, remedy = ", ".join(own), f"{own[0]}.from_config(pipe.scheduler.config)"
+    if flow:
+        others = ", ".join(each for each in served if each in BY_SIGMA)
+        serves += f"; and with use_flow_sigmas=True, prediction_type='flow_prediction': {others}"
+    elif not fits:  # whose configuration lacks the model's noise levels
+        remedy = f"{own[0]}.from_pretrained(MODEL, subfolder='scheduler'), by the model's own configuration"
+    kind = (
+        " for a model of flow matching" if flow else "" if fits else ", of flow matching, for a model of another kind"
     )
+    raise ValueError(f"scheduler: {need} cannot serve {name}{kind}; it serves {serves}. Set pipe.scheduler = {remedy}")
 
 
 def is_flow(scheduler: Any) -> bool:
     """Return whether latents are (1 - sigma) x0 + sigma eps."""
-    config = getattr(scheduler, "config", {})
-    return type(scheduler).__name__ in FLOW or bool(config.get("use_flow_sigmas"))
+    name = type(scheduler).__name__  # `from_config` leaves the settings of other schedulers in a configuration
+    return name.startswith("FlowMatch") or (name in BY_SIGMA and bool(scheduler.config.get("use_flow_sigmas")))
 
 
 def noise_level(scheduler: Any, step: int) -> tuple[Tensor, Tensor]:

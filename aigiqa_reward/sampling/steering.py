@@ -17,7 +17,6 @@ from aigiqa_reward.sampling.ancestral import ANCESTRAL, advance
 from aigiqa_reward.sampling.candidates import BestOfNOutput, Judged, Picture, Preview, Tally, conclude, judge
 from aigiqa_reward.sampling.pipeline_utils import in_chunks
 from aigiqa_reward.sampling.rollout import Call, PromptSampler, State
-from aigiqa_reward.sampling.schedulers import check_scheduler
 from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.checks import integer, number
 
@@ -136,7 +135,7 @@ class ParticleSteering(PromptSampler):
         progress: bool = True,
     ) -> None:
         super().__init__(pipe, reward, reward_prompt, progress)
-        check_scheduler(pipe.scheduler, need=self._name, served=ANCESTRAL)
+        self._check_scheduler(ANCESTRAL)
         self.particles = integer("particles", particles, least=2)
         if potential not in POTENTIALS:
             raise ValueError(f"potential: expected one of {', '.join(POTENTIALS)}, got {potential!r}")
@@ -162,7 +161,7 @@ class ParticleSteering(PromptSampler):
             seed: seed of the first particle.
             **pipe_kwargs: arguments of the pipeline's call (steps, guidance, size, negative prompt, ...).
         """
-        check_scheduler(self.pipe.scheduler, need=self._name, served=ANCESTRAL)
+        self._check_scheduler(ANCESTRAL)
         if "eta" in pipe_kwargs:
             raise ValueError("eta: expected as an argument of ParticleSteering, got it in the call; move it there")
         seeds, of = self.particles + 1, "all particles, and their resampling,"

@@ -16,6 +16,7 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.toy.degradations import DEGRADATIONS
 from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, SIDE, read_subject
 from aigiqa_reward.types import Images, RewardOutput
+from aigiqa_reward.utils.isolation import building, isolated
 from aigiqa_reward.utils.weights import ASSETS, load_strictly, read_weights
 
 STRONG = 0.4
@@ -73,6 +74,7 @@ class Judge(nn.Module):
         pooled = self.trunk(2 * images - 1).mean(dim=(2, 3))
         return self.noun(pooled), self.colour(pooled), self.degradation(pooled)
 
+    @isolated()
     def examine(self, images: Images) -> Verdict:
         """Examine pictures (B, 3, H, W) in [0, 1], of any size from 16 px, resized to 64 x 64."""
         pixels.check(images)
@@ -82,6 +84,7 @@ class Judge(nn.Module):
         nouns, colors = noun.log_softmax(dim=1), color.log_softmax(dim=1)
         return Verdict(nouns=nouns, colors=colors, degradation=degradation.sigmoid())
 
+    @isolated()
     def forward(self, images: Images, prompts: Sequence[str]) -> RewardOutput:
         """Score pictures (B, 3, H, W) in [0, 1] by their B prompts.
 
@@ -118,7 +121,7 @@ def subject_indices(prompts: Sequence[str], *, count: int) -> tuple[Tensor, Tens
         raise TypeError(f"prompts: expected a list of {count} texts, got {prompts!r}; pass [text] * {count}")
     if len(prompts) != count:
         raise ValueError(f"prompts: expected {count}, one per image, got {len(prompts)}")
-    subjects = torch.tensor([_known(prompt) for prompt in prompts], dtype=torch.long).reshape(count, 2)
+    subjects = torch.tensor([_known(prompt) for prompt in prompts], dtype=torch.long, device="cpu").reshape(count, 2)
     return subjects[:, 0], subjects[:, 1]
 
 
@@ -130,6 +133,7 @@ def _known(prompt: str) -> tuple[int, int]:
     return subject.noun, subject.color
 
 
+@building()
 def load_judge(*, device: str | torch.device = "cpu") -> Judge:
     """Load the trained judge, frozen, in eval mode; gradients reach the pixels.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aigiqa_reward.utils.isolation import building
 from aigiqa_reward.utils.weights import ASSETS, read_checked
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def load_embedded_pipeline(
         raise TypeError(f"dtype: expected a floating-point type such as torch.float32, got {dtype!r}")
     for name, expected in _SHA256.items():  # diffusers only logs missing files
         read_checked(GENERATOR / name, expected_sha256=expected)
-    with quiet_libraries():  # diffusers warns of an AutoencoderTiny as a pipeline's `vae`, which works
+    with building(), quiet_libraries():  # diffusers warns of an AutoencoderTiny as a pipeline's `vae`, which works
         pipe = StableDiffusionPipeline.from_pretrained(GENERATOR, use_safetensors=True).to(device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -111,8 +111,9 @@ def store_features(
     """Compute the features of images into a subfolder of `folder`, resuming an interrupted call.
 
     Images that cannot be read are left out and listed. The subfolder's name is a hash of the towers' weights, of the
-    settings that change what they see, of the assistants, and of the images' paths, sizes and times of change. A second
-    process that wants the same features waits for the first; damaged files are computed again.
+    settings that change what they see, of the assistants with the prompts that they read, and of the images' paths,
+    sizes and times of change. A second process that wants the same features waits for the first; damaged files are
+    computed again.
 
     Args:
         model: model whose towers compute them.
@@ -123,7 +124,7 @@ def store_features(
         batch_size: number of images of one size per forward pass.
         progress: whether to show a bar on stderr.
     """
-    home = folder / f"{model.name}-{_key(model, paths)[:16]}"
+    home = folder / f"{model.name}-{_key(model, paths, prompts)[:16]}"
     home.mkdir(parents=True, exist_ok=True)
     lock = FileLock(home / ".lock")
     try:
@@ -259,10 +260,11 @@ class _ArrayWriter:
             path = self.home / f"{name}.npy"
             fresh = open_memmap(path.with_suffix(".part"), "w+", stored[name].dtype, shapes[name])
             if name in self.arrays:
-                fresh[:, : self.arrays[name].shape[1]] = self.arrays[name]
-                fresh.flush()
+                width = self.arrays[name].shape[1]
+                fresh[:, :width] = self.arrays.pop(name)
+            del fresh  # Windows replaces no file that is open
             path.with_suffix(".part").replace(path)
-            self.arrays[name] = fresh
+            self.arrays[name] = open_memmap(path, "r+")
 
     def flush(self) -> None:
         for array in self.arrays.values():
@@ -276,7 +278,7 @@ def _storable(name: str, tensor: Tensor) -> np.ndarray:
     return stored.cpu().numpy()
 
 
-def _key(model: TrainedModel, paths: Sequence[Path]) -> str:
+def _key(model: TrainedModel, paths: Sequence[Path], prompts: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith("head."):
@@ -286,7 +288,7 @@ def _key(model: TrainedModel, paths: Sequence[Path]) -> str:
     roles = description.get("assistants")
     assistants = {role: getattr(model, role) for role in roles or ()}  # an assistant without `identity` is its class
     named = [[role, str(getattr(one, "identity", type(one).__qualname__))] for role, one in assistants.items()]
-    parts: list[Any] = [settings, description["towers"], roles and named]
+    parts: list[Any] = [settings, description["towers"], roles and [*named, list(prompts)]]  # assistants read prompts
     for path in paths:
         stat = path.stat() if path.exists() else None
         parts.append([str(path), *([stat.st_size, stat.st_mtime_ns] if stat else [])])

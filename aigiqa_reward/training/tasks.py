@@ -145,12 +145,10 @@ class PairTask:
     pairs: PreferencePairs
 
     def __post_init__(self) -> None:
-        better, worse = self.pairs.better, self.pairs.worse
-        prompt_of = dict(zip(better + worse, self.pairs.prompts * 2, strict=True))  # all pairs of an image have one
-        self.paths = sorted(prompt_of)
-        self.prompts = [prompt_of[path] for path in self.paths]
-        place = {path: row for row, path in enumerate(self.paths)}
-        self._better, self._worse = (np.array([place[path] for path in side]) for side in (better, worse))
+        sides = [list(zip(side, self.pairs.prompts, strict=True)) for side in (self.pairs.better, self.pairs.worse)]
+        place = {shown: row for row, shown in enumerate(sorted({*sides[0], *sides[1]}))}  # an image with each prompt
+        self.paths, self.prompts = [path for path, _ in place], [prompt for _, prompt in place]
+        self._better, self._worse = (np.array([place[shown] for shown in side]) for side in sides)
 
     def rows(self, examples: np.ndarray) -> np.ndarray:
         """Return the preferred images of the pairs, then the others."""

@@ -46,12 +46,24 @@ def check_reward(reward: Any) -> Any:
     return reward
 
 
-def check_prompt(prompt: object) -> str | None:
-    """Return one prompt, or None; lists of prompts are refused."""
+def lone_surrogate(text: str) -> str | None:
+    """Return that a text has half of a character or an undecoded byte, which no tokenizer reads; None if not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = f"half of a character or an undecoded byte at position {error.start}"
+        return f"has {place}; cut and decode texts by whole characters"
+    return None
+
+
+def check_prompt(prompt: object, argument: str = "prompt") -> str | None:
+    """Return one prompt, or None; lists of prompts and texts that no tokenizer reads are refused."""
     if isinstance(prompt, list | tuple):
-        raise TypeError(f"prompt: expected one prompt per call, got {len(prompt)}: loop over them")
+        raise TypeError(f"{argument}: expected one prompt per call, got {len(prompt)}: loop over them")
     if prompt is not None and not isinstance(prompt, str):
-        raise TypeError(f"prompt: expected a text, got {type(prompt).__name__}; pass a str")
+        raise TypeError(f"{argument}: expected a text, got {type(prompt).__name__}; pass a str")
+    if prompt is not None and (fault := lone_surrogate(prompt)):
+        raise ValueError(f"{argument}: {prompt!r} {fault}")
     return prompt
 
 

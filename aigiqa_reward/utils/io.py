@@ -7,12 +7,13 @@ import errno
 import io
 import json
 import os
-import tempfile
+import secrets
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,18 +87,47 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
     return "".join(lines)
 
 
+_REFUSED = {errno.EACCES, errno.EBUSY, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EXDEV}
+"""Errors of mounted or locked files and of simple file systems, where a file is not replaced but written in place."""
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file, and its folder if missing, so that readers see the old content or the new one, never a part."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
+    try:
+        with replacement(path) as file:
             file.write(data)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        Path(path).write_bytes(data)
+
+
+@contextmanager
+def replacement(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of another on leaving the context without an error, and make its folder.
+
+    It is closed before it is renamed, as Windows requires. A link is followed. The mode is that of the file replaced,
+    or the umask's; nothing calls chmod, which some file systems refuse.
+    """
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)  # noqa: PTH114  (never raises)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mode = target.stat().st_mode & 0o777 if target.exists() else 0o666
+    temporary = target.with_name(f".{secrets.token_hex(4)}.part")  # not longer than a name may be, as the target is
+    try:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def fit_name(name: str) -> str:
+    """Return a file name of at most 255 bytes, as file systems take: a longer one is cut before its last 8 letters."""
+    start, end = name[:-8], name[-8:]
+    while len(os.fsencode(start + end)) > 255:
+        start = start[:-1]
+    return start + end

@@ -7,16 +7,18 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aigiqa_reward.utils.io import parse_json, read_json, write_atomically
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-_SHARES = ("quality_weight", "correspondence_weight", "weights", "combine")  # what decides a total besides tensors
+# What decides a module's output besides its tensors: shares of a reward's total, scales of an IP-Adapter and of FreeU.
+_FACTORS = ("quality_weight", "correspondence_weight", "weights", "combine", "scale", "s1", "s2", "b1", "b2")
 
 
 def without_nan(value: Any) -> Any:
@@ -62,24 +64,46 @@ def identity(value: Any) -> Any:
         return [identity(item) for item in value]
     if isinstance(value, Mapping):
         return {str(name): identity(item) for name, item in value.items()}
+    form = [str(getattr(value, "dtype", ""))]  # in another the same bytes are other values
     if hasattr(value, "detach"):
         value = value.detach().cpu().double().numpy()
+    if hasattr(value, "getpalette"):
+        form += [value.mode, str(value.getpalette())]
+    if form[0] == "object":  # the bytes of such an array are addresses
+        return identity(value.tolist())
     if hasattr(value, "tobytes"):
         size = getattr(value, "shape", None) or value.size
-        return f"{type(value).__name__} {size} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+        content = hashlib.sha256(repr(form).encode() + value.tobytes())
+        return f"{type(value).__name__} {size} {content.hexdigest()[:16]}"
     return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
 
 
 def pipeline_identity(pipe: Any) -> dict[str, Any]:
-    """Return what identifies a pipeline: its class and origin, its scheduler's configuration and its dtype."""
-    origin = getattr(getattr(pipe, "config", None), "_name_or_path", None)
-    dtype, scheduler = getattr(pipe, "dtype", None), getattr(pipe, "scheduler", None)
-    settings = {k: v for k, v in dict(getattr(scheduler, "config", None) or {}).items() if not k.startswith("_")}
+    """Return what identifies a pipeline: its class, options and dtype, and the content of each component by name.
+
+    Equal weights are equal wherever they were loaded from, whether or not they are compiled or offloaded.
+    """
+    options, dtype = dict(getattr(pipe, "config", None) or {}), getattr(pipe, "dtype", None)
+    own = {name: value for name, value in options.items() if name[:1] != "_" and not isinstance(value, list | tuple)}
+    parts: Mapping[str, Any] = getattr(pipe, "components", None) or {}
     return {
-        "pipeline": f"{type(pipe).__name__} {origin or ''}".strip(),
-        "scheduler": None if scheduler is None else f"{type(scheduler).__name__} {digest(settings)}",
+        "pipeline": f"{type(pipe).__name__} {digest(identity(own))}",
         "dtype": None if dtype is None else str(dtype),
+        **{name: None if part is None else _component_identity(part) for name, part in parts.items()},
     }
+
+
+def _component_identity(part: Any) -> str:
+    """Return a component's class, and digests of its weights and of its settings, as far as it has them."""
+    settings: Any = getattr(part, "config", None)
+    if hasattr(part, "get_vocab"):  # a tokenizer
+        settings = [part.get_vocab(), part.model_max_length]
+    elif isinstance(settings, Mapping):  # of diffusers; that of transformers says how a model was loaded
+        settings = identity({name: value for name, value in settings.items() if name[:1] != "_"})
+    else:
+        settings = None
+    weights = weights_digest(part) if hasattr(part, "state_dict") else ""
+    return " ".join(filter(None, [type(getattr(part, "_orig_mod", part)).__name__, weights, digest(settings)]))
 
 
 def reward_identity(reward: Any) -> str:
@@ -89,17 +113,52 @@ def reward_identity(reward: Any) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return a digest of the shapes and sums of bits of a module's tensors, equal on every device."""
+    """Return a digest of the shapes and sums of bits of a module's tensors, and of their factors; equal on all devices.
+
+    Of adapters only those count that change the output: active, with a scale above 0 and without a matrix of zeros.
+    """
+    module = getattr(module, "_orig_mod", module)  # torch.compile
+    kinds = {kind for part in module.modules() for kind in getattr(part, "adapter_layer_names", ())}
+    weights, adapters = {}, defaultdict(dict)
+    for name, tensor in _tensors(module):
+        parts = name.split(".")
+        place = next((i for i, part in enumerate(parts) if part in kinds), None)
+        if place is None:
+            weights[".".join(part for part in parts if part not in ("base_layer", "_orig_mod"))] = _bits(tensor)
+        else:
+            adapters[".".join(parts[:place]), parts[place + 1]][parts[place]] = tensor
+    applied = []
+    for (path, name), tensors in adapters.items():
+        layer: Any = module.get_submodule(path)
+        off = layer.disable_adapters or layer.merged or name not in layer.active_adapters
+        scale = 0 if off else getattr(layer, "scaling", {}).get(name, 1)
+        if scale and all(bool(tensor.any()) for tensor in tensors.values() if tensor.ndim > 1):
+            applied.append([path, scale, {kind: _bits(tensor) for kind, tensor in tensors.items()}])
+    factors = [[identity(getattr(part, name, None)) for name in _FACTORS] for part in module.modules()]
+    return digest([weights, [factor for factor in factors if any(factor)], applied])
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's tensors by name, also those that sequential offload keeps elsewhere."""
+    for name, tensor in module.state_dict().items():
+        if getattr(tensor, "is_meta", False):
+            path, _, own = name.rpartition(".")
+            kept = getattr(getattr(module.get_submodule(path), "_hf_hook", None), "weights_map", None)
+            tensor = tensor if kept is None else kept[own]
+        if hasattr(tensor, "is_meta"):
+            yield name, tensor
+
+
+def _bits(tensor: Tensor) -> list[Any]:
+    """Return a tensor's shape and the sum of its bits in words of 8 bytes; of a tensor without content the shape."""
     import torch
 
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-    def sum_of_bits(tensor: torch.Tensor) -> int:
-        return int(tensor.detach().view(bits[tensor.element_size()]).sum(dtype=torch.int64))
-
-    state = module.state_dict()
-    tensors = {k: (list(t.shape), sum_of_bits(t)) for k, t in state.items() if isinstance(t, torch.Tensor)}
-    return digest([tensors, [[identity(getattr(m, name, None)) for name in _SHARES] for m in module.modules()]])
+    if tensor.is_meta:
+        return [list(tensor.shape)]
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    words = data[: len(data) // 8 * 8]
+    whole = (words if words.storage_offset() % 8 == 0 else words.clone()).view(torch.int64)
+    return [list(tensor.shape), int(whole.sum()) + int(data[len(words) :].sum())]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, ignore: Collection[str] = ()) -> list[str]:
@@ -172,7 +231,7 @@ class RunFolder:
         if differing:
             raise ValueError(
                 f"{self.argument}: {self.path} holds a run with other settings ({'; '.join(differing)}); use the same "
-                "settings to resume it, choose another folder, or start again with overwrite"
+                "settings to resume it, choose another folder, or start again with overwrite=True"
             )
 
     def begin(self, settings: Mapping[str, Any], *, overwrite: bool = False, ignore: Collection[str] = ()) -> None:

@@ -123,12 +123,14 @@ def write_pipeline(trained: nn.Module, tokenizer: CLIPTokenizer, vae: Autoencode
         requires_safety_checker=False,
     ).save_pretrained(folder)
     text_config, vae_config = (folder / part / "config.json" for part in ("text_encoder", "vae"))
-    settings = json.loads(text_config.read_text()) | {"dtype": "float32"}  # transformers would keep float16
-    text_config.write_text(json.dumps(settings, indent=2) + "\n")
-    settings = json.loads(vae_config.read_text())
+    settings = json.loads(text_config.read_text(encoding="utf-8")) | {
+        "dtype": "float32"
+    }  # transformers would keep float16
+    text_config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    settings = json.loads(vae_config.read_text(encoding="utf-8"))
     for name in ("_name_or_path", "block_out_channels"):  # where it was trained; what AutoencoderTiny derives itself
         settings.pop(name, None)
-    vae_config.write_text(json.dumps(settings, indent=2) + "\n")
+    vae_config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     print(
         f"{folder}: {sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6:.1f} MB. "
         "Hashes for aigiqa_reward/embedded/pipeline.py:"

@@ -74,7 +74,7 @@ class SearchOptions:
     search: Literal["random", "zero_order"] = option(
         "random", "Source of noises; random takes consecutive seeds, zero_order searches near the best noise."
     )
-    diverse: bool = option(False, "Among the best 4 K candidates keep the K that look least alike.")
+    diverse: bool = option(False, "Among the best 4 x K candidates keep the K (--top-k) that look least alike.")
     batch_size: int = option(4, "Number of candidates sampled at a time; halved if memory runs out.", min=1)
     seed: int = option(0, "Seed of the first candidate of every prompt; candidate i has the seed plus i.")
     negative_prompt: str | None = option(None, "Text that the images should not show.", metavar="TEXT")
@@ -158,10 +158,9 @@ def _run(search: BestOfN, prompts: list[str], folder: Path, arguments: dict[str,
         with suppress(KeyboardInterrupt), library():
             _draw(search, results)
     if isinstance(ended, KeyboardInterrupt):
-        if first_process():
-            done = sum(results.finished(index) for index in range(len(prompts)))
-            say("error", f"interrupted: {done} of {len(prompts)} prompts are finished; the same command resumes")
-        raise typer.Exit(130) from ended
+        done = sum(results.finished(index) for index in range(len(prompts)))
+        text = f"interrupted: {done} of {len(prompts)} prompts are finished; the same command resumes"
+        raise CommandError(text, status=130) from ended
     if isinstance(ended, BestOfEachError):
         if first_process():
             for index, reason in ended.failures.items():
@@ -182,7 +181,7 @@ def _draw(search: BestOfN, results: ResultsFolder) -> None:
     shown = _drawn_sheets(results, search.n, rows, remarks)
     write_page(shown, results.path / PAGE, notes=notes, maps=_maps(search.reward, results), remarks=remarks)
     if rows:
-        emit(render(rows[:_ROWS], "table", terminal=sys.stdout.isatty()))
+        emit(render(rows[:_ROWS], "table", terminal=sys.stdout.isatty()), saved=True)
     rest = f" ({len(rows) - _ROWS} more winners there)" if len(rows) > _ROWS else ""
     say("note", f"in {results.path}: {PAGE} (all results), results.jsonl, images, {SHEETS}{rest}")
 
@@ -275,7 +274,7 @@ def pairs(
     found = _build(pipe, judge, texts, folder, {**given, "settings": {"model": pipeline.model}, **call})
     if first_process():
         say("note", f"{len(found)} pairs of {len(texts)} prompts")
-        emit(f"{folder}\n")
+        emit(f"{folder}\n", saved=True)
 
 
 def _build(pipe: Any, judge: Any, prompts: Sequence[str], folder: Path, arguments: dict[str, Any]) -> Any:
@@ -292,6 +291,4 @@ def _build(pipe: Any, judge: Any, prompts: Sequence[str], folder: Path, argument
     except BestOfEachError as error:
         raise CommandError(str(error), status=1) from error
     except KeyboardInterrupt as error:
-        if first_process():
-            say("error", f"interrupted: the same command resumes from what {folder} holds")
-        raise typer.Exit(130) from error
+        raise CommandError(f"interrupted: the same command resumes from what {folder} holds", status=130) from error

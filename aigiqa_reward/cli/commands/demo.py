@@ -67,8 +67,7 @@ def demo(options: DemoOptions) -> None:
         _write(output, prompt, folder.path)
         _report(output, prompt, folder.path)
     if output is not None and isinstance(failure, KeyboardInterrupt):
-        say("error", f"interrupted: {len(output.all_seeds)} of {n} candidates")
-        raise typer.Exit(130) from failure
+        raise CommandError(f"interrupted: {len(output.all_seeds)} of {n} candidates", status=130) from failure
     if failure is not None:
         raise failure
     if options.open:
@@ -135,7 +134,7 @@ def _report(output: BestOfNOutput, prompt: str, folder: Path) -> None:
     rows = {row.key: row for row in _candidates(output, prompt)}
     best = [dataclasses.replace(rows[seed], key=f"seed {seed}") for seed in output.seeds[:_LISTED]]
     if best:
-        emit(render(best, "table", numbered=True, terminal=sys.stdout.isatty()))
+        emit(render(best, "table", numbered=True, terminal=sys.stdout.isatty()), saved=True)
     say("note", f"in {folder}: {SHEET} (all candidates), {RESULTS} (their scores){f', {BEST}' if best else ''}")
     if best and len(prompt) <= _SHORT:
         settings = ", ".join(f"{name}={value}" for name, value in EMBEDDED_SAMPLING.items())

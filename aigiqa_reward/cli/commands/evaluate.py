@@ -15,7 +15,7 @@ from aigiqa_reward.cli._io import check_writable, write
 from aigiqa_reward.cli._options import Fields, argument, command, option, options
 from aigiqa_reward.cli._pipelines import library, usable_device
 from aigiqa_reward.cli.commands.evaluate_pairs import PAIRS, evaluate_pairs
-from aigiqa_reward.cli.commands.score import score_table
+from aigiqa_reward.cli.commands.score import KeptRows, score_table
 from aigiqa_reward.cli.commands.train import (
     DataOptions,
     MachineOptions,
@@ -30,7 +30,7 @@ from aigiqa_reward.cli.commands.train import (
     recipe_fields,
 )
 from aigiqa_reward.utils.io import MAX_BYTES, read_arrays, read_json
-from aigiqa_reward.utils.run_folder import RunFolder
+from aigiqa_reward.utils.run_folder import RunFolder, reward_identity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -212,8 +212,7 @@ def _run(
         with library(folder="output_dir", name="model", towers="tower"):
             return run_protocol(plan, table, settings, folder, title=title, accelerator=accelerator, progress=show)
     except KeyboardInterrupt as error:
-        say("error", "interrupted; the same command resumes from the last finished seed")
-        raise typer.Exit(130) from error
+        raise CommandError("interrupted; the same command resumes from the last finished seed", status=130) from error
 
 
 # --------------------------------------------------------------------------------------------- given weights
@@ -231,15 +230,17 @@ def evaluate_weights(data: DataOptions, weights: str, folder: Path, device: str 
     described = {"model": data.model, "weights": weights, "data": digest(table), "same_generator": same_generator}
     reward = _load(data.model, None if embedded else weights, device)
     _begin(folder, "table.csv", described)
+    kept = KeptRows(folder / "table.csv", [described, reward_identity(reward)])
     seen = embedded and data.data.startswith("agiqa3k:")
     if seen:
         say("warning", "the embedded weights were trained on AGIQA-3K: this is no test of them")
     title = title_of(data.model, data.data, "embedded weights" if embedded else f"weights of {weights}")
-    rows = score_table(reward, [str(path) for path in table.paths], table.prompts, _BATCH, argument="data")
+    rows = score_table(reward, [str(path) for path in table.paths], table.prompts, _BATCH, kept, argument="data")
     protocol = f"all images, by the given weights{', which were trained on some of them' if seen else ''}"
     predicted = {aspect: _column(rows, aspect) for aspect in _ASPECTS}
     report = _agreement(predicted, table, title, protocol, same_generator)
     write_report(report, table, np.arange(len(table)), predicted, folder, _benchmark(data.data), part="all images")
+    kept.remove()
     if any(row.error is not None for row in rows):
         raise typer.Exit(1)
 
@@ -319,13 +320,13 @@ def write_report(
     if any(result.benchmark == benchmark for result in PUBLISHED):
         parts.append(published_markdown(str(benchmark)))
     text = "\n".join(parts)
+    emit(text, saved=True)
     write(folder / "table.csv", report.csv().encode())
     write(folder / "table.md", encoded(text))
     for aspect in _ASPECTS:
         if aspect in predicted:
             _scatter(aspect, report.title, table, rows, predicted[aspect], folder, part)
     protocol_plot(report, folder / "srcc.png")
-    emit(text)
     say("note", f"in {folder}: table.md, table.csv and the plots")
 
 

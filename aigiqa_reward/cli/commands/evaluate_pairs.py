@@ -15,7 +15,7 @@ from rich.table import Table
 from aigiqa_reward.cli._console import CommandError, cell, drawn, emit, jsonl
 from aigiqa_reward.cli._options import OneRewardOptions
 from aigiqa_reward.cli._pipelines import library, load_rewards, usable_device
-from aigiqa_reward.cli.commands.score import score_table
+from aigiqa_reward.cli.commands.score import KeptRows, score_table
 
 if TYPE_CHECKING:
     from aigiqa_reward import Reward
@@ -90,7 +90,7 @@ def _measure(reward: Reward, table: PreferencePairs, batch_size: int) -> dict[st
     ]
     images = list(dict.fromkeys(image for pair in zip(*sides, strict=True) for image in pair))  # a prompt's together
     paths, prompts = zip(*images, strict=True)
-    rows = score_table(reward, paths, prompts, batch_size, argument="pairs")
+    rows = score_table(reward, paths, prompts, batch_size, KeptRows(None, None), argument="pairs")
     totals = {image: row.total for image, row in zip(images, rows, strict=True)}
     kept = [(totals[a], totals[b], a[1]) for a, b in zip(*sides, strict=True) if None not in (totals[a], totals[b])]
     if not kept:

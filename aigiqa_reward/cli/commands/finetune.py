@@ -69,14 +69,15 @@ class RunOptions:
     output_dir: Path = option(
         Path("finetuned"), "Folder for pytorch_lora_weights.safetensors, checkpoints, history.jsonl and plots."
     )
-    resume_from_checkpoint: str | None = option(None, "Checkpoint to resume from: latest, a name or a path.")
+    resume_from_checkpoint: Path | None = option(None, "Checkpoint to resume from: latest, a name or a path.")
     report_to: str | None = option(None, "Tracker to log to: tensorboard, wandb or another of Accelerate's.")
     validation_prompts: Path | None = option(
         None, "File of validation prompts that are not trained on; without them the last weights are kept."
     )
     holdout_reward: tuple[str, ...] = option(
         ("auto",),
-        "Reward that is not trained on and decides which weights are kept; auto is another embedded system.",
+        "Reward that is not trained on and decides which weights are kept; auto is the quality score of compact, or of "
+        "mst_clipiqa if compact is trained.",
         metavar="NAME[:WEIGHT]",
     )
 
@@ -119,7 +120,7 @@ def finetune(
 
     with library(**_OPTIONS):  # whatever can be refused before a large pipeline is loaded
         check_tracker(tracker)
-        find_checkpoint(run.output_dir, run.resume_from_checkpoint)
+        begun = find_checkpoint(run.output_dir, run.resume_from_checkpoint)
         data = finetuning.read_preference_pairs(pairs.pairs) if pairs.pairs else texts
         method = finetuning.ALGORITHMS[name](**algorithm)
         settings = finetuning.FinetuneConfig(**config)
@@ -131,6 +132,9 @@ def finetune(
     if not watched and first_process():
         say("warning", "no --validation-prompts: reward hacking is not detected, and the last weights are kept")
     arguments |= {"resume_from_checkpoint": run.resume_from_checkpoint, "report_to": tracker}
+    if first_process():
+        what = "validating before training" if watched and begun is None else "training"
+        say("note", f"{what}; {run.output_dir / 'history.jsonl'} gets a line per step and validation")
     result = _run(pipe, judge, data, method, run.output_dir, settings, arguments)
     if first_process():
         _report(result, run.output_dir)
@@ -158,12 +162,10 @@ def _run(
     except (finetuning.FinetuningError, BestOfEachError) as error:
         raise CommandError(str(error), status=1) from error
     except KeyboardInterrupt as error:
-        if first_process():
-            there = checkpoints_in(folder)
-            begun = f"; the same command resumes with {folder / 'pairs'}" if (folder / "pairs").is_dir() else ""
-            rest = f"; --resume-from-checkpoint latest resumes from {there[-1]}" if there else " before any checkpoint"
-            say("error", f"interrupted{rest}{'' if there else begun}")
-        raise typer.Exit(130) from error
+        there = checkpoints_in(folder)
+        begun = f"; the same command resumes with {folder / 'pairs'}" if (folder / "pairs").is_dir() else ""
+        rest = f"; --resume-from-checkpoint latest resumes from {there[-1]}" if there else " before any checkpoint"
+        raise CommandError(f"interrupted{rest}{'' if there else begun}", status=130) from error
 
 
 def _report(result: FinetuneResult, folder: Path) -> None:
@@ -182,7 +184,7 @@ def _report(result: FinetuneResult, folder: Path) -> None:
     if validations and not result.kept_step:
         which = "those before the first step, as no later validation was better: a LoRA that changes nothing"
     say("note", f"kept: {which}; pipe.load_lora_weights({str(folder)!r})")
-    emit(f"{folder}\n")
+    emit(f"{folder}\n", saved=True)
 
 
 def _build(name: str) -> Callable[..., None]:

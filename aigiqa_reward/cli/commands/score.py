@@ -6,17 +6,19 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import typer
 
-from aigiqa_reward.cli._console import CommandError, Format, Row, emit, encoded, progress, render, say
+from aigiqa_reward.cli._console import CommandError, Format, Row, emit, encoded, jsonl, progress, render, say
 from aigiqa_reward.cli._io import Source, attach_prompts, check_output, find_images, write
 from aigiqa_reward.cli._options import DEVICE, DType, ImageOptions, RewardOptions, option, options
 from aigiqa_reward.cli._pipelines import library, load_rewards
-from aigiqa_reward.utils.io import MAX_BYTES, parse_json, read_regular
+from aigiqa_reward.utils.io import MAX_BYTES, fit_name, parse_json, read_regular, write_atomically
+from aigiqa_reward.utils.run_folder import digest, read_jsonl, reward_identity
 
 if TYPE_CHECKING:
     from aigiqa_reward import Reward
@@ -39,12 +41,13 @@ class OutputOptions:
     """Form and place of the result."""
 
     format: Format = option("table", "Form of the result: a table to read, JSON Lines or CSV.")
-    output: str = option("-", "File for the result, replaced if it exists; - is stdout.", metavar="FILE|-")
+    output: Path = option(Path("-"), "File for the result, replaced if it exists; - is stdout.", metavar="FILE|-")
+    overwrite: bool = option(False, "Start anew: ignore FILE.partial, and replace an earlier ranking of --copy-to.")
 
     @property
     def file(self) -> Path | None:
         """The file; None for stdout."""
-        return None if self.output == "-" else Path(self.output)
+        return None if self.output == Path("-") else self.output
 
 
 @options("Output")
@@ -53,15 +56,14 @@ class CopyOptions:
 
     top_k: int | None = option(None, "Number of images to list; all by default.", min=1)
     copy_to: Path | None = option(None, "Folder for copies of the listed images as 001_NAME, ... and ranking.jsonl.")
-    overwrite: bool = option(False, "Replace an earlier ranking in the folder of --copy-to.")
 
 
 def score(images: ImageOptions, reward: RewardOptions, compute: ComputeOptions, output: OutputOptions) -> None:
     """Score images, in the order given."""
     check_output(output.file)
     paths = find_images(images.images, recursive=images.recursive)
-    result = score_images(paths, images, reward, compute)
-    _print(result.rows, output)
+    result = score_images(paths, images, reward, compute, output)
+    _print(result, result.rows, output)
     result.conclude(len(paths))
 
 
@@ -72,28 +74,92 @@ def rank(
     from aigiqa_reward.rewards.ranking import rank as best_first
 
     check_output(output.file)
-    _check_copies(copies)
+    _check_copies(copies.copy_to, overwrite=output.overwrite)
     paths = find_images(images.images, recursive=images.recursive)
-    result = score_images(paths, images, reward, compute)
+    result = score_images(paths, images, reward, compute, output)
     order = best_first(math.nan if row.total is None else row.total for row in result.rows)
     ranked = [result.rows[place] for place in order]
     best = [row for row in ranked if row.error is None][: copies.top_k]
     rows = best + [row for row in ranked if row.error is not None]
-    _print(rows, output, numbered=True)
+    _print(result, rows, output, copies)
     if copies.copy_to is not None and result.failure is None:  # not of an interrupted ranking
-        copy_ranked(rows, copies.copy_to, originals=paths, overwrite=copies.overwrite)
+        copy_ranked(rows, copies.copy_to, originals=paths, overwrite=output.overwrite)
     result.conclude(len(paths))
 
 
-def _print(rows: Sequence[Row], output: OutputOptions, *, numbered: bool = False) -> None:
-    if not rows:  # interrupted before the first one
+def _print(result: ScoringRun, rows: Sequence[Row], output: OutputOptions, copies: CopyOptions | None = None) -> None:
+    """Write a whole result to its file, and one that has no file, or cannot be written there, to stdout."""
+    if not rows or (result.failure is not None and result.kept.complete):
         return
     terminal = output.file is None and sys.stdout.isatty()
-    text = render(rows, output.format, numbered=numbered, terminal=terminal)
-    if output.file is None:
-        emit(text)
+    text = render(rows, output.format, numbered=copies is not None, terminal=terminal)
+    if output.file is None or result.failure is not None:
+        emit(text, saved=copies is not None and copies.copy_to is not None)
     else:
-        write(output.file, encoded(text))
+        try:
+            write(output.file, encoded(text))
+        except CommandError as error:
+            emit(text)
+            raise CommandError(f"{error}; the result is on stdout", argument="output", status=1) from error
+        result.kept.remove()
+    if all(row.prompt is None for row in rows) and any(row.total is not None for row in rows):
+        say("note", "no prompt: total is quality alone")
+
+
+# --------------------------------------------------------------------------------------------- finished rows
+
+
+class KeptRows:
+    """Finished rows in FILE.partial, from which the same command continues; those with errors are tried again.
+
+    A row is found by a digest of what decides it: settings, path, prompt, and the file's size and time.
+    """
+
+    def __init__(self, file: Path | None, settings: Any, *, overwrite: bool = False) -> None:
+        self.settings, self.complete = settings, file is not None  # complete: no finished row is missing
+        self.path = Path() if file is None else file.with_name(fit_name(f"{file.name}.partial"))
+        self._opened: BinaryIO | None = None
+        self._rows: dict[str, dict[str, Any]] = {}
+        if self.complete and self.path.exists() and not overwrite:
+            try:
+                self._rows = {line["image"]: line["row"] for line in read_jsonl(self.path.read_bytes())}
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                text = f"{self.path} holds no rows of an earlier run ({error}); remove it"
+                raise CommandError(text, argument="output") from error
+
+    def _key(self, path: str, prompt: str | None) -> str:
+        file = os.stat(path)  # noqa: PTH116
+        return digest([self.settings, path, prompt, file.st_size, file.st_mtime_ns])
+
+    def find(self, sources: Sequence[Source]) -> dict[int, Row]:
+        """Return the kept rows by the places of their images."""
+        found = {}
+        for place, source in enumerate(sources if self._rows else ()):
+            with suppress(OSError, KeyError):
+                found[place] = Row(**self._rows[self._key(source.path, source.prompt)])
+        return found
+
+    def add(self, row: Row) -> None:
+        """Keep a finished row; where that is impossible, warn once."""
+        if row.error is not None or not self.complete:
+            return
+        try:
+            if self._opened is None:
+                earlier = ({"image": image, "row": known} for image, known in self._rows.items())
+                write_atomically(self.path, jsonl(earlier).encode())
+                self._opened = self.path.open("ab", buffering=0)
+            line = {"image": self._key(str(row.key), row.prompt), "row": asdict(row)}
+            self._opened.write(jsonl([line]).encode())
+        except OSError as error:
+            self.complete = False
+            say("warning", f"cannot keep finished rows in {self.path}: {error.strerror}; an interruption loses them")
+
+    def remove(self) -> None:
+        """Remove the file, once the result is whole."""
+        with suppress(OSError):
+            if self._opened is not None:
+                self._opened.close()
+            self.path.unlink()
 
 
 # --------------------------------------------------------------------------------------------- scoring
@@ -101,32 +167,46 @@ def _print(rows: Sequence[Row], output: OutputOptions, *, numbered: bool = False
 
 @dataclass(kw_only=True)
 class ScoringRun:
-    """Rows of the images that were reached, in their order, and what ended the scoring early."""
+    """Rows of the images that were reached, in their order, where they are kept, and what ended the scoring early."""
 
     rows: list[Row] = field(default_factory=list)
+    kept: KeptRows
     failure: CommandError | KeyboardInterrupt | None = None
 
     def conclude(self, images: int) -> None:
         """End the command with the status that fits."""
         if isinstance(self.failure, KeyboardInterrupt):
-            say("error", f"interrupted: the result holds {len(self.rows)} of {images} images")
-            raise typer.Exit(130) from self.failure
+            raise CommandError(f"interrupted: {self._reached(images)}", status=130) from self.failure
         if self.failure is not None:
+            if self.kept.complete and self.rows:
+                say("note", self._reached(images))
             raise self.failure
         if any(row.error is not None for row in self.rows):
             raise typer.Exit(1)
 
+    def _reached(self, images: int) -> str:
+        if not self.kept.complete:
+            return f"the result holds {len(self.rows)} of {images} images"
+        done = sum(row.error is None for row in self.rows)
+        return f"{self.kept.path} holds {done} of {images} images; the same command continues from it"
+
 
 def score_images(
-    paths: Sequence[str], images: ImageOptions, reward: RewardOptions, compute: ComputeOptions
+    paths: Sequence[str], images: ImageOptions, reward: RewardOptions, compute: ComputeOptions, output: OutputOptions
 ) -> ScoringRun:
-    """Score image files as the options say."""
+    """Score image files as the options say; what is scored is kept beside the file of the result."""
     sources = attach_prompts(paths, images.prompt, images.prompts, images.prompt_column)
-    return score_sources(load_rewards(reward, compute.device, compute.dtype), sources, compute.batch_size)
+    rewards = load_rewards(reward, compute.device, compute.dtype)
+    settings = None
+    if output.file is not None:
+        named = {name: [reward_identity(each), weight] for name, (each, weight) in rewards.items()}
+        settings = [named, list(map(str, astuple(reward))), compute.dtype]
+    kept = KeptRows(output.file, settings, overwrite=output.overwrite)
+    return score_sources(rewards, sources, compute.batch_size, kept)
 
 
 def score_sources(
-    rewards: Mapping[str, tuple[Reward, float]], sources: Sequence[Source], batch_size: int
+    rewards: Mapping[str, tuple[Reward, float]], sources: Sequence[Source], batch_size: int, kept: KeptRows
 ) -> ScoringRun:
     """Score all sources that can be scored by rewards with their weights; when interrupted, return what was reached."""
     from aigiqa_reward import Scorer
@@ -134,13 +214,14 @@ def score_sources(
     rows = {i: Row(key=s.path, prompt=None, error=s.error) for i, s in enumerate(sources) if s.error is not None}
     for row in rows.values():
         _report(row)
+    rows = kept.find(sources) | rows
     places = [i for i in range(len(sources)) if i not in rows]
     prompts = [text for i in places if (text := sources[i].prompt) is not None] or None
     for name, (reward, _) in rewards.items():
         if prompts is None and reward.needs_prompts and places:
             raise CommandError(f"{name} needs prompts here: pass --prompt or --prompts")
     weights = {name: weight for name, (_, weight) in rewards.items()}
-    result = ScoringRun()
+    result = ScoringRun(kept=kept)
     try:
         with progress("scoring", len(places)) as show, library():
             files = [sources[i].path for i in places]
@@ -149,6 +230,7 @@ def score_sources(
                 place = places[found[0].index]
                 rows[place] = _row(sources[place], dict(zip(weights, found, strict=True)), weights)
                 _report(rows[place])
+                kept.add(rows[place])
                 show(found[0].index + 1)
     except (CommandError, KeyboardInterrupt) as error:
         result.failure = error
@@ -157,16 +239,13 @@ def score_sources(
 
 
 def score_table(
-    reward: Reward, paths: Sequence[str], prompts: Sequence[str], batch_size: int, *, argument: str
+    reward: Reward, paths: Sequence[str], prompts: Sequence[str], batch_size: int, kept: KeptRows, *, argument: str
 ) -> list[Row]:
     """Return a row for each image of the data that an option names; those that cannot be read are reported."""
     sources = [Source(path=path, prompt=prompt) for path, prompt in zip(paths, prompts, strict=True)]
-    result = score_sources({reward.name: (reward, 1.0)}, sources, batch_size)
-    if isinstance(result.failure, KeyboardInterrupt):
-        say("error", "interrupted: nothing is written")
-        raise typer.Exit(130) from result.failure
+    result = score_sources({reward.name: (reward, 1.0)}, sources, batch_size, kept)
     if result.failure is not None:
-        raise result.failure
+        result.conclude(len(sources))
     if all(row.error is not None for row in result.rows):
         raise CommandError(f"none of the {len(sources)} images could be scored", argument=argument, status=1)
     return result.rows
@@ -224,12 +303,11 @@ def _report(row: Row) -> None:
 # --------------------------------------------------------------------------------------------- copies
 
 
-def _check_copies(copies: CopyOptions) -> None:
+def _check_copies(folder: Path | None, *, overwrite: bool) -> None:
     """Refuse a folder that holds an earlier ranking, before anything is computed."""
-    folder = copies.copy_to
     if folder is not None and folder.exists() and not folder.is_dir():
         raise CommandError(f"expected a folder, got {folder}", argument="copy_to")
-    if folder is not None and (folder / RANKING).exists() and not copies.overwrite:
+    if folder is not None and (folder / RANKING).exists() and not overwrite:
         text = f"{folder} holds the {RANKING} of an earlier run; --overwrite replaces it"
         raise CommandError(text, argument="copy_to")
 
@@ -251,6 +329,8 @@ def copy_ranked(rows: Sequence[Row], folder: Path, *, originals: Sequence[str], 
             raise CommandError(f"{copy} exists; --overwrite replaces files of the same names", argument="copy_to")
     with library():
         for source, copy in zip(sources, copies, strict=True):
+            if copy.is_symlink():
+                copy.unlink()  # what it leads to is not ours
             write(copy, source.read_bytes())
         for earlier in _copies_of(folder) - {copy.name for copy in copies}:
             if os.path.realpath(folder / earlier) not in kept:
@@ -259,8 +339,9 @@ def copy_ranked(rows: Sequence[Row], folder: Path, *, originals: Sequence[str], 
 
 
 def _names(sources: Sequence[Path]) -> list[str]:
-    """Names of the copies of a ranking's images, best first."""
-    return [f"{place:03d}_{source.name}" for place, source in enumerate(sources, start=1)]
+    """Names of the copies of a ranking's images, best first, which sort as the ranking."""
+    digits = max(3, len(str(len(sources))))
+    return [fit_name(f"{place:0{digits}d}_{source.name}") for place, source in enumerate(sources, start=1)]
 
 
 def _copies_of(folder: Path) -> set[str]:

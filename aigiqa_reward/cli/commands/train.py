@@ -157,17 +157,14 @@ def _train(
     """Train to the end, or end the command with how to resume."""
     from aigiqa_reward.training.by_name import train_reward
 
-    leads = accelerator.is_main_process
-    show = leads and sys.stderr.isatty()
+    show = accelerator.is_main_process and sys.stderr.isatty()
     try:
         with library(folder="output_dir", weights="init", name="model", towers="tower", encoder="tower"):
             return train_reward(plan, table, parts, folder, accelerator=accelerator, progress=show)
     except KeyboardInterrupt as error:
-        if leads:
-            done = _epochs_done(folder)
-            reached = f"after {done} of {plan.chosen_recipe.epochs} epochs" if done else "before the first epoch's end"
-            say("error", f"interrupted {reached}; the same command resumes")
-        raise typer.Exit(130) from error
+        done = _epochs_done(folder)
+        reached = f"after {done} of {plan.chosen_recipe.epochs} epochs" if done else "before the first epoch's end"
+        raise CommandError(f"interrupted {reached}; the same command resumes", status=130) from error
 
 
 def _epochs_done(folder: Path) -> int:
@@ -285,7 +282,8 @@ def _report(trained: Trained, parts: Split, folder: Path) -> None:
     best = f"the best epoch was {result.best_epoch} of {len(result.history)}, validation {result.best:.4f}"
     say("note", f"{trained.reward.name}: {best}{'; patience ran out' if result.stopped_early else ''}")
     report_unreadable([(str(entry.path), entry.reason) for entry in result.unreadable], folder / "training.json")
-    emit(f"{folder}\n{_tested(trained, parts)}")
+    tested = _tested(trained, parts)
+    emit(f"{folder}\n{tested}", saved=not tested)
 
 
 def _tested(trained: Trained, parts: Split) -> str:

@@ -36,6 +36,7 @@ class Algorithm(ABC):
         learning_rate: Default learning rate.
         kl_coeff: Default weight of the KL penalty.
         steps_per_round: Optimizer steps on the same rows; `prepare` runs before the first of them.
+        idle: Settings of `FinetuneConfig` without effect on this algorithm; they are refused.
         rows_per_prompt: Number of consecutive rows of a batch with the same prompt.
         examples: Prompts of the algorithm's own examples, which replace the training prompts; None if it has none.
     """
@@ -45,6 +46,7 @@ class Algorithm(ABC):
     reward_gradient: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-4
     kl_coeff: ClassVar[float] = 0.01
+    idle: ClassVar[tuple[str, ...]] = ()
 
     @property
     def steps_per_round(self) -> int:
@@ -112,16 +114,21 @@ def named_scores(scores: RewardOutput) -> dict[str, Tensor]:
 
 def score_latents(context: TrainingContext, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Score the images (B,) of finished latents; all scores are NaN where the pixels or the total are not finite."""
-    scores = named_scores(context.bound.score(context.rollout.show(latents), prompts))
-    finite = scores["reward"].isfinite()
+    images = context.rollout.show(latents)
+    scores = named_scores(context.bound.score(images, prompts))
+    finite = context.note(images, scores["reward"])
     return {name: torch.where(finite.to(value.device), value, math.nan) for name, value in scores.items()}
 
 
 def reward_loss(context: TrainingContext, batch: Batch, images: Tensor, kl: Tensor, title: str) -> Outcome:
     """Return the mean loss -min(total, ceiling) + penalty * kl (B,) of images (B, 3, H, W); NaN for NaN pixels."""
     if not bool(images.isfinite().all()):
+        context.note(images)
         return Outcome(loss=images.new_tensor(math.nan))
     scores = context.score(images, batch.prompts)
-    context.bound.require_gradient(scores.total, title)
+    context.note(images, scores.total)
+    if images.requires_grad:
+        context.bound.require_gradient(scores.total, title)
     loss = (context.penalty * kl - context.capped(scores.total).to(images.device)).mean()
-    return Outcome(loss=loss, measures=named_scores(scores) | ({"kl": kl.detach()} if context.penalty else {}))
+    measures = named_scores(scores) | context.above_ceiling(scores.total)
+    return Outcome(loss=loss, measures=measures | ({"kl": kl.detach()} if context.penalty else {}))

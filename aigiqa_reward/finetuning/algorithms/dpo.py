@@ -169,6 +169,7 @@ class DPO(Algorithm):
     name: ClassVar[str] = "dpo"
     title: ClassVar[str] = "DPO"
     kl_coeff: ClassVar[float] = 0.0
+    idle: ClassVar[tuple[str, ...]] = ("reward_ceiling",)  # rewards are only compared
 
     pairs: PreferencePairs | None = field(default=None, repr=False)
     beta: float = setting(
@@ -261,6 +262,8 @@ class DPO(Algorithm):
         if not self.refresh_every or (self.pairs is not None and batches[0].step < self.refresh_every):
             return {}
         made = [self.sample_pairs(context, batch) for batch in batches]
+        if context.nothing_finite():
+            made[0]["winners"].fill_(math.nan)  # the loop stops at a loss that is NaN
         return {f"{name}/{part}": tensor for part, named in enumerate(made) for name, tensor in named.items()}
 
     def sample_pairs(self, context: TrainingContext, batch: Batch) -> dict[str, Tensor]:

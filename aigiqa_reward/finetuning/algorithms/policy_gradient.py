@@ -8,6 +8,7 @@ denoiser gives. Steps that led to images with a higher reward than those they ar
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -161,8 +162,9 @@ class PolicyGradient(Algorithm):
         number("clip_range", self.clip_range, "in (0, 1); try 1e-4", lambda value: 0 < value < 1)
         number("advantage_clip", self.advantage_clip, "above 0; math.inf for no clipping", lambda value: value > 0)
         number("timestep_fraction", self.timestep_fraction, "in (0, 1]", lambda value: 0 < value <= 1)
-        if self.deviation not in ("group", "batch"):
-            raise ValueError(f"deviation: expected 'group' or 'batch', got {self.deviation!r}")
+        allowed = ("group",) if self.images_per_prompt == 1 else ("group", "batch")  # one image: the batch is the group
+        if self.deviation not in allowed:
+            raise ValueError(f"deviation: expected {' or '.join(map(repr, allowed))}, got {self.deviation!r}")
 
     @property
     def steps_per_round(self) -> int:
@@ -178,8 +180,11 @@ class PolicyGradient(Algorithm):
 
     def check(self, context: TrainingContext, prompts: Sequence[str]) -> None:
         super().check(context, prompts)
-        check_scheduler(context.rollout.pipe.scheduler, need=self.title, served=ANCESTRAL)
-        if eta := context.rollout.family.options.eta:
+        if self.updates_per_round == 1 and self.clip_range != type(self).clip_range:
+            warnings.warn("clip_range: has no effect with updates_per_round=1, since all ratios are 1", stacklevel=4)
+        family = context.rollout.family
+        check_scheduler(family.pipe.scheduler, need=self.title, flow=family.flow, served=ANCESTRAL)
+        if eta := family.options.eta:
             raise ValueError(
                 f"eta: {self.title} adds its own noise to the steps, got eta={eta:g} among the arguments of the "
                 f"pipeline; leave it out there and set the noise in {self.title}"
@@ -287,6 +292,7 @@ class PolicyGradient(Algorithm):
         device = state.latents.device
         own = {name.removesuffix(f"/{part}"): v for name, v in memory.items() if name.endswith(f"/{part}")}
         logged = {name: v for name, v in own.items() if name not in ("latents", "log_probs", "advantages")}
+        logged |= context.above_ceiling(own["reward"])
         steps = memory["steps"].tolist()
         for place, step in enumerate(steps):
             before, after = own["latents"][:, step : step + 2].to(device).unbind(dim=1)

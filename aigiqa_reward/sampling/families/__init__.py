@@ -17,6 +17,7 @@ from aigiqa_reward.sampling.families.sana import PixArt, Sana
 from aigiqa_reward.sampling.families.stable_diffusion import StableDiffusion, StableDiffusionXL
 from aigiqa_reward.sampling.families.stable_diffusion_3 import StableDiffusion3
 from aigiqa_reward.sampling.families.z_image import ZImage
+from aigiqa_reward.sampling.pipeline_utils import diffusers_class
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -32,12 +33,8 @@ FAMILIES: tuple[type[Family], ...] = (
 
 def find_family(pipe: object) -> type[Family] | None:
     """Return the adapter of a pipeline's class, or of the class whose `__call__` it inherits; None for any other."""
-    for cls in type(pipe).__mro__:
-        for family in FAMILIES:
-            known = cls.__name__ in family.pipelines and cls.__module__.startswith("diffusers.")
-            if known and type(pipe).__call__ is cls.__call__:
-                return family
-    return None
+    name = diffusers_class(pipe)
+    return next((family for family in FAMILIES if name in family.pipelines), None)
 
 
 def family_of(pipe: DiffusionPipeline, pipe_kwargs: Mapping[str, Any] | None = None, *, need: str = "this") -> Family:
