@@ -19,6 +19,10 @@ EMBEDDED = {
     "cpa_iqa": ("Apache-2.0", _SCORES),
     "generator": ("Apache-2.0", "weights trained on pictures of the emoji world (MIT)"),
     "judge": ("Apache-2.0", "weights trained on pictures of the emoji world (MIT)"),
+    "laion_aesthetic": (
+        "Apache-2.0",
+        "head of christophschuhmann/improved-aesthetic-predictor, folded into one affine map",
+    ),
     "ma_agiqa": ("Apache-2.0", _SCORES),
     "mst_clipiqa": ("Apache-2.0", _SCORES),
     "sc_agiqa": ("Apache-2.0", _SCORES),
@@ -27,6 +31,7 @@ EMBEDDED = {
         "EfficientNet-Lite0, and MiniLM-L6 as packaged under MIT; alignment trained for this package",
     ),
     "tsp_mgs": ("Apache-2.0", _SCORES),
+    "verify": ("MIT", "two images of AGIQA-3K; the license text is in the folder"),
     "world": ("MIT", "Fluent Emoji, copyright Microsoft Corporation; the license text is in the folder"),
 }
 """License and origin of each folder in aigiqa_reward/assets."""

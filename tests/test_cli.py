@@ -512,9 +512,16 @@ def test_rewards_lists_all():
     specs = [get_reward_spec(name) for name in list_rewards()]
     rows = lines(run("rewards", "--format", "jsonl").stdout)
     assert [(row["name"], row["paper"]) for row in rows] == [(spec.name, spec.paper) for spec in specs]
-    table = run("rewards").stdout
+    table = run("rewards").stdout.splitlines()[2:]
+    for spec, line in zip(specs, table, strict=True):
+        assert line.split()[0] == spec.name
+        assert all(text in line for text in (spec.judges, spec.accuracy, spec.license.partition(" (")[0]))
+        assert spec.embedded == line.endswith("embedded")
+    details = run("rewards", *(spec.name for spec in specs)).stdout
     for spec in specs:
-        assert all(text in table for text in (spec.name, spec.paper, spec.license, spec.scale, spec.weights))
+        assert all(text in details for text in (spec.name, spec.paper, spec.license, spec.scale, spec.weights))
+    assert [row["name"] for row in lines(run("rewards", "mps", "--format", "jsonl").stdout)] == ["mps"]
+    assert "did you mean 'pickscore'" in only_error(run("rewards", "pikscore"))
 
 
 def test_help_imports_nothing_heavy():

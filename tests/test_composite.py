@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aigiqa_reward import CompositeReward, RewardOutput
+from aigiqa_reward import CompositeReward, RewardOutput, create_reward
 from aigiqa_reward.models.base import distinct_prompts
 from aigiqa_reward.types import PromptFeatures
 
@@ -239,7 +239,16 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"reference": {**GOOD, "b": torch.tensor([1, float("nan")])}}, r"\['b'\].*finite"),
     ({"weights": {"a": 1}}, r"weights: expected an entry for each.*got \['a'\]"),
     ({"weights": {"a": 1, "b": 0}}, "weights: expected finite numbers above 0.*'b': 0"),
-    ({"members": {"v1.5": brightness}, "reference": {"v1.5": GOOD["a"]}}, "another name"),
+    (
+        {"members": {"v1.5": nn.Identity(), "v1_5": nn.Identity()}, "reference": None},
+        "differ by a dot alone.*another name",
+    ),
+    ({"combine": "rank", "reference": None}, "combine: 'rank' needs a reference"),
+    ({"members": {"compact": 1.0, "b": brightness}, "reference": None}, "members: expected"),
+    ({"members": {"compact": True}, "reference": None}, "members: expected"),
+    ({"members": {"compact": 1.0}, "weights": {"compact": 2.0}, "reference": None}, "weights: the members are"),
+    ({"members": {"compact": -1.0}, "reference": None}, "finite numbers above 0.*'compact': -1.0"),
+    ({"members": {"compakt": 1.0}, "reference": None}, "did you mean 'compact'"),
 ]
 
 
@@ -247,6 +256,24 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         CompositeReward(**{"members": TWO, "reference": GOOD} | arguments)
+
+
+def test_without_a_reference_the_totals_are_mixed_as_they_are(images):
+    members = {"hpsv2.1": Conv(), "conv": Conv(seed=3)}
+    output = CompositeReward(members, weights={"hpsv2.1": 3, "conv": 1})(images, PROMPTS)
+    first, second = (member(images, PROMPTS).total for member in members.values())
+    torch.testing.assert_close(output.total, 0.75 * first + 0.25 * second)
+    assert torch.equal(output.details["hpsv2.1"], first)
+
+
+def test_weights_by_name_create_the_rewards():
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    reward = CompositeReward({"compact": 1.0, "tsp_mgs": 0.5})
+    parts = {name: create_reward(name)(images, PROMPTS[:2]).total for name in ("compact", "tsp_mgs")}
+    expected = (parts["compact"] + 0.5 * parts["tsp_mgs"]) / 1.5
+    torch.testing.assert_close(reward(images, PROMPTS[:2]).total, expected)
+    scaled = CompositeReward.with_reference({"compact": 1.0}, images, PROMPTS[:2])(images, PROMPTS[:2]).total
+    assert float(scaled.mean()) == pytest.approx(0, abs=1e-4)
 
 
 def test_a_member_that_does_not_give_one_score_per_image_is_named(images):

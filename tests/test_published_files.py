@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import torch
 from clip_models import write_tiny_clip
 from safetensors.torch import save_file
 from test_model_contract import PROMPTS, scenes
-from tiny_published import DESCRIPTIONS, tiny_published
-from torch import Tensor
+from tiny_published import tensors_of_clip, tiny_published, write_pickscore
 
 from aigiqa_reward import create_reward
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
@@ -30,23 +28,13 @@ class Malicious:
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def tensors_of_clip() -> dict[str, Tensor]:
-    """The tensors of a tiny PickScore by the authors' names."""
-    own = tiny_published("pickscore").model.state_dict()
-    names = {"cosine.logit_scale": "logit_scale"}
-    return {names.get(name, name.removeprefix("tower.clip.")): tensor for name, tensor in own.items()}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tiny PickScore in the authors' layout."""
-    counters = {f"{tower}_model.embeddings.position_ids": torch.arange(16)[None] for tower in ("text", "vision")}
-    save_file(tensors_of_clip() | counters, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(DESCRIPTIONS["pickscore"]["config"]))
-    return tmp_path
+    return write_pickscore(tmp_path)
 
 
 def test_the_file_or_its_folder_is_loaded(folder: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tiny_language_models import CHAT, qwen_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 
 from aigiqa_reward import Reward
 from aigiqa_reward.models.mps import CONDITION
@@ -102,3 +106,19 @@ def tiny_published(name: str, seed: int = 0, dtype: torch.dtype | None = None) -
         drawn = torch.randn(parameter.shape, generator=generator)
         parameter.data = 1 + 0.1 * drawn if parameter.ndim < 2 else 0.2 * drawn
     return Reward(model, get_reward_spec(name)).to(dtype)
+
+
+def tensors_of_clip() -> dict[str, Tensor]:
+    """The tensors of a tiny PickScore by the authors' names."""
+    own = tiny_published("pickscore").model.state_dict()
+    names = {"cosine.logit_scale": "logit_scale"}
+    return {names.get(name, name.removeprefix("tower.clip.")): tensor for name, tensor in own.items()}
+
+
+def write_pickscore(folder: Path) -> Path:
+    """Write a tiny PickScore in the authors' layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counters = {f"{tower}_model.embeddings.position_ids": torch.arange(16)[None] for tower in ("text", "vision")}
+    save_file(tensors_of_clip() | counters, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(DESCRIPTIONS["pickscore"]["config"]))
+    return folder

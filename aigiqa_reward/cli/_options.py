@@ -375,6 +375,11 @@ class OneRewardOptions:
         "Reward by name (see 'aigiqa-reward rewards'), folder or Hub id; repeat for several, as in compact:0.7.",
         metavar="NAME[:WEIGHT]",
     )
+    weights: str | None = option(
+        None,
+        "Local copy of the weights of a single --reward: the authors' file of a published reward, or a folder.",
+        metavar="PATH",
+    )
 
 
 @options("Reward")

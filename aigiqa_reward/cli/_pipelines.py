@@ -69,7 +69,9 @@ def load_rewards(
 ) -> dict[str, tuple[Reward, float]]:
     """Build the rewards that the options describe: each with its weight, by a name that no other one has."""
     if not isinstance(options, RewardOptions):
-        options = RewardOptions(reward=options.reward)
+        options = RewardOptions(reward=options.reward, weights=options.weights)
+    if options.weights is not None and len(options.reward) > 1:
+        raise CommandError("belongs to one reward; for several, put them into the Hub's cache", argument="weights")
     if options.encoder_weights is not None and options.encoder is None:
         raise CommandError("names the weights of --encoder, which is missing", argument="encoder_weights")
     import torch
@@ -80,7 +82,7 @@ def load_rewards(
         name, weight = weighted(text, argument)
         if weight <= 0:
             raise CommandError(f"expected a weight above 0, got {text!r}", argument=argument)
-        with library(weights=argument, name=argument):
+        with library(weights=argument if options.weights is None else "weights", name=argument):
             reward = _load_reward(name, options, alone=len(options.reward) == 1)
         found.append((reward.to(device=place, dtype=getattr(torch, dtype)), weight))
     count, seen, named = Counter(reward.name for reward, _ in found), Counter[str](), {}
@@ -96,16 +98,11 @@ def mixed_reward(options: OneRewardOptions, device: str, argument: str = "reward
     named = load_rewards(options, device, argument=argument)
     if len(named) == 1:
         return next(iter(named.values()))[0]
-    import torch
-
     from aigiqa_reward import CompositeReward
 
-    # Our rewards share one scale: a reference of mean 0 and std 1 leaves their totals as they are.
-    reference = torch.tensor([-(0.5**0.5), 0.5**0.5])
     return CompositeReward(
         {name: reward for name, (reward, _) in named.items()},
         weights={name: weight for name, (_, weight) in named.items()},
-        reference=dict.fromkeys(named, reference),
     )
 
 
@@ -129,8 +126,10 @@ def _load_reward(name: str, options: RewardOptions, *, alone: bool) -> Reward:
         return {argument: value for argument, value in given.items() if value is not None and value is not False}
 
     shares = chosen(quality_weight=options.quality_weight, correspondence_weight=options.correspondence_weight)
-    saved, reward = {}, None
+    saved, reward = chosen(weights=options.weights), None
     if name not in list_rewards() and ("/" in name or os.sep in name or Path(name).expanduser().is_dir()):
+        if saved:
+            raise CommandError("belongs to a reward's name, got it for a folder; leave it out", argument="weights")
         reward, saved = Reward.from_pretrained(name, **shares), {"weights": name}
     kind = name if reward is None else reward.name
     further: dict[str, Any] = {}

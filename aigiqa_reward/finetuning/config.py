@@ -70,8 +70,8 @@ class FinetuneConfig:
     )
     reward_ceiling: float | Literal["auto"] | None = _option(
         "auto",
-        "Total above which an image gets no gradient; auto takes 1 (the best human score) for calibrated rewards, and "
-        "none for others.",
+        "Total above which an image gets no gradient; auto takes 1 (the best human score) for one embedded reward, "
+        "and none for published ones, mixtures and functions.",
     )
     checkpointing_steps: int = _option(100, "Steps between checkpoints; 0 for only one at the end.")
     checkpoints_total_limit: int | None = _option(2, "Checkpoints to keep; None keeps all.")

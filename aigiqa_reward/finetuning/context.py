@@ -197,7 +197,7 @@ def create_context(
     settings = {"rank": config.rank, "alpha": config.lora_alpha, "targets": config.target_modules, "seed": config.seed}
     ceiling = config.reward_ceiling
     if isinstance(ceiling, str):  # "auto"
-        ceiling = 1.0 if isinstance(reward, Reward) else None
+        ceiling = 1.0 if isinstance(reward, Reward) and reward.spec.embedded else None
     return TrainingContext(
         rollout=rollout,
         lora=LoRA(rollout.family, **settings),

@@ -40,6 +40,7 @@ from aigiqa_reward.finetuning.reporting import draw_course
 from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.validation import Validation, frozen, held_out, warn_of_weak
 from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.published import PUBLISHED
 from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.checks import check_reward
 from aigiqa_reward.utils.run_folder import differences, reward_identity
@@ -376,7 +377,7 @@ def finetune(
         output_dir: folder for `pytorch_lora_weights.safetensors`, `history.jsonl`, checkpoints, validations and plots.
         config: all other settings.
         validation_prompts: without them the last weights are kept, and reward hacking is not detected.
-        holdout: a reward that is not trained on, which decides which weights are kept; "auto" takes an embedded one.
+        holdout: a reward that is not trained on, which decides which weights are kept; "auto": see `default_holdout`.
         callbacks: callbacks, which can stop the training.
         resume_from_checkpoint: "latest", or the name or path of a checkpoint; None starts anew.
         report_to: tracker of Accelerate ("tensorboard", "wandb").
@@ -397,8 +398,7 @@ def finetune(
         folder.mkdir(parents=True, exist_ok=True)
         algorithm = algorithm.ready(context, prompts, folder, config, progress=progress)
         prompts = prompts if algorithm.examples is None else list(algorithm.examples)
-        held = holdout if isinstance(holdout, str) else reward_identity(holdout)
-        watched = {"holdout_reward": held, "validation_prompts": list(validation_prompts)}
+        watched = {"holdout_reward": _held(holdout, validation), "validation_prompts": list(validation_prompts)}
         trainer = Trainer(context, prompts, algorithm, folder, config, validation, watched, callbacks, progress)
         trainer.resume(resume_from_checkpoint, report_to)
     # After these two errors the pipeline has the kept weights.
@@ -407,6 +407,14 @@ def finetune(
     if repository is not None:
         _upload(folder, repository)
     return result
+
+
+def _held(holdout: RewardFunction | Literal["auto"], validation: Validation | None) -> str:
+    """Return what a resumed training must have as its held-out reward."""
+    if not isinstance(holdout, str):
+        return reward_identity(holdout)
+    # "auto" is another reward where the weights of a published one are missing.
+    return holdout if validation is None or validation.holdout.name not in PUBLISHED else validation.holdout.name
 
 
 def _validation(

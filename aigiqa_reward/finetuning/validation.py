@@ -20,6 +20,7 @@ from aigiqa_reward.finetuning.results import PER_IMAGE, SHOWN_PROMPTS, SHOWN_SEE
 from aigiqa_reward.images import finite_rows, resize
 from aigiqa_reward.rewards.bound import BoundReward, device_of, reward_name
 from aigiqa_reward.rewards.factory import create_reward
+from aigiqa_reward.rewards.published import PUBLISHED, cached_weights
 from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.rewards.specs import TOWER_FILES
 from aigiqa_reward.types import RewardFunction
@@ -71,20 +72,33 @@ CANDIDATES = ("compact", "mst_clipiqa", "tsp_mgs", "sc_agiqa", "cpa_iqa", "ma_ag
 """Embedded systems in the order in which they are held out: the two cheapest that agree best with people, then by cost.
 """
 
+PUBLISHED_CANDIDATES = ("pickscore", "hpsv2.1", "imagereward")
+"""Published rewards in the order in which they are held out."""
+
 
 def default_holdout(reward: RewardFunction, device: torch.device | None = None) -> Reward:
-    """Create an embedded system that is not trained on, whose total is quality alone.
+    """Create a reward that is not trained on.
 
-    It is the first of CANDIDATES that is not part of the trained reward; those that a plain function calls are not
-    found. It detects images that only the trained head likes. It does not detect a loss of correspondence, since all
-    embedded systems share one text tower, nor what exploits a shared image tower: a reward from human preferences or on
-    other towers detects more.
+    If the trained reward is or contains a published one, it is the first of PUBLISHED_CANDIDATES of another family
+    (`rewards.published.PUBLISHED`) whose weights are in the Hub's cache; nothing is downloaded.
+
+    Otherwise it is an embedded system, whose total is quality alone: the first of CANDIDATES that is not part of the
+    trained reward. It detects images that only the trained head likes. It does not detect a loss of correspondence,
+    since all embedded systems share one text tower, nor what exploits a shared image tower: a reward from human
+    preferences or on other towers detects more.
+
+    Rewards that a plain function calls are not found.
     """
     parts = reward.modules() if isinstance(reward, nn.Module) else ()
     used = {part.name for part in parts if isinstance(part, Reward)}
+    device = device_of(reward) or device
+    families = {PUBLISHED[name].family for name in used & PUBLISHED.keys()}
+    for name in PUBLISHED_CANDIDATES if families else ():
+        weights = cached_weights(name)
+        if weights is not None and PUBLISHED[name].family not in families:
+            return create_reward(name, weights=weights, device=device)
     if not (left := [name for name in CANDIDATES if name not in used]):
         raise ValueError("holdout: the trained reward uses every embedded system; pass another reward as holdout")
-    device = device_of(reward) or device
     return create_reward(left[0], quality_weight=1.0, correspondence_weight=0.0, device=device)
 
 

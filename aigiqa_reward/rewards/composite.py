@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from aigiqa_reward import images as pixels
 from aigiqa_reward.models.base import FullPrecision, check_prompts, distinct_prompts
 from aigiqa_reward.rewards.bound import device_of
+from aigiqa_reward.rewards.factory import create_reward
 from aigiqa_reward.rewards.reward import check_features
 from aigiqa_reward.rewards.reward_fn import RewardFn
 from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output
@@ -19,7 +20,7 @@ from aigiqa_reward.utils.isolation import without_autocast
 
 
 class CompositeReward(nn.Module):
-    """A weighted mean of several rewards, whose totals are brought to one scale first.
+    """A weighted mean of several rewards, whose totals are brought to one scale first if there is a reference.
 
     The scale comes from a fixed sample of each member's totals, so that a score does not depend on its batch mates.
     `"zscore"` subtracts the sample's mean and divides by its std; `"rank"` gives the share of the sample that lies
@@ -27,10 +28,12 @@ class CompositeReward(nn.Module):
     give them.
 
     Args:
-        members: rewards or reward functions by name.
+        members: rewards or reward functions by name; or weights by the names that `create_reward` knows, as in
+            `{"pickscore": 1.0, "hpsv2.1": 0.5}`.
         weights: one number above 0 per member; None weighs all equally.
         combine: "zscore" or "rank".
-        reference: (R,) totals of each member on a sample of at least 2 images; `with_reference` measures them.
+        reference: (R,) totals of each member on a sample of at least 2 images; `with_reference` measures them. None
+            mixes the totals as they are, each on its reward's scale.
 
     Example:
         >>> import torch
@@ -43,34 +46,38 @@ class CompositeReward(nn.Module):
         >>> out = reward(images, prompts)
         >>> out.total.shape, sorted(out.details), bool(out.total.mean().abs() < 1e-4)  # the sample itself has mean 0
         (torch.Size([3]), ['bright', 'compact'], True)
+        >>> CompositeReward({"compact": 3.0, "tsp_mgs": 1.0}).weights
+        {'compact': 0.75, 'tsp_mgs': 0.25}
     """
 
     def __init__(
         self,
-        members: Mapping[str, RewardFunction],
+        members: Mapping[str, RewardFunction] | Mapping[str, float],
         *,
         weights: Mapping[str, float] | None = None,
         combine: str = "zscore",
-        reference: Mapping[str, Tensor],
+        reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if not members or not all(callable(member) for member in members.values()):
-            raise TypeError(f"members: expected at least one reward or function by name, got {members!r}")
         if combine not in ("zscore", "rank"):
             raise ValueError(f"combine: expected 'zscore' or 'rank', got {combine!r}")
-        weights = dict.fromkeys(members, 1.0) if weights is None else weights
+        if combine == "rank" and reference is None:
+            raise ValueError("combine: 'rank' needs a reference, got None; pass one, or use with_reference")
+        members, weights = _created(members, weights)
         for argument, given in (("weights", weights), ("reference", reference)):
-            if given.keys() != members.keys():
+            if given is not None and given.keys() != members.keys():
                 raise ValueError(f"{argument}: expected an entry for each of {sorted(members)}, got {sorted(given)}")
-        if not all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights.values()):
-            raise ValueError(f"weights: expected finite numbers above 0, got {dict(weights)}")
         self.combine = combine
         self._model = f"composite of {', '.join(members)}"
         self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         self.members = dict(members)
         try:
-            self.member_modules = nn.ModuleDict({n: m for n, m in members.items() if isinstance(m, nn.Module)})
-            self.reference = nn.ModuleDict({name: _Reference(name, reference[name]) for name in members})
+            modules = {name: m for name, m in members.items() if isinstance(m, nn.Module)}
+            self.member_modules = nn.ModuleDict({_key(name): module for name, module in modules.items()})
+            scales = {name: _Reference(name, totals) for name, totals in (reference or {}).items()}
+            self.reference = nn.ModuleDict({_key(name): scale for name, scale in scales.items()})
+            if len(self.member_modules) < len(modules) or len(self.reference) < len(scales):
+                raise KeyError("two names differ by a dot alone")
         except KeyError as error:
             raise ValueError(f"members: not a name for a torch module ({error}); choose another name") from error
 
@@ -78,7 +85,7 @@ class CompositeReward(nn.Module):
     @without_autocast()
     def with_reference(
         cls,
-        members: Mapping[str, RewardFunction],
+        members: Mapping[str, RewardFunction] | Mapping[str, float],
         images: Tensor,
         prompts: Sequence[str] | None,
         *,
@@ -90,6 +97,7 @@ class CompositeReward(nn.Module):
         A member's total without prompts is its quality, on another scale: pass None here for a reward that will be
         called without prompts.
         """
+        members, weights = _created(members, weights)
         with torch.no_grad():
             reference = {name: _call(name, member, images, prompts).total for name, member in members.items()}
         return cls(members, weights=weights, combine=combine, reference=reference)
@@ -119,11 +127,13 @@ class CompositeReward(nn.Module):
             }
             given = {**dict.fromkeys(self.members, prompts.prompts), **own}
         outputs = {name: _call(name, member, images, given[name]) for name, member in self.members.items()}
-        scales = {name: getattr(module, self.combine) for name, module in self.reference.items()}
+        totals = {name: _at_least_float32(output.total) for name, output in outputs.items()}
+        if len(self.reference):
+            totals = {n: getattr(self.reference[_key(n)], self.combine)(total) for n, total in totals.items()}
         quality = {n: o.quality for n, o in outputs.items() if o.quality is not None}
         correspondence = {n: o.correspondence for n, o in outputs.items() if o.correspondence is not None}
         return RewardOutput(
-            total=self._mean({n: scales[n](_at_least_float32(o.total)) for n, o in outputs.items()}),
+            total=self._mean(totals),
             quality=self._mean(quality) if quality else None,
             correspondence=self._mean(correspondence) if correspondence else None,
             details={name: output.total for name, output in outputs.items()},
@@ -177,6 +187,29 @@ class _Reference(FullPrecision):
         step = torch.where(total.isnan(), total, (total >= high).to(total))
         inside = torch.where(gap > 0, ((total - low) / torch.where(gap > 0, gap, 1)).clamp(0, 1), step.detach())
         return (right - 1 + inside) / (len(reference) - 1)
+
+
+def _created(
+    members: Mapping[str, RewardFunction] | Mapping[str, float], weights: Mapping[str, float] | None
+) -> tuple[dict[str, RewardFunction], Mapping[str, float]]:
+    """Return rewards and weights; create the rewards where weights are given in their place."""
+    numbers = {name: m for name, m in members.items() if isinstance(m, int | float) and not isinstance(m, bool)}
+    if numbers and weights is not None:
+        raise ValueError("weights: the members are weights already; leave it out")
+    rewards = {name: member for name, member in members.items() if callable(member)}
+    if not members or len(numbers or rewards) < len(members):
+        raise TypeError(
+            f"members: expected at least one reward or function by name, or weights by rewards' names, got {members!r}"
+        )
+    weights = numbers or (dict.fromkeys(members, 1.0) if weights is None else weights)
+    if not all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights.values()):
+        raise ValueError(f"weights: expected finite numbers above 0, got {dict(weights)}")
+    return rewards or {name: create_reward(name) for name in numbers}, weights
+
+
+def _key(name: str) -> str:
+    """Return the name of a member's module, in which torch allows no dot."""
+    return name.replace(".", "_")
 
 
 def _at_least_float32(scores: Tensor) -> Tensor:

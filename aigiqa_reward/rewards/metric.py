@@ -60,7 +60,7 @@ class RewardMetric(Metric):
         """Add images and their prompts, in any form that `Scorer.score` takes."""
         scores = getattr(self._scorer.score(images, prompts), self.aspect)
         if scores is None:
-            raise ValueError("aspect: the reward gives no correspondence here; pass prompts, or choose another aspect")
+            raise ValueError(f"aspect: the reward gives no {self.aspect} here; pass prompts, or choose another aspect")
         self.score_sum += scores.sum().to(self.score_sum)
         self.count += len(scores)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +39,7 @@ class Source:
 
     Attributes:
         model: class of the model.
+        family: what it was trained from; rewards of one family have errors in common.
         repo: Hub id of the repository.
         file: name of the weights there.
         revision: commit; None if none is known, for the newest.
@@ -49,6 +50,7 @@ class Source:
     """
 
     model: type[PublishedModel]
+    family: Literal["CLIP", "BLIP", "SigLIP", "Qwen-VL"]
     repo: str
     file: str
     revision: str | None = None
@@ -60,6 +62,7 @@ class Source:
 
 _HPS = "697403c78157020a1ae59d23f111aa58ced35b0a"
 _CLIP_L: dict[str, Any] = {
+    "family": "CLIP",
     "repo": "openai/clip-vit-large-patch14",
     "file": "model.safetensors",
     "sha256": "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
@@ -68,6 +71,7 @@ _CLIP_L: dict[str, Any] = {
 PUBLISHED: dict[str, Source] = {
     "pickscore": Source(
         model=PickScore,
+        family="CLIP",
         repo="yuvalkirstain/PickScore_v1",
         revision="a4e4367c6dfa7288a00c550414478f865b875800",
         file="model.safetensors",
@@ -75,6 +79,7 @@ PUBLISHED: dict[str, Source] = {
     ),
     "hpsv2.1": Source(
         model=HPSv21,
+        family="CLIP",
         repo="xswu/HPSv2",
         revision=_HPS,
         file="HPS_v2.1_compressed.pt",
@@ -82,23 +87,34 @@ PUBLISHED: dict[str, Source] = {
     ),
     "hpsv2": Source(
         model=HPSv2,
+        family="CLIP",
         repo="xswu/HPSv2",
         revision=_HPS,
         file="HPS_v2_compressed.pt",
         sha256="07cb0d20626232204ca3a6ec53ff5984e7e53212a8a7b0e0ec2bac1bdaf125a1",
     ),
-    "mps": Source(model=MPS, repo="RE-N-Y/mpsv1", file="model.safetensors", other_names=("MPS_overall_state_dict.pt",)),
+    "mps": Source(
+        model=MPS,
+        family="CLIP",
+        repo="RE-N-Y/mpsv1",
+        file="model.safetensors",
+        other_names=("MPS_overall_state_dict.pt",),
+    ),
     "imagereward": Source(
         model=ImageReward,
+        family="BLIP",
         repo="THUDM/ImageReward",
         revision="5736be0",
         file="ImageReward.pt",
         sha256="d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
     ),
-    "cyclereward": Source(model=CycleReward, repo="carolineec/CycleReward-Combo", file="CycleReward-Combo.pth"),
+    "cyclereward": Source(
+        model=CycleReward, family="BLIP", repo="carolineec/CycleReward-Combo", file="CycleReward-Combo.pth"
+    ),
     "clipscore": Source(model=CLIPScore, other_names=("open_clip_model.safetensors",), **_CLIP_L),
     "siglip2": Source(
         model=SigLIP2,
+        family="SigLIP",
         repo="google/siglip2-so400m-patch14-384",
         file="model.safetensors",
         other_files=("config.json", "tokenizer.json"),
@@ -106,12 +122,13 @@ PUBLISHED: dict[str, Source] = {
     "laion_aesthetic": Source(model=LAIONAesthetic, **_CLIP_L),
     "vqascore": Source(
         model=VQAScore,
+        family="Qwen-VL",
         repo="Qwen/Qwen2.5-VL-3B-Instruct",
         file=f"model{_INDEX}",
         other_files=("model-*-of-*.safetensors", *_QWEN_FILES, *CHAT_FILES),
         other_names=("model.safetensors",),
     ),
-    "hpsv3": Source(model=HPSv3, repo="MizzenAI/HPSv3", file="HPSv3.safetensors", chat=CHAT_REPO),
+    "hpsv3": Source(model=HPSv3, family="Qwen-VL", repo="MizzenAI/HPSv3", file="HPSv3.safetensors", chat=CHAT_REPO),
 }
 """The published rewards by name."""
 
@@ -133,13 +150,7 @@ def load_published(
     from accelerate import init_empty_weights
 
     source = PUBLISHED[name]
-    hub = weights is not None and is_hub_id(weights)
-    if revision is not None and not hub:
-        raise ValueError(f"revision: expected only for a Hub id, got it for weights={weights!r}; leave it out")
-    if weights is None or hub:
-        file = _fetch(name, str(weights) if hub else None, revision)
-    else:
-        file = _local(name, Path(weights).expanduser())
+    file = locate(name, weights, revision)
     try:
         description = source.model.read_description(file.parent)
         with init_empty_weights():
@@ -163,6 +174,25 @@ def load_published(
     }
     load_strictly(model, fitting, source=str(file))
     return model
+
+
+def locate(name: str, weights: str | Path | None = None, revision: str | None = None) -> Path:
+    """Return the authors' file: a local copy, given it or its folder, or fetched from the Hub, also from another id."""
+    hub = weights is not None and is_hub_id(weights)
+    if revision is not None and not hub:
+        raise ValueError(f"revision: expected only for a Hub id, got it for weights={weights!r}; leave it out")
+    if weights is None or hub:
+        return _fetch(name, str(weights) if hub else None, revision)
+    return _local(name, Path(weights).expanduser())
+
+
+def cached_weights(name: str) -> Path | None:
+    """Find the weights of a published reward in the Hub's cache, without a network; None if they are not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    source = PUBLISHED[name]
+    found = try_to_load_from_cache(source.repo, source.file, revision=source.revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def cache_folder() -> Path:
@@ -196,7 +226,8 @@ def _fetch(name: str, repo: str | None = None, revision: str | None = None) -> P
         raise WeightsError(
             f"weights: could not fetch {wanted} ({type(error).__name__}); download "
             f"{' '.join(f'https://huggingface.co/{file}' for file in listed)} on a machine with a network, put the "
-            f"files into one folder and pass create_reward({name!r}, weights=FOLDER)"
+            f"files into one folder and pass create_reward({name!r}, weights=FOLDER), on the command line "
+            "--weights FOLDER"
         ) from error
 
 

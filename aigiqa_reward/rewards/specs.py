@@ -144,6 +144,7 @@ SPECS: dict[str, ModelSpec] = {
         scale="raw = exp(logit_scale) cos; total = raw / 26; compares images of one prompt",
         input_size="center crop of 224 px",
         gradient_path="pixels through the image tower and the cross-attention; prompts and their mask fixed",
+        weights="fetched from the Hub",
         megabytes=4420.0,
         accuracy="HPDv2 test 83.5 %, ImageReward test 67.5 %",
     ),
@@ -166,6 +167,7 @@ SPECS: dict[str, ModelSpec] = {
         scale="raw = total, without a scale of its own",
         input_size="center crop of 224 px",
         gradient_path="pixels through the image tower and the text encoder's cross-attention; prompts fixed",
+        weights="fetched from the Hub",
         megabytes=1800.0,
     ),
     "clipscore": _published(
@@ -187,6 +189,7 @@ SPECS: dict[str, ModelSpec] = {
         scale="raw = total = the logit, whose sigmoid is the probability of a match; usually negative",
         input_size="whole image squashed to 384 x 384 px",
         gradient_path="pixels through the image tower; prompts fixed",
+        weights="fetched from the Hub",
         megabytes=4540.0,
         judges="correspondence",
     ),

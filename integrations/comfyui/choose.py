@@ -132,10 +132,11 @@ class Filter(_Choosing):
             for rows, text, latents in _contests(images, prompt, latent):
                 output, fault = _ranked(rows, text, judge, 1)
                 faults += fault
-                if by == "correspondence" and output.seeds and output.all_correspondence is None:
-                    raise ValueError("aspect: correspondence needs a prompt and a reward that gives it; fill in prompt")
-                scores = {"total": "all_scores"}.get(by, f"all_{by}")
-                for index, score in enumerate(getattr(output, scores) if output.seeds else []):
+                scores = getattr(output, {"total": "all_scores"}.get(by, f"all_{by}"))
+                if output.seeds and scores is None:
+                    what, remedy = ("a prompt and ", "fill in prompt, or ") if by == "correspondence" else ("", "")
+                    raise ValueError(f"aspect: {by} needs {what}a reward that gives it; {remedy}choose total")
+                for index, score in enumerate(scores if output.seeds else []):
                     found = rows[index], latents[index : index + 1], score, index
                     if score >= least:  # never true of NaN, which dropped images have
                         chosen.append(found)

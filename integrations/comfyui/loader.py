@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from aigiqa_reward import create_reward, list_rewards
+from aigiqa_reward import create_reward, get_reward_spec, list_rewards
 
 from .reward import DEVICES, LoadedReward, compute_device
 
@@ -20,8 +20,9 @@ class RewardLoader:
 
     CATEGORY = "AIGIQA"
     DESCRIPTION = (
-        "Loads a reward that judges images by perceptual quality and by correspondence to the prompt. All of them come "
-        "with the package and need no download; start with `compact`."
+        "Loads a reward that judges images by perceptual quality, by correspondence to the prompt, or by both in one "
+        "number of human preference. Start with `compact`; it and the other embedded ones need no download. PickScore, "
+        "HPSv2.1, ImageReward and others are fetched from the Hugging Face Hub once, 2 to 17 GB each."
     )
     RETURN_TYPES = ("AIGIQA_REWARD",)
     RETURN_NAMES = ("reward",)
@@ -31,16 +32,19 @@ class RewardLoader:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Declare the inputs."""
-        judges = "Which model judges. cpa_iqa also draws distortion maps."
-        towers = "Of the towers; heads always compute in float32. The embedded models are small: float32 costs little."
+        judges = (
+            "Which model judges. `aigiqa-reward rewards` lists what each of them judges, its size and its license. "
+            "cpa_iqa also draws distortion maps."
+        )
+        towers = "Of the towers; heads always compute in float32. Choose bfloat16 or float16 for models of several GB."
         keep = "On: stays on the device between runs. Off: moves to ComfyUI's offload device after each use."
         yours = (
             "Your reward instead of the embedded weights: a folder written by `aigiqa-reward train` or a Hugging Face "
-            "Hub id. Only safetensors are read."
+            "Hub id. For pickscore and the other published rewards: a local copy of the authors' file, or its folder."
         )
         share = {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.05}
-        quality = share | {"tooltip": "Share of perceptual quality in the total score."}
-        correspondence = share | {"tooltip": "Share of correspondence to the prompt in the total score."}
+        quality = share | {"tooltip": "Share of perceptual quality in the total, of a reward that judges both."}
+        correspondence = share | {"tooltip": "Share of correspondence to the prompt in the total, likewise."}
         return {
             "required": {
                 "name": (list_rewards(), {"default": "compact", "tooltip": judges}),
@@ -77,7 +81,8 @@ class RewardLoader:
         """Build the reward on the CPU; its first use moves it to the device."""
         place = compute_device(device)
         with torch.inference_mode(False):  # else the weights let no gradient pass, which heat maps need
-            shares = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight}
+            both = get_reward_spec(name).judges == "quality and correspondence"
+            shares = {"quality_weight": quality_weight, "correspondence_weight": correspondence_weight} if both else {}
             reward = create_reward(name, dtype=getattr(torch, dtype), weights=_given(weights), **shares)
         return (LoadedReward(reward, place, keep_loaded=keep_loaded),)
 

@@ -24,8 +24,9 @@ class Score:
 
     CATEGORY = "AIGIQA"
     DESCRIPTION = (
-        "Scores each image: perceptual quality, correspondence to the prompt, and their mean, the total. 1 is the best "
-        "score that people gave in the benchmark the reward was trained on. A list of images of several sizes works."
+        "Scores each image: perceptual quality, correspondence to the prompt, and their mean, the total; null for what "
+        "the reward does not judge. For embedded rewards, 1 is the best score that people gave in the benchmark they "
+        "were trained on. A list of images of several sizes works."
     )
     RETURN_TYPES = ("FLOAT", "STRING", "IMAGE")
     RETURN_NAMES = ("scores", "json", "heat_maps")

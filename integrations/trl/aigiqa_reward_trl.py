@@ -36,8 +36,9 @@ class RewriteReward:
         original_column: Column of the dataset with the original prompt.
         judged_by: Prompt to score images against: "original" or "rewrite".
         compose: Function f(original, completion) -> rewrite; the result is stripped. By default the completion itself.
-        floor: Reward of such rewrites; None leaves them out. 0 is the low end of a Reward's scale; for a
-            CompositeReward of z-scores, which center on 0, pass a number below all of its totals.
+        floor: Reward of such rewrites; None leaves them out. 0 is the low end of an embedded Reward's scale; where
+            totals may be negative (z-scores of a CompositeReward, imagereward, siglip2, hpsv3), pass a number below all
+            of them.
         seed: Seed of the first image of every rewrite.
         fresh_noise: Whether every step has other seeds, so that the language model cannot adapt to one noise. Scores
             are then cached within a step only.

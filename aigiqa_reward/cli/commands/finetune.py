@@ -77,7 +77,8 @@ class RunOptions:
     holdout_reward: tuple[str, ...] = option(
         ("auto",),
         "Reward that is not trained on and decides which weights are kept; auto is the quality score of compact, or of "
-        "mst_clipiqa if compact is trained.",
+        "mst_clipiqa if compact is trained; for published rewards, one of another family if its weights are in the "
+        "Hub's cache.",
         metavar="NAME[:WEIGHT]",
     )
 
