@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from aigiqa_reward import BestOfN, Reward, Scorer, create_reward, get_reward_spec, load_embedded_pipeline
+from aigiqa_reward.models import ocr
 from aigiqa_reward.models.ocr import _likeness, quoted_text
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling import BestOfEachError, best_of_each
@@ -78,3 +80,10 @@ def test_it_is_saved_and_loaded_and_has_no_choices(reward: Reward, tmp_path: Pat
     for choice in ({"quality_weight": 0.2}, {"preset": "paper"}):
         with pytest.raises(ValueError, match="ocr has no such choice"):
             create_reward("ocr", **choice)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ocr._reader.cache_clear()
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(ImportError, match=r"pip install 'aigiqa-reward\[ocr\]'"):
+        create_reward("ocr")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from aigiqa_reward.cli._console import CommandError, cell, drawn, emit, jsonl
 from aigiqa_reward.cli._options import OneRewardOptions
-from aigiqa_reward.cli._pipelines import library, load_rewards, usable_device
+from aigiqa_reward.cli._pipelines import library, load_rewards
 from aigiqa_reward.cli.commands.score import KeptRows, score_table
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def evaluate_pairs(
     records = []
     try:
         for name in rewards:
-            reward = _load(name, weights, device)
+            options = OneRewardOptions(reward=(name,), weights=weights)
+            reward = next(iter(load_rewards(options, device).values()))[0]
             for source, table in tables.items():
                 found = _measure(reward, table, batch_size)
                 records.append({"data": source, "reward": name, **found, "published": _known(name, source)})
@@ -70,15 +71,6 @@ def _read(source: str) -> PreferencePairs:
         table = read_data(source)
     assert isinstance(table, PreferencePairs)
     return table
-
-
-def _load(name: str, weights: str | None, device: str | None) -> Reward:
-    from aigiqa_reward import create_reward
-
-    if weights is None:
-        return next(iter(load_rewards(OneRewardOptions(reward=(name,)), device).values()))[0]
-    with library(name="reward"):
-        return create_reward(name, weights=None if weights == "embedded" else weights, device=usable_device(device))
 
 
 def _measure(reward: Reward, table: PreferencePairs, batch_size: int) -> dict[str, Any]:
