@@ -333,6 +333,7 @@ SEVERAL = {
     "--prompt",
     "--lora",
     "--reward",
+    "--pairs",
     "--holdout-reward",
     "--set",
     "--tower",

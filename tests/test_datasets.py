@@ -122,6 +122,51 @@ def write_imagereward(folder: Path, rows: Rows, images: str = "images", name: st
     return folder / f"{name}.json"
 
 
+def hpdv2_rows() -> Rows:
+    """Entries of test.json as HPSv2's README describes them."""
+    rng = np.random.default_rng(1)
+    rows: Rows = []
+    for number in range(4):
+        images = [f"{number:06d}{image:02d}.jpg" for image in range(4)]
+        raw = [{"rank": rng.permutation(4).tolist(), "user_hash": f"u{user}"} for user in range(3)]
+        rows.append({
+            "prompt": f"prompt {number % 3}", "image_path": images, "rank": rng.permutation(4).tolist(),
+            "raw_annotations": raw,
+        })  # fmt: skip
+    rows[1]["rank"] = [0, 1, 1, 3]
+    return rows
+
+
+def write_hpdv2(folder: Path, rows: Rows, name: str = "test") -> Path:
+    images = [image for row in rows for image in row.get("image_path", row.get("file_path")) or []]
+    touch(folder / name, [str(image) for image in images])
+    (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder / f"{name}.json"
+
+
+def genai_bench_rows() -> Rows:
+    """The first two entries of the published genai_image.json for three of the six models, and one that ties."""
+    rated = [
+        ("A baker pulling freshly baked bread out of an oven in a bakery.", [5, 5, 5], [3, 3, 3], [3, 3, 2]),
+        ("A photographer capturing a fleeting moment in a vibrant city street.", [4, 5, 5], [4, 5, 5], [5, 4, 5]),
+        ("A mirror is speaking in a dimly lit room.", [2, 1, 1], [2, 2, 1], [3, 1, 1]),
+    ]
+    models = ("DALLE_3", "Midjourney_6", "SDXL_Base")
+    return [
+        {"id": f"{n:05d}", "prompt": prompt, "prompt in Chinese": "", "models": dict(zip(models, ratings, strict=True))}
+        for n, (prompt, *ratings) in enumerate(rated)
+    ]
+
+
+def write_genai_bench(folder: Path, rows: Rows) -> Path:
+    touch(folder, [])
+    for row in rows:
+        for model in row.get("models") or ():
+            touch(folder / model, [f"{row['id']}.jpeg"])
+    (folder / "genai_image.json").write_text(json.dumps({row["id"]: row for row in rows}), encoding="utf-8")
+    return folder
+
+
 def pickapic_rows(start: int = 0, count: int = 12) -> Rows:
     rows = []
     for number in range(start, start + count):
@@ -180,6 +225,16 @@ LAYOUTS = {
             r"entry 3 .*expected at most 100 images, got 101": ("generations", [f"{n}.png" for n in range(101)]),
         },
     ),
+    "hpdv2": Layout(hpdv2_rows, write_hpdv2, 4 * 6 - 1, 3, "rank", {
+        "entry 3: expected one rank per image": ("rank", [1]),
+        "entry 3: expected rank to be a list of numbers, got None": ("rank", None),
+        "entry 3: expected image_path to be a list of image paths": ("image_path", [7, "a"]),
+        "entry 3: 'a.jpg' is listed twice": ("image_path", ["a.jpg", "a.jpg", "b.jpg", "c.jpg"]),
+    }),
+    "genai_bench": Layout(genai_bench_rows, write_genai_bench, 3 + 0 + 2, 2, "models", {
+        "entry '00002': expected the fields prompt and models": ("models", {"DALLE_3": [], "SDXL_Base": [1, 2, 3]}),
+        "entry '00002': .*got .*None": ("prompt", None),
+    }),
     "pickapic": Layout(pickapic_rows, write_pickapic, 8, 4, "jpg_1", {
         r"row 2 \(the first is 0\): expected label_0 and label_1 .* got 0.7 and 0.5": ("label_0", 0.7),
         "row 2 .*ranking_id to be a number from 0, got None": ("ranking_id", None),
@@ -215,7 +270,8 @@ def test_missing_tables_columns_and_images_and_repeated_rows_are_named(tmp_path:
     message = rf"no column {layout.column}|expected the fields .*{layout.column}"
     refused(message, layout.write(tmp_path / "column", without))
     place = f"(line {len(rows) + 2}|entry {len(rows) + 1}|row {len(rows)})"
-    refused(rf"{place}\b.*(twice|as well)", layout.write(tmp_path / "twice", [*rows, rows[0]]))
+    if name not in ("hpdv2", "genai_bench"):  # no identity of entries, and a key of an object
+        refused(rf"{place}\b.*(twice|as well)", layout.write(tmp_path / "twice", [*rows, rows[0]]))
     if name != "pickapic":
         path = layout.write(tmp_path, rows)
         data = read_data(f"{name}:{path}")
@@ -244,6 +300,8 @@ def test_a_wrong_cell_is_placed(tmp_path: Path, name: str, message: str, column:
         ("agiqa1k", "AIGC_MOS_Zscore.xlsx", b"Image,Prompt,MOS", r"expected an \.xlsx sheet, got BadZipFile"),
         ("imagereward", "train.json", b"[{]", r"train\.json: expected JSON in UTF-8"),
         ("imagereward", "train.json", b'{"a": 1}', r"expected a list of entries \{id, prompt, .* got dict"),
+        ("hpdv2", "test.json", b"[3]", "entry 1: expected the fields prompt, image_path, rank, got int"),
+        ("genai_bench", "genai_image.json", b"[]", "entry 'none': expected the fields prompt and models, .* got "),
         ("pickapic", "train.parquet", b"no parquet", r"train\.parquet: expected a whole parquet file"),
     ],
 )  # fmt: skip
@@ -409,6 +467,33 @@ def test_imagereward_finds_its_images(tmp_path: Path) -> None:
         read_imagereward(write_imagereward(tmp_path, ties))
 
 
+def test_hpdv2_prefers_the_lower_rank_and_the_chosen_image(tmp_path: Path) -> None:
+    rows = hpdv2_rows()
+    pairs = datasets.read_hpdv2(write_hpdv2(tmp_path, rows))
+    ranks = {tmp_path / "test" / i: r for row in rows for i, r in zip(row["image_path"], row["rank"], strict=True)}
+    assert all(ranks[a] < ranks[b] for a, b in zip(pairs.better, pairs.worse, strict=True))
+    assert datasets.read_hpdv2(tmp_path).better == pairs.better
+    chosen = [
+        {"prompt": "a", "file_path": ["1.jpg", "2.jpg"], "human_preference": [0, 1]},
+        {"prompt": "b", "file_path": ["3.jpg", "4.jpg"], "human_preference": [1, 0]},
+    ]
+    pairs = datasets.read_hpdv2(write_hpdv2(tmp_path, chosen, "train"))
+    assert [path.name for path in pairs.better] == ["2.jpg", "3.jpg"]
+    assert pairs.better[0].parent == tmp_path / "train"
+
+
+def test_genai_bench_prefers_the_higher_mean_rating(tmp_path: Path) -> None:
+    pairs = datasets.read_genai_bench(write_genai_bench(tmp_path, genai_bench_rows()))
+    found = [(a.parent.name, b.parent.name, a.stem) for a, b in zip(pairs.better, pairs.worse, strict=True)]
+    assert found == [
+        ("DALLE_3", "Midjourney_6", "00000"),
+        ("DALLE_3", "SDXL_Base", "00000"),
+        ("Midjourney_6", "SDXL_Base", "00000"),
+        ("Midjourney_6", "DALLE_3", "00002"),
+        ("SDXL_Base", "DALLE_3", "00002"),
+    ]
+
+
 def test_pickapic_writes_the_images_of_its_choices_once(tmp_path: Path) -> None:
     rows = [{**row, "has_label": row["ranking_id"] != 1003} for row in pickapic_rows(count=70)]
     file = write_pickapic(tmp_path, rows)
@@ -450,7 +535,17 @@ def test_pickapic_needs_the_bytes_of_an_image(tmp_path: Path) -> None:
 def test_every_public_reader_has_a_name() -> None:
     readers = {getattr(datasets, name) for name in datasets.__all__ if name.startswith("read_")} - {read_data}
     assert {source.reader for source in SOURCES.values()} == readers
-    assert list(SOURCES) == ["agiqa3k", "agiqa1k", "aigciqa2023", "aigiqa20k", "imagereward", "pickapic", "csv"]
+    assert list(SOURCES) == [
+        "agiqa3k",
+        "agiqa1k",
+        "aigciqa2023",
+        "aigiqa20k",
+        "imagereward",
+        "hpdv2",
+        "pickapic",
+        "genai_bench",
+        "csv",
+    ]
 
 
 def test_a_path_may_hold_a_colon_or_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from aigiqa_reward.datasets.agiqa3k import read_agiqa3k
 from aigiqa_reward.datasets.aigciqa2023 import read_aigciqa2023
 from aigiqa_reward.datasets.aigiqa20k import read_aigiqa20k
 from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages
+from aigiqa_reward.datasets.genai_bench import read_genai_bench
+from aigiqa_reward.datasets.hpdv2 import read_hpdv2
 from aigiqa_reward.datasets.imagereward import read_imagereward
 from aigiqa_reward.datasets.pickapic import read_pickapic
 from aigiqa_reward.datasets.sources import SOURCES, Source, read_data
@@ -24,6 +26,8 @@ __all__ = [
     "read_aigciqa2023",
     "read_aigiqa20k",
     "read_data",
+    "read_genai_bench",
+    "read_hpdv2",
     "read_imagereward",
     "read_pickapic",
     "read_table",

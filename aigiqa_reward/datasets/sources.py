@@ -12,6 +12,8 @@ from aigiqa_reward.datasets.agiqa3k import read_agiqa3k
 from aigiqa_reward.datasets.aigciqa2023 import read_aigciqa2023
 from aigiqa_reward.datasets.aigiqa20k import read_aigiqa20k
 from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages
+from aigiqa_reward.datasets.genai_bench import read_genai_bench
+from aigiqa_reward.datasets.hpdv2 import read_hpdv2
 from aigiqa_reward.datasets.imagereward import read_imagereward
 from aigiqa_reward.datasets.pickapic import read_pickapic
 from aigiqa_reward.datasets.table import read_table
@@ -38,7 +40,9 @@ SOURCES: dict[str, Source] = {
     "aigciqa2023": Source(read_aigciqa2023, "the folder that holds DATA/ and Image/"),
     "aigiqa20k": Source(read_aigiqa20k, "the folder that holds info_train.csv and train/"),
     "imagereward": Source(read_imagereward, "the JSON file, or the folder that holds train.json"),
+    "hpdv2": Source(read_hpdv2, "the JSON file, or the folder that holds test.json"),
     "pickapic": Source(read_pickapic, "a parquet file, or a folder of those of one part"),
+    "genai_bench": Source(read_genai_bench, "the folder that holds genai_image.json and the models' folders"),
     "csv": Source(
         read_table,
         "a table, such as a .csv, with the columns path, prompt and quality or correspondence",
@@ -50,7 +54,7 @@ SOURCES: dict[str, Source] = {
 def read_data(source: str) -> ScoredImages | PreferencePairs:
     """Read a benchmark given as NAME:PATH with a name of `SOURCES`, such as `agiqa3k:~/data/agiqa3k`.
 
-    Returns images with scores, or pairs of images (imagereward, pickapic).
+    Returns images with scores, or pairs of images (imagereward, hpdv2, pickapic, genai_bench).
 
     Example:
         >>> from PIL import Image

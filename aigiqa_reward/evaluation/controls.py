@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from aigiqa_reward.evaluation.bootstrap import Interval, bootstrap_interval
 from aigiqa_reward.evaluation.metrics import ROUNDING, Labels, Numbers, check_finite, group_codes, numbers, pair, srcc
 
 MAX_SWEEPS = 10_000
@@ -49,6 +50,26 @@ def selection_gain(predicted: Numbers, target: Numbers, groups: Labels) -> float
     picked = np.bincount(codes, weights=y * tied, minlength=count) / np.bincount(codes, weights=tied)
     possible = float(np.mean(best - mean))
     return float(np.mean(picked - mean)) / possible if possible > ROUNDING * float(np.ptp(y)) else np.nan
+
+
+def pair_accuracy(better: Numbers, worse: Numbers, groups: Labels, *, repeats: int = 1000, seed: int = 0) -> Interval:
+    """Compute the share of pairs in which people's choice scores higher; a tie counts half.
+
+    Args:
+        better: (N,) scores of the preferred image of each pair.
+        worse: (N,) scores of the other.
+        groups: (N,) group of each pair, such as its prompt; the interval is over groups.
+        repeats: number of bootstrap draws.
+        seed: random seed of the draws.
+
+    Example:
+        >>> from aigiqa_reward.evaluation import pair_accuracy
+        >>> pair_accuracy([0.9, 0.4, 0.3, 0.5], [0.1, 0.2, 0.3, 0.7], ["a", "b", "c", "d"]).estimate
+        0.625
+    """
+    x, y = pair(better, worse)
+    won = (x > y) + 0.5 * (x == y)
+    return bootstrap_interval(lambda rows, _: float(won[rows].mean()), groups, repeats=repeats, seed=seed)
 
 
 def within(generators: Sequence[str] | np.ndarray, prefix: str) -> np.ndarray:

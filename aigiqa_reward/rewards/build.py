@@ -18,6 +18,7 @@ from aigiqa_reward.models.base import QualityModel
 from aigiqa_reward.models.compact import Compact, CompactConfig
 from aigiqa_reward.models.cpa_iqa import CPAIQA, CPAIQAConfig
 from aigiqa_reward.models.mst_clipiqa import MSTCLIPIQA, MSTCLIPIQAConfig
+from aigiqa_reward.models.ocr import OCR
 from aigiqa_reward.models.sc_agiqa import SCAGIQA, SCAGIQAConfig
 from aigiqa_reward.models.tsp_mgs import TSPMGS, TSPMGSConfig
 from aigiqa_reward.rewards.published import PUBLISHED
@@ -158,6 +159,8 @@ def empty_model(name: str, description: Mapping[str, Any], assistants: Assistant
     """Build a saved model from what its `describe` returned, with weights still to be loaded."""
     if name == "compact":
         return _empty_compact(description["config"])
+    if name == "ocr":
+        return OCR()
     if name in PUBLISHED:
         return PUBLISHED[name].model.from_description(description)
     given = _usable_assistants(name, assistants)
@@ -175,7 +178,9 @@ def empty_model(name: str, description: Mapping[str, Any], assistants: Assistant
 def load_embedded(
     name: str, *, assistants: Assistants | None = None, settings: Settings | None = None, folder: Path = ASSETS
 ) -> QualityModel:
-    """Build "compact" or one of `SYSTEMS` with its embedded weights; settings must not change the weights' shapes."""
+    """Build "compact" or one of `SYSTEMS` with its embedded weights, or "ocr"; settings must not change shapes."""
+    if name == "ocr":
+        return OCR()
     if name != "compact":
         model = build_model(name, assistants=assistants, settings=settings)
         load_strictly(model.get_submodule("head"), embedded_weights(name, "model.head.", folder), source=name)

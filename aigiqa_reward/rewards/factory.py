@@ -128,6 +128,8 @@ def _new(
     if revision is not None:
         raise ValueError("revision: names a revision of `weights` on the Hub, but weights is None")
     name, preset, encoder = spec.name, towers["preset"], towers["encoder"]
+    if name == "ocr" and (shares or preset is not None):
+        raise ValueError(f"{', '.join(shares) or 'preset'}: ocr has no such choice; leave it out")
     zero_shot = encoder is not None or towers["zero_shot"] or (preset is not None and name == "tsp_mgs")
     untrained = _zero_shot(name, preset, encoder, assistants) if zero_shot else None
     reward = Reward(untrained or _embedded(name, preset, assistants, settings), spec, **shares)

@@ -229,7 +229,7 @@ class Reward(nn.Module, ModelHubMixin):
         config = {
             "name": self.name,
             "library_version": __version__,
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(next(self.model.parameters(), self.calibration.quality).dtype).removeprefix("torch."),
             "quality_weight": self.quality_weight,
             "correspondence_weight": self.correspondence_weight,
             "model": self.model.describe(),

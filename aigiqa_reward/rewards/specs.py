@@ -229,5 +229,19 @@ SPECS: dict[str, ModelSpec] = {
         megabytes=16600.0,
         accuracy="ImageReward test 66.8 %, Pick-a-Pic test 72.8 %, HPDv2 test 85.4 %, HPDv3 test 76.9 %",
     ),
+    "ocr": ModelSpec(
+        name="ocr",
+        title="OCR (text in quotes, read by RapidOCR)",
+        paper="Liu et al. 2025, Flow-GRPO: Training Flow Matching Models via Online RL (its reward for text, nearly)",
+        license="Apache-2.0 (code, RapidOCR and PP-OCR weights)",
+        scale="raw = total = 1 - (edit distance) / (length of the longer text), in [0, 1]; whitespace and case ignored",
+        input_size="whole image, in 8 bits",
+        differentiable=False,
+        gradient_path="none; for best of N, steering, DDPO, FlowGRPO and DPO",
+        needs_prompt=True,
+        weights="in the package rapidocr (extra ocr)",
+        megabytes=31.7,
+        judges="correspondence",
+    ),
 }
 """The rewards by name."""

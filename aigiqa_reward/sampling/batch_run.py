@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 from aigiqa_reward.images.loading import open_rgb
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.candidates import BestOfNOutput, Preview
+from aigiqa_reward.types import PromptError
 from aigiqa_reward.utils.checks import check_text, integer
 from aigiqa_reward.utils.io import read_json, read_regular, write_atomically
 from aigiqa_reward.utils.run_folder import RunFolder, differences, identity, pipeline_identity, reward_identity, to_json
@@ -318,7 +320,8 @@ def best_of_each(
     described = describe(search, seed, settings or {}, pipe_kwargs)
     if not overwrite:
         results.check(described)
-    search.stream("a photo", seed, **pipe_kwargs).close()  # checks the arguments
+    with suppress(PromptError):  # which is recorded when its turn comes
+        search.stream(results.prompts[0], seed, **pipe_kwargs).close()  # checks the arguments
     processes = accelerator or _processes(search.pipe)
     if processes.is_main_process:
         results.prepare(described, overwrite=overwrite)

@@ -6,15 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from aigiqa_reward.cli._console import CommandError, Row, emit, encoded, printable, report_unreadable, say
-from aigiqa_reward.cli._io import Source, check_writable, write
-from aigiqa_reward.cli._options import Fields, command, option, options
+from aigiqa_reward.cli._io import check_writable, write
+from aigiqa_reward.cli._options import Fields, argument, command, option, options
 from aigiqa_reward.cli._pipelines import library, usable_device
-from aigiqa_reward.cli.commands.score import KeptRows, score_sources
+from aigiqa_reward.cli.commands.evaluate_pairs import PAIRS, evaluate_pairs
+from aigiqa_reward.cli.commands.score import KeptRows, score_table
 from aigiqa_reward.cli.commands.train import (
     DataOptions,
     MachineOptions,
@@ -28,19 +29,22 @@ from aigiqa_reward.cli.commands.train import (
     read,
     recipe_fields,
 )
-from aigiqa_reward.utils.io import MAX_BYTES, csv_text, read_arrays, read_json
+from aigiqa_reward.utils.io import MAX_BYTES, read_arrays, read_json
 from aigiqa_reward.utils.run_folder import RunFolder, reward_identity
 
 if TYPE_CHECKING:
     import numpy as np
 
     from aigiqa_reward import Reward
-    from aigiqa_reward.datasets import PreferencePairs, ScoredImages
+    from aigiqa_reward.datasets import ScoredImages
     from aigiqa_reward.evaluation import ProtocolReport
     from aigiqa_reward.training.by_name import TrainingPlan
     from aigiqa_reward.training.report import ProtocolSettings
 
-HELP = "Train and test on several splits, or test given weights; run again, it resumes from the last finished seed."
+HELP = (
+    "Train and test on several splits, or test given weights; run again, it resumes from the last finished seed. With "
+    "--pairs, print how often rewards agree with people's choices between two images."
+)
 
 _BATCH = 32
 _ASPECTS = ("quality", "correspondence")
@@ -49,10 +53,39 @@ _BENCHMARKS = {
     "agiqa1k": "AGIQA-1K",
     "aigciqa2023": "AIGCIQA2023",
     "aigiqa20k": "AIGIQA-20K",
-    "imagereward": "ImageReward",
-    "pickapic": "Pick-a-Pic",
 }
 """Names of --data, and the benchmarks' names in tables."""
+
+
+@options("Data")
+class ScoresOptions:
+    """A model and human scores."""
+
+    model: str | None = argument(
+        "MODEL", "mst_clipiqa, tsp_mgs, sc_agiqa, ma_agiqa, cpa_iqa, or compact with given weights.", None
+    )
+    data: str | None = option(
+        None,
+        "Human scores (agiqa3k, agiqa1k, aigciqa2023, aigiqa20k), or csv with the columns path, prompt, quality or "
+        "correspondence, and optionally generator and group.",
+        metavar="NAME:PATH",
+    )
+
+
+@options("Pairs")
+class PairsOptions:
+    """Choices of people, and rewards to compare with them."""
+
+    pairs: tuple[str, ...] = option(
+        (),
+        "Choices of people: imagereward or hpdv2 (a JSON file or the folder of test.json), pickapic (parquet files), "
+        "genai_bench (a folder); repeat for several.",
+        metavar="NAME:PATH",
+    )
+    reward: tuple[str, ...] = option(
+        (), "Reward for --pairs by name, folder or Hub id; repeat for several, each apart.", metavar="NAME"
+    )
+    format: Literal["table", "jsonl"] = option("table", "Form of the result of --pairs.")
 
 
 @options("Evaluation")
@@ -61,7 +94,8 @@ class EvaluateOptions:
 
     weights: str | None = option(
         None,
-        "Weights to test without training: embedded, or the folder or Hub id of a saved reward.",
+        "Weights to test without training: embedded, or the folder or Hub id of a saved reward; with --pairs, a local "
+        "copy of the weights of a single --reward.",
         metavar="embedded|FOLDER|ID",
     )
     split: str = option(
@@ -84,7 +118,8 @@ def build() -> Callable[..., None]:
 
 
 def evaluate(
-    data: DataOptions,
+    scores: ScoresOptions,
+    pairs: PairsOptions,
     options: EvaluateOptions,
     protocol: dict[str, Any],
     model: ModelOptions,
@@ -92,26 +127,29 @@ def evaluate(
     recipe: dict[str, Any],
     machine: MachineOptions,
 ) -> None:
-    """Train and test on several splits, or test given weights."""
+    """Train and test on several splits, or test given weights, or compare rewards with choices between two images."""
     from aigiqa_reward.datasets import ScoredImages
 
+    training_options = {**vars(model), "mixed_precision": machine.mixed_precision, **protocol, **plan, **recipe}
+    if pairs.pairs or pairs.reward:
+        batch_size = training_options.pop("batch_size", _BATCH)
+        others = {**vars(scores), **training_options, "output_dir": options.output_dir}
+        _refuse(others, "pairs", "nothing is trained or written")
+        evaluate_pairs(pairs.pairs, pairs.reward, options.weights, machine.device, batch_size, pairs.format)
+        return
+    data = _human_scores(scores)
     folder = options.output_dir or Path(f"aigiqa-{data.model}-report")
     same_generator = protocol.get("same_generator", "sd1.5")
     if options.weights is not None:
-        given = {**vars(model), "mixed_precision": machine.mixed_precision, **protocol, **plan, **recipe}
-        given.pop("same_generator", None)
-        useless = [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, ())]
-        if useless:
-            raise CommandError(f"nothing is trained; leave out {', '.join(useless)}", argument="weights")
+        training_options.pop("same_generator", None)
+        _refuse(training_options, "weights", "nothing is trained")
         evaluate_weights(data, options.weights, folder, machine.device, same_generator)
         return
     training = make_plan(data.model, model, plan, recipe)
     mode, file = parse_split(options.split, ("group", "random_image"))
     settings = _settings(protocol, mode, file)
     table = read(data.data)
-    if not isinstance(table, ScoredImages):
-        text = f"{data.data.partition(':')[0]} holds preferences, which the protocol cannot measure; --weights can"
-        raise CommandError(text, argument="data")
+    assert isinstance(table, ScoredImages)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CommandError("evaluate trains in one process; start it without torchrun or accelerate launch")
     accelerator = make_accelerator(machine)
@@ -128,6 +166,26 @@ def evaluate(
     report_unreadable(unreadable, folder / "unreadable.json")
     if unreadable:
         raise typer.Exit(1)
+
+
+def _human_scores(given: ScoresOptions) -> DataOptions:
+    """The model and its data; refuse choices between images, which have another measure."""
+    if given.model is None or given.data is None:
+        raise CommandError("expected MODEL and --data NAME:PATH, or --pairs NAME:PATH and --reward NAME")
+    if given.data.partition(":")[0] in PAIRS:
+        text = f"{given.data} holds choices between images; pass --pairs {given.data} --reward {given.model} instead"
+        raise CommandError(text, argument="data")
+    return DataOptions(model=given.model, data=given.data)
+
+
+def _refuse(given: Mapping[str, Any], argument: str, reason: str) -> None:
+    """Refuse options that have no effect beside `argument`."""
+    spelled = {"model": "MODEL", "settings": "--set"}
+    useless = [
+        spelled.get(name, f"--{name.replace('_', '-')}") for name, value in given.items() if value not in (None, ())
+    ]
+    if useless:
+        raise CommandError(f"{reason}; leave out {', '.join(useless)}", argument=argument)
 
 
 def _settings(given: dict[str, Any], mode: Any, file: Path | None) -> ProtocolSettings:
@@ -168,6 +226,7 @@ def evaluate_weights(data: DataOptions, weights: str, folder: Path, device: str 
 
     embedded = weights == "embedded"
     table = read(data.data)
+    assert isinstance(table, ScoredImages)
     described = {"model": data.model, "weights": weights, "data": digest(table), "same_generator": same_generator}
     reward = _load(data.model, None if embedded else weights, device)
     _begin(folder, "table.csv", described)
@@ -176,15 +235,11 @@ def evaluate_weights(data: DataOptions, weights: str, folder: Path, device: str 
     if seen:
         say("warning", "the embedded weights were trained on AGIQA-3K: this is no test of them")
     title = title_of(data.model, data.data, "embedded weights" if embedded else f"weights of {weights}")
-    if isinstance(table, ScoredImages):
-        rows = _scores(reward, [str(path) for path in table.paths], table.prompts, kept)
-        protocol = f"all images, by the given weights{', which were trained on some of them' if seen else ''}"
-        predicted = {aspect: _column(rows, aspect) for aspect in _ASPECTS}
-        report = _agreement(predicted, table, title, protocol, same_generator)
-        every = np.arange(len(table))
-        write_report(report, table, every, predicted, folder, _benchmark(data.data), part="all images")
-    else:
-        rows = _against_pairs(reward, table, title, folder, kept)
+    rows = score_table(reward, [str(path) for path in table.paths], table.prompts, _BATCH, kept, argument="data")
+    protocol = f"all images, by the given weights{', which were trained on some of them' if seen else ''}"
+    predicted = {aspect: _column(rows, aspect) for aspect in _ASPECTS}
+    report = _agreement(predicted, table, title, protocol, same_generator)
+    write_report(report, table, np.arange(len(table)), predicted, folder, _benchmark(data.data), part="all images")
     kept.remove()
     if any(row.error is not None for row in rows):
         raise typer.Exit(1)
@@ -196,17 +251,6 @@ def _load(name: str, weights: str | None, device: str | None) -> Reward:
 
     with library(name="model"):
         return create_reward(name, weights=weights, device=usable_device(device))
-
-
-def _scores(reward: Reward, paths: Sequence[str], prompts: Sequence[str], kept: KeptRows) -> list[Row]:
-    """A row for each image; those that cannot be read are reported on stderr."""
-    sources = [Source(path=path, prompt=prompt) for path, prompt in zip(paths, prompts, strict=True)]
-    result = score_sources({reward.name: (reward, 1.0)}, sources, _BATCH, kept)
-    if result.failure is not None:
-        result.conclude(len(sources))
-    if all(row.error is not None for row in result.rows):
-        raise CommandError(f"none of the {len(sources)} images could be scored", argument="data", status=1)
-    return result.rows
 
 
 def _column(rows: Sequence[Row], aspect: str) -> np.ndarray:
@@ -235,38 +279,6 @@ def _agreement(
             named = {"prompts": prompts, "generators": generators, "same_generator": same_generator or None}
             scores.append(score_split(0, MODEL, **whole, **named))
     return ProtocolReport(title=title, protocol=protocol, scores=tuple(scores))
-
-
-def _against_pairs(reward: Reward, pairs: PreferencePairs, title: str, folder: Path, finished: KeptRows) -> list[Row]:
-    """Write and print the share of the pairs in which the preferred image scores higher."""
-    sides = [
-        (str(path), prompt)
-        for images in (pairs.better, pairs.worse)
-        for path, prompt in zip(images, pairs.prompts, strict=True)
-    ]
-    distinct = list(dict.fromkeys(sides))
-    rows = _scores(reward, [path for path, _ in distinct], [prompt for _, prompt in distinct], finished)
-    found = dict(zip(distinct, rows, strict=True))
-    from aigiqa_reward.evaluation.tables import markdown_table
-
-    both = list(zip(sides[: len(pairs)], sides[len(pairs) :], strict=True))
-    kept = [(found[a], found[b]) for a, b in both if found[a].error is None and found[b].error is None]
-    if not kept:
-        raise CommandError("there is no pair both of whose images could be scored", argument="data", status=1)
-    header, table = ["score", "share", "ties", "pairs"], []
-    for aspect in ("total", *_ASPECTS):
-        values = [(getattr(better, aspect), getattr(worse, aspect)) for better, worse in kept]
-        if not any(value is None for pair in values for value in pair):
-            ties = sum(better == worse for better, worse in values)
-            share = (sum(better > worse for better, worse in values) + ties / 2) / len(values)
-            table.append([aspect, share, ties, len(values)])
-    shown = [[aspect, f"{share:.4f}", str(ties), f"{count:,}"] for aspect, share, ties, count in table]
-    about = "Share of the pairs in which people's choice scores higher; a tie counts half."
-    text = "\n".join([f"### {title}", "", about, "", *markdown_table(header, shown)]) + "\n"
-    emit(text, saved=True)
-    write(folder / "table.csv", csv_text([header, *table]).encode())
-    write(folder / "table.md", encoded(text))
-    return rows
 
 
 # --------------------------------------------------------------------------------------------- tables and plots

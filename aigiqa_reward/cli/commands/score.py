@@ -238,6 +238,19 @@ def score_sources(
     return result
 
 
+def score_table(
+    reward: Reward, paths: Sequence[str], prompts: Sequence[str], batch_size: int, kept: KeptRows, *, argument: str
+) -> list[Row]:
+    """Return a row for each image of the data that an option names; those that cannot be read are reported."""
+    sources = [Source(path=path, prompt=prompt) for path, prompt in zip(paths, prompts, strict=True)]
+    result = score_sources({reward.name: (reward, 1.0)}, sources, batch_size, kept)
+    if result.failure is not None:
+        result.conclude(len(sources))
+    if all(row.error is not None for row in result.rows):
+        raise CommandError(f"none of the {len(sources)} images could be scored", argument=argument, status=1)
+    return result.rows
+
+
 def _row(source: Source, found: Mapping[str, ScoredImage], weights: Mapping[str, float]) -> Row:
     """The row of one image: the weighted mean over the rewards and, of several, each one's own scores."""
     error = next((each.error for each in found.values() if each.output is None), None)

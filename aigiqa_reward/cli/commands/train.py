@@ -42,8 +42,9 @@ class DataOptions:
     model: str = argument("MODEL", "mst_clipiqa, tsp_mgs, sc_agiqa, ma_agiqa, cpa_iqa, or compact with given weights.")
     data: str = option(
         dataclasses.MISSING,
-        "Human scores (agiqa3k, agiqa1k, aigciqa2023, aigiqa20k), preferences (imagereward, pickapic), or csv with the "
-        "columns path, prompt, quality or correspondence, and optionally generator and group.",
+        "Human scores (agiqa3k, agiqa1k, aigciqa2023, aigiqa20k), preferences (imagereward, hpdv2, pickapic, "
+        "genai_bench), or csv with the columns path, prompt, quality or correspondence, and optionally generator and "
+        "group.",
         metavar="NAME:PATH",
     )
 
