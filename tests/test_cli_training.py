@@ -130,7 +130,7 @@ def test_an_interrupted_process_resumes_to_the_same_end(data, tiny, tmp_path):
     interruptible = "import signal; signal.signal(2, signal.default_int_handler); import aigiqa_reward.__main__"
     arguments = [sys.executable, "-c", interruptible, *options, str(tmp_path / "parts")]
     with subprocess.Popen(arguments, stdout=-1, stderr=-1, text=True, env=ENVIRONMENT) as process:
-        while process.poll() is None and not (tmp_path / "parts" / "checkpoint").is_dir():
+        while process.poll() is None and not (tmp_path / "parts" / "checkpoint" / "state.json").is_file():
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=120)
