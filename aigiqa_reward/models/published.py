@@ -53,8 +53,8 @@ class PublishedModel(QualityModel):
         """Let the towers recompute their blocks in the backward pass: less memory, more time."""
         names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # transformers from 5.x, and before
         for tower in self.modules():
-            if enable := next((getattr(tower, name) for name in names if hasattr(tower, name)), None):
-                enable({"use_reentrant": False})
+            if getattr(tower, "supports_gradient_checkpointing", False):  # not BLIP's text encoder, its smaller tower
+                next(getattr(tower, name) for name in names if hasattr(tower, name))({"use_reentrant": False})
             elif enable := getattr(tower, "set_grad_checkpointing", None):  # open_clip
                 enable()
 
