@@ -102,13 +102,25 @@ def read_clip_sizes(folder: Path | None) -> dict[str, Any] | None:
             found = read_json(file)
             if "model_cfg" in found:
                 return _from_model_cfg(found["model_cfg"])
+            if (kind := found.get("model_type", "clip")) != "clip":
+                raise ValueError(f"{file.name}: expected model_type 'clip', CLIP's own towers, got {kind!r}")
             return {key: found[key] for key in ("projection_dim", "text_config", "vision_config")}
     return None
+
+
+_MODEL_CFG = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
+_VISION_CFG = {"image_size", "patch_size", "layers", "width", "head_width", "mlp_ratio"}
+_TEXT_CFG = {"context_length", "vocab_size", "layers", "width", "heads", "mlp_ratio"}
+"""The fields of open_clip's description that are translated; any other describes another architecture."""
 
 
 def _from_model_cfg(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Translate open_clip's description of a model with a plain text and vision transformer."""
     vision, text = sizes["vision_cfg"], sizes["text_cfg"]
+    for part, known in (("model_cfg", _MODEL_CFG), ("vision_cfg", _VISION_CFG), ("text_cfg", _TEXT_CFG)):
+        found = sizes if part == "model_cfg" else sizes[part]
+        if other := sorted(set(found) - known):
+            raise ValueError(f"{part}: expected a CLIP with its own text and vision transformer, got {', '.join(other)}")
     act = "quick_gelu" if sizes.get("quick_gelu") else "gelu"
 
     def tower(cfg: Mapping[str, Any], heads: int) -> dict[str, Any]:
