@@ -120,7 +120,8 @@ def _from_model_cfg(sizes: Mapping[str, Any]) -> dict[str, Any]:
     for part, known in (("model_cfg", _MODEL_CFG), ("vision_cfg", _VISION_CFG), ("text_cfg", _TEXT_CFG)):
         found = sizes if part == "model_cfg" else sizes[part]
         if other := sorted(set(found) - known):
-            raise ValueError(f"{part}: expected a CLIP with its own text and vision transformer, got {', '.join(other)}")
+            expected = "expected a CLIP with its own text and vision transformer"
+            raise ValueError(f"{part}: {expected}, got {', '.join(other)}")
     act = "quick_gelu" if sizes.get("quick_gelu") else "gelu"
 
     def tower(cfg: Mapping[str, Any], heads: int) -> dict[str, Any]:
