@@ -80,7 +80,7 @@ class CLIPTower(nn.Module):
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
         """Embed images in [0, 1] of any size."""
         found: Any = self.clip.get_image_features(pixel_values=self.square(images))
-        return _at_least_float32(getattr(found, "pooler_output", found))
+        return pooled(found)
 
     def tokenize(self, texts: Sequence[str], *, padding: int = 0) -> Int[Tensor, "texts window"]:
         """Return token ids on the tower's device; longer texts are cut with a warning and keep their end token."""
@@ -91,7 +91,7 @@ class CLIPTower(nn.Module):
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts embedding"]:
         """Embed texts by the state of the end token."""
         found: Any = self.clip.get_text_features(input_ids=self.tokenize(texts))
-        return _at_least_float32(getattr(found, "pooler_output", found))
+        return pooled(found)
 
 
 def read_clip_sizes(folder: Path | None) -> dict[str, Any] | None:
@@ -187,5 +187,7 @@ _VISION = {
 }
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def pooled(found: Any) -> Tensor:
+    """Return the embedding among a tower's outputs, all of which transformers 5 returns, at least in float32."""
+    embedding = getattr(found, "pooler_output", found)
+    return embedding.to(torch.promote_types(embedding.dtype, torch.float32))

@@ -85,7 +85,7 @@ class Cosine(FullPrecision):
 
 
 class CLIPReward(PublishedModel):
-    """A published reward that is one CLIP model."""
+    """A published reward that is one CLIP model, by default the cosine of image and prompt."""
 
     fit: Fit = "crop"
     sizes: Mapping[str, Any] = VIT_H
@@ -115,6 +115,9 @@ class CLIPReward(PublishedModel):
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return {"text": self.tower.encode_text(texts)}
+
+    def raw_scores(self, images: Images, prompts: PromptFeatures | None) -> dict[str, Tensor]:
+        return {"raw": self.cosines(images, prompts)}
 
     def cosines(self, images: Images, prompts: PromptFeatures | None) -> Scores:
         assert prompts is not None  # a reward that needs prompts refuses a call without them
