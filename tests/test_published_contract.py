@@ -8,9 +8,11 @@ import pytest
 import torch
 from test_model_contract import PROMPTS, assert_gradient_equals_differences, scenes
 from tiny_published import DESCRIPTIONS, tiny_published
+from torch import nn
 
 from aigiqa_reward import Reward, RewardOutput, Scorer, create_reward, list_rewards
 from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.factory import _moved
 
 
 @pytest.fixture(scope="module", params=list(DESCRIPTIONS))
@@ -62,6 +64,21 @@ def test_prompts_are_needed_or_ignored(reward: Reward) -> None:
         assert not torch.equal(first, second)
     else:
         assert torch.equal(reward(images).total, reward(images, PROMPTS[:1]).total)
+
+
+def test_checkpointed_blocks_run_again_and_give_the_same_gradient(reward: Reward) -> None:
+    images = scenes(1, 48, 40).requires_grad_()
+    (expected,) = torch.autograd.grad(reward(images, PROMPTS[:1]).total.sum(), images)
+    checkpointed = _moved(tiny_published(reward.name), None, None, checkpointing=True, offload=False)
+    runs: list[nn.Module] = []
+    for module in checkpointed.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda layer, _: runs.append(layer))
+    total = checkpointed(images, PROMPTS[:1]).total.sum()
+    before = len(runs)
+    (found,) = torch.autograd.grad(total, images)
+    assert len(runs) > before
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 300), (300, 31)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,3 +127,22 @@ def test_clipscore_takes_any_clip_and_a_prefix(tmp_path: Path) -> None:
     for arguments in ({"encoder": encoder}, {"preset": "paper"}, {"quality_weight": 0.5}):
         with pytest.raises(ValueError, match="pickscore has no such choice"):
             create_reward("pickscore", **arguments)
+
+
+_OPEN_CLIP = {"embed_dim": 16, "vision_cfg": {"width": 32}, "text_cfg": {"width": 16}}
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"model_cfg": {**_OPEN_CLIP, "text_cfg": {"hf_model_name": "xlm-roberta-base"}}}, "got hf_model_name"),
+        ({"model_cfg": {**_OPEN_CLIP, "vision_cfg": {"timm_model_name": "x"}}}, "got timm_model_name"),
+        ({"model_cfg": {**_OPEN_CLIP, "text_cfg": {"width": 16, "no_causal_mask": True}}}, "got no_causal_mask"),
+        ({"model_cfg": {**_OPEN_CLIP, "custom_text": True}}, "got custom_text"),
+        ({"model_type": "vision-text-dual-encoder"}, "got 'vision-text-dual-encoder'"),
+    ],
+)
+def test_a_clip_of_other_towers_is_refused(folder: Path, config: dict[str, object], named: str) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=f"CLIP.*own .*{named}"):
+        create_reward("clipscore", weights=folder)

@@ -80,7 +80,7 @@ class CLIPTower(nn.Module):
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
         """Embed images in [0, 1] of any size."""
         found: Any = self.clip.get_image_features(pixel_values=self.square(images))
-        return _at_least_float32(getattr(found, "pooler_output", found))
+        return pooled(found)
 
     def tokenize(self, texts: Sequence[str], *, padding: int = 0) -> Int[Tensor, "texts window"]:
         """Return token ids on the tower's device; longer texts are cut with a warning and keep their end token."""
@@ -91,7 +91,7 @@ class CLIPTower(nn.Module):
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts embedding"]:
         """Embed texts by the state of the end token."""
         found: Any = self.clip.get_text_features(input_ids=self.tokenize(texts))
-        return _at_least_float32(getattr(found, "pooler_output", found))
+        return pooled(found)
 
 
 def read_clip_sizes(folder: Path | None) -> dict[str, Any] | None:
@@ -102,13 +102,26 @@ def read_clip_sizes(folder: Path | None) -> dict[str, Any] | None:
             found = read_json(file)
             if "model_cfg" in found:
                 return _from_model_cfg(found["model_cfg"])
+            if (kind := found.get("model_type", "clip")) != "clip":
+                raise ValueError(f"{file.name}: expected model_type 'clip', CLIP's own towers, got {kind!r}")
             return {key: found[key] for key in ("projection_dim", "text_config", "vision_config")}
     return None
+
+
+_MODEL_CFG = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
+_VISION_CFG = {"image_size", "patch_size", "layers", "width", "head_width", "mlp_ratio"}
+_TEXT_CFG = {"context_length", "vocab_size", "layers", "width", "heads", "mlp_ratio"}
+"""The fields of open_clip's description that are translated; any other describes another architecture."""
 
 
 def _from_model_cfg(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Translate open_clip's description of a model with a plain text and vision transformer."""
     vision, text = sizes["vision_cfg"], sizes["text_cfg"]
+    for part, known in (("model_cfg", _MODEL_CFG), ("vision_cfg", _VISION_CFG), ("text_cfg", _TEXT_CFG)):
+        found = sizes if part == "model_cfg" else sizes[part]
+        if other := sorted(set(found) - known):
+            expected = "expected a CLIP with its own text and vision transformer"
+            raise ValueError(f"{part}: {expected}, got {', '.join(other)}")
     act = "quick_gelu" if sizes.get("quick_gelu") else "gelu"
 
     def tower(cfg: Mapping[str, Any], heads: int) -> dict[str, Any]:
@@ -174,5 +187,7 @@ _VISION = {
 }
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def pooled(found: Any) -> Tensor:
+    """Return the embedding among a tower's outputs, all of which transformers 5 returns, at least in float32."""
+    embedding = getattr(found, "pooler_output", found)
+    return embedding.to(torch.promote_types(embedding.dtype, torch.float32))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from tokenizers import Tokenizer
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders._text import read_tokens
+from aigiqa_reward.encoders.clip import pooled
 from aigiqa_reward.types import Images
 
 _HALF = (0.5, 0.5, 0.5)
@@ -44,7 +44,7 @@ class SigLIPTower(nn.Module):
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
         """Embed images in [0, 1] of any size, squashed to a square."""
         square = pixels.normalize(pixels.resize(images, (self.image_size, self.image_size)), _HALF, _HALF)
-        return _pooled(self.siglip.get_image_features(pixel_values=square.to(self.siglip.dtype)))
+        return pooled(self.siglip.get_image_features(pixel_values=square.to(self.siglip.dtype)))
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts embedding"]:
         """Embed texts in any language."""
@@ -53,9 +53,4 @@ class SigLIPTower(nn.Module):
             self.tokenizer, lowered, self.window, tower="SigLIP", argument="prompts", special=1, multilingual=True
         )
         padded = F.pad(ids, (0, self.window - ids.shape[1]))
-        return _pooled(self.siglip.get_text_features(input_ids=padded.to(self.siglip.device)))
-
-
-def _pooled(found: Any) -> Tensor:
-    embedding = getattr(found, "pooler_output", found)  # transformers 5 returns all outputs
-    return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+        return pooled(self.siglip.get_text_features(input_ids=padded.to(self.siglip.device)))

@@ -56,5 +56,4 @@ class CLIPScore(CLIPReward):
         return super().encode_texts([self.prefix + text for text in texts])
 
     def raw_scores(self, images: Images, prompts: PromptFeatures | None) -> dict[str, Tensor]:
-        square = pixels.center_crop(images, self.tower.image_size, nearest=True)
-        return {"raw": self.cosines(square, prompts)}
+        return super().raw_scores(pixels.center_crop(images, self.tower.image_size, nearest=True), prompts)

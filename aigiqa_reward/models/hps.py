@@ -12,7 +12,6 @@ from torch import Tensor
 
 from aigiqa_reward.encoders.clip import from_open_clip
 from aigiqa_reward.models.published import CLIPReward
-from aigiqa_reward.types import Images, PromptFeatures
 
 
 class HPSv2(CLIPReward):
@@ -24,9 +23,6 @@ class HPSv2(CLIPReward):
     @classmethod
     def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return super().rename(from_open_clip(tensors))
-
-    def raw_scores(self, images: Images, prompts: PromptFeatures | None) -> dict[str, Tensor]:
-        return {"raw": self.cosines(images, prompts)}
 
 
 class HPSv21(HPSv2):

@@ -53,8 +53,8 @@ class PublishedModel(QualityModel):
         """Let the towers recompute their blocks in the backward pass: less memory, more time."""
         names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # transformers from 5.x, and before
         for tower in self.modules():
-            if enable := next((getattr(tower, name) for name in names if hasattr(tower, name)), None):
-                enable({"use_reentrant": False})
+            if getattr(tower, "supports_gradient_checkpointing", False):  # not BLIP's text encoder, its smaller tower
+                next(getattr(tower, name) for name in names if hasattr(tower, name))({"use_reentrant": False})
             elif enable := getattr(tower, "set_grad_checkpointing", None):  # open_clip
                 enable()
 
@@ -85,7 +85,7 @@ class Cosine(FullPrecision):
 
 
 class CLIPReward(PublishedModel):
-    """A published reward that is one CLIP model."""
+    """A published reward that is one CLIP model, by default the cosine of image and prompt."""
 
     fit: Fit = "crop"
     sizes: Mapping[str, Any] = VIT_H
@@ -115,6 +115,9 @@ class CLIPReward(PublishedModel):
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return {"text": self.tower.encode_text(texts)}
+
+    def raw_scores(self, images: Images, prompts: PromptFeatures | None) -> dict[str, Tensor]:
+        return {"raw": self.cosines(images, prompts)}
 
     def cosines(self, images: Images, prompts: PromptFeatures | None) -> Scores:
         assert prompts is not None  # a reward that needs prompts refuses a call without them

@@ -7,7 +7,7 @@ sigmoid is the probability that both belong together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aigiqa_reward.encoders.clip import UNUSED
 from aigiqa_reward.encoders.siglip import SigLIPTower
 from aigiqa_reward.models.base import FullPrecision
-from aigiqa_reward.models.published import Cosine, PublishedModel, read_tokenizer
+from aigiqa_reward.models.published import CLIPReward, read_tokenizer
 from aigiqa_reward.types import Images, PromptFeatures
 from aigiqa_reward.utils.io import read_json
 
@@ -32,16 +32,15 @@ class _Bias(FullPrecision):
         self.logit_bias = nn.Parameter(torch.zeros(()))
 
 
-class SigLIP2(PublishedModel):
+class SigLIP2(CLIPReward):
     """A SigLIP or SigLIP 2 of one image size; the total is the logit."""
 
     name = "siglip2"
     aspect = "correspondence"
 
     def __init__(self, config: Mapping[str, Any], tokenizer: str) -> None:
-        super().__init__()
-        self.tower = SigLIPTower(config, tokenizer)
-        self.cosine, self.bias = Cosine(), _Bias()
+        super().__init__(SigLIPTower(config, tokenizer))
+        self.bias = _Bias()
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Self:
@@ -66,10 +65,5 @@ class SigLIP2(PublishedModel):
             if name not in UNUSED
         }
 
-    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        return {"text": self.tower.encode_text(texts)}
-
     def raw_scores(self, images: Images, prompts: PromptFeatures | None) -> dict[str, Tensor]:
-        assert prompts is not None
-        cosine = self.cosine(self.tower.encode_image(images), prompts.rows("text"))
-        return {"raw": self.cosine.logit_scale.exp() * cosine + self.bias.logit_bias}
+        return {"raw": self.cosine.logit_scale.exp() * self.cosines(images, prompts) + self.bias.logit_bias}
