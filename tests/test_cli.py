@@ -539,7 +539,7 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(tiny, paths):
-    arguments = command("score", *paths, *tiny, "--format", "jsonl")
+    arguments = command("score", *paths, *tiny, "--prompt", PROMPT, "--format", "jsonl")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
         process.stdout.close()
         assert process.stderr.read() == b""

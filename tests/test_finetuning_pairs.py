@@ -203,11 +203,11 @@ def test_bad_arguments_and_a_missing_extra_are_refused_before_sampling(pipe, tmp
         with pytest.raises(ValueError, match=match):
             build(pipe, tmp_path / "new", **arguments)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r'pairs\.parquet needs pyarrow.parquet; pip install "aigiqa-reward\[da'):
+    with pytest.raises(ImportError, match=r'pairs\.parquet needs pyarrow.parquet; pip install "\.\[da'):
         build(pipe, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     (tmp_path / "pairs.parquet").write_bytes(b"")
-    with pytest.raises(ImportError, match=r'pip install "aigiqa-reward\[data\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[data\]"'):
         read_preference_pairs(tmp_path)
 
 

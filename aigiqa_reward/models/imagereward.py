@@ -2,7 +2,7 @@
 
 Xu et al. 2023, "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation"; its raw score is
 standardized on its own data, so mostly within -2 and 2. Bahng et al. 2025, "Cycle Consistency as Reward: Learning
-Image-Text Alignment without Human Preferences"; its raw score has no scale of its own.
+Image-Text Alignment without Human Preferences"; its raw score is not scaled.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ SPECS: dict[str, ModelSpec] = {
         title="CycleReward (Combo)",
         paper="Bahng et al. 2025, Cycle Consistency as Reward: Learning Image-Text Alignment without Human Preferences",
         license="MIT (code); the weights' page names none",
-        scale="raw = total, without a scale of its own",
+        scale="raw = total, not scaled",
         input_size="center crop of 224 px",
         gradient_path="pixels through the image tower and the text encoder's cross-attention; prompts fixed",
         weights="fetched from the Hub",
