@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from aigiqa_reward import BestOfN, rerank
 from aigiqa_reward.sampling import NothingRankedError
 from aigiqa_reward.sampling.pipeline_utils import PromptMemo, repeated
+from aigiqa_reward.sampling.rollout import Rollout
 
 PROMPT = "a cat on a mat"
 SOME = [pytest.param(name, marks=() if name in ("sd", "sd3", "flux") else pytest.mark.slow) for name in FAMILIES]
@@ -210,6 +211,11 @@ def test_seeds_beyond_a_generators_and_arguments_that_it_sets_are_refused(sd, se
     for name in ("generator", "latents", "num_images_per_prompt", "output_type", "return_dict"):
         with pytest.raises(ValueError, match=f"^{name}: BestOfN sets this argument.*; "):
             make(sd)(PROMPT, **{name: None}, **FEW_STEPS)
+    for plan in ({}, {"pruning": "halving"}):
+        with pytest.raises(ValueError, match=r"^negative_prompt: 'half \\ud83d' has half of a character"):
+            make(sd, **plan)(PROMPT, negative_prompt="half \ud83d", **FEW_STEPS)
+    with pytest.raises(ValueError, match=r"^negative_prompt: .* has half of a character"):
+        Rollout(sd, negative_prompt="half \ud83d")
 
 
 def test_the_rewards_prompt_is_encoded_once_and_both_aspects_are_reported(sd):

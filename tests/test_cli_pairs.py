@@ -113,6 +113,7 @@ def test_prompts_that_fail_give_status_1(room, tmp_path):
         ("--n 1", "'--n'"),
         ("--n 3 --pairs_per_prompt 2", "--pairs-per-prompt: expected at most n / 2 = 1, got 2"),
         ("--set latents=1", "latents: "),
+        ("--guidance-scales 1 --guidance-scales 4", "guidance-scales: pass one of them"),
         ("--output_dir file.txt", "--output-dir: expected a folder"),
     ],
 )

@@ -351,6 +351,16 @@ def test_16_bit_grayscale_keeps_its_precision(tmp_path):
     np.testing.assert_allclose(loaded[1].numpy(), values / 65535, atol=1e-7)
     assert len(loaded[0].unique()) == 400
     assert torch.equal(loaded[0], loaded[2])
+    Image.fromarray(values).save(tmp_path / "holes.png", transparency=30_005)
+    holes = pixels.load(tmp_path / "holes.png")
+    assert holes[:, 0, 5].tolist() == [1, 1, 1] and (holes != loaded).sum() == 3
+
+
+def test_lab_has_no_alpha():
+    srgb, image = ImageCms.createProfile("sRGB"), Image.fromarray(mosaic()).resize((32, 32))
+    lab = ImageCms.profileToProfile(image, srgb, ImageCms.createProfile("LAB"), outputMode="LAB")
+    assert_is(pixels.load(lab), np.asarray(lab.convert("RGB")))
+    assert np.asarray(lab.convert("RGB")).std() > 10
 
 
 def test_32_bit_grayscale_holds_the_8_bits_it_was_converted_from_or_16(tmp_path):

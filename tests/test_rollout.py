@@ -203,7 +203,7 @@ def test_other_pipelines_schedulers_and_arguments_are_refused(sd):
     with pytest.raises(ValueError, match="steering cannot serve EDMEulerScheduler; it serves") as refused:
         Rollout(pipe, need="steering", **FEW_STEPS)
     assert all((name in str(refused.value)) != (name in FLOW) for name in SERVED)
-    with pytest.raises(TypeError, match="negative_prompt: expected one text"):
+    with pytest.raises(TypeError, match="negative_prompt: expected one prompt"):
         Rollout(sd, **FEW_STEPS, negative_prompt=["blurry", "dark"])
     with pytest.raises(ValueError, match=r"DDIMScheduler.* does not support custom sigmas"):
         started(Rollout(sd, **FEW_STEPS, sigmas=[1.0, 0.5]))

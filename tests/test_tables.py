@@ -76,6 +76,8 @@ def test_parquet_and_xlsx_give_the_same(tmp_path: Path) -> None:
         ("p.json", '"a fox, "x"', None, "p.json: not JSON"),
         ("p.parquet", "PAR1", None, "expected a whole Parquet file"),
         ("p.yaml", "- a red apple\n", None, "rename it to .txt"),
+        ("p.txt", "prompt\na red apple\n", None, "line 1: expected a text, got the header .* as .csv"),
+        ("63", '\ufeff"Category"\t"Prompts"\nArts\ta\n', None, "line 1: expected a text, got the header"),
         ("p.csv", "prompt\n", None, "at least one row"),
         ("none.csv", None, None, "cannot read .*none.csv: No such file"),
     ],
@@ -123,6 +125,13 @@ def scores(folder: Path, text: str | None, name: str = "scores.csv") -> Path:
 def test_a_used_column_and_a_path_are_unique(tmp_path: Path, header: str, row: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_table(scores(tmp_path, f"{header}\n{row}\n".replace("FOLDER", str(tmp_path))))
+
+
+def test_an_absolute_path_is_its_relative_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores(tmp_path, f"path,prompt,quality\n0.png,a,1\n{tmp_path}/0.png,a,3\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"line 3: .* is listed twice, first as '0\.png'"):
+        read_table("scores.csv")
 
 
 def test_columns_that_are_not_used_may_be_anything(tmp_path: Path) -> None:

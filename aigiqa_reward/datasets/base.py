@@ -283,6 +283,9 @@ def read_rows(table: Path, *, plain: bool = False) -> list[Row]:
         raise ValueError(f"{table}: expected one text per line or a table; if each line is a text, rename it to .txt")
     elif plain and ending not in (".csv", ".tsv", ".tab"):
         rows = [Row(table, n, {"prompt": line}) for n, line in enumerate(_lines(table), start=1)]
+        header = [cell.strip(' "').casefold() for cell in re.split("[,\t]", rows[0].cells["prompt"])]
+        if not set(PROMPTS[0]).isdisjoint(header):
+            raise rows[0].error("expected a text, got the header of a table; save it as .csv or .tsv")
     else:
         delimiter = "\t" if ending in (".tsv", ".tab") else ","
         _, rows = _separated(table, delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -472,7 +475,7 @@ def refuse_repeats(rows: Sequence[Row], column: str, folder: Path = Path()) -> N
     """Raise an error if two rows have the same path in a folder, however it is spelled."""
     seen: dict[str, Row] = {}
     for row in rows:
-        first = seen.setdefault(path_key(folder / row[column]), row)
+        first = seen.setdefault(path_key((folder / row[column]).absolute()), row)
         if first is not row:
             listed = f"{first[column]!r} of {first.unit} {first.line}"
             raise row.error(f"{row[column]!r} is listed twice, first as {listed}; keep one of the two")

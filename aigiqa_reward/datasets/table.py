@@ -19,7 +19,7 @@ _OPTIONAL = ("generator", "group")
 
 
 def read_table(file: str | os.PathLike[str]) -> ScoredImages:
-    """Read a table with one row per image, in CSV or another form of `TABLES` in `datasets.rows`; no image is opened.
+    """Read a table with one row per image, in CSV, TSV, JSON, JSON Lines, Parquet or xlsx; no image is opened.
 
     The columns are path (relative to the folder of the file, or absolute), prompt, and quality, correspondence or
     both: numbers in any unit, higher is better. Optional ones are generator (by default "unknown") and group (which

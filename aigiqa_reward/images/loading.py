@@ -229,10 +229,12 @@ def _from_pil(image: Image, *, name: str) -> Tensor:
     if image.mode.startswith("I;16") or image.mode in "IF":  # 16-bit or float grayscale: keep its precision
         gray = np.array(image, dtype=np.float32)
         is_8_bit = image.mode == "I" and image.format is None and gray.max() <= 255  # as convert("I") makes of 8 bits
+        see_through = gray == image.info.get("transparency", np.nan)  # one value of a 16-bit PNG
         gray /= np.float32(1 if image.mode == "F" else 255 if is_8_bit else 65535)
+        gray[see_through] = 1
         return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
     shown = _in_srgb(image, name)
-    if "A" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:  # no band A of mode LAB
         rgba = image.convert("RGBA")
         if shown is not image:
             shown.putalpha(rgba.getchannel("A"))

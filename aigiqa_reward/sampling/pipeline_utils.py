@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
+from aigiqa_reward.utils.checks import check_prompt
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -164,10 +165,15 @@ class Sampler:
 
 
 def check_pipe_kwargs(pipe_kwargs: Mapping[str, Any], owner: str, owned: Mapping[str, str]) -> None:
-    """Refuse embeddings of several prompts, and arguments that the `owner` sets; `owned` has them with the remedies."""
+    """Refuse what is no single prompt that a tokenizer reads, and arguments that the `owner` sets.
+
+    `owned` has them with the remedies.
+    """
     for name, value in pipe_kwargs.items():
         if name in owned:
             raise ValueError(f"{name}: {owner} sets this argument of the pipeline itself; {owned[name]}")
+        if isinstance(value, str):
+            check_prompt(value, name)
         if name.endswith("prompt_embeds") and isinstance(value, Tensor) and len(value) != 1:
             shape = tuple(value.shape)
             raise ValueError(f"{name}: expected embeddings of one prompt, (1, ...), got {shape}; loop over the prompts")

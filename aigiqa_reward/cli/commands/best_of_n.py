@@ -264,6 +264,8 @@ def pairs(
     check_model(pipeline.model)
     if first_process():
         check_writable(options.output_dir)
+    if options.guidance_scales and sampling.guidance_scale is not None:
+        raise CommandError("--guidance-scale, --guidance-scales: pass one of them")
     given = dataclasses.asdict(options)
     folder = given.pop("output_dir")
     call = sampling_arguments(sampling, pipeline.model, _TAKEN | given.keys())

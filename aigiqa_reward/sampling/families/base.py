@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
+from aigiqa_reward.utils.checks import check_prompt
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -65,8 +66,7 @@ class SamplingOptions:
             )
         defaults = {name: parameters[name].default for name in served if parameters[name].default is not None}
         options = cls(**{**defaults, **given})
-        if isinstance(options.negative_prompt, list | tuple):
-            raise TypeError("negative_prompt: expected one text for all candidates, got a list; pass a str")
+        check_prompt(options.negative_prompt, "negative_prompt")
         return options
 
 
