@@ -35,20 +35,14 @@ def as_api(drawn: dict[str, Any]) -> dict[str, Any]:
     workflow = {}
     for node in drawn["nodes"]:
         inputs = [entry for entry in node.get("inputs", []) if entry["type"] != "IMAGEUPLOAD"]  # a button
-        widgets = [name for entry in inputs if "widget" in entry for name in _widgets(entry["name"])]
+        widgets = [entry["name"] for entry in inputs if "widget" in entry]
+        if "seed" in widgets:
+            widgets.insert(widgets.index("seed") + 1, "control_after_generate")
         values = dict(zip(widgets, node.get("widgets_values", []), strict=False))
         values |= {entry["name"]: sources[entry["link"]] for entry in inputs if entry["link"] is not None}
         values.pop("control_after_generate", None)
-        workflow[str(node["id"])] = {
-            "class_type": node["type"],
-            "_meta": {"title": node["title"]},
-            "inputs": values,
-        }
+        workflow[str(node["id"])] = {"class_type": node["type"], "_meta": {"title": node["title"]}, "inputs": values}
     return workflow
-
-
-def _widgets(name: str) -> list[str]:
-    return [name, "control_after_generate"] if name == "seed" else [name]
 
 
 def workflow_faults(workflow: dict[str, Any], nodes: dict[str, Any]) -> list[str]:

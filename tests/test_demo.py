@@ -138,15 +138,11 @@ def test_loading_restores_the_collection_of_garbage():
 
 def test_its_threads_wait_without_spinning(tmp_path):
     """Beside other processes, spinning threads multiply the time; libgomp says what it was told when it is loaded."""
+    arguments = command("demo", "--n", "1", "--output-dir", str(tmp_path))
     settings = ENVIRONMENT | {"OMP_DISPLAY_ENV": "TRUE"}
-    told = {}
-    for given in ({}, {"OMP_WAIT_POLICY": "ACTIVE"}):
-        arguments = command("demo", "--n", "1", "--output-dir", str(tmp_path / "out"), "--prompt", PROMPT)
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=settings | given)
-        told[given.get("OMP_WAIT_POLICY", "")] = re.findall(r"OMP_WAIT_POLICY = '(\w+)'", done.stderr)
-    if not told[""]:
-        pytest.skip("torch is not built with libgomp")
-    assert told == {"": ["PASSIVE"], "ACTIVE": ["ACTIVE"]}
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=settings)
+    told = re.findall(r"OMP_WAIT_POLICY = '(\w+)'", done.stderr)
+    assert told == ["PASSIVE"] or (sys.platform != "linux" and not told)
 
 
 def test_candidates_that_were_dropped_are_listed(each_step, tmp_path):
