@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import Any
 
 PACK = Path(__file__).resolve().parents[1] / "integrations" / "comfyui"
-WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+WORKFLOWS = sorted((PACK / "example_workflows" / "api").glob("*.json"))
+DRAWN = [path.parents[1] / path.name for path in WORKFLOWS]  # the same with positions, for the front end
 
 
 def load_pack(folder: Path = PACK) -> ModuleType:
@@ -26,6 +27,22 @@ def load_pack(folder: Path = PACK) -> ModuleType:
 
 def read_workflow(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def as_api(drawn: dict[str, Any]) -> dict[str, Any]:
+    """A workflow of the front end as the server runs it: values by the names of their widgets."""
+    sources = {link: [str(node), slot] for link, node, slot, *_ in drawn["links"]}
+    workflow = {}
+    for node in drawn["nodes"]:
+        inputs = [entry for entry in node.get("inputs", []) if entry["type"] != "IMAGEUPLOAD"]  # a button
+        widgets = [entry["name"] for entry in inputs if "widget" in entry]
+        if "seed" in widgets:
+            widgets.insert(widgets.index("seed") + 1, "control_after_generate")
+        values = dict(zip(widgets, node.get("widgets_values", []), strict=False))
+        values |= {entry["name"]: sources[entry["link"]] for entry in inputs if entry["link"] is not None}
+        values.pop("control_after_generate", None)
+        workflow[str(node["id"])] = {"class_type": node["type"], "_meta": {"title": node["title"]}, "inputs": values}
+    return workflow
 
 
 def workflow_faults(workflow: dict[str, Any], nodes: dict[str, Any]) -> list[str]:

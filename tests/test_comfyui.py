@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui_pack import PACK, WORKFLOWS, load_pack, read_workflow, workflow_faults
+from comfyui_pack import DRAWN, PACK, WORKFLOWS, as_api, load_pack, read_workflow, workflow_faults
 from torch import Tensor
 
 from aigiqa_reward import RewardOutput, create_reward
@@ -126,7 +127,7 @@ def test_a_wheel_of_it_holds_all_and_imports_without_comfyui(tmp_path):
     with zipfile.ZipFile(tmp_path / result.stdout.split()[-1]) as wheel:
         wheel.extractall(tmp_path / "installed")
     package = tmp_path / "installed" / "aigiqa_reward_nodes"
-    shipped = {path.relative_to(PACK) for path in [*PACK.glob("*.py"), *WORKFLOWS]}
+    shipped = {path.relative_to(PACK) for path in [*PACK.glob("*.py"), *WORKFLOWS, *DRAWN]}
     assert {path.relative_to(package) for path in package.rglob("*") if path.is_file()} == shipped
     project = tomllib.loads((PACK / "pyproject.toml").read_text())["project"]
     assert project["dependencies"] == (PACK / "requirements.txt").read_text().split() == ["aigiqa-reward>=0.1.0"]
@@ -447,3 +448,16 @@ def test_a_workflow_holds_declared_nodes_inputs_and_links(path):
     assert workflow_faults(workflow, NODES) == []
     assert {node["class_type"] for node in workflow.values()} & set(NAMES)
     assert {node["class_type"] for path in WORKFLOWS for node in read_workflow(path).values()} > set(NAMES)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_drawn_workflow_is_the_same_one(path):
+    drawn, workflow = read_workflow(path.parents[1] / path.name), read_workflow(path)
+    ours = as_api(drawn)
+    for place, entry in ours.items():
+        if entry["class_type"] in NAMES:  # the front end writes out optional inputs too
+            entry["inputs"] = {name: entry["inputs"][name] for name in workflow[place]["inputs"]}
+    assert ours == workflow
+    boxes = [(*node["pos"], *node["size"]) for node in drawn["nodes"]]
+    for (x, y, wide, high), (x2, y2, wide2, high2) in itertools.combinations(boxes, 2):
+        assert x + wide <= x2 or x2 + wide2 <= x or y + high <= y2 or y2 + high2 <= y, "one node covers another"

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from comfyui_pack import PACK, load_pack, read_workflow
+from comfyui_pack import DRAWN, PACK, load_pack, read_workflow
 from comfyui_server import ComfyUI, comfyui
 from PIL import Image
 
@@ -28,6 +29,13 @@ pytestmark = [
 ROOT = PACK.parents[1]
 PROMPT = "a tray of sushi"
 SIDE = 256
+API = PACK / "example_workflows" / "api"
+READY = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.AIGIQAScore)"
+DROP = """([text, name]) => {
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([text], name, {type: "application/json"}));
+  document.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +66,13 @@ def test_it_loads_and_declares_its_nodes_and_the_second_workflow_lacks_nothing_b
         assert described[name]["output"] == list(node.RETURN_TYPES)
         assert described[name]["output_tooltips"] == list(node.OUTPUT_TOOLTIPS)
         assert described[name]["category"] == "AIGIQA"
-    answer = server.request("/prompt", {"prompt": read_workflow(PACK / "workflows" / "best_of_batch.json")})
+    answer = server.request("/prompt", {"prompt": read_workflow(API / "best_of_batch.json")})
     [fault] = [error for node in answer["node_errors"].values() for error in node["errors"]]
     assert (fault["type"], fault["extra_info"]["input_name"]) == ("value_not_in_list", "ckpt_name")
 
 
 def test_the_best_of_several_images_is_saved(server, pictures):
-    workflow = read_workflow(PACK / "workflows" / "rank_images.json")
+    workflow = read_workflow(API / "rank_images.json")
     entry = server.run(workflow)
     assert entry["status"]["status_str"] == "success", entry["status"]
     [file] = server.saved(entry)
@@ -79,9 +87,42 @@ def test_the_best_of_several_images_is_saved(server, pictures):
     assert len(shown) == 1 + len(pictures)  # the saved one, and a heat map of each
 
 
+@pytest.fixture(scope="module")
+def page(server: ComfyUI) -> Iterator[Any]:
+    browser = pytest.importorskip("playwright.sync_api", reason="playwright, which drives a browser, is not installed")
+    if (chromium := shutil.which("chromium") or shutil.which("google-chrome")) is None:
+        pytest.skip("no chromium on PATH")
+    with (
+        browser.sync_playwright() as driver,
+        driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as it,
+    ):
+        page = it.new_page()
+        page.goto(server.address)
+        page.wait_for_function(f"() => {READY}", timeout=300_000)
+        yield page
+
+
+@pytest.mark.parametrize("path", DRAWN, ids=lambda path: path.stem)
+def test_a_workflow_dropped_into_the_front_end_is_the_one_that_runs(server, page, pictures, path):
+    templates = server.request("/api/workflow_templates")
+    assert sorted(templates["aigiqa-reward"]) == [drawn.stem for drawn in DRAWN]
+    drawn, expected = read_workflow(path), read_workflow(API / path.name)
+    page.evaluate(DROP, [path.read_text(), path.name])
+    page.wait_for_function(f"() => app.graph.nodes.length === {len(drawn['nodes'])}", timeout=60_000)
+    shown = page.evaluate("async () => (await app.graphToPrompt()).output")
+    assert shown.keys() == expected.keys()
+    for place, node in expected.items():
+        assert (shown[place]["class_type"], shown[place]["_meta"]) == (node["class_type"], node["_meta"])
+        assert shown[place]["inputs"] | node["inputs"] == shown[place]["inputs"]
+    places = page.evaluate("() => Object.fromEntries(app.graph.nodes.map(node => [node.id, [...node.pos]]))")
+    assert places == {str(node["id"]): node["pos"] for node in drawn["nodes"]}
+    if path.stem == "rank_images":
+        assert server.run(shown)["status"]["status_str"] == "success"
+
+
 @pytest.mark.parametrize("if_none", ["error", "stop"])
 def test_where_no_image_passes_nothing_is_saved(server, pictures, if_none):
-    workflow = read_workflow(PACK / "workflows" / "rank_images.json")
+    workflow = read_workflow(API / "rank_images.json")
     inputs = {node["class_type"]: node["inputs"] for node in workflow.values()}
     inputs["AIGIQAFilter"] |= {"threshold": 5.0, "if_none": if_none}
     inputs["AIGIQAScore"]["heat_map"] = "off"

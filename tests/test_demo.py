@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from PIL import Image
 from typer.testing import Result
 
 from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
+from aigiqa_reward.cli._pipelines import loading
 from aigiqa_reward.report import contact_sheet
 from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS
 
@@ -111,6 +113,36 @@ def test_a_second_demo_replaces_the_first_and_nothing_else(shown, tmp_path):
     assert [row["seed"] for row in rows_of(tmp_path)] == [9]
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert names(tmp_path) == FILES | {"notes.txt"}
+
+
+def test_the_first_batch_is_drawn_while_others_follow(each_step, tmp_path):
+    seen: list[tuple[set[str], list[int]]] = []
+
+    def look(number: int, latents: torch.Tensor) -> None:
+        if number in (STEPS, STEPS + 1):
+            found = names(tmp_path)
+            seen.append((found, [row["seed"] for row in rows_of(tmp_path)] if found else []))
+
+    each_step(look)
+    assert run("demo", "--prompt", PROMPT, "--n", "9", "--output-dir", tmp_path).exit_code == 0
+    assert seen == [(set(), []), (FILES, list(range(8)))]
+    assert [row["seed"] for row in rows_of(tmp_path)] == list(range(9))
+
+
+def test_loading_restores_the_collection_of_garbage():
+    with pytest.raises(OSError), loading(), loading():
+        assert not gc.isenabled()
+        raise OSError
+    assert gc.isenabled()
+
+
+def test_its_threads_wait_without_spinning(tmp_path):
+    """Beside other processes, spinning threads multiply the time; libgomp says what it was told when it is loaded."""
+    arguments = command("demo", "--n", "1", "--output-dir", str(tmp_path))
+    settings = ENVIRONMENT | {"OMP_DISPLAY_ENV": "TRUE"}
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=settings)
+    told = re.findall(r"OMP_WAIT_POLICY = '(\w+)'", done.stderr)
+    assert told == ["PASSIVE"] or (sys.platform != "linux" and not told)
 
 
 def test_candidates_that_were_dropped_are_listed(each_step, tmp_path):

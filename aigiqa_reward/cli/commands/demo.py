@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ import typer
 from aigiqa_reward.cli._console import CommandError, Row, emit, progress, render, say
 from aigiqa_reward.cli._io import check_writable, checked_prompt, png, write
 from aigiqa_reward.cli._options import option, options
-from aigiqa_reward.cli._pipelines import EMBEDDED, EMBEDDED_SAMPLING, library, load_pipeline
+from aigiqa_reward.cli._pipelines import EMBEDDED, EMBEDDED_SAMPLING, library, load_pipeline, loading
 from aigiqa_reward.cli.commands.score import scored
 from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, read_subject
 from aigiqa_reward.utils.run_folder import RunFolder
@@ -47,9 +49,32 @@ class DemoOptions:
 
 def demo(options: DemoOptions) -> None:
     """Sample small images of a prompt, pick the best and draw them all: offline, on the CPU, with embedded weights."""
-    prompt, n = checked_prompt(options.prompt), options.n
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin take the time of others
+    prompt, n, seed = checked_prompt(options.prompt), options.n, options.seed
     check_writable(options.output_dir)
     folder = RunFolder(options.output_dir, contents=(SHEET, RESULTS, BEST))
+
+    def keep(output: BestOfNOutput) -> None:
+        with library():
+            folder.begin({"command": "demo", "prompt": prompt, "n": n, "seed": seed}, overwrite=True)
+        _write(output, prompt, folder.path)
+
+    with progress("best of n", n) as show:  # from the start: loading takes seconds
+        search = _load(folder, prompt, n)
+        output, failure = _sample(search, prompt, seed, show, keep)
+    if output is not None:
+        keep(output)
+        _report(output, prompt, folder.path)
+    if output is not None and isinstance(failure, KeyboardInterrupt):
+        raise CommandError(f"interrupted: {len(output.all_seeds)} of {n} candidates", status=130) from failure
+    if failure is not None:
+        raise failure
+    if options.open:
+        _open(folder.path / SHEET)
+
+
+@loading()
+def _load(folder: RunFolder, prompt: str, n: int) -> BestOfN:
     with library():
         folder.settings()  # refuses a folder that no demo wrote
     _report_unknown(prompt)
@@ -59,19 +84,7 @@ def demo(options: DemoOptions) -> None:
     with quiet_libraries():
         pipe: Any = load_pipeline(EMBEDDED, "cpu", "float32")
         _report_cut(pipe, prompt)
-        search = BestOfN(pipe, create_reward("compact"), n=n, batch_size=_BATCH, top_k=n)
-        output, failure = _sample(search, prompt, options.seed)
-    if output is not None:
-        with library():
-            folder.begin({"command": "demo", "prompt": prompt, "n": n, "seed": options.seed}, overwrite=True)
-        _write(output, prompt, folder.path)
-        _report(output, prompt, folder.path)
-    if output is not None and isinstance(failure, KeyboardInterrupt):
-        raise CommandError(f"interrupted: {len(output.all_seeds)} of {n} candidates", status=130) from failure
-    if failure is not None:
-        raise failure
-    if options.open:
-        _open(folder.path / SHEET)
+        return BestOfN(pipe, create_reward("compact"), n=n, batch_size=_BATCH, top_k=n)
 
 
 def _report_unknown(prompt: str) -> None:
@@ -91,16 +104,19 @@ def _report_cut(pipe: Any, prompt: str) -> None:
 
 
 def _sample(
-    search: BestOfN, prompt: str, seed: int
+    search: BestOfN, prompt: str, seed: int, show: Callable[[int], None], keep: Callable[[BestOfNOutput], None]
 ) -> tuple[BestOfNOutput | None, CommandError | KeyboardInterrupt | None]:
-    """The last output that was reached, and what ended the sampling early."""
+    """The last output that was reached, and what ended the sampling early; keeps the first one while others follow."""
     from aigiqa_reward.sampling import NothingRankedError
+    from aigiqa_reward.toy.pipeline import quiet_libraries
 
     output = None
     try:
-        with progress("best of n", search.n) as show, library():
+        with quiet_libraries(), library():
             for output in search.stream(prompt, seed, **EMBEDDED_SAMPLING):
                 show(len(output.all_seeds))
+                if len(output.all_seeds) <= _BATCH < search.n:
+                    keep(output)
     except (CommandError, KeyboardInterrupt) as error:
         return output, error
     except NothingRankedError as error:
