@@ -49,7 +49,7 @@ class DemoOptions:
 
 def demo(options: DemoOptions) -> None:
     """Sample small images of a prompt, pick the best and draw them all: offline, on the CPU, with embedded weights."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin take the time of others
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: threads that spin for long take the time of others
     prompt, n, seed = checked_prompt(options.prompt), options.n, options.seed
     check_writable(options.output_dir)
     folder = RunFolder(options.output_dir, contents=(SHEET, RESULTS, BEST))
