@@ -60,3 +60,6 @@ def test_openai_weights_get_their_activation() -> None:
         for tower in (encoder, again):
             kinds = {type(module).__name__ for module in tower.clip.modules()}
             assert kinds & {"GELU", "QuickGELU"} == {activation}
+    other = OpenCLIPConfig(architecture="roberta-ViT-B-32", pretrained="laion2b_s12b_b32k")
+    with pytest.raises(ValueError, match="has QuickGELU and 'laion2b_s12b_b32k' was trained with GELU"):
+        OpenCLIPEncoder(other, load_weights=False)

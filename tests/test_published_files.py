@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,20 @@ def test_a_clip_of_other_towers_is_refused(folder: Path, config: dict[str, objec
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=f"CLIP.*own .*{named}"):
         create_reward("clipscore", weights=folder)
+
+
+def test_another_clip_of_the_hub_brings_its_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub itself cannot be reached: this replaces its download by a copy of the files that are asked for."""
+    hub, fetched = write_tiny_clip(tmp_path / "hub", seed=0), tmp_path / "fetched"
+    fetched.mkdir()
+
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        for file in hub.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, fetched)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    images = scenes(1, 48, 64)
+    expected = create_reward("clipscore", weights=hub)(images, PROMPTS[:1]).total
+    assert torch.equal(create_reward("clipscore", weights="me/tiny-clip")(images, PROMPTS[:1]).total, expected)

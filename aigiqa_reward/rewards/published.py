@@ -214,8 +214,11 @@ def _fetch(name: str, repo: str | None = None, revision: str | None = None) -> P
     source = PUBLISHED[name]
     repo, revision = (repo, revision) if repo else (source.repo, source.revision)
     files = [source.file, *source.other_files]
+    sizes = (
+        ["config.json", "open_clip_config.json"] if repo != source.repo else []
+    )  # of another model than the authors'
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=[*files, *source.other_names])
+        folder = snapshot_download(repo, revision=revision, allow_patterns=[*files, *source.other_names, *sizes])
         for file in CHAT_FILES if source.chat else ():
             hf_hub_download(source.chat, file)
         return _local(name, Path(folder))
