@@ -139,7 +139,7 @@ def test_a_rerun_resumes_and_refuses_other_settings(tiny, tmp_path):
     error = only_error(fill(PROMPT, more=("--seed", "5", "--reward-prompt", "two cats")))
     assert "--output-dir:" in error
     assert all(text in error for text in ("seed: 0 there, 5 now", "reward_prompt: None there, 'two cats' now"))
-    assert "start again with --overwrite" in error
+    assert "choose another folder, or clear this one" in error
     assert fill("a penguin", more=("--overwrite",)).exit_code == 0
     assert {name: drawn for name, (_, drawn) in sheets().items()} == {"00000.png": longer["00002.png"][1]}
 

@@ -30,10 +30,8 @@ from finetune_commands import (
     training,
     weights_of,
 )
-from typer.main import get_command
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
-from aigiqa_reward.cli import app
 from aigiqa_reward.finetuning import ALGORITHMS, DRaFT, FinetuneConfig
 from aigiqa_reward.finetuning import finetune as finetune_in_python
 from aigiqa_reward.utils.run_folder import reward_identity
@@ -228,7 +226,7 @@ def test_an_interrupted_training_resumes_as_if_it_had_not_been(room, options, tr
     assert f"error: interrupted; --resume-from-checkpoint latest resumes from {saved}" in result.stderr
     assert weights_of(tmp_path).keys() == weights_of(saved).keys()
     error = refused(run("finetune", "draft", *options, *there))
-    assert re.search(r"error: --output-dir: .*checkpoint-1 .*with --resume-from-checkpoint latest,", error), error
+    assert re.search(r"error: --output-dir: .*checkpoint-1 .*; resume from the latest checkpoint,", error), error
     error = refused(run("finetune", "draft", *others(room, rank=3), *latest, "--kl_coeff", "0.5"))
     assert error.startswith("error: --resume-from-checkpoint: ")
     assert all(text in error for text in ("rank: 2 there, 3 now", "kl_coeff: 0.01 there, 0.5 now"))
@@ -263,7 +261,7 @@ def test_two_processes_train_as_one(room, trained, tmp_path):
         ("draft --validation_prompts none.txt", "--validation-prompts: cannot read none.txt"),
         ("draft --holdout_reward tsp_mgs", "--holdout-reward: .*--validation-prompts, which is missing"),
         ("draft --reward_ceiling high", "'--reward-ceiling': expected a number, or auto or none, got 'high'"),
-        ("draft --low_variance 2 --truncation_steps 3", "--low-variance: .*needs --truncation-steps 1,"),
+        ("draft --low_variance 2 --truncation_steps 3", "--low-variance: .*needs truncation_steps=1,"),
         ("refl --earliest 1", "--earliest: expected a number in .*, a share"),
         ("ddpo --images_per_prompt 3", "--train-batch-size: "),
         ("grpo", "--model: .*StableDiffusionPipeline.*`aigiqa-reward finetune ddpo`"),
@@ -291,26 +289,6 @@ def test_trackers_that_are_not_installed(options, tmp_path, monkeypatch):
         error = refused(run("finetune", "draft", *options, "--report_to", name, "--output_dir", tmp_path))
         assert f"--report-to: {name} is not installed" in error
         assert f"pip install {package}" in error
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (
-            "rank, lora_alpha: pass rank=1 or lora_alpha=2.5.",
-            "--rank, --lora-alpha: pass --rank 1 or --lora-alpha 2.5.",
-        ),
-        ("use use_8bit_adam, or lower learning_rate=", "use --use-8bit-adam, or lower --learning-rate"),
-        ("lr_scheduler='cosine'; push_to_hub=True", "--lr-scheduler cosine; --push-to-hub"),
-        *[
-            (text, text)
-            for text in ("got 'rank=1' in /a/output_dir/rank=2", "f(lora_alpha=1)", "a low rank: one", "n=4")
-        ],
-    ],
-)
-def test_what_the_library_names_is_spelled_as_an_option(text, expected):
-    group: Any = get_command(app)
-    assert group.commands["finetune"].commands["draft"].built._spelled(text) == expected
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "kl_coeff"])

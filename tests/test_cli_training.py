@@ -299,7 +299,7 @@ def test_evaluate_given_weights(data, trained, tmp_path):
         ("evaluate mst_clipiqa DATA --split whole", "--split: expected group, random_image or csv:FILE"),
         ("evaluate mst_clipiqa DATA --seeds 2 --ablation-seeds 4", "got 2 and 4"),
         ("score DATA.CSV --scenario poster", "only cpa_iqa has scenarios"),
-        ("score DATA.CSV --zero-shot", "--zero-shot: only tsp_mgs"),
+        ("score DATA.CSV --zero-shot", "zero_shot: only tsp_mgs"),
         ("scenarios --preferences no.json", "--preferences: cannot read"),
     ],
 )

@@ -13,10 +13,8 @@ import difflib
 import inspect
 import itertools
 import os
-import re
 import sys
 import types
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field
@@ -220,7 +218,7 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with self._naming_options(self._spelled):
+        with self._naming_options():
             return super().invoke(ctx)
 
     def _normalized(self, args: Sequence[str]) -> Iterator[str]:
@@ -243,40 +241,16 @@ class Command(TyperCommand):
                 yield from itertools.islice(rest, 1)  # its value, whatever it looks like
 
     @contextmanager
-    def _naming_options(self, spelled: Callable[[str], str] = str) -> Iterator[None]:
-        """Put the option before an error that says which argument is wrong; pass texts through `spelled`."""
-        show = warnings.showwarning  # of `main`, which restores Python's
-        warnings.showwarning = lambda message, *place, **more: show(spelled(str(message)), *place, **more)
+    def _naming_options(self) -> Iterator[None]:
+        """Put the option before the text of an error, where the error says which argument is wrong."""
         try:
             yield
         except CommandError as error:
+            if error.argument is None:
+                raise
             each = next((each for each in self.params if each.name == error.argument), None)
             name = error.argument if each is None else (_spellings(each) or [each.metavar or error.argument])[0]
-            text = spelled(str(error))
-            raise CommandError(text if name is None else f"{name}: {text}", status=error.status) from error.__cause__
-        finally:
-            warnings.showwarning = show
-
-    def _spelled(self, text: str) -> str:
-        """Write the library's `name=value`, and names with underscores, as the options of this command."""
-        known = {each.name: names[0] for each in self.params if (names := _spellings(each))}
-        first, colon, rest = text.partition(": ")
-        if colon and known.keys() >= set(first.split(", ")):  # the arguments that the text is about
-            return f"{', '.join(known[name] for name in first.split(', '))}: {self._spelled(rest)}"
-
-        def option(found: re.Match[str]) -> str:
-            if found["name"] not in known or not (found["equals"] or "_" in found["name"]):
-                return found[0]
-            value = "" if found["value"] in (None, "True") else f" {found['value'].strip(chr(39))}"
-            return known[found["name"]] + value
-
-        return _PYTHON.sub(option, text)
-
-
-_PYTHON = re.compile(
-    r"""(?<![\w/.='"-])(?<!\w\()(?P<name>[a-z]\w*)(?P<equals>=(?P<value>'[^']*'|[\w.+-]*\w)?)?(?![\w/='"(:])"""
-)
-"""`name=value`, `name=` or `name` in a text, but not in a call, a quotation or a path."""
+            raise CommandError(f"{name}: {error}", status=error.status) from error.__cause__
 
 
 def _spellings(each: Any) -> list[str]:

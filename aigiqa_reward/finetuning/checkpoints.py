@@ -133,8 +133,8 @@ def find_checkpoint(folder: Path, wanted: str | Path | None) -> Path | None:
     if wanted is None:
         if there:
             raise ValueError(
-                f"output_dir: {folder} has {there[-1].name} of an earlier training; resume it with "
-                "resume_from_checkpoint='latest', or choose another folder"
+                f"output_dir: {folder} has {there[-1].name} of an earlier training; resume from the "
+                "latest checkpoint, or choose another folder"
             )
         if (folder / FILE).exists():
             raise ValueError(f"output_dir: {folder} has {FILE} of an earlier training; choose another folder")

@@ -334,7 +334,7 @@ class Trainer:
             self.lora.load(self.kept)
         rest = "there is no checkpoint yet"
         for last in checkpoints_in(self.folder)[-1:]:
-            rest = f"{last.name} is complete: free some space, and use resume_from_checkpoint='latest'"
+            rest = f"{last.name} is complete: free some space, and resume from it"
         return FinetuningError(f"step {self.step}: cannot write to {self.folder} ({error.strerror}); {rest}")
 
     def _rescued(self) -> str:
@@ -343,7 +343,7 @@ class Trainer:
         if self.accelerator.num_processes == 1:  # the others would never arrive
             self.save()
         kept, there = self.finish().folder, checkpoints_in(self.folder)
-        more = f"; resume_from_checkpoint='latest' resumes from {there[-1].name}" if there else ""
+        more = f"; resume from {there[-1].name} to continue" if there else ""
         return f"after step {self.step} of the training, whose weights are kept in {kept}{more}"
 
 

@@ -231,7 +231,7 @@ class RunFolder:
         if differing:
             raise ValueError(
                 f"{self.argument}: {self.path} holds a run with other settings ({'; '.join(differing)}); use the same "
-                "settings to resume it, choose another folder, or start again with overwrite=True"
+                "settings to resume it, choose another folder, or clear this one"
             )
 
     def begin(self, settings: Mapping[str, Any], *, overwrite: bool = False, ignore: Collection[str] = ()) -> None:
