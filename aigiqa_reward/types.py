@@ -20,6 +20,11 @@ Context: TypeAlias = Mapping[str, Tensor]
 """Outputs of assistants for a batch (features of captions, masks, ...), constants for gradients; row i is image i."""
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is if it is more precise."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class PromptError(ValueError):
     r"""A prompt that a text encoder cannot read: with half of a character, or without a word in it.
 

@@ -228,9 +228,8 @@ def test_a_process_prints_our_lines_only_and_needs_no_network(tmp_path):
     arguments = command("demo", "--n", "1")
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=home, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    ours = [
-        line for line in done.stderr.splitlines() if "onnxruntime" not in line
-    ]  # which diffusers loads if it is there
+    lines = done.stderr.splitlines()
+    ours = [line for line in lines if "onnxruntime" not in line]  # which diffusers loads if it is there
     assert [line.partition(" ")[0] for line in ours] == ["note:", "note:"]
     assert done.stdout.split()[:5] == ["#", "image", "total", "quality", "correspondence"]
     assert "\x1b" not in "".join([done.stdout, *ours])

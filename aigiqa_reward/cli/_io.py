@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aigiqa_reward.cli._console import CommandError, first_process, say
+from aigiqa_reward.utils.checks import lone_surrogate
 from aigiqa_reward.utils.io import write_atomically
 
 if TYPE_CHECKING:
@@ -213,8 +214,10 @@ def gather_prompts(given: Sequence[str], file: Path | None, column: str | None =
 
 def checked_prompt(text: str) -> str:
     """Return a prompt of --prompt; refuse blank ones and undecodable bytes."""
-    if not text.strip() or not _decodable(text):
+    if not text.strip():
         raise CommandError(f"expected a text, got {text!r}", argument="prompt")
+    if fault := lone_surrogate(text):
+        raise CommandError(f"{text!r} {fault}", argument="prompt")
     return text
 
 
@@ -228,8 +231,9 @@ def read_prompts(file: Path, argument: str, column: str | None = None) -> list[s
             column = None  # that of --prompts, which need not be in another file
         column = prompt_column(rows, column, _NAME_IT)
         found = [row[column] for row in rows]
-        if broken := next((row for row in rows if not _decodable(row[column])), None):
-            raise broken.error(f"expected a text, got {broken[column]!r:.80}")
+        for row in rows:
+            if fault := lone_surrogate(row[column]):
+                raise row.error(f"{row[column]!r:.80} {fault}")
     prompts = [text.strip() for text in found if text.strip()]
     if not prompts:
         raise CommandError(f"{file} holds no prompt; write one per line", argument=argument)
@@ -244,10 +248,6 @@ def _check_given(prompts: Sequence[str], file: Path | None, column: str | None) 
         raise CommandError("--prompt, --prompts: expected one of them, got both")
     if column is not None and file is None:
         raise CommandError("names a column of the table of --prompts, which is missing", argument="prompt_column")
-
-
-def _decodable(text: str) -> bool:
-    return text.encode(errors="ignore").decode() == text
 
 
 @contextlib.contextmanager

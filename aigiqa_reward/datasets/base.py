@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from aigiqa_reward.utils.checks import how_to_install
 from aigiqa_reward.utils.io import MAX_BYTES, parse_json, read_regular
 
 MAX_SHEET_BYTES, MAX_SHEET_ROWS = 20_000_000, 100_000
@@ -326,9 +327,7 @@ def extra_data(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f'{purpose} needs {module}; pip install ".[data]" (in a checkout of aigiqa-reward)'
-        ) from error
+        raise ImportError(f"{purpose} needs {module}; {how_to_install('data')}") from error
 
 
 def read_text(file: Path) -> str:

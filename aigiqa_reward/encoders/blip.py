@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders._text import read_tokens
+from aigiqa_reward.encoders.clip import CLIP_MEAN, CLIP_STD
 from aigiqa_reward.types import Images
 from aigiqa_reward.utils.io import MAX_BYTES, read_regular
 
@@ -65,8 +66,7 @@ class BLIPEncoder(nn.Module):
     `load_weights=False` the weights are random, to be filled from a saved reward.
     """
 
-    mean = (0.48145466, 0.4578275, 0.40821073)
-    std = (0.26862954, 0.26130258, 0.27577711)
+    mean, std = CLIP_MEAN, CLIP_STD
 
     def __init__(self, config: BLIPConfig, *, load_weights: bool = True) -> None:
         super().__init__()

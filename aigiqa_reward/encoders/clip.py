@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders._text import clip_tokens
-from aigiqa_reward.types import Images
+from aigiqa_reward.types import Images, at_least_float32
 from aigiqa_reward.utils.io import read_json
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -79,8 +79,7 @@ class CLIPTower(nn.Module):
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch embedding"]:
         """Embed images in [0, 1] of any size."""
-        found: Any = self.clip.get_image_features(pixel_values=self.square(images))
-        return pooled(found)
+        return pooled(self.clip.get_image_features(pixel_values=self.square(images)))
 
     def tokenize(self, texts: Sequence[str], *, padding: int = 0) -> Int[Tensor, "texts window"]:
         """Return token ids on the tower's device; longer texts are cut with a warning and keep their end token."""
@@ -90,8 +89,7 @@ class CLIPTower(nn.Module):
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts embedding"]:
         """Embed texts by the state of the end token."""
-        found: Any = self.clip.get_text_features(input_ids=self.tokenize(texts))
-        return pooled(found)
+        return pooled(self.clip.get_text_features(input_ids=self.tokenize(texts)))
 
 
 def read_clip_sizes(folder: Path | None) -> dict[str, Any] | None:
@@ -189,5 +187,4 @@ _VISION = {
 
 def pooled(found: Any) -> Tensor:
     """Return the embedding among a tower's outputs, all of which transformers 5 returns, at least in float32."""
-    embedding = getattr(found, "pooler_output", found)
-    return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+    return at_least_float32(getattr(found, "pooler_output", found))

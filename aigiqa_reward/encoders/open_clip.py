@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.encoders._text import clip_tokens
-from aigiqa_reward.types import Images
+from aigiqa_reward.types import Images, at_least_float32
 from aigiqa_reward.utils.io import read_json
 
 _SCHEMAS = ("local-dir:", "hf-hub:")
@@ -155,7 +155,7 @@ class OpenCLIPEncoder(nn.Module):
         return patches.to(torch.promote_types(images.dtype, torch.float32))
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
-        return _at_least_float32(self.clip.encode_text(self._tokenize(texts)))
+        return at_least_float32(self.clip.encode_text(self._tokenize(texts)))
 
     def encode_words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embed words (P, L, d), the states after the final norm, projected, with a mask (P, L) of the words."""
@@ -173,14 +173,10 @@ class OpenCLIPEncoder(nn.Module):
         places = torch.arange(tokens.shape[1], device=tokens.device)
         mask = (places > 0) & (places < ends)
         longest = max(1, int(mask.sum(dim=1).max())) + 1
-        return _at_least_float32(words[:, 1:longest]), mask[:, 1:longest]
+        return at_least_float32(words[:, 1:longest]), mask[:, 1:longest]
 
     def _tokenize(self, texts: Sequence[str]) -> Tensor:
         return self.tokenizer(list(texts)).to(self.clip.logit_scale.device)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _architecture(config: OpenCLIPConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.types import Images, PromptError
+from aigiqa_reward.types import Images, PromptError, at_least_float32
 from aigiqa_reward.utils.io import read_json, read_regular
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -136,7 +136,7 @@ class QwenVL(nn.Module):
             use_cache=False,
         )
         state = found.last_hidden_state[torch.arange(len(ids)), start + image.shape[1] + place]
-        return state.to(torch.promote_types(state.dtype, torch.float32))
+        return at_least_float32(state)
 
 
 def _resized(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -24,6 +24,7 @@ from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.pipeline_utils import moves
 from aigiqa_reward.sampling.rollout import Prediction, Rollout, State
 from aigiqa_reward.types import RewardFunction, RewardOutput
+from aigiqa_reward.utils.isolation import check_gradients_allowed, without_autocast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,12 +37,8 @@ REMEMBERED = 512
 @contextmanager
 def with_gradients() -> Iterator[None]:
     """Context with gradients switched on and autocast off, whatever the caller's are; refuses torch.inference_mode."""
-    if torch.is_inference_mode_enabled():
-        raise ValueError("finetune: expected gradients, got torch.inference_mode(); call it outside of that block")
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+    check_gradients_allowed("finetune")
+    with torch.enable_grad(), without_autocast():
         yield
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from aigiqa_reward.utils.checks import how_to_install
 from aigiqa_reward.utils.io import MAX_BYTES, read_regular, write_atomically
 from aigiqa_reward.utils.run_folder import read_jsonl, to_json
 
@@ -108,9 +109,9 @@ def check_tracker(report_to: str | None) -> None:
     if report_to not in LOGGER_TYPE_TO_CLASS:
         raise ValueError(f"report_to: expected one of {', '.join(LOGGER_TYPE_TO_CLASS)}, got {report_to!r}")
     if report_to not in map(str, get_available_trackers()):
-        ours = '".[finetune]" (in a checkout of aigiqa-reward)'
-        package = ours if report_to == "tensorboard" else report_to.replace("_", "-")
-        raise ImportError(f"report_to: {report_to} is not installed: pip install {package}")
+        other = f"pip install {report_to.replace('_', '-')}"
+        command = how_to_install("finetune") if report_to == "tensorboard" else other
+        raise ImportError(f"report_to: {report_to} is not installed: {command}")
 
 
 def show_picture(accelerator: Accelerator, name: str, picture: np.ndarray, step: int) -> None:

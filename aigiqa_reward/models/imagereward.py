@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from aigiqa_reward.encoders.blip import blip_towers
 from aigiqa_reward.encoders.clip import CLIP_MEAN, CLIP_STD
 from aigiqa_reward.models.base import FullPrecision
 from aigiqa_reward.models.published import PublishedModel, read_tokenizer
-from aigiqa_reward.types import Images, PromptFeatures
+from aigiqa_reward.types import Images, PromptFeatures, at_least_float32
 from aigiqa_reward.utils.io import read_json
 from aigiqa_reward.utils.weights import ASSETS
 
@@ -128,7 +127,7 @@ class _MLP(FullPrecision):
 
     def forward(self, states: Tensor) -> Tensor:
         first, *others = self.layers.values()
-        states = first(states.to(torch.promote_types(states.dtype, torch.float32)))
+        states = first(at_least_float32(states))
         for layer in others:
             states = layer(self.between(states))
         return states[:, 0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward.encoders.clip import CLIPTower
 from aigiqa_reward.models.published import CLIPReward
-from aigiqa_reward.types import Images, PromptFeatures
+from aigiqa_reward.types import Images, PromptFeatures, at_least_float32
 from aigiqa_reward.utils.io import read_json
 
 CONDITION = (
@@ -83,8 +83,7 @@ class MPS(CLIPReward):
         patches = clip.visual_projection(clip.vision_model(pixel_values=self.tower.square(images)).last_hidden_state)
         for layer in self.layers:
             patches = layer(patches, words, kept)
-        least = torch.promote_types(patches.dtype, torch.float32)
-        cosine = self.cosine(prompts.rows("text").to(least), patches[:, 0].to(least))
+        cosine = self.cosine(at_least_float32(prompts.rows("text")), at_least_float32(patches[:, 0]))
         return {"raw": self.cosine.logit_scale.exp() * cosine}
 
 

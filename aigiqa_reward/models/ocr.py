@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aigiqa_reward.models.base import QualityModel
 from aigiqa_reward.types import Context, Images, PromptError, PromptFeatures, RewardOutput
+from aigiqa_reward.utils.checks import how_to_install
 
 _QUOTES = str.maketrans("“”„«»「」‘’", '"""""""' + "''")
 _QUOTED = re.compile(r"""(?<!\w)"([^"]+)"|(?<!\w)'(.+?)'(?!\w)""")
@@ -81,7 +82,7 @@ def _reader() -> Any:
 
         return RapidOCR(params={"Global.log_level": "critical"})
     except ImportError as error:
-        raise ImportError("the reward ocr needs rapidocr and onnxruntime; pip install 'aigiqa-reward[ocr]'") from error
+        raise ImportError(f"the reward ocr needs rapidocr and onnxruntime; {how_to_install('ocr')}") from error
 
 
 def _likeness(first: str, second: str) -> float:

@@ -15,7 +15,7 @@ from aigiqa_reward.rewards.bound import device_of
 from aigiqa_reward.rewards.factory import create_reward
 from aigiqa_reward.rewards.reward import check_features
 from aigiqa_reward.rewards.reward_fn import RewardFn
-from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output
+from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output, at_least_float32
 from aigiqa_reward.utils.isolation import without_autocast
 
 
@@ -127,7 +127,7 @@ class CompositeReward(nn.Module):
             }
             given = {**dict.fromkeys(self.members, prompts.prompts), **own}
         outputs = {name: _call(name, member, images, given[name]) for name, member in self.members.items()}
-        totals = {name: _at_least_float32(output.total) for name, output in outputs.items()}
+        totals = {name: at_least_float32(output.total) for name, output in outputs.items()}
         if len(self.reference):
             totals = {n: getattr(self.reference[_key(n)], self.combine)(total) for n, total in totals.items()}
         quality = {n: o.quality for n, o in outputs.items() if o.quality is not None}
@@ -146,7 +146,7 @@ class CompositeReward(nn.Module):
     def _mean(self, values: Mapping[str, Tensor]) -> Tensor:
         share = sum(self.weights[name] for name in values)
         device = next(iter(values.values())).device
-        parts = [_at_least_float32(value).to(device) * (self.weights[n] / share) for n, value in values.items()]
+        parts = [at_least_float32(value).to(device) * (self.weights[n] / share) for n, value in values.items()]
         return torch.stack(parts).sum(dim=0)
 
 
@@ -210,10 +210,6 @@ def _created(
 def _key(name: str) -> str:
     """Return the name of a member's module, in which torch allows no dot."""
     return name.replace(".", "_")
-
-
-def _at_least_float32(scores: Tensor) -> Tensor:
-    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 def _call(name: str, member: RewardFunction, images: Tensor, prompts: Any) -> RewardOutput:

@@ -11,13 +11,12 @@ from torch import Tensor
 from aigiqa_reward.images import ImageSource
 from aigiqa_reward.rewards.scorer import Scorer
 from aigiqa_reward.types import RewardFunction
+from aigiqa_reward.utils.checks import how_to_install
 
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise ImportError(
-        'RewardMetric needs torchmetrics; pip install ".[metrics]" (in a checkout of aigiqa-reward)'
-    ) from error
+    raise ImportError(f"RewardMetric needs torchmetrics; {how_to_install('metrics')}") from error
 
 
 class RewardMetric(Metric):

@@ -8,6 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 
+def how_to_install(extra: str) -> str:
+    """Return the command that installs an extra of this package, which is not on PyPI."""
+    return f'pip install ".[{extra}]" (in a checkout of aigiqa-reward)'
+
+
 def integer(argument: str, value: Any, *, least: int | None = None) -> int:
     """Return an integer of Python or numpy, at least `least`; `argument` is its name in errors."""
     expected = "an integer" if least is None else f"an integer of at least {least}"

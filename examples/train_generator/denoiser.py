@@ -123,9 +123,8 @@ def write_pipeline(trained: nn.Module, tokenizer: CLIPTokenizer, vae: Autoencode
         requires_safety_checker=False,
     ).save_pretrained(folder)
     text_config, vae_config = (folder / part / "config.json" for part in ("text_encoder", "vae"))
-    settings = json.loads(text_config.read_text(encoding="utf-8")) | {
-        "dtype": "float32"
-    }  # transformers would keep float16
+    settings = json.loads(text_config.read_text(encoding="utf-8"))
+    settings["dtype"] = "float32"  # transformers would keep float16
     text_config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     settings = json.loads(vae_config.read_text(encoding="utf-8"))
     for name in ("_name_or_path", "block_out_channels"):  # where it was trained; what AutoencoderTiny derives itself

@@ -43,6 +43,7 @@ from aigiqa_reward.finetuning.pairs import PairLatents, check_pairing, fingerpri
 from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.rollout import State
 from aigiqa_reward.sampling.schedulers import SEVERAL_CALLS_A_STEP, is_flow, noise_level
+from aigiqa_reward.types import at_least_float32
 from aigiqa_reward.utils.checks import integer, number
 
 EPSILON, VELOCITY, SAMPLE, FLOW = "epsilon", "v_prediction", "sample", "flow_prediction"
@@ -276,7 +277,7 @@ class DPO(Algorithm):
         for place in range(self.candidates):
             latents = context.rollout.run(context.start(batch, f"candidate {place}")).latents
             total = score_latents(context, latents, batch.prompts)["reward"].to(latents.device)
-            found.append((_at_least_float32(latents), total))
+            found.append((at_least_float32(latents), total))
         latents, totals = (torch.stack(columns) for columns in zip(*found, strict=True))
         rows = torch.arange(len(batch), device=latents.device)
         best = torch.where(totals.isnan(), -torch.inf, totals).argmax(dim=0)
@@ -306,9 +307,9 @@ class DPO(Algorithm):
         positive = Conditioning(positive=context.encode(batch.prompts).positive)[[*range(len(batch))] * 2]
         predict = partial(family.predict, noised, noising.times[levels].to(noised.device), positive, state.shared)
         output: Any = checkpoint(predict, use_reentrant=False) if context.checkpointed else predict()
-        output = _at_least_float32(output)
+        output = at_least_float32(output)
         with context.reference():  # second: autocast caches the cast weights, and those with a graph serve both
-            reference = _at_least_float32(predict())
+            reference = at_least_float32(predict())
         gained = mean_square(output - target) - mean_square(reference - target)
         better, worse = gained.chunk(2)
         inside = -0.5 * self.beta * (better - worse)
@@ -340,7 +341,3 @@ def first_state(context: TrainingContext, prompt: str) -> State:
 def accuracy(inside: Tensor) -> Tensor:
     """Return 1 where the winner gained more, 0 where the loser did, 1/2 for a tie."""
     return (inside > 0).to(inside) + 0.5 * (inside == 0).to(inside)
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
