@@ -186,7 +186,7 @@ def test_a_missing_color_and_a_cut_prompt_are_reported(tmp_path):
         (["--n", "0"], "'--n'"),
         (["--seed", str(2**32)], "'--seed'"),
         (["--prompt", " \n"], "--prompt: expected a text"),
-        (["--prompt", "\udcff"], "--prompt: expected a text"),
+        (["--prompt", "\udcff"], "--prompt: .* has half of a character or an undecoded byte"),
         (["--output-dir", "file"], "--output-dir: expected a folder, got the file file"),
         (["--output-dir", "file/below"], "--output-dir: cannot write in file/below"),
         (["--output-dir", "x" * 300], "--output-dir: cannot write in x+: File name too long"),

@@ -333,7 +333,7 @@ def test_whatever_is_raised_nothing_is_lost(tmp_path: Path, after: Any) -> None:
         train(tmp_path / "a", pipe, broken_from(4, fails))
     (note,) = caught.value.__notes__
     assert note.startswith("after step 2 of the training, whose weights are kept in ")
-    assert note.endswith("resume_from_checkpoint='latest' resumes from checkpoint-2")
+    assert note.endswith("; resume from checkpoint-2 to continue")
     assert_same(weights(tmp_path / "a"), after(2))
     train(tmp_path / "a", pipe, broken_from(99, fails), resume_from_checkpoint="latest")
     assert_same(weights(tmp_path / "a"), after(4))
@@ -345,7 +345,7 @@ def train_onto_a_full_disk(folder: Path) -> None:
     train(folder, max_train_steps=1, checkpointing_steps=1)
     size = max(file.stat().st_size for file in (folder / "checkpoint-1").iterdir())
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    message = r"^step 2: cannot write to .* \(File too large\); checkpoint-1 is complete: free some space, .*='latest'$"
+    message = r"^step 2: cannot write to .* \(File too large\); checkpoint-1 is complete: .*, and resume from it$"
     with pytest.raises(FinetuningError, match=message):
         train(folder, max_train_steps=2, checkpointing_steps=1, resume_from_checkpoint="latest")
     sys.exit(3)
