@@ -8,26 +8,13 @@ import pytest
 import torch
 
 from aigiqa_reward.encoders import compact
-from aigiqa_reward.encoders.compact import LITE0, load_text_tower
+from aigiqa_reward.encoders.compact import load_text_tower
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
-from aigiqa_reward.encoders.timm import SmoothReLU6, TimmConfig, TimmEncoder
+from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
 from aigiqa_reward.rewards.factory import get_reward_spec
 from aigiqa_reward.utils.weights import WeightsError
 
 SHA256 = get_reward_spec("compact").sha256
-
-
-def test_smooth_relu6_is_relu6_away_from_its_corners_and_differentiable_at_them() -> None:
-    smooth = SmoothReLU6(0.02)
-    inputs = torch.linspace(-2, 8, 10_001, dtype=torch.float64)
-    away = (inputs.abs() > 0.02) & ((inputs - 6).abs() > 0.02)
-    assert torch.allclose(smooth(inputs)[away], torch.nn.functional.relu6(inputs)[away], atol=1e-12)
-    assert (smooth(inputs) - torch.nn.functional.relu6(inputs)).abs().max() <= 0.02 / 4 + 1e-12
-    near = torch.linspace(-0.05, 0.05, 101, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(smooth, near)
-    assert torch.autograd.gradcheck(smooth, (near.detach() + 6).requires_grad_())
-    half = inputs.bfloat16()
-    assert (smooth(half).float() - torch.nn.functional.relu6(half.float())).abs().max() <= 0.02
 
 
 def test_an_altered_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +34,6 @@ def test_wrong_architectures_name_close_ones(tmp_path: Path) -> None:
         OpenCLIPEncoder(OpenCLIPConfig(architecture="ViT-B32"))
     with pytest.raises(ValueError, match="got the pickle"):
         OpenCLIPConfig(architecture="ViT-B-32", pretrained="model.pt")
-    with pytest.raises(ValueError, match="smooth"):
-        TimmConfig(architecture=LITE0.architecture, smooth=-1.0)
 
 
 def test_openai_weights_get_their_activation() -> None:

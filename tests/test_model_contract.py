@@ -71,7 +71,7 @@ def scenes(count: int, height: int, width: int, *, seed: int = 0) -> torch.Tenso
 
 
 def assert_gradient_equals_differences(
-    total: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, length: float = 1e-5, error: float = 1e-4
+    total: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, length: float = 1e-8, error: float = 1e-4
 ) -> None:
     images = images.double().requires_grad_()
     (gradient,) = torch.autograd.grad(total(images), images)

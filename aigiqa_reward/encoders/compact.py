@@ -39,16 +39,11 @@ _TOKENIZER_SHA256 = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f4115
 
 _MEAN, _STD = 127 / 255, 128 / 255
 LITE0 = TimmConfig(
-    architecture="tf_efficientnet_lite0",
-    mean=(_MEAN, _MEAN, _MEAN),
-    std=(_STD, _STD, _STD),
-    smooth=0.02,
-    blocks=(2, 3, 4),
+    architecture="tf_efficientnet_lite0", mean=(_MEAN, _MEAN, _MEAN), std=(_STD, _STD, _STD), blocks=(2, 3, 4)
 )
 """EfficientNet-Lite0 as TensorFlow published it: inputs are (x - 127) / 128 on 8-bit values.
 
-The rounded ReLU6 corners change no quality score by more than 0.002 and make the pixel gradient agree with central
-differences to 1e-5. The blocks are the stages with strides 8, 16 and 32.
+The blocks are the stages with strides 8, 16 and 32.
 """
 
 LITE2 = replace(LITE0, architecture="tf_efficientnet_lite2")

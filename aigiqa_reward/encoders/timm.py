@@ -28,7 +28,6 @@ class TimmConfig:
         architecture: timm model name, without a pretrained tag.
         mean, std: of the channels in [0, 1], as `timm.get_pretrained_cfg(architecture)` lists; default: ImageNet's.
         pretrained: whether to fetch timm's published weights from the Hub.
-        smooth: half width of the rounding of ReLU6's corners; 0 keeps the corners.
         image_size: side in px to build a model of fixed size for, such as a ViT; None takes the size in its name.
         weights: path of a .safetensors file in timm's layout, with or without its classifier, instead of `pretrained`.
         blocks: numbers of the blocks whose maps `levels` joins, from 0, or from -1 backwards, in the model's order.
@@ -36,22 +35,19 @@ class TimmConfig:
     Example:
         >>> from aigiqa_reward.encoders.timm import TimmConfig
         >>> half = (0.5, 0.5, 0.5)
-        >>> TimmConfig(architecture="vit_base_patch8_224", mean=half, std=half, blocks=(6, 7, 8, 9)).smooth
-        0.0
+        >>> TimmConfig(architecture="vit_base_patch8_224", mean=half, std=half, blocks=(6, 7, 8, 9)).pretrained
+        False
     """
 
     architecture: str
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     pretrained: bool = False
-    smooth: float = 0.0
     image_size: int | None = None
     weights: str | None = None
     blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.smooth < 3:
-            raise ValueError(f"smooth: expected a half width in [0, 3), got {self.smooth}")
         if min(self.std) <= 0:
             raise ValueError(f"std: expected positive stds, got {self.std}")
         if self.image_size is not None and self.image_size < pixels.MIN_SIDE:
@@ -60,25 +56,6 @@ class TimmConfig:
             raise ValueError("weights: pretrained=True fetches other weights than this file; pass one of the two")
         if self.weights is not None and Path(self.weights).suffix != ".safetensors":
             raise ValueError(f"weights: expected a .safetensors file, got {self.weights!r}; convert pickled ones to it")
-
-
-class SmoothReLU6(nn.Module):
-    """ReLU6 with its corners at 0 and 6 rounded to parabolas of half width `smooth`: continuously differentiable.
-
-    (h(x) - h(x - 6) + 6) / 2 with h the Huber function, in at least float32, since the two terms nearly cancel; it
-    differs from ReLU6 by at most smooth / 4, at the corners.
-    """
-
-    def __init__(self, smooth: float) -> None:
-        super().__init__()
-        self.smooth = smooth
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        exact = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
-        low, high = (exact.new_full((), corner).expand_as(exact) for corner in (0.0, 6.0))
-        below = F.smooth_l1_loss(exact, low, reduction="none", beta=self.smooth)
-        above = F.smooth_l1_loss(exact, high, reduction="none", beta=self.smooth)
-        return below.sub_(above).add_(6).mul_(0.5).to(inputs.dtype)  # in place: a third of the time on a CPU
 
 
 class TimmEncoder(nn.Module):
@@ -100,14 +77,11 @@ class TimmEncoder(nn.Module):
             tensors, expected = read_weights(config.weights), self.trunk.state_dict()
             kept = {name: x for name, x in tensors.items() if name in expected or not name.startswith(_CLASSIFIERS)}
             load_strictly(self.trunk, kept, source=config.weights)
-        if config.smooth:
-            for name, module in list(self.trunk.named_modules(remove_duplicate=False)):
-                if isinstance(module, nn.ReLU6):
-                    self.trunk.set_submodule(name, SmoothReLU6(config.smooth))
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> TimmEncoder:
         settings: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in description.items()}
+        settings.pop("smooth", None)  # in older descriptions: ReLU6 was rounded by that much
         return cls(TimmConfig(**settings))
 
     def describe(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from degradations import DEGRADATIONS, degrade
-from features import looking, with_corners
+from features import looking
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -36,7 +36,6 @@ class Views:
     def __init__(self, runs: Path, images: ScoredImages) -> None:
         self.reward = create_reward("compact")
         self.folds = group_folds(images.prompts, FOLDS, seed=0)
-        self.looking = with_corners(create_reward("compact").model)
         self.heads = []
         for fold in range(FOLDS):
             model = create_reward("compact").model
@@ -48,7 +47,7 @@ class Views:
     def held_out(self, images: Tensor, rows: np.ndarray) -> Tensor:
         """Quality (B,) by the heads that never saw the prompts of these rows."""
         with looking():  # as the training looked
-            seen = {name: tensor.float() for name, tensor in self.looking.forward_features(images).items()}
+            seen = {name: tensor.float() for name, tensor in self.reward.model.forward_features(images).items()}
         every = torch.stack([model.forward_head(seen, None, None).quality for model in self.heads])
         return every[torch.from_numpy(self.folds[rows]), torch.arange(len(rows))]
 

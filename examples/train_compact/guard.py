@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from climbing import Climber
-from features import store, with_corners
+from features import store
 from fit_guard import Known, guard, held_out, moves, set_limits
 from predictions import Predictions
 from recipe import Recipe
@@ -72,16 +72,14 @@ def main() -> None:
     model = towers_only()
     material = gather(model, images, runs)
     load_strictly(model, model.state_dict() | read_weights(EMBEDDED), source=str(EMBEDDED))
-    looking = with_corners(model).to(memory_format=torch.channels_last)
-    assert isinstance(looking, Compact)
     folds = torch.from_numpy(group_folds(images.prompts, FOLDS, seed=0))
-    extra = varied(images, looking, runs / "varied.safetensors")
+    extra = varied(images, model, runs / "varied.safetensors")
     seen = [material.scored, material.spoilt, {n: t[::WORLD] for n, t in material.world.items()}, extra]
     statistics = [model.statistics(part) for part in seen]
     none = torch.full((len(statistics[2]),), -1)
     of = [folds, folds[material.spoilt["rows"]], none, folds[extra["rows"]]]
     known = Known(statistics=torch.cat(statistics), folds=torch.cat(of), scored=len(images))
-    climber, climbs = Climber(model=looking, paths=list(images.paths), prompts=list(images.prompts)), []
+    climber, climbs = Climber(model=model, paths=list(images.paths), prompts=list(images.prompts)), []
     heads = {fold: fold_head(model, runs, fold) for fold in range(FOLDS)}
     for number in range(ROUNDS):
         rows = np.arange(OFFSET * number % EVERY, len(images), EVERY)

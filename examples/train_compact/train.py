@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from features import clean, spoilt, store, with_corners
+from features import clean, spoilt, store
 from fit import Material, fit_likeness, fit_match
 from predictions import Predictions
 from recipe import Recipe
@@ -52,13 +52,11 @@ def towers_only() -> Compact:
 def gather(model: Compact, images: ScoredImages, folder: Path) -> Material:
     """What the towers see of everything, from `folder` if it was computed before."""
     paths = list(images.paths)
-    looking = with_corners(model).to(memory_format=torch.channels_last)
-    assert isinstance(looking, Compact)
-    scored = store(looking, len(paths), clean(paths), folder / "scored.safetensors", kept={})
+    scored = store(model, len(paths), clean(paths), folder / "scored.safetensors", kept={})
     count, batch, known = pictures()
-    world = store(looking, count, batch, folder / "world.safetensors", kept=known)
+    world = store(model, count, batch, folder / "world.safetensors", kept=known)
     batch, known = spoilt(paths)
-    bad = store(looking, len(known["rows"]), batch, folder / "spoilt.safetensors", kept=known)
+    bad = store(model, len(known["rows"]), batch, folder / "spoilt.safetensors", kept=known)
     targets = torch.tensor(np.stack([images.quality, images.correspondence], axis=1), dtype=torch.float32)
     prompts = sorted(set(images.prompts))
     with torch.no_grad():
