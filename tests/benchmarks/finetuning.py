@@ -1,17 +1,19 @@
-"""Gains of fine-tuning the embedded generator by the compact reward: reward, held-out reward and independent judge.
+"""Gains of fine-tuning the embedded generator where it fails, beside best of N: reward, held-out reward and judge.
 
-    python tests/benchmarks/finetuning.py draft refl dpo ddpo --seeds 3 --plot finetuning.png --pictures pictures.png
+    python tests/benchmarks/finetuning.py draft refl dpo ddpo --steps 2 --plot finetuning.png --pictures pictures.png
+    python tests/benchmarks/finetuning.py draft --reward FOLDER --runs runs/other --against runs/finetuning
 
-Each algorithm trains one LoRA per seed by `aigiqa-reward finetune NAME --config examples/finetune_embedded/NAME.yaml`.
-The kept weights are compared with the generator without them on 40 prompts of pairs that neither the generator nor the
-training has seen, 8 images each from the same noise; the checkpoints give the curves, on every fourth of these prompts
-and 4 images. Minutes are those of each algorithm's fastest training. Results in --runs are reused, and an interrupted
-training is resumed.
+Without algorithms only the base is measured: one image and the best of N, picked by the reward and by the judge, among
+16 images for each of 40 pairs that the generator was trained on and of 40 new ones. Each algorithm trains one LoRA per
+seed by `aigiqa-reward finetune NAME --config examples/finetune_embedded/NAME.yaml` with the same number of sampling
+steps. The kept weights are compared with the generator without them on the new pairs, which the training has not seen
+either, on the first 8 of the 16 images from the same noise. Minutes are the median over the trainings. Results in
+--runs are reused, and an interrupted training is resumed.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import subprocess
 import sys
@@ -25,29 +27,27 @@ import torch
 from rounds import interval, parsed, parser_of, save, shown
 from tqdm import tqdm
 
-from aigiqa_reward import create_reward, load_embedded_pipeline
-from aigiqa_reward.finetuning.checkpoints import checkpoints_in
+from aigiqa_reward import Reward, create_reward, list_rewards, load_embedded_pipeline
 from aigiqa_reward.finetuning.validation import default_holdout
 from aigiqa_reward.images import to_pil
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.toy.judge import load_judge
+from aigiqa_reward.toy.pictures import all_pairs
+from aigiqa_reward.toy.world import caption
 from aigiqa_reward.utils.io import write_atomically
+from aigiqa_reward.utils.run_folder import RunFolder, digest, pipeline_identity, reward_identity
 from aigiqa_reward.utils.weights import read_weights, write_weights
 
 RECIPES = Path("examples/finetune_embedded")
-CALL: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 1.0}
-IMAGES, BEST_OF = 8, 4
-"""Images per held-out prompt, and the N of the best-of-N that gains are compared with."""
-
-PART, CURVE_IMAGES = 4, 4
-"""Curves use every PART-th prompt and this many images of each."""
+RESULTS = ("figures/*", "*/seconds*.txt")
+BASE_IMAGES, IMAGES, SIZES = 16, 8, (4, 16)
+"""Images per prompt without fine-tuning and, the first of these, with it; the N of best of N."""
 
 FIRST_SEED = 1000
 """First seed of the images; trainings and validations use others."""
 
-COLUMNS = ("reward", "held-out", "judge", "right")
-MARGIN = 0.03
-"""Largest accepted loss in the share of right pictures."""
+COLUMNS = ("reward", "held-out reward", "judge (nats)", "right")
+REWARD, NATS, RIGHT = 0, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,11 @@ class Models:
     reward: Any
     holdout: Any
     judge: Any
+    steps: int
 
     @torch.no_grad()
     def images(self, prompt: str, count: int) -> torch.Tensor:
-        rollout = Rollout(self.pipe, **CALL)
+        rollout = Rollout(self.pipe, num_inference_steps=self.steps, guidance_scale=1.0)
         generators = [torch.Generator().manual_seed(FIRST_SEED + place) for place in range(count)]
         return rollout.show(rollout.run(rollout.start(rollout.encode([prompt] * count), generators)).latents)
 
@@ -72,7 +73,7 @@ class Models:
         return torch.stack([*scores, *judged], dim=1)
 
 
-def measured(models: Models, folder: Path | None, prompts: list[str], file: Path, count: int = IMAGES) -> np.ndarray:
+def measured(models: Models, prompts: list[str], file: Path, count: int, folder: Path | None = None) -> np.ndarray:
     """(prompts, count, 4) with the adapter of a folder, or without any; kept in a file."""
     if not file.exists():
         if folder is not None:
@@ -85,19 +86,20 @@ def measured(models: Models, folder: Path | None, prompts: list[str], file: Path
     return read_weights(file)["values"].numpy()
 
 
-def train(name: str, seed: int, runs: Path, threads: int) -> Path:
+def train(name: str, seed: int, given: argparse.Namespace) -> Path:
     """The folder of a finished training; its `seconds.txt` has the wall time of all its runs."""
-    folder = runs / f"{name}-{seed}"
+    folder = given.runs / f"{name}-{seed}"
     done, so_far = folder / "seconds.txt", folder / "seconds-so-far.txt"
     if done.exists():
         return folder
     before = float(so_far.read_text()) if so_far.exists() else 0.0
     words = ["finetune", name, "--config", str(RECIPES / f"{name}.yaml"), "--output_dir", str(folder)]
+    words += ["--num_inference_steps", str(given.steps), "--reward", given.reward]
     words += ["--seed", str(seed), "--resume_from_checkpoint", "latest"]
     started = time.perf_counter()
     try:
         # The command's own output; as many threads as here.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
         subprocess.run([sys.executable, "-m", "aigiqa_reward", *words], check=True, env=environment)
     finally:
         took = f"{before + time.perf_counter() - started:.0f}\n".encode()
@@ -107,71 +109,60 @@ def train(name: str, seed: int, runs: Path, threads: int) -> Path:
     return folder
 
 
-def best_of(base: np.ndarray) -> np.ndarray:
-    """(prompts,) what the best of BEST_OF by reward gains over one image, from the same seeds."""
-    groups = base[..., 0].reshape(len(base), -1, BEST_OF)
-    return (groups.max(axis=2) - groups.mean(axis=2)).mean(axis=1)
+def best_of(base: np.ndarray, n: int, by_judge: bool = False) -> np.ndarray:
+    """(prompts, 4) gain over one image of the best of n by the reward, or by the judge: right ones first, then nats."""
+    groups = base.reshape(len(base), -1, n, len(COLUMNS))
+    key = 1e3 * groups[..., RIGHT] + groups[..., NATS] if by_judge else groups[..., REWARD]
+    winners = np.take_along_axis(groups, key.argmax(axis=2)[..., None, None], axis=2)
+    return winners.mean(axis=(1, 2)) - base.mean(axis=1)
 
 
-def report(base: np.ndarray, tuned: dict[str, np.ndarray], seconds: dict[str, float]) -> str:
-    gain = best_of(base)
-    means = ", ".join(f"{name} {base[..., place].mean():.3f}" for place, name in enumerate(COLUMNS))
-    lines = [f"Without fine-tuning: {means}; best of {BEST_OF} gains {gain.mean():.3f} of reward.", ""]
-    lines += [f"| | reward | as a part of best of {BEST_OF} | held-out reward | judge (nats) | right | minutes |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    bars = []
+def table(rows: dict[str, list[str]], columns: tuple[str, ...]) -> str:
+    head = f"| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}\n"
+    return head + "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()) + "\n"
+
+
+def all_shown(values: np.ndarray) -> list[str]:
+    return [shown(interval(values[..., place])) for place in range(len(COLUMNS))]
+
+
+def base_report(base: np.ndarray) -> str:
+    rows = {"one image": [cell.replace("+", "") for cell in all_shown(base.mean(axis=1))]}
+    for n in SIZES:
+        rows[f"best of {n} by reward"] = all_shown(best_of(base, n))
+        rows[f"best of {n} by judge"] = all_shown(best_of(base, n, by_judge=True))
+    return table(rows, COLUMNS)
+
+
+def report(base: np.ndarray, tuned: dict[str, np.ndarray], minutes: dict[str, float]) -> str:
+    rows, gain = {}, best_of(base, SIZES[0])
     for name, values in tuned.items():
-        change = (values - base).mean(axis=2)
-        found = [interval(change[..., place]) for place in range(len(COLUMNS))]
-        part = interval(change[..., 0], gain)
-        cells = [shown(found[0]), shown(part).replace("+", ""), *map(shown, found[1:])]
-        lines.append(f"| {name} | {' | '.join(cells)} | {seconds[name] / 60:.1f} |")
-        held = "holds" if found[3][1] > -MARGIN else "is not shown to hold"
-        bars.append(
-            f"{name}, {len(values)} trainings: {part[0]:.0%} of best of {BEST_OF}'s gain, at least {part[1]:.0%}; the "
-            f"share of right pictures {held} by {MARGIN}."
-        )
-    return "\n".join([*lines, "", *bars])
+        change = (values - base[:, :IMAGES]).mean(axis=2)
+        parts = [shown(interval(change[..., k], gain[:, k])).replace("+", "") for k in (REWARD, RIGHT)]
+        rows[name] = [*all_shown(change), *parts, f"{minutes[name]:.1f}"]
+    parts = tuple(f"{COLUMNS[k]}, as a part of best of {SIZES[0]}" for k in (REWARD, RIGHT))
+    return table(rows, (*COLUMNS, *parts, "minutes"))
 
 
-def clock(folder: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    times = {line["step"]: line["seconds"] for line in lines}
-    before = max(0.0, float((folder / "seconds.txt").read_text()) - max(times.values()))  # loading, and making pairs
-    return {0: before} | {step: before + seconds for step, seconds in times.items() if step}
+def difference(tuned: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> str:
+    change = {name: (values - others[name]).mean(axis=2) for name, values in tuned.items()}
+    rows = {name: [shown(interval(values[..., k])) for k in (NATS, RIGHT)] for name, values in change.items()}
+    return table(rows, (COLUMNS[NATS], COLUMNS[RIGHT]))
 
 
-def curve(
-    models: Models, folder: Path, times: dict[int, float], prompts: list[str], base: np.ndarray, figures: Path
-) -> list[tuple[float, np.ndarray]]:
-    """Seconds, as `times` has them, and mean change (4,) of all columns at each checkpoint, on a part of the images."""
-    start = base[::PART, :CURVE_IMAGES]
-    points = [(times[0], np.zeros(len(COLUMNS)))]
-    for path in checkpoints_in(folder):
-        step = int(path.name.rpartition("-")[2])
-        file = figures / f"curve-{folder.name}-{step}.safetensors"
-        values = measured(models, path, prompts[::PART], file, CURVE_IMAGES)
-        points.append((times[step], (values - start).mean(axis=(0, 1))))
-    return points
-
-
-def plot(curves: dict[str, list[list[tuple[float, np.ndarray]]]], gain: float, path: Path) -> None:
+def plot(base: np.ndarray, tuned: dict[str, np.ndarray], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    titles = ("reward (trained on)", "held-out reward", "judge: score (nats)")
-    for axis, place, title in zip(figure.subplots(1, 3), range(3), titles, strict=True):
-        for number, (name, trainings) in enumerate(curves.items()):
-            for seed, points in enumerate(trainings):
-                minutes, changes = [t / 60 for t, _ in points], [change[place] for _, change in points]
-                label = name if seed == 0 else None
-                axis.plot(minutes, changes, "o-", color=f"C{number}", label=label, markersize=3, alpha=0.8)
-        if place == 0:
-            axis.axhline(gain, linestyle="--", color="gray", label=f"best of {BEST_OF}")
-        axis.set(xlabel="minutes of training", ylabel="change", title=title)
+    for place, axis in enumerate(figure.subplots(1, len(COLUMNS))):
+        for name, values in tuned.items():
+            mean, *ends = interval((values - base[:, :IMAGES]).mean(axis=2)[..., place])
+            axis.errorbar(name, mean, np.abs(np.array(ends)[:, None] - mean), fmt="o", color="C0", capsize=4)
+        for n, style in zip(SIZES, ("--", ":"), strict=True):
+            axis.axhline(best_of(base, n)[:, place].mean(), linestyle=style, color="gray", label=f"best of {n}")
+        axis.set(ylabel="change", title=COLUMNS[place])
         axis.axhline(0, color="black", linewidth=0.5)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8)
     save(figure, path)
 
 
@@ -192,31 +183,46 @@ def pictures(models: Models, folders: dict[str, Path], prompts: list[str], path:
 
 def main() -> None:
     parser = parser_of(__doc__, threads=1)
-    parser.add_argument("algorithms", nargs="+", choices=("draft", "refl", "dpo", "ddpo"))
+    parser.add_argument("algorithms", nargs="*", help="of draft, refl, dpo, ddpo; none for the base alone")
     parser.add_argument("--seeds", type=int, default=3, help="trainings per algorithm")
+    parser.add_argument("--steps", type=int, default=2, help="sampling steps; with 2 or 3 the generator often fails")
+    parser.add_argument("--reward", default="compact", help="reward to train on, by name or folder")
     parser.add_argument("--runs", type=Path, default=Path("runs/finetuning"), help="folder of results")
-    parser.add_argument("--plot", type=Path, help="PNG of the curves of all trainings")
+    parser.add_argument("--against", type=Path, help="other folder of results, to compare the trainings with")
+    parser.add_argument("--plot", type=Path, help="PNG of the changes, beside best of N")
     parser.add_argument("--pictures", type=Path, help="PNG of images before and after, seed 0")
-    arguments = parsed(parser)
+    given = parsed(parser)
+    reward = create_reward(given.reward) if given.reward in list_rewards() else Reward.from_pretrained(given.reward)
+    parts: dict[str, Any] = {"reward": reward, "holdout": default_holdout(reward), "judge": load_judge()}
+    models = Models(pipe=load_embedded_pipeline(), steps=given.steps, **parts)
+    generator, others, figures = digest(pipeline_identity(models.pipe)), {}, given.runs / "figures"
+    settings = {"steps": given.steps, "generator": generator, "reward": reward_identity(reward)}
+    RunFolder(given.runs, argument="--runs", contents=RESULTS).begin(settings)
+    if given.against:
+        RunFolder(given.against, argument="--against", contents=RESULTS).check(settings, ignore={"reward"})
+        for name in given.algorithms:
+            files = [given.against / "figures" / f"{name}-{seed}.safetensors" for seed in range(given.seeds)]
+            others[name] = np.stack([read_weights(file)["values"].numpy() for file in files])
     prompts = (RECIPES / "held-out.txt").read_text().splitlines()
-    reward = create_reward("compact")
-    models = Models(pipe=load_embedded_pipeline(), reward=reward, holdout=default_holdout(reward), judge=load_judge())
-    figures = arguments.runs / "figures"
-    base = measured(models, None, prompts, figures / "base.safetensors")
-    tuned, seconds, curves, first = {}, {}, {}, {}
-    for name in arguments.algorithms:
-        folders = [train(name, seed, arguments.runs, arguments.threads) for seed in range(arguments.seeds)]
-        tuned[name] = np.stack([measured(models, f, prompts, figures / f"{f.name}.safetensors") for f in folders])
-        # What else the machine did slowed the others; one that ended early is no measure.
-        times = min(map(clock, folders), key=lambda times: (-max(times), times[max(times)]))
-        seconds[name] = times[max(times)]
-        first[name] = folders[0]
-        print(report(base, tuned, seconds), flush=True)
-        if arguments.plot:
-            curves[name] = [curve(models, folder, times, prompts, base, figures) for folder in folders]
-            plot(curves, float(best_of(base).mean()), arguments.plot)
-    if arguments.pictures:
-        pictures(models, first, prompts, arguments.pictures)
+    pairs = np.random.default_rng(0).permutation(all_pairs(held_out=False))[: len(prompts)]
+    trained = [caption(*pair) for pair in pairs.tolist()]
+    easy = measured(models, trained, figures / "base-trained.safetensors", BASE_IMAGES)
+    base = measured(models, prompts, figures / "base-new.safetensors", BASE_IMAGES)
+    print(f"{given.steps} steps; of best of N the gain over one image. Trained pairs:\n\n{base_report(easy)}")
+    print(f"New pairs:\n\n{base_report(base)}", flush=True)
+    tuned, minutes = {}, {}
+    for name in given.algorithms:
+        folders = [train(name, seed, given) for seed in range(given.seeds)]
+        values = [measured(models, prompts, figures / f"{f.name}.safetensors", IMAGES, f) for f in folders]
+        tuned[name] = np.stack(values)
+        minutes[name] = float(np.median([float((f / "seconds.txt").read_text()) for f in folders])) / 60
+        print(report(base, tuned, minutes), flush=True)
+        if given.plot:
+            plot(base, tuned, given.plot)
+    if given.against and tuned:
+        print(f"Difference to {given.against}\n\n{difference(tuned, others)}")
+    if given.pictures:
+        pictures(models, {name: given.runs / f"{name}-0" for name in tuned}, prompts, given.pictures)
 
 
 if __name__ == "__main__":
