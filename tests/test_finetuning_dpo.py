@@ -17,9 +17,10 @@ from torch import Tensor
 
 from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning import DPO
-from aigiqa_reward.finetuning.algorithms.dpo import Noising, accuracy
+from aigiqa_reward.finetuning.algorithms.dpo import accuracy
 from aigiqa_reward.finetuning.batch import Batch, Outcome
 from aigiqa_reward.finetuning.context import TrainingContext
+from aigiqa_reward.finetuning.noising import Noising
 from aigiqa_reward.images import load
 
 BETA = 500.0

@@ -18,7 +18,7 @@ from pipelines import FAMILIES, FEW_STEPS
 from pipelines_current import CALL, CURRENT_FAMILIES
 from torch import Tensor
 
-from aigiqa_reward.finetuning.algorithms.dpo import Noising
+from aigiqa_reward.finetuning.noising import Noising
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.schedulers import noise_level, predict_clean
 
@@ -42,6 +42,8 @@ def test_variance_preserving_noise_is_diffusers(kind):
     velocity = scheduler.get_velocity(clean, noise, levels)
     expected = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[kind]
     torch.testing.assert_close(noising.target(clean, noise, levels), expected)
+    found = noising.clean(noising.noised(clean, noise, levels), expected, levels)
+    torch.testing.assert_close(found, clean, atol=1e-5, rtol=1e-4)
     assert torch.equal(noising.times[levels], levels)
 
 
@@ -54,6 +56,7 @@ def test_noise_along_a_flow_is_diffusers(shift):
     expected = scheduler.scale_noise(clean, scheduler.timesteps.flip(0)[levels], noise)
     torch.testing.assert_close(noising.noised(clean, noise, levels), expected)
     torch.testing.assert_close(noising.target(clean, noise, levels), noise - clean)
+    torch.testing.assert_close(noising.clean(expected, noise - clean, levels), clean)
 
 
 def test_other_schedulers_of_flow_models_have_the_levels_of_their_shift():

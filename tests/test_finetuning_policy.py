@@ -17,12 +17,11 @@ from diffusers import (
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from aigiqa_reward.finetuning.advantages import STD_FLOOR, group_advantages
 from aigiqa_reward.finetuning.algorithms.policy_gradient import (
-    STD_FLOOR,
     GaussianStep,
     clipped_surrogate,
     flow_sde_weights,
-    group_advantages,
 )
 from aigiqa_reward.sampling.ancestral import ancestral_weights, step_mean
 

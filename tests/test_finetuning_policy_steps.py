@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from aigiqa_reward.finetuning import DDPO, FlowGRPO
-from aigiqa_reward.finetuning.algorithms.policy_gradient import PolicyGradient, group_advantages
+from aigiqa_reward.finetuning.advantages import group_advantages
+from aigiqa_reward.finetuning.algorithms.policy_gradient import PolicyGradient
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.types import RewardOutput
 

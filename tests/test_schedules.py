@@ -234,7 +234,7 @@ def test_candidates_keep_their_histories(case):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("DDIM", {"prediction_type": "score"}, "expected epsilon, sample"),
+        ("DDIM", {"prediction_type": "score"}, "expected epsilon, v_prediction, sample"),
         ("DPMSolverMultistep", {"use_flow_sigmas": True, "prediction_type": "epsilon"}, "belong together"),
         ("DPMSolverMultistep", {"prediction_type": "flow_prediction"}, "belong together"),
     ],

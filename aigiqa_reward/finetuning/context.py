@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,19 @@ class TrainingContext:
         """
         blocks = alone and bool(getattr(self.lora.denoiser, "is_gradient_checkpointing", False))
         return self.rollout.predict(state, checkpointed=self.checkpointed and torch.is_grad_enabled() and not blocks)
+
+    def first_state(self, prompt: str) -> State:
+        """Return one candidate before its first step, for the dtype, the shared inputs and the levels of sampling."""
+        return self.rollout.start(self.encode([prompt]), [torch.Generator("cpu").manual_seed(0)])
+
+    def predict_at(
+        self, latents: Tensor, times: Tensor, conditioning: Conditioning, shared: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Run the denoiser on noised latents (B, ...), each at its own time (B,); recomputed if `checkpointed`."""
+        arguments, predict = (latents, times.to(latents.device), conditioning, shared), self.rollout.family.predict
+        if self.checkpointed and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(predict, *arguments, use_reentrant=False))
+        return predict(*arguments)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to images (B, 3, H, W), differentiable and not clamped; recomputed if `checkpointed`."""

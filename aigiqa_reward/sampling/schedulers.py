@@ -33,6 +33,10 @@ SEVERAL_CALLS_A_STEP += _names("DPMSolverSinglestep")
 """Higher-order schedulers that call the denoiser several times per step, between the samples of the process."""
 
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+"""What a model may predict: eps, alpha eps - sigma x0 (Salimans & Ho 2022), x0, or eps - x0."""
+
+
 def check_scheduler(scheduler: Any, *, need: str, flow: bool, served: Sequence[str] = SERVED) -> None:
     """Refuse a scheduler whose state our loop cannot carry (subclasses may hold more), or that does not fit the model.
 
@@ -97,17 +101,21 @@ def predict_clean(scheduler: Any, step: int, latents: Tensor, output: Tensor) ->
             f"scheduler: {name} has prediction_type={kind!r} with use_flow_sigmas="
             f"{bool(scheduler.config.get('use_flow_sigmas'))}; they belong together: set both, or neither"
         )
+    if kind not in PREDICTIONS:
+        raise ValueError(f"scheduler: {name} has prediction_type={kind!r}; expected {', '.join(PREDICTIONS)}")
+    return clean_of(kind, x, output, alpha, sigma)
+
+
+def clean_of(kind: str, x: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the x0 that follows from a model output of one of `PREDICTIONS`, for latents x = alpha x0 + sigma eps."""
     if kind == "flow_prediction":
         return x - sigma * output
     if kind == "sample":
         return output
     if kind == "epsilon":
         return (x - sigma * output) / alpha
-    if kind == "v_prediction":
-        norm = (alpha**2 + sigma**2).sqrt()  # 1, but for latents whose variance explodes
-        return (alpha / norm) * (x / norm) - (sigma / norm) * output
-    known = "epsilon, sample, v_prediction or flow_prediction"
-    raise ValueError(f"scheduler: {name} has prediction_type={kind!r}; expected {known}")
+    norm = (alpha**2 + sigma**2).sqrt()  # 1, but for latents whose variance explodes
+    return (alpha / norm) * (x / norm) - (sigma / norm) * output
 
 
 def with_history_of(scheduler: Any, rows: Sequence[int], like: Tensor) -> Any:

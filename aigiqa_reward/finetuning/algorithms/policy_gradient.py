@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from aigiqa_reward.finetuning.advantages import compare, part_of
 from aigiqa_reward.finetuning.algorithms.base import (
     Algorithm,
     mean_square,
@@ -31,12 +32,6 @@ from aigiqa_reward.sampling.ancestral import ANCESTRAL, StepWeights, ancestral_w
 from aigiqa_reward.sampling.rollout import State
 from aigiqa_reward.sampling.schedulers import check_scheduler, is_flow, noise_level
 from aigiqa_reward.utils.checks import integer, number
-
-STD_FLOOR = 1e-4
-"""Added to the std of rewards before dividing by it, as in Flow-GRPO's code. DDPO's 1e-6 would turn differences of
-rounding into whole advantages, since our rewards are near [0, 1]."""
-EQUAL = 4 * torch.finfo(torch.float32).eps
-"""Relative difference up to which rewards are equal but for float32 rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,34 +100,6 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> T
     At ratio 1 its gradient is that of -A log p, the plain policy gradient.
     """
     return -torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
-
-
-def group_advantages(
-    rewards: Tensor, size: int, *, deviation: Literal["group", "batch"] = "group", limit: float = math.inf
-) -> tuple[Tensor, Tensor]:
-    """Subtract the mean of their group from rewards (N,), divide by a population std and clip to [-limit, limit].
-
-    Sample i belongs to group i // size; size 1 makes all one group: DDPO without per-prompt statistics. Flow-GRPO and
-    DDPO's per-prompt statistics divide by the std of the group (DDPO's code keeps statistics over several rounds). The
-    std of the batch, `global_std` in Flow-GRPO's code, does not amplify differences between near equals.
-
-    Returns:
-        Advantages (N,) float64, 0 for samples without a finite reward and in degenerate groups; and (N,) whether the
-        group is degenerate: equal rewards only, or fewer than two finite ones.
-    """
-    values = rewards.double().reshape(-1, size if size > 1 else len(rewards))
-    finite = values.isfinite()
-    values = torch.where(finite, values, 0.0)
-    count = finite.sum(dim=1, keepdim=True)
-    centered = torch.where(finite, values - values.sum(dim=1, keepdim=True) / count.clamp(min=1), 0.0)
-    largest = values.abs().amax(dim=1, keepdim=True)
-    degenerate = (count < 2) | (centered.abs().amax(dim=1, keepdim=True) <= EQUAL * largest)
-    if deviation == "group":
-        spread = (centered.square().sum(dim=1, keepdim=True) / count.clamp(min=1)).sqrt()
-    else:
-        spread = values[finite].std(correction=0) if bool(finite.any()) else values.new_zeros(())
-    result = torch.where(degenerate, 0.0, centered / (spread + STD_FLOOR)).clamp(-limit, limit)
-    return result.flatten(), degenerate.expand_as(values).flatten()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,11 +177,8 @@ class PolicyGradient(Algorithm):
             memory["steps"] = torch.tensor(steps)
             memory[f"latents/{part}"] = where_rows(finite, latents, 0)
             memory[f"log_probs/{part}"] = where_rows(finite, log_probs, 0)
-            memory[f"dropped/{part}"] = (~finite).float()
-        for name, values in self.compare(context, batches, scores).items():
-            parts = values.split([len(batch) for batch in batches])
-            memory |= {f"{name}/{part}": value.clone() for part, value in enumerate(parts)}
-        return memory
+        options: Any = {"deviation": self.deviation, "limit": self.advantage_clip}
+        return memory | compare(context, batches, scores, self.images_per_prompt, **options)
 
     def _check_size(self, size: int) -> None:
         if size % (group := self.images_per_prompt):
@@ -261,36 +225,11 @@ class PolicyGradient(Algorithm):
         mean = step_mean(state.scheduler, state.step, state.latents, clean, weights)
         return GaussianStep(mean=mean, std=weights.fresh.to(mean.device))
 
-    def compare(
-        self, context: TrainingContext, batches: Sequence[Batch], scores: Sequence[dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Return advantages, degenerate and scores of this process's rows, one batch after the other, on the CPU."""
-        device = context.accelerator.device
-        rows = torch.tensor([row for batch in batches for row in batch.rows])
-        order = context.gather(rows.to(device)).cpu().argsort()
-        tables = {}  # over all rows of the step
-        for name in scores[0]:
-            own = torch.cat([part[name] for part in scores])
-            tables[name] = context.gather(own.to(device)).cpu().double()[order]
-        advantages, degenerate = group_advantages(
-            context.capped(tables["reward"]),
-            self.images_per_prompt,
-            deviation=self.deviation,
-            limit=self.advantage_clip,
-        )
-        # If all rewards are broken, the loop stops at a loss that is NaN.
-        broken = 0.0 if bool(tables["reward"].isfinite().any()) else math.nan
-        result = {"advantages": advantages[rows] + broken, "degenerate": degenerate[rows]}
-        for name, table in tables.items():  # the mean in place of NaN, so that logged means are those of the others
-            mean = table[table.isfinite()].mean().nan_to_num()
-            result[name] = torch.where(table.isfinite(), table, mean)[rows]
-        return {name: value.float() for name, value in result.items()}
-
     def losses(self, context: TrainingContext, batch: Batch, part: int, memory: Memory) -> Iterator[Outcome]:
         """Yield one loss per trained step; their sum is the mean over these steps."""
         state = context.start(batch)
         device = state.latents.device
-        own = {name.removesuffix(f"/{part}"): v for name, v in memory.items() if name.endswith(f"/{part}")}
+        own = part_of(memory, part)
         logged = {name: v for name, v in own.items() if name not in ("latents", "log_probs", "advantages")}
         logged |= context.above_ceiling(own["reward"])
         steps = memory["steps"].tolist()
