@@ -34,6 +34,7 @@ from aigiqa_reward.datasets import PreferencePairs
 from aigiqa_reward.finetuning import (
     DDPO,
     DPO,
+    DiffusionNFT,
     DRaFT,
     FinetuneConfig,
     FinetuneResult,
@@ -261,7 +262,9 @@ def test_what_is_not_finite_stops_it(tmp_path: Path, breaking: Any, what: str, a
     assert torch.equal(image(fresh), image(pipe))
 
 
-@pytest.mark.parametrize("algorithm", [DRaFT(), DDPO(images_per_prompt=2), DPO(refresh_every=1, candidates=2)])
+@pytest.mark.parametrize(
+    "algorithm", [DRaFT(), DDPO(images_per_prompt=2), DPO(refresh_every=1, candidates=2), DiffusionNFT()]
+)
 @pytest.mark.parametrize("fault", ["pixels", "reward"])
 def test_what_is_not_finite_before_any_training_is_not_the_learning_rates(
     tmp_path: Path, algorithm: Any, fault: str
@@ -295,13 +298,15 @@ def test_layers_that_the_denoiser_does_not_use_are_named(tmp_path: Path) -> None
         train(tmp_path / "b", pipe, target_modules=("other.to_q",))
 
 
-@pytest.mark.parametrize("within", ["step", "round", "validation"])
+@pytest.mark.parametrize("within", ["step", "round", "old policy", "validation"])
 def test_a_signal_writes_the_last_whole_step_at_once(tmp_path: Path, within: str) -> None:
     """Whoever sends a SIGTERM may kill the process before the step it is in, or the validation, has ended."""
     settings: dict[str, Any] = {"max_train_steps": 4, "train_batch_size": 2, "sampling": CALL}
     if within == "validation":
         settings |= {"validation_prompts": ["a fox", "a cat"], "holdout": half, "ema_decay": 0.5}
         settings |= {"validation_seeds": 1, "validation_steps": 2}
+    elif within == "old policy":
+        settings["algorithm"] = DiffusionNFT(images_per_prompt=2, old_decay_slope=0.5)
     else:
         settings["algorithm"] = DDPO(images_per_prompt=2, updates_per_round=2 if within == "round" else 1)
     done = 1 if within == "round" else 2

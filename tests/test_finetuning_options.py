@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     | {"pairs_per_prompt": 2, "guidance_scales": (1.0, 3.0), "reward_guidance": 5.0},
     "ddpo": {**POLICY, "eta": 0.5},
     "grpo": {**POLICY, "sampler": "ancestral", "noise_level": 0.3, "timestep_fraction": 0.3},
+    "nft": {"images_per_prompt": 2, "beta": 0.5, "old_decay": 0.0, "old_decay_slope": 0.5},
 }
 
 

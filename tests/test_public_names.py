@@ -20,7 +20,9 @@ PUBLIC = {
         "BestOfNOutput", "rerank", "load_embedded_pipeline", "RewardFunction", "RewardMetric",
     ),
     "aigiqa_reward.sampling": ("RewardGuidance", "RewardLogger", "EarlyExit", "ParticleSteering", "NoiseOptimizer"),
-    "aigiqa_reward.finetuning": ("finetune", "FinetuneConfig", "DRaFT", "ReFL", "DPO", "DDPO", "FlowGRPO"),
+    "aigiqa_reward.finetuning": (
+        "finetune", "FinetuneConfig", "DRaFT", "ReFL", "DPO", "DDPO", "FlowGRPO", "DiffusionNFT",
+    ),
 }  # fmt: skip
 
 NEEDED = inspect.Parameter.empty

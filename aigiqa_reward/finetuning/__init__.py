@@ -5,7 +5,7 @@ Example:
     >>> from aigiqa_reward.finetuning import ALGORITHMS, DPO, DRaFT, FinetuneConfig, FinetuneResult, finetune
     >>> from aigiqa_reward.finetuning import build_preference_pairs, read_preference_pairs
     >>> sorted(ALGORITHMS)
-    ['ddpo', 'dpo', 'draft', 'grpo', 'refl']
+    ['ddpo', 'dpo', 'draft', 'grpo', 'nft', 'refl']
     >>> pipe, reward = load_embedded_pipeline(), create_reward("compact")
     >>> prompts = ["a red apple on a blue background", "a cat on a green background"]
     >>> sampling = {"num_inference_steps": 2, "guidance_scale": 1.0}
@@ -29,6 +29,7 @@ Example:
 from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.algorithms.dpo import DPO
 from aigiqa_reward.finetuning.algorithms.draft import DRaFT
+from aigiqa_reward.finetuning.algorithms.nft import DiffusionNFT
 from aigiqa_reward.finetuning.algorithms.policy_gradient import DDPO, FlowGRPO
 from aigiqa_reward.finetuning.algorithms.refl import ReFL
 from aigiqa_reward.finetuning.callbacks import TrainingCallback
@@ -38,7 +39,7 @@ from aigiqa_reward.finetuning.pairs import build_preference_pairs, read_preferen
 from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.trainer import finetune
 
-ALGORITHMS: dict[str, type[Algorithm]] = {kind.name: kind for kind in (DRaFT, ReFL, DPO, DDPO, FlowGRPO)}
+ALGORITHMS: dict[str, type[Algorithm]] = {kind.name: kind for kind in (DRaFT, ReFL, DPO, DDPO, FlowGRPO, DiffusionNFT)}
 """Algorithms by their names on the command line."""
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "DDPO",
     "DPO",
     "DRaFT",
+    "DiffusionNFT",
     "FinetuneConfig",
     "FinetuneResult",
     "FinetuningError",

@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -84,6 +84,7 @@ class Checkpoint:
     kept: Mapping[str, Tensor]  # weights of the best validation so far; empty before any
     memory: Mapping[str, Tensor]  # memory of the algorithm's round, gathered over processes
     optimization: Mapping[str, Any]
+    old: Mapping[str, Tensor] = field(default_factory=dict)  # `TrainingContext.old`
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, lora: LoRA, *, limit: int | None) -> Path:
@@ -98,7 +99,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, lora: LoRA, *, limit: 
     try:
         lora.write(part, checkpoint.lora)
         tensors = io.BytesIO()
-        torch.save({name: getattr(checkpoint, name) for name in ("kept", "memory", "optimization")}, tensors)
+        torch.save({name: getattr(checkpoint, name) for name in ("kept", "memory", "optimization", "old")}, tensors)
         write_atomically(part / _TENSORS, tensors.getvalue())
         write_json(part / _NUMBERS, {name: getattr(checkpoint, name) for name in ("step", "settings", "monitor")})
         part.rename(target)

@@ -49,7 +49,7 @@ class FinetuneConfig:
     gradient_checkpointing: bool = _option(
         False, "Recompute activations of denoiser and decoder in the backward pass to save memory."
     )
-    learning_rate: float | None = _option(None, "Learning rate; by default 1e-4, and 3e-4 for ddpo and grpo.")
+    learning_rate: float | None = _option(None, "Learning rate; by default 1e-4, and 3e-4 for ddpo, grpo and nft.")
     lr_scheduler: Schedule = _option("constant", "Learning rate schedule of diffusers.")  # noqa: RUF009
     lr_warmup_steps: int = _option(0, "Optimizer steps of learning rate warmup.")
     max_train_steps: int = _option(500, "Total number of optimizer steps.")
@@ -66,7 +66,8 @@ class FinetuneConfig:
     )
     kl_coeff: float | None = _option(
         None,
-        "Weight of the KL penalty to the pipeline without the adapter; by default 0.01, and 0 (none) for dpo.",
+        "Weight of the KL penalty to the pipeline without the adapter; by default 0.01, 1e-4 for nft, and 0 (none) for "
+        "dpo.",
     )
     reward_ceiling: float | Literal["auto"] | None = _option(
         "auto",

@@ -67,6 +67,7 @@ class TrainingContext:
     def __post_init__(self) -> None:
         self.bound = BoundReward(self.reward)
         self.seen: Counter[str] = Counter()  # images of this step, and those with broken pixels or a broken total
+        self.old: Mapping[str, Tensor] = {}  # weights that an algorithm keeps from round to round; in checkpoints
         self._conditionings: dict[str, Conditioning] = {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:

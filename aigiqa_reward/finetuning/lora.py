@@ -61,6 +61,7 @@ class LoRA:
                 f"pipe: expected a {self.prefix} with separate attention projections, got fused ones, beside which the "
                 f"adapted ones are not used; call pipe.{self.prefix}.unfuse_qkv_projections() first"
             )
+        self._aside: dict[str, Tensor] = {}  # the trained weights, while others replace them
         names = self._targets(targets)
         for module in family.pipe.components.values():
             if isinstance(module, nn.Module):
@@ -144,8 +145,21 @@ class LoRA:
         for layer in self._disabled:
             layer.enable_adapters(False)
 
+    @contextmanager
+    def replaced(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Context with other weights of `state()` in the adapter; `state` returns the trained ones within it too."""
+        self._aside = self.state()
+        try:
+            self.load(state)
+            yield
+        finally:
+            self.load(self._aside)
+            self._aside = {}
+
     def state(self) -> dict[str, Tensor]:
-        """Return a copy of the weights by their names in diffusers' files."""
+        """Return a copy of the trained weights by their names in diffusers' files."""
+        if self._aside:
+            return {name: weight.clone() for name, weight in self._aside.items()}
         return {self._stored(name): w.detach().clone() for name, w in self.weights.items()}
 
     def load(self, state: Mapping[str, Tensor], *, source: str = "the checkpoint") -> None:

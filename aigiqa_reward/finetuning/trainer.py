@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import errno
-import logging
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -33,6 +29,7 @@ from aigiqa_reward.finetuning.checkpoints import (
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.context import TrainingContext, create_context, with_gradients
 from aigiqa_reward.finetuning.early_stopping import Monitor
+from aigiqa_reward.finetuning.interruptions import interruptions
 from aigiqa_reward.finetuning.logging import History, check_tracker, show_picture
 from aigiqa_reward.finetuning.lora import FILE, LoRA
 from aigiqa_reward.finetuning.optimizers import FinetuningError, Optimization
@@ -47,29 +44,6 @@ from aigiqa_reward.utils.run_folder import differences, reward_identity
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def interruptions(rescue: Callable[[], object] = bool) -> Iterator[list[int]]:
-    """Context in which the first SIGINT or SIGTERM is noted and calls `rescue`; the second raises KeyboardInterrupt."""
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-        logger.warning("interrupted: stopping after this step; interrupt again to stop now")
-        rescue()
-
-    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = [(kind, signal.signal(kind, note)) for kind in kinds]
-    try:
-        yield noted
-    finally:
-        for kind, handler in before:
-            signal.signal(kind, handler)
 
 
 class Trainer:
@@ -90,11 +64,13 @@ class Trainer:
         self.context, self.algorithm, self.folder, self.config = context, algorithm, folder, config
         self.lora, self.accelerator = context.lora, context.accelerator
         self.validation, self.callbacks = validation, callbacks
+        processes = self.accelerator.num_processes
+        part_size, parts = algorithm.split(config.train_batch_size, config.gradient_accumulation_steps, processes)
         self.schedule = Schedule(
             prompts=prompts,
-            part_size=config.train_batch_size,
-            parts=config.gradient_accumulation_steps,
-            processes=self.accelerator.num_processes,
+            part_size=part_size,
+            parts=parts,
+            processes=processes,
             rows_per_prompt=algorithm.rows_per_prompt,
             round_of=algorithm.round_of,
             seed=config.seed,
@@ -136,6 +112,7 @@ class Trainer:
         self.lora.load(found.lora, source=str(path))
         self.optimization.load(found.optimization)
         self.monitor.load(found.monitor)
+        self.context.old = found.old
         self.kept, self.step, self.stopped = found.kept, found.step, self.monitor.stop
         self.memory = {name: each[self.accelerator.process_index] for name, each in found.memory.items()}
 
@@ -201,6 +178,7 @@ class Trainer:
         with self._changing():
             norm = self.optimization.step()
             self.step += 1
+            self.context.old = self.algorithm.old_weights(self.context, self.step, self.memory)
         numbers = {**self.optimization.means(measured), "learning_rate": rate, "grad_norm": norm}
         self.history.step(self.step, numbers)
         if self.step == 1 and (share := numbers.get("above_ceiling", 0.0)) > 0.5:
@@ -291,6 +269,7 @@ class Trainer:
                 kept=self.kept,
                 memory=memory,
                 optimization=self.optimization.state(),
+                old=self.context.old,
             )
             with self._changing():
                 save_checkpoint(self.folder, checkpoint, self.lora, limit=self.config.checkpoints_total_limit)
@@ -373,7 +352,7 @@ def finetune(
             adapter is loaded as "reward". Other adapters stay active in the reference model too, and are not saved.
         reward: a Reward, or any function f(images, prompts) that returns (B,) scores; a module is frozen.
         train_data: training prompts, or preference pairs for DPO.
-        algorithm: `DRaFT()`, `ReFL()`, `DPO()`, `DDPO()` or `FlowGRPO()`.
+        algorithm: `DRaFT()`, `ReFL()`, `DPO()`, `DDPO()`, `FlowGRPO()` or `DiffusionNFT()`.
         output_dir: folder for `pytorch_lora_weights.safetensors`, `history.jsonl`, checkpoints, validations and plots.
         config: all other settings.
         validation_prompts: without them the last weights are kept, and reward hacking is not detected.
@@ -440,7 +419,7 @@ def _validation(
 def _checked_config(algorithm: Algorithm, config: FinetuneConfig | None, folder: Path) -> FinetuneConfig:
     if not isinstance(algorithm, Algorithm):
         got = f"the class {algorithm.__name__}" if isinstance(algorithm, type) else repr(algorithm)
-        raise TypeError(f"algorithm: expected DRaFT(), ReFL(), DPO(), DDPO() or FlowGRPO(), got {got}")
+        raise TypeError(f"algorithm: expected DRaFT(), ReFL(), DPO(), DDPO(), FlowGRPO() or DiffusionNFT(), got {got}")
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
         raise TypeError(f"config: expected FinetuneConfig, got {type(config).__name__}")

@@ -107,7 +107,7 @@ class BoundReward:
             raise ValueError(
                 f"reward: {needed_by} needs its gradient with respect to the images, and {self.name} returns scores "
                 "without one; remove torch.no_grad, detach, numpy and PIL from it, or use a method for rewards without "
-                "gradients (BestOfN; for fine-tuning DPO, DDPO or FlowGRPO)"
+                "gradients (BestOfN; for fine-tuning DPO, DDPO, FlowGRPO or DiffusionNFT)"
             )
 
 

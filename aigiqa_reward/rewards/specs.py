@@ -237,7 +237,7 @@ SPECS: dict[str, ModelSpec] = {
         scale="raw = total = 1 - (edit distance) / (length of the longer text), in [0, 1]; whitespace and case ignored",
         input_size="whole image, in 8 bits",
         differentiable=False,
-        gradient_path="none; for best of N, steering, DDPO, FlowGRPO and DPO",
+        gradient_path="none; for best of N, steering, DDPO, FlowGRPO, DiffusionNFT and DPO",
         needs_prompt=True,
         weights="in the package rapidocr (extra ocr)",
         megabytes=31.7,

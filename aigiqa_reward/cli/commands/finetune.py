@@ -1,4 +1,4 @@
-"""The commands `finetune draft|refl|dpo|ddpo|grpo`: LoRA weights for a pipeline whose images get a higher reward."""
+"""The commands `finetune draft|refl|dpo|ddpo|grpo|nft`: LoRA weights that give a pipeline's images a higher reward."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ ALGORITHMS = {
     "dpo": "Fine-tune with Diffusion-DPO: learn from pairs of a better and a worse image.",
     "ddpo": "Fine-tune with DDPO: policy gradient, for rewards without gradients.",
     "grpo": "Fine-tune with Flow-GRPO: policy gradient for flow models such as SD3 and FLUX.",
+    "nft": "Fine-tune with DiffusionNFT: contrast better and worse images, for rewards without gradients.",
 }
 """Names and help of the subcommands. Their options need torch, and are built when one is called."""
 

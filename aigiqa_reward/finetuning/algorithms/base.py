@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -64,6 +64,10 @@ class Algorithm(ABC):
         """Return the round that an optimizer step belongs to; all steps of a round have the same rows."""
         return step // self.steps_per_round
 
+    def split(self, part_size: int, parts: int, processes: int) -> tuple[int, int]:
+        """Return the rows per forward pass and the passes per step and process, for those that the user wants."""
+        return part_size, parts
+
     def settings(self) -> dict[str, Any]:
         """Return all settings that decide the result, by name; a checkpoint with other settings is not resumed."""
         return {f"{self.name}.{entry.name}": getattr(self, entry.name) for entry in fields(cast(Any, self))}
@@ -89,6 +93,10 @@ class Algorithm(ABC):
 
         `part` is the index of the batch among those of this process, `memory` the result of `prepare`.
         """
+
+    def old_weights(self, context: TrainingContext, step: int, memory: Memory) -> Mapping[str, Tensor]:
+        """Return the weights to keep as `context.old` for the next round, after `step` optimizer steps."""
+        return {}
 
 
 def row_noise(like: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype = torch.float32) -> Tensor:
