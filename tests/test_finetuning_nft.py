@@ -15,7 +15,7 @@ import pipelines
 import pytest
 import torch
 from algorithm_runs import batch_of, batches, context_of, flat, gradient, precise, put, run_backward, take_gradient
-from finetuned import CALL, stir, warmth
+from finetuned import CALL, PROMPTS, stir, warmth
 from safetensors.torch import load_file
 from test_finetuning_loop import assert_same, train, weights
 from torch import Tensor
@@ -224,6 +224,33 @@ def test_defaults_train_with_any_batch_size_and_resume_exactly(tmp_path: Path) -
     for step, decay in ((1, 0.5), (2, 0.5)):
         for name, tensor in new[step].items():
             torch.testing.assert_close(old[step][name], decay * old[step - 1][name] + (1 - decay) * tensor)
+
+
+@pytest.mark.slow
+def test_steps_raise_a_reward_without_gradients_on_noise_that_training_has_not_seen() -> None:
+    def red(images: Tensor, prompts: list[str]) -> Tensor:
+        return images[:, 0].mean(dim=(1, 2)).detach()
+
+    context, count = context_of(pipelines.stable_diffusion_3(), red, moved=0.0, call=STEPS), 16
+    rollout, prompts = context.rollout, [PROMPTS[place % 2] for place in range(count)]
+
+    @torch.no_grad()
+    def unseen() -> Tensor:
+        generators = [torch.Generator().manual_seed(90_000 + place) for place in range(count)]
+        state = rollout.run(rollout.start(context.encode(prompts), generators))
+        return context.score(rollout.show(state.latents), prompts).total
+
+    before, algorithm = unseen(), DiffusionNFT(images_per_prompt=8)
+    optimizer = torch.optim.AdamW(context.lora.weights.values(), lr=1e-2)
+    for step in range(12):
+        parts = batches(range(16), group=8, round=step, seed=5)
+        memory = algorithm.prepare(context, parts)
+        optimizer.zero_grad()
+        run_backward(algorithm, context, parts, memory)
+        optimizer.step()
+        context.old = algorithm.old_weights(context, step + 1, memory)
+    gain = unseen() - before
+    assert gain.mean() > 4 * gain.std() / math.sqrt(count)
 
 
 SCRIPT = """

@@ -49,6 +49,22 @@ def group_advantages(
     return result.flatten(), degenerate.expand_as(values).flatten()
 
 
+def mixed_advantages(
+    context: TrainingContext, tables: Mapping[str, Tensor], size: int, *, deviation: Deviation, limit: float
+) -> tuple[Tensor, Tensor]:
+    """Return what `group_advantages` does; for a mixture of rewards the weighted mean of its members' advantages.
+
+    Each member thus has its weight, whatever its scale. A mixture with a reward cap is compared by its capped total.
+    """
+    if context.ceiling is not None or not context.members or not bool(tables["reward"].isfinite().any()):
+        return group_advantages(context.capped(tables["reward"]), size, deviation=deviation, limit=limit)
+    names = [f"reward/{name}" for name in context.members]
+    found = [group_advantages(tables[name], size, deviation=deviation) for name in names]
+    weights = context.members.values()
+    mixed = torch.stack([weight * own for weight, (own, _) in zip(weights, found, strict=True)]).sum(dim=0)
+    return mixed.clamp(-limit, limit), torch.stack([degenerate for _, degenerate in found]).all(dim=0)
+
+
 def compare(
     context: TrainingContext,
     batches: Sequence[Batch],
@@ -72,15 +88,19 @@ def compare(
         For each batch, on the CPU, as "NAME/PART": advantages, degenerate, dropped (1 where the reward is not finite)
         and scores (B,). If no reward of the round is finite, the advantages are NaN.
     """
+    from accelerate.utils import gather_object
+
     device = context.accelerator.device
     rows = torch.tensor([row for batch in batches for row in batch.rows])
     order = context.gather(rows.to(device)).cpu().argsort()
     tables = {}  # over all rows of the step
-    for name in scores[0]:
-        own = torch.cat([part[name].cpu() for part in scores])
+    for name in sorted(set(gather_object([name for part in scores for name in part]))):
+        # A part without any finite image has a reward only.
+        own = torch.cat([part.get(name, part["reward"] * math.nan).cpu() for part in scores])
         tables[name] = context.gather(own.to(device)).cpu().double()[order]
+    tables = {name: table for name, table in tables.items() if name == "reward" or bool(table.isfinite().any())}
     finite = tables["reward"].isfinite()
-    advantages, degenerate = group_advantages(context.capped(tables["reward"]), size, deviation=deviation, limit=limit)
+    advantages, degenerate = mixed_advantages(context, tables, size, deviation=deviation, limit=limit)
     # If all rewards are broken, the loop stops at a loss that is NaN.
     broken = 0.0 if bool(finite.any()) else math.nan
     result = {"advantages": advantages + broken, "degenerate": degenerate, "dropped": ~finite}

@@ -19,6 +19,7 @@ from aigiqa_reward.finetuning.lora import LoRA
 from aigiqa_reward.finetuning.optimizers import accelerator_of
 from aigiqa_reward.images import finite_rows
 from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.composite import CompositeReward
 from aigiqa_reward.rewards.reward import Reward
 from aigiqa_reward.sampling.families import Conditioning
 from aigiqa_reward.sampling.pipeline_utils import moves
@@ -69,6 +70,11 @@ class TrainingContext:
         self.seen: Counter[str] = Counter()  # images of this step, and those with broken pixels or a broken total
         self.old: Mapping[str, Tensor] = {}  # weights that an algorithm keeps from round to round; in checkpoints
         self._conditionings: dict[str, Conditioning] = {}
+
+    @property
+    def members(self) -> Mapping[str, float]:
+        """Weights of the rewards of a mixture by name, which sum to 1; empty for one reward."""
+        return self.reward.weights if isinstance(self.reward, CompositeReward) else {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts, each distinct one once, in the precision of the text encoders."""

@@ -34,7 +34,7 @@ def draw_curves(history: Sequence[Line], kept_step: int | None, path: Path) -> P
     """Draw reward, held-out reward, diversity, saturation and KL over steps and wall time, as a PNG.
 
     Points and strong lines are validations; the thin line is training batches, each point a mean over the last
-    twentieth of the training. Panels without values are left out.
+    twentieth of the training. Panels without values are left out; "reward/NAME" of a step's line adds a panel.
 
     Args:
         history: lines of `history.jsonl`: `{"step", "seconds", "reward", "kl", ...}` per step, and
@@ -44,7 +44,9 @@ def draw_curves(history: Sequence[Line], kept_step: int | None, path: Path) -> P
     """
     validations = [line | line["validation"] for line in history if "validation" in line]
     steps = [line for line in history if "validation" not in line]
-    drawn = [(title, color, _points(steps, b, smooth=True), _points(validations, a)) for title, color, a, b in _PANELS]
+    names = dict.fromkeys(name for line in steps for name in line if name.startswith("reward/"))
+    kinds = (_PANELS[0], *((name, COLORS[0], "", name) for name in names), *_PANELS[1:])
+    drawn = [(title, color, _points(steps, b, smooth=True), _points(validations, a)) for title, color, a, b in kinds]
     panels = [panel for panel in drawn if len(panel[2]) + len(panel[3])]
     if not panels:
         names = ", ".join(panel[0] for panel in _PANELS)

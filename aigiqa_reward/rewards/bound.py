@@ -80,7 +80,10 @@ class BoundReward:
         return as_reward_output(result, len(images))
 
     def score(self, images: Tensor, prompts: str | Sequence[str] | None) -> RewardOutput:
-        """Score images (B, 3, H, W) without gradients; rows with NaN or infinite pixels get NaN and no details."""
+        """Score images (B, 3, H, W) without gradients; rows with NaN or infinite pixels get NaN.
+
+        If there are such rows, of the details only those of one number per image are returned.
+        """
         with torch.inference_mode():
             kept = finite_rows(images)
             if kept.all():
@@ -90,7 +93,8 @@ class BoundReward:
             if not len(rows):
                 return RewardOutput(total=nothing, quality=nothing)
             own = prompts if prompts is None or isinstance(prompts, str) else [list(prompts)[row] for row in rows]
-            output = replace(self(images[rows], own), details={})
+            output = self(images[rows], own)
+            output = replace(output, details={n: value for n, value in output.details.items() if value.ndim == 1})
             return output._map(lambda scores: nothing.to(scores).index_copy(0, rows.to(scores.device), scores))
 
     def check_differentiable(self, needed_by: str, prompt: str, device: torch.device | str = "cpu") -> None:

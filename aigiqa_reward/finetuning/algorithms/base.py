@@ -121,9 +121,14 @@ def named_scores(scores: RewardOutput) -> dict[str, Tensor]:
 
 
 def score_latents(context: TrainingContext, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Score the images (B,) of finished latents; all scores are NaN where the pixels or the total are not finite."""
+    """Score the images (B,) of finished latents; all scores are NaN where the pixels or the total are not finite.
+
+    Totals of a mixture's members are named "reward/NAME".
+    """
     images = context.rollout.show(latents)
-    scores = named_scores(context.bound.score(images, prompts))
+    output = context.bound.score(images, prompts)
+    members = {f"reward/{name}": output.details[name] for name in context.members if name in output.details}
+    scores = named_scores(output) | members
     finite = context.note(images, scores["reward"])
     return {name: torch.where(finite.to(value.device), value, math.nan) for name, value in scores.items()}
 
