@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aigiqa_reward.rewards.metric import RewardMetric
     from aigiqa_reward.rewards.reward import Reward
     from aigiqa_reward.rewards.scorer import Scorer
+    from aigiqa_reward.rewards.smooth import SharpnessAwareReward, SmoothedReward
     from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput, rerank
     from aigiqa_reward.toy.pipeline import load_embedded_pipeline
     from aigiqa_reward.types import RewardFunction, RewardOutput
@@ -30,6 +31,8 @@ __all__ = [
     "RewardMetric",
     "RewardOutput",
     "Scorer",
+    "SharpnessAwareReward",
+    "SmoothedReward",
     "create_reward",
     "get_reward_spec",
     "list_rewards",
@@ -42,6 +45,7 @@ _MODULES = {
     "rewards.metric": "RewardMetric",
     "rewards.reward": "Reward",
     "rewards.scorer": "Scorer",
+    "rewards.smooth": "SharpnessAwareReward SmoothedReward",
     "sampling.best_of_n": "BestOfN BestOfNOutput rerank",
     "toy.pipeline": "load_embedded_pipeline",
     "types": "RewardFunction RewardOutput",

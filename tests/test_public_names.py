@@ -18,6 +18,7 @@ PUBLIC = {
         "create_reward", "list_rewards", "get_reward_spec", "Reward", "RewardOutput", "CompositeReward", "Scorer",
         "BestOfN",
         "BestOfNOutput", "rerank", "load_embedded_pipeline", "RewardFunction", "RewardMetric",
+        "SharpnessAwareReward", "SmoothedReward",
     ),
     "aigiqa_reward.sampling": ("RewardGuidance", "RewardLogger", "EarlyExit", "ParticleSteering", "NoiseOptimizer"),
     "aigiqa_reward.finetuning": (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.smooth import sharpness_aware
 from aigiqa_reward.sampling.callbacks import LoggedStep, SeenStep, Watch
 from aigiqa_reward.sampling.families import Conditioning, family_of
 from aigiqa_reward.sampling.rollout import Rollout
@@ -62,6 +63,8 @@ class RewardGuidance(Watch[GuidedStep]):
         stop: share of the steps before which to stop.
         clip: maximum gradient norm per image for clipping, above 0; `math.inf` for no clipping.
         every: guide every `every`-th step.
+        image_radius: above 0, the reward's gradient is taken at the worst image within that RMS distance per pixel
+            (`SharpnessAwareReward`; try 0.4 / 255), for one more forward and backward pass of the reward per step.
         **pipe_kwargs: with `through_denoiser`, the arguments of the pipeline's call (height, guidance_scale, ...).
 
     Example:
@@ -85,9 +88,10 @@ class RewardGuidance(Watch[GuidedStep]):
         stop: float = 1.0,
         clip: float = 1.0,
         every: int = 1,
+        image_radius: float = 0.0,
         **pipe_kwargs: Any,
     ) -> None:
-        super().__init__(pipe, reward, prompt)
+        super().__init__(pipe, sharpness_aware(reward, image_radius), prompt)
         self.scale = number("scale", scale, "that is finite; try 20.0, and look at .history", math.isfinite)
         self.clip = number("clip", clip, "above 0; math.inf for no clipping", lambda v: v > 0)
         if not 0 <= start < stop <= 1:

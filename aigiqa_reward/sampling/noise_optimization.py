@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aigiqa_reward.rewards.smooth import sharpness_aware
 from aigiqa_reward.sampling import candidates
 from aigiqa_reward.sampling.candidates import BestOfNOutput, Picture, Tally, conclude, judged, why_dropped
 from aigiqa_reward.sampling.guidance import reward_gradient
@@ -83,6 +84,7 @@ class NoiseOptimizer(PromptSampler):
         longest: maximum number of sampling steps; more are an error.
         reward_prompt: the text that the reward sees; by default the pipeline's prompt.
         progress: show a progress bar over the iterations.
+        image_radius: see `RewardGuidance`.
 
     Example:
         >>> from aigiqa_reward import create_reward, load_embedded_pipeline
@@ -106,8 +108,9 @@ class NoiseOptimizer(PromptSampler):
         longest: int = 4,
         reward_prompt: str | None = None,
         progress: bool = True,
+        image_radius: float = 0.0,
     ) -> None:
-        super().__init__(pipe, reward, reward_prompt, progress)
+        super().__init__(pipe, sharpness_aware(reward, image_radius), reward_prompt, progress)
         self.iterations = integer("iterations", iterations, least=1)
         if optimizer not in LEARNING_RATES:
             raise ValueError(f"optimizer: expected one of {', '.join(LEARNING_RATES)}, got {optimizer!r}")
