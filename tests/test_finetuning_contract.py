@@ -49,6 +49,7 @@ CASES: dict[str, Algorithm] = {
     "draft": DRaFT(truncation_steps="all"),
     "draft-lv": DRaFT(low_variance=2),
     "alignprop": DRaFT(truncation_steps="random"),
+    "draft-sharpness": DRaFT(sharpness_aware="image"),
     "refl": ReFL(earliest=0.0),
     "dpo": DPO(beta=50.0),
     "dpo-refresh": DPO(beta=50.0, refresh_every=2, candidates=2),
@@ -182,8 +183,8 @@ def test_mixed_precision_keeps_the_gradient(name: str, pairs: PreferencePairs, t
 
 
 OTHER: dict[str, dict[str, Any]] = {
-    "draft": {"truncation_steps": "random", "low_variance": 1},
-    "refl": {"earliest": 0.5},
+    "draft": {"truncation_steps": "random", "low_variance": 1, "sharpness_aware": "both"},
+    "refl": {"earliest": 0.5, "sharpness_aware": "parameters"},
     "dpo": {"loss": "ipo", "timesteps": "sampler", "refresh_every": 3},
     "ddpo": {"updates_per_round": 3, "clip_range": 0.1, "eta": 0.5},
     "grpo": {"advantage_clip": 1.0, "sampler": "ancestral"},
@@ -207,6 +208,11 @@ def test_settings_identify_an_algorithm_and_say_what_they_are(name: str) -> None
 BAD: list[tuple[Any, dict[str, Any]]] = [
     *((DRaFT, {"truncation_steps": steps}) for steps in (0, 1.5, "some", True)),
     (DRaFT, {"low_variance": 2, "truncation_steps": 2}),
+    *((kind, {"sharpness_aware": part}) for kind in (DRaFT, ReFL) for part in ("images", True)),
+    *((DRaFT, {name: -1.0, "sharpness_aware": "both"}) for name in ("image_radius", "parameter_radius")),
+    (DRaFT, {"image_radius": 0.1}),
+    (DRaFT, {"image_radius": 0.1, "sharpness_aware": "parameters"}),
+    (ReFL, {"parameter_radius": 0.1, "sharpness_aware": "image"}),
     *((ReFL, {"earliest": share}) for share in (1, -0.1, float("nan"))),
     *((DPO, {name: value}) for name, value in (("beta", 0), ("loss", "kto"), ("timesteps", "late"), ("margin", -0.1))),
     *((DPO, {name: value}) for name, value in (("refresh_every", -1), ("candidates", 1), ("pairs", "made"))),

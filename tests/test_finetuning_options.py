@@ -30,6 +30,8 @@ WITH: dict[str, dict[str, Any]] = {
     "timestep_fraction": {"sampling": {**CALL, "num_inference_steps": 4}},
     "clip_range": {"updates_per_round": 2},
     "pairs_per_prompt": {"candidates": 4},
+    "image_radius": {"sharpness_aware": "image"},
+    "parameter_radius": {"sharpness_aware": "parameters"},
 }
 """Other options with which an option acts."""
 
@@ -47,9 +49,10 @@ CONFIG |= {
 }
 POLICY = {"images_per_prompt": 2, "updates_per_round": 2, "clip_range": 1e-9, "advantage_clip": 0.1}
 POLICY |= {"deviation": "batch", "timestep_fraction": 0.5}
+SHARPNESS = {"sharpness_aware": "both", "image_radius": 0.1, "parameter_radius": 0.1}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "draft": {"truncation_steps": 2, "low_variance": 1},
-    "refl": {"earliest": 0.0},
+    "draft": {"truncation_steps": 2, "low_variance": 1, **SHARPNESS},
+    "refl": {"earliest": 0.0, **SHARPNESS},
     "dpo": {"beta": 10.0, "loss": "ipo", "timesteps": "sampler", "refresh_every": 1, "candidates": 3, "margin": 9.0}
     | {"pairs_per_prompt": 2, "guidance_scales": (1.0, 3.0), "reward_guidance": 5.0},
     "ddpo": {**POLICY, "eta": 0.5},

@@ -125,6 +125,15 @@ class TrainingContext:
         with torch.no_grad(), self.lora.off():
             yield
 
+    @contextmanager
+    def unpenalized(self) -> Iterator[None]:
+        """Context without the KL penalty."""
+        penalty, self.penalty = self.penalty, 0.0
+        try:
+            yield
+        finally:
+            self.penalty = penalty
+
     def distance(self, state: State, prediction: Prediction) -> Tensor:
         """Return the mean squared difference (B,) between a prediction and the reference model's.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.lora import LoRA
@@ -75,6 +76,7 @@ class Optimization:
         # By default the first update would replace the average; with -1 the decay of update n is (1 + n) / (10 + n).
         self.ema = EMAModel(self.weights, decay=config.ema_decay, update_after_step=-1) if config.ema_decay else None
         self._skipped = 0
+        self._unmoved: list[Tensor] | None = None  # the weights within `at_worst`
 
     @property
     def learning_rate(self) -> float:
@@ -98,9 +100,34 @@ class Optimization:
         finally:
             self.ema.restore(self.weights)
 
-    def unaveraged(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the adapter's state as it is outside of `averaged`."""
-        stored = None if self.ema is None else self.ema.temp_stored_params
+    @contextmanager
+    def at_worst(self, radius: float) -> Iterator[None]:
+        """Context with the weights moved up the loss's gradient by `radius` times their norm, and no gradients yet.
+
+        A gradient that is zero or not finite moves nothing.
+        """
+        weights, gradients = self.weights, [weight.grad for weight in self.weights]
+        norms = [get_total_norm([v.detach() for v in values if v is not None]) for values in (weights, gradients)]
+        factor = float(radius * norms[0] / norms[1])
+        self._unmoved = [weight.detach().clone() for weight in weights]
+        try:
+            with torch.no_grad():
+                for weight, gradient in zip(weights, gradients, strict=True):
+                    if gradient is not None and math.isfinite(factor):
+                        weight.add_(gradient, alpha=factor)
+                    weight.grad = None
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, before in zip(weights, self._unmoved, strict=True):
+                    weight.copy_(before)
+            self._unmoved = None
+
+    def settled(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the adapter's state as it is outside of `averaged` and `at_worst`."""
+        stored = self._unmoved
+        if stored is None and self.ema is not None:
+            stored = self.ema.temp_stored_params
         return state if stored is None else dict(zip(state, stored, strict=True))
 
     def gather(self, *, finite: bool, asked: bool, broken: str = "") -> bool:

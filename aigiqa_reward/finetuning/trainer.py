@@ -166,11 +166,10 @@ class Trainer:
         if not self._within_a_round:
             with torch.no_grad(), self.optimization.autocast():
                 self.memory = self.algorithm.prepare(self.context, batches)
-        measured: dict[str, list[Tensor]] = {}
-        finite = [self._backward(batch, part, measured) for part, batch in enumerate(batches)]
-        if all(finite) and not self._checked:
+        finite, measured = self._gradients(batches)
+        if finite and not self._checked:
             self._check_used()
-        asked = self.optimization.gather(finite=all(finite), asked=bool(noted), broken=self.context.broken())
+        asked = self.optimization.gather(finite=finite, asked=bool(noted), broken=self.context.broken())
         if self.validation is None:
             with self.optimization.averaged():
                 self.finite = self.lora.state()
@@ -201,6 +200,23 @@ class Trainer:
     def _within_a_round(self) -> bool:
         """Whether the last step and the next one are of the same round."""
         return self.step > 0 and self.algorithm.round_of(self.step - 1) == self.algorithm.round_of(self.step)
+
+    def _gradients(self, batches: Sequence[Batch]) -> tuple[bool, dict[str, list[Tensor]]]:
+        """Add the gradients of a step's losses; return whether the losses were finite, and what was measured."""
+        if not (radius := self.algorithm.weight_ball):
+            return self._pass(batches)
+        with self.context.unpenalized():  # the worst weights are those of the reward
+            finite, measured = self._pass(batches)
+        self.optimization.gather(finite=finite, asked=False, broken=self.context.broken())
+        self.context.seen.clear()
+        with self.optimization.at_worst(radius):
+            finite, moved = self._pass(batches)
+        return finite, moved | {name: values for name, values in measured.items() if name != "loss"}
+
+    def _pass(self, batches: Sequence[Batch]) -> tuple[bool, dict[str, list[Tensor]]]:
+        measured: dict[str, list[Tensor]] = {}
+        finite = [self._backward(batch, part, measured) for part, batch in enumerate(batches)]
+        return all(finite), measured
 
     def _backward(self, batch: Batch, part: int, measured: dict[str, list[Tensor]]) -> bool:
         """Add the gradients of a batch's losses; return whether all losses were finite."""
@@ -265,7 +281,7 @@ class Trainer:
                 step=self.step,
                 settings=self.settings,
                 monitor=self.monitor.state(),
-                lora=self.optimization.unaveraged(self.lora.state()),
+                lora=self.optimization.settled(self.lora.state()),
                 kept=self.kept,
                 memory=memory,
                 optimization=self.optimization.state(),

@@ -1,4 +1,4 @@
-"""Rewards that are harder to exploit by small changes of pixels: sharpness-aware gradients, and smoothing."""
+"""Rewards whose gradients follow small changes of pixels less: sharpness-aware gradients, and smoothing."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class _Wrapper(nn.Module):
     @without_autocast()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptFeatures | list[str]:
         """Encode B prompts as the reward does; return the texts if it encodes none."""
-        encode: Any = getattr(self.reward, "encode_prompts", None)
-        return encode(list(prompts)) if callable(encode) else list(prompts)
+        reward: Any = self.reward
+        return reward.encode_prompts(list(prompts)) if hasattr(reward, "encode_prompts") else list(prompts)
 
     def _score(self, images: Tensor, prompts: Sequence[str] | PromptFeatures | None) -> RewardOutput:
         reward: Any = self.reward

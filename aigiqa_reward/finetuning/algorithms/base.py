@@ -5,20 +5,31 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
+from aigiqa_reward.rewards.smooth import IMAGE_RADIUS, check_radius, sharpness_aware
 from aigiqa_reward.types import RewardOutput
 
 if TYPE_CHECKING:
     from aigiqa_reward.finetuning.config import FinetuneConfig
     from aigiqa_reward.finetuning.context import TrainingContext
+
+
+Sharpness = Literal["image", "parameters", "both"]
+
+PARAMETER_RADIUS = 0.003
+"""Default radius of the ball of LoRA weights, relative to their norm.
+
+With the embedded generator and reward (DRaFT-1, rank 4) the reward falls by 0.012 at the worst weights, and the cosine
+of the gradients there and at the weights is 0.85; with 0.01 it is 0.46, with 0.03 it is 0.
+"""
 
 
 def setting(default: Any, text: str) -> Any:
@@ -59,6 +70,11 @@ class Algorithm(ABC):
     @property
     def examples(self) -> Sequence[str] | None:
         return None
+
+    @property
+    def weight_ball(self) -> float:
+        """Radius, relative to the norm of the weights, of the ball at whose worst weights gradients are taken."""
+        return 0.0
 
     def round_of(self, step: int) -> int:
         """Return the round that an optimizer step belongs to; all steps of a round have the same rows."""
@@ -133,15 +149,65 @@ def score_latents(context: TrainingContext, latents: Tensor, prompts: Sequence[s
     return {name: torch.where(finite.to(value.device), value, math.nan) for name, value in scores.items()}
 
 
-def reward_loss(context: TrainingContext, batch: Batch, images: Tensor, kl: Tensor, title: str) -> Outcome:
-    """Return the mean loss -min(total, ceiling) + penalty * kl (B,) of images (B, 3, H, W); NaN for NaN pixels."""
-    if not bool(images.isfinite().all()):
-        context.note(images)
-        return Outcome(loss=images.new_tensor(math.nan))
-    scores = context.score(images, batch.prompts)
-    context.note(images, scores.total)
-    if images.requires_grad:
-        context.bound.require_gradient(scores.total, title)
-    loss = (context.penalty * kl - context.capped(scores.total).to(images.device)).mean()
-    measures = named_scores(scores) | context.above_ceiling(scores.total)
-    return Outcome(loss=loss, measures=measures | ({"kl": kl.detach()} if context.penalty else {}))
+@dataclass(frozen=True, kw_only=True)
+class RewardBackpropagation(Algorithm):
+    """An algorithm that differentiates the reward of decoded images: their loss, and sharpness-aware gradients.
+
+    Kim and Sim 2026, "Reward Sharpness-Aware Fine-Tuning for Diffusion Models": gradients at the worst point nearby
+    follow a sharp rise of the reward, as that of an exploit, less than a broad one. The image part takes the reward's
+    gradient at the worst image (`SharpnessAwareReward`), for one more forward and backward pass of the reward per step.
+    The parameter part (SAM; Foret et al. 2021) first takes the gradient of the reward at the LoRA weights w, without
+    the KL penalty, then that of the loss at w - radius ||w|| g / ||g||, and applies it to w: one more sampling and
+    backward pass per step. The logged scores are those of w and of the images themselves; loss and kl are those at the
+    worst weights.
+    """
+
+    reward_gradient: ClassVar[bool] = True
+
+    sharpness_aware: Sharpness | None = setting(
+        None, "Take the reward's gradient at the worst image, the worst LoRA parameters or both, within a small ball."
+    )
+    image_radius: float | None = setting(
+        None, "Radius of the ball around an image, as RMS per pixel; by default 0.4 / 255."
+    )
+    parameter_radius: float | None = setting(
+        None, "Radius of the ball around the LoRA weights, relative to their norm; by default 0.003."
+    )
+
+    def __post_init__(self) -> None:
+        if self.sharpness_aware not in (None, *get_args(Sharpness)):
+            kinds = ", ".join(map(repr, get_args(Sharpness)))
+            raise ValueError(f"sharpness_aware: expected one of {kinds} or None, got {self.sharpness_aware!r}")
+        for part, example in (("image", "0.4 / 255"), ("parameters", PARAMETER_RADIUS)):
+            name = f"{part.removesuffix('s')}_radius"
+            if (value := getattr(self, name)) is None:
+                continue
+            check_radius(name, value, str(example))
+            if not self._at_worst(part):
+                raise ValueError(
+                    f"{name}: expected None with sharpness_aware={self.sharpness_aware!r}, where it has no effect, got "
+                    f"{value!r}; pass sharpness_aware={part!r} or 'both'"
+                )
+
+    def _at_worst(self, part: str) -> bool:
+        return self.sharpness_aware in (part, "both")
+
+    @property
+    def weight_ball(self) -> float:
+        radius = PARAMETER_RADIUS if self.parameter_radius is None else self.parameter_radius
+        return radius if self._at_worst("parameters") else 0.0
+
+    def loss(self, context: TrainingContext, batch: Batch, images: Tensor, kl: Tensor) -> Outcome:
+        """Return the mean loss -min(total, ceiling) + penalty * kl (B,) of images (B, 3, H, W); NaN for NaN pixels."""
+        if not bool(images.isfinite().all()):
+            context.note(images)
+            return Outcome(loss=images.new_tensor(math.nan))
+        radius = IMAGE_RADIUS if self.image_radius is None else self.image_radius
+        reward: Any = sharpness_aware(context.score, radius if self._at_worst("image") else 0.0)
+        scores: RewardOutput = reward(images, batch.prompts)
+        context.note(images, scores.total)
+        if images.requires_grad:
+            context.bound.require_gradient(scores.total, self.title)
+        loss = (context.penalty * kl - context.capped(scores.total).to(images.device)).mean()
+        measures = named_scores(scores) | context.above_ceiling(scores.total)
+        return Outcome(loss=loss, measures=measures | ({"kl": kl.detach()} if context.penalty else {}))

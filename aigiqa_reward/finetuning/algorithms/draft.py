@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from aigiqa_reward.finetuning.algorithms.base import Algorithm, reward_loss, row_noise, setting
+from aigiqa_reward.finetuning.algorithms.base import RewardBackpropagation, row_noise, setting
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.sampling.rollout import State
@@ -28,7 +28,7 @@ from aigiqa_reward.utils.checks import integer
 
 
 @dataclass(frozen=True, kw_only=True)
-class DRaFT(Algorithm):
+class DRaFT(RewardBackpropagation):
     """DRaFT-K, DRaFT-LV and AlignProp.
 
     With classifier-free guidance both branches carry gradients, at twice the cost of a step without guidance. A
@@ -36,13 +36,12 @@ class DRaFT(Algorithm):
 
     Example:
         >>> from aigiqa_reward.finetuning import DRaFT
-        >>> DRaFT(truncation_steps=2), DRaFT(low_variance=4).truncation_steps
-        (DRaFT(truncation_steps=2, low_variance=0), 1)
+        >>> DRaFT(low_variance=4).truncation_steps, DRaFT(truncation_steps=2, sharpness_aware="image").image_radius
+        (1, None)
     """
 
     name: ClassVar[str] = "draft"
     title: ClassVar[str] = "DRaFT"
-    reward_gradient: ClassVar[bool] = True
 
     truncation_steps: int | Literal["all", "random"] = setting(
         1, "Last sampling steps K that carry gradients, 'all', or 'random' as in AlignProp."
@@ -52,6 +51,7 @@ class DRaFT(Algorithm):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kept = self.truncation_steps
         if not isinstance(kept, str):
             integer("truncation_steps", kept, least=1)
@@ -85,7 +85,7 @@ class DRaFT(Algorithm):
             yield self._term(context, batch, *finish_sampling(context, replace(state, latents=noised)))
 
     def _term(self, context: TrainingContext, batch: Batch, latents: Tensor, kl: Tensor) -> Outcome:
-        outcome = reward_loss(context, batch, context.decode(latents), kl, self.title)
+        outcome = self.loss(context, batch, context.decode(latents), kl)
         return replace(outcome, loss=outcome.loss / (self.low_variance + 1))
 
 

@@ -13,14 +13,14 @@ from typing import ClassVar
 
 import torch
 
-from aigiqa_reward.finetuning.algorithms.base import Algorithm, reward_loss, setting
+from aigiqa_reward.finetuning.algorithms.base import RewardBackpropagation, setting
 from aigiqa_reward.finetuning.batch import Batch, Memory, Outcome
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.utils.checks import number
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReFL(Algorithm):
+class ReFL(RewardBackpropagation):
     """Reward feedback learning.
 
     Example:
@@ -31,11 +31,11 @@ class ReFL(Algorithm):
 
     name: ClassVar[str] = "refl"
     title: ClassVar[str] = "ReFL"
-    reward_gradient: ClassVar[bool] = True
 
     earliest: float = setting(0.75, "Share of the sampling steps, in [0, 1), before which no step is judged.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number("earliest", self.earliest, "in [0, 1), a share of the steps", lambda value: 0 <= value < 1)
 
     def judged_step(self, batch: Batch, steps: int) -> int:
@@ -50,4 +50,4 @@ class ReFL(Algorithm):
         prediction = context.predict(state, alone=True)
         kl = context.distance(state, prediction) if context.penalty else state.latents.new_zeros(len(state))
         images = context.decode(prediction.clean.to(state.latents.dtype))
-        yield reward_loss(context, batch, images, kl, self.title)
+        yield self.loss(context, batch, images, kl)
