@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.types import Images
@@ -31,6 +32,7 @@ class TimmConfig:
         image_size: side in px to build a model of fixed size for, such as a ViT; None takes the size in its name.
         weights: path of a .safetensors file in timm's layout, with or without its classifier, instead of `pretrained`.
         blocks: numbers of the blocks whose maps `levels` joins, from 0, or from -1 backwards, in the model's order.
+        folded: whether the convolutions of an EfficientNet do the work of BatchNorm, as its weights are then stored.
 
     Example:
         >>> from aigiqa_reward.encoders.timm import TimmConfig
@@ -46,6 +48,7 @@ class TimmConfig:
     image_size: int | None = None
     weights: str | None = None
     blocks: tuple[int, ...] = ()
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if min(self.std) <= 0:
@@ -67,7 +70,9 @@ class TimmEncoder(nn.Module):
     def __init__(self, config: TimmConfig) -> None:
         super().__init__()
         self.config = config
-        self.trunk: Any = _create(config)
+        self.trunk: Any = _create(config).to(memory_format=torch.channels_last)
+        if config.folded:
+            fold_batch_norms(self.trunk)
         self.width = int(self.trunk.num_features)
         self._size = _fixed_size(self.trunk)
         self.image_size = self._size[0] if self._size else int(self.trunk.pretrained_cfg["input_size"][-1])
@@ -150,7 +155,8 @@ class TimmEncoder(nn.Module):
         size, got = self._size, tuple(images.shape[2:])
         if size is not None and got != size:
             raise ValueError(f"images: expected {size} px, got {got}; resize them, or pass TimmConfig(image_size=...)")
-        return pixels.normalize(images, self.config.mean, self.config.std).to(next(self.trunk.parameters()).dtype)
+        inputs = pixels.normalize(images, self.config.mean, self.config.std)
+        return inputs.to(next(self.trunk.parameters()).dtype, memory_format=torch.channels_last)
 
 
 def _joined(maps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -175,6 +181,18 @@ def _create(config: TimmConfig) -> Any:
         raise ValueError(
             f"pretrained: timm could not load {name!r}: {error}; go online, or pass weights= with a .safetensors file"
         ) from error
+
+
+def fold_batch_norms(trunk: Any) -> None:
+    """Fold each BatchNorm of an EfficientNet into the convolution before it; its activation takes its place."""
+    for stage in (trunk, *(block for blocks in trunk.blocks for block in blocks)):
+        stage.eval()
+        norms = [name for name, part in stage.named_children() if isinstance(part, nn.BatchNorm2d)]
+        convolutions = [name for name, part in stage.named_children() if isinstance(part, nn.Conv2d)]
+        for convolution, norm in zip(convolutions, norms, strict=True):
+            after: Any = getattr(stage, norm)
+            setattr(stage, convolution, fuse_conv_bn_eval(getattr(stage, convolution), after))
+            setattr(stage, norm, after.act)
 
 
 def _fixed_size(trunk: nn.Module) -> tuple[int, int] | None:
