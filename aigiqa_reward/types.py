@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -166,7 +167,7 @@ class RewardOutput:
         """Join the outputs of consecutive batches of one reward.
 
         Aspects and details that are missing in one of them, and details of different sizes (maps of the images' own
-        sizes), are left out.
+        sizes), are left out; rows of different lengths, such as scores of words, are filled up with NaN.
         """
         aspects = [[o.quality for o in outputs], [o.correspondence for o in outputs]]
         quality, correspondence = (
@@ -176,6 +177,9 @@ class RewardOutput:
         details = {}
         for name in outputs[0].details:
             parts = [output.details[name] for output in outputs if name in output.details]
+            if len(parts) == len(outputs) and all(part.ndim == 2 and part.is_floating_point() for part in parts):
+                longest = max(part.shape[1] for part in parts)
+                parts = [F.pad(part, (0, longest - part.shape[1]), value=torch.nan) for part in parts]
             if len(parts) == len(outputs) and len({part.shape[1:] for part in parts}) == 1:
                 details[name] = torch.cat(parts)
         return RewardOutput(

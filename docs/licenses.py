@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 _SCORES = "weights trained on human scores of AGIQA-3K (MIT)"
 
 EMBEDDED = {
-    "compact": ("Apache-2.0", f"{_SCORES} and on pictures of the emoji world (MIT)"),
+    "compact": ("Apache-2.0", "weights trained on AGIQA-3K, BIQ2021, Flickr8k, VISOR and the emoji world: see below"),
     "cpa_iqa": ("Apache-2.0", _SCORES),
     "generator": ("Apache-2.0", "weights trained on pictures of the emoji world (MIT)"),
     "judge": ("Apache-2.0", "weights trained on pictures of the emoji world (MIT)"),
@@ -35,6 +35,22 @@ EMBEDDED = {
     "world": ("MIT", "Fluent Emoji, copyright Microsoft Corporation; the license text is in the folder"),
 }
 """License and origin of each folder in aigiqa_reward/assets."""
+
+TRAINING = {
+    "AGIQA-3K (Li et al. 2023)": ("1,908 images of 192 prompts with human scores", "MIT"),
+    "BIQ2021 (Ahmed and Asif 2022)": (
+        "10,000 photographs with human quality scores",
+        "no license file; its README says that 8,000 of the 12,000 images come from Unsplash and 4,000 are the "
+        "authors' own, the paper calls it freely available",
+    ),
+    "Flickr8k (Hodosh et al. 2013)": (
+        "6,000 photographs, five captions each",
+        "the images belong to Flickr users and were distributed for non-commercial research and education",
+    ),
+    "VISOR (Gokhale et al. 2022)": ("2,240 generated images and their prompts", "MIT"),
+    "the emoji world": ("composed pictures and captions", "MIT"),
+}
+"""Part and terms of each data set that the weights of `compact` learned from."""
 
 
 def requirements() -> dict[str, str]:
@@ -81,6 +97,15 @@ def page() -> str:
             "| folder | MB | license | made from |",
             "| --- | ---: | --- | --- |",
             *folders,
+            "\n## Training data\n",
+            "No image of these data sets is in the package, except the ones of AGIQA-3K listed above. What the",
+            "weights of `compact` learned from:\n",
+            "| data | part | terms |",
+            "| --- | --- | --- |",
+            *(f"| {name} | {' | '.join(facts)} |" for name, facts in TRAINING.items()),
+            "\nWhether these terms extend to trained weights is not settled. If they matter to you, train a variant",
+            "without a data set: `python examples/train_compact/train.py --without flickr8k biq2021`. The five",
+            "systems' heads learned from AGIQA-3K alone.",
         ]
     )
 

@@ -83,7 +83,7 @@ def test_the_table_lists_the_embedded_files_within_their_budgets():
         sizes[name] = sum((ASSETS / file).stat().st_size for file in spec.sha256)
         tokenizer = (ASSETS / "towers" / "tokenizer.json").stat().st_size if name == "compact" else 0
         assert abs((sizes[name] + tokenizer) / 1e6 - spec.megabytes) < 1
-    assert get_reward_spec("compact").megabytes <= 40
+    assert get_reward_spec("compact").megabytes <= 60
     assert sum((ASSETS / name / "model.safetensors").stat().st_size for name in SYSTEMS) <= 10e6
 
 

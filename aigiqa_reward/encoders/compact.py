@@ -13,6 +13,8 @@ to keep the learned map small on images unlike the world's: the towers have seen
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from aigiqa_reward.encoders._text import read_tokens
 from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
@@ -46,8 +49,11 @@ LITE0 = TimmConfig(
 The blocks are the stages with strides 8, 16 and 32.
 """
 
-LITE2 = replace(LITE0, architecture="tf_efficientnet_lite2")
-"""EfficientNet-Lite2, published with the same inputs."""
+QUALITY_TOWER = replace(LITE0, blocks=(), folded=True)
+"""EfficientNet-Lite0 of the compact reward's quality."""
+
+MATCH_TOWER = replace(LITE0, architecture="tf_efficientnet_lite2", blocks=(3, 4), folded=True)
+"""EfficientNet-Lite2 of the compact reward's match; its blocks are the stages with strides 16 and 32."""
 
 
 class ImageFeatures(NamedTuple):
@@ -66,14 +72,14 @@ class TextFeatures(NamedTuple):
 
 
 class CompactImageTower(nn.Module):
-    """EfficientNet-Lite0 with its ImageNet classifier, on images of any size of at least 32 px a side."""
+    """An EfficientNet-Lite with its ImageNet classifier, on images of any size of at least 32 px a side."""
 
     classes = 1000
     semantic_width = 384
 
-    def __init__(self) -> None:
+    def __init__(self, config: TimmConfig = LITE0) -> None:
         super().__init__()
-        self.encoder = TimmEncoder(LITE0)
+        self.encoder = TimmEncoder(config)
         self.classifier = nn.Linear(self.encoder.width, self.classes)
         self.register_buffer("class_names", torch.zeros(self.classes, self.semantic_width))
         self.class_names: Tensor
@@ -116,6 +122,15 @@ class CompactTextTower(nn.Module):
         ids, mask = read_tokens(self.tokenizer, texts, self.window, tower="the compact text tower", argument="prompts")
         device = self.words.weight.device
         return self(ids.to(device), mask.to(device))
+
+    def word_numbers(self, texts: Sequence[str]) -> Int[Tensor, "texts words"]:
+        """Return of which word, by spaces and from 0, each token that `encode` returns is a part; -1 at padding."""
+        rows = []
+        for text in texts:
+            starts = [match.start() for match in re.finditer(r"\S+", text)]
+            offsets = self.tokenizer.encode(text).offsets[1 : self.window - 1]
+            rows.append(torch.tensor([bisect_right(starts, start) - 1 for start, end in offsets if end > start]))
+        return pad_sequence(rows, batch_first=True, padding_value=-1)
 
     def forward(self, ids: Int[Tensor, "texts tokens"], mask: Bool[Tensor, "texts tokens"]) -> TextFeatures:
         states = self.norm(self.words(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device)))

@@ -122,23 +122,6 @@ class TimmEncoder(nn.Module):
         last, maps = self.trunk.forward_intermediates(self._inputs(images), indices=self._blocks)
         return last.to(torch.promote_types(images.dtype, torch.float32)), _joined(maps, images.dtype)
 
-    def statistics(self, images: Images) -> Float[Tensor, "batch columns"]:
-        """Compute an EfficientNet's stds over places after each of the seven stages, means, and pooled features."""
-        trunk, dtype = self.trunk, torch.promote_types(images.dtype, torch.float32)
-        features, flat = trunk.bn1(trunk.conv_stem(self._inputs(images))), []
-        for stage in trunk.blocks:
-            features = stage(features)
-            flat.append(features.to(dtype).flatten(2))
-        last = trunk.bn2(trunk.conv_head(features)).to(dtype)
-        deviations = [(level.var(dim=2, correction=0) + 1e-6).sqrt() for level in flat]  # the root's slope stays finite
-        return torch.cat([*deviations, *(level.mean(dim=2) for level in flat), self.pool(last)], dim=1)
-
-    @property
-    def statistics_columns(self) -> int:
-        stages = (list(stage[-1].modules()) for stage in self.trunk.blocks)
-        norms = ([part for part in parts if isinstance(part, nn.BatchNorm2d)] for parts in stages)
-        return 2 * sum(int(found[-1].num_features) for found in norms) + self.width
-
     def _numbered(self, blocks: Sequence[int]) -> list[int]:
         """Block numbers counted from 0."""
         name = self.config.architecture

@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from aigiqa_reward.models.base import FullPrecision
-from aigiqa_reward.types import Images
 
 
 class GatedFusion(FullPrecision):
@@ -141,19 +140,6 @@ class ScoreHead(FullPrecision):
 
     def forward(self, embedding: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
         return self.out(F.relu(self.hidden(embedding)))[..., 0]
-
-
-def color_histogram(images: Images, steps: int) -> Float[Tensor, "batch bins"]:
-    """Compute the shares of colors in images (B, 3, H, W) on `steps` levels per channel: (B, steps^3), sum 1.
-
-    A pixel's share is spread over the levels by a Gaussian whose std is half of their distance, so that the histogram
-    is smooth in the pixels; colors are averaged over a grid of 32 x 32 places first. At least float32.
-    """
-    small = F.adaptive_avg_pool2d(images if images.dtype == torch.float64 else images.float(), 32).flatten(2)
-    levels = torch.linspace(0, 1, steps, device=images.device, dtype=small.dtype)
-    shares = (-2 * ((small[..., None] - levels) * (steps - 1)) ** 2).softmax(dim=-1)
-    red, green, blue = shares.unbind(dim=1)
-    return torch.einsum("bpi,bpj,bpk->bijk", red, green, blue).flatten(1) / small.shape[2]
 
 
 def level_probabilities(

@@ -1,215 +1,210 @@
-"""The embedded reward: statistics of two small towers at every depth, scored by likeness to images that people rated.
+"""The embedded reward: one tower for quality, another one and a text tower for the match, a score of its own for each.
 
-Both towers see the whole image, the second one also square crops at native resolution. Means and stds over places
-are taken after each stage, and averaged over the crops; x joins them. In their principal directions
+Quality. EfficientNet-Lite0, fine-tuned on human scores, sees the whole image and the image at native resolution. With
+x_v the means and stds of its last map over the places of view v,
 
-    u = B (x - m) / s,    k_j = exp(-|u - u_j|^2),    raw = A k + b,
+    q = s (<w_1, x_whole> + b_1 + <w_2, x_native> + b_2) / 2 + c,    quality = sigmoid(q).
 
-with centers u_j the training images. raw holds quality, the part of correspondence that the image alone predicts, and
-the log of quality's variance. Correspondence adds how well the image's place among texts matches the prompt's sentence
-embedding t. That place is s, from ImageNet's class names, plus a linear map of d, the towers' last means and the
-image's colors; all are centered on their means over the training images:
+Match. EfficientNet-Lite2 sees the image at 256 x 256 px: v is a unit vector of the whole, c the image's place among
+ImageNet's class names, p_j are unit vectors of its places. MiniLM, its last layer trained, gives s of the prompt, of
+which t is a map, and w_l and a weight a_l of each token. A token's support is its likeness to the nearest places, and
+the match weighs the sentence and all tokens:
 
-    match = <s - s0 + W d + g V d, t - t0> / sigma,    correspondence = c_raw + w match.
+    u_l = g / k log mean_j exp(k <w_l, p_j>) + h_l,    m = r <v, t> + r' <c, s> + d sum_l a_l u_l / sum_l a_l + e,
+    match = sigmoid(m).
 
-V is such a map for pictures of the embedded world, which g, a fourth row of A, recognizes: about 1 there, else 0.
+Correspondence is what people would score if the prompt were right, times a power of the probability that it is:
 
-Optimizing pixels moves x far in directions in which images hardly differ. With those directions H, whitened,
+    correspondence = sigmoid(f_1 q + f_2 m + f_3) match^gamma.
 
-    quality = t raw,    e = max(0, (rms(H x + h) - l) / m),    t = 1 / (1 + e^2),
+Both scores lie in (0, 1). Training fits all parts to
+AGIQA-3K, BIQ2021, Flickr8k, VISOR and the emoji world (examples/train_compact); fitting it to other scores changes the
+linear maps of quality and of correspondence.
 
-and correspondence alike; 99.8 % of rated images on unseen prompts have t = 1 exactly. The guard slows reward hacking
-down; it does not end it. Training on other scores scales quality and c_raw and adds a linear function of u to them.
-
-The design is ours: coarse and fine views after MST-CLIPIQA, and a Gaussian process (its mean is kernel ridge
-regression, fitted in closed form).
+The design is ours: coarse and fine views after MST-CLIPIQA, token-wise attention after FILIP (Yao et al. 2022).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.encoders.compact import CompactImageTower, CompactTextTower
+from aigiqa_reward.encoders.compact import CompactImageTower, CompactTextTower, TextFeatures
 from aigiqa_reward.encoders.timm import TimmEncoder
-from aigiqa_reward.models.base import FullPrecision, ModelConfig, ModelOutput, Seen, TrainedModel
-from aigiqa_reward.models.blocks import color_histogram
+from aigiqa_reward.models.base import FullPrecision, ModelConfig, ModelOutput, Seen, Standardize, TrainedModel
 from aigiqa_reward.types import Context, Images, PromptFeatures
-
-ASPECTS = 2
-"""Quality and correspondence."""
-
-OUTPUTS = ASPECTS + 2
-"""The aspects, the log of quality's variance, and g."""
-
-
-class Likeness(FullPrecision):
-    """Principal directions u of the statistics x, and raw scores by likeness to centers; fitted in closed form."""
-
-    def __init__(self, columns: int, directions: int, centers: int, guards: int) -> None:
-        super().__init__()
-        self.mean, self.deviation = nn.Buffer(torch.zeros(columns)), nn.Buffer(torch.ones(columns))
-        self.basis = nn.Buffer(torch.zeros(directions, columns))
-        self.centres = nn.Buffer(torch.zeros(centers, directions))
-        self.weights, self.bias = nn.Buffer(torch.zeros(OUTPUTS, centers)), nn.Buffer(torch.zeros(OUTPUTS))
-        self.guard, self.guard_bias = nn.Buffer(torch.zeros(guards, columns)), nn.Buffer(torch.zeros(guards))
-        self.thresholds, self.guard_limits = nn.Buffer(torch.ones(2)), nn.Buffer(torch.ones(2))
-
-    def project(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch directions"]:
-        """Compute u from x."""
-        return ((statistics - self.mean) / self.deviation) @ self.basis.T
-
-    def forward(self, directions: Float[Tensor, "batch directions"]) -> Float[Tensor, "batch outputs"]:
-        squares = directions.square().sum(dim=1, keepdim=True) + self.centres.square().sum(dim=1)
-        likeness = torch.exp(2 * directions @ self.centres.T - squares)
-        return likeness @ self.weights.T + self.bias
-
-    def distances(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch two"]:
-        """Compute root mean squares of standardized x: in all columns, and outside the principal directions."""
-        standard = (statistics - self.mean) / self.deviation
-        within = standard @ (self.basis / self.basis.norm(dim=1, keepdim=True)).T
-        whole = standard.square().sum(dim=1)
-        outside = (whole - within.square().sum(dim=1)).clamp_min(0)
-        return (torch.stack([whole, outside], dim=1) / statistics.shape[1] + 1e-12).sqrt()
-
-    def strangeness(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
-        """Compute the larger distance over its threshold: above 1, x is unlike the images that people rated."""
-        return (self.distances(statistics) / self.thresholds).amax(dim=1)
-
-    def pushed(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
-        """Compute the root mean square of x along H, in stds of the images that H was fitted to."""
-        standard = (statistics - self.mean) / self.deviation
-        return ((standard @ self.guard.T + self.guard_bias).square().mean(dim=1) + 1e-12).sqrt()
-
-    def trust(self, statistics: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
-        """Compute t: 1 up to the first limit of `pushed`, 1/2 at a second limit beyond it."""
-        excess = ((self.pushed(statistics) - self.guard_limits[0]) / self.guard_limits[1]).clamp_min(0)
-        return 1 / (1 + excess.square())
-
-
-COLORS = 5  # levels per channel in the histogram of an image's colors
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompactConfig(ModelConfig):
     """Settings of the compact model."""
 
-    area: int = 256  # square root of the pixels to which whole images are scaled, keeping their aspect ratio
-    crop: int = 224  # side of the crops in px
-    crops: int = 4  # of a square image; longer ones get up to four times as many, squares of at most `crop` px one
-    resolution: int = 512  # short side in px to which larger images are scaled down before they are cropped
-    directions: int = 256  # rows of B
-    centers: int = 4102  # training images compared with
-    place_rank: int = 128  # of W
-    world_rank: int = 72  # of V
-    guards: int = 32  # rows of H
+    area: int = 384  # square root of the pixels to which the quality tower's whole images are scaled
+    crop: int = 512  # largest side in px of a view at native resolution
+    crops: int = 4  # largest number of such views of an image with larger sides
+    match_side: int = 256  # side in px of the match tower's images, whose aspect ratio is not kept
+    least: int = 224  # side in px to which the views of smaller images are enlarged
+    sentence: int = 512  # width of v and t
+    words: int = 192  # width of w and p
+
+
+class Matcher(FullPrecision):
+    """Image and prompt in one space, as a whole and by place and token."""
+
+    def __init__(self, config: CompactConfig, pooled: int, places: int, text: int) -> None:
+        super().__init__()
+        self.standard_pooled, self.standard_places = Standardize(pooled), Standardize(places)
+        self.pooled = nn.Sequential(nn.Linear(pooled, 1024), nn.GELU(), nn.Linear(1024, config.sentence))
+        self.places = nn.Sequential(nn.Linear(places, 512), nn.GELU(), nn.Linear(512, config.words))
+        self.sentence = nn.Sequential(nn.Linear(text, 1024), nn.GELU(), nn.Linear(1024, config.sentence))
+        self.words = nn.Sequential(nn.Linear(text, 512), nn.GELU(), nn.Linear(512, config.words))
+        self.weights = nn.Linear(text, 2)  # of a token: its weight a, before a softplus, and its offset h
+        self.text_mean = nn.Buffer(torch.zeros(text))
+        self.scales = nn.Parameter(torch.ones(3))  # r, r', d
+        self.bias = nn.Parameter(torch.zeros(()))  # e
+        self.attention_scale, self.support_scale = (nn.Parameter(torch.ones(())) for _ in range(2))  # k, g
+
+    def look(self, pooled: Tensor, semantic: Tensor, places: Tensor) -> dict[str, Tensor]:
+        """Map what the match tower saw: v and c (B, d), and p (B, 64, d')."""
+        semantic = F.normalize(semantic - self.text_mean, dim=-1)
+        image = F.normalize(self.pooled(self.standard_pooled(torch.cat([pooled, semantic], dim=1))), dim=-1)
+        spots = F.normalize(self.places(self.standard_places(places)), dim=-1)
+        return {"image": image, "semantic": semantic, "places": spots}
+
+    def read(self, text: TextFeatures) -> dict[str, Tensor]:
+        """Map what the text tower read of P texts: s and t (P, d), w (P, L, d'), a and h (P, L)."""
+        weight, offset = self.weights(text.tokens).unbind(dim=-1)
+        return {
+            "text": F.normalize(text.pooled - self.text_mean, dim=-1),
+            "sentence": F.normalize(self.sentence(text.pooled * text.pooled.shape[1] ** 0.5), dim=-1),
+            "words": F.normalize(self.words(text.tokens), dim=-1),
+            "weight": F.softplus(weight) * text.mask,
+            "offset": offset,
+        }
+
+    def forward(self, seen: Seen, text: Seen) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch tokens"]]:
+        """Compute m, and the tokens' support u."""
+        sharp = self.attention_scale * (text["words"] @ seen["places"].transpose(1, 2))
+        nearest = (sharp.logsumexp(dim=-1) - math.log(sharp.shape[2])) / self.attention_scale
+        support = self.support_scale * nearest + text["offset"]
+        weight = text["weight"] / text["weight"].sum(dim=1, keepdim=True)
+        pairs = (seen["image"], text["sentence"]), (seen["semantic"], text["text"]), (weight, support)
+        parts = torch.stack([(one * other).sum(dim=1) for one, other in pairs])
+        return self.scales @ parts + self.bias, support
 
 
 class CompactHead(FullPrecision):
-    """Everything behind the towers."""
+    """The scores, by what the towers saw and by the match."""
 
-    def __init__(self, config: CompactConfig, columns: int, described: int, semantic: int) -> None:
+    def __init__(self, statistics: int) -> None:
         super().__init__()
-        self.likeness = Likeness(columns, config.directions, config.centers, config.guards)
-        self.scale = nn.Parameter(torch.ones(ASPECTS))
-        self.learned = nn.Linear(config.directions, ASPECTS)
-        self.place_in = nn.Linear(described, config.place_rank, bias=False)
-        self.place_out = nn.Linear(config.place_rank, semantic, bias=False)
-        self.world_in = nn.Linear(described, config.world_rank, bias=False)
-        self.world_out = nn.Linear(config.world_rank, semantic, bias=False)
-        for weight in (*self.learned.parameters(), self.place_out.weight, self.world_out.weight):
-            nn.init.zeros_(weight)
-        self.match_weight = nn.Parameter(torch.zeros(()))
-        self.described_mean, self.described_deviation = (nn.Buffer(f(described)) for f in (torch.zeros, torch.ones))
-        self.semantic_mean, self.text_mean = nn.Buffer(torch.zeros(semantic)), nn.Buffer(torch.zeros(semantic))
-        self.match_deviation = nn.Buffer(torch.ones(()))
+        self.statistics = Standardize(statistics)
+        self.whole, self.native = nn.Linear(statistics, 1), nn.Linear(statistics, 1)
+        self.quality = nn.Parameter(torch.tensor([1.0, 0.0]))  # s, c
+        self.correspondence = nn.Parameter(torch.zeros(3))  # f
+        self.gamma = nn.Parameter(torch.ones(()))
+        self.error = nn.Buffer(torch.zeros(2))  # log of quality's expected error, and its slope in |q_whole - q_native|
+        self.known = nn.Buffer(torch.ones(()))  # distance below which 99.5 % of scored images are
 
-    def describe(self, described: Float[Tensor, "batch described"]) -> Float[Tensor, "batch described"]:
-        return (described - self.described_mean) / self.described_deviation
-
-    def match(self, described: Tensor, semantic: Tensor, text: Tensor, world: Tensor) -> Float[Tensor, " batch"]:
-        """Compute how much nearer this image is to this prompt than the average pair, in stds."""
-        standard = self.describe(described)
-        place = semantic - self.semantic_mean + self.place_out(self.place_in(standard))
-        place = place + world[:, None] * self.world_out(self.world_in(standard))
-        return (place * (text - self.text_mean)).sum(dim=1) / self.match_deviation
+    def distance(self, whole: Float[Tensor, "batch statistics"]) -> Float[Tensor, " batch"]:
+        """Compute the root mean square of the standardized statistics over its limit."""
+        return (self.statistics(whole).square().mean(dim=1) + 1e-12).sqrt() / self.known
 
 
 class Compact(TrainedModel):
-    """The compact model: `semantic` and `fine` see the whole image, `fine` its crops as well; `text` reads prompts."""
+    """The compact model: `quality` and `match` see images, `text` reads prompts, `matcher` compares them."""
 
     name = "compact"
-    feature_settings = ("area", "crop", "crops", "resolution")
+    feature_settings = ("area", "crop", "crops", "match_side", "least")
     head: CompactHead
 
     def __init__(
-        self, config: CompactConfig, *, semantic: CompactImageTower, fine: TimmEncoder, text: CompactTextTower
+        self, config: CompactConfig, *, quality: TimmEncoder, match: CompactImageTower, text: CompactTextTower
     ) -> None:
         super().__init__()
         self.config = config
-        self.semantic = semantic
-        self.fine = fine
+        self.quality = quality
+        self.match = match
         self.text = text
-        columns = semantic.encoder.statistics_columns + 2 * fine.statistics_columns
-        described = semantic.encoder.width + 2 * fine.width + COLORS**3
-        self.head = CompactHead(config, columns, described, semantic.semantic_width)
+        places, pooled = match.encoder.level_channels, match.encoder.width
+        self.matcher = Matcher(config, 2 * (pooled + places) + match.semantic_width, places, text.width)
+        self.head = CompactHead(2 * quality.width)
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        return {"pooled": self.text.encode(texts).pooled}
+        read = self.text.encode(texts)
+        return self.matcher.read(read) | {"word": self.text.word_numbers(texts).to(read.mask.device)}
 
-    def crops(self, images: Images) -> Float[Tensor, "batch crops 3 side side"]:
+    def native(self, images: Images) -> Float[Tensor, "batch views 3 view_height view_width"]:
+        """Cut views at native resolution: the image, or squares of one with a side above `crop` or below `least`."""
         height, width = images.shape[2:]
-        native = pixels.reduce_to(images, self.config.resolution)
-        if height == width <= self.config.crop:
-            return pixels.even_crops(native, self.config.crop, 1)
-        elongation = min(4, round(max(height, width) / min(height, width)))
-        return pixels.even_crops(native, self.config.crop, self.config.crops * elongation)
+        short = min(height, width)
+        if short >= self.config.least and max(height, width) <= self.config.crop:
+            return images[:, None]
+        side = min(self.config.crop, max(self.config.least, short))
+        covering = math.ceil(height * width / min(side, short) ** 2 - 0.25)
+        return pixels.even_crops(images, side, min(self.config.crops, max(1, covering)))
 
     def forward_features(self, images: Images, *, generator: Generator | None = None, crops: int | None = None) -> Seen:
-        """Compute `tower` (B, c), `whole`, `crops` (B, c'; means over even crops), `semantic` (B, 384), `colors`."""
-        whole = pixels.resize_to_area(images, self.config.area**2, least=32)
-        patches = self.crops(images)
-        tower = self.semantic.encoder.statistics(whole)
-        fine = self.fine.statistics(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
-        return {
-            "tower": tower,
-            "whole": self.fine.statistics(whole),
-            "crops": fine.mean(dim=1),
-            "semantic": self.semantic.place(tower[:, -self.semantic.encoder.width :]),
-            "colors": color_histogram(whole, COLORS).to(tower.dtype),
-        }
+        """Compute `whole`, `native` (B, 2560), `image` (B, 512), `semantic` (B, 384) and `places` (B, 64, 192)."""
+        return {**self.quality_features(images), **self.match_features(images)}
 
-    def statistics(self, seen: Seen) -> Float[Tensor, "batch columns"]:
-        """Compute x."""
-        return torch.cat([seen["tower"], seen["whole"], seen["crops"]], dim=1)
+    def quality_features(self, images: Images) -> Seen:
+        views = self.native(images)
+        native = map_statistics(self.quality(views.flatten(0, 1))).unflatten(0, views.shape[:2]).mean(dim=1)
+        whole = map_statistics(self.quality(pixels.resize_to_area(images, self.config.area**2, least=32)))
+        return {"whole": whole, "native": native}
 
-    def described(self, seen: Seen) -> Float[Tensor, "batch described"]:
-        """Compute d, not yet standardized."""
-        width = self.fine.width
-        last = (seen["tower"][:, -self.semantic.encoder.width :], seen["whole"][:, -width:], seen["crops"][:, -width:])
-        return torch.cat([*last, seen["colors"]], dim=1)
+    def match_features(self, images: Images) -> Seen:
+        square = pixels.resize(images, (self.config.match_side, self.config.match_side))
+        last, levels = self.match.encoder.observe(square)
+        pooled = torch.cat([map_statistics(last, 1e-6), map_statistics(levels, 1e-6)], dim=1)
+        semantic = self.match.place(self.match.encoder.pool(last))
+        return self.matcher.look(pooled, semantic, levels.flatten(2).transpose(1, 2))
+
+    def forward(self, images: Images, prompts: PromptFeatures | None, context: Context | None = None) -> ModelOutput:
+        seen = self.quality_features(images) if prompts is None else self.forward_features(images)
+        return self.forward_head(seen, prompts, context)
 
     def forward_head(self, seen: Seen, prompts: PromptFeatures | None, context: Context | None) -> ModelOutput:
         head = self.head
-        statistics = self.statistics(seen)
-        directions = head.likeness.project(statistics)
-        raw = head.likeness(directions)
-        trust = head.likeness.trust(statistics)
-        scores = head.scale * raw[:, :ASPECTS] + head.learned(directions)
+        first = head.whole(head.statistics(seen["whole"]))[:, 0]
+        second = head.native(head.statistics(seen["native"]))[:, 0]
+        q = head.quality[0] * (first + second) / 2 + head.quality[1]
         details = {
-            "uncertainty": head.scale[0].abs() * torch.exp(raw[:, ASPECTS] / 2),
-            "out_of_distribution": head.likeness.strangeness(statistics),
-            "trust": trust,
+            "uncertainty": torch.exp(head.error[0] + head.error[1] * (first - second).abs()),
+            "out_of_distribution": head.distance(seen["whole"]),
         }
-        correspondence = None
-        if prompts is not None:
-            text = prompts.rows("pooled").to(directions.dtype)
-            match = head.match(self.described(seen), seen["semantic"], text, raw[:, ASPECTS + 1])
-            correspondence = trust * (scores[:, 1] + head.match_weight * match)
-            details["semantic_match"] = match
-        return ModelOutput(quality=trust * scores[:, 0], correspondence=correspondence, details=details)
+        if prompts is None:
+            return ModelOutput(quality=torch.sigmoid(q), correspondence=None, details=details)
+        m, support = self.matcher(seen, {name: prompts.rows(name) for name in prompts.tensors})
+        weights = head.correspondence
+        right = F.logsigmoid(weights[0] * q + weights[1] * m + weights[2])
+        details["match"] = torch.sigmoid(m)
+        details["word_scores"] = by_word(support.sigmoid(), prompts.rows("word"))
+        correspondence = torch.exp(right + head.gamma * F.logsigmoid(m))
+        return ModelOutput(quality=torch.sigmoid(q), correspondence=correspondence, details=details)
+
+
+def map_statistics(
+    maps: Float[Tensor, "batch channels rows columns"], least: float = 1e-4
+) -> Float[Tensor, "batch twice"]:
+    """Compute means and stds over places; `least`, added to a variance, keeps the root's slope finite."""
+    mean = maps.mean(dim=(2, 3))
+    variance = (maps - mean[:, :, None, None]).square().mean(dim=(2, 3))  # Tensor.var takes several times as long
+    return torch.cat([mean, (variance + least).sqrt()], dim=1)
+
+
+def by_word(scores: Float[Tensor, "batch tokens"], word: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch words"]:
+    """Average tokens' scores over the words that they are parts of, by number from 0; -1 marks padding.
+
+    NaN beyond a prompt's words.
+    """
+    of = F.one_hot(word + 1, int(word.max()) + 2)[:, :, 1:].to(scores.dtype)  # (B, L, W)
+    return torch.einsum("bl,blw->bw", scores, of) / of.sum(dim=1)

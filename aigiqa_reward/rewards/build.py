@@ -11,7 +11,13 @@ from torch import Tensor
 
 from aigiqa_reward.assistants import Assistants, noun_phrases
 from aigiqa_reward.encoders.blip import BLIPConfig, BLIPEncoder
-from aigiqa_reward.encoders.compact import LITE2, CompactEncoder, CompactImageTower, CompactTextTower
+from aigiqa_reward.encoders.compact import (
+    MATCH_TOWER,
+    QUALITY_TOWER,
+    CompactEncoder,
+    CompactImageTower,
+    CompactTextTower,
+)
 from aigiqa_reward.encoders.open_clip import OpenCLIPConfig, OpenCLIPEncoder
 from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder
 from aigiqa_reward.models.base import QualityModel
@@ -188,8 +194,8 @@ def load_embedded(
     if assistants is not None:
         raise ValueError("assistants: the compact reward has none; leave them out")
     model = _empty_compact(settings or {})
-    prefixes = {"towers/image.safetensors": "semantic.", "towers/text.safetensors": "text."}
-    files = {file: prefixes.get(file, "") for file in SPECS[name].sha256}
+    # In this order: the reward's own file holds the text tower's last layer, which it trained.
+    files = {"towers/text.safetensors": "text.", "compact/model.safetensors": ""}
     load_strictly(model, _read(files, SPECS[name].sha256, folder), source=str(folder))
     return model
 
@@ -217,7 +223,8 @@ def _read(prefixes: Mapping[str, str], sha256: Mapping[str, str], folder: Path) 
 
 def _empty_compact(settings: Settings) -> QualityModel:
     config = CompactConfig(**settings)
-    return Compact(config, semantic=CompactImageTower(), fine=TimmEncoder(LITE2), text=CompactTextTower())
+    quality, match = TimmEncoder(QUALITY_TOWER), CompactImageTower(MATCH_TOWER)
+    return Compact(config, quality=quality, match=match, text=CompactTextTower())
 
 
 def _usable_assistants(name: str, assistants: Assistants | None) -> Assistants:

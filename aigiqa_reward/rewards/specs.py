@@ -39,20 +39,22 @@ def _published(name: str, *, needs_prompt: bool = True, **facts: Any) -> ModelSp
 SPECS: dict[str, ModelSpec] = {
     "compact": ModelSpec(
         name="compact",
-        title="Compact (likeness to scored images, on two small towers)",
+        title="Compact (a tower for quality, two for the match)",
         paper="none: ours; coarse and fine views after MST-CLIPIQA",
-        license="Apache-2.0 (code and heads; towers Apache-2.0 and MIT; scores AGIQA-3K, MIT)",
-        scale=_SCALE,
-        input_size="whole image at 256 x 256 px area, 4 to 16 crops of 224 px at native resolution up to 512 px",
+        license="Apache-2.0 (code; pretrained towers Apache-2.0 and MIT); trained on AGIQA-3K (MIT), VISOR (MIT), "
+        "BIQ2021 (no license file; described as freely available) and Flickr8k (photographs of Flickr users, "
+        "distributed for non-commercial research and education)",
+        scale="both scores in (0, 1): 1 is the best human score of AGIQA-3K; correspondence is around 0.2 for no match",
+        input_size="whole image at 384 x 384 px area and at 256 x 256 px, and at native resolution: whole up to "
+        "512 px, up to 4 crops of larger ones",
         differentiable=True,
-        gradient_path="pixels through both image towers, the statistics and the heads; prompts fixed",
+        gradient_path="pixels through both image towers and the heads; prompts fixed",
         needs_prompt=False,
         weights="embedded",
-        megabytes=40.0,
+        megabytes=41.9,
         sha256={
-            "towers/image.safetensors": TOWER_FILES["towers/image.safetensors"],
-            "compact/model.safetensors": "f89fe8de6b4e72d3ed2eb1ac8cfa458251a27ec1990c04c6013067af28caf5a0",
             "towers/text.safetensors": TOWER_FILES["towers/text.safetensors"],
+            "compact/model.safetensors": "2297da54444d0e928836b080af96089f3a9df296776ef5d8cdb000d51d87ff40",
         },
     ),
     "mst_clipiqa": _system(

@@ -33,11 +33,8 @@ def contestants(batch: int, device: torch.device) -> dict[str, Callable[[], obje
     vit_b32 = OpenCLIPEncoder(OpenCLIPConfig(architecture="ViT-B-32"), load_weights=False)
     zero_shot = Reward(TSPMGS(TSPMGSConfig(), vit_b32), get_reward_spec("tsp_mgs")).to(device)
     compact = create_reward("compact", device=device)
-    model = compact.model
     features = {"compact": compact.encode_prompts(prompts), "tsp_mgs": zero_shot.encode_prompts(prompts)}
     small = pixels.resize(images, (224, 224))
-    whole = pixels.resize_to_area(images, model.config.area**2, least=32)
-    crops = model.crops(images).flatten(0, 1)
     patches = pixels.even_crops(images, 224, 15).flatten(0, 1)
     pictures = pixels.to_pil(images)
 
@@ -53,11 +50,7 @@ def contestants(batch: int, device: torch.device) -> dict[str, Callable[[], obje
     return {
         REFERENCE: lambda: vit_b16.encode_image(small),
         "usual loop: PIL, processor, ViT-B/16, one image at a time": pil_loop,
-        "compact, bare towers": lambda: (
-            model.semantic.encoder.statistics(whole),
-            model.fine.statistics(whole),
-            model.fine.statistics(crops),
-        ),
+        "compact, bare towers": lambda: compact.model.forward_features(images),
         "compact, quality": lambda: compact(images),
         "compact, quality and correspondence": lambda: compact(images, features["compact"]),
         "compact, both, with pixel gradient": backward,
