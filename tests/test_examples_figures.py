@@ -88,7 +88,7 @@ def test_the_recipes_on_the_embedded_pipeline(name: str, tmp_path: Path, monkeyp
     assert (tmp_path / name / "pytorch_lora_weights.safetensors").is_file()
 
 
-TRAININGS = [f"train_compact/{name}.py" for name in ("align", "train", "guard", "evaluate_limits")]
+TRAININGS = [f"train_compact/{name}.py" for name in ("align", "train", "quality", "match")]
 TRAININGS += [f"train_generator/{name}.py" for name in ("autoencoder", "denoiser", "judge")] + [
     "train_systems/train.py"
 ]

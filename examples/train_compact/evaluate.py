@@ -15,35 +15,38 @@ import numpy as np
 from compare import evaluate
 from predictions import Predictions
 
-from aigiqa_reward.evaluation import Interval, bootstrap_interval, srcc
+from aigiqa_reward.evaluation import bootstrap_interval, srcc
 from aigiqa_reward.utils.io import write_atomically
 
-NORMAL = {0.5: 0.6745, 0.8: 1.2816, 0.95: 1.96}
-"""Half widths of central intervals of the normal distribution, in deviations."""
 
+def apart(table: Predictions) -> str:
+    """Show how far correspondence and quality are two scores, and what a wrong prompt changes, as lines of Markdown."""
+    wrong, right = table.wrong_prompt_correspondence, table.predicted_correspondence
+    assert wrong is not None and table.predicted_uncertainty is not None, "train.py writes them"
 
-def coverage(table: Predictions, share: float) -> Interval:
-    """How much of human quality lies in the interval that should hold this share of it."""
-    assert table.predicted_uncertainty is not None, "train.py writes it"
-    error = np.abs(table.target_quality - table.predicted_quality)
-    inside = (error <= NORMAL[share] * table.predicted_uncertainty).astype(float)
-    return bootstrap_interval(lambda rows, _: float(inside[rows].mean()), table.prompts)
+    def any_two(rows: np.ndarray, _: np.ndarray) -> float:
+        return float((right[rows][:, None] > wrong[rows][None, :, 0]).mean())
 
+    def wrong_agreement(rows: np.ndarray, _: np.ndarray) -> float:
+        return srcc(wrong[rows, 0], table.target_correspondence[rows])
 
-def uncertainty(table: Predictions) -> str:
-    """How well the expected deviation of quality fits the errors, as lines of Markdown."""
-    assert table.predicted_uncertainty is not None, "train.py writes it"
-    error = np.abs(table.target_quality - table.predicted_quality)
-    agreement = srcc(table.predicted_uncertainty, error)
-    lines = [f"- Quality within its {share:.0%} interval: {coverage(table, share)}" for share in NORMAL]
-    middle = np.median(table.predicted_uncertainty)
-    lines += [
-        f"- Uncertainty: median {middle:.3f} of the benchmark's units; with the error's size, SRCC {agreement:.3f}",
+    generators, prompts = np.array(table.generators), np.array(table.prompts)
+    within = [
+        srcc(table.predicted_quality[rows], table.target_quality[rows])
+        for rows in (generators == name for name in sorted(set(table.generators)))
     ]
-    generators = np.array(table.generators)
-    inside = error <= NORMAL[0.8] * table.predicted_uncertainty
-    by_generator = [f"{name} {inside[generators == name].mean():.2f}" for name in sorted(set(table.generators))]
-    return "\n".join([*lines, f"- Within the 80% interval, by generator: {', '.join(by_generator)}"])
+    error = np.abs(table.target_quality - table.predicted_quality)
+    lines = {
+        "SRCC of correspondence and quality": f"{srcc(right, table.predicted_quality):.3f}; people's two scores "
+        f"{srcc(table.target_correspondence, table.target_quality):.3f}",
+        "Mean correspondence of right and of wrong prompts": f"{right.mean():.3f}, {wrong.mean():.3f}",
+        "A right prompt's score above a wrong one's, over any two images": bootstrap_interval(any_two, prompts),
+        "SRCC of correspondence with wrong prompts": bootstrap_interval(wrong_agreement, prompts),
+        "Quality within one generator, mean SRCC": f"{np.mean(within):.3f}",
+        "Expected error of quality, and its mean size": f"{table.predicted_uncertainty.mean():.3f}, {error.mean():.3f} "
+        "of the benchmark's units",
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
 def main() -> None:
@@ -54,7 +57,7 @@ def main() -> None:
     table = Predictions.load(arguments.predictions)
     report = evaluate(table)
     print(report.markdown())
-    print(uncertainty(table))
+    print(apart(table))
     if arguments.json:
         write_atomically(arguments.json, json.dumps(report.as_dict(), indent=2).encode())
 

@@ -11,9 +11,11 @@ import argparse
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from aigiqa_reward import Reward, create_reward
+from aigiqa_reward.models.base import ModelOutput
 from aigiqa_reward.toy.degradations import DEGRADATIONS, degrade
 from aigiqa_reward.toy.pictures import all_pairs, compose
 from aigiqa_reward.toy.world import COLORS, NOUNS, WORDINGS, caption
@@ -31,14 +33,36 @@ def eight_captions(noun: int, color: int, rng: np.random.Generator) -> list[str]
 
 
 @torch.inference_mode()
-def choices(reward: Reward, pairs: np.ndarray) -> float:
-    """How often the right one of eight captions has the highest correspondence."""
+def look(reward: Reward, pictures: Tensor) -> dict[str, Tensor]:
+    """Compute what the towers see of all pictures."""
+    parts = [reward.model.forward_features(part) for part in tqdm(pictures.split(8), desc="pictures", unit="batch")]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def judge(reward: Reward, seen: dict[str, Tensor], captions: list[str]) -> ModelOutput:
+    return reward.model.forward_head(seen, reward.encode_prompts(captions), None)
+
+
+@torch.inference_mode()
+def choices(reward: Reward, pairs: np.ndarray) -> tuple[float, float]:
+    """How often the right one of eight captions has the highest correspondence, and one swapped word the lowest score.
+
+    The swapped word is that of the color or of the thing in "a key on red", half of the pictures each.
+    """
     rng = np.random.default_rng(9)
-    pictures = compose(pairs, rng)
+    seen = look(reward, compose(pairs, rng))
     captions = [eight_captions(noun, color, rng) for noun, color in pairs.tolist()]
-    columns = tqdm(list(zip(*captions, strict=True)), desc="captions", unit="caption of each")
-    scores = torch.stack([reward(pictures, list(column)).correspondence for column in columns], dim=1)
-    return float((scores.argmax(dim=1) == 0).float().mean())
+    scores = [judge(reward, seen, list(column)).correspondence for column in zip(*captions, strict=True)]
+    best = torch.stack(scores, dim=1).argmax(dim=1) == 0
+    swapped, lowest = rng.integers(1, 8, size=len(pairs)), []
+    for row, (noun, color) in enumerate(pairs.tolist()):
+        other = (noun, (color + swapped[row]) % len(COLORS)) if row % 2 else ((noun + swapped[row]) % len(NOUNS), color)
+        text = caption(*other, wording=1)
+        words = judge(reward, {name: x[row : row + 1] for name, x in seen.items()}, [text]).details["word_scores"][0]
+        right = caption(noun, color, wording=1).split()
+        if len(right) == len(text.split()):
+            lowest.append(text.split()[int(words.argmin())] not in right)
+    return float(best.float().mean()), float(np.mean(lowest))
 
 
 @torch.inference_mode()
@@ -50,7 +74,8 @@ def qualities(reward: Reward, pairs: np.ndarray, column: int) -> list[float]:
         levels = torch.zeros(len(pictures), len(DEGRADATIONS))
         levels[:, column] = level
         degraded = degrade(pictures, levels, torch.Generator().manual_seed(10))
-        means.append(float(reward(degraded, None).quality.mean()))
+        parts = [reward(part, None).quality for part in degraded.split(8)]
+        means.append(float(torch.cat(parts).mean()))
     return means
 
 
@@ -62,7 +87,9 @@ def main() -> None:
     for name, held_out in (("trained pairs", False), ("held-out pairs", True)):
         pairs = all_pairs(held_out=held_out)
         drawn = pairs[rng.integers(len(pairs), size=arguments.pictures)]
-        print(f"right caption of 8, {name}: {choices(reward, drawn):.3f} of {arguments.pictures} pictures")
+        right, lowest = choices(reward, drawn)
+        print(f"right caption of 8, {name}: {right:.3f} of {arguments.pictures} pictures")
+        print(f"swapped word has the lowest score, {name}: {lowest:.3f}")
     pairs = all_pairs(held_out=True)
     for column, name in enumerate(DEGRADATIONS):
         means = qualities(reward, pairs[rng.integers(len(pairs), size=arguments.pictures)], column)

