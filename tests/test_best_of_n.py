@@ -181,7 +181,7 @@ def test_arguments_reach_the_pipeline(sd):
         ({"search": "x"}, ValueError, "^search: expected .*, got 'x'$"),
         ({"pruning": "halving", "search": "zero_order"}, ValueError, "^pruning, search: pass one of them"),
         ({"pipe": "stable-diffusion"}, TypeError, "pipe: expected a diffusers pipeline, got str"),
-        ({"reward": "compact"}, TypeError, "reward: expected a Reward or a function.*got str"),
+        ({"reward": None}, TypeError, "reward: expected a Reward, its name or a function.*got NoneType"),
         ({"reward_prompt": " "}, ValueError, "reward_prompt: expected a text"),
     ],
 )

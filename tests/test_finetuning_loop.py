@@ -394,7 +394,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         ({"target_modules": ("to_z",)}, ValueError, "^target_modules: no layer of UNet2DConditionModel .*'to_z'"),
         ({"sampling": {"num_inference_step": 1}}, ValueError, "num_inference_step"),
         ({"reward": lambda images, prompts: warmth(images.detach(), prompts)}, ValueError, "^reward: .*FlowGRPO"),
-        ({"reward": "compact"}, TypeError, "^reward: expected a Reward or a function"),
+        ({"reward": None}, TypeError, "^reward: expected a Reward, its name or a function"),
         ({"reward": create_reward("compact"), "prompts": ["a cat", "\u200b"]}, ValueError, "^train_data: .*u200b"),
     ]:
         with pytest.raises(error, match=message):

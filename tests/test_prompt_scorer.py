@@ -97,7 +97,7 @@ def test_images_that_cannot_be_scored_are_reported_and_spoil_no_other(pipe: Any,
     ("arguments", "error", "message"),
     [
         ({"generator": None}, ValueError, "generator: PromptScorer sets this argument .* pass seed= to score"),
-        ({"reward": None}, TypeError, "reward: expected a Reward or a function"),
+        ({"reward": None}, TypeError, "reward: expected a Reward, its name or a function"),
         ({"pipe": "sdxl"}, TypeError, "expected a diffusers pipeline or a BestOfN, got str"),
     ],
 )

@@ -15,7 +15,8 @@ import itertools
 import os
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field
 from enum import Enum, StrEnum
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from aigiqa_reward.cli._console import CommandError
@@ -151,6 +152,7 @@ def _parameter(each: dataclasses.Field[Any], hint: Any, panel: str, default: Any
         info = typer.Argument(metavar=about["metavar"], help=about["help"])
         empty = inspect.Parameter.empty if default is MISSING else None
         return inspect.Parameter(each.name, _KEYWORD, default=empty, annotation=Annotated[kind, info])
+    more |= {"metavar": ""} if kind is bool else {}  # a flag has no value that its help could show
     names = about.get("names") or (f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}",)
     info = typer.Option(*names, help=about["help"], rich_help_panel=panel, **more, **about.get("more", {}))
     if default is MISSING:
@@ -208,37 +210,60 @@ def _plain(value: Any) -> Any:
 # --------------------------------------------------------------------------------------------- reading
 
 
-class Command(TyperCommand):
+class _Help:
+    """A command or group whose help does not say that flags are of type bool."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option --help."""
+        parent: Any = super()
+        if found := parent.get_help_option(ctx):
+            found.metavar = ""
+        return found
+
+
+class Group(_Help, TyperGroup):
+    """A group of commands."""
+
+
+class Command(_Help, TyperCommand):
     """A command that accepts underscores, refuses repeated options, and names the option that an error is about."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line."""
         with self._naming_options():
-            return super().parse_args(ctx, list(self._normalized(args)))
+            return super().parse_args(ctx, list(self._normalized(args, self.get_params(ctx))))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         with self._naming_options():
             return super().invoke(ctx)
 
-    def _normalized(self, args: Sequence[str]) -> Iterator[str]:
+    def _normalized(self, args: Sequence[str], params: Sequence[Any]) -> Iterator[str]:
         known: dict[str, tuple[str, Any]]
-        known = {name.replace("_", "-"): (name, each) for each in self.params for name in _spellings(each)}
+        known = {name.replace("_", "-"): (name, each) for each in params for name in _spellings(each)}
         seen: set[str] = set()
-        rest = iter(args)
-        for token in rest:
+        left = deque(args)
+        while left:
+            token = left.popleft()
             name, equals, value = token.partition("=")
             spelled, each = known.get(name.replace("_", "-"), (name, None))
             yield spelled + equals + value
             if token == "--":
-                yield from rest
-            if each is None or not name.startswith("--"):
+                yield from left
+                return
+            if not name.startswith("--"):
                 continue
+            if each is None:
+                meant = difflib.get_close_matches(name.replace("_", "-"), known, 1, 0.4)
+                raise CommandError(f"no such option; {f'did you mean {meant[0]}?' if meant else 'see --help'}", name)
             if each.name in seen and not each.multiple:
                 raise CommandError("given twice; this option takes one value", argument=each.name)
             seen.add(str(each.name))
-            if not equals and not each.is_flag:
-                yield from itertools.islice(rest, 1)  # its value, whatever it looks like
+            if not equals and not each.is_flag and left:
+                value = left.popleft()
+                yield value  # whatever it looks like
+            if each.name.endswith("prompt"):
+                _check_quotes(each.name, value, left)
 
     @contextmanager
     def _naming_options(self) -> Iterator[None]:
@@ -251,6 +276,16 @@ class Command(TyperCommand):
             each = next((each for each in self.params if each.name == error.argument), None)
             name = error.argument if each is None else (_spellings(each) or [each.metavar or error.argument])[0]
             raise CommandError(f"{name}: {error}", status=error.status) from error.__cause__
+
+
+def _check_quotes(argument: str, value: str, left: Iterable[str]) -> None:
+    """Refuse a text of one word that others follow, the first of them neither an option nor the path of a file."""
+    words = [value, *itertools.takewhile(lambda word: not word.startswith("-"), left)]
+    if len(words) == 1 or any(map(str.isspace, value)) or any(sign in words[1] for sign in "./\\*"):
+        return
+    if not os.path.exists(words[1]):  # noqa: PTH110  (never raises)
+        text = f'a text of several words needs quotes: "{" ".join(words)}"; no file is called {words[1]}'
+        raise CommandError(text, argument=argument)
 
 
 def _spellings(each: Any) -> list[str]:

@@ -11,18 +11,17 @@ import warnings
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from aigiqa_reward import __version__
 from aigiqa_reward.cli._console import CommandError, first_process, prepare_process, say
-from aigiqa_reward.cli._options import Command, command, lazy
+from aigiqa_reward.cli._options import Command, Group, command, lazy
 from aigiqa_reward.cli.commands import best_of_n, demo, evaluate, finetune, rewards, score, train
 
 _STATUS = "Exit status: 0 success, 1 some inputs could not be read or scored, 2 wrong usage, 130 interrupted."
 _UsageError: Any = typer.BadParameter.__base__  # parent of every error in a command line's grammar
 
 
-class _Commands(TyperGroup):
+class _Commands(Group):
     """Ends a command with one line on stderr and an exit status, where its user can act on what went wrong."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -68,7 +67,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     del version

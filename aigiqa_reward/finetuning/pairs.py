@@ -91,7 +91,7 @@ class GuidedBestOfN(BestOfN):
 
 def build_preference_pairs(
     pipe: DiffusionPipeline,
-    reward: RewardFunction,
+    reward: RewardFunction | str,
     prompts: Sequence[str],
     folder: str | Path,
     *,
@@ -111,7 +111,7 @@ def build_preference_pairs(
 
     Args:
         pipe: Text-to-image pipeline of diffusers.
-        reward: Reward or RewardFunction that compares the images.
+        reward: Reward, its name, or RewardFunction that compares the images.
         prompts: Texts, not blank.
         folder: Output folder.
         n: Candidates per prompt, at least 2.

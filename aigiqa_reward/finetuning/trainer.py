@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,10 +37,9 @@ from aigiqa_reward.finetuning.optimizers import FinetuningError, Optimization
 from aigiqa_reward.finetuning.reporting import draw_course
 from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.validation import Validation, frozen, held_out, warn_of_weak
-from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.bound import BoundReward, as_reward
 from aigiqa_reward.rewards.published import PUBLISHED
 from aigiqa_reward.types import RewardFunction
-from aigiqa_reward.utils.checks import check_reward
 from aigiqa_reward.utils.run_folder import differences, reward_identity
 
 if TYPE_CHECKING:
@@ -345,13 +345,13 @@ class Trainer:
 @with_gradients()
 def finetune(
     pipe: DiffusionPipeline,
-    reward: RewardFunction,
+    reward: RewardFunction | str,
     train_data: Sequence[str] | PreferencePairs,
     algorithm: Algorithm,
     output_dir: str | Path,
     config: FinetuneConfig | None = None,
     validation_prompts: Sequence[str] = (),
-    holdout: RewardFunction | Literal["auto"] = "auto",
+    holdout: RewardFunction | str = "auto",
     callbacks: Sequence[TrainingCallback] = (),
     *,
     resume_from_checkpoint: str | Path | None = None,
@@ -366,13 +366,14 @@ def finetune(
     Args:
         pipe: a text-to-image pipeline of a family in `sampling.families`. On return its weights are frozen and the
             adapter is loaded as "reward". Other adapters stay active in the reference model too, and are not saved.
-        reward: a Reward, or any function f(images, prompts) that returns (B,) scores; a module is frozen.
+        reward: a Reward, its name, or any function f(images, prompts) that returns (B,) scores; a module is frozen.
         train_data: training prompts, or preference pairs for DPO.
         algorithm: `DRaFT()`, `ReFL()`, `DPO()`, `DDPO()`, `FlowGRPO()` or `DiffusionNFT()`.
         output_dir: folder for `pytorch_lora_weights.safetensors`, `history.jsonl`, checkpoints, validations and plots.
         config: all other settings.
         validation_prompts: without them the last weights are kept, and reward hacking is not detected.
-        holdout: a reward that is not trained on, which decides which weights are kept; "auto": see `default_holdout`.
+        holdout: a reward that is not trained on, or its name, which decides which weights are kept; "auto": see
+            `default_holdout`.
         callbacks: callbacks, which can stop the training.
         resume_from_checkpoint: "latest", or the name or path of a checkpoint; None starts anew.
         report_to: tracker of Accelerate ("tensorboard", "wandb").
@@ -382,18 +383,19 @@ def finetune(
     config = _checked_config(algorithm, config, folder)
     algorithm = _with_pairs(algorithm, train_data)
     check_tracker(report_to)
-    check_reward(reward)
+    reward = as_reward(reward, pipe)
+    held: Any = holdout if holdout == "auto" else as_reward(holdout, pipe, argument="holdout")
     prompts = _checked("train_data", train_data, reward) if algorithm.examples is None else list(algorithm.examples)
     context = create_context(pipe, frozen(reward), config, folder, report_to)
     with _adapter_removed_on_error(context.lora):
-        validation = _validation(context, prompts, validation_prompts, holdout, folder, config)
+        validation = _validation(context, prompts, validation_prompts, held, folder, config)
         find_checkpoint(folder, resume_from_checkpoint)  # unusable folders must raise before hours of sampling
         repository = _create_repository(context, folder, config)
         algorithm.check(context, prompts)
         folder.mkdir(parents=True, exist_ok=True)
         algorithm = algorithm.ready(context, prompts, folder, config, progress=progress)
         prompts = prompts if algorithm.examples is None else list(algorithm.examples)
-        watched = {"holdout_reward": _held(holdout, validation), "validation_prompts": list(validation_prompts)}
+        watched = {"holdout_reward": _held(held, validation), "validation_prompts": list(validation_prompts)}
         trainer = Trainer(context, prompts, algorithm, folder, config, validation, watched, callbacks, progress)
         trainer.resume(resume_from_checkpoint, report_to)
     # After these two errors the pipeline has the kept weights.
@@ -435,7 +437,10 @@ def _validation(
 def _checked_config(algorithm: Algorithm, config: FinetuneConfig | None, folder: Path) -> FinetuneConfig:
     if not isinstance(algorithm, Algorithm):
         got = f"the class {algorithm.__name__}" if isinstance(algorithm, type) else repr(algorithm)
-        raise TypeError(f"algorithm: expected DRaFT(), ReFL(), DPO(), DDPO(), FlowGRPO() or DiffusionNFT(), got {got}")
+        calls = {name.lower(): f"{name}()" for name in ("DRaFT", "ReFL", "DPO", "DDPO", "FlowGRPO", "DiffusionNFT")}
+        meant = difflib.get_close_matches(getattr(algorithm, "__name__", str(algorithm)).lower(), calls, 1, 0.4)
+        hint = f"; did you mean {calls[meant[0]]}?" if meant else ""
+        raise TypeError(f"algorithm: expected one of {', '.join(calls.values())}, got {got}{hint}")
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
         raise TypeError(f"config: expected FinetuneConfig, got {type(config).__name__}")

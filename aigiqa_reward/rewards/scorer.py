@@ -13,9 +13,9 @@ from torch import Tensor
 from aigiqa_reward import images as pixels
 from aigiqa_reward.images import ImageSource
 from aigiqa_reward.models.base import check_prompts
-from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.bound import BoundReward, as_reward
 from aigiqa_reward.types import RewardFunction, RewardOutput
-from aigiqa_reward.utils.checks import check_reward, integer
+from aigiqa_reward.utils.checks import integer
 
 Inputs: TypeAlias = Sequence[ImageSource] | Tensor | np.ndarray
 """A list of PIL images, paths, arrays or tensors of any sizes; or one batch: (B, 3, H, W), or (B, H, W, 3)."""
@@ -61,7 +61,7 @@ class Scorer:
     """Scores inputs in batches, without gradients.
 
     Args:
-        reward: a Reward, or any function f(images, prompts) -> (B,) scores.
+        reward: a Reward, its name, or any function f(images, prompts) -> (B,) scores.
         batch_size: images held and scored at a time.
 
     Example:
@@ -75,8 +75,8 @@ class Scorer:
         (torch.Size([3]), torch.Size([3]))
     """
 
-    def __init__(self, reward: RewardFunction, batch_size: int = 32) -> None:
-        self.reward = check_reward(reward)
+    def __init__(self, reward: RewardFunction | str, batch_size: int = 32) -> None:
+        self.reward: RewardFunction = as_reward(reward)
         self.batch_size = integer("batch_size", batch_size, least=1)
 
     def score(

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigiqa_reward.images import HIGHEST, LOWEST
-from aigiqa_reward.rewards.bound import device_of, reward_name
+from aigiqa_reward.rewards.bound import as_reward, device_of, reward_name
 from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output, at_least_float32
-from aigiqa_reward.utils.checks import check_reward, first_seed, integer, number
+from aigiqa_reward.utils.checks import first_seed, integer, number
 from aigiqa_reward.utils.isolation import without_autocast
 
 IMAGE_RADIUS = 0.4 / 255
@@ -25,9 +25,9 @@ class _Wrapper(nn.Module):
 
     reward: RewardFunction
 
-    def __init__(self, reward: RewardFunction) -> None:
+    def __init__(self, reward: RewardFunction | str) -> None:
         super().__init__()
-        self.reward = check_reward(reward)
+        self.reward = as_reward(reward)
 
     @property
     def device(self) -> torch.device | None:
@@ -74,7 +74,7 @@ class SharpnessAwareReward(_Wrapper):
         torch.Size([2, 3, 64, 64])
     """
 
-    def __init__(self, reward: RewardFunction, *, radius: float = IMAGE_RADIUS) -> None:
+    def __init__(self, reward: RewardFunction | str, *, radius: float = IMAGE_RADIUS) -> None:
         super().__init__(reward)
         self.radius = check_radius("radius", radius, "0.4 / 255")
 
@@ -140,7 +140,7 @@ class SmoothedReward(_Wrapper):
     """
 
     def __init__(
-        self, reward: RewardFunction, *, noise: float = 6 / 255, shift: int = 3, n: int = 2, seed: int = 0
+        self, reward: RewardFunction | str, *, noise: float = 6 / 255, shift: int = 3, n: int = 2, seed: int = 0
     ) -> None:
         super().__init__(reward)
         self.noise = number("noise", noise, "of at least 0; try 6 / 255", lambda value: 0 <= value < math.inf)
@@ -189,7 +189,7 @@ def check_radius(argument: str, value: float, example: str) -> float:
     return number(argument, value, f"of at least 0; try {example}", lambda radius: 0 <= radius < math.inf)
 
 
-def sharpness_aware(reward: RewardFunction, image_radius: float) -> RewardFunction:
+def sharpness_aware(reward: RewardFunction | str, image_radius: float) -> RewardFunction | str:
     """Wrap a reward in `SharpnessAwareReward`, if the radius is above 0."""
     radius = check_radius("image_radius", image_radius, "0.4 / 255")
     return SharpnessAwareReward(reward, radius=radius) if radius else reward

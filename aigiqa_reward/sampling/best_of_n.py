@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from torch import nn
 from tqdm.auto import tqdm
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.bound import BoundReward, as_reward
 from aigiqa_reward.rewards.scorer import Inputs, Scorer, check_images
 from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Judged, Picture, Tally, conclude, judge, judged
 from aigiqa_reward.sampling.pipeline_utils import PromptMemo, Sampler, check_pipe_kwargs, in_chunks, takes
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.search import Halving, Search, ZeroOrder, climb, halve
 from aigiqa_reward.types import RewardFunction
-from aigiqa_reward.utils.checks import check_prompt, check_reward, check_text, first_seed, integer
+from aigiqa_reward.utils.checks import check_prompt, check_text, first_seed, integer
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -30,6 +31,8 @@ _OWNED = {
     "return_dict": "the result is a BestOfNOutput",
 }
 """Arguments of a pipeline that BestOfN sets itself, and what to do instead."""
+
+_SEVERAL = "loop over them, or use best_of_each(search, prompts, out) of aigiqa_reward.sampling"
 
 Plan = TypeVar("Plan", Halving, ZeroOrder)
 
@@ -58,7 +61,8 @@ class BestOfN:
     Args:
         pipe: diffusers pipeline that makes images from a prompt, or from images too (image to image, ControlNet,
             inpainting), or anything called like one.
-        reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; it stays on its device.
+        reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; it stays on its
+            device. A name, such as "pickscore", creates that reward on the pipeline's device.
         n: number of candidates.
         batch_size: candidates sampled at a time.
         top_k: images to keep, in [1, n].
@@ -80,7 +84,7 @@ class BestOfN:
     def __init__(
         self,
         pipe: DiffusionPipeline | Callable[..., Any],
-        reward: RewardFunction,
+        reward: RewardFunction | str,
         n: int = 16,
         batch_size: int = 4,
         top_k: int = 1,
@@ -90,10 +94,11 @@ class BestOfN:
         search: Literal["random", "zero_order"] | ZeroOrder = "random",
         diverse: bool = False,
     ) -> None:
-        if not callable(pipe):
-            raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}; load one")
+        self.reward: RewardFunction = as_reward(reward, pipe)
+        if not callable(pipe) or isinstance(pipe, nn.Module):
+            load = "load one, with DiffusionPipeline.from_pretrained or load_embedded_pipeline"
+            raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}; {load}")
         self.pipe: Any = pipe
-        self.reward: RewardFunction = check_reward(reward)
         self.n = integer("n", n, least=1)
         self.batch_size = integer("batch_size", batch_size, least=1)
         self.top_k = integer("top_k", top_k, least=1)
@@ -149,7 +154,7 @@ class BestOfN:
         self, prompt: str | None, seed: int, pipe_kwargs: dict[str, Any], *, stacklevel: int
     ) -> Generator[BestOfNOutput, None, None]:
         first = first_seed(seed, self.n, f"all n={self.n} candidates")
-        check_prompt(prompt)
+        check_prompt(prompt, several=_SEVERAL)
         check_pipe_kwargs(pipe_kwargs, "BestOfN", _OWNED)
         text = self.reward_prompt
         if text is None:
@@ -204,7 +209,7 @@ _BATCH = 8  # images read and scored at once by `rerank`, so that a thousand fil
 def rerank(
     images: Inputs,
     prompt: str | None,
-    reward: RewardFunction,
+    reward: RewardFunction | str,
     top_k: int | None = None,
 ) -> BestOfNOutput:
     """Rank existing images of one prompt; warn once of images that were dropped.
@@ -215,7 +220,7 @@ def rerank(
         images: PIL images, paths, arrays and tensors of mixed sizes (see `images.load`), or a batch (B, 3, H, W) in
             [0, 1]. They are read in order, a few at a time.
         prompt: text that they should show; None ranks by quality alone, if the reward can.
-        reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`.
+        reward: a Reward, its name, or any `f(images, prompts) -> (B,) tensor or RewardOutput`.
         top_k: images to return, in [1, number of images]; by default all.
 
     Returns:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.bound import BoundReward, as_reward
 from aigiqa_reward.sampling.families import SamplingOptions, family_of
 from aigiqa_reward.sampling.rollout import displayed
 from aigiqa_reward.sampling.schedulers import SERVED, SEVERAL_CALLS_A_STEP, check_scheduler, predict_clean
@@ -79,8 +79,8 @@ class Watch(ABC, Generic[Entry]):
 
     tensor_inputs: ClassVar[list[str]] = ["latents"]
 
-    def __init__(self, pipe: DiffusionPipeline, reward: RewardFunction, prompt: str | Sequence[str]) -> None:
-        self._name = type(self).__name__
+    def __init__(self, pipe: DiffusionPipeline, reward: RewardFunction | str, prompt: str | Sequence[str]) -> None:
+        self._name, reward = type(self).__name__, as_reward(reward, pipe)
         self._adapter = type(family_of(pipe, need=self._name))
         self.pipe: Any = pipe
         texts = (list(prompt) if isinstance(prompt, list | tuple) else [prompt]) or [""]
@@ -237,7 +237,7 @@ class RewardLogger(Watch[LoggedStep]):
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, reward: RewardFunction, prompt: str | Sequence[str], every: int = 1
+        self, pipe: DiffusionPipeline, reward: RewardFunction | str, prompt: str | Sequence[str], every: int = 1
     ) -> None:
         super().__init__(pipe, reward, prompt)
         self.every = integer("every", every, least=1)
@@ -277,7 +277,7 @@ class EarlyExit(Watch[LoggedStep]):
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        reward: RewardFunction,
+        reward: RewardFunction | str,
         prompt: str | Sequence[str],
         above: float | None = None,
         patience: int | None = None,

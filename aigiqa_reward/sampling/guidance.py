@@ -80,7 +80,7 @@ class RewardGuidance(Watch[GuidedStep]):
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        reward: RewardFunction,
+        reward: RewardFunction | str,
         prompt: str | Sequence[str],
         scale: float = 20.0,
         through_denoiser: bool = False,

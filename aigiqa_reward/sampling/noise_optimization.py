@@ -98,7 +98,7 @@ class NoiseOptimizer(PromptSampler):
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        reward: RewardFunction,
+        reward: RewardFunction | str,
         iterations: int = 20,
         learning_rate: float | None = None,
         regularization: float = 0.01,

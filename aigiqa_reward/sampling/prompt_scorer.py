@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.bound import BoundReward, as_reward
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.candidates import FLAGGED, NothingRankedError, judge
 from aigiqa_reward.sampling.pipeline_utils import Sampler, check_pipe_kwargs, in_chunks
 from aigiqa_reward.types import RewardFunction
-from aigiqa_reward.utils.checks import check_prompt, check_reward, check_text, integer
+from aigiqa_reward.utils.checks import check_prompt, check_text, integer
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -80,7 +80,7 @@ class PromptScorer:
         pipe: diffusers pipeline that makes images from a list of prompts (with batch_size=1: from one). Or a BestOfN,
             which scores by its own reward; a prompt then counts as much as its best candidate, and the seeds of image i
             are those of its n candidates, from `seed + i * n` on.
-        reward: a Reward, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; None with a BestOfN.
+        reward: a Reward, its name, or any `f(images, prompts) -> (B,) tensor or RewardOutput`; None with a BestOfN.
         images_per_prompt: images whose scores are averaged; more separate prompts from luck better.
         batch_size: images sampled at a time, of different prompts too; a BestOfN has its own.
         cache_size: images whose scores are cached, the last used; 0 caches none.
@@ -101,7 +101,7 @@ class PromptScorer:
     def __init__(
         self,
         pipe: DiffusionPipeline | BestOfN | Callable[..., Any],
-        reward: RewardFunction | None = None,
+        reward: RewardFunction | str | None = None,
         *,
         images_per_prompt: int = 1,
         batch_size: int = 4,
@@ -114,7 +114,7 @@ class PromptScorer:
         if not callable(pipe):
             raise TypeError(f"pipe: expected a diffusers pipeline or a BestOfN, got {type(pipe).__name__}")
         self.pipe: Any = search.pipe if search else pipe
-        self.reward: Any = search.reward if search else check_reward(reward)
+        self.reward: Any = search.reward if search else as_reward(reward, pipe)
         self.images_per_prompt = integer("images_per_prompt", images_per_prompt, least=1)
         self.batch_size = integer("batch_size", batch_size, least=1)
         self.cache_size = integer("cache_size", cache_size, least=0)

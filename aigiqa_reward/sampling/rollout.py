@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.bound import BoundReward, as_reward
 from aigiqa_reward.sampling.families import Conditioning, Family, family_of
 from aigiqa_reward.sampling.pipeline_utils import caches
 from aigiqa_reward.sampling.schedulers import check_scheduler, joined_history, predict_clean, with_history_of
-from aigiqa_reward.utils.checks import check_prompt, check_reward, check_text, first_seed
+from aigiqa_reward.utils.checks import check_prompt, check_text, first_seed
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -211,12 +211,12 @@ class PromptSampler:
     """Base of methods that sample one prompt by our own loop, with a reward; arguments as in `ParticleSteering`."""
 
     def __init__(
-        self, pipe: DiffusionPipeline, reward: RewardFunction, reward_prompt: str | None, progress: bool
+        self, pipe: DiffusionPipeline, reward: RewardFunction | str, reward_prompt: str | None, progress: bool
     ) -> None:
         self._name = type(self).__name__
+        self.reward: RewardFunction = as_reward(reward, pipe)
         self._flow = family_of(pipe, need=self._name).flow
         self.pipe: Any = pipe
-        self.reward: RewardFunction = check_reward(reward)
         if reward_prompt is not None:
             check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
         self.reward_prompt, self.progress = reward_prompt, progress

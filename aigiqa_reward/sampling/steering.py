@@ -121,7 +121,7 @@ class ParticleSteering(PromptSampler):
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        reward: RewardFunction,
+        reward: RewardFunction | str,
         particles: int = 4,
         potential: Potential = "difference",
         temperature: float = 0.01,

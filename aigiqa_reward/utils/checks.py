@@ -43,12 +43,9 @@ def first_seed(seed: Any, count: int, of: str) -> int:
     return first
 
 
-def check_reward(reward: Any) -> Any:
-    """Return a reward that can be called."""
-    if not callable(reward):
-        kind = type(reward).__name__
-        raise TypeError(f"reward: expected a Reward or a function f(images, prompts), got {kind}; use create_reward")
-    return reward
+def is_pipeline(value: object) -> bool:
+    """Return whether this is a diffusers pipeline, without importing diffusers."""
+    return any(kind.__name__ == "DiffusionPipeline" for kind in type(value).__mro__)
 
 
 def lone_surrogate(text: str) -> str | None:
@@ -61,10 +58,10 @@ def lone_surrogate(text: str) -> str | None:
     return None
 
 
-def check_prompt(prompt: object, argument: str = "prompt") -> str | None:
-    """Return one prompt, or None; lists of prompts and texts that no tokenizer reads are refused."""
+def check_prompt(prompt: object, argument: str = "prompt", *, several: str = "loop over them") -> str | None:
+    """Return one prompt, or None; texts that no tokenizer reads are refused, and lists, with a remedy for `several`."""
     if isinstance(prompt, list | tuple):
-        raise TypeError(f"{argument}: expected one prompt per call, got {len(prompt)}: loop over them")
+        raise TypeError(f"{argument}: expected one prompt per call, got {len(prompt)}; {several}")
     if prompt is not None and not isinstance(prompt, str):
         raise TypeError(f"{argument}: expected a text, got {type(prompt).__name__}; pass a str")
     if prompt is not None and (fault := lone_surrogate(prompt)):

@@ -14,6 +14,7 @@ from aigiqa_reward.cli._console import CommandError, emit, first_process, say
 from aigiqa_reward.cli._io import check_writable, gather_prompts, read_prompts
 from aigiqa_reward.cli._options import (
     Fields,
+    Group,
     OneRewardOptions,
     PipelineOptions,
     PromptOptions,
@@ -85,6 +86,7 @@ class RunOptions:
 
 
 app = typer.Typer(
+    cls=Group,
     help="Fine-tune a pipeline with LoRA by a reward; alone, or under torchrun and accelerate launch.",
     no_args_is_help=True,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
@@ -48,6 +48,11 @@ class OutputOptions:
     def file(self) -> Path | None:
         """The file; None for stdout."""
         return None if self.output == Path("-") else self.output
+
+    @property
+    def on_screen(self) -> bool:
+        """Whether the result is a table in the terminal."""
+        return self.file is None and self.format == "table" and sys.stdout.isatty()
 
 
 @options("Output")
@@ -202,18 +207,27 @@ def score_images(
         named = {name: [reward_identity(each), weight] for name, (each, weight) in rewards.items()}
         settings = [named, list(map(str, astuple(reward))), compute.dtype]
     kept = KeptRows(output.file, settings, overwrite=output.overwrite)
-    return score_sources(rewards, sources, compute.batch_size, kept)
+    report = (lambda _: None) if output.on_screen else None  # the table has the errors as well
+    return score_sources(rewards, sources, compute.batch_size, kept, report)
 
 
 def score_sources(
-    rewards: Mapping[str, tuple[Reward, float]], sources: Sequence[Source], batch_size: int, kept: KeptRows
+    rewards: Mapping[str, tuple[Reward, float]],
+    sources: Sequence[Source],
+    batch_size: int,
+    kept: KeptRows,
+    report: Callable[[Row], None] | None = None,
 ) -> ScoringRun:
-    """Score all sources that can be scored by rewards with their weights; when interrupted, return what was reached."""
+    """Score all sources that can be scored by rewards with their weights; when interrupted, return what was reached.
+
+    Each row with an error is reported at once, on stderr if not by `report`.
+    """
     from aigiqa_reward import Scorer
 
     rows = {i: Row(key=s.path, prompt=None, error=s.error) for i, s in enumerate(sources) if s.error is not None}
+    report = report or _report
     for row in rows.values():
-        _report(row)
+        report(row)
     rows = kept.find(sources) | rows
     places = [i for i in range(len(sources)) if i not in rows]
     prompts = [text for i in places if (text := sources[i].prompt) is not None] or None
@@ -229,7 +243,7 @@ def score_sources(
             for found in zip(*streams, strict=True):
                 place = places[found[0].index]
                 rows[place] = _row(sources[place], dict(zip(weights, found, strict=True)), weights)
-                _report(rows[place])
+                report(rows[place])
                 kept.add(rows[place])
                 show(found[0].index + 1)
     except (CommandError, KeyboardInterrupt) as error:
