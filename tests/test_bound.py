@@ -138,5 +138,5 @@ def test_device_and_name_are_those_of_the_reward() -> None:
     placed.device = "meta"
     BoundReward(placed)(levels(0.5), None)
     assert placed.seen[0].device.type == "meta"
-    with pytest.raises(TypeError, match=r"reward: expected a Reward or a function.*got str.*create_reward"):
-        BoundReward("compact")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"reward: expected a Reward, its name or a function.*got int.*create_reward"):
+        BoundReward(3)  # type: ignore[arg-type]

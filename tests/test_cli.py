@@ -59,7 +59,7 @@ def assert_scores(rows: list[dict[str, Any]], reward: Reward, paths: list[str], 
 def test_scores_are_those_of_scorer(paths, tiny, tiny_reward, prompt):
     given = ["--prompt", prompt] if prompt else []
     result = run("score", Path(paths[0]).parent, *tiny, "--format", "jsonl", *given)
-    note = "" if prompt else "note: no prompt: total is quality alone\n"
+    note = "" if prompt else "note: no prompt: only quality is judged\n"
     assert (result.exit_code, result.stderr) == (0, note), result.output
     rows = lines(result.stdout)
     assert all(list(row) == KEYS for row in rows)

@@ -41,7 +41,7 @@ def test_pipeline_and_reward_swapped(pipe, reward, method):
     more = ("a fox",) if method is RewardLogger else ()
     with pytest.raises(TypeError, match=SWAPPED):
         method(reward, pipe, *more)
-    with pytest.raises(TypeError, match="reward: .* got the pipeline StableDiffusionPipeline; use create_reward"):
+    with pytest.raises(TypeError, match=r"reward: .* got the pipeline StableDiffusionPipeline; use create_reward"):
         method(pipe, pipe, *more)
     with pytest.raises(ValueError, match=r"reward: no reward is called 'pikscore'; did you mean 'pickscore'\?"):
         method(pipe, "pikscore", *more)

@@ -163,8 +163,8 @@ def test_an_input_whose_prompt_cannot_be_read_is_reported_and_the_others_scored(
 
 
 def test_settings_and_inputs_are_checked(arrays):
-    with pytest.raises(TypeError, match=r"reward: expected a Reward or a function.*got str"):
-        Scorer("compact")
+    with pytest.raises(TypeError, match=r"reward: expected a Reward, its name or a function.*got int"):
+        Scorer(3)
     with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1"):
         Scorer(brightness, batch_size=0)
     for inputs, error, message in (

@@ -214,8 +214,8 @@ def test_wrapped_rewards_work_wherever_a_reward_does() -> None:
 def test_settings_out_of_range_are_refused(kind: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(settings))}: expected"):
         kind(Quadratic(), **settings)
-    with pytest.raises(TypeError, match=r"^reward: expected a Reward or a function"):
-        kind("compact")
+    with pytest.raises(TypeError, match=r"^reward: expected a Reward, its name or a function"):
+        kind(3)
 
 
 def corner(images: Tensor, prompts: Any) -> Tensor:

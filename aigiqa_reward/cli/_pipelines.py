@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +118,12 @@ def mixed_reward(options: OneRewardOptions, device: str, argument: str = "reward
         {name: reward for name, (reward, _) in named.items()},
         weights={name: weight for name, (_, weight) in named.items()},
     )
+
+
+def meanings(rewards: Iterable[Any]) -> list[str]:
+    """Return how to read the scores of rewards, or of the members of mixtures, in a line each."""
+    members = [each for reward in rewards for each in getattr(reward, "members", {"": reward}).values()]
+    return list(dict.fromkeys(each.spec.meaning for each in members))
 
 
 def weighted(text: str, argument: str) -> tuple[str, float]:

@@ -37,7 +37,8 @@ from aigiqa_reward.finetuning.optimizers import FinetuningError, Optimization
 from aigiqa_reward.finetuning.reporting import draw_course
 from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.validation import Validation, frozen, held_out, warn_of_weak
-from aigiqa_reward.rewards.bound import BoundReward, as_reward
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.factory import as_reward
 from aigiqa_reward.rewards.published import PUBLISHED
 from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.run_folder import differences, reward_identity

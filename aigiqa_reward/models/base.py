@@ -231,6 +231,15 @@ class ModelSpec:
     )
     accuracy: str = ""  # published, on human preferences
     sha256: Mapping[str, str] = field(default_factory=dict)  # of each embedded file
+    no_match: float | None = (
+        None  # median correspondence of images to prompts that they do not show, if it was measured
+    )
+
+    @property
+    def meaning(self) -> str:
+        """How to read the scores, in one line."""
+        known = "" if self.no_match is None else f"; correspondence around {self.no_match:g} means no match"
+        return f"{self.name}: {self.scale}{known}"
 
     @property
     def embedded(self) -> bool:

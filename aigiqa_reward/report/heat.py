@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aigiqa_reward import images as pixels
 from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.factory import as_reward
 from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.isolation import without_autocast
 
@@ -30,7 +31,7 @@ class HeatMaps:
 
 @without_autocast()
 def heat_maps(
-    reward: RewardFunction, images: Tensor, prompts: Sequence[str] | str | None = None, kind: Kind = "auto"
+    reward: RewardFunction | str, images: Tensor, prompts: Sequence[str] | str | None = None, kind: Kind = "auto"
 ) -> HeatMaps:
     """Compute where in each image the reward finds distortions, or where its score reacts to the pixels.
 
@@ -41,13 +42,14 @@ def heat_maps(
     does not compare images. It costs about twice as much as scoring.
 
     Args:
-        reward: a Reward, or another RewardFunction with what `kind` needs.
+        reward: a Reward, its name, or another RewardFunction with what `kind` needs.
         images: (B, 3, H, W) floating point in [0, 1], processed one at a time on the reward's device.
         prompts: B prompts, one for all, or None.
         kind: "distortion", "gradient", or "auto": distortion maps if the reward has them, else gradients.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
+    reward = as_reward(reward)
     pixels.check(images)
     texts = [prompts] * len(images) if prompts is None or isinstance(prompts, str) else list(prompts)
     if len(texts) != len(images):

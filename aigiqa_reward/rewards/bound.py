@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from aigiqa_reward.images import HIGHEST, LOWEST, finite_rows
 from aigiqa_reward.models.base import check_readable
-from aigiqa_reward.rewards.factory import create_reward, get_reward_spec
 from aigiqa_reward.types import PromptError, PromptFeatures, RewardFunction, RewardOutput, as_reward_output
-from aigiqa_reward.utils.checks import is_pipeline
+from aigiqa_reward.utils.checks import check_reward
 from aigiqa_reward.utils.isolation import check_gradients_allowed, without_autocast
 
 
@@ -25,8 +24,8 @@ class BoundReward:
     `prompts` are encoded at once, so that one that the reward cannot read raises a PromptError here.
     """
 
-    def __init__(self, reward: RewardFunction | str, prompts: Sequence[str] = ()) -> None:
-        self.reward = as_reward(reward)
+    def __init__(self, reward: RewardFunction, prompts: Sequence[str] = ()) -> None:
+        self.reward = check_reward(reward)
         self._features: PromptFeatures | None = None
         if prompts:
             self.encode(prompts)
@@ -114,27 +113,6 @@ class BoundReward:
                 "without one; remove torch.no_grad, detach, numpy and PIL from it, or use a method for rewards without "
                 "gradients (BestOfN; for fine-tuning DPO, DDPO, FlowGRPO or DiffusionNFT)"
             )
-
-
-def as_reward(reward: object, pipe: object = None, *, argument: str = "reward") -> Any:
-    """Return a reward that can be called: itself, or the one of this name, on the device of the pipeline."""
-    if isinstance(reward, str):
-        try:
-            name = get_reward_spec(reward).name
-        except ValueError as error:
-            raise ValueError(str(error).replace("name", argument, 1)) from None
-        device = getattr(pipe, "device", None)
-        return create_reward(name, device=None if str(device) == "meta" else device)  # meta: offloaded layer by layer
-    if is_pipeline(reward) or not callable(reward):
-        swapped = is_pipeline(reward) and pipe is not None and not is_pipeline(pipe)
-        remedy = (
-            "swap the two: the pipeline comes first" if swapped else "use create_reward, or a name of list_rewards()"
-        )
-        kind = f"{'the pipeline ' * is_pipeline(reward)}{type(reward).__name__}"
-        raise TypeError(
-            f"{argument}: expected a Reward, its name or a function f(images, prompts), got {kind}; {remedy}"
-        )
-    return reward
 
 
 def device_of(reward: RewardFunction) -> torch.device | None:

@@ -21,6 +21,7 @@ from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embe
 from aigiqa_reward.rewards.published import PUBLISHED, load_published
 from aigiqa_reward.rewards.reward import Reward, is_saved_reward
 from aigiqa_reward.rewards.specs import SPECS
+from aigiqa_reward.utils.checks import check_reward
 from aigiqa_reward.utils.weights import load_strictly
 
 __all__ = ["create_reward", "get_reward_spec", "list_rewards"]
@@ -113,6 +114,18 @@ def create_reward(
     else:
         reward = _new(spec, towers, assistants, settings, shares, revision)
     return _moved(reward, device, dtype, gradient_checkpointing, offload)
+
+
+def as_reward(reward: object, pipe: object = None, *, argument: str = "reward") -> Any:
+    """Return a reward that can be called: itself, or the one of this name, on the device of the pipeline."""
+    if not isinstance(reward, str):
+        return check_reward(reward, pipe, argument=argument)
+    try:
+        name = get_reward_spec(reward).name
+    except ValueError as error:
+        raise ValueError(str(error).replace("name", argument, 1)) from None
+    device = getattr(pipe, "device", None)
+    return create_reward(name, device=None if str(device) == "meta" else device)  # meta: offloaded layer by layer
 
 
 def _saved(name: str, weights: str | Path, towers: Mapping[str, Any], **options: Any) -> Reward:

@@ -13,7 +13,8 @@ from torch import Tensor
 from aigiqa_reward import images as pixels
 from aigiqa_reward.images import ImageSource
 from aigiqa_reward.models.base import check_prompts
-from aigiqa_reward.rewards.bound import BoundReward, as_reward
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.factory import as_reward
 from aigiqa_reward.types import RewardFunction, RewardOutput
 from aigiqa_reward.utils.checks import integer
 

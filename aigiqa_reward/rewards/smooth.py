@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigiqa_reward.images import HIGHEST, LOWEST
-from aigiqa_reward.rewards.bound import as_reward, device_of, reward_name
+from aigiqa_reward.rewards.bound import device_of, reward_name
+from aigiqa_reward.rewards.factory import as_reward
 from aigiqa_reward.types import PromptFeatures, RewardFunction, RewardOutput, as_reward_output, at_least_float32
 from aigiqa_reward.utils.checks import first_seed, integer, number
 from aigiqa_reward.utils.isolation import without_autocast

@@ -13,7 +13,7 @@ TOWER_FILES: dict[str, str] = {
 }
 """The embedded towers that all five systems share, with the SHA-256 of each file."""
 
-_SCALE = "1 is the best human score of AGIQA-3K; not clamped: may be below 0 or above 1"
+_SCALE = "1 is the best human score of AGIQA-3K; not clamped: may be below 0 or above 1; compares images of one prompt"
 
 
 def _system(name: str, *, sha256: str, scale: str = _SCALE, **facts: Any) -> ModelSpec:
@@ -56,6 +56,7 @@ SPECS: dict[str, ModelSpec] = {
             "towers/text.safetensors": TOWER_FILES["towers/text.safetensors"],
             "compact/model.safetensors": "2297da54444d0e928836b080af96089f3a9df296776ef5d8cdb000d51d87ff40",
         },
+        no_match=0.5,
     ),
     "mst_clipiqa": _system(
         "mst_clipiqa",

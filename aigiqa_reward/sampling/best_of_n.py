@@ -9,7 +9,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.rewards.bound import BoundReward, as_reward
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.factory import as_reward
 from aigiqa_reward.rewards.scorer import Inputs, Scorer, check_images
 from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Judged, Picture, Tally, conclude, judge, judged
 from aigiqa_reward.sampling.pipeline_utils import PromptMemo, Sampler, check_pipe_kwargs, in_chunks, takes

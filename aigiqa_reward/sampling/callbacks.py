@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from aigiqa_reward.rewards.bound import BoundReward, as_reward
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.factory import as_reward
 from aigiqa_reward.sampling.families import SamplingOptions, family_of
 from aigiqa_reward.sampling.rollout import displayed
 from aigiqa_reward.sampling.schedulers import SERVED, SEVERAL_CALLS_A_STEP, check_scheduler, predict_clean

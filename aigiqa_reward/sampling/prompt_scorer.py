@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aigiqa_reward.rewards.bound import BoundReward, as_reward
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.factory import as_reward
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.candidates import FLAGGED, NothingRankedError, judge
 from aigiqa_reward.sampling.pipeline_utils import Sampler, check_pipe_kwargs, in_chunks

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from aigiqa_reward.rewards.bound import BoundReward, as_reward
+from aigiqa_reward.rewards.bound import BoundReward
+from aigiqa_reward.rewards.factory import as_reward
 from aigiqa_reward.sampling.families import Conditioning, Family, family_of
 from aigiqa_reward.sampling.pipeline_utils import caches
 from aigiqa_reward.sampling.schedulers import check_scheduler, joined_history, predict_clean, with_history_of

@@ -48,6 +48,16 @@ def is_pipeline(value: object) -> bool:
     return any(kind.__name__ == "DiffusionPipeline" for kind in type(value).__mro__)
 
 
+def check_reward(reward: Any, pipe: object = None, *, argument: str = "reward") -> Any:
+    """Return a reward that can be called and is no pipeline; `pipe` is the argument before it, which may be swapped."""
+    if callable(reward) and not is_pipeline(reward):
+        return reward
+    swapped = is_pipeline(reward) and pipe is not None and not is_pipeline(pipe)
+    remedy = "swap the two: the pipeline comes first" if swapped else "use create_reward, or a name of list_rewards()"
+    kind = f"{'the pipeline ' * is_pipeline(reward)}{type(reward).__name__}"
+    raise TypeError(f"{argument}: expected a Reward, its name or a function f(images, prompts), got {kind}; {remedy}")
+
+
 def lone_surrogate(text: str) -> str | None:
     """Return that a text has half of a character or an undecoded byte, which no tokenizer reads; None if not."""
     try:

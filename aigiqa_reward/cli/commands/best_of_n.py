@@ -29,6 +29,7 @@ from aigiqa_reward.cli._pipelines import (
     library,
     load_pipeline,
     lora_identity,
+    meanings,
     mixed_reward,
     process_device,
     sampling_arguments,
@@ -177,11 +178,17 @@ def _draw(search: BestOfN, results: ResultsFolder) -> None:
         return
     rows: list[Row] = []
     remarks: list[str] = []
-    notes = [f"{len(results)} prompts, {search.n} candidates each" if len(results) > 1 else f"{search.n} candidates"]
+    meaning = meanings([search.reward])
+    notes = [
+        f"{len(results)} prompts, {search.n} candidates each" if len(results) > 1 else f"{search.n} candidates",
+        *meaning,
+    ]
     shown = _drawn_sheets(results, search.n, rows, remarks)
     write_page(shown, results.path / PAGE, notes=notes, maps=_maps(search.reward, results), remarks=remarks)
     if rows:
         emit(render(rows[:_ROWS], "table", terminal=sys.stdout.isatty()), saved=True)
+        for text in meaning:
+            say("note", text)
     rest = f" ({len(rows) - _ROWS} more winners there)" if len(rows) > _ROWS else ""
     say("note", f"in {results.path}: {PAGE} (all results), results.jsonl, images, {SHEETS}{rest}")
 

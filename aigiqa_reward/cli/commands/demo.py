@@ -147,10 +147,13 @@ def _write(output: BestOfNOutput, prompt: str, folder: Path) -> None:
 
 
 def _report(output: BestOfNOutput, prompt: str, folder: Path) -> None:
+    from aigiqa_reward import get_reward_spec
+
     rows = {row.key: row for row in _candidates(output, prompt)}
     best = [dataclasses.replace(rows[seed], key=f"seed {seed}") for seed in output.seeds[:_LISTED]]
     if best:
         emit(render(best, "table", numbered=True, terminal=sys.stdout.isatty()), saved=True)
+        say("note", get_reward_spec("compact").meaning)
     say("note", f"in {folder}: {SHEET} (all candidates), {RESULTS} (their scores){f', {BEST}' if best else ''}")
     if best and len(prompt) <= _SHORT:
         settings = ", ".join(f"{name}={value}" for name, value in EMBEDDED_SAMPLING.items())

@@ -16,7 +16,7 @@ import typer
 from aigiqa_reward.cli._console import CommandError, Format, Row, emit, encoded, jsonl, progress, render, say
 from aigiqa_reward.cli._io import Source, attach_prompts, check_output, find_images, write
 from aigiqa_reward.cli._options import DEVICE, DType, ImageOptions, RewardOptions, option, options
-from aigiqa_reward.cli._pipelines import library, load_rewards
+from aigiqa_reward.cli._pipelines import library, load_rewards, meanings
 from aigiqa_reward.utils.io import MAX_BYTES, fit_name, parse_json, read_regular, write_atomically
 from aigiqa_reward.utils.run_folder import digest, read_jsonl, reward_identity
 
@@ -108,7 +108,10 @@ def _print(result: ScoringRun, rows: Sequence[Row], output: OutputOptions, copie
             raise CommandError(f"{error}; the result is on stdout", argument="output", status=1) from error
         result.kept.remove()
     if all(row.prompt is None for row in rows) and any(row.total is not None for row in rows):
-        say("note", "no prompt: total is quality alone")
+        say("note", "no prompt: only quality is judged")
+    if output.file is None and output.format == "table" and any(row.total is not None for row in rows):
+        for meaning in result.meanings:
+            say("note", meaning)
 
 
 # --------------------------------------------------------------------------------------------- finished rows
@@ -172,10 +175,11 @@ class KeptRows:
 
 @dataclass(kw_only=True)
 class ScoringRun:
-    """Rows of the images that were reached, in their order, where they are kept, and what ended the scoring early."""
+    """Rows of the images that were reached, in order, where they are kept, how to read them, what ended it early."""
 
     rows: list[Row] = field(default_factory=list)
     kept: KeptRows
+    meanings: Sequence[str] = ()
     failure: CommandError | KeyboardInterrupt | None = None
 
     def conclude(self, images: int) -> None:
@@ -235,7 +239,7 @@ def score_sources(
         if prompts is None and reward.needs_prompts and places:
             raise CommandError(f"{name} needs prompts here: pass --prompt or --prompts")
     weights = {name: weight for name, (_, weight) in rewards.items()}
-    result = ScoringRun(kept=kept)
+    result = ScoringRun(kept=kept, meanings=meanings(reward for reward, _ in rewards.values()))
     try:
         with progress("scoring", len(places)) as show, library():
             files = [sources[i].path for i in places]
