@@ -73,6 +73,19 @@ def test_each_prompt_gives_what_best_of_n_gives_alone(pipe: Any, tmp_path: Path)
     assert all((row["image"] is None) == (row["rank"] is None) for row in rows)
 
 
+@pytest.mark.parametrize(("keep", "folder"), [("thumbnails", "thumbnails"), ("all", "images")])
+def test_the_other_images_are_kept_where_they_are_asked_for(pipe: Any, tmp_path: Path, keep: str, folder: str) -> None:
+    every = searching(pipe, Redness(), top_k=3)(PROMPTS[0], **SETTINGS)
+    images = dict(zip(every.winners, every.images, strict=True))
+    (result,) = fill(searching(pipe, Redness(), top_k=1, keep=keep), tmp_path, PROMPTS[:1])
+    assert list(result.output.others) == sorted(every.winners[1:])
+    for number, image in result.output.others.items():
+        assert np.array_equal(np.asarray(image), np.asarray(images[number]))
+        assert (tmp_path / folder / f"00000_seed{number}.png").is_file()
+    rows = lines((tmp_path / "results.jsonl").read_text())
+    assert sum(row["image"] is not None for row in rows) == {"thumbnails": 1, "all": 3}[keep]
+
+
 @pytest.mark.parametrize("plan", [{"pruning": "halving"}, {"search": "zero_order"}])
 def test_a_search_is_read_back_as_it_was(pipe: Any, tmp_path: Path, plan: dict[str, Any]) -> None:
     search = searching(pipe, Redness(), n=5, top_k=1, batch_size=5, **plan)
@@ -83,6 +96,7 @@ def test_a_search_is_read_back_as_it_was(pipe: Any, tmp_path: Path, plan: dict[s
     pruned = [row["seed"] for row in lines((tmp_path / "results.jsonl").read_text()) if row["pruned"]]
     assert pruned == [s for s, total in zip(alone.all_seeds, alone.all_scores, strict=True) if np.isnan(total)]
     assert bool(pruned) == ("pruning" in plan)
+    assert (result.output.seeds, result.output.winners) == (alone.seeds, alone.winners)
     assert (result.output.noises is None) == (alone.noises is None)
     if alone.noises is not None:
         assert torch.equal(result.output.noises[0], alone.noises[0])

@@ -100,7 +100,7 @@ def test_the_reward_rises(sd, optimizer, steps):
     assert isinstance(out, BestOfNOutput) and len(out.history) == 5
     assert max(out.history) > out.history[0] + 0.05
     assert out.scores == out.all_scores == [max(out.history)]
-    assert out.seeds == out.all_seeds == [0] and out.denoiser_calls == 5 * steps
+    assert (out.seeds, out.winners, out.all_seeds) == ([None], [0], [0]) and out.denoiser_calls == 5 * steps
     pixels = torch.from_numpy(np.array(out.images[0])).permute(2, 0, 1)[None] / 255
     assert float(corner(pixels, [PROMPT])) == pytest.approx(out.scores[0], abs=1 / 255)
     if steps == 1:

@@ -31,7 +31,7 @@ def output(
     best, names = [total[place] for place in order], ("scores", "quality", "correspondence")
     columns = dict.fromkeys(names, best) | dict.fromkeys((f"all_{name}" for name in names), total)
     kept = [images[place] for place in order]
-    return BestOfNOutput(images=kept, seeds=order, all_seeds=seeds, dropped=reasons, **columns)
+    return BestOfNOutput(images=kept, seeds=[*order], winners=order, all_seeds=seeds, dropped=reasons, **columns)
 
 
 def pixels(result: BestOfNOutput, prompt: str = PROMPT) -> np.ndarray:
@@ -125,7 +125,7 @@ def test_each_number_is_below_its_own_image(field: str) -> None:
     changed[5] = -123456.789e30
     changes: dict[str, Any] = {field: changed}
     if field == "all_seeds":
-        changes["seeds"] = [changed[seed] for seed in result.seeds]
+        changes["winners"] = [changed[number] for number in result.winners]
     before, after = pixels(result), pixels(dataclasses.replace(result, **changes))
     assert below(difference(before, after), boxes_of(before, images)[5])
 

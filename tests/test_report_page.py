@@ -176,8 +176,8 @@ def test_no_element_or_attribute_comes_from_anyones_text(tmp_path: Path, text: s
         result = output([noise(seed) for seed in range(3)], dropped={0: word})
         named: Any = {1: word, 2: 2, 0: 0}  # a seed that is a text, which a caller's own search might have
         previews = {word: (Preview(step=1, steps=4, total=0.5, quality=0.5),), 2: ()}
-        seeds, every = ([named[seed] for seed in column] for column in (result.seeds, result.all_seeds))
-        result = replace(result, seeds=seeds, all_seeds=every, previews=previews)
+        winners, every = ([named[seed] for seed in column] for column in (result.winners, result.all_seeds))
+        result = replace(result, winners=winners, all_seeds=every, previews=previews)
         maps = [[{word: np.zeros((4, 4))}]]
         file = write_page([(word, result)], tmp_path / "p.html", title=word, notes=[word], maps=maps, remarks=[word])
         content = file.read_text(encoding="utf-8")

@@ -193,7 +193,7 @@ def test_final_images_bear_the_watermark_of_the_pipeline_and_previews_do_not(sea
     if search == "particles":  # no seed makes it again
         return
     own = {} if found.noises is None else {"latents": found.noises[0]}
-    made = pipe(PROMPT, generator=torch.Generator().manual_seed(found.seeds[0]), **own, **call).images[0]
+    made = pipe(PROMPT, generator=torch.Generator().manual_seed(found.winners[0]), **own, **call).images[0]
     assert np.abs(pixels_of(found.images[0]) - pixels_of(made)).max() <= 2
 
 
@@ -201,7 +201,8 @@ def test_zero_order_search_continues_from_the_best_noise(sd, monkeypatch):
     plan = ZeroOrder(neighbors=3, radius=0.3)
     found = make(sd, n=9, top_k=9, search=plan, batch_size=2)(PROMPT, seed=4, **CALL)
     assert found.noises is not None
-    noises = dict(zip(found.seeds, found.noises, strict=True))
+    noises = dict(zip(found.winners, found.noises, strict=True))
+    assert found.seeds == [number if number < 7 else None for number in found.winners]
     scores = dict(zip(found.all_seeds, found.all_scores, strict=True))
     fresh = {s: torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in found.all_seeds}
     for first in (4, 7, 10):
@@ -217,7 +218,7 @@ def test_zero_order_search_continues_from_the_best_noise(sd, monkeypatch):
     found = make(sd, n=4, search=ZeroOrder(neighbors=2, radius=0.3))(PROMPT, seed=4, **call)
     assert found.noises is not None
     for drawn in (True, False):  # it draws noise on its way, from where the initial noise has left the generator
-        generator = torch.Generator().manual_seed(found.seeds[0])
+        generator = torch.Generator().manual_seed(found.winners[0])
         if drawn:
             torch.randn(found.noises[0].shape, generator=generator)
         again = sd(PROMPT, latents=found.noises[0], generator=generator, **call).images[0]

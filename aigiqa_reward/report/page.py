@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image, features
 
 from aigiqa_reward.report._style import CARD, INK, LINE, MUTED, PAPER, WINNER, number
-from aigiqa_reward.report.sheet import candidates, summary
+from aigiqa_reward.report.sheet import candidates, number_word, summary
 from aigiqa_reward.sampling.candidates import BestOfNOutput
 from aigiqa_reward.utils.io import replacement
 
@@ -89,14 +89,15 @@ def _cards(
     outputs: Iterable[tuple[str, BestOfNOutput]], maps: Iterator[WinnerMaps], remarks: Iterator[str]
 ) -> Iterator[dict[str, Any]]:
     for place, (prompt, output) in enumerate(outputs):
-        heat = next(maps, ())[: len(output.seeds)]
+        heat = next(maps, ())[: len(output.winners)]
         calls = [] if output.denoiser_calls is None else [f"{output.denoiser_calls} denoiser calls"]
         yield {
             "place": place,
             "prompt": prompt,
+            "number": number_word(output),
             "facts": "  ·  ".join([*summary(output), *calls]),
             "remark": next(remarks, ""),
-            "winners": [_winner(output, i, found or {}) for i, found in zip_longest(range(len(output.seeds)), heat)],
+            "winners": [_winner(output, i, found or {}) for i, found in zip_longest(range(len(output.winners)), heat)],
             "curves": _curves(output),
             "aspects": [name for name in ("quality", "correspondence") if getattr(output, f"all_{name}") is not None],
             "candidates": list(candidates(output)),
@@ -108,7 +109,7 @@ def _winner(output: BestOfNOutput, place: int, maps: Mapping[str, Any]) -> dict[
     columns = {"total": output.scores, "quality": output.quality, "correspondence": output.correspondence}
     return {
         "rank": place + 1,
-        "seed": output.seeds[place],
+        "name": f"{number_word(output)} {output.winners[place]}",
         **_image(image),
         "small": max(image.size) <= _SMALL,
         "scores": [(name, column[place]) for name, column in columns.items() if column is not None],
@@ -127,7 +128,7 @@ def _curves(output: BestOfNOutput) -> dict[str, Any] | None:
     if not ways:
         return None
     steps, values = ([point[i] for way in ways.values() for point in way] for i in range(2))
-    low, high = min(values), max(values)
+    low, high, best = min(values), max(values), output.winners
     margin = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
 
     def x(step: float) -> float:
@@ -144,8 +145,8 @@ def _curves(output: BestOfNOutput) -> dict[str, Any] | None:
         "ticks": [(y(total), total) for total in sorted({low, high})],
         "marks": marks,
         "lines": [
-            {"seed": seed, "best": seed in output.seeds, "points": [(x(step), y(total)) for step, total in ways[seed]]}
-            for seed in sorted(ways, key=lambda seed: seed in output.seeds)
+            {"seed": seed, "best": seed in best, "points": [(x(step), y(total)) for step, total in ways[seed]]}
+            for seed in sorted(ways, key=lambda seed: seed in best)
         ],
     }
 

@@ -128,7 +128,7 @@ class Candidate:
 
 def candidates(output: BestOfNOutput) -> Iterator[Candidate]:
     """Iterate over all candidates in candidate order; `place` is 0 for the winner, None for those that are not kept."""
-    places = {seed: place for place, seed in enumerate(output.seeds)}
+    places = {number: place for place, number in enumerate(output.winners)}
     for seed, total, quality, correspondence in output.all_rows():
         outcome = output.dropped.get(seed, "")
         if seed not in output.dropped and math.isnan(total):
@@ -136,6 +136,11 @@ def candidates(output: BestOfNOutput) -> Iterator[Candidate]:
             outcome = f"pruned after {last[0].step} of {last[0].steps} steps" if last else "pruned"
         scores = {"total": total, "quality": quality, "correspondence": correspondence}
         yield Candidate(seed=seed, place=places.get(seed), outcome=outcome, **scores)
+
+
+def number_word(output: BestOfNOutput) -> str:
+    """Return what a candidate's number is: a seed that makes its image again, or a number alone."""
+    return "candidate" if None in output.seeds else "seed"
 
 
 def summary(output: BestOfNOutput) -> list[str]:
@@ -154,7 +159,7 @@ def contact_sheet(output: BestOfNOutput, prompt: str, *, kept_only: bool = False
     reason.
 
     Args:
-        output: output of `BestOfN` or `rerank`; with `top_k` as large as `n` it has every image.
+        output: output of `BestOfN` or `rerank`; with `keep="thumbnails"` or `top_k=n` it has every image.
         prompt: title, cut after three lines; characters that cannot be printed are left out.
         kept_only: whether to leave out the empty tiles.
 
@@ -179,7 +184,7 @@ def contact_sheet(output: BestOfNOutput, prompt: str, *, kept_only: bool = False
     columns = min(least, least + 1, key=lambda columns: -len(shown) % columns)
     facts = summary(output)
     if output.seeds:
-        facts += [f"the best has seed {output.seeds[0]}", "bold: total, higher is better"]
+        facts += [f"the best: {number_word(output)} {output.winners[0]}", "bold: total, higher is better"]
     side = min(_LARGEST, max(_SMALLEST, _WIDTH // columns))
     return draw_grid([_card(output, c) for c in shown], columns, title=prompt, facts=facts, side=side)
 
@@ -188,11 +193,12 @@ def _card(output: BestOfNOutput, candidate: Candidate) -> Card:
     state = "dropped" if candidate.seed in output.dropped else "pruned"
     aspects = {"quality": candidate.quality, "correspondence": candidate.correspondence}
     rows = [(name, number(value)) for name, value in aspects.items() if value is not None]
-    rows.append(("seed", str(candidate.seed)))
+    rows.append((number_word(output), str(candidate.seed)))
+    image = output.others.get(candidate.seed) if candidate.place is None else output.images[candidate.place]
     return Card(
-        image=None if candidate.place is None else output.images[candidate.place],
+        image=image,
         rows=rows,
         heading=state if math.isnan(candidate.total) else number(candidate.total),
-        note="" if candidate.place is not None else candidate.outcome or "the image was not kept",
+        note="" if image is not None else candidate.outcome or "the image was not kept",
         framed=candidate.place == 0,
     )

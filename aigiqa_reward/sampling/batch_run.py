@@ -29,10 +29,11 @@ from aigiqa_reward.utils.run_folder import RunFolder, differences, identity, pip
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
+    from PIL import Image
 
 __all__ = ["BestOfEachError", "PromptResult", "ResultsFolder", "best_of_each"]
 
-_RESULTS, _PROMPTS, _IMAGES, _NOISES = "results.jsonl", "prompts", "images", "noises"
+_RESULTS, _PROMPTS, _IMAGES, _NOISES, _SMALL = "results.jsonl", "prompts", "images", "noises", "thumbnails"
 _NOISE_BYTES = 1_000_000_000  # largest file of noises that is read: more than 400 latents of 1024 px of any family
 _LISTED = 5  # prompts that an error lists; the rest are counted
 _PAUSE = 0.2  # seconds between looks at what the other processes have finished
@@ -49,7 +50,7 @@ def describe(search: BestOfN, seed: int, settings: Mapping[str, Any], pipe_kwarg
         **{name: identity(value) for name, value in settings.items()},  # first, so that they replace none of the rest
         **pipeline_identity(search.pipe),
         "reward": reward_identity(search.reward),
-        **{name: getattr(search, name) for name in ("n", "top_k", "diverse", "reward_prompt")},
+        **{name: getattr(search, name) for name in ("n", "top_k", "diverse", "keep", "reward_prompt")},
         "pruning": None if search.pruning is None else repr(search.pruning),
         "search": "random" if search.search is None else repr(search.search),
         "seed": integer("seed", seed),
@@ -76,14 +77,16 @@ class ResultsFolder:
     """Results of a `best_of_each`, read on demand; iterating gives those so far, in the prompts' order.
 
     The folder has settings.json, results.jsonl with one candidate per line, and for each prompt a record, the winners'
-    images and, where a search changed them, their noises. It need not exist.
+    images and, where a search changed them, their noises; the other candidates' images as `BestOfN(keep=)` wants it.
+    It need not exist.
     """
 
     def __init__(self, path: str | Path, prompts: Sequence[str]) -> None:
         self.path, self.prompts = Path(path), list(prompts)
         number = "[0-9]" * 5 + "*"
-        written = (f"{_PROMPTS}/{number}.json", f"{_IMAGES}/{number}_seed*.png", f"{_NOISES}/{number}.safetensors")
-        contents = (_RESULTS, _PROMPTS, _IMAGES, _NOISES, *written)
+        pictures = (f"{folder}/{number}_seed*.png" for folder in (_IMAGES, _SMALL))
+        written = (f"{_PROMPTS}/{number}.json", *pictures, f"{_NOISES}/{number}.safetensors")
+        contents = (_RESULTS, _PROMPTS, _IMAGES, _NOISES, _SMALL, *written)
         self._folder = RunFolder(path, argument="out", file="settings.json", contents=contents)
         self._lines: dict[int, str] = {}
 
@@ -132,28 +135,40 @@ class ResultsFolder:
                 self._lines[index] = "".join(to_json(row) + "\n" for row in _rows(index, record))
         write_atomically(self.path / _RESULTS, "".join(self._lines[i] for i in sorted(self._lines)).encode())
 
-    def write(self, index: int, output: BestOfNOutput | None, *, finished: bool, error: str | None = None) -> None:
-        """Write the winners of a prompt, then its record."""
-        winners = zip(output.seeds, output.images, strict=True) if output else ()
+    def write(
+        self,
+        index: int,
+        output: BestOfNOutput | None,
+        *,
+        finished: bool,
+        error: str | None = None,
+        whole: bool = False,
+    ) -> None:
+        """Write the winners of a prompt and the other images, which are the `whole` ones or small; then its record."""
+        winners = zip(output.winners, output.images, strict=True) if output else ()
         images = {self.image_file(index, seed): image for seed, image in winners}
+        others = output.others.items() if output else ()
+        images |= {self.image_file(index, seed, small=not whole): image for seed, image in others}
         for file, image in images.items():
             data = io.BytesIO()
             image.save(data, format="PNG")
             write_atomically(file, data.getvalue())
         if output is not None and output.noises is not None:
-            noises = zip(output.seeds, output.noises, strict=True)
+            noises = zip(output.winners, output.noises, strict=True)
             write_atomically(self._noises(index), save({str(seed): noise.contiguous() for seed, noise in noises}))
         record = {
             "prompt": self.prompts[index],
             "finished": finished,
             "error": error,
             "denoiser_calls": output and output.denoiser_calls,
-            "candidates": list(self._candidates(index, output)) if output else [],
+            "seeds": output.seeds if output else [],
+            "candidates": list(self._candidates(index, output, whole=whole)) if output else [],
             "previews": {s: [asdict(p) for p in ps] for s, ps in output.previews.items()} if output else {},
         }
         write_atomically(self.record_file(index), to_json(record).encode())
-        for stale in set((self.path / _IMAGES).glob(f"{index:05d}_seed*.png")) - set(images):
-            stale.unlink()
+        for folder in (_IMAGES, _SMALL):
+            for stale in set((self.path / folder).glob(f"{index:05d}_seed*.png")) - set(images):
+                stale.unlink()
 
     def read(self, index: int) -> PromptResult | None:
         """Return the result of a prompt; None if it was not reached, or its files are damaged."""
@@ -188,9 +203,9 @@ class ResultsFolder:
         """Return the file of a prompt's record, which is written after its other files."""
         return self.path / _PROMPTS / f"{index:05d}.json"
 
-    def image_file(self, index: int, seed: int) -> Path:
-        """Return the file of a winner's image."""
-        return self.path / _IMAGES / f"{index:05d}_seed{seed}.png"
+    def image_file(self, index: int, seed: int, *, small: bool = False) -> Path:
+        """Return the file of a candidate's image, or of its small copy."""
+        return self.path / (_SMALL if small else _IMAGES) / f"{index:05d}_seed{seed}.png"
 
     def _noises(self, index: int) -> Path:
         return self.path / _NOISES / f"{index:05d}.safetensors"
@@ -203,15 +218,22 @@ class ResultsFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _candidates(self, index: int, output: BestOfNOutput) -> Iterator[dict[str, Any]]:
-        places = {seed: rank for rank, seed in enumerate(output.seeds, start=1)}
+    def _candidates(self, index: int, output: BestOfNOutput, *, whole: bool) -> Iterator[dict[str, Any]]:
+        places = {seed: rank for rank, seed in enumerate(output.winners, start=1)}
         for seed, total, quality, correspondence in output.all_rows():
             error = output.dropped.get(seed)
-            image = f"{_IMAGES}/{self.image_file(index, seed).name}" if seed in places else None
+            kept = seed in places or (whole and seed in output.others)
+            image = f"{_IMAGES}/{self.image_file(index, seed).name}" if kept else None
             scores = {"total": total, "quality": quality, "correspondence": correspondence, "error": error}
             place = {"prompt_index": index, "rank": places.get(seed), "image": image}
             pruned = error is None and math.isnan(total)
             yield {"seed": seed, "prompt": self.prompts[index], **scores, **place, "pruned": pruned}
+
+    def _others(self, index: int, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Image.Image]]:
+        """Yield the images of candidates that are not among the best, as far as they were kept."""
+        for seed in (row["seed"] for row in rows if row["rank"] is None):
+            files = (self.image_file(index, seed, small=small) for small in (False, True))
+            yield from ((seed, open_rgb(file)) for file in files if file.is_file())
 
     def _output(self, index: int, record: dict[str, Any]) -> BestOfNOutput:
         rows = record["candidates"]
@@ -231,7 +253,8 @@ class ResultsFolder:
         return BestOfNOutput(
             images=[open_rgb(self.image_file(index, row["seed"])) for row in winners],
             scores=column("total", winners),
-            seeds=[row["seed"] for row in winners],
+            seeds=record["seeds"],
+            winners=[row["seed"] for row in winners],
             quality=aspect("quality", winners),
             correspondence=aspect("correspondence", winners),
             all_scores=column("total", rows),
@@ -240,6 +263,7 @@ class ResultsFolder:
             all_correspondence=aspect("correspondence", rows),
             dropped={row["seed"]: row["error"] for row in rows if row["error"] is not None},
             previews={int(seed): tuple(map(preview, steps)) for seed, steps in record["previews"].items()},
+            others=dict(self._others(index, rows)),
             denoiser_calls=record["denoiser_calls"],
             noises=None if by_seed is None else [by_seed[str(row["seed"])] for row in winners],
         )
@@ -384,20 +408,20 @@ class _Run:
                     self.results.write_results()
 
     def _sample(self, index: int, show: Callable[[int], object]) -> None:
-        output = None
+        output, whole = None, self.search.keep == "all"
         try:
             for output in self.search.stream(self.results.prompts[index], self.seed, **self.pipe_kwargs):
                 show(len(output.all_seeds))
         except KeyboardInterrupt:
-            self.results.write(index, output, finished=False)
+            self.results.write(index, output, finished=False, whole=whole)
             raise
         except Exception as error:
             self.first = self.first or error
             text = " ".join(part for part in (str(error), *getattr(error, "__notes__", [])) if part)
             reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
-            self.results.write(index, output, finished=False, error=reason)
+            self.results.write(index, output, finished=False, error=reason, whole=whole)
         else:
-            self.results.write(index, output, finished=True)
+            self.results.write(index, output, finished=True, whole=whole)
 
 
 def _processes(pipe: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -12,7 +12,7 @@ from aigiqa_reward import images as pixels
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.factory import as_reward
 from aigiqa_reward.rewards.scorer import Inputs, Scorer, check_images
-from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Judged, Picture, Tally, conclude, judge, judged
+from aigiqa_reward.sampling.candidates import POOL, BestOfNOutput, Judged, Keep, Picture, Tally, conclude, judge, judged
 from aigiqa_reward.sampling.pipeline_utils import PromptMemo, Sampler, check_pipe_kwargs, in_chunks, takes
 from aigiqa_reward.sampling.rollout import Rollout
 from aigiqa_reward.sampling.search import Halving, Search, ZeroOrder, climb, halve
@@ -48,16 +48,17 @@ class BestOfN:
     sampled one by one where a batch would not keep them apart: most pipelines encode an input image with the first
     candidate's generator, diffusers' caches decide for a whole batch, and some calls lack `num_images_per_prompt`. The
     prompt is encoded once by the pipeline and once by the reward. Images stay on the pipeline's device until they are
-    scored; only the winners are kept, so memory does not grow with `n` (except for latents when pruning: below), and
-    the ranking does not depend on `batch_size`. A chunk that runs out of memory is halved and sampled again, with the
-    same result. The pipeline is not changed.
+    scored; only the winners are kept, so memory does not grow with `n` (except with `keep`, and for latents when
+    pruning: below), and the ranking does not depend on `batch_size`. A chunk that runs out of memory is halved and
+    sampled again, with the same result. The pipeline is not changed.
 
     With `pruning`, or `search="zero_order"`, our own loop over the pipeline's parts takes the steps; it supports the
     architectures in `sampling.families`. Pruning takes all candidates some of the way, scores the clean images
     predicted there, and continues with the best; those that reach the end are the images of their seeds, as without
     pruning. If fewer than `top_k` of them can be ranked (the safety checker sees final images only), the best of the
     pruned continue in their place, for further denoiser calls; until then each candidate's latents and the history of a
-    multistep sampler stay on the device. Zero-order search changes noises: `.noises` then has those of the winners.
+    multistep sampler stay on the device. Zero-order search changes noises: `.noises` then has those of the
+    winners, and `.seeds` has None for those that do not begin with their seed's noise.
 
     Args:
         pipe: diffusers pipeline that makes images from a prompt, or from images too (image to image, ControlNet,
@@ -72,6 +73,7 @@ class BestOfN:
         progress: whether to show a progress bar over the candidates.
         search: "random" for consecutive seeds; "zero_order", or a `ZeroOrder`, to search near the best noise.
         diverse: whether to keep, of the best 4 x `top_k`, the `top_k` that look least alike, the best among them.
+        keep: "best"; or "thumbnails" or "all" for small copies or the images of the other candidates in `.others`.
 
     Example:
         >>> from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
@@ -94,6 +96,7 @@ class BestOfN:
         progress: bool = True,
         search: Literal["random", "zero_order"] | ZeroOrder = "random",
         diverse: bool = False,
+        keep: Keep = "best",
     ) -> None:
         self.reward: RewardFunction = as_reward(reward, pipe)
         if not callable(pipe) or isinstance(pipe, nn.Module):
@@ -110,6 +113,9 @@ class BestOfN:
         if self.pruning and self.search:
             raise ValueError("pruning, search: pass one of them; zero-order search needs every candidate's final score")
         self.diverse = bool(diverse)
+        if keep not in get_args(Keep):
+            raise ValueError(f"keep: expected one of {', '.join(get_args(Keep))}, got {keep!r}")
+        self.keep: Keep = keep
         if reward_prompt is not None:
             check_text(reward_prompt, "reward_prompt", "leave it out to use the pipeline's prompt")
         self.reward_prompt = reward_prompt
@@ -160,7 +166,7 @@ class BestOfN:
         text = self.reward_prompt
         if text is None:
             text = check_text(prompt, "prompt", "pass the reward's prompt as BestOfN(..., reward_prompt=)")
-        reward, tally = BoundReward(self.reward, [text]), Tally(self.top_k, diverse=self.diverse)
+        reward, tally = BoundReward(self.reward, [text]), Tally(self.top_k, diverse=self.diverse, keep=self.keep)
         memo, sampler, seeds = PromptMemo(self.pipe), Sampler(self.pipe, pipe_kwargs), range(first, first + self.n)
 
         def sample_and_score(chunk: Sequence[int]) -> None:

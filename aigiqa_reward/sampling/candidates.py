@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,11 @@ from aigiqa_reward.types import RewardOutput
 NON_FINITE = "NaN or infinite pixels"
 FLAGGED = "flagged by the pipeline's safety checker"
 POOL = 4  # the diverse candidates are selected from this many times top_k; scores fall little within these
+_COPY = 256  # px, longest side of the copies that `Keep` calls thumbnails
 _THUMBNAIL = 16  # side in px at which images are compared for diversity: layout and colors, not texture
+
+Keep = Literal["best", "thumbnails", "all"]
+"""Whether to keep images besides the best: none, small copies, or all as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +91,23 @@ class BestOfNOutput:
     Attributes:
         images: the best, at most top_k, RGB, best first; ties go to the earlier candidate.
         scores: their totals, best first.
-        seeds: their seeds, best first; each makes its image again (see `BestOfN`).
+        seeds: their seeds, best first; each makes its image again (see `BestOfN`), and is None where none does: after
+            a search among noises, noise optimization and particle steering.
+        winners: their numbers in `all_seeds`, best first: as `seeds`, but never None.
         quality: their perceptual quality, best first; equal to `scores` if the reward is a function of one number, None
             if the reward gives none.
         correspondence: their correspondence to the prompt, best first; None if the reward gives none.
         all_scores: totals of all candidates in candidate order; NaN for those that were dropped.
-        all_seeds: seeds of all candidates in candidate order.
+        all_seeds: numbers of all candidates in candidate order: the seeds of their noise.
         all_quality: quality of all candidates in candidate order; NaN for those that were dropped; None likewise.
         all_correspondence: likewise; None if the reward gives none.
         dropped: reasons why candidates could not be ranked, by seed.
         previews: scores of a candidate on its way, by seed, where a search looked at them.
+        others: copies of candidates that are not among the best, by number, as `BestOfN(keep=)` wants them.
         denoiser_calls: denoiser calls, one per candidate and step (a negative prompt adds none); None where the
             pipeline ran its own loop.
         noises: initial latents (1, ...) of the best, on the CPU, in the pipeline's format, where a search changed them:
-            `pipe(prompt, latents=..., **pipe_kwargs)` makes the image again, its seed does not. A sampler that draws
+            `pipe(prompt, latents=..., **pipe_kwargs)` makes the image again. A sampler that draws
             noise on its way (ancestral, SDE, LCM) also needs a generator with the image's seed that has drawn as many
             normal numbers as the latents have: `torch.randn(latents.shape, generator=generator)`.
 
@@ -116,7 +124,8 @@ class BestOfNOutput:
 
     images: list[Image.Image]
     scores: list[float]
-    seeds: list[int]
+    seeds: list[int | None]
+    winners: list[int]
     quality: list[float] | None
     correspondence: list[float] | None
     all_scores: list[float]
@@ -125,15 +134,16 @@ class BestOfNOutput:
     all_correspondence: list[float] | None
     dropped: dict[int, str]
     previews: dict[int, tuple[Preview, ...]] = field(default_factory=dict)
+    others: dict[int, Image.Image] = field(default_factory=dict)
     denoiser_calls: int | None = None
     noises: list[Tensor] | None = None
 
     def rows(self) -> Iterator[tuple[int, float, float | None, float | None]]:
-        """Iterate over seed, total, quality and correspondence of the best, best first."""
-        return _rows(self.seeds, self.scores, self.quality, self.correspondence)
+        """Iterate over number, total, quality and correspondence of the best, best first."""
+        return _rows(self.winners, self.scores, self.quality, self.correspondence)
 
     def all_rows(self) -> Iterator[tuple[int, float, float | None, float | None]]:
-        """Iterate over seed, total, quality and correspondence of all candidates in candidate order."""
+        """Iterate over number, total, quality and correspondence of all candidates in candidate order."""
         return _rows(self.all_seeds, self.all_scores, self.all_quality, self.all_correspondence)
 
 
@@ -154,23 +164,25 @@ class NothingRankedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A candidate's image, and its initial noise where the seed does not determine it."""
+    """A candidate's image, whether its seed makes it again, and its initial noise where a search changes noises."""
 
     image: Image.Image
     noise: Tensor | None = None
+    seeded: bool = True
 
     @staticmethod
-    def of(images: Tensor, row: int, noise: Tensor | None = None) -> Picture:
+    def of(images: Tensor, row: int, noise: Tensor | None = None, *, seeded: bool = True) -> Picture:
         """Take one image of a batch (B, 3, H, W) and, of (B, ...) noises, its own."""
         own = None if noise is None else noise[row : row + 1].clone()
-        return Picture(image=to_pil(images[row : row + 1].cpu())[0], noise=own)
+        return Picture(image=to_pil(images[row : row + 1].cpu())[0], noise=own, seeded=seeded)
 
 
 class Tally:
     """Scores of all candidates so far, and the pictures of the best `top_k`, or of those that look least alike."""
 
-    def __init__(self, top_k: int, *, diverse: bool = False) -> None:
-        self._top_k, self._diverse = top_k, diverse
+    def __init__(self, top_k: int, *, diverse: bool = False, keep: Keep = "best") -> None:
+        self._top_k, self._diverse, self._keep = top_k, diverse, keep
+        self._copies: dict[int, Image.Image] = {}
         self._winners = TopK(top_k * POOL if diverse else top_k)
         self._judged: dict[int, Judged] = {}
         self._previews: dict[int, list[Preview]] = {}
@@ -180,8 +192,17 @@ class Tally:
         """Add candidates (B,) that reached their end; `picture(row)` is called only for the best so far."""
         for row, (seed, candidate) in enumerate(zip(seeds, candidates, strict=True)):
             self._judged[seed] = candidate
-            if candidate.dropped is None and self._winners.accepts(candidate.total, seed):
-                self._winners.push(candidate.total, seed, picture(row))
+            wins = candidate.dropped is None and self._winners.accepts(candidate.total, seed)
+            if not wins and (self._keep == "best" or candidate.dropped is not None):
+                continue
+            found = picture(row)
+            if wins:
+                self._winners.push(candidate.total, seed, found)
+            if self._keep != "best":
+                self._copies[seed] = found.image
+            if self._keep == "thumbnails":
+                self._copies[seed] = found.image.copy()
+                self._copies[seed].thumbnail((_COPY, _COPY))
 
     def total(self, seed: int) -> float:
         """Return the total of a candidate; NaN if it was dropped or pruned."""
@@ -210,7 +231,8 @@ class Tally:
         return BestOfNOutput(
             images=[winner.item.image for winner in best],
             scores=[winner.score for winner in best],
-            seeds=[winner.index for winner in best],
+            seeds=[winner.index if winner.item.seeded else None for winner in best],
+            winners=[winner.index for winner in best],
             quality=column("quality", found),
             correspondence=column("correspondence", found),
             all_scores=[candidate.total for candidate in every],
@@ -219,6 +241,7 @@ class Tally:
             all_correspondence=column("correspondence", every),
             dropped={seed: c.dropped for seed, c in self._judged.items() if c.dropped is not None},
             previews={seed: tuple(self._previews[seed]) for seed in sorted(self._previews)},
+            others={seed: self._copies[seed] for seed in sorted(self._copies.keys() - {w.index for w in best})},
             denoiser_calls=self.calls,
             noises=None if any(noise is None for noise in noises) or not noises else noises,
         )

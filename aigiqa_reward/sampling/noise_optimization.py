@@ -234,7 +234,11 @@ class _Ascent:
             image, scores, noise = self.best
             latents = family.as_passed(noise.to(start.latents.device) * self.sigma, start.scheduler)
             latents = latents.to("cpu", noise.dtype)
-            tally.add([self.call.seed], judged(scores), lambda row: Picture.of(family.marked(image), row, latents))
+            tally.add(
+                [self.call.seed],
+                judged(scores),
+                lambda row: Picture.of(family.marked(image), row, latents, seeded=False),
+            )
         return NoiseOptimizerOutput(**vars(tally.output()), history=self.history)
 
 

@@ -164,12 +164,12 @@ class Search:
                 self.tally.preview(seed, candidate.preview(until, state.steps))
         return totals
 
-    def finish(self, seeds: Sequence[int], state: State, noise: Tensor | None = None) -> None:
+    def finish(self, seeds: Sequence[int], state: State, noise: Tensor | None = None, *, seeded: bool = True) -> None:
         """Take candidates to their end, score them and add them to the tally, with their noise where it is given."""
         images = self.rollout.show(self.advance(state, state.steps)[0].latents, final=True)
         candidates = judge(images, self.rollout.family.flagged(images), self.reward, self.text)
         passed = None if noise is None else self.rollout.family.as_passed(noise, state.scheduler).cpu()
-        self.tally.add(seeds, candidates, lambda row: Picture.of(images, row, passed))
+        self.tally.add(seeds, candidates, lambda row: Picture.of(images, row, passed, seeded=seeded))
         self.count(len(seeds) * (state.steps - state.step))
         for seed in seeds:
             self._held.pop(seed, None)
@@ -217,7 +217,7 @@ def climb(search: Search, seeds: Sequence[int], plan: ZeroOrder) -> Generator[No
                 mixed = math.sqrt(1 - plan.radius**2) * near + plan.radius * state.latents
                 state = replace(state, latents=mixed.to(state.latents.dtype))
             noises.update({seed: state.latents[row : row + 1] for row, seed in enumerate(chunk)})
-            search.finish(chunk, state, state.latents)
+            search.finish(chunk, state, state.latents, seeded=near is None)
 
         chunk = list(seeds[first : first + plan.neighbors])
         for _ in in_chunks(chunk, search.batch_size, sample, search.rollout.pipe):

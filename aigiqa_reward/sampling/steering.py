@@ -65,9 +65,10 @@ def systematic_resampling(weights: Tensor, offset: float) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringOutput(BestOfNOutput):
-    """The best particles of one prompt; particle i has the seed `seed + i`.
+    """The best particles of one prompt; particle i has the number `seed + i`.
 
-    Only the same call reproduces an image, not its seed alone. Previews are those of a particle's line of descent.
+    Only the same call makes an image again, so that all `seeds` are None. Previews are those of a particle's line of
+    descent.
 
     Attributes:
         effective_sample_sizes: (steps taken, effective sample size) at each preview, before any resampling.
@@ -264,7 +265,7 @@ class _Run:
         def work(rows: Sequence[int]) -> None:
             images = call.rollout.show(self.state.latents[list(rows)], final=True)
             candidates = judge(images, call.rollout.family.flagged(images), call.reward, call.text)
-            tally.add([seeds[row] for row in rows], candidates, lambda row: Picture.of(images, row))
+            tally.add([seeds[row] for row in rows], candidates, lambda row: Picture.of(images, row, seeded=False))
 
         list(in_chunks(self.alive, self.plan.batch_size, work, call.rollout.pipe))
         for row, (seed, reason, previews) in enumerate(zip(seeds, self.reasons, self.previews, strict=True)):

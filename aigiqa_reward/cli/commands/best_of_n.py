@@ -81,6 +81,7 @@ class SearchOptions:
     negative_prompt: str | None = option(None, "Text that the images should not show.", metavar="TEXT")
     reward_prompt: str | None = option(None, "Text that the reward sees; the prompt by default.", metavar="TEXT")
     output_dir: Path = option(Path("best-of-n"), f"Folder for {PAGE}, results.jsonl, images and {SHEETS}.")
+    keep_all: bool = option(False, "Keep the images of all candidates, not of the winners alone.")
     overwrite: bool = option(False, "Start again in the folder of an earlier run.")
 
 
@@ -113,6 +114,7 @@ def best_of_n(
             search=search.search,
             reward_prompt=search.reward_prompt,
             diverse=search.diverse,
+            keep="all" if search.keep_all else "thumbnails",
         )
     settings = {
         "model": pipeline.model,
@@ -215,7 +217,7 @@ def _drawn_sheets(
         remarks.append("" if result.finished else ended)
         drawn = results.record_file(result.index).stat().st_mtime_ns
         if output.images and not (sheet.exists() and sheet.stat().st_mtime_ns >= drawn):
-            write(sheet, png(contact_sheet(output, result.prompt, kept_only=True)))
+            write(sheet, png(contact_sheet(output, result.prompt)))
         kept.add(sheet.name)
         yield result.prompt, output
     for sheet in (results.path / SHEETS).glob("*.png"):

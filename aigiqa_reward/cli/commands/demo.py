@@ -150,7 +150,7 @@ def _report(output: BestOfNOutput, prompt: str, folder: Path) -> None:
     from aigiqa_reward import get_reward_spec
 
     rows = {row.key: row for row in _candidates(output, prompt)}
-    best = [dataclasses.replace(rows[seed], key=f"seed {seed}") for seed in output.seeds[:_LISTED]]
+    best = [dataclasses.replace(rows[seed], key=f"seed {seed}") for seed in output.winners[:_LISTED]]
     if best:
         emit(render(best, "table", numbered=True, terminal=sys.stdout.isatty()), saved=True)
         say("note", get_reward_spec("compact").meaning)
@@ -159,7 +159,7 @@ def _report(output: BestOfNOutput, prompt: str, folder: Path) -> None:
         settings = ", ".join(f"{name}={value}" for name, value in EMBEDDED_SAMPLING.items())
         again = (
             "import torch, aigiqa_reward; image = aigiqa_reward.load_embedded_pipeline()"
-            f"({prompt!r}, {settings}, generator=torch.Generator().manual_seed({output.seeds[0]})).images[0]"
+            f"({prompt!r}, {settings}, generator=torch.Generator().manual_seed({output.winners[0]})).images[0]"
         )
         say("note", f"the best again, in Python: {again}")
 
