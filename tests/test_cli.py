@@ -431,6 +431,18 @@ def test_rank_copies_the_best(paths, tiny, tmp_path):
     assert refused.stdout == result.stdout.splitlines(keepends=True)[0], "the ranking itself is not lost"
 
 
+def test_rank_writes_a_page_of_its_images(paths, tiny, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"")
+    common = [*paths, tmp_path / "bad.png", *tiny, "--prompt", "a <red> fox", "--format", "jsonl"]
+    result = run("rank", *common, "--report", tmp_path / "page.html")
+    page, rows = (tmp_path / "page.html").read_text(), lines(result.stdout)
+    assert page.count("<img") == len(paths) and page.count("data:image/") == len(paths)
+    assert "a &lt;red&gt; fox" in page and "bad.png" in page
+    places = [page.index(f"</b> {row['path']}") for row in rows if row["error"] is None]
+    assert places == sorted(places)
+    assert "--report: expected a file" in only_error(run("rank", *common, "--report", tmp_path))
+
+
 def test_rank_never_overwrites_an_image_it_ranks(tiny, tmp_path):
     images = [write_image(tmp_path / f"{seed}.png", seed) for seed in range(3)]
     rows = lines(run("rank", *images, *tiny, "--format", "jsonl").stdout)

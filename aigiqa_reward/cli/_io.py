@@ -292,18 +292,18 @@ def read_yaml(file: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- output
 
 
-def check_output(file: Path | None) -> None:
+def check_output(file: Path | None, argument: str = "output") -> None:
     """Refuse a folder, a device, a name that no file can have or a closed stdout, before anything is computed."""
     if file is None and sys.__stdout__ is None:
-        raise CommandError("expected a file, as stdout is closed", argument="output")
+        raise CommandError("expected a file, as stdout is closed", argument=argument)
     try:
         usable = file is None or stat.S_ISREG(file.stat().st_mode)
     except FileNotFoundError:  # also a link that leads nowhere yet
         usable = True
     except OSError as error:
-        raise CommandError(f"cannot write {file}: {error.strerror}", argument="output") from error
+        raise CommandError(f"cannot write {file}: {error.strerror}", argument=argument) from error
     if not usable:
-        raise CommandError(f"expected a file, or - for stdout, got {file}", argument="output")
+        raise CommandError(f"expected a file, or - for stdout, got {file}", argument=argument)
 
 
 def check_writable(folder: Path) -> None:

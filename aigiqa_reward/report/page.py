@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ def write_page(
     notes: Sequence[str] = (),
     maps: Iterable[WinnerMaps] = (),
     remarks: Iterable[str] = (),
+    names: Mapping[int, str] = MappingProxyType({}),
 ) -> Path:
     """Write prompts, their winners and the scores of all candidates as one self-contained HTML file.
 
@@ -54,6 +56,7 @@ def write_page(
         maps: for each prompt, heat maps (H, W) of its winners, such as the distortion maps of a reward; in [0, 1], or
             else scaled there. May end early.
         remarks: for each prompt, a line below it, such as that it was interrupted; blank for none. May end early.
+        names: what to show in place of a candidate's number, such as its file.
 
     Example:
         >>> from PIL import Image
@@ -70,7 +73,7 @@ def write_page(
     environment.filters["number"] = number
     page = environment.get_template("page.html")
     with replacement(path) as file:
-        cards = _cards(outputs, iter(maps), iter(remarks))
+        cards = _cards(outputs, iter(maps), iter(remarks), names)
         for part in page.generate(title=title, notes=notes, palette=_PALETTE, cards=cards):
             file.write(part.encode())
     return Path(path)
@@ -86,7 +89,10 @@ def _cleaned(value: object) -> object:
 
 
 def _cards(
-    outputs: Iterable[tuple[str, BestOfNOutput]], maps: Iterator[WinnerMaps], remarks: Iterator[str]
+    outputs: Iterable[tuple[str, BestOfNOutput]],
+    maps: Iterator[WinnerMaps],
+    remarks: Iterator[str],
+    names: Mapping[int, str],
 ) -> Iterator[dict[str, Any]]:
     for place, (prompt, output) in enumerate(outputs):
         heat = next(maps, ())[: len(output.winners)]
@@ -94,22 +100,23 @@ def _cards(
         yield {
             "place": place,
             "prompt": prompt,
-            "number": number_word(output),
+            "number": "image" if names else number_word(output),
+            "names": names,
             "facts": "  ·  ".join([*summary(output), *calls]),
             "remark": next(remarks, ""),
-            "winners": [_winner(output, i, found or {}) for i, found in zip_longest(range(len(output.winners)), heat)],
+            "winners": [_winner(output, i, f or {}, names) for i, f in zip_longest(range(len(output.winners)), heat)],
             "curves": _curves(output),
             "aspects": [name for name in ("quality", "correspondence") if getattr(output, f"all_{name}") is not None],
             "candidates": list(candidates(output)),
         }
 
 
-def _winner(output: BestOfNOutput, place: int, maps: Mapping[str, Any]) -> dict[str, Any]:
-    image = output.images[place]
+def _winner(output: BestOfNOutput, place: int, maps: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    image, number = output.images[place], output.winners[place]
     columns = {"total": output.scores, "quality": output.quality, "correspondence": output.correspondence}
     return {
         "rank": place + 1,
-        "name": f"{number_word(output)} {output.winners[place]}",
+        "name": names.get(number, f"{number_word(output)} {number}"),
         **_image(image),
         "small": max(image.size) <= _SMALL,
         "scores": [(name, column[place]) for name, column in columns.items() if column is not None],

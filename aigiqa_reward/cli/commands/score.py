@@ -60,6 +60,7 @@ class CopyOptions:
     """Choice and copies of the best."""
 
     top_k: int | None = option(None, "Number of images to list; all by default.", min=1)
+    report: Path | None = option(None, "File for an HTML page of the listed images, best first with their scores.")
     copy_to: Path | None = option(None, "Folder for copies of the listed images as 001_NAME, ... and ranking.jsonl.")
 
 
@@ -79,6 +80,8 @@ def rank(
     from aigiqa_reward.rewards.ranking import rank as best_first
 
     check_output(output.file)
+    if copies.report is not None:
+        check_output(copies.report, "report")
     _check_copies(copies.copy_to, overwrite=output.overwrite)
     paths = find_images(images.images, recursive=images.recursive)
     result = score_images(paths, images, reward, compute, output)
@@ -89,6 +92,8 @@ def rank(
     _print(result, rows, output, copies)
     if copies.copy_to is not None and result.failure is None:  # not of an interrupted ranking
         copy_ranked(rows, copies.copy_to, originals=paths, overwrite=output.overwrite)
+    if copies.report is not None and result.failure is None:
+        write_report(rows, copies.report, notes=result.meanings)
     result.conclude(len(paths))
 
 
@@ -318,7 +323,54 @@ def _report(row: Row) -> None:
         say("error", row.error if row.error.startswith(f"{row.key}: ") else f"{row.key}: {row.error}")
 
 
-# --------------------------------------------------------------------------------------------- copies
+# --------------------------------------------------------------------------------------------- page and copies
+
+
+class _Opened(Sequence[Any]):
+    """Images of files, each read when it is drawn."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: Any) -> Any:
+        from aigiqa_reward.images.loading import open_rgb
+
+        return open_rgb(self.paths[place])
+
+
+def write_report(rows: Sequence[Row], file: Path, *, notes: Sequence[str] = ()) -> None:
+    """Write the page of a ranking, whose rows are best first and those with errors last."""
+    from aigiqa_reward import BestOfNOutput
+    from aigiqa_reward.report import write_page
+
+    best, paths = [row for row in rows if row.error is None], [str(row.key) for row in rows]
+
+    def column(aspect: str, of: Sequence[Row]) -> Any:
+        values = [getattr(row, aspect) for row in of]
+        return None if all(value is None for value in values) else [math.nan if v is None else v for v in values]
+
+    names = ("quality", "correspondence")
+    aspects = {name: column(name, best) for name in names} | {f"all_{name}": column(name, rows) for name in names}
+    images: Any = _Opened(paths)
+    output = BestOfNOutput(
+        images=images,
+        scores=column("total", best) or [],
+        seeds=[None] * len(best),
+        winners=list(range(len(best))),
+        all_scores=column("total", rows) or [math.nan] * len(rows),
+        all_seeds=list(range(len(rows))),
+        dropped={place: row.error for place, row in enumerate(rows) if row.error is not None},
+        **aspects,
+    )
+    prompts = dict.fromkeys(row.prompt for row in best)
+    labels = {place: f"{row.key}\n{row.prompt}" if len(prompts) > 1 else str(row.key) for place, row in enumerate(rows)}
+    heading = f"{len(prompts)} prompts" if len(prompts) > 1 else next(iter(prompts), None) or "Quality"
+    with library():
+        write_page([(heading, output)], file, title="Ranking", notes=notes, names=labels)
+    say("note", f"{file} shows the images")
 
 
 def _check_copies(folder: Path | None, *, overwrite: bool) -> None:
