@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +34,7 @@ from finetune_commands import (
 )
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
+from aigiqa_reward.cli.commands.finetune import Pace
 from aigiqa_reward.finetuning import ALGORITHMS, DRaFT, FinetuneConfig
 from aigiqa_reward.finetuning import finetune as finetune_in_python
 from aigiqa_reward.utils.run_folder import reward_identity
@@ -310,3 +313,16 @@ def test_options_are_the_fields_of_the_dataclasses(name):
             other.discard(each.name)
     own = {"--pairs", "--reward-guidance", "--margin"} if name == "dpo" else set()
     assert not {f"--{each.replace('_', '-')}" for each in other} & found.keys() - own
+
+
+def test_without_a_terminal_the_time_left_is_printed_after_five_steps_and_every_half_minute(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    pace = Pace(100)
+    for step in range(1, 21):
+        clock[0] += 6.0
+        pace.on_step_end(step, {"reward": 0.5, "loss": 1.0})
+    found = capsys.readouterr().err.splitlines()
+    assert found == [
+        f"note: step {n} of 100, reward 0.5000, about {math.ceil((100 - n) / 10)} minutes left" for n in (5, 10, 15, 20)
+    ]

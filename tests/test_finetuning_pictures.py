@@ -12,6 +12,7 @@ from validated import made_up
 
 from aigiqa_reward.finetuning.reporting import draw_course, draw_curves, draw_over_time, draw_validation, drawn_of
 from aigiqa_reward.finetuning.results import ValidationResult
+from aigiqa_reward.report.curves import _smoothed, limits
 
 
 def painted(step: int) -> ValidationResult:
@@ -63,6 +64,19 @@ def test_curves_mark_the_kept_step_and_take_what_there_is(tmp_path: Path) -> Non
     assert not np.array_equal(pixels["all"], pixels["kept"])
     with pytest.raises(ValueError, match="history: expected lines"):
         draw_curves([{"step": 1, "seconds": 1.0, "loss": 2.0}], None, tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("batches", [200, 0])
+def test_axes_do_not_stretch_noise_into_a_climb(batches: int) -> None:
+    random = np.random.default_rng(0)
+    steps = np.arange(float(batches or 9))
+    for climb, least, most in ((0.0, 0.0, 0.6), (1.0, 0.5, 0.9)):
+        values = 0.5 + 0.02 * random.normal(size=len(steps)) + climb * steps / len(steps)
+        points = np.column_stack([steps, steps, values])
+        drawn = [_smoothed(points), points[:0]] if batches else [points[:0], points]
+        low, high = limits(points[: len(points) if batches else 0], *drawn)
+        shown = np.concatenate(drawn)[:, 2]
+        assert least <= (shown.max() - shown.min()) / (high - low) <= most
 
 
 def test_the_course_of_a_training_is_drawn_from_its_folder(tmp_path: Path) -> None:

@@ -95,14 +95,16 @@ def _cards(
     names: Mapping[int, str],
 ) -> Iterator[dict[str, Any]]:
     for place, (prompt, output) in enumerate(outputs):
+        word = "image" if names else "candidate"
         heat = next(maps, ())[: len(output.winners)]
         calls = [] if output.denoiser_calls is None else [f"{output.denoiser_calls} denoiser calls"]
         yield {
             "place": place,
             "prompt": prompt,
             "number": "image" if names else number_word(output),
+            "word": f"{word}s",
             "names": names,
-            "facts": "  ·  ".join([*summary(output), *calls]),
+            "facts": "  ·  ".join([*summary(output, word), *calls]),
             "remark": next(remarks, ""),
             "winners": [_winner(output, i, f or {}, names) for i, f in zip_longest(range(len(output.winners)), heat)],
             "curves": _curves(output),

@@ -143,11 +143,11 @@ def number_word(output: BestOfNOutput) -> str:
     return "candidate" if None in output.seeds else "seed"
 
 
-def summary(output: BestOfNOutput) -> list[str]:
-    """Return how many candidates there are, were dropped and were pruned."""
+def summary(output: BestOfNOutput, word: str = "candidate") -> list[str]:
+    """Return how many candidates there are, were dropped and were pruned; `word` is what they are called."""
     count, dropped = len(output.all_seeds), len(output.dropped)
     pruned = sum(math.isnan(total) for total in output.all_scores) - dropped
-    parts = ["1 candidate" if count == 1 else f"{count} candidates"]
+    parts = [f"1 {word}" if count == 1 else f"{count} {word}s"]
     return parts + [f"{many} {what}" for many, what in ((dropped, "dropped"), (pruned, "pruned")) if many]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -52,6 +54,10 @@ _OPTIONS = {
     "holdout": "holdout_reward",
 }
 """Options of the library's arguments, where they differ."""
+
+
+_EVERY = 30.0  # seconds between two lines without a terminal
+_SHOWN = ("reward", "accuracy")
 
 
 @options("Prompts")
@@ -139,9 +145,34 @@ def finetune(
     if first_process():
         what = "validating before training" if watched and begun is None else "training"
         say("note", f"{what}; {run.output_dir / 'history.jsonl'} gets a line per step and validation")
+    arguments["callbacks"] = [Pace(settings.max_train_steps)]
     result = _run(pipe, judge, data, method, run.output_dir, settings, arguments)
     if first_process():
         _report(result, run.output_dir)
+
+
+class Pace:
+    """A training callback that prints the time left: after five steps and, without a terminal, every 30 s."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.first, self.said = steps, None, time.monotonic()
+
+    def on_step_end(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Print a line, if it is due."""
+        now = time.monotonic()
+        self.first = self.first or (step, now)
+        done, left = step - self.first[0], self.steps - step
+        if not first_process() or not (done == 4 or (now - self.said >= _EVERY and not sys.stderr.isatty())):
+            return
+        self.said = now
+        text = f"step {step} of {self.steps}" + "".join(f", {n} {numbers[n]:.4f}" for n in _SHOWN if n in numbers)
+        if done and left:
+            minutes = math.ceil((now - self.first[1]) / done * left / 60)
+            text += f", about {minutes} {'minute' if minutes == 1 else 'minutes'} left"
+        say("note", text)
+
+    def on_validation(self, step: int, result: object) -> None:
+        """Print nothing."""
 
 
 def _prompts(prompt: PromptOptions, pairs: PairsOptions) -> list[str]:
