@@ -18,7 +18,7 @@ from aigiqa_reward.toy.degradations import DEGRADATIONS, degrade
 from aigiqa_reward.toy.judge import Judge, load_judge
 from aigiqa_reward.toy.pictures import all_pairs, compose
 from aigiqa_reward.toy.pipeline import GENERATOR
-from aigiqa_reward.toy.world import Subject, caption, is_held_out, read_subject
+from aigiqa_reward.toy.world import Subject, all_captions, caption, is_held_out, read_subject, unknown_words
 from aigiqa_reward.utils.weights import WeightsError
 
 
@@ -46,6 +46,11 @@ def test_every_caption_is_read_back():
     assert (len(set(world.NOUNS)), len(world.COLOR_NAMES)) == (64, 8)
     for noun, color, wording in itertools.product(range(0, 64, 3), range(8), range(len(world.WORDINGS))):
         assert read_subject(caption(noun, color, wording)) == Subject(noun=noun, color=color)
+
+
+def test_words_of_no_caption_are_unknown():
+    assert not any(map(unknown_words, all_captions()))
+    assert unknown_words("A fluffy penguin rides two penguins on the red, red background") == ["fluffy", "rides", "two"]
 
 
 @pytest.mark.parametrize(

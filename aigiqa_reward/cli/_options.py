@@ -410,7 +410,8 @@ class PipelineOptions:
 
     model: str = option(
         MISSING,
-        "Text-to-image pipeline of diffusers with .safetensors weights, or 'embedded' for the one in the package.",
+        "Text-to-image pipeline of diffusers with .safetensors weights, or 'embedded' for the included one, which "
+        "draws 64 emoji on 8 background colors.",
         *("--model", "--pretrained_model_name_or_path"),
         metavar="ID_OR_PATH|embedded",
     )

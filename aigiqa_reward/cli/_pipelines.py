@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from aigiqa_reward.cli._console import CommandError, say
 from aigiqa_reward.cli._io import HUB_ID
 from aigiqa_reward.cli._options import OneRewardOptions, RewardOptions, SamplingOptions
+from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, read_subject, unknown_words
 from aigiqa_reward.utils.io import parse_json
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ EMBEDDED = "embedded"
 EMBEDDED_SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0}
 """Sampling that the embedded pipeline was made for."""
 
+EXAMPLE = "a red apple on a blue background"
+"""A prompt that the embedded pipeline knows."""
+
 _NAMED = 3  # matrices that fit nothing
+_WORDS = 12  # words that the embedded pipeline does not know
 
 
 @contextmanager
@@ -239,6 +244,22 @@ def _load_embedded(dtype: torch.dtype) -> Any:
         return load_embedded_pipeline(dtype=dtype)
     except (OSError, WeightsError) as error:
         raise CommandError(str(error), status=1) from error
+
+
+def report_unknown(prompts: Sequence[str]) -> None:
+    """Print which words of prompts the embedded pipeline does not know, and what it knows."""
+    colors, subjects = ", ".join(COLOR_NAMES), list(map(read_subject, prompts))
+    lost = [prompt for prompt, subject in zip(prompts, subjects, strict=True) if subject.noun is None]
+    if lost:
+        them = "this prompt names" if len(prompts) == 1 else f"{len(lost)} of {len(prompts)} prompts name"
+        say("warning", f"the embedded generator knows nothing that {them}; try {EXAMPLE!r}")
+        say("note", f"it knows {len(NOUNS)} things: {', '.join(NOUNS)}")
+        say("note", f"on {len(COLOR_NAMES)} background colors: {colors}")
+    elif any(subject.color is None for subject in subjects):
+        say("warning", f"the prompt names no background color that the embedded generator knows ({colors})")
+    if words := unknown_words(" ".join(prompts)):
+        knows = "" if lost else f"; it knows {len(NOUNS)} things and these background colors: {colors}"
+        say("warning", f"the embedded generator does not know {', '.join(words[:_WORDS])}{knows}")
 
 
 def _load(model: str, dtype: torch.dtype) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass
+from functools import cache
 
 # fmt: off
 THINGS = {
@@ -82,6 +83,21 @@ def all_captions() -> list[str]:
 def is_held_out(noun: int, color: int) -> bool:
     """Return whether training never shows this thing on this color: one color per thing, each color 8 times."""
     return (3 * noun + noun // 8) % len(COLORS) == color
+
+
+@cache
+def _known_words() -> set[str]:
+    return {"the", *_words(" ".join(all_captions()))}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\w-]+", text.lower())
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """Return the words of a prompt that are in no training caption, each once, in their order."""
+    known = _known_words()
+    return [word for word in dict.fromkeys(_words(prompt)) if word not in known and word.removesuffix("s") not in known]
 
 
 def read_subject(prompt: str) -> Subject:

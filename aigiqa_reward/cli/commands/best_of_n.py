@@ -24,6 +24,7 @@ from aigiqa_reward.cli._options import (
     options,
 )
 from aigiqa_reward.cli._pipelines import (
+    EMBEDDED,
     add_loras,
     check_model,
     library,
@@ -32,6 +33,7 @@ from aigiqa_reward.cli._pipelines import (
     meanings,
     mixed_reward,
     process_device,
+    report_unknown,
     sampling_arguments,
 )
 from aigiqa_reward.cli.commands.score import scored
@@ -98,6 +100,8 @@ def best_of_n(
     _check(pipeline.model, search)
     call = sampling_arguments(sampling, pipeline.model, _TAKEN, negative_prompt=search.negative_prompt)
     place = process_device(pipeline.device)
+    if pipeline.model == EMBEDDED and first_process():
+        report_unknown(texts)
     judge = mixed_reward(reward, place)
     pipe = load_pipeline(pipeline.model, place, pipeline.dtype, offload=loras.offload)
     add_loras(pipe, loras.lora)

@@ -14,15 +14,20 @@ import typer
 from aigiqa_reward.cli._console import CommandError, Row, emit, progress, render, say
 from aigiqa_reward.cli._io import check_writable, checked_prompt, png, write
 from aigiqa_reward.cli._options import option, options
-from aigiqa_reward.cli._pipelines import EMBEDDED, EMBEDDED_SAMPLING, library, load_pipeline, loading
+from aigiqa_reward.cli._pipelines import (
+    EMBEDDED,
+    EMBEDDED_SAMPLING,
+    EXAMPLE,
+    library,
+    load_pipeline,
+    loading,
+    report_unknown,
+)
 from aigiqa_reward.cli.commands.score import scored
-from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, read_subject
 from aigiqa_reward.utils.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from aigiqa_reward import BestOfN, BestOfNOutput
-
-EXAMPLE = "a red apple on a blue background"
 
 SHEET, RESULTS, BEST = "contact-sheet.png", "results.jsonl", "best.png"
 """The files of a demo's folder."""
@@ -48,7 +53,7 @@ class DemoOptions:
 
 
 def demo(options: DemoOptions) -> None:
-    """Sample small images of a prompt, pick the best and draw them all: offline, on the CPU, with embedded weights."""
+    """Sample images of a prompt, one of 64 emoji on one of 8 colors, pick the best and draw all of them; offline."""
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: threads that spin for long take the time of others
     prompt, n, seed = checked_prompt(options.prompt), options.n, options.seed
     check_writable(options.output_dir)
@@ -77,7 +82,7 @@ def demo(options: DemoOptions) -> None:
 def _load(folder: RunFolder, prompt: str, n: int) -> BestOfN:
     with library():
         folder.settings()  # refuses a folder that no demo wrote
-    _report_unknown(prompt)
+    report_unknown([prompt])
     from aigiqa_reward import BestOfN, create_reward
     from aigiqa_reward.toy.pipeline import quiet_libraries
 
@@ -85,16 +90,6 @@ def _load(folder: RunFolder, prompt: str, n: int) -> BestOfN:
         pipe: Any = load_pipeline(EMBEDDED, "cpu", "float32")
         _report_cut(pipe, prompt)
         return BestOfN(pipe, create_reward("compact"), n=n, batch_size=_BATCH, top_k=n)
-
-
-def _report_unknown(prompt: str) -> None:
-    subject, colors = read_subject(prompt), ", ".join(COLOR_NAMES)
-    if subject.noun is None:
-        say("warning", f"the embedded generator knows nothing that this prompt names; try {EXAMPLE!r}")
-        say("note", f"it knows {len(NOUNS)} things: {', '.join(NOUNS)}")
-        say("note", f"on {len(COLOR_NAMES)} background colors: {colors}")
-    elif subject.color is None:
-        say("warning", f"the prompt names no background color that the embedded generator knows ({colors})")
 
 
 def _report_cut(pipe: Any, prompt: str) -> None:
