@@ -373,8 +373,7 @@ def finetune(
         output_dir: folder for `pytorch_lora_weights.safetensors`, `history.jsonl`, checkpoints, validations and plots.
         config: all other settings.
         validation_prompts: without them the last weights are kept, and reward hacking is not detected.
-        holdout: a reward that is not trained on, or its name, which decides which weights are kept; "auto": see
-            `default_holdout`.
+        holdout: another reward, or its name, by which the weights to keep are chosen; "auto": see `default_holdout`.
         callbacks: callbacks, which can stop the training.
         resume_from_checkpoint: "latest", or the name or path of a checkpoint; None starts anew.
         report_to: tracker of Accelerate ("tensorboard", "wandb").
