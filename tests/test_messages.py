@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pty
 import re
@@ -106,6 +107,15 @@ def test_a_prompt_of_one_word_may_come_before_files(tmp_path):
     PICTURES[0].save(tmp_path / "fox.png")
     for arguments in (["fox.png"], [tmp_path]):
         assert run("score", "--prompt", "fox", *arguments, cwd=tmp_path).exit_code == 0
+
+
+def test_no_match_lies_where_the_commands_say(reward):
+    files = sorted((Path(__file__).parents[1] / "examples" / "images").glob("*.jpg"))
+    things = ("red fox", "lighthouse", "blue car", "mountain lake", "wooden chair", "portrait of an old man")
+    others = [f"a {thing}" for _, thing in zip(files, itertools.cycle(things), strict=False)]
+    found = Scorer(reward).score([str(file) for file in files], others).correspondence
+    assert found is not None and float(found.median()) == pytest.approx(reward.spec.no_match, abs=0.15)
+    assert f"correspondence around {reward.spec.no_match:g} means no match" in reward.spec.meaning
 
 
 @pytest.mark.parametrize("names", [(), ("score",), ("finetune",), ("finetune", "draft")])

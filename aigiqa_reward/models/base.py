@@ -231,9 +231,7 @@ class ModelSpec:
     )
     accuracy: str = ""  # published, on human preferences
     sha256: Mapping[str, str] = field(default_factory=dict)  # of each embedded file
-    no_match: float | None = (
-        None  # median correspondence of images to prompts that they do not show, if it was measured
-    )
+    no_match: float | None = None  # about the correspondence of images to prompts that they do not show, if known
 
     @property
     def meaning(self) -> str:

@@ -56,7 +56,7 @@ SPECS: dict[str, ModelSpec] = {
             "towers/text.safetensors": TOWER_FILES["towers/text.safetensors"],
             "compact/model.safetensors": "2297da54444d0e928836b080af96089f3a9df296776ef5d8cdb000d51d87ff40",
         },
-        no_match=0.5,
+        no_match=0.7,
     ),
     "mst_clipiqa": _system(
         "mst_clipiqa",
