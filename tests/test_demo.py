@@ -27,7 +27,7 @@ from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS
 
 PROMPT = "a penguin on a yellow background"
 FILES = {"contact-sheet.png", "results.jsonl", "best.png", "run.json"}
-SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0}
+SETTINGS = {"num_inference_steps": 20, "guidance_scale": 1.0}
 STEPS = 20
 
 
@@ -166,7 +166,7 @@ def test_candidates_that_were_dropped_are_listed(each_step, tmp_path):
 def test_an_unknown_thing_is_answered_by_what_is_known(tmp_path):
     result = run("demo", "--prompt", "a wizard on a red background", "--n", "1", "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
-    assert re.search(r"^warning: .*nothing that this prompt names.*'a red apple on a blue background'", result.stderr)
+    assert re.search(r"^warning: .*nothing that this prompt names.*'a penguin on a green background'", result.stderr)
     assert f"{len(NOUNS)} things: {', '.join(NOUNS)}" in " ".join(result.stderr.split())
     assert f"{len(COLOR_NAMES)} background colors: {', '.join(COLOR_NAMES)}\n" in result.stderr
 
@@ -242,7 +242,7 @@ def test_a_process_prints_our_lines_only_and_needs_no_network(tmp_path):
 
 def test_help_names_the_defaults():
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run("demo", "--help").stdout).split())
-    for default in ("a red apple on a blue background", "16", "0", "aigiqa-demo"):
+    for default in ("a penguin on a green background", "16", "0", "aigiqa-demo"):
         assert f"[default: {default}]" in text
 
 

@@ -33,7 +33,7 @@ EMBEDDED = "embedded"
 EMBEDDED_SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0}
 """Sampling that the embedded pipeline was made for."""
 
-EXAMPLE = "a red apple on a blue background"
+EXAMPLE = "a penguin on a green background"
 """A prompt that the embedded pipeline knows."""
 
 _NAMED = 3  # matrices that fit nothing

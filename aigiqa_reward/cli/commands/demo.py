@@ -29,6 +29,9 @@ from aigiqa_reward.utils.run_folder import RunFolder
 if TYPE_CHECKING:
     from aigiqa_reward import BestOfN, BestOfNOutput
 
+SAMPLING = EMBEDDED_SAMPLING | {"guidance_scale": 1.0}
+"""Without guidance images of one prompt differ more, and some fail."""
+
 SHEET, RESULTS, BEST = "contact-sheet.png", "results.jsonl", "best.png"
 """The files of a demo's folder."""
 
@@ -108,7 +111,7 @@ def _sample(
     output = None
     try:
         with quiet_libraries(), library():
-            for output in search.stream(prompt, seed, **EMBEDDED_SAMPLING):
+            for output in search.stream(prompt, seed, **SAMPLING):
                 show(len(output.all_seeds))
                 if len(output.all_seeds) <= _BATCH < search.n:
                     keep(output)
@@ -151,7 +154,7 @@ def _report(output: BestOfNOutput, prompt: str, folder: Path) -> None:
         say("note", get_reward_spec("compact").meaning)
     say("note", f"in {folder}: {SHEET} (all candidates), {RESULTS} (their scores){f', {BEST}' if best else ''}")
     if best and len(prompt) <= _SHORT:
-        settings = ", ".join(f"{name}={value}" for name, value in EMBEDDED_SAMPLING.items())
+        settings = ", ".join(f"{name}={value}" for name, value in SAMPLING.items())
         again = (
             "import torch, aigiqa_reward; image = aigiqa_reward.load_embedded_pipeline()"
             f"({prompt!r}, {settings}, generator=torch.Generator().manual_seed({output.winners[0]})).images[0]"
