@@ -21,6 +21,7 @@ from aigiqa_reward.rewards.build import SYSTEMS, build_model, check_preset, embe
 from aigiqa_reward.rewards.published import PUBLISHED, load_published
 from aigiqa_reward.rewards.reward import Reward, is_saved_reward
 from aigiqa_reward.rewards.specs import SPECS
+from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.checks import check_reward
 from aigiqa_reward.utils.weights import load_strictly
 
@@ -116,7 +117,7 @@ def create_reward(
     return _moved(reward, device, dtype, gradient_checkpointing, offload)
 
 
-def as_reward(reward: object, pipe: object = None, *, argument: str = "reward") -> Any:
+def as_reward(reward: object, pipe: object = None, *, argument: str = "reward") -> RewardFunction:
     """Return a reward that can be called: itself, or the one of this name, on the device of the pipeline."""
     if not isinstance(reward, str):
         return check_reward(reward, pipe, argument=argument)
