@@ -19,13 +19,10 @@ from typing import Any, Self
 import numpy as np
 
 from aigiqa_reward.utils.checks import how_to_install
-from aigiqa_reward.utils.io import MAX_BYTES, parse_json, read_regular
+from aigiqa_reward.utils.io import MAX_BYTES, PROMPTS, parse_json, read_regular
 
 MAX_SHEET_BYTES, MAX_SHEET_ROWS = 20_000_000, 100_000
 """Bounds of an .xlsx file and of its rows; the benchmarks' sheets have 1,080 rows at most."""
-
-PROMPTS = (("prompt", "prompts"), ("caption", "captions", "text", "texts"))
-"""Names of the column of prompts, in any case; later ones count where none of the earlier ones is there."""
 
 _SYNTAX = (".yaml", ".yml", ".toml", ".xml", ".html")
 """Endings of files whose lines are no texts."""

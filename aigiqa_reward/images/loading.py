@@ -119,6 +119,12 @@ def open_rgb(path: str | os.PathLike[str]) -> Image:
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image]:
     """Open a file; every error inside becomes an ImageError that names the file."""
     name = os.fsdecode(path)
+    with _reading(name), existing_file(name).open("rb") as stream, _identified(stream, name) as image:
+        yield image
+
+
+def existing_file(name: str) -> Path:
+    """Return the path of an image file that is there; an ImageError else."""
     file = Path(name)
     with _reading(name):
         if not name:
@@ -129,8 +135,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image]:
             raise ImageError(f"{name}: is a folder, a pipe or a device; pass a file")
         if file.stat().st_size == 0:
             raise ImageError(f"{name}: the file is empty")
-        with file.open("rb") as stream, _identified(stream, name) as image:
-            yield image
+    return file
 
 
 def _identified(stream: BinaryIO, name: str) -> Image:

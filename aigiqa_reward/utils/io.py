@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MAX_BYTES = 200_000_000
 """Largest JSON or text file that is read."""
 
+PROMPTS = (("prompt", "prompts"), ("caption", "captions", "text", "texts"))
+"""Names of the column of prompts, in any case; later ones count where none of the earlier ones is there."""
+
 
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON; a ValueError also where it is nested too deep, or an object has one key twice."""
