@@ -15,6 +15,7 @@ from hostile import png_that_claims
 from PIL import Image
 
 from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
+from aigiqa_reward.images import read_prompt
 from aigiqa_reward.sampling import BestOfEachError, best_of_each
 from aigiqa_reward.sampling.batch_run import ResultsFolder
 
@@ -70,6 +71,9 @@ def test_each_prompt_gives_what_best_of_n_gives_alone(pipe: Any, tmp_path: Path)
             (row,) = [row for row in rows if (row["prompt"], row["seed"]) == (prompt, seed)]
             assert row["rank"] == alone.seeds.index(seed) + 1
             assert np.array_equal(np.asarray(Image.open(tmp_path / row["image"])), np.asarray(expected))
+            written = read_prompt(tmp_path / row["image"])
+            assert written is not None
+            assert written.text == prompt
     assert all((row["image"] is None) == (row["rank"] is None) for row in rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from prompt_files import NEGATIVE, POSITIVE, encode, graph, node
 
 from aigiqa_reward import images
-from aigiqa_reward.images import ImageError, read_prompt
+from aigiqa_reward.images import ImageError, metadata, read_prompt
 
 PROMPT = "a red fox in the snow"
 RAW = "a (red:1.2) fox <lora:x:.8> in the snow"
@@ -191,13 +190,14 @@ def test_hostile_files_are_refused_or_have_no_prompt_within_bounds(kind: str, tm
     assert images.load(file).shape == (3, 64, 64)  # without prompts, the pixels as ever
 
 
-def test_the_written_infotext_is_read_back(tmp_path: Path) -> None:
-    from aigiqa_reward.images.metadata import infotext
-
+@pytest.mark.parametrize("call", [{}, {"num_inference_steps": 20, "guidance_scale": 3.0, "negative_prompt": "a (car)"}])
+def test_what_we_write_is_read_back_and_has_settings(call: dict[str, Any], tmp_path: Path) -> None:
     prompt = r"a fox (vulpes) [old], c:\d: 3"
-    text = infotext(prompt, {"Steps": 20, "Sampler": None, "Seed": 3, "Size": "64x64"})
-    assert text.endswith("\nSteps: 20, Seed: 3, Size: 64x64")
-    found = read_prompt(files.png(tmp_path / "image.png", {"parameters": text}))
+    (tmp_path / "image.png").write_bytes(metadata.png(files.picture(), prompt, seed=3, call=call))
+    found = read_prompt(tmp_path / "image.png")
     assert found is not None
-    assert found.text == prompt
-    assert json.dumps(found.raw) != json.dumps(prompt)  # brackets are escaped, as they are no weights
+    assert (found.text, found.negative) == (prompt, r"a \(car\)" if call else None)
+    with Image.open(tmp_path / "image.png") as image:
+        settings = image.info["parameters"].split("\n")[-1]
+    expected = "Steps: 20, CFG scale: 3.0, " if call else ""
+    assert settings == f"{expected}Seed: 3, Size: 64x64, Version: aigiqa-reward"

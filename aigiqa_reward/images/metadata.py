@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import zlib
@@ -9,13 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 
 from aigiqa_reward.images.comfyui import prompts_of
 from aigiqa_reward.images.layout import ImageError
 from aigiqa_reward.images.loading import existing_file
 from aigiqa_reward.utils.checks import lone_surrogate
 from aigiqa_reward.utils.io import PROMPTS, parse_json, read_regular
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MAX_TEXT = 2**24
 """Bytes of text, unpacked, that are read from one file."""
@@ -77,17 +81,17 @@ def read_prompt(path: str | os.PathLike[str], source: PromptSource = "auto") -> 
     Example:
         >>> from PIL import Image
         >>> from PIL.PngImagePlugin import PngInfo
-        >>> from aigiqa_reward.images import read_prompt
+        >>> from aigiqa_reward.images import PromptSource, read_prompt
         >>> info = PngInfo()
         >>> info.add_text("parameters", "a (red:1.2) fox <lora:fur:.8>\nSteps: 20, Sampler: Euler a, Seed: 3")
         >>> Image.new("RGB", (64, 64)).save("fox.png", pnginfo=info)
-        >>> read_prompt("fox.png")
+        >>> place: PromptSource = "embedded"
+        >>> read_prompt("fox.png", place)
         Prompt(text='a red fox', raw='a (red:1.2) fox <lora:fur:.8>', negative=None, source='embedded')
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: expected the path of an image file, got {type(path).__name__}; save the image first")
-    if source not in ("auto", "embedded", "sidecar"):
-        raise ValueError(f"source: expected 'auto', 'embedded' or 'sidecar', got {source!r}")
+    check_source("source", source)
     name = os.fsdecode(path)
     file = existing_file(name)
     readers: dict[str, Callable[[Path], _Found | None]] = {"sidecar": _sidecar, "embedded": _embedded}
@@ -105,6 +109,12 @@ def read_prompt(path: str | os.PathLike[str], source: PromptSource = "auto") -> 
     return None
 
 
+def check_source(argument: str, source: str) -> None:
+    """Refuse a place of prompts that there is not; `argument` is its name in the error."""
+    if source not in ("auto", "embedded", "sidecar"):
+        raise ValueError(f"{argument}: expected 'auto', 'embedded' or 'sidecar', got {source!r}")
+
+
 def find_prompt(path: str | os.PathLike[str], source: PromptSource) -> Prompt:
     """Read the prompt that an image was made from; an ImageError also where there is none."""
     if (found := read_prompt(path, source)) is None:
@@ -113,13 +123,32 @@ def find_prompt(path: str | os.PathLike[str], source: PromptSource) -> Prompt:
     return found
 
 
-def infotext(prompt: str, settings: Mapping[str, object]) -> str:
-    """Return what AUTOMATIC1111's readers expect as `parameters`; settings that are None are left out.
+def png(image: Image, prompt: str, *, seed: int | None, scheduler: object = None, call: Mapping[str, Any]) -> bytes:
+    """Return a PNG file with what AUTOMATIC1111's readers expect as `parameters`.
 
-    Brackets of the prompt are escaped, as they are no weights.
+    Args:
+        image: image to write.
+        prompt: its prompt; brackets are escaped, as diffusers reads them as text.
+        seed: its seed, None where none makes it again.
+        scheduler: scheduler of the pipeline, whose class is written.
+        call: arguments of the pipeline's call.
     """
-    line = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
-    return re.sub(r"([\\()\[\]])", r"\\\1", prompt) + f"\n{line}"
+    from PIL.PngImagePlugin import PngInfo
+
+    settings = {
+        "Steps": call.get("num_inference_steps"),
+        "Sampler": None if scheduler is None else type(scheduler).__name__,
+    }
+    settings |= {"CFG scale": call.get("guidance_scale"), "Seed": seed, "Size": f"{image.width}x{image.height}"}
+    settings |= {"Version": "aigiqa-reward"}  # readers want three settings at least
+    negative = call.get("negative_prompt")
+    texts = [prompt, *([f"Negative prompt: {negative}"] if isinstance(negative, str) and negative else [])]
+    lines = [re.sub(r"([\\()\[\]])", r"\\\1", text) for text in texts]
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+    info, data = PngInfo(), io.BytesIO()
+    info.add_text("parameters", "\n".join(lines))
+    image.save(data, format="PNG", pnginfo=info)
+    return data.getvalue()
 
 
 # --------------------------------------------------------------------------------------------- what a reward reads
@@ -226,9 +255,9 @@ def _decoded(data: bytes) -> str:
 
 
 def _exif(data: bytes) -> Iterator[tuple[str, str]]:
-    from PIL import Image
+    from PIL.Image import Exif
 
-    exif = Image.Exif()
+    exif = Exif()
     exif.load(data)
     for value in (exif.get_ifd(0x8769).get(0x9286), exif.get(0x9286)):  # UserComment; the second is Fooocus's place
         text = _comment(value) if isinstance(value, bytes) else str(value or "")
@@ -256,7 +285,7 @@ def _parameters(text: str) -> _Found | None:
     if text.startswith('{"'):
         found = _json(text)
         return _Found(_text(found["prompt"]), _text(found.get("negative_prompt"))) if "prompt" in found else None
-    settings = re.search(r"^(?:Steps|Seed): \d.*", text, re.MULTILINE)
+    settings = re.search(r"^(?:(?:Steps|Seed): \d|Sampler: \w).*", text, re.MULTILINE)
     prompt, *negative = re.split("^Negative prompt:", text[: settings and settings.start()], maxsplit=1, flags=re.M)
     hashes = re.search(r'TI hashes: "([^"]*)"', settings[0]) if settings else None
     names = (part.partition(":")[0].strip() for part in hashes[1].split(",")) if hashes else ()

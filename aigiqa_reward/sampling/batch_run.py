@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import io
 import math
 import os
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
 from aigiqa_reward.images.loading import open_rgb
+from aigiqa_reward.images.metadata import png
 from aigiqa_reward.sampling.best_of_n import BestOfN
 from aigiqa_reward.sampling.candidates import BestOfNOutput, Preview
 from aigiqa_reward.types import PromptError
@@ -143,16 +144,20 @@ class ResultsFolder:
         finished: bool,
         error: str | None = None,
         whole: bool = False,
+        scheduler: object = None,
+        call: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> None:
-        """Write the winners of a prompt and the other images, which are the `whole` ones or small; then its record."""
-        winners = zip(output.winners, output.images, strict=True) if output else ()
-        images = {self.image_file(index, seed): image for seed, image in winners}
+        """Write the winners of a prompt and the other images, which are the `whole` ones or small; then its record.
+
+        The images name the scheduler and arguments of the call.
+        """
+        winners = zip(output.winners, output.seeds, output.images, strict=True) if output else ()
+        images = {self.image_file(index, number): (image, seed) for number, seed, image in winners}
         others = output.others.items() if output else ()
-        images |= {self.image_file(index, seed, small=not whole): image for seed, image in others}
-        for file, image in images.items():
-            data = io.BytesIO()
-            image.save(data, format="PNG")
-            write_atomically(file, data.getvalue())
+        made = output is not None and None not in output.seeds  # whether candidates' numbers are seeds
+        images |= {self.image_file(index, n, small=not whole): (image, n if made else None) for n, image in others}
+        for file, (image, seed) in images.items():
+            write_atomically(file, png(image, self.prompts[index], seed=seed, scheduler=scheduler, call=call))
         if output is not None and output.noises is not None:
             noises = zip(output.winners, output.noises, strict=True)
             write_atomically(self._noises(index), save({str(seed): noise.contiguous() for seed, noise in noises}))
@@ -408,20 +413,22 @@ class _Run:
                     self.results.write_results()
 
     def _sample(self, index: int, show: Callable[[int], object]) -> None:
-        output, whole = None, self.search.keep == "all"
+        output = None
+        known: dict[str, Any] = {"scheduler": getattr(self.search.pipe, "scheduler", None), "call": self.pipe_kwargs}
+        known["whole"] = self.search.keep == "all"
         try:
             for output in self.search.stream(self.results.prompts[index], self.seed, **self.pipe_kwargs):
                 show(len(output.all_seeds))
         except KeyboardInterrupt:
-            self.results.write(index, output, finished=False, whole=whole)
+            self.results.write(index, output, finished=False, **known)
             raise
         except Exception as error:
             self.first = self.first or error
             text = " ".join(part for part in (str(error), *getattr(error, "__notes__", [])) if part)
             reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
-            self.results.write(index, output, finished=False, error=reason, whole=whole)
+            self.results.write(index, output, finished=False, error=reason, **known)
         else:
-            self.results.write(index, output, finished=True, whole=whole)
+            self.results.write(index, output, finished=True, **known)
 
 
 def _processes(pipe: Any) -> Any:

@@ -136,12 +136,14 @@ def _candidates(output: BestOfNOutput, prompt: str) -> list[Row]:
 
 
 def _write(output: BestOfNOutput, prompt: str, folder: Path) -> None:
+    from aigiqa_reward.images import metadata
     from aigiqa_reward.report import contact_sheet
 
     write(folder / SHEET, png(contact_sheet(output, prompt)))
     write(folder / RESULTS, render(_candidates(output, prompt), "jsonl").encode())
     if output.images:
-        write(folder / BEST, png(output.images[0]))
+        best = metadata.png(output.images[0], prompt, seed=output.seeds[0], call=EMBEDDED_SAMPLING)
+        write(folder / BEST, best)
 
 
 def _report(output: BestOfNOutput, prompt: str, folder: Path) -> None:
