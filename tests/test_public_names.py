@@ -24,6 +24,7 @@ PUBLIC = {
     "aigiqa_reward.finetuning": (
         "finetune", "FinetuneConfig", "DRaFT", "ReFL", "DPO", "DDPO", "FlowGRPO", "DiffusionNFT",
     ),
+    "aigiqa_reward.images": ("load", "read_prompt", "Prompt"),
 }  # fmt: skip
 
 NEEDED = inspect.Parameter.empty
@@ -50,7 +51,7 @@ CALLS: dict[str, dict[str, Any]] = {
 KEYWORDS: dict[str, dict[str, Any]] = {
     "create_reward": {"device": None, "dtype": None, "weights": None, "revision": None, "preset": None},
     "Reward.forward": {"context": None, "validate": True},
-    "Scorer.score": {"on_error": "raise"},
+    "Scorer.score": {"on_error": "raise", "prompts_from": None},
 }
 
 

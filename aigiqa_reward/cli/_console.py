@@ -131,6 +131,7 @@ class Row:
     Attributes:
         key: path or seed.
         prompt: its prompt, if it has one.
+        raw_prompt: what the file says, where the prompt was read from it.
         total: number to rank by, higher is better; None with an error.
         quality: perceptual quality.
         correspondence: correspondence to the prompt; None without a prompt.
@@ -140,6 +141,7 @@ class Row:
 
     key: str | int
     prompt: str | None
+    raw_prompt: str | None = None
     total: float | None = None
     quality: float | None = None
     correspondence: float | None = None
@@ -150,7 +152,8 @@ class Row:
         """Return the row's JSON object, whose keys are the columns in CSV."""
         scores = {"total": self.total, "quality": self.quality, "correspondence": self.correspondence}
         key = "seed" if isinstance(self.key, int) else "path"
-        return {key: self.key, "prompt": self.prompt, **scores, **self.members, "error": self.error}
+        raw = {} if self.raw_prompt is None else {"raw_prompt": self.raw_prompt}
+        return {key: self.key, "prompt": self.prompt, **raw, **scores, **self.members, "error": self.error}
 
 
 def render(rows: Sequence[Row], form: Format, *, numbered: bool = False, terminal: bool = False) -> str:
@@ -160,7 +163,8 @@ def render(rows: Sequence[Row], form: Format, *, numbered: bool = False, termina
         return jsonl(records)
     members = list(dict.fromkeys(name for row in rows for name in row.members))
     if form == "csv":
-        names = ["path", "prompt", "total", "quality", "correspondence", *members, "error"]
+        raw = ["raw_prompt"] if any(row.raw_prompt is not None for row in rows) else []
+        names = ["path", "prompt", *raw, "total", "quality", "correspondence", *members, "error"]
         return csv_text([names, *([record.get(name) for name in names] for record in records)])
     aspects = ("quality", "correspondence", *members)
     scores = ["total", *(name for name in aspects if any(row.get(name) is not None for row in records))]

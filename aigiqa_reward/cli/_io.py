@@ -10,13 +10,13 @@ import stat
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aigiqa_reward.cli._console import CommandError, first_process, say
+from aigiqa_reward.cli._console import CommandError, first_process, progress, say
 from aigiqa_reward.utils.checks import lone_surrogate
 from aigiqa_reward.utils.io import write_atomically
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from aigiqa_reward.datasets.base import Row
+    from aigiqa_reward.images import PromptSource
 
 _NO_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"})
 """Formats that Pillow knows by name only, or draws with other programs."""
@@ -49,11 +50,13 @@ class Source:
     Attributes:
         path: as it was given, or the folder as it was given and the file's place in it.
         prompt: its prompt; None without prompts.
+        raw_prompt: what the prompt was read from, where it is one of --prompts-from.
         error: reason why it cannot be scored, if that is known already.
     """
 
     path: str
     prompt: str | None = None
+    raw_prompt: str | None = None
     error: str | None = None
 
 
@@ -126,13 +129,23 @@ def _raise(error: OSError) -> None:
 
 
 def attach_prompts(
-    paths: Sequence[str], prompts: Sequence[str], file: Path | None, column: str | None = None
+    paths: Sequence[str],
+    prompts: Sequence[str],
+    file: Path | None,
+    column: str | None = None,
+    place: PromptSource | None = None,
 ) -> list[Source]:
-    """Give every image its prompt, of --prompt (none, one for all, or one per image) or of the file of --prompts.
+    """Give every image its prompt, of --prompt (none, one for all, or one per image), --prompts or --prompts-from.
 
     An image whose prompt is empty, missing in the file or ambiguous becomes a Source with an error.
     """
     _check_given(prompts, file, column)
+    if place is not None:
+        if prompts or file is not None:
+            given = "--prompt" if prompts else "--prompts"
+            raise CommandError(f"expected one source of prompts, got {given} as well", argument="prompts_from")
+        with progress("reading prompts", len(paths)) as show:
+            return [_own_prompt(path, place, show, done) for done, path in enumerate(paths, start=1)]
     if any(not prompt.strip() for prompt in prompts):
         raise CommandError("expected a text, got an empty one; leave it out for quality alone", argument="prompt")
     if len(prompts) > 1 and len(prompts) != len(paths):
@@ -164,6 +177,19 @@ def attach_prompts(
         Source(path=path, prompt=text) if text else Source(path=path, error=_EMPTY_PROMPT)
         for path, text in zip(paths, texts, strict=True)
     ]
+
+
+def _own_prompt(path: str, place: PromptSource, show: Callable[[int], None], done: int) -> Source:
+    """An image with the prompt that is in it or beside it."""
+    from aigiqa_reward.images.metadata import ImageError, find_prompt
+
+    try:
+        found = find_prompt(path, place)
+    except ImageError as error:
+        return Source(path=path, error=str(error))
+    finally:
+        show(done)
+    return Source(path=path, prompt=found.text, raw_prompt=found.raw)
 
 
 def _column_of_names(rows: Sequence[Row], paths: Sequence[str], prompts: str) -> str | None:

@@ -359,6 +359,10 @@ _CONFIG = Annotated[
 
 DType = Literal["float32", "bfloat16", "float16"]
 PROMPT_COLUMN = "Column of the prompts in a table; by default the one called prompt, caption or text."
+PROMPTS_FROM = (
+    "Read each image's own prompt: embedded in the file as its generator wrote it, a sidecar (NAME.txt, NAME.caption, "
+    "metadata.jsonl), or auto: the sidecar if there is one, else the file."
+)
 DEVICE = "Device to compute on: cpu, cuda, cuda:1, mps, ...; by default cuda if available, else cpu."
 
 
@@ -372,6 +376,7 @@ class ImageOptions:
         None, "Prompts of the images: a table (.csv, .json, ...) by path or name, or text with one per line."
     )
     prompt_column: str | None = option(None, PROMPT_COLUMN)
+    prompts_from: Literal["embedded", "sidecar", "auto"] | None = option(None, PROMPTS_FROM)
     recursive: bool = option(False, "Include the images in subfolders.")
 
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aigiqa_reward.datasets.agiqa1k import read_agiqa1k
 from aigiqa_reward.datasets.agiqa3k import read_agiqa3k
@@ -17,6 +18,9 @@ from aigiqa_reward.datasets.hpdv2 import read_hpdv2
 from aigiqa_reward.datasets.imagereward import read_imagereward
 from aigiqa_reward.datasets.pickapic import read_pickapic
 from aigiqa_reward.datasets.table import read_table
+
+if TYPE_CHECKING:
+    from aigiqa_reward.images import PromptSource
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,11 @@ SOURCES: dict[str, Source] = {
 """Readers by the name of the benchmark. `csv` is for one's own scores, in any form of table."""
 
 
-def read_data(source: str) -> ScoredImages | PreferencePairs:
+def read_data(source: str, prompts_from: PromptSource | None = None) -> ScoredImages | PreferencePairs:
     """Read a benchmark given as NAME:PATH with a name of `SOURCES`, such as `agiqa3k:~/data/agiqa3k`.
 
-    Returns images with scores, or pairs of images (imagereward, hpdv2, pickapic, genai_bench).
+    Returns images with scores, or pairs of images (imagereward, hpdv2, pickapic, genai_bench). Of a csv without a
+    column of prompts, `prompts_from` says where each image's own is read (see `read_table`).
 
     Example:
         >>> from PIL import Image
@@ -80,4 +85,8 @@ def read_data(source: str) -> ScoredImages | PreferencePairs:
         raise ValueError(f"source: no data is called {name!r}{meant} Write one of {forms}")
     if not path.strip():
         raise ValueError(f"source: expected {name}:PATH, got {source!r}; PATH is {SOURCES[name].path}")
+    if prompts_from is not None:
+        if name != "csv":
+            raise ValueError(f"prompts_from: {name} brings its prompts; leave it out")
+        return read_table(Path(path).expanduser(), prompts_from)
     return SOURCES[name].reader(Path(path).expanduser())

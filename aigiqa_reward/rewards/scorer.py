@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.images import ImageSource
+from aigiqa_reward.images import ImageError, ImageSource, PromptSource
+from aigiqa_reward.images.metadata import check_source, find_prompt
 from aigiqa_reward.models.base import check_prompts
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.factory import as_reward
@@ -81,7 +83,12 @@ class Scorer:
         self.batch_size = integer("batch_size", batch_size, least=1)
 
     def score(
-        self, inputs: Inputs, prompts: Sequence[str] | str | None = None, *, on_error: Literal["raise", "nan"] = "raise"
+        self,
+        inputs: Inputs,
+        prompts: Sequence[str] | str | None = None,
+        *,
+        on_error: Literal["raise", "nan"] = "raise",
+        prompts_from: PromptSource | None = None,
     ) -> RewardOutput:
         """Score all inputs; row i of the output, on the CPU, is inputs[i].
 
@@ -90,6 +97,8 @@ class Scorer:
             prompts: one text per input, one for all, or None.
             on_error: "raise" a ScoringError after the last input, or return "nan" for inputs that cannot be read, or
                 whose own prompt the reward cannot read.
+            prompts_from: in place of `prompts`, where to read each path's own prompt: "embedded" in the file, "sidecar"
+                beside it, or "auto" (see `aigiqa_reward.images.read_prompt`). An image without one is not scored.
 
         Raises:
             ScoringError: an input or its own prompt could not be read.
@@ -97,7 +106,7 @@ class Scorer:
         """
         if on_error not in ("raise", "nan"):
             raise ValueError(f"on_error: expected 'raise' or 'nan', got {on_error!r}")
-        results = list(self.stream(inputs, prompts))
+        results = list(self.stream(inputs, prompts, prompts_from=prompts_from))
         errors = {result.index: result.error for result in results if result.error is not None}
         template = next((result.output for result in results if result.output is not None), None)
         output = None
@@ -109,7 +118,13 @@ class Scorer:
         unknown = torch.full((len(results),), torch.nan, dtype=torch.float32, device="cpu")
         return output or RewardOutput(total=unknown, quality=unknown.clone())
 
-    def stream(self, inputs: Inputs, prompts: Sequence[str] | str | None = None) -> Iterator[ScoredImage]:
+    def stream(
+        self,
+        inputs: Inputs,
+        prompts: Sequence[str] | str | None = None,
+        *,
+        prompts_from: PromptSource | None = None,
+    ) -> Iterator[ScoredImage]:
         """Score batch by batch, and yield each result in the order of the inputs as soon as it is known.
 
         Arguments are checked at once. Inputs that cannot be read, or whose own prompt cannot, have an `error`.
@@ -120,17 +135,25 @@ class Scorer:
             check_prompts(texts)
             if len(texts) != len(sources):
                 raise ValueError(f"prompts: expected one per input, got {len(texts)} prompts for {len(sources)} inputs")
-        return self._stream(sources, texts, BoundReward(self.reward, [prompts] if isinstance(prompts, str) else ()))
+        faults: dict[int, str] = {}
+        if prompts_from is not None:
+            if texts is not None:
+                raise ValueError("prompts, prompts_from: expected one of them, got both")
+            texts, faults = _prompts_of(sources, prompts_from)
+        bound = BoundReward(self.reward, [prompts] if isinstance(prompts, str) else ())
+        return self._stream(sources, texts, bound, faults)
 
     def _stream(
-        self, sources: list[ImageSource], texts: Sequence[str] | None, reward: BoundReward
+        self, sources: list[ImageSource], texts: Sequence[str] | None, reward: BoundReward, faults: Mapping[int, str]
     ) -> Iterator[ScoredImage]:
         for start in range(0, len(sources), self.batch_size):
             window = range(start, min(start + self.batch_size, len(sources)))
-            unreadable = reward.unreadable([texts[index] for index in window]) if texts else {}
-            errors = {index: unreadable[texts[index]] for index in window if texts and texts[index] in unreadable}
+            errors = {index: faults[index] for index in window if index in faults}
+            usable = [index for index in window if index not in faults]
+            unreadable = reward.unreadable([texts[index] for index in usable]) if texts else {}
+            errors |= {index: unreadable[texts[index]] for index in usable if texts and texts[index] in unreadable}
             by_shape: dict[torch.Size, dict[int, Tensor]] = {}
-            for index in window:
+            for index in usable:
                 try:
                     image = pixels.load(sources[index])
                 except (ValueError, TypeError) as error:
@@ -143,6 +166,21 @@ class Scorer:
                 output = reward.score(torch.stack(list(batch.values())), texts and [texts[index] for index in batch])
                 results |= {index: output[row : row + 1].to("cpu") for row, index in enumerate(batch)}
             yield from (ScoredImage(index=i, output=results.get(i), error=errors.get(i)) for i in window)
+
+
+def _prompts_of(sources: Sequence[ImageSource], place: PromptSource) -> tuple[list[str], dict[int, str]]:
+    """Read the prompt of each file; return texts, "" where there is none, and the reasons by index."""
+    check_source("prompts_from", place)
+    texts, faults = [""] * len(sources), dict[int, str]()
+    for index, source in enumerate(sources):
+        if not isinstance(source, str | os.PathLike):
+            kind = type(source).__name__
+            raise TypeError(f"prompts_from: expected paths as inputs, got {kind} at inputs[{index}]; pass prompts")
+        try:
+            texts[index] = find_prompt(source, place).text
+        except ImageError as error:
+            faults[index] = str(error)
+    return texts, faults
 
 
 def check_images(images: Inputs, argument: str) -> list[ImageSource]:

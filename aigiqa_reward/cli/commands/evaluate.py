@@ -12,7 +12,7 @@ import typer
 
 from aigiqa_reward.cli._console import CommandError, Row, emit, encoded, printable, report_unreadable, say
 from aigiqa_reward.cli._io import check_writable, write
-from aigiqa_reward.cli._options import Fields, argument, command, option, options
+from aigiqa_reward.cli._options import PROMPTS_FROM, Fields, argument, command, option, options
 from aigiqa_reward.cli._pipelines import library, usable_device
 from aigiqa_reward.cli.commands.evaluate_pairs import PAIRS, evaluate_pairs
 from aigiqa_reward.cli.commands.score import KeptRows, score_table
@@ -69,6 +69,9 @@ class ScoresOptions:
         "Human scores (agiqa3k, agiqa1k, aigciqa2023, aigiqa20k), or csv with the columns path, prompt, quality or "
         "correspondence, and optionally generator and group.",
         metavar="NAME:PATH",
+    )
+    prompts_from: Literal["embedded", "sidecar", "auto"] | None = option(
+        None, "For a csv without a column prompt: " + PROMPTS_FROM[0].lower() + PROMPTS_FROM[1:]
     )
 
 
@@ -148,7 +151,7 @@ def evaluate(
     training = make_plan(data.model, model, plan, recipe)
     mode, file = parse_split(options.split, ("group", "random_image"))
     settings = _settings(protocol, mode, file)
-    table = read(data.data)
+    table = read(data)
     assert isinstance(table, ScoredImages)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CommandError("evaluate trains in one process; start it without torchrun or accelerate launch")
@@ -175,7 +178,7 @@ def _human_scores(given: ScoresOptions) -> DataOptions:
     if given.data.partition(":")[0] in PAIRS:
         text = f"{given.data} holds choices between images; pass --pairs {given.data} --reward {given.model} instead"
         raise CommandError(text, argument="data")
-    return DataOptions(model=given.model, data=given.data)
+    return DataOptions(model=given.model, data=given.data, prompts_from=given.prompts_from)
 
 
 def _refuse(given: Mapping[str, Any], argument: str, reason: str) -> None:
@@ -225,7 +228,7 @@ def evaluate_weights(data: DataOptions, weights: str, folder: Path, device: str 
     from aigiqa_reward.datasets import ScoredImages
 
     embedded = weights == "embedded"
-    table = read(data.data)
+    table = read(data)
     assert isinstance(table, ScoredImages)
     described = {"model": data.model, "weights": weights, "data": digest(table), "same_generator": same_generator}
     reward = _load(data.model, None if embedded else weights, device)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -209,7 +209,7 @@ def score_images(
     paths: Sequence[str], images: ImageOptions, reward: RewardOptions, compute: ComputeOptions, output: OutputOptions
 ) -> ScoringRun:
     """Score image files as the options say; what is scored is kept beside the file of the result."""
-    sources = attach_prompts(paths, images.prompt, images.prompts, images.prompt_column)
+    sources = attach_prompts(paths, images.prompt, images.prompts, images.prompt_column, images.prompts_from)
     rewards = load_rewards(reward, compute.device, compute.dtype)
     settings = None
     if output.file is not None:
@@ -242,7 +242,7 @@ def score_sources(
     prompts = [text for i in places if (text := sources[i].prompt) is not None] or None
     for name, (reward, _) in rewards.items():
         if prompts is None and reward.needs_prompts and places:
-            raise CommandError(f"{name} needs prompts here: pass --prompt or --prompts")
+            raise CommandError(f"{name} needs prompts here: pass --prompt, --prompts or --prompts-from")
     weights = {name: weight for name, (_, weight) in rewards.items()}
     result = ScoringRun(kept=kept, meanings=meanings(reward for reward, _ in rewards.values()))
     try:
@@ -251,7 +251,8 @@ def score_sources(
             streams = [Scorer(reward, batch_size).stream(files, prompts) for reward, _ in rewards.values() if files]
             for found in zip(*streams, strict=True):
                 place = places[found[0].index]
-                rows[place] = _row(sources[place], dict(zip(weights, found, strict=True)), weights)
+                row = _row(sources[place], dict(zip(weights, found, strict=True)), weights)
+                rows[place] = replace(row, raw_prompt=sources[place].raw_prompt)
                 report(rows[place])
                 kept.add(rows[place])
                 show(found[0].index + 1)

@@ -16,7 +16,7 @@ import typer
 
 from aigiqa_reward.cli._console import CommandError, emit, report_unreadable, say
 from aigiqa_reward.cli._io import HUB_ID, check_writable
-from aigiqa_reward.cli._options import Fields, argument, command, option, options
+from aigiqa_reward.cli._options import PROMPTS_FROM, Fields, argument, command, option, options
 from aigiqa_reward.cli._pipelines import assigned, library, parse_settings, usable_device
 from aigiqa_reward.utils.io import read_json
 from aigiqa_reward.utils.run_folder import RunFolder
@@ -46,6 +46,9 @@ class DataOptions:
         "genai_bench), or csv with the columns path, prompt, quality or correspondence, and optionally generator and "
         "group.",
         metavar="NAME:PATH",
+    )
+    prompts_from: Literal["embedded", "sidecar", "auto"] | None = option(
+        None, "For a csv without a column prompt: " + PROMPTS_FROM[0].lower() + PROMPTS_FROM[1:]
     )
 
 
@@ -123,7 +126,7 @@ def train(
         raise CommandError(text, argument="hub_model_id")
     training = make_plan(data.model, model, plan, recipe)
     mode, file = parse_split(options.split, ("whole", "group", "random_image"))
-    table = read(data.data)
+    table = read(data)
     parts = _parts(table, mode, file, training.seed)
     accelerator = make_accelerator(machine)
     folder = options.output_dir or Path(f"aigiqa-{data.model}")
@@ -205,12 +208,12 @@ def _towers(given: Sequence[str]) -> dict[str, TowerConfig]:
     return towers
 
 
-def read(data: str) -> ScoredImages | PreferencePairs:
+def read(data: DataOptions) -> ScoredImages | PreferencePairs:
     """Return the scores or preferences that --data names."""
     from aigiqa_reward.datasets import read_data
 
     with library(source="data", folder="data", path="data"):
-        return read_data(data)
+        return read_data(data.data, data.prompts_from)
 
 
 def parse_split(split: str, modes: Sequence[str]) -> tuple[str, Path | None]:
