@@ -16,8 +16,11 @@ import pytest
 from comfyui_pack import DRAWN, PACK, load_pack, read_workflow
 from comfyui_server import ComfyUI, comfyui
 from PIL import Image
+from prompt_files import POSITIVE, graph
+from prompt_files import node as comfyui_node
 
 from aigiqa_reward import Scorer, create_reward
+from aigiqa_reward.images import read_prompt
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,6 +72,17 @@ def test_it_loads_and_declares_its_nodes_and_the_second_workflow_lacks_nothing_b
     answer = server.request("/prompt", {"prompt": read_workflow(API / "best_of_batch.json")})
     [fault] = [error for node in answer["node_errors"].values() for error in node["errors"]]
     assert (fault["type"], fault["extra_info"]["input_name"]) == ("value_not_in_list", "ckpt_name")
+
+
+@pytest.mark.parametrize("way", POSITIVE)
+def test_the_prompt_that_save_image_writes_is_read(server, pictures, way):
+    workflow = graph(*POSITIVE[way]("a (red:1.2) fox in the snow"))
+    workflow["30"] = comfyui_node("LoadImage", image="first.png")
+    workflow["9"]["inputs"]["images"] = ["30", 0]  # there is no checkpoint to sample with; all nodes are written
+    [file] = server.saved(server.run(workflow))
+    found = read_prompt(file)
+    assert found is not None
+    assert (found.text, found.negative) == ("a red fox in the snow", "text, watermark")
 
 
 def test_the_best_of_several_images_is_saved(server, pictures):
