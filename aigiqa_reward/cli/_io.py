@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -145,7 +145,11 @@ def attach_prompts(
             given = "--prompt" if prompts else "--prompts"
             raise CommandError(f"expected one source of prompts, got {given} as well", argument="prompts_from")
         with progress("reading prompts", len(paths)) as show:
-            return [_own_prompt(path, place, show, done) for done, path in enumerate(paths, start=1)]
+            sources = []
+            for path in paths:
+                sources.append(_own_prompt(path, place))
+                show(len(sources))
+            return sources
     if any(not prompt.strip() for prompt in prompts):
         raise CommandError("expected a text, got an empty one; leave it out for quality alone", argument="prompt")
     if len(prompts) > 1 and len(prompts) != len(paths):
@@ -179,7 +183,7 @@ def attach_prompts(
     ]
 
 
-def _own_prompt(path: str, place: PromptSource, show: Callable[[int], None], done: int) -> Source:
+def _own_prompt(path: str, place: PromptSource) -> Source:
     """An image with the prompt that is in it or beside it."""
     from aigiqa_reward.images.metadata import ImageError, find_prompt
 
@@ -187,8 +191,6 @@ def _own_prompt(path: str, place: PromptSource, show: Callable[[int], None], don
         found = find_prompt(path, place)
     except ImageError as error:
         return Source(path=path, error=str(error))
-    finally:
-        show(done)
     return Source(path=path, prompt=found.text, raw_prompt=found.raw)
 
 

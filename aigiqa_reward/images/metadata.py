@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
 from aigiqa_reward.images.comfyui import prompts_of
 from aigiqa_reward.images.layout import ImageError
@@ -52,14 +52,12 @@ class Prompt:
     source: str
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A prompt and a negative one as a program wrote them, its marks of weights, and names of its embeddings."""
+class _Found(NamedTuple):
+    """A prompt and a negative one as a program wrote them, and a pattern of what it does not read as text."""
 
     raw: str
     negative: str | None = None
-    marks: str | None = None
-    embeddings: tuple[str, ...] = ()
+    marks: str = ""
 
 
 def read_prompt(path: str | os.PathLike[str], source: PromptSource = "auto") -> Prompt | None:
@@ -124,14 +122,10 @@ def find_prompt(path: str | os.PathLike[str], source: PromptSource) -> Prompt:
 
 
 def png(image: Image, prompt: str, *, seed: int | None, scheduler: object = None, call: Mapping[str, Any]) -> bytes:
-    """Return a PNG file with what AUTOMATIC1111's readers expect as `parameters`.
+    """Return a PNG file with `parameters` for AUTOMATIC1111's readers, from the arguments of a pipeline's `call`.
 
-    Args:
-        image: image to write.
-        prompt: its prompt; brackets are escaped, as diffusers reads them as text.
-        seed: its seed, None where none makes it again.
-        scheduler: scheduler of the pipeline, whose class is written.
-        call: arguments of the pipeline's call.
+    Brackets of the prompt are escaped: diffusers reads them as text, those readers as weights. `seed` is None where
+    none makes the image again.
     """
     from PIL.PngImagePlugin import PngInfo
 
@@ -159,11 +153,7 @@ _DROPPED = r"<[\w.-]+(?::[^<>]*)?>|\bembedding:[^\s,():\[\]]+|\bBREAK\b"  # no p
 
 
 def _cleaned(found: _Found) -> str:
-    text = re.sub(_DROPPED, " ", found.raw)
-    if found.embeddings:
-        text = re.sub(rf"(?<!\w)(?:{'|'.join(map(re.escape, found.embeddings))})(?!\w)", " ", text)
-    if found.marks is not None:
-        text = re.sub(found.marks, "", text)
+    text = re.sub(found.marks, "", re.sub(_DROPPED, " ", found.raw))
     text = re.sub(r"\[[^\[\]:|]*:([^\[\]:|]*):\s*[\d.]+\s*\]", r"\1", text)  # [from:to:when]
     weights = r"\\([()\[\]\\])|:\s*[+-]?[\d.]+\s*(?=[)\]])|[()\[\]]"
     text = " ".join(re.sub(weights, lambda match: match[1] or "", text).split())
@@ -177,7 +167,7 @@ def _embedded(file: Path) -> _Found | None:
     with file.open("rb") as opened:
         texts = _by_key(_texts(opened))
     readers = {"parameters": _parameters, "prompt": _comfyui, "invokeai_metadata": _invokeai}
-    readers |= {"sd-metadata": _sd_metadata, "Dream": _dream}
+    readers |= dict.fromkeys(("sd-metadata", "Dream"), _early_invokeai)
     for key, read in readers.items():
         if key in texts and (found := read(texts[key])) is not None:
             return found
@@ -288,8 +278,9 @@ def _parameters(text: str) -> _Found | None:
     settings = re.search(r"^(?:(?:Steps|Seed): \d|Sampler: \w).*", text, re.MULTILINE)
     prompt, *negative = re.split("^Negative prompt:", text[: settings and settings.start()], maxsplit=1, flags=re.M)
     hashes = re.search(r'TI hashes: "([^"]*)"', settings[0]) if settings else None
-    names = (part.partition(":")[0].strip() for part in hashes[1].split(",")) if hashes else ()
-    return _Found(prompt, negative[0] if negative else None, embeddings=tuple(filter(None, names)))
+    names = [part.partition(":")[0].strip() for part in hashes[1].split(",")] if hashes else []
+    embeddings = rf"(?<!\w)(?:{'|'.join(map(re.escape, filter(None, names)))})(?!\w)"
+    return _Found(prompt, negative[0] if negative else None, embeddings if any(names) else "")
 
 
 def _comfyui(text: str) -> _Found | None:
@@ -304,19 +295,12 @@ def _invokeai(text: str) -> _Found:
     return _Found(_text(found.get("positive_prompt")), _text(found.get("negative_prompt")), _INVOKEAI)
 
 
-def _sd_metadata(text: str) -> _Found:
-    prompts = _json(text)["image"]["prompt"]
-    parts = [each["prompt"] for each in prompts] if isinstance(prompts, list) else [prompts]
-    return _with_negative(", ".join(map(_text, parts)))
-
-
-def _dream(text: str) -> _Found:
-    return _with_negative(text.partition('"')[2].partition('"')[0])
-
-
-def _with_negative(text: str) -> _Found:
-    """Read an InvokeAI prompt of before version 3, with negative prompts in square brackets."""
-    return _Found(re.sub(r"\[[^\[\]]*\]", "", text), ", ".join(re.findall(r"\[([^\[\]]*)\]", text)), _INVOKEAI)
+def _early_invokeai(text: str) -> _Found:
+    """Read a prompt of before version 3, with negative ones in square brackets."""
+    prompts = text.split('"')[1] if text.startswith('"') else _json(text)["image"]["prompt"]
+    joined = prompts if isinstance(prompts, str) else ", ".join(_text(each["prompt"]) for each in prompts)
+    negative = r"\[([^\[\]]*)\]"
+    return _Found(re.sub(negative, "", joined), ", ".join(re.findall(negative, joined)), _INVOKEAI)
 
 
 def _novelai(texts: Mapping[str, str]) -> _Found:

@@ -7,7 +7,6 @@ import inspect
 import math
 import os
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -90,6 +89,8 @@ class ResultsFolder:
         contents = (_RESULTS, _PROMPTS, _IMAGES, _NOISES, _SMALL, *written)
         self._folder = RunFolder(path, argument="out", file="settings.json", contents=contents)
         self._lines: dict[int, str] = {}
+        self.made_by: dict[str, Any] = {"call": {}}  # scheduler and arguments of the call, which images name
+        self.small = True  # whether images other than the winners' are thumbnails
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -136,28 +137,15 @@ class ResultsFolder:
                 self._lines[index] = "".join(to_json(row) + "\n" for row in _rows(index, record))
         write_atomically(self.path / _RESULTS, "".join(self._lines[i] for i in sorted(self._lines)).encode())
 
-    def write(
-        self,
-        index: int,
-        output: BestOfNOutput | None,
-        *,
-        finished: bool,
-        error: str | None = None,
-        whole: bool = False,
-        scheduler: object = None,
-        call: Mapping[str, Any] = types.MappingProxyType({}),
-    ) -> None:
-        """Write the winners of a prompt and the other images, which are the `whole` ones or small; then its record.
-
-        The images name the scheduler and arguments of the call.
-        """
+    def write(self, index: int, output: BestOfNOutput | None, *, finished: bool, error: str | None = None) -> None:
+        """Write the winners of a prompt and the other images, whole or small; then its record."""
         winners = zip(output.winners, output.seeds, output.images, strict=True) if output else ()
         images = {self.image_file(index, number): (image, seed) for number, seed, image in winners}
         others = output.others.items() if output else ()
         made = output is not None and None not in output.seeds  # whether candidates' numbers are seeds
-        images |= {self.image_file(index, n, small=not whole): (image, n if made else None) for n, image in others}
+        images |= {self.image_file(index, n, small=self.small): (image, n if made else None) for n, image in others}
         for file, (image, seed) in images.items():
-            write_atomically(file, png(image, self.prompts[index], seed=seed, scheduler=scheduler, call=call))
+            write_atomically(file, png(image, self.prompts[index], seed=seed, **self.made_by))
         if output is not None and output.noises is not None:
             noises = zip(output.winners, output.noises, strict=True)
             write_atomically(self._noises(index), save({str(seed): noise.contiguous() for seed, noise in noises}))
@@ -357,6 +345,8 @@ def best_of_each(
     processes.wait_for_everyone()  # only here: the shares may take hours, and collectives time out
     pending = [index for index in range(len(results)) if not results.finished(index)]
     mine = [index for index in pending if index % processes.num_processes == processes.process_index]
+    results.made_by = {"scheduler": getattr(search.pipe, "scheduler", None), "call": pipe_kwargs}
+    results.small = search.keep != "all"
     run = _Run(search, results, seed, pipe_kwargs, progress, leads=processes.is_main_process)
     run.do(mine, pending)
     if failures := results.failures():
@@ -414,21 +404,19 @@ class _Run:
 
     def _sample(self, index: int, show: Callable[[int], object]) -> None:
         output = None
-        known: dict[str, Any] = {"scheduler": getattr(self.search.pipe, "scheduler", None), "call": self.pipe_kwargs}
-        known["whole"] = self.search.keep == "all"
         try:
             for output in self.search.stream(self.results.prompts[index], self.seed, **self.pipe_kwargs):
                 show(len(output.all_seeds))
         except KeyboardInterrupt:
-            self.results.write(index, output, finished=False, **known)
+            self.results.write(index, output, finished=False)
             raise
         except Exception as error:
             self.first = self.first or error
             text = " ".join(part for part in (str(error), *getattr(error, "__notes__", [])) if part)
             reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
-            self.results.write(index, output, finished=False, error=reason, **known)
+            self.results.write(index, output, finished=False, error=reason)
         else:
-            self.results.write(index, output, finished=True, **known)
+            self.results.write(index, output, finished=True)
 
 
 def _processes(pipe: Any) -> Any:
