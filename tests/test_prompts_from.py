@@ -133,7 +133,7 @@ def test_scorer_checks_its_arguments(tmp_path: Path) -> None:
 @pytest.fixture
 def table(tmp_path: Path) -> Iterator[Path]:
     rows = ["path,quality"]
-    for number in range(3):
+    for number in range(8):
         files.a1111_png(tmp_path / f"{number}.png", f"a (red:1.2) fox {number}")
         rows.append(f"{number}.png,{number}")
     (tmp_path / "scores.csv").write_text("\n".join(rows))
@@ -141,19 +141,20 @@ def table(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_table_without_prompts_takes_those_of_its_images(table: Path) -> None:
-    assert read_table(table, "embedded").prompts == ("a red fox 0", "a red fox 1", "a red fox 2")
+    expected = [f"a red fox {number}" for number in range(8)]
+    assert read_table(table, "embedded").prompts == tuple(expected)
     files.picture().save(table.parent / "1.png")
     with pytest.warns(
-        UserWarning, match=r"1 of its 3 images are left out, as they have no prompt; the first: .*1\.png"
+        UserWarning, match=r"1 of its 8 images are left out, as no prompt can be read for them; the first: .*1\.png"
     ):
         images = read_data(f"csv:{table}", prompts_from="auto")
-    assert images.prompts == ("a red fox 0", "a red fox 2")
+    assert images.prompts == tuple(expected[:1] + expected[2:])
 
 
 def test_a_table_says_what_it_misses(table: Path) -> None:
     with pytest.raises(ValueError, match="prompts_from='auto'"):
         read_table(table)
-    with pytest.raises(ValueError, match="prompts_from: none of the 3 images has a prompt; the first: "):
+    with pytest.raises(ValueError, match="prompts_from: none of the 8 images has a prompt; the first: "):
         read_table(table, "sidecar")
     with pytest.raises(ValueError, match="prompts_from: agiqa3k brings its prompts"):
         read_data("agiqa3k:.", prompts_from="auto")

@@ -102,6 +102,6 @@ def _with_prompts(rows: Sequence[Row], place: PromptSource) -> list[Row]:
     if not found:
         raise ValueError(f"prompts_from: none of the {len(rows)} images has a prompt; the first: {faults[0]}")
     if faults:
-        left = f"{len(faults)} of its {len(rows)} images are left out, as they have no prompt"
+        left = f"{len(faults)} of its {len(rows)} images are left out, as no prompt can be read for them"
         warnings.warn(f"{rows[0].table}: {left}; the first: {faults[0]}", stacklevel=3)
     return found

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_TEXT = 2**24
 """Bytes of text, unpacked, that are read from one file."""
 
+_TOO_LONG = f"more than {MAX_TEXT // 2**20} MiB of text"
 _MAX_PARTS, _MAX_VALUES = 1_000_000, 1_000_000  # parts of a file; values and containers of a JSON text
 
 PromptSource: TypeAlias = Literal["auto", "embedded", "sidecar"]
@@ -100,8 +101,12 @@ def read_prompt(path: str | os.PathLike[str], source: PromptSource = "auto") -> 
             if fault := lone_surrogate(text):
                 raise ValueError(f"it {fault}")
         except Exception as error:  # Pillow, zlib and made-up values raise what they like
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise ImageError(f"{name}: its prompt cannot be read: {reason or type(error).__name__}") from error
+            reason = f"damaged texts ({error})"
+            if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+                reason = str(error)
+            elif isinstance(error, OSError) and error.filename:
+                reason = f"{Path(error.filename).name}: {error.strerror}"
+            raise ImageError(f"{name}: its prompt cannot be read: {reason}") from error
         if found is not None and text:
             return Prompt(text, found.raw.strip(), (found.negative or "").strip() or None, place)
     return None
@@ -129,12 +134,14 @@ def png(image: Image, prompt: str, *, seed: int | None, scheduler: object = None
     """
     from PIL.PngImagePlugin import PngInfo
 
-    settings = {
+    settings: dict[str, object] = {
         "Steps": call.get("num_inference_steps"),
         "Sampler": None if scheduler is None else type(scheduler).__name__,
+        "CFG scale": call.get("guidance_scale"),
+        "Seed": seed,
+        "Size": f"{image.width}x{image.height}",
+        "Version": "aigiqa-reward",  # readers want three settings at least
     }
-    settings |= {"CFG scale": call.get("guidance_scale"), "Seed": seed, "Size": f"{image.width}x{image.height}"}
-    settings |= {"Version": "aigiqa-reward"}  # readers want three settings at least
     negative = call.get("negative_prompt")
     texts = [prompt, *([f"Negative prompt: {negative}"] if isinstance(negative, str) and negative else [])]
     lines = [re.sub(r"([\\()\[\]])", r"\\\1", text) for text in texts]
@@ -201,15 +208,15 @@ def _texts(file: BinaryIO) -> Iterator[tuple[str, str]]:
         if kind not in (b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"\xe1", b"EXIF"):
             file.seek(length + after, os.SEEK_CUR)
             continue
-        data = file.read(length) if length <= left else b""
+        if length > left:
+            raise ValueError(_TOO_LONG)
+        data = file.read(length)
         if kind in (b"eXIf", b"EXIF") or data[:6] == b"Exif\0\0":
             exif += data.removeprefix(b"Exif\0\0")
         elif kind != b"\xe1":  # XMP
             key, data = _unpacked(kind, data, left)
             yield key, _decoded(data)
         left -= max(length, len(data))
-        if left < 0:
-            raise ValueError(f"more than {MAX_TEXT // 2**20} MiB of text")
         file.seek(after, os.SEEK_CUR)
     raise ValueError(f"more than {_MAX_PARTS:,} parts")
 
@@ -232,8 +239,8 @@ def _unpacked(kind: bytes, data: bytes, left: int) -> tuple[str, bytes]:
     if packed:
         inflate = zlib.decompressobj()
         text = inflate.decompress(text, left + 1)
-        if not inflate.eof and len(text) <= left:
-            raise ValueError("a packed text is cut off")
+        if not inflate.eof or len(text) > left:
+            raise ValueError(_TOO_LONG if len(text) > left else "a packed text is cut off")
     return key.decode("latin-1"), text
 
 
@@ -329,11 +336,13 @@ def _text(value: Any) -> str:
 
 def _sidecar(file: Path) -> _Found | None:
     """Read NAME.txt, NAME.caption and metadata.jsonl, which must agree; AUTOMATIC1111 writes settings in texts too."""
-    found = [
-        _parameters(read_regular(text, most=MAX_TEXT).decode("utf-8-sig"))
-        for text in map(file.with_suffix, (".txt", ".caption"))
-        if text.is_file() and text != file
-    ]
+    found: list[_Found | None] = []
+    for text in map(file.with_suffix, (".txt", ".caption")):
+        if text.is_file() and text != file:
+            try:
+                found.append(_parameters(read_regular(text, most=MAX_TEXT).decode("utf-8-sig")))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{text.name} is not UTF-8 text; save it in UTF-8") from error
     index = file.with_name("metadata.jsonl")
     if index.is_file():
         state = index.stat()
@@ -352,7 +361,7 @@ def _listed(index: Path, changed: int, size: int) -> dict[str, list[str]]:
         for number, line in enumerate(iter(lambda: lines.readline(MAX_TEXT + 1), b""), start=1):
             try:
                 if len(line) > MAX_TEXT:
-                    raise ValueError(f"more than {MAX_TEXT // 2**20} MiB of text")
+                    raise ValueError(_TOO_LONG)
                 row = _json(line.decode("utf-8-sig")) if line.strip() else {}
                 column = next((name for group in PROMPTS for name in group if row.get(name)), None)
                 if column is not None and "file_name" in row:
