@@ -53,16 +53,16 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
 
 
-def graph(positive: Mapping[str, dict[str, Any]], to: str = "6") -> dict[str, Any]:
+def graph(positive: Mapping[str, dict[str, Any]], to: str = "6", output: int = 0) -> dict[str, Any]:
     """ComfyUI's default workflow in API format, with the nodes that make its positive conditioning, `to` the last."""
     settings = {"seed": 156680208700286, "steps": 20, "cfg": 8.0, "sampler_name": "euler", "scheduler": "normal"}
-    links = {"model": ["4", 0], "positive": [to, 0], "negative": ["7", 0], "latent_image": ["5", 0]}
+    links = {"model": ["4", 0], "positive": [to, output], "negative": ["7", 0], "latent_image": ["5", 0]}
     return {
         "3": node("KSampler", **settings, denoise=1.0, **links),
         "4": node("CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly.safetensors"),
         "5": node("EmptyLatentImage", width=512, height=512, batch_size=1),
-        **positive,
         "7": node("CLIPTextEncode", text="text, watermark", clip=["4", 1]),
+        **positive,
         "8": node("VAEDecode", samples=["3", 0], vae=["4", 2]),
         "9": node("SaveImage", filename_prefix="ComfyUI", images=["8", 0]),
     }
@@ -138,8 +138,17 @@ def fooocus_exif(file: Path, prompt: str) -> Path:
     return file
 
 
-def novelai_png(file: Path, prompt: str) -> Path:
-    comment = {"prompt": prompt, "steps": 28, "sampler": "k_euler_ancestral", "seed": 7, "scale": 5.0, "uc": NEGATIVE}
+def novelai_png(file: Path, prompt: str, *characters: str) -> Path:
+    comment: dict[str, Any] = {
+        "prompt": prompt,
+        "steps": 28,
+        "sampler": "k_euler_ancestral",
+        "seed": 7,
+        "scale": 5.0,
+        "uc": NEGATIVE,
+    }
+    captions = [{"char_caption": text, "centers": [{"x": 0.5, "y": 0.5}]} for text in characters]
+    comment |= {"v4_prompt": {"caption": {"base_caption": prompt, "char_captions": captions}}}
     texts = {"Title": "NovelAI generated image", "Description": prompt, "Software": "NovelAI"}
     texts |= {"Source": "NovelAI Diffusion V4 37442FCA", "Comment": json.dumps(comment)}
     return png(file, texts)

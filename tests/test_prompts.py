@@ -70,6 +70,7 @@ COMBINED = {
     "14": node("Reroute", **{"": ["15", 0]}),
     "15": node("Text Multiline", text="snow"),
 }
+LOADER = node("Efficient Loader", ckpt_name="a.safetensors", positive=["11", 0], negative=["7", 0], batch_size=1)
 ORPHAN = {"20": node("KSampler", seed=1, positive=["21", 0], negative=["7", 0]), "21": encode("an orphan")}
 
 
@@ -80,9 +81,10 @@ ORPHAN = {"20": node("KSampler", seed=1, positive=["21", 0], negative=["7", 0]),
         (second_sampler(PROMPT), PROMPT),
         (with_nodes(**ORPHAN), PROMPT),
         (graph(COMBINED), "a red fox, snow"),
+        (graph({"6": LOADER, "7": node("Text", text="bad"), "11": node("Text", text=PROMPT)}, output=1), PROMPT),
         (with_nodes(**{"7": node("ConditioningZeroOut", conditioning=["6", 0])}), PROMPT),
     ],
-    ids=["guider", "two passes", "orphan", "combined", "zeroed"],
+    ids=["guider", "two passes", "orphan", "combined", "loader", "zeroed"],
 )
 def test_it_follows_graphs(prompt: dict[str, Any], text: str, tmp_path: Path) -> None:
     found = read_prompt(files.comfyui_png(tmp_path / "image.png", prompt))
@@ -127,10 +129,14 @@ def test_it_takes_off_what_is_no_text(raw: str, text: str, tmp_path: Path) -> No
 def test_it_takes_off_embeddings_marks_of_novelai_and_of_invokeai(tmp_path: Path) -> None:
     more = ', TI hashes: "ink-style: 1a2b, bad-hands: 3c4d"'
     embedded = files.png(tmp_path / "a.png", {"parameters": files.infotext("fox, (ink-style:0.9), ink", more=more)})
-    novelai = files.novelai_png(tmp_path / "b.png", "{{red}} fox, 1.2::snow::, [old]")
+    novelai = files.novelai_png(tmp_path / "b.png", "{{red}} fox, 1.2::snow::, [old]", "girl, {hat}", "boy")
     invokeai = files.invokeai_png(tmp_path / "c.png", "(red)1.3 fox++, well-known (snow)-")
     found = [read_prompt(file) for file in (embedded, novelai, invokeai)]
-    assert [each and each.text for each in found] == ["fox, ink", "red fox, snow, old", "red fox, well-known snow"]
+    assert [each and each.text for each in found] == [
+        "fox, ink",
+        "red fox, snow, old, girl, hat, boy",
+        "red fox, well-known snow",
+    ]
 
 
 def test_sidecars_come_first_and_must_agree(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ class _Walk:
             return
         if encoded := [each for name, each in inputs.items() if _ENCODED.fullmatch(name)]:
             yield from (self._string(each, path) for each in encoded)
+        elif "positive" in inputs and "ckpt_name" in inputs:  # Efficient Loader, whose first output is a model
+            yield self._string(inputs.get("negative" if link[1] == 2 else "positive"), path)
         elif "positive" in inputs and "negative" in inputs:  # such as ControlNetApplyAdvanced, with an output for each
             yield from self._conditioning(inputs["negative" if link[1] == 1 else "positive"], path)
         else:

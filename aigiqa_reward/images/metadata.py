@@ -176,7 +176,7 @@ def _embedded(file: Path) -> _Found | None:
     readers = {"parameters": _parameters, "prompt": _comfyui, "invokeai_metadata": _invokeai}
     readers |= dict.fromkeys(("sd-metadata", "Dream"), _early_invokeai)
     for key, read in readers.items():
-        if key in texts and (found := read(texts[key])) is not None:
+        if key in texts and (found := read(texts[key])) is not None and found.raw.strip():
             return found
     return _novelai(texts) if texts.get("Software", "").startswith("NovelAI") else None
 
@@ -312,7 +312,9 @@ def _early_invokeai(text: str) -> _Found:
 
 def _novelai(texts: Mapping[str, str]) -> _Found:
     comment = _json(texts.get("Comment", "{}"))
-    return _Found(_text(comment.get("prompt", texts.get("Description"))), _text(comment.get("uc")), _NOVELAI)
+    characters = comment.get("v4_prompt", {}).get("caption", {}).get("char_captions", ())
+    parts = [comment.get("prompt", texts.get("Description")), *(each["char_caption"] for each in characters)]
+    return _Found(", ".join(filter(None, map(_text, parts))), _text(comment.get("uc")), _NOVELAI)
 
 
 def _json(text: str) -> Any:
