@@ -22,6 +22,7 @@ from typer.testing import Result
 
 from aigiqa_reward import BestOfN, create_reward, load_embedded_pipeline
 from aigiqa_reward.cli._pipelines import loading
+from aigiqa_reward.images import read_prompt
 from aigiqa_reward.report import contact_sheet
 from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS
 
@@ -49,6 +50,9 @@ def assert_holds(folder: Path, rows: list[dict[str, Any]]) -> None:
         with Image.open(folder / name) as image:
             image.verify()
     assert array(folder / "best.png").shape == (64, 64, 3)
+    written = read_prompt(folder / "best.png")
+    assert written is not None
+    assert written.text == PROMPT
     best = max(rows, key=lambda row: row["total"])["seed"]
     image = load_embedded_pipeline()(PROMPT, generator=torch.Generator().manual_seed(best), **SETTINGS).images[0]
     assert np.abs(array(folder / "best.png").astype(int) - array(image)).max() <= 2

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from aigiqa_reward import Scorer
 from aigiqa_reward.datasets import read_data, read_table
-from aigiqa_reward.images import read_prompt
 from aigiqa_reward.rewards.scorer import ScoringError
 
 FOLDERS = ("a1111", "comfyui", "kohya", "imagefolder", "exif")
@@ -173,10 +172,3 @@ def test_evaluate_and_train_read_such_tables(table: Path) -> None:
         run("train", "compact", "--init", "embedded", "--data", "pickapic:.", "--prompts-from", "auto")
     )
     assert message == "error: --prompts-from: pickapic brings its prompts; leave it out\n"
-
-
-def test_what_the_demo_writes_can_be_read(tmp_path: Path) -> None:
-    assert run("demo", "--n", "1", "--seed", "3", "--output-dir", tmp_path / "demo").exit_code == 0
-    found = read_prompt(tmp_path / "demo" / "best.png")
-    assert found is not None
-    assert found.text == "a red apple on a blue background"
