@@ -64,6 +64,7 @@ def test_five_peoples_folders_are_scored_by_one_command(folders: Path, tiny: lis
     given = ["--prompts-from", "auto", "--recursive", *tiny]
     result = run("score", folders, *given, "--format", "jsonl")
     assert result.exit_code == 0, result.output
+    assert result.stderr == ""  # sidecars are no files that were left out
     rows = lines(result.stdout)
     every = [(name, number) for name in sorted(FOLDERS) for number in range(COUNT)]
     assert found_in(rows) == [(*each, clean_prompt(*each), raw_prompt(*each)) for each in every]

@@ -60,10 +60,10 @@ class Source:
     error: str | None = None
 
 
-def find_images(given: Sequence[str], *, recursive: bool) -> list[str]:
+def find_images(given: Sequence[str], *, recursive: bool, sidecars: bool = False) -> list[str]:
     """Return paths of images in the order given, each folder replaced by its image files, sorted.
 
-    A note counts and names the other files of the folders by ending.
+    A note counts and names the other files of the folders by ending, without `sidecars` that are read for prompts.
     """
     paths: list[str] = []
     others = defaultdict[str, list[str]](list)
@@ -76,7 +76,7 @@ def find_images(given: Sequence[str], *, recursive: bool) -> list[str]:
         for path in _files_in(place, recursive):
             if (ending := path.suffix.lower()) in image_endings():
                 paths.append(str(path))
-            else:
+            elif not sidecars or (ending not in (".txt", ".caption") and path.name != "metadata.jsonl"):
                 others[ending].append(path.name)
     kinds = [
         f"{ending or 'without one'} ({len(names)}: {names[0]}{', ...' * (len(names) > 1)})"

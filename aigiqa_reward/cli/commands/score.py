@@ -67,7 +67,7 @@ class CopyOptions:
 def score(images: ImageOptions, reward: RewardOptions, compute: ComputeOptions, output: OutputOptions) -> None:
     """Score images, in the order given."""
     check_output(output.file)
-    paths = find_images(images.images, recursive=images.recursive)
+    paths = find_images(images.images, recursive=images.recursive, sidecars=images.prompts_from is not None)
     result = score_images(paths, images, reward, compute, output)
     _print(result, result.rows, output)
     result.conclude(len(paths))
@@ -83,7 +83,7 @@ def rank(
     if copies.report is not None:
         check_output(copies.report, "report")
     _check_copies(copies.copy_to, overwrite=output.overwrite)
-    paths = find_images(images.images, recursive=images.recursive)
+    paths = find_images(images.images, recursive=images.recursive, sidecars=images.prompts_from is not None)
     result = score_images(paths, images, reward, compute, output)
     order = best_first(math.nan if row.total is None else row.total for row in result.rows)
     ranked = [result.rows[place] for place in order]
