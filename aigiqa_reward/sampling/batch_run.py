@@ -155,7 +155,7 @@ class ResultsFolder:
             "error": error,
             "denoiser_calls": output and output.denoiser_calls,
             "seeds": output.seeds if output else [],
-            "candidates": list(self._candidates(index, output, whole=whole)) if output else [],
+            "candidates": list(self._candidates(index, output)) if output else [],
             "previews": {s: [asdict(p) for p in ps] for s, ps in output.previews.items()} if output else {},
         }
         write_atomically(self.record_file(index), to_json(record).encode())
@@ -211,11 +211,11 @@ class ResultsFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _candidates(self, index: int, output: BestOfNOutput, *, whole: bool) -> Iterator[dict[str, Any]]:
+    def _candidates(self, index: int, output: BestOfNOutput) -> Iterator[dict[str, Any]]:
         places = {seed: rank for rank, seed in enumerate(output.winners, start=1)}
         for seed, total, quality, correspondence in output.all_rows():
             error = output.dropped.get(seed)
-            kept = seed in places or (whole and seed in output.others)
+            kept = seed in places or (not self.small and seed in output.others)
             image = f"{_IMAGES}/{self.image_file(index, seed).name}" if kept else None
             scores = {"total": total, "quality": quality, "correspondence": correspondence, "error": error}
             place = {"prompt_index": index, "rank": places.get(seed), "image": image}
