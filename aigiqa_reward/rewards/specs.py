@@ -44,7 +44,7 @@ SPECS: dict[str, ModelSpec] = {
         license="Apache-2.0 (code; pretrained towers Apache-2.0 and MIT); trained on AGIQA-3K (MIT), VISOR (MIT), "
         "BIQ2021 (no license file; described as freely available) and Flickr8k (photographs of Flickr users, "
         "distributed for non-commercial research and education)",
-        scale="both scores in (0, 1): 1 is the best human score of AGIQA-3K; correspondence is around 0.2 for no match",
+        scale="both scores in (0, 1): 1 is the best human score of AGIQA-3K",
         input_size="whole image at 384 x 384 px area and at 256 x 256 px, and at native resolution: whole up to "
         "512 px, up to 4 crops of larger ones",
         differentiable=True,
@@ -56,7 +56,7 @@ SPECS: dict[str, ModelSpec] = {
             "towers/text.safetensors": TOWER_FILES["towers/text.safetensors"],
             "compact/model.safetensors": "2297da54444d0e928836b080af96089f3a9df296776ef5d8cdb000d51d87ff40",
         },
-        no_match=0.7,
+        no_match=0.2,
     ),
     "mst_clipiqa": _system(
         "mst_clipiqa",
