@@ -339,7 +339,8 @@ class _Opened(Sequence[Any]):
     def __getitem__(self, place: Any) -> Any:
         from aigiqa_reward.images.loading import open_rgb
 
-        return open_rgb(self.paths[place])
+        path: str = self.paths[place]
+        return open_rgb(path)
 
 
 def write_report(rows: Sequence[Row], file: Path, *, notes: Sequence[str] = ()) -> None:
