@@ -238,7 +238,7 @@ def test_a_process_prints_our_lines_only_and_needs_no_network(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     ours = [line for line in lines if "onnxruntime" not in line]  # which diffusers loads if it is there
-    assert [line.partition(" ")[0] for line in ours] == ["note:", "note:"]
+    assert [line.partition(" ")[0] for line in ours] == ["note:", "note:", "note:"]
     assert done.stdout.split()[:5] == ["#", "image", "total", "quality", "correspondence"]
     assert "\x1b" not in "".join([done.stdout, *ours])
     assert names(tmp_path / "aigiqa-demo") == FILES

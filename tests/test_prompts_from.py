@@ -112,7 +112,7 @@ def test_scorer_reads_the_prompts_of_files(tmp_path: Path) -> None:
     files.picture().save(tmp_path / "3.png")
     scorer = Scorer(count_words, batch_size=2)
     assert scorer.score(paths, prompts_from="auto").total.tolist() == [1, 2]
-    with pytest.raises(ScoringError, match=r"inputs\[1\]: .*3\.png: there is no prompt in it$") as raised:
+    with pytest.raises(ScoringError, match=r"inputs\[1\]: .*3\.png: there is no prompt in it; ") as raised:
         scorer.score([paths[1], tmp_path / "3.png", paths[0]], prompts_from="embedded")
     assert raised.value.output is not None
     assert raised.value.output.total.nan_to_num(-1).tolist() == [2, -1, 1]
