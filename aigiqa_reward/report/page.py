@@ -54,7 +54,8 @@ def write_page(
         title: heading.
         notes: lines below the heading, such as the settings.
         maps: for each prompt, heat maps (H, W) of its winners, such as the distortion maps of a reward; in [0, 1], or
-            else scaled there. May end early.
+            else scaled there; and under "words" pairs of a word and how far the image supports it, in [0, 1]. May end
+            early.
         remarks: for each prompt, a line below it, such as that it was interrupted; blank for none. May end early.
         names: what to show in place of a candidate's number, such as its file.
 
@@ -122,7 +123,8 @@ def _winner(output: BestOfNOutput, place: int, maps: Mapping[str, Any], names: M
         **_image(image),
         "small": max(image.size) <= _SMALL,
         "scores": [(name, column[place]) for name, column in columns.items() if column is not None],
-        "maps": [_heat_map(name, values) for name, values in maps.items()],
+        "words": [(word, float(score)) for word, score in maps.get("words", ())],
+        "maps": [_heat_map(name, values) for name, values in maps.items() if name != "words"],
     }
 
 

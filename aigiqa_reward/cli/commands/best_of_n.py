@@ -190,7 +190,8 @@ def _draw(search: BestOfN, results: ResultsFolder) -> None:
         *meaning,
     ]
     shown = _drawn_sheets(results, search.n, rows, remarks)
-    write_page(shown, results.path / PAGE, notes=notes, maps=_maps(search.reward, results), remarks=remarks)
+    maps = _maps(search.reward, results, search.reward_prompt)
+    write_page(shown, results.path / PAGE, notes=notes, maps=maps, remarks=remarks)
     if rows:
         emit(render(rows[:_ROWS], "table", terminal=sys.stdout.isatty()), saved=True)
         for text in meaning:
@@ -229,17 +230,24 @@ def _drawn_sheets(
             sheet.unlink()
 
 
-def _maps(reward: Any, results: ResultsFolder) -> Iterator[list[dict[str, Any]]]:
-    """The reward's distortion maps of each winner, if it has any."""
+def _maps(reward: Any, results: ResultsFolder, reward_prompt: str | None) -> Iterator[list[dict[str, Any]]]:
+    """What the reward says of each winner beside its scores, if it does: distortion maps, and the prompt's words."""
     from aigiqa_reward import Scorer
 
     names: Any = getattr(getattr(getattr(reward, "model", None), "config", None), "distortions", ())
-    for result in results if names else ():
+    for result in results:
         if result.output is None:
             continue
-        images = result.output.images
-        found = Scorer(reward).score(images, result.prompt).details["distortion_maps"] if images else ()
-        yield [dict(zip(names, maps, strict=True)) for maps in found]
+        images, prompt = result.output.images, reward_prompt or result.prompt
+        details = Scorer(reward).score(images, prompt).details if images else {}
+        if images and not {"distortion_maps", "word_scores"} & details.keys():
+            return
+        maps = details.get("distortion_maps", [()] * len(images))
+        words = details.get("word_scores", [()] * len(images))
+        yield [
+            {"words": zip(prompt.split(), scores, strict=False)} | dict(zip(names, found, strict=False))
+            for found, scores in zip(maps, words, strict=True)
+        ]
 
 
 # --------------------------------------------------------------------------------------------- pairs
