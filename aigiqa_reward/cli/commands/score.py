@@ -339,7 +339,7 @@ class _Opened(Sequence[Any]):
     def __getitem__(self, place: Any) -> Any:
         from aigiqa_reward.images.loading import open_rgb
 
-        path: str = self.paths[place]
+        path: Any = self.paths[place]
         return open_rgb(path)
 
 
