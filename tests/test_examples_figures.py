@@ -70,18 +70,18 @@ def test_the_generator_can_be_checked(printed) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["draft", "refl", "ddpo", "dpo"])
+@pytest.mark.parametrize("name", ["draft", "draft-image", "refl", "ddpo", "dpo", "nft"])
 def test_the_recipes_on_the_embedded_pipeline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (tmp_path / "watched.txt").write_text("a crab on a green background\n")
     few = ["--train_batch_size", "2", "--max_train_steps", "1", "--validation_seeds", "1"]
     few += ["--validation_prompts", tmp_path / "watched.txt", "--output_dir", tmp_path / name]
-    if name == "ddpo":
+    if name in ("ddpo", "nft"):
         few += ["--images_per_prompt", "2"]
     if name == "dpo":
         (tmp_path / "prompts.txt").write_text("a penguin on a red background\na crab on a blue background\n")
         few += ["--prompts", tmp_path / "prompts.txt", "--candidates", "4"]
-    result = run("finetune", name, "--config", EMBEDDED / f"{name}.yaml", *few)
+    result = run("finetune", name.partition("-")[0], "--config", EMBEDDED / f"{name}.yaml", *few)
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
     assert {0, 1} <= {line["step"] for line in lines}

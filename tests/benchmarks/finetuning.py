@@ -1,14 +1,14 @@
 """Gains of fine-tuning the embedded generator where it fails, beside best of N: reward, held-out reward and judge.
 
-    python tests/benchmarks/finetuning.py draft refl dpo ddpo --steps 2 --plot finetuning.png --pictures pictures.png
+    python tests/benchmarks/finetuning.py draft draft-image nft --steps 2 --plot finetuning.png --pictures pictures.png
     python tests/benchmarks/finetuning.py draft --reward FOLDER --runs runs/other --against runs/finetuning
 
 Without algorithms only the base is measured: one image and the best of N, picked by the reward and by the judge, among
 16 images for each of 40 pairs that the generator was trained on and of 40 new ones. Each algorithm trains one LoRA per
-seed by `aigiqa-reward finetune NAME --config examples/finetune_embedded/NAME.yaml` with the same number of sampling
-steps. The kept weights are compared with the generator without them on the new pairs, which the training has not seen
-either, on the first 8 of the 16 images from the same noise. Minutes are the median over the trainings. Results in
---runs are reused, and an interrupted training is resumed.
+seed by `aigiqa-reward finetune NAME --config examples/finetune_embedded/NAME.yaml` (or NAME-VARIANT.yaml) with the same
+number of sampling steps. The kept weights are compared with the generator without them on the new pairs, which the
+training has not seen either, on the first 8 of the 16 images from the same noise. Minutes are the median over the
+trainings. Results in --runs are reused, and an interrupted training is resumed.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def train(name: str, seed: int, given: argparse.Namespace) -> Path:
     if done.exists():
         return folder
     before = float(so_far.read_text()) if so_far.exists() else 0.0
-    words = ["finetune", name, "--config", str(RECIPES / f"{name}.yaml"), "--output_dir", str(folder)]
+    words = ["finetune", name.partition("-")[0], "--config", str(RECIPES / f"{name}.yaml"), "--output_dir", str(folder)]
     words += ["--num_inference_steps", str(given.steps), "--reward", given.reward]
     words += ["--seed", str(seed), "--resume_from_checkpoint", "latest"]
     started = time.perf_counter()
@@ -183,7 +183,7 @@ def pictures(models: Models, folders: dict[str, Path], prompts: list[str], path:
 
 def main() -> None:
     parser = parser_of(__doc__, threads=1)
-    parser.add_argument("algorithms", nargs="*", help="of draft, refl, dpo, ddpo; none for the base alone")
+    parser.add_argument("algorithms", nargs="*", help="recipes, such as draft or draft-image; none for the base alone")
     parser.add_argument("--seeds", type=int, default=3, help="trainings per algorithm")
     parser.add_argument("--steps", type=int, default=2, help="sampling steps; with 2 or 3 the generator often fails")
     parser.add_argument("--reward", default="compact", help="reward to train on, by name or folder")
