@@ -12,22 +12,18 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aigiqa_reward.cli._console import CommandError, first_process, progress, say
 from aigiqa_reward.utils.checks import lone_surrogate
-from aigiqa_reward.utils.io import write_atomically
+from aigiqa_reward.utils.io import image_endings, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from aigiqa_reward.datasets.base import Row
     from aigiqa_reward.images import PromptSource
-
-_NO_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"})
-"""Formats that Pillow knows by name only, or draws with other programs."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """A name on the Hub, owner/name."""
@@ -110,15 +106,6 @@ def _files_in(folder: str, recursive: bool) -> list[Path]:
     except OSError as error:
         raise CommandError(f"cannot read the folder {error.filename}: {error.strerror}", argument="images") from error
     return sorted(found)
-
-
-@cache
-def image_endings() -> set[str]:
-    """Return the endings of the files of a folder that count as its images, in lower case: those that Pillow reads."""
-    from PIL import Image
-
-    known = Image.registered_extensions()  # MPO, of phones, is opened as JPEG
-    return {end for end, form in known.items() if form in Image.OPEN.keys() - _NO_PICTURES or form == "MPO"}
 
 
 def _raise(error: OSError) -> None:

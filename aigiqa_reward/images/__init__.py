@@ -37,7 +37,7 @@ Example:
 from aigiqa_reward.images.layout import (
     HIGHEST, LOWEST, MIN_SIDE, ImageError, check, finite_rows, from_bhwc, from_vae, to_bhwc, to_pil, to_vae,
 )
-from aigiqa_reward.images.loading import MAX_PIXELS, ImageSource, load, load_batch
+from aigiqa_reward.images.loading import MAX_PIXELS, ImageSource, decode, load, load_batch
 from aigiqa_reward.images.metadata import Prompt, PromptSource, read_prompt
 from aigiqa_reward.images.resize import (
     center_crop, even_crops, even_offsets, letterbox, normalize, random_crops, reduce_to, resize, resize_to_area,
@@ -46,7 +46,7 @@ from aigiqa_reward.images.resize import (
 
 __all__ = [
     "HIGHEST", "LOWEST", "MAX_PIXELS", "MIN_SIDE", "ImageError", "ImageSource", "Prompt", "PromptSource",
-    "center_crop", "check", "even_crops", "even_offsets", "finite_rows", "from_bhwc", "from_vae", "letterbox", "load",
-    "load_batch", "normalize", "random_crops", "read_prompt", "reduce_to", "resize", "resize_to_area",
+    "center_crop", "check", "decode", "even_crops", "even_offsets", "finite_rows", "from_bhwc", "from_vae", "letterbox",
+    "load", "load_batch", "normalize", "random_crops", "read_prompt", "reduce_to", "resize", "resize_to_area",
     "to_bhwc", "to_pil", "to_vae", "unletterbox",
 ]

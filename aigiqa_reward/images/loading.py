@@ -65,11 +65,41 @@ def load(source: ImageSource) -> Float[Tensor, "3 height width"]:
             image = _from_pil(source, name="image")
     else:
         raise TypeError(f"source: expected a PIL image, a path, an array or a tensor, got {type(source).__name__}")
+    return _checked(image, os.fsdecode(source) if isinstance(source, str | os.PathLike) else "")
+
+
+def decode(data: bytes, name: str) -> Float[Tensor, "3 height width"]:
+    """Read the content of an image file as `load` reads the file.
+
+    Args:
+        data: content of the file.
+        name: name of the image in errors.
+
+    Raises:
+        ImageError: as of `load`.
+
+    Example:
+        >>> import io
+        >>> from PIL import Image
+        >>> from aigiqa_reward.images import decode
+        >>> file = io.BytesIO()
+        >>> Image.new("RGB", (48, 32), "red").save(file, format="PNG")
+        >>> decode(file.getvalue(), "red.png").shape
+        torch.Size([3, 32, 48])
+    """
+    with _reading(name):
+        if not data:
+            raise ImageError(f"{name}: the file is empty")
+        with _identified(io.BytesIO(data), name) as opened:
+            image = _from_pil(opened, name=name)
+    return _checked(image, name)
+
+
+def _checked(image: Tensor, name: str) -> Tensor:
     try:
         check(image[None], argument="image")
     except (TypeError, ValueError) as error:
-        name = f"{os.fsdecode(source)}: " if isinstance(source, str | os.PathLike) else ""
-        raise ImageError(f"{name}{error}") from error
+        raise ImageError(f"{name}: {error}" if name else str(error)) from error
     return image
 
 

@@ -12,6 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -78,6 +79,19 @@ def read_arrays(path: str | os.PathLike[str], *, most: int) -> dict[str, np.ndar
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # numpy lets through what zipfile, zlib and its own header parser raise
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+_NO_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"})
+"""Formats that Pillow knows by name only, or draws with other programs."""
+
+
+@cache
+def image_endings() -> set[str]:
+    """Return the endings of files that count as images, in lower case: those that Pillow reads."""
+    from PIL import Image
+
+    known = Image.registered_extensions()  # MPO, of phones, is opened as JPEG
+    return {end for end, form in known.items() if form in Image.OPEN.keys() - _NO_PICTURES or form == "MPO"}
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
