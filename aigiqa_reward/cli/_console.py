@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ _WIDE = 100_000
 """Width in characters of a table that goes into a file or a pipe, so that nothing is folded or cut."""
 
 _LISTED = 10  # unreadable images
+_PRINTED = 60  # seconds between lines of progress where stderr is no terminal
 
 
 class CommandError(Exception):
@@ -119,6 +121,23 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=_STDERR, transient=True, redirect_stdout=False, disable=hidden) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def progress_text() -> Iterator[Callable[[str], None]]:
+    """Show a line of text on stderr that changes in a terminal and, elsewhere, is printed once per minute."""
+    hidden, printed = not sys.stderr.isatty(), time.monotonic()
+    with Progress(TextColumn("{task.description}"), console=_STDERR, transient=True, disable=hidden) as bar:
+        task = bar.add_task("")
+
+        def show(text: str) -> None:
+            nonlocal printed
+            bar.update(task, description=text)
+            if hidden and time.monotonic() - printed > _PRINTED:
+                printed = time.monotonic()
+                say("note", text)
+
+        yield show
 
 
 # --------------------------------------------------------------------------------------------- results

@@ -17,6 +17,7 @@ from aigiqa_reward.cli._console import CommandError, Format, Row, emit, encoded,
 from aigiqa_reward.cli._io import Source, attach_prompts, check_output, find_images, write
 from aigiqa_reward.cli._options import DEVICE, DType, ImageOptions, RewardOptions, option, options
 from aigiqa_reward.cli._pipelines import library, load_rewards, meanings
+from aigiqa_reward.cli.commands.bulk import BulkOptions, score_in_bulk
 from aigiqa_reward.utils.io import MAX_BYTES, fit_name, parse_json, read_regular, write_atomically
 from aigiqa_reward.utils.run_folder import digest, read_jsonl, reward_identity
 
@@ -64,8 +65,14 @@ class CopyOptions:
     copy_to: Path | None = option(None, "Folder for copies of the listed images as 001_NAME, ... and ranking.jsonl.")
 
 
-def score(images: ImageOptions, reward: RewardOptions, compute: ComputeOptions, output: OutputOptions) -> None:
-    """Score images, in the order given."""
+def score(
+    images: ImageOptions, reward: RewardOptions, compute: ComputeOptions, output: OutputOptions, bulk: BulkOptions
+) -> None:
+    """Score images, in the order given; with --engine ray a data set of any size, into Parquet files."""
+    if bulk.engine == "ray":
+        score_in_bulk(images, reward, compute, output, bulk)
+        return
+    bulk.refuse()
     check_output(output.file)
     paths = find_images(images.images, recursive=images.recursive, sidecars=images.prompts_from is not None)
     result = score_images(paths, images, reward, compute, output)
