@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +37,7 @@ from aigiqa_reward.cli._pipelines import (
     report_unknown,
     sampling_arguments,
 )
+from aigiqa_reward.cli.commands.bulk import EngineOptions, sample_in_bulk
 from aigiqa_reward.cli.commands.score import scored
 
 if TYPE_CHECKING:
@@ -94,21 +96,55 @@ def best_of_n(
     search: SearchOptions,
     sampling: SamplingOptions,
     reward: RewardOptions,
+    engine: EngineOptions,
 ) -> None:
     """Sample N images of each prompt and keep those with the highest reward; run again, it resumes."""
     texts = gather_prompts(prompt.prompt, prompt.prompts, prompt.prompt_column)
     _check(pipeline.model, search)
     call = sampling_arguments(sampling, pipeline.model, _TAKEN, negative_prompt=search.negative_prompt)
-    place = process_device(pipeline.device)
+    settings = {
+        "model": pipeline.model,
+        "lora": lora_identity(loras.lora),
+        "reward_options": [str(value) for value in dataclasses.astuple(reward)],
+    }
+    call |= {"seed": search.seed, "overwrite": search.overwrite, "settings": settings}
     if pipeline.model == EMBEDDED and first_process():
         report_unknown(texts)
+    if engine.engine == "ray":
+        share = partial(_share, pipeline, loras, search, reward, texts, call)
+        _conclude(lambda: sample_in_bulk(share, pipeline.device, engine, search.output_dir, texts), search, texts, None)
+    else:
+        best = _searching(pipeline, loras, search, reward)
+        _conclude(lambda: _sample(best, texts, search.output_dir, call), search, texts, best.reward)
+
+
+def _share(
+    pipeline: PipelineOptions,
+    loras: LoraOptions,
+    search: SearchOptions,
+    reward: RewardOptions,
+    prompts: list[str],
+    call: dict[str, Any],
+    processes: Any,
+) -> None:
+    """Sample the share of one worker of a cluster."""
+    from aigiqa_reward.sampling.batch_run import BestOfEachError, best_of_each
+
+    best = _searching(pipeline, loras, search, reward)
+    with suppress(BestOfEachError):  # which the command reads in the folder
+        best_of_each(best, prompts, search.output_dir, accelerator=processes, progress=False, **call)
+
+
+def _searching(pipeline: PipelineOptions, loras: LoraOptions, search: SearchOptions, reward: RewardOptions) -> BestOfN:
+    """Load what samples and judges."""
+    place = process_device(pipeline.device)
     judge = mixed_reward(reward, place)
     pipe = load_pipeline(pipeline.model, place, pipeline.dtype, offload=loras.offload)
     add_loras(pipe, loras.lora)
     from aigiqa_reward import BestOfN
 
     with library():
-        best = BestOfN(
+        return BestOfN(
             pipe,
             judge,
             search.n,
@@ -120,13 +156,6 @@ def best_of_n(
             diverse=search.diverse,
             keep="all" if search.keep_all else "thumbnails",
         )
-    settings = {
-        "model": pipeline.model,
-        "lora": lora_identity(loras.lora),
-        "reward_options": [str(value) for value in dataclasses.astuple(reward)],
-    }
-    call |= {"seed": search.seed, "overwrite": search.overwrite, "settings": settings}
-    _run(best, texts, search.output_dir, call)
 
 
 def _check(model: str, search: SearchOptions) -> None:
@@ -148,22 +177,30 @@ def _check(model: str, search: SearchOptions) -> None:
 # --------------------------------------------------------------------------------------------- during and after
 
 
-def _run(search: BestOfN, prompts: list[str], folder: Path, arguments: dict[str, Any]) -> None:
+def _sample(search: BestOfN, prompts: list[str], folder: Path, arguments: dict[str, Any]) -> None:
+    """Fill the folder."""
+    from aigiqa_reward.sampling.batch_run import best_of_each
+
+    every = search.n * len(prompts)
+    with progress("best of n", every) as show, library(out="output_dir"):
+        # What an earlier run finished is done.
+        best_of_each(search, prompts, folder, progress=lambda done, total: show(every - total + done), **arguments)
+
+
+def _conclude(sample: Callable[[], None], search: SearchOptions, prompts: list[str], reward: Any) -> None:
     """Fill the folder; draw what is in it, also after failures and interruptions."""
-    from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder, best_of_each
+    from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder
 
     ended: BaseException | None = None
-    every = search.n * len(prompts)
+    folder = search.output_dir
     try:
-        with progress("best of n", every) as show, library(out="output_dir"):
-            # What an earlier run finished is done.
-            best_of_each(search, prompts, folder, progress=lambda done, total: show(every - total + done), **arguments)
+        sample()
     except (BestOfEachError, KeyboardInterrupt) as error:
         ended = error
     results = ResultsFolder(folder, prompts)
     if first_process():
         with suppress(KeyboardInterrupt), library():
-            _draw(search, results)
+            _draw(search, reward, results)
     if isinstance(ended, KeyboardInterrupt):
         done = sum(results.finished(index) for index in range(len(prompts)))
         text = f"interrupted: {done} of {len(prompts)} prompts are finished; the same command resumes"
@@ -176,7 +213,7 @@ def _run(search: BestOfN, prompts: list[str], folder: Path, arguments: dict[str,
         raise typer.Exit(1) from ended
 
 
-def _draw(search: BestOfN, results: ResultsFolder) -> None:
+def _draw(search: SearchOptions, reward: Any, results: ResultsFolder) -> None:
     """The contact sheets, the page, and the winners on stdout."""
     from aigiqa_reward.report import write_page
 
@@ -184,13 +221,9 @@ def _draw(search: BestOfN, results: ResultsFolder) -> None:
         return
     rows: list[Row] = []
     remarks: list[str] = []
-    meaning = meanings([search.reward])
-    notes = [
-        f"{len(results)} prompts, {search.n} candidates each" if len(results) > 1 else f"{search.n} candidates",
-        *meaning,
-    ]
-    shown = _drawn_sheets(results, search.n, rows, remarks)
-    maps = _maps(search.reward, results, search.reward_prompt)
+    meaning, n = [] if reward is None else meanings([reward]), search.n
+    notes = [f"{len(results)} prompts, {n} candidates each" if len(results) > 1 else f"{n} candidates", *meaning]
+    shown, maps = _drawn_sheets(results, n, rows, remarks), _maps(reward, results, search.reward_prompt)
     write_page(shown, results.path / PAGE, notes=notes, maps=maps, remarks=remarks)
     if rows:
         emit(render(rows[:_ROWS], "table", terminal=sys.stdout.isatty()), saved=True)
@@ -231,11 +264,11 @@ def _drawn_sheets(
 
 
 def _maps(reward: Any, results: ResultsFolder, reward_prompt: str | None) -> Iterator[list[dict[str, Any]]]:
-    """What the reward says of each winner beside its scores, if it does: distortion maps, and the prompt's words."""
+    """What the reward, None if it is elsewhere, says of each winner: distortion maps, and how the prompt's words fit."""
     from aigiqa_reward import Scorer
 
     names: Any = getattr(getattr(getattr(reward, "model", None), "config", None), "distortions", ())
-    for result in results:
+    for result in results if reward is not None else ():
         if result.output is None:
             continue
         images, prompt = result.output.images, reward_prompt or result.prompt
@@ -280,6 +313,7 @@ def pairs(
     reward: OneRewardOptions,
     options: PairOptions,
     sampling: SamplingOptions,
+    engine: EngineOptions,
 ) -> None:
     """Sample N images of each prompt and pair the best with the worst by reward, for DPO; run again, it resumes."""
     check_model(pipeline.model)
@@ -291,26 +325,37 @@ def pairs(
     folder = given.pop("output_dir")
     call = sampling_arguments(sampling, pipeline.model, _TAKEN | given.keys())
     texts = gather_prompts(prompt.prompt, prompt.prompts, prompt.prompt_column)
-    place = process_device(pipeline.device)
-    judge = mixed_reward(reward, place)
-    pipe = load_pipeline(pipeline.model, place, pipeline.dtype)
-    found = _build(pipe, judge, texts, folder, {**given, "settings": {"model": pipeline.model}, **call})
+    share = partial(_pair, pipeline, reward, texts, folder, {**given, "settings": {"model": pipeline.model}, **call})
+    count = share() if engine.engine == "local" else sample_in_bulk(share, pipeline.device, engine, folder, texts)
     if first_process():
-        say("note", f"{len(found)} pairs of {len(texts)} prompts")
+        say("note", f"{count} pairs of {len(texts)} prompts")
         emit(f"{folder}\n", saved=True)
 
 
-def _build(pipe: Any, judge: Any, prompts: Sequence[str], folder: Path, arguments: dict[str, Any]) -> Any:
+def _pair(
+    pipeline: PipelineOptions,
+    reward: OneRewardOptions,
+    prompts: Sequence[str],
+    folder: Path,
+    arguments: dict[str, Any],
+    processes: Any = None,
+) -> int:
+    """Make the pairs, in a worker of a cluster its share; return how many there are."""
     from aigiqa_reward.finetuning import build_preference_pairs
     from aigiqa_reward.sampling.batch_run import BestOfEachError
 
+    place = process_device(pipeline.device)
+    judge = mixed_reward(reward, place)
+    pipe = load_pipeline(pipeline.model, place, pipeline.dtype)
+    arguments = {**arguments, "accelerator": processes}
     kinds = 2 if arguments["reward_guidance"] else max(1, len(arguments["guidance_scales"]))
     every = arguments["n"] * len(prompts) * kinds
     try:
         with progress("pairs", every) as show, library(out="output_dir", folder="output_dir", pipe="model"):
-            return build_preference_pairs(
+            found = build_preference_pairs(
                 pipe, judge, prompts, folder, progress=lambda done, total: show(every - total + done), **arguments
             )
+            return len(found)
     except BestOfEachError as error:
         raise CommandError(str(error), status=1) from error
     except KeyboardInterrupt as error:

@@ -1,0 +1,144 @@
+"""Scoring and sampling on a real Ray cluster of two workers: the same results as without, resumed, one schema."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from commands import lines, only_error, run
+from PIL import Image
+from pyarrow import dataset, parquet
+
+from aigiqa_reward import Scorer, create_reward
+from aigiqa_reward.bulk.scoring import Results, table_schema
+
+PROMPT = "a red square"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    ray = pytest.importorskip("ray", reason="needs the extra ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+def pictures(count: int) -> dict[str, bytes]:
+    """PNG files of three sizes, the last of them damaged."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for i in range(count):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (32, (32, 40, 48)[i % 3], 3), dtype=np.uint8)).save(file, format="PNG")
+        files[f"{i:03d}.png"] = file.getvalue()
+    return files | {"broken.png": b"\x89PNG\r\n\x1a\n"}
+
+
+def three_forms(files: dict[str, bytes], folder: Path) -> list[str]:
+    """The files as a folder, a table and a tar."""
+    (folder / "images").mkdir(parents=True)
+    for name, data in files.items():
+        (folder / "images" / name).write_bytes(data)
+    table = pa.table({"image": list(files.values()), "path": list(files)})
+    parquet.write_table(table, folder / "a.parquet", row_group_size=4)
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name in files:
+            tar.add(folder / "images" / name, name)
+    return [str(folder / name) for name in ("images", "a.parquet", "a.tar")]
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    return dataset.dataset(sorted(folder.glob("*.parquet"))).to_table().to_pylist()
+
+
+def test_three_forms_get_the_scores_of_scorer_and_the_same_command_resumes(cluster: Any, tmp_path: Path) -> None:
+    files, out = pictures(10), tmp_path / "out"
+    given = three_forms(files, tmp_path)
+    command = ["score", *given, "--engine", "ray", "--output-dir", out, "--details", "trust", "--batch-size", 4]
+    first = run(*command, "--prompt", PROMPT)
+    assert first.exit_code == 1, first.output  # one image per form is broken
+    schemas = {parquet.read_schema(file).remove_metadata() for file in out.glob("*.parquet")}
+    assert [schema.names for schema in schemas] == [
+        ["path", "prompt", "total", "quality", "correspondence", "trust", "error"]
+    ]
+    rows = rows_in(out)
+    name = {row["path"]: Path(row["path"].rpartition("::")[2]).name for row in rows}
+    assert sorted(name.values()) == sorted(3 * list(files))
+    oracle = Scorer(create_reward("compact")).score(
+        [str(tmp_path / "images" / file) for file in files], PROMPT, on_error="nan"
+    )
+    expected = dict(zip(files, zip(oracle.total.tolist(), oracle.correspondence.tolist(), strict=True), strict=True))
+    for row in rows:
+        assert row["prompt"] == PROMPT
+        if name[row["path"]] == "broken.png":
+            assert row["total"] is None and "broken.png" in row["error"]
+        else:
+            assert (row["total"], row["correspondence"]) == pytest.approx(expected[name[row["path"]]], abs=1e-5)
+    assert (out / "histograms.png").is_file() and (out / "best-and-worst.png").is_file()
+
+    parts = sorted(out.glob("part-*.parquet"))
+    kept = {part: part.stat().st_mtime_ns for part in parts[1:]}
+    parts[0].unlink()  # as an interruption leaves it
+    assert run(*command, "--prompt", PROMPT).exit_code == 1
+    assert rows_in(out) == rows
+    assert {part: part.stat().st_mtime_ns for part in kept} == kept
+    other = run(*command, "--prompt", "a blue circle")
+    assert "--output-dir" in only_error(other) and "prompt: 'a red square' there" in other.stderr
+
+
+def test_best_of_n_gives_the_results_of_one_process(cluster: Any, tmp_path: Path) -> None:
+    command = ["best-of-n", "--model", "embedded", "--n", 2, "--num-inference-steps", 1, "--device", "cpu"]
+    command += ["--prompt", "a crown", "--prompt", "a penguin", "--prompt", "a fox"]
+    for engine in ("local", "ray"):
+        result = run(*command, "--engine", engine, "--output-dir", tmp_path / engine)
+        assert result.exit_code == 0, result.output
+    here, there = (lines((tmp_path / engine / "results.jsonl").read_text()) for engine in ("local", "ray"))
+    assert [row["image"] for row in there] == [row["image"] for row in here]
+    assert [row["total"] for row in there] == pytest.approx([row["total"] for row in here], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--output-dir: expected a folder"),
+        (["--output-dir", "out", "--format", "csv"], "leave out --output and --format"),
+        (["--output-dir", "out", "--prompts", "prompts.csv"], "--prompts: expected prompts beside the images"),
+        (["--output-dir", "out", "--prompt", "a", "--prompt", "b"], "--prompt: expected one prompt for all images"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
+    assert message in only_error(run("score", "images", "--engine", "ray", *options, cwd=tmp_path))
+
+
+def test_options_of_ray_need_the_engine(tmp_path: Path) -> None:
+    assert "--output-dir: needs --engine ray" in only_error(run("score", "a.png", "--output-dir", tmp_path))
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run("score", tmp_path, "--engine", "ray", "--output-dir", tmp_path / "out")
+    assert 'pip install ".[ray]"' in only_error(result)
+
+
+def test_a_line_that_was_cut_off_is_scored_again(tmp_path: Path) -> None:
+    schema = table_schema(["compact"], {})
+    rows = {row: {"path": f"{row}.png", "prompt": None, "total": row / 7, "error": None} for row in range(3)}
+    Results(tmp_path, schema).add(5, {row: rows[row] for row in (2, 0)})
+    file = tmp_path / "unfinished" / "000005.jsonl"
+    file.write_bytes(file.read_bytes() + json.dumps([1, rows[1]]).encode()[:-5])
+
+    results = Results(tmp_path, schema)
+    results.resume()
+    results.end(5, 3)
+    assert results.missing(5) == [1]
+    results.add(5, {1: rows[1]})
+    assert [row["path"] for row in rows_in(tmp_path)] == ["0.png", "1.png", "2.png"]
+    assert not file.exists()
