@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,9 +53,9 @@ def joined_cluster() -> Iterator[Any]:
         raise ImportError(f"engine: 'ray' needs the package ray[data]; {how_to_install('ray')}") from error
     ours, address = not ray.is_initialized(), os.environ.get("RAY_ADDRESS")
     if ours:
-        started = {} if address else {"include_dashboard": False}
+        started: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR", **started)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **started)
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(f"engine: cannot join the Ray cluster at RAY_ADDRESS={address}: {error}") from error
     try:

@@ -73,7 +73,7 @@ class RowGroup:
         """Yield the images in order."""
         parquet = extra_data("pyarrow.parquet", f"reading {self.url}")
         names = [name for name in dict.fromkeys((self.image, self.path, self.prompt)) if name]
-        with fsspec.open(self.url, "rb") as opened:
+        with _open(self.url) as opened:
             batches = parquet.ParquetFile(opened).iter_batches(64, row_groups=[self.group], columns=names)
             rows = (cells for batch in batches for cells in batch.to_pylist())
             for row, cells in enumerate(rows, self.first):
@@ -103,7 +103,7 @@ class Tar:
         """Yield the images in order; what follows damaged bytes is lost, with an error."""
         key, images, prompt = "", list[Item](), None
         try:
-            with fsspec.open(self.url, "rb") as opened, tarfile.open(fileobj=opened, mode="r|*") as tar:
+            with _open(self.url) as opened, tarfile.open(fileobj=opened, mode="r|*") as tar:
                 for member in tar:
                     name = posixpath.basename(member.name)
                     if not member.isfile() or name.startswith("."):
@@ -203,7 +203,7 @@ def _listed(given: str, recursive: bool) -> list[tuple[str, dict[str, Any]]]:
 
 def _jsonl(url: str, image_column: str | None, prompt_column: str | None) -> list[tuple[str, str | None]]:
     entries = []
-    with _reading(url), fsspec.open(url, "rb") as opened:
+    with _reading(url), _open(url) as opened:
         for number, line in enumerate(opened, 1):
             if not line.strip():
                 continue
@@ -219,7 +219,7 @@ def _jsonl(url: str, image_column: str | None, prompt_column: str | None) -> lis
 
 def _row_groups(url: str, image_column: str | None, prompt_column: str | None) -> list[RowGroup]:
     parquet = extra_data("pyarrow.parquet", f"reading {url}")
-    with _reading(url), fsspec.open(url, "rb") as opened:
+    with _reading(url), _open(url) as opened:
         file = parquet.ParquetFile(opened)
         names, metadata = file.schema_arrow.names, file.metadata
         image = _column(url, names, image_column, (*_IMAGE_COLUMNS, *_PATH_COLUMNS))
@@ -264,9 +264,13 @@ def _beside(table: str, path: str) -> str:
     return path if "://" in path or Path(path).is_absolute() else posixpath.join(posixpath.dirname(table), path)
 
 
+def _open(url: str) -> Any:
+    return fsspec.open(url, "rb")
+
+
 def _read_file(path: str, prompt: str | None) -> Item:
     try:
-        with fsspec.open(path, "rb") as opened:
+        with _open(path) as opened:
             return Item(path, prompt, opened.read())
     except FileNotFoundError:
         return Item(path, prompt, error=f"{path}: no such file")
