@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -328,18 +329,19 @@ class BulkScoring:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         decoding = self.workers.decoding - 0.001  # another share than reading's, so that Ray keeps two stages
         rows = data.from_items(list(tasks), override_num_blocks=len(tasks))
-        rows = rows.flat_map(_read, fn_kwargs={"prompt": self.prompt}, num_cpus=TASK, max_retries=_RETRIES)
+        rows = rows.flat_map(
+            _read, fn_kwargs={"prompt": self.prompt}, num_cpus=TASK, **_limits(rows.flat_map, max_retries=_RETRIES)
+        )
         if one_by_one:
             rows = rows.repartition(target_num_rows_per_block=1)
-        rows = rows.map(_decode, num_cpus=decoding, max_retries=_RETRIES)
+        rows = rows.map(_decode, num_cpus=decoding, **_limits(rows.map, max_retries=_RETRIES))
         scored = rows.map_batches(
             _Scoring,
             fn_constructor_args=(self.build, self.batch_size, tuple(self.details), self.workers),
             batch_size=1 if one_by_one else _WINDOW * self.batch_size,
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(size=self.workers.count),
-            max_restarts=_RETRIES,
-            max_task_retries=_RETRIES,
+            **_limits(rows.map_batches, max_restarts=_RETRIES, max_task_retries=_RETRIES),
             **self.workers.resources,
         )
         for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -368,6 +370,12 @@ class BulkScoring:
                 text = f"{item.path}: the process that decoded or scored it was killed each time"
                 failed[row] = _failed({"path": item.path, "prompt": self.prompt or item.prompt}, text)
         self.results.add(index, failed)
+
+
+def _limits(method: Callable[..., Any], **limits: int) -> dict[str, Any]:
+    """Limits of retries, which Ray takes until 2.64; after that its own hold."""
+    more = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(method).parameters.values())
+    return limits if more else {}
 
 
 def _name(shard: Shard) -> str:

@@ -109,7 +109,7 @@ def kills(folder: Path, count: int, side: int, times: int, first: float) -> None
         run = subprocess.Popen(command(inputs, folder / "killed"))
         time.sleep(first + rng.uniform(0, first))
         family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-        actors = [p for p in family if "_MapWorker" in " ".join(p.cmdline())]
+        actors = [p for p in family if "MapWorker" in " ".join(p.cmdline())]
         if run.poll() is not None:
             break
         if actors and rng.random() < 0.5:
@@ -139,7 +139,7 @@ def memory(folder: Path, counts: list[int], side: int) -> None:
         while run.poll() is None:
             for process in psutil.Process(run.pid).children(recursive=True):
                 try:
-                    if "_MapWorker" in " ".join(process.cmdline()):
+                    if "MapWorker" in " ".join(process.cmdline()):
                         peak = max(peak, process.memory_full_info().uss)
                 except psutil.Error:
                     continue
