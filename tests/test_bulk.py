@@ -96,13 +96,10 @@ def test_three_forms_get_the_scores_of_scorer(scored: tuple[list[object], dict[s
     assert (out / "histograms.png").is_file() and (out / "best-and-worst.png").is_file()
 
 
-def test_another_prompt_is_refused(scored: tuple[list[object], dict[str, bytes], Path]) -> None:
-    other = run(*scored[0], "--prompt", "a blue circle")
-    assert "--output-dir" in only_error(other) and "prompt: 'a red square' there" in other.stderr
-
-
 @pytest.mark.slow
-def test_the_same_command_scores_what_is_missing(scored: tuple[list[object], dict[str, bytes], Path]) -> None:
+def test_the_same_command_scores_what_is_missing_and_another_is_refused(
+    scored: tuple[list[object], dict[str, bytes], Path],
+) -> None:
     command, _, out = scored
     rows, parts = rows_in(out), sorted(out.glob("part-*.parquet"))
     kept = {part: part.stat().st_mtime_ns for part in parts[1:]}
@@ -113,6 +110,8 @@ def test_the_same_command_scores_what_is_missing(scored: tuple[list[object], dic
     scores = [[row["total"] for row in some if row["total"] is not None] for some in (again, rows)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)  # batches differ
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
+    other = run(*command, "--prompt", "a blue circle")
+    assert "--output-dir" in only_error(other) and "prompt: 'a red square' there" in other.stderr
 
 
 @pytest.mark.slow

@@ -58,10 +58,10 @@ def written(files: dict[str, bytes], folder: Path) -> dict[str, list[str]]:
     table = pa.table({"image": list(files.values()), "file_name": list(files)})
     parquet.write_table(table, folder / "all.parquet", row_group_size=300)
     names, tars = list(files), []
-    for number, start in enumerate(range(0, len(names), 500)):
+    for number in range(8):
         tars.append(str(folder / f"{number}.tar"))
         with tarfile.open(tars[-1], "w") as tar:
-            for name in names[start : start + 500]:
+            for name in names[number::8]:
                 tar.add(folder / "images" / name, name)
     return {"folder": [str(folder / "images")], "parquet": [str(folder / "all.parquet")], "tar": tars}
 
