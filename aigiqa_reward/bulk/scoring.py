@@ -36,7 +36,7 @@ Build = Callable[[], "Mapping[str, Reward]"]
 
 PARTS, UNFINISHED = "part-*.parquet", "unfinished"
 
-_BLOCK = 32 * 2**20  # bytes of images that pass from task to task at a time
+_BLOCK = 4 * 2**20  # bytes of images that pass from task to task at a time, and are committed together
 _WINDOW = 4  # batches that are sorted by size, so that images of one size are scored together
 _RETRIES = 2  # of a task or actor that was killed
 _SAMPLE = 64  # images that a dry run scores
