@@ -26,7 +26,8 @@ PROMPT = "a red square"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="needs the extra ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(num_cpus=2, _system_config={"worker_niceness": 0}, **quiet)  # else slow beside other work
     yield ray
     ray.shutdown()
 
