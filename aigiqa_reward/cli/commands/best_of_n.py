@@ -264,7 +264,7 @@ def _drawn_sheets(
 
 
 def _maps(reward: Any, results: ResultsFolder, reward_prompt: str | None) -> Iterator[list[dict[str, Any]]]:
-    """What the reward, None if it is elsewhere, says of each winner: distortion maps, and how the prompt's words fit."""
+    """What the reward, if it is here, says of each winner: distortion maps, and how the words of the prompt fit."""
     from aigiqa_reward import Scorer
 
     names: Any = getattr(getattr(getattr(reward, "model", None), "config", None), "distortions", ())
