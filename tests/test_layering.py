@@ -24,7 +24,8 @@ LAYERS = (
     ("sampling",),
     ("report",),
     ("finetuning",),
-    ("bulk", "web", "cli"),
+    ("bulk", "web"),
+    ("cli",),
 )
 """The folders of the package from the bottom up: each may import from the rows above it in this list, and itself."""
 

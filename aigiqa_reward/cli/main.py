@@ -15,7 +15,7 @@ import typer
 from aigiqa_reward import __version__
 from aigiqa_reward.cli._console import CommandError, first_process, prepare_process, say
 from aigiqa_reward.cli._options import Command, Group, command, lazy
-from aigiqa_reward.cli.commands import best_of_n, demo, evaluate, finetune, rewards, score, train
+from aigiqa_reward.cli.commands import best_of_n, demo, evaluate, finetune, rewards, score, train, web
 
 _STATUS = "Exit status: 0 success, 1 some inputs could not be read or scored, 2 wrong usage, 130 interrupted."
 _UsageError: Any = typer.BadParameter.__base__  # parent of every error in a command line's grammar
@@ -84,6 +84,7 @@ for _run in (
     demo.demo,
     rewards.rewards,
     rewards.scenarios,
+    web.web,
 ):
     app.command(cls=Command)(command(_run))
 for _name, _run in {"train": train, "evaluate": evaluate}.items():

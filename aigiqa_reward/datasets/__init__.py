@@ -8,6 +8,7 @@ from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages
 from aigiqa_reward.datasets.genai_bench import read_genai_bench
 from aigiqa_reward.datasets.hpdv2 import read_hpdv2
 from aigiqa_reward.datasets.imagereward import read_imagereward
+from aigiqa_reward.datasets.pairs import read_preference_pairs
 from aigiqa_reward.datasets.pickapic import read_pickapic
 from aigiqa_reward.datasets.sources import SOURCES, Source, read_data
 from aigiqa_reward.datasets.splits import Split, group_folds, group_split, split_rows
@@ -30,6 +31,7 @@ __all__ = [
     "read_hpdv2",
     "read_imagereward",
     "read_pickapic",
+    "read_preference_pairs",
     "read_table",
     "split_rows",
 ]

@@ -16,6 +16,7 @@ from aigiqa_reward.datasets.base import PreferencePairs, ScoredImages
 from aigiqa_reward.datasets.genai_bench import read_genai_bench
 from aigiqa_reward.datasets.hpdv2 import read_hpdv2
 from aigiqa_reward.datasets.imagereward import read_imagereward
+from aigiqa_reward.datasets.pairs import read_preference_pairs
 from aigiqa_reward.datasets.pickapic import read_pickapic
 from aigiqa_reward.datasets.table import read_table
 
@@ -47,18 +48,20 @@ SOURCES: dict[str, Source] = {
     "hpdv2": Source(read_hpdv2, "the JSON file, or the folder that holds test.json"),
     "pickapic": Source(read_pickapic, "a parquet file, or a folder of those of one part"),
     "genai_bench": Source(read_genai_bench, "the folder that holds genai_image.json and the models' folders"),
+    "pairs": Source(read_preference_pairs, "a folder with pairs.parquet, or such a file: prompt, winner, loser"),
     "csv": Source(
         read_table,
         "a table, such as a .csv, with the columns path, prompt and quality or correspondence",
     ),
 }
-"""Readers by the name of the benchmark. `csv` is for one's own scores, in any form of table."""
+"""Readers by the name of the benchmark. `csv` is for one's own scores, in any form of table,
+and `pairs` for one's own choices."""
 
 
 def read_data(source: str, prompts_from: PromptSource | None = None) -> ScoredImages | PreferencePairs:
     """Read a benchmark given as NAME:PATH with a name of `SOURCES`, such as `agiqa3k:~/data/agiqa3k`.
 
-    Returns images with scores, or pairs of images (imagereward, hpdv2, pickapic, genai_bench). Of a csv without a
+    Returns images with scores, or pairs of images (imagereward, hpdv2, pickapic, genai_bench, pairs). Of a csv without a
     column of prompts, `prompts_from` says where each image's own is read (see `read_table`).
 
     Example:

@@ -32,6 +32,7 @@ Example:
     ('SC-AGIQA', 0.907)
 """
 
+from aigiqa_reward.evaluation.agreement import krippendorff_alpha
 from aigiqa_reward.evaluation.bootstrap import Interval, bootstrap_interval, bootstrap_intervals
 from aigiqa_reward.evaluation.controls import (
     centered,
@@ -72,6 +73,7 @@ __all__ = [
     "correlations",
     "fit_logistic4",
     "group_mean_predictor",
+    "krippendorff_alpha",
     "pair_accuracy",
     "prompt_auc",
     "published_markdown",

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from aigiqa_reward import images as pixels
-from aigiqa_reward.datasets import PreferencePairs, read_pickapic
+from aigiqa_reward.datasets import PreferencePairs, read_preference_pairs
 from aigiqa_reward.datasets.base import extra_data
+from aigiqa_reward.datasets.pairs import PAIRS_COLUMNS, PAIRS_FILE, named_pairs
 from aigiqa_reward.finetuning.batch import seed_of
 from aigiqa_reward.finetuning.checkpoints import checkpoints_in
 from aigiqa_reward.finetuning.config import FinetuneConfig
@@ -38,15 +39,12 @@ if TYPE_CHECKING:
 
     from aigiqa_reward.finetuning.context import TrainingContext
 
-FILE = "pairs.parquet"
-COLUMNS = ("prompt", "winner", "loser", "winner_reward", "loser_reward", "prompt_index")
-"""Table in a folder of pairs, and its columns: files are relative to the folder, and the first three are needed."""
+COLUMNS = (*PAIRS_COLUMNS, "winner_reward", "loser_reward", "prompt_index")
+"""Columns of the table that `build_preference_pairs` writes."""
 
 CACHE_BYTES = 2 * 2**30
 """Bytes of latents to keep: 16,000 pairs of Stable Diffusion at 512 px, 4,000 at 1024 px."""
 
-_NEEDED = COLUMNS[:3]
-_PICKAPIC = ("caption", "jpg_0", "jpg_1")
 _CALLBACK = "callback_on_step_end"
 
 _Pair = tuple[dict[str, Any], dict[str, Any]]
@@ -129,7 +127,7 @@ def build_preference_pairs(
         settings: What else decides the images (a LoRA, say), as JSON.
         **pipe_kwargs: Arguments of the pipeline (steps, guidance, size, ...).
     """
-    extra_data("pyarrow.parquet", f"writing {FILE}")
+    extra_data("pyarrow.parquet", f"writing {PAIRS_FILE}")
     folder, prompts = Path(folder), checked_prompts(prompts)
     margin = number("margin", margin, "of at least 0, a difference of rewards", lambda value: 0 <= value < math.inf)
     n = integer("n", n, least=2)
@@ -140,14 +138,14 @@ def build_preference_pairs(
     results, failed = _sampled(kinds, prompts, folder, progress, pipe_kwargs)
     pairs = [_pairs(results, index)[:pairs_per_prompt] for index in range(len(prompts))]
     rows = [_row(prompts[i], i, pair, folder) for i, found in enumerate(pairs) for pair in found if _gap(pair) > margin]
-    pandas, data = extra_data("pandas", f"writing {FILE}"), io.BytesIO()
+    pandas, data = extra_data("pandas", f"writing {PAIRS_FILE}"), io.BytesIO()
     pandas.DataFrame(rows, columns=list(COLUMNS)).to_parquet(data, index=False)
-    write_atomically(folder / FILE, data.getvalue())  # by every process: the same bytes
+    write_atomically(folder / PAIRS_FILE, data.getvalue())  # by every process: the same bytes
     if failed is not None:
         raise failed
     if not rows:
         raise _nothing_paired(pairs, margin)
-    return _as_pairs(rows, folder)
+    return named_pairs(rows, folder)
 
 
 def _nothing_paired(pairs: Sequence[Sequence[_Pair]], margin: float) -> ValueError:
@@ -227,50 +225,6 @@ def _row(prompt: str, index: int, pair: _Pair, folder: Path) -> dict[str, Any]:
     return dict(zip(COLUMNS, (prompt, winner, loser, pair[0]["total"], pair[1]["total"], index), strict=True))
 
 
-def _as_pairs(rows: Sequence[Mapping[str, Any]], folder: Path) -> PreferencePairs:
-    better, worse = (tuple(folder / row[name] for row in rows) for name in ("winner", "loser"))
-    return PreferencePairs(prompts=tuple(row["prompt"] for row in rows), better=better, worse=worse)
-
-
-def read_preference_pairs(path: str | os.PathLike[str]) -> PreferencePairs:
-    """Read the pairs of `build_preference_pairs`, or those of Pick-a-Pic in its published layout.
-
-    Args:
-        path: Folder with `pairs.parquet` or with other Parquet files of Pick-a-Pic, or one Parquet file of either.
-    """
-    source = Path(path)
-    file = source / FILE if source.is_dir() else source
-    if source.is_dir() and not file.is_file() and any(source.glob("*.parquet")):
-        return read_pickapic(source)
-    if not file.is_file():
-        raise ValueError(f"pairs: no file {file}; expected a folder or a Parquet file of build_preference_pairs")
-    parquet = extra_data("pyarrow.parquet", f"reading {file.name}")
-    try:
-        names = parquet.read_schema(file).names
-        rows = parquet.read_table(file, columns=[name for name in _NEEDED if name in names]).to_pylist()
-    except Exception as error:  # pyarrow raises errors of many kinds for damaged files
-        raise ValueError(f"pairs: cannot read {file} as Parquet ({error}); make it again") from error
-    if missing := [name for name in _NEEDED if name not in names]:
-        if all(name in names for name in _PICKAPIC):
-            return read_pickapic(file)
-        raise ValueError(
-            f"pairs: {file} has no column {', '.join(missing)}; expected {', '.join(_NEEDED)}, or Pick-a-Pic's "
-            f"{', '.join(_PICKAPIC)}; got {', '.join(names)}"
-        )
-    if not rows:
-        raise ValueError(f"pairs: {file} has no pair: lower the margin that it was made with, or raise n")
-    for place, row in enumerate(rows):
-        if wrong := [name for name in _NEEDED if not (isinstance(row[name], str) and row[name].strip())]:
-            raise ValueError(f"pairs: {file}, row {place} (the first is 0): expected a text in {', '.join(wrong)}")
-    pairs = _as_pairs(rows, file.parent)
-    if absent := [image for image in (*pairs.better, *pairs.worse) if not image.is_file()]:
-        raise ValueError(
-            f"pairs: {len(absent)} of the {2 * len(pairs)} images named in {file} are missing (first: {absent[0]}); "
-            "put them back, or make the pairs again"
-        )
-    return pairs
-
-
 def fingerprint(pairs: PreferencePairs) -> str:
     """Return a text that identifies pairs by prompts and file names, wherever their folder is."""
     above = Path(os.path.commonpath([image.parent for image in (*pairs.better, *pairs.worse)]))
@@ -344,10 +298,12 @@ def own_pairs(
             pairs = read_preference_pairs(made)
         except ValueError:
             raise error from None  # there is no pair
-        warnings.warn(f"{error}. Training uses the {len(pairs)} pairs of the others, in {made / FILE}", stacklevel=2)
+        warnings.warn(
+            f"{error}. Training uses the {len(pairs)} pairs of the others, in {made / PAIRS_FILE}", stacklevel=2
+        )
         return pairs
     wanted = len(prompts) * arguments["pairs_per_prompt"]
     if len(pairs) < wanted and accelerator.is_main_process:
         text = f"pairs: {len(pairs)} of {wanted} have rewards that differ by more than margin={arguments['margin']:g}"
-        warnings.warn(f"{text}; training uses these, in {made / FILE}", stacklevel=2)
+        warnings.warn(f"{text}; training uses these, in {made / PAIRS_FILE}", stacklevel=2)
     return pairs

@@ -24,7 +24,7 @@ from aigiqa_reward.report.page import write_page
 from aigiqa_reward.report.sheet import contact_sheet
 
 if TYPE_CHECKING:
-    from aigiqa_reward.report.plots import protocol_plot, scatter_plot
+    from aigiqa_reward.report.plots import line_plot, protocol_plot, scatter_plot
 
 __all__ = [
     "WINNER",
@@ -32,6 +32,7 @@ __all__ = [
     "contact_sheet",
     "draw_heat_maps",
     "heat_maps",
+    "line_plot",
     "protocol_plot",
     "scatter_plot",
     "write_page",
@@ -39,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("protocol_plot", "scatter_plot"):
+    if name in ("line_plot", "protocol_plot", "scatter_plot"):
         from aigiqa_reward.report import plots
 
         return getattr(plots, name)

@@ -127,6 +127,22 @@ def protocol_plot(report: ProtocolReport, path: str | os.PathLike[str]) -> Path:
     return save_plot(figure, path)
 
 
+def line_plot(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> Figure:
+    """Return a figure of one line through points.
+
+    Example:
+        >>> from aigiqa_reward.report import line_plot
+        >>> len(line_plot([0, 1, 2], [0.1, 0.4, 0.5], "step", "reward").axes)
+        1
+    """
+    figure, [[axes]] = plot(3.0, [1.0])
+    axes.plot(x, y, color=COLORS[0], linewidth=1.8, marker="o", markersize=4)
+    axes.grid(color=GRID, linewidth=0.8)
+    _plain(axes.xaxis.label, printable(x_label), _TEXT, INK)
+    _plain(axes.yaxis.label, printable(y_label), _TEXT, INK)
+    return figure
+
+
 def _fitted(text: str, size: float, width: int, *, most: int = 1, bold: bool = False) -> str:
     """Break a text into at most `most` lines of `width` px, for a font size in points."""
     return "\n".join(wrapped(printable(text), font(round(size * DPI / 72), bold=bold), width, most))

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from aigiqa_reward import Reward
     from aigiqa_reward.datasets import PreferencePairs
 
-PAIRS = {"imagereward": "ImageReward", "hpdv2": "HPDv2", "pickapic": "Pick-a-Pic", "genai_bench": "GenAI-Bench"}
+PAIRS = {
+    "imagereward": "ImageReward",
+    "hpdv2": "HPDv2",
+    "pickapic": "Pick-a-Pic",
+    "genai_bench": "GenAI-Bench",
+    "pairs": "pairs",
+}
 """Names of --pairs, and the benchmarks' names in the table of rewards."""
 
 _ABOUT = (

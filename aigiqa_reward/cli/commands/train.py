@@ -43,8 +43,8 @@ class DataOptions:
     data: str = option(
         dataclasses.MISSING,
         "Human scores (agiqa3k, agiqa1k, aigciqa2023, aigiqa20k), preferences (imagereward, hpdv2, pickapic, "
-        "genai_bench), or csv with the columns path, prompt, quality or correspondence, and optionally generator and "
-        "group.",
+        "genai_bench, or pairs, your own choices with the columns prompt, winner and loser), or csv with the columns "
+        "path, prompt, quality or correspondence, and optionally generator and group.",
         metavar="NAME:PATH",
     )
     prompts_from: Literal["embedded", "sidecar", "auto"] | None = option(

@@ -1,0 +1,149 @@
+"""The tab Rank: images best first, bars per aspect, heat maps, and two rewards side by side."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, fields
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from aigiqa_reward.utils.io import csv_text
+from aigiqa_reward.web.page import MODEL, bar, number, reward_list, says_why, title
+from aigiqa_reward.web.studio import IMAGES, MOST_IMAGES, Score, Studio
+
+_ASPECTS = ("total", "quality", "correspondence")
+_SHOWN = 20  # disagreements
+
+
+def add_tab(studio: Studio) -> list[Any]:
+    """Add the tab, and return its lists of rewards."""
+    import gradio
+
+    with gradio.Tab("Rank"):
+        with gradio.Row():
+            with gradio.Column():
+                files = gradio.File(
+                    file_count="multiple", file_types=["image"], label="Images", height=120, elem_id="files"
+                )
+                folder = gradio.Dropdown(["none", *studio.folders], value="none", label="or folder", min_width=120)
+            with gradio.Column():
+                prompt = gradio.Textbox(label="Prompt (none: quality alone)", lines=2, elem_id="rank-prompt")
+                with gradio.Row():
+                    first = reward_list(studio)
+                    second = reward_list(studio, "Second reward", second=True)
+                run = gradio.Button("Rank", variant="primary", elem_id="rank")
+        status = gradio.HTML(elem_id="rank-status")
+        shown = gradio.State([])
+        with gradio.Row():
+            best = gradio.Gallery(label="Best first; click for a heat map", columns=4, elem_id="ranked", buttons=[])
+            other = gradio.Gallery(label="Second reward", columns=4, visible=False, buttons=[])
+            heat = gradio.Image(label="Where the score reacts to the pixels", visible=False, buttons=[], elem_id="heat")
+        table = gradio.HTML(elem_id="rank-table")
+        with gradio.Row():
+            downloads = [gradio.DownloadButton(f"Download {kind}", visible=False) for kind in ("CSV", "JSONL")]
+
+    @says_why
+    def ranking(files: Sequence[str] | None, folder: str, prompt: str, first: str, second: str) -> Iterator[Any]:
+        images = [(path, prompt.strip()) for path in files or ()]
+        images += [] if folder == "none" else studio.images(folder, prompt)
+        if not images:
+            raise ValueError(f"images: expected some, ending in {', '.join(IMAGES)}, got none; drop files, or a folder")
+        if len(images) > MOST_IMAGES:
+            raise ValueError(f"images: expected at most {MOST_IMAGES}, got {len(images)}; use aigiqa-reward rank")
+        found: dict[str, list[Score]] = {}
+        for name in dict.fromkeys(name for name in (first, second) if name != "none"):
+            for so_far in studio.score(name, images):
+                found[name] = list(so_far)
+                yield {status: bar(len(so_far), len(images), f"{name}: scored")}
+        ranked = {name: sorted(scores, key=_order) for name, scores in found.items()}
+        files_of = _written(ranked[first])
+        yield {
+            status: _failures(ranked[first]),
+            shown: [first, ranked[first]],
+            best: gradio.update(value=_gallery(ranked[first]), label=f"{first}: best first; click for a heat map"),
+            other: gradio.update(visible=len(ranked) > 1, value=_gallery(ranked.get(second, [])), label=second),
+            heat: gradio.update(visible=False),
+            table: _bars(ranked[first]) + (_disagreements(ranked) if len(ranked) > 1 else ""),
+            **{each: gradio.update(value=file, visible=True) for each, file in zip(downloads, files_of, strict=True)},
+        }
+
+    @says_why
+    def heating(shown: list[Any], event: gradio.SelectData) -> Iterator[Any]:
+        name, scores = shown
+        yield gradio.update(
+            value=_heat(studio, name, [s for s in scores if s.error is None][event.index]), visible=True
+        )
+
+    outputs = [status, shown, best, other, heat, table, *downloads]
+    run.click(ranking, [files, folder, prompt, first, second], outputs, show_progress_on=status, **MODEL)
+    best.select(heating, [shown], [heat], **MODEL)
+    return [first, second]
+
+
+def _order(score: Score) -> tuple[bool, float]:
+    return score.total is None, -(score.total or 0.0)
+
+
+def _gallery(scores: Sequence[Score]) -> list[tuple[str, str]]:
+    known = (score for score in scores if score.error is None)
+    return [(s.path, f"{place}. {Path(s.path).name}  {number(s.total)}") for place, s in enumerate(known, start=1)]
+
+
+def _failures(scores: Sequence[Score]) -> str:
+    failed = [score for score in scores if score.error is not None]
+    lines = "".join(f"<li>{escape(Path(s.path).name)}: {escape(s.error or '')}</li>" for s in failed[:_SHOWN])
+    return f"<p>{len(scores) - len(failed)} images scored</p>" + (f"<ul>{lines}</ul>" if failed else "")
+
+
+def _bars(scores: Sequence[Score]) -> str:
+    """Return a table of scores, each with a bar between the lowest and the highest, or 0 and 1."""
+    known = [score for score in scores if score.error is None]
+    values = [v for s in known for name in _ASPECTS if (v := getattr(s, name)) is not None]
+    low, high = min([0.0, *values]), max([1.0, *values])
+    rows = []
+    for place, score in enumerate(known, start=1):
+        cells = ""
+        for name in _ASPECTS:
+            value = getattr(score, name)
+            share = 0.0 if value is None else 100 * (value - low) / (high - low)
+            cells += f"<td class='bar' style='--share: {share:.1f}%'>{number(value)}</td>"
+        rows.append(f"<tr><td>{place}</td><td>{escape(title(score.path))}</td>{cells}</tr>")
+    heads = "".join(f"<th>{name}</th>" for name in ("", "image", *_ASPECTS))
+    return f"<table class='bars'><tr>{heads}</tr>{''.join(rows)}</table>"
+
+
+def _disagreements(ranked: dict[str, list[Score]]) -> str:
+    """Return the images whose places differ most."""
+    (a, first), (b, second) = ranked.items()
+    places = [{s.path: place for place, s in enumerate(scores, start=1)} for scores in (first, second)]
+    both = sorted(places[0], key=lambda path: -abs(places[0][path] - places[1][path]))
+    rows = [
+        f"<tr><td>{escape(title(path))}</td><td>{places[0][path]}</td><td>{places[1][path]}</td></tr>"
+        for path in both[:_SHOWN]
+        if places[0][path] != places[1][path]
+    ]
+    heads = f"<th>largest disagreements</th><th>place by {escape(a)}</th><th>place by {escape(b)}</th>"
+    return f"<table class='bars' id='disagreements'><tr>{heads}</tr>{''.join(rows)}</table>"
+
+
+def _heat(studio: Studio, name: str, score: Score) -> Any:
+    from aigiqa_reward import images as pixels
+    from aigiqa_reward.report import draw_heat_maps, heat_maps
+
+    image = pixels.load(score.path)[None]
+    with studio.lock:
+        heat = heat_maps(studio.reward(name), image, score.prompt or None)
+    return (draw_heat_maps(image, heat)[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8")
+
+
+def _written(scores: Sequence[Score]) -> tuple[str, str]:
+    """Write CSV and JSON Lines into a new folder."""
+    folder = Path(tempfile.mkdtemp(prefix="aigiqa-"))
+    rows = [[field.name for field in fields(Score)], *map(astuple, scores)]
+    (folder / "ranking.csv").write_text(csv_text(rows), encoding="utf-8")
+    lines = "".join(f"{json.dumps(asdict(score))}\n" for score in scores)
+    (folder / "ranking.jsonl").write_text(lines, encoding="utf-8")
+    return str(folder / "ranking.csv"), str(folder / "ranking.jsonl")
