@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import gradio
+
 from aigiqa_reward.web.page import MODEL, bar, number, reward_list, says_why
 from aigiqa_reward.web.studio import Studio
 
@@ -21,8 +23,6 @@ _GUIDANCE = 20.0  # scale of RewardGuidance
 
 def add_tab(studio: Studio) -> list[Any]:
     """Add the tab, and return its lists of rewards."""
-    import gradio
-
     stops: dict[str, threading.Event] = {}
     with gradio.Tab("Generate"):
         with gradio.Row():
@@ -125,9 +125,7 @@ def _outputs(
             guidance = stack.enter_context(RewardGuidance(pipe, reward, prompt, scale=_GUIDANCE))
             settings = {**settings, "callback_on_step_end": guidance}
         how: Any = None if pruning == "none" else pruning
-        search = BestOfN(pipe, reward, n=n, batch_size=_BATCH, top_k=n, pruning=how, progress=False)
-        if how:
-            search.top_k = 1
+        search = BestOfN(pipe, reward, n=n, batch_size=_BATCH, top_k=1 if how else n, pruning=how, progress=False)
         yield from search.stream(prompt, seed, **settings)
 
 

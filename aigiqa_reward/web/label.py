@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+import gradio
+
 from aigiqa_reward.web.labels import Pair
 from aigiqa_reward.web.page import MODEL, bar, reward_list, says_why
-from aigiqa_reward.web.studio import Studio
+from aigiqa_reward.web.studio import SAMPLED, Studio
 
 _ANSWERS = {"left": "← Left", "right": "Right →", "tie": "↑ Tie", "bad": "↓ Both bad", "undo": "Undo (u)"}
 _ORDERS = ("least sure first", "random")
@@ -51,8 +53,6 @@ def swapped(rater: str, key: str) -> bool:
 
 def add_tab(studio: Studio, page: Any) -> list[Any]:
     """Add the tab, and return its lists of rewards."""
-    import gradio
-
     tasks: dict[tuple[str, ...], _Task] = {}
     with gradio.Tab("Label"):
         kept = gradio.BrowserState(None, storage_key="aigiqa-reward-label", secret="aigiqa-reward")
@@ -69,7 +69,7 @@ def add_tab(studio: Studio, page: Any) -> list[Any]:
                 order = gradio.Radio(list(_ORDERS), value=_ORDERS[0], label="Order", min_width=120)
             start = gradio.Button("Start", variant="primary", elem_id="start")
         status = gradio.HTML(elem_id="label-status")
-        shown = gradio.Textbox(visible=False)
+        shown = gradio.Textbox(visible="hidden")  # what the browser shows, not what the server believes
         with gradio.Column(visible=False, elem_id="pair") as pair_view, gradio.Row():
             sides = [
                 gradio.Image(
@@ -195,7 +195,7 @@ def add_tab(studio: Studio, page: Any) -> list[Any]:
         settings = {"num_inference_steps": steps, "guidance_scale": scale}
         for done in studio.sample(texts, int(count), int(seed), **settings):
             yield bar(done, len(texts) * int(count), "sampled")
-        yield f"<p>{len(texts) * int(count)} images are in the folder samples; select it above and start.</p>"
+        yield f"<p>{len(texts) * int(count)} images are in the folder “{SAMPLED}”; select it above and start.</p>"
 
     @says_why
     def exporting() -> Iterator[Any]:

@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import gradio
+
 from aigiqa_reward.web.studio import Studio
 
 MODEL: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
@@ -36,17 +38,13 @@ document.addEventListener("keydown", event => {
 
 def APPEARANCE() -> dict[str, Any]:
     """Look and keys, with fonts of the reader's machine."""
-    import gradio
-
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return {"theme": gradio.themes.Base(primary_hue="blue", **fonts), "css": _CSS, "head": _KEYS}
 
 
 def build_page(studio: Studio) -> Any:
     """Build the page of a studio, a `gradio.Blocks`."""
-    import gradio
-
-    from aigiqa_reward.web import generate, label, rank, runs, teach
+    from aigiqa_reward.web import generate, label, rank, runs, teach  # they use what is below
 
     with gradio.Blocks(title="aigiqa-reward", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         with gradio.Tabs():
@@ -61,8 +59,6 @@ def build_page(studio: Studio) -> Any:
 
 def reward_lists(studio: Studio, lists: list[Any]) -> list[Any]:
     """Return updates of lists of rewards, in which one may have been taught."""
-    import gradio
-
     names = studio.reward_names
     updates = [gradio.update(choices=[*(["none"] if each.elem_id == "second" else []), *names]) for each in lists]
     return updates if len(updates) > 1 else updates[0]
@@ -70,15 +66,12 @@ def reward_lists(studio: Studio, lists: list[Any]) -> list[Any]:
 
 def reward_list(studio: Studio, label: str = "Reward", *, second: bool = False) -> Any:
     """Add a list of rewards."""
-    import gradio
-
     names = ["none", *studio.reward_names] if second else studio.reward_names
     return gradio.Dropdown(names, value=names[0], label=label, elem_id="second" if second else None, min_width=120)
 
 
 def says_why(run: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     """Show what a handler refuses, as text, in place of "Error"."""
-    import gradio
 
     @functools.wraps(run)
     def wrapped(*args: Any, **named: Any) -> Iterator[Any]:

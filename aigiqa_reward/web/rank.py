@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import gradio
+
 from aigiqa_reward.utils.io import csv_text
 from aigiqa_reward.web.page import MODEL, bar, number, reward_list, says_why, title
 from aigiqa_reward.web.studio import IMAGES, MOST_IMAGES, Score, Studio
@@ -20,8 +22,6 @@ _SHOWN = 20  # disagreements
 
 def add_tab(studio: Studio) -> list[Any]:
     """Add the tab, and return its lists of rewards."""
-    import gradio
-
     with gradio.Tab("Rank"):
         with gradio.Row():
             with gradio.Column():

@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import gradio
+
 from aigiqa_reward.utils.io import MAX_BYTES, read_regular
 from aigiqa_reward.utils.run_folder import read_jsonl
 from aigiqa_reward.web.page import number, says_why, title
@@ -21,8 +23,6 @@ _MOST, _EVERY = 60, 3.0  # pictures, and seconds between two looks
 
 def add_tab(studio: Studio) -> None:
     """Add the tab."""
-    import gradio
-
     with gradio.Tab("Runs") as tab:
         with gradio.Row():
             run = gradio.Dropdown(_runs(studio), value=None, label="Run", elem_id="run")

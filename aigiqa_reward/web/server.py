@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from aigiqa_reward.web.page import APPEARANCE, build_page
 from aigiqa_reward.web.studio import Studio
 
 MOST_UPLOADED = "32mb"
@@ -63,7 +62,7 @@ def serve(
         place = f"[{host}]" if ":" in host else host
         app = _application(studio, local=is_local(host), auth=auth)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-        threading.Thread(target=_answering, args=(server, studio, ready, place, listening), daemon=True).start()
+        threading.Thread(target=_answering, args=(server, studio, ready, place, listening)).start()
         server.run(sockets=[listening])
 
 
@@ -81,6 +80,8 @@ def _application(studio: Studio, *, local: bool, auth: tuple[str, str] | None) -
     import gradio
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from aigiqa_reward.web.page import appearance, build_page
+
     def known(user: str, password: str) -> bool:
         given, wanted = f"{user}\0{password}", "\0".join(auth or ("", ""))
         return secrets.compare_digest(given.encode(), wanted.encode())
@@ -88,7 +89,9 @@ def _application(studio: Studio, *, local: bool, auth: tuple[str, str] | None) -
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Headers)
     if local:  # another site's name that leads here is refused
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[", "*.localhost"])
+        app.add_middleware(
+            TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["]
+        )  # [::1] up to its colon
     return gradio.mount_gradio_app(
         app,
         build_page(studio),
@@ -100,8 +103,9 @@ def _application(studio: Studio, *, local: bool, auth: tuple[str, str] | None) -
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
+        run_history=False,
         footer_links=[],
-        **APPEARANCE(),
+        **appearance(),
     )
 
 

@@ -28,6 +28,9 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif")
 MOST_IMAGES, MOST_PAIRS = 2000, 2000
 """Images that are read from a folder, and pairs that are asked about per prompt."""
 
+SAMPLED = "sampled on this page"
+"""Name of the folder of samples."""
+
 _BATCH = 4  # images between two signs of progress
 
 
@@ -72,7 +75,7 @@ class Studio:
         self.samples, self.taught = self.output_dir / "samples", self.output_dir / "rewards"
         for folder in (self.samples, self.taught):
             folder.mkdir(parents=True, exist_ok=True)
-        self.folders = {str(folder): folder.resolve() for folder in folders} | {"samples": self.samples}
+        self.folders = {str(folder): folder.resolve() for folder in folders} | {SAMPLED: self.samples}
         self.labels = Labels(self.output_dir / "labels.sqlite3")
         self.sampling, self.lock = sampling, threading.RLock()
         self._load_reward, self._load_pipeline = load_reward or create_reward, load_pipeline or load_embedded_pipeline

@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import gradio
+
 from aigiqa_reward.datasets import PreferencePairs, Split, split_rows
 from aigiqa_reward.web.page import MODEL, reward_lists, says_why
 from aigiqa_reward.web.studio import Studio
@@ -20,8 +22,6 @@ FEWEST = 20
 
 def add_tab(studio: Studio, lists: list[Any]) -> None:
     """Add the tab, which updates the lists of rewards."""
-    import gradio
-
     with gradio.Tab("Teach"):
         gradio.HTML(
             "<p>Train a copy of the embedded reward on the choices made on this page. A fifth of the prompts is held "
