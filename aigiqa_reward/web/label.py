@@ -111,28 +111,18 @@ def add_tab(studio: Studio, page: Any) -> list[Any]:
         """Return what shows a unit, or that there is none left."""
         who, how, task = setting[0], setting[1], task_of(setting)
         text = _status(studio, setting, len(task.units), len(studio.labels.done(who, task.table) & _rows(task))) + note
+        places = {pair_view: how == "pairs" and key, pair_answers: how == "pairs", rating_view: how != "pairs" and key}
+        views = {place: gradio.update(visible=bool(seen)) for place, seen in places.items()}
         if not key:
-            return {
-                status: "<p><b>Everything in this folder is labeled.</b></p>" + text,
-                shown: "",
-                pair_view: gradio.update(visible=False),
-                rating_view: gradio.update(visible=False),
-                pair_answers: gradio.update(visible=how == "pairs"),
-            }
+            return {status: "<p><b>Everything in this folder is labeled.</b></p>" + text, shown: "", **views}
         unit = task.units[key]
         heading = f"<p><b>{escape(unit.prompt) or 'Which image is better?'}</b></p>"
         both = (unit.second, unit.first) if swapped(who, key) else (unit.first, unit.second)
-        views = {
-            pair_view: gradio.update(visible=how == "pairs"),
-            pair_answers: gradio.update(visible=how == "pairs"),
-            rating_view: gradio.update(visible=how != "pairs"),
-        }
-        pictures = (
-            dict(zip(sides, both, strict=True))
-            if how == "pairs"
-            else {image: unit.first, match: gradio.update(visible=bool(unit.prompt))}
-        )
-        return {status: heading + text, shown: key, **views, **pictures}
+        if how == "pairs":
+            views |= zip(sides, both, strict=True)
+        else:
+            views |= {image: unit.first, match: gradio.update(visible=bool(unit.prompt))}
+        return {status: heading + text, shown: key, **views}
 
     @says_why
     def starting(*setting: str) -> Iterator[Any]:

@@ -75,13 +75,14 @@ def _caught(studio: Studio, pairs: PreferencePairs, folder: Path) -> Any:
 
 def teach(studio: Studio, pairs: PreferencePairs, folder: Path) -> str:
     """Train on pairs, save the reward into a folder, and return its agreement with held-out choices in HTML."""
+    from aigiqa_reward import create_reward
     from aigiqa_reward.training.by_name import TrainingPlan, train_reward
 
     by_prompt = len(set(pairs.groups)) >= 3
     split: Split = split_rows(pairs, mode="group" if by_prompt else "random_image", seed=0)
     plan = TrainingPlan(name="compact", init="embedded")
     with studio.lock:
-        before = _agreement(plan, pairs, split)
+        before = _measured(create_reward("compact"), pairs.subset(split.test))
         trained = train_reward(plan, pairs, split, folder, progress=False)
         after = _measured(trained.reward, pairs.subset(split.test))
     held = "other prompts" if by_prompt else "the same prompts, since there are fewer than 3"
@@ -89,12 +90,6 @@ def teach(studio: Studio, pairs: PreferencePairs, folder: Path) -> str:
         f"<p id='taught'><b>{escape(folder.name)}</b> is in the lists of rewards as “taught: {escape(folder.name)}”. "
         f"Agreement with {len(split.test)} held-out choices on {held}: {before} before, {after} after.</p>"
     )
-
-
-def _agreement(plan: Any, pairs: PreferencePairs, split: Split) -> Any:
-    from aigiqa_reward import create_reward
-
-    return _measured(create_reward(plan.name), pairs.subset(split.test))
 
 
 def _measured(reward: Any, pairs: PreferencePairs) -> Any:
