@@ -181,7 +181,13 @@ def test_only_named_folders_are_served_and_only_to_this_host(client: Any, studio
     folder = next(iter(studio.folders.values()))
     inside = next(folder.glob("*.png"))
     assert client.get(f"/gradio_api/file={inside}").status_code == 200
-    for path in ("/etc/passwd", f"{folder}/../../../../etc/passwd", studio.labels.file, __file__):
+    for path in (
+        "/etc/passwd",
+        f"{folder}/../../../../etc/passwd",
+        studio.labels.file,
+        __file__,
+        "http://example.com/a.png",
+    ):
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404), path
     page = client.get("/")
     assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]

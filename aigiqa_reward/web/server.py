@@ -87,11 +87,10 @@ def _application(studio: Studio, *, local: bool, auth: tuple[str, str] | None) -
         return secrets.compare_digest(given.encode(), wanted.encode())
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Headers)
+    app.add_middleware(_Guard)
     if local:  # another site's name that leads here is refused
-        app.add_middleware(
-            TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["]
-        )  # [::1] up to its colon
+        names = ["127.0.0.1", "localhost", "["]  # the last is [::1] up to its colon
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
     return gradio.mount_gradio_app(
         app,
         build_page(studio),
@@ -109,17 +108,20 @@ def _application(studio: Studio, *, local: bool, auth: tuple[str, str] | None) -
     )
 
 
-class _Headers:
-    """Adds headers to every answer."""
+class _Guard:
+    """Adds headers to every answer, and fetches no file of another host for anyone, as Gradio would."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
         async def sending(message: Any) -> None:
             if message["type"] == "http.response.start":
                 added = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
-        await self.app(scope, receive, sending)
+        foreign = "file=http" in scope.get("path", "").lower()
+        await (PlainTextResponse("not found", 404) if foreign else self.app)(scope, receive, sending)
