@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,26 @@ def test_runs(browser: Any, address: str, place: Path) -> None:
     page.locator("#curves img").wait_for()
     page.locator("#grid img").wait_for()
     photograph(page, "runs")
+
+
+def test_eight_sessions_get_their_own_results(address: str, place: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    from aigiqa_reward import Scorer, create_reward
+
+    files = [place / "images" / f"{number}.png" for number in range(8)]
+
+    def ranked(number: int) -> dict[str, Any]:
+        client = Client(address, verbose=False)
+        given = ([handle_file(files[number])], "none", f"prompt {number}", "compact", "none")
+        found = client.predict(*given, api_name="/ranking")[-1]
+        return json.loads(Path(found["value"] if isinstance(found, dict) else found).read_text(encoding="utf-8"))
+
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(ranked, range(8)))
+    expected = Scorer(create_reward("compact")).score(files, [f"prompt {number}" for number in range(8)]).total
+    assert [row["prompt"] for row in rows] == [f"prompt {number}" for number in range(8)]
+    np.testing.assert_allclose([row["total"] for row in rows], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("tab", ["Rank", "Generate", "Label", "Teach", "Runs"])
