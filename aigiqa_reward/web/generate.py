@@ -23,12 +23,19 @@ _GUIDANCE = 20.0  # scale of RewardGuidance
 
 def add_tab(studio: Studio) -> list[Any]:
     """Add the tab, and return its lists of rewards."""
-    stops: dict[str, threading.Event] = {}
     with gradio.Tab("Generate"):
+        return [_GenerateTab(studio).reward]
+
+
+class _GenerateTab:
+    """Components of the tab, and what they do; `stops` has a flag per session."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio, self.stops = studio, dict[str, threading.Event]()
         with gradio.Row():
             with gradio.Column():
                 prompt = gradio.Textbox(label="Prompt", lines=2, elem_id="prompt")
-                reward = reward_list(studio)
+                self.reward = reward_list(studio)
                 with gradio.Row():
                     run = gradio.Button("Generate", variant="primary", elem_id="generate")
                     stop = gradio.Button("Stop", elem_id="stop")
@@ -42,67 +49,54 @@ def add_tab(studio: Studio) -> list[Any]:
                 with gradio.Row():
                     pruning = gradio.Radio(["none", "halving"], value="none", label="Pruning")
                     steering = gradio.Radio(list(_STEERING), value="none", label="Steering")
-        status = gradio.HTML(elem_id="generate-status")
+        self.status = gradio.HTML(elem_id="generate-status")
         with gradio.Row():
-            best = gradio.Image(
-                label="Best so far", format="png", interactive=False, elem_id="best", buttons=["download"]
-            )
-            gallery = gradio.Gallery(
-                label="Candidates, best first", columns=4, format="png", elem_id="made", buttons=[]
-            )
-        again = gradio.HTML(elem_id="again")
-        curve = gradio.Plot(label="Reward of the best one's previews", visible=False)
+            still: dict[str, Any] = {"format": "png", "interactive": False}
+            self.best = gradio.Image(label="Best so far", elem_id="best", buttons=["download"], **still)
+            self.made = gradio.Gallery(label="Best first", columns=4, elem_id="made", buttons=[], **still)
+        self.again = gradio.HTML(elem_id="again")
+        self.curve = gradio.Plot(label="Reward of the best one's previews", visible=False)
+        inputs = [prompt, n, steps, scale, seed, pruning, steering, self.reward]
+        outputs = [self.status, self.best, self.made, self.again, self.curve]
+        run.click(self.generating, inputs, outputs, show_progress_on=self.status, **MODEL)
+        stop.click(self.stopping, None, [self.status], show_progress="hidden")
 
-    def stopping(request: gradio.Request) -> str:
-        if event := stops.get(str(request.session_hash)):
+    def stopping(self, request: gradio.Request) -> str:
+        if event := self.stops.get(str(request.session_hash)):
             event.set()
         return "<p>Stopping after the candidates in progress.</p>"
 
     @says_why
     def generating(
-        prompt: str,
-        n: int,
-        steps: int,
-        scale: float,
-        seed: int,
-        pruning: str,
-        steering: str,
-        name: str,
+        self, prompt: str, n: int, steps: int, scale: float, seed: int, pruning: str, steering: str, name: str,
         request: gradio.Request,
-    ) -> Iterator[Any]:
-        stopped = stops[str(request.session_hash)] = threading.Event()
+    ) -> Iterator[Any]:  # fmt: skip
+        stopped = self.stops[str(request.session_hash)] = threading.Event()
+        hidden = gradio.update(visible=False)
         yield {
-            status: "<p>Loading the models.</p>",
-            curve: gradio.update(visible=False),
-            gallery: [],
-            best: None,
-            again: "",
+            self.status: "<p>Loading the models.</p>",
+            self.curve: hidden,
+            self.made: [],
+            self.best: None,
+            self.again: "",
         }
-        settings = {"num_inference_steps": int(steps), "guidance_scale": scale}
+        n, settings = int(n), {"num_inference_steps": int(steps), "guidance_scale": scale}
         output: Any = None
-        for output in _outputs(studio, name, prompt, int(n), int(seed), pruning, steering, settings):
-            text = bar(len(output.all_seeds), int(n), "candidates:")
-            yield {status: text, **({best: output.images[0], gallery: _gallery(output)} if output.images else {})}
+        for output in _outputs(self.studio, name, prompt, n, int(seed), pruning, steering, settings):
+            views: dict[Any, Any] = {self.status: bar(len(output.all_seeds), n, "candidates:")}
+            if output.images:
+                views |= {self.best: output.images[0], self.made: _gallery(output)}
+            yield views
             if stopped.is_set():
                 break
         if not output.images:
             raise ValueError("no candidate could be scored")
         ended = "Stopped after" if stopped.is_set() else "Made"
-        yield {
-            status: f"<p>{ended} {len(output.all_seeds)} of {int(n)} candidates.</p>",
-            again: _again(prompt, output, steering, settings),
-        }
-        if (
-            steering == "none"
-            and not stopped.is_set()
-            and (drawn := _curve(studio, name, prompt, output.seeds[0], settings))
-        ):
-            yield {curve: gradio.update(value=drawn, visible=True)}
-
-    inputs = [prompt, n, steps, scale, seed, pruning, steering, reward]
-    run.click(generating, inputs, [status, best, gallery, again, curve], show_progress_on=status, **MODEL)
-    stop.click(stopping, None, [status], show_progress="hidden")
-    return [reward]
+        text = f"<p>{ended} {len(output.all_seeds)} of {n} candidates.</p>"
+        yield {self.status: text, self.again: _again(prompt, output, steering, settings)}
+        if steering == "none" and not stopped.is_set():
+            drawn = _curve(self.studio, name, prompt, output.seeds[0], settings)
+            yield {self.curve: gradio.update(value=drawn, visible=drawn is not None)}
 
 
 def _outputs(

@@ -41,6 +41,11 @@ class _Task:
         both = (unit.prompt, unit.first, unit.second)
         return both if self.table == "choices" else both[:2]
 
+    @property
+    def rows(self) -> set[tuple[str, ...]]:
+        """What the labels of all units are found by."""
+        return {self._row(unit) for unit in self.units.values()}
+
     def key(self, row: Sequence[str]) -> str:
         """Return the key of a labeled unit, or "" if it is not of this task."""
         return next((key for key, unit in self.units.items() if self._row(unit) == tuple(row)), "")
@@ -53,162 +58,176 @@ def swapped(rater: str, key: str) -> bool:
 
 def add_tab(studio: Studio, page: Any) -> list[Any]:
     """Add the tab, and return its lists of rewards."""
-    tasks: dict[tuple[str, ...], _Task] = {}
     with gradio.Tab("Label"):
-        kept = gradio.BrowserState(None, storage_key="aigiqa-reward-label", secret="aigiqa-reward")
-        with gradio.Accordion("What to label", open=True) as setup:
+        return [_LabelTab(studio, page).reward]
+
+
+class _LabelTab:
+    """Components of the tab, and what they do; a setting is rater, mode, folder, prompt, reward and order."""
+
+    def __init__(self, studio: Studio, page: Any) -> None:
+        self.studio = studio
+        self.tasks: dict[tuple[str, ...], _Task] = {}
+        self.kept = gradio.BrowserState(None, storage_key="aigiqa-reward-label", secret="aigiqa-reward")
+        self.add_setup()
+        self.status = gradio.HTML(elem_id="label-status")
+        self.shown = gradio.Textbox(visible="hidden")  # what the browser shows, not what the server believes
+        self.add_answers()
+        self.add_ratings()
+        self.add_samples()
+        with gradio.Row():
+            export = gradio.Button("Export labels", elem_id="export")
+            exported = gradio.File(visible=False, label="Labels")
+        self.views = [self.status, self.shown, self.pair_view, self.rating_view, self.pair_answers]
+        self.views += [*self.sides, self.image, self.match]
+        self.start.click(
+            self.starting, self.setting, [self.kept, self.setup, *self.views], show_progress_on=self.status, **MODEL
+        )
+        page.load(self.resuming, [self.kept], [*self.setting, self.setup, *self.views], show_progress="hidden")
+        quick: dict[str, Any] = {"outputs": self.views, "show_progress": "hidden"}
+        for name in ("left", "right", "tie", "bad"):
+            self.answers[name].click(self.answering(name), [self.kept, self.shown], concurrency_limit=16, **quick)
+        gradio.on([self.answers["undo"].click, self.undo_rating.click], self.undoing, [self.kept], **quick)
+        self.save.click(self.rating, [self.kept, self.shown, self.quality, self.match], **quick)
+        export.click(self.exporting, None, [exported])
+
+    # ------------------------------------------------------------------------------------------ layout
+
+    def add_setup(self) -> None:
+        folders, narrow = list(self.studio.folders), {"min_width": 120}
+        with gradio.Accordion("What to label", open=True) as self.setup:
             with gradio.Row():
-                rater = gradio.Textbox(label="Your name", elem_id="rater", min_width=120, max_length=80)
-                mode = gradio.Radio(["pairs", "ratings"], value="pairs", label="Label", min_width=120)
-                folder = gradio.Dropdown(
-                    [*studio.folders], value=next(iter(studio.folders)), label="Folder", min_width=120
-                )
+                rater = gradio.Textbox(label="Your name", elem_id="rater", max_length=80, **narrow)
+                mode = gradio.Radio(["pairs", "ratings"], value="pairs", label="Label", **narrow)
+                folder = gradio.Dropdown(folders, value=folders[0], label="Folder", **narrow)
             with gradio.Row():
-                prompt = gradio.Textbox(label="Prompt of images without a text file", min_width=120)
-                reward = reward_list(studio)
-                order = gradio.Radio(list(_ORDERS), value=_ORDERS[0], label="Order", min_width=120)
-            start = gradio.Button("Start", variant="primary", elem_id="start")
-        status = gradio.HTML(elem_id="label-status")
-        shown = gradio.Textbox(visible="hidden")  # what the browser shows, not what the server believes
-        with gradio.Column(visible=False, elem_id="pair") as pair_view, gradio.Row():
-            sides = [
-                gradio.Image(
-                    show_label=False, buttons=[], interactive=False, height=380, elem_id=f"side-{side}", min_width=150
-                )
-                for side in ("left", "right")
-            ]
-        with gradio.Row(visible=False, elem_id="answers") as pair_answers:
-            answers = {
+                prompt = gradio.Textbox(label="Prompt of images without a text file", **narrow)
+                self.reward = reward_list(self.studio)
+                order = gradio.Radio(list(_ORDERS), value=_ORDERS[0], label="Order", **narrow)
+            self.start = gradio.Button("Start", variant="primary", elem_id="start")
+        self.setting = [rater, mode, folder, prompt, self.reward, order]
+
+    def add_answers(self) -> None:
+        plain: dict[str, Any] = {"show_label": False, "buttons": [], "interactive": False, "height": 380}
+        with gradio.Column(visible=False, elem_id="pair") as self.pair_view, gradio.Row():
+            self.sides = [gradio.Image(elem_id=f"side-{side}", min_width=150, **plain) for side in ("left", "right")]
+        with gradio.Row(visible=False, elem_id="answers") as self.pair_answers:
+            self.answers = {
                 name: gradio.Button(text, elem_id=f"answer-{name}", min_width=90) for name, text in _ANSWERS.items()
             }
-        with gradio.Column(visible=False) as rating_view:
-            image = gradio.Image(show_label=False, buttons=[], interactive=False, height=380)
-            quality = gradio.Slider(1, 5, value=3, step=0.5, label="Quality", elem_id="quality")
-            match = gradio.Slider(1, 5, value=3, step=0.5, label="Correspondence to the prompt", elem_id="match")
+
+    def add_ratings(self) -> None:
+        with gradio.Column(visible=False) as self.rating_view:
+            self.image = gradio.Image(show_label=False, buttons=[], interactive=False, height=380)
+            self.quality = gradio.Slider(1, 5, value=3, step=0.5, label="Quality", elem_id="quality")
+            self.match = gradio.Slider(1, 5, value=3, step=0.5, label="Correspondence to the prompt", elem_id="match")
             with gradio.Row():
-                save, undo_rating = gradio.Button("Save", variant="primary", elem_id="save"), gradio.Button("Undo")
+                self.save = gradio.Button("Save", variant="primary", elem_id="save")
+                self.undo_rating = gradio.Button("Undo")
+
+    def add_samples(self) -> None:
         with gradio.Accordion("Sample new images to label", open=False):
             prompts = gradio.Textbox(label="Prompts, one per line", lines=3, elem_id="sample-prompts")
             with gradio.Row():
                 count = gradio.Slider(2, 8, value=2, step=1, label="Images per prompt")
-                steps = gradio.Slider(1, 100, value=studio.sampling[0], step=1, label="Steps")
-                scale = gradio.Slider(1, 20, value=studio.sampling[1], label="Guidance scale")
+                steps = gradio.Slider(1, 100, value=self.studio.sampling[0], step=1, label="Steps")
+                scale = gradio.Slider(1, 20, value=self.studio.sampling[1], label="Guidance scale")
                 seed = gradio.Number(0, precision=0, minimum=0, label="First seed")
             sample, sampled = gradio.Button("Sample", elem_id="sample"), gradio.HTML()
-        with gradio.Row():
-            export, exported = (
-                gradio.Button("Export labels", elem_id="export"),
-                gradio.File(visible=False, label="Labels"),
-            )
+        sample.click(self.sampling, [prompts, count, steps, scale, seed], [sampled], **MODEL)
 
-    def task_of(setting: Sequence[str]) -> _Task:
+    # ------------------------------------------------------------------------------------------ handlers
+
+    def task_of(self, setting: Sequence[str]) -> _Task:
         key = tuple(setting[1:])
-        if key not in tasks:
-            tasks[key] = _Task(studio, *key)
-        return tasks[key]
+        if key not in self.tasks:
+            self.tasks[key] = _Task(self.studio, *key)
+        return self.tasks[key]
 
-    def view(setting: Sequence[str], key: str, note: str = "") -> dict[Any, Any]:
+    def next(self, setting: Sequence[str]) -> dict[Any, Any]:
+        return self.view(setting, self.task_of(setting).next(self.studio, setting[0]))
+
+    def view(self, setting: Sequence[str], key: str) -> dict[Any, Any]:
         """Return what shows a unit, or that there is none left."""
-        who, how, task = setting[0], setting[1], task_of(setting)
-        text = _status(studio, setting, len(task.units), len(studio.labels.done(who, task.table) & _rows(task))) + note
-        places = {pair_view: how == "pairs" and key, pair_answers: how == "pairs", rating_view: how != "pairs" and key}
-        views = {place: gradio.update(visible=bool(seen)) for place, seen in places.items()}
+        who, how, task = setting[0], setting[1], self.task_of(setting)
+        done = len(self.studio.labels.done(who, task.table) & task.rows)
+        text = _status(self.studio, setting, len(task.units), done)
+        pairs = how == "pairs"
+        places = {self.pair_view: pairs and key, self.pair_answers: pairs, self.rating_view: not pairs and key}
+        views: dict[Any, Any] = {place: gradio.update(visible=bool(seen)) for place, seen in places.items()}
         if not key:
-            return {status: "<p><b>Everything in this folder is labeled.</b></p>" + text, shown: "", **views}
+            done_text = "<p><b>Everything in this folder is labeled.</b></p>"
+            return {self.status: done_text + text, self.shown: "", **views}
         unit = task.units[key]
         heading = f"<p><b>{escape(unit.prompt) or 'Which image is better?'}</b></p>"
         both = (unit.second, unit.first) if swapped(who, key) else (unit.first, unit.second)
-        if how == "pairs":
-            views |= zip(sides, both, strict=True)
+        if pairs:
+            views |= zip(self.sides, both, strict=True)
         else:
-            views |= {image: unit.first, match: gradio.update(visible=bool(unit.prompt))}
-        return {status: heading + text, shown: key, **views}
+            views |= {self.image: unit.first, self.match: gradio.update(visible=bool(unit.prompt))}
+        return {self.status: heading + text, self.shown: key, **views}
 
     @says_why
-    def starting(*setting: str) -> Iterator[Any]:
-        if not setting[0].strip():
+    def starting(self, *setting: str) -> Iterator[Any]:
+        rater, mode, folder, prompt, reward, order = setting
+        if not rater.strip():
             raise ValueError("Your name: expected a text, so that labels of several raters can be told apart")
-        _, how, folder, prompt, reward, order = setting
-        if how == "pairs" and order == _ORDERS[0]:
-            images = studio.images(folder, prompt)
-            for found in studio.score(reward, images):
-                yield {status: bar(len(found), len(images), f"{reward}: scored")}
-        tasks.pop(tuple(setting[1:]), None)  # files may have come
-        yield {
-            kept: list(setting),
-            setup: gradio.update(open=False),
-            **view(setting, task_of(setting).next(studio, setting[0])),
-        }
+        if mode == "pairs" and order == _ORDERS[0]:
+            images = self.studio.images(folder, prompt)
+            for found in self.studio.score(reward, images):
+                yield {self.status: bar(len(found), len(images), f"{reward}: scored")}
+        self.tasks.pop(tuple(setting[1:]), None)  # files may have come
+        yield {self.kept: list(setting), self.setup: gradio.update(open=False), **self.next(setting)}
 
     @says_why
-    def resuming(setting: list[str] | None) -> Iterator[Any]:
-        if not setting or setting[2] not in studio.folders or setting[4] not in studio.reward_names:
-            yield {setup: gradio.update(open=True)}
+    def resuming(self, setting: list[str] | None) -> Iterator[Any]:
+        if not setting or setting[2] not in self.studio.folders or setting[4] not in self.studio.reward_names:
+            yield {self.setup: gradio.update(open=True)}
             return
-        fields = dict(zip((rater, mode, folder, prompt, reward, order), setting, strict=True))
-        yield {**fields, setup: gradio.update(open=False), **view(setting, task_of(setting).next(studio, setting[0]))}
+        fields = dict(zip(self.setting, setting, strict=True))
+        yield {**fields, self.setup: gradio.update(open=False), **self.next(setting)}
 
-    def answering(name: str) -> Any:
+    def answering(self, name: str) -> Any:
         @says_why
         def answer(setting: list[str], key: str) -> Iterator[Any]:
-            task = task_of(setting)
-            if unit := task.units.get(key):
+            if unit := self.task_of(setting).units.get(key):
                 left = "second" if swapped(setting[0], key) else "first"
                 choice: Any = {"left": left, "right": "second" if left == "first" else "first"}.get(name, name)
-                studio.labels.choose(setting[0], unit, choice)
-            yield view(setting, task.next(studio, setting[0]))
+                self.studio.labels.choose(setting[0], unit, choice)
+            yield self.next(setting)
 
         return answer
 
     @says_why
-    def rating(setting: list[str], key: str, quality: float, match: float) -> Iterator[Any]:
-        task = task_of(setting)
-        if unit := task.units.get(key):
-            studio.labels.rate(setting[0], unit.prompt, unit.first, quality, match if unit.prompt else None)
-        yield view(setting, task.next(studio, setting[0]))
+    def rating(self, setting: list[str], key: str, quality: float, match: float) -> Iterator[Any]:
+        if unit := self.task_of(setting).units.get(key):
+            self.studio.labels.rate(setting[0], unit.prompt, unit.first, quality, match if unit.prompt else None)
+        yield self.next(setting)
 
     @says_why
-    def undoing(setting: list[str]) -> Iterator[Any]:
-        task = task_of(setting)
-        removed = studio.labels.undo(setting[0], task.table)
-        yield view(
-            setting,
-            (task.key(removed) if removed else "") or task.next(studio, setting[0]),
-            "" if removed else "<p>Nothing to undo.</p>",
-        )
+    def undoing(self, setting: list[str]) -> Iterator[Any]:
+        task = self.task_of(setting)
+        removed = self.studio.labels.undo(setting[0], task.table)
+        key = task.key(removed) if removed else ""
+        yield self.view(setting, key) if key else self.next(setting)
 
     @says_why
-    def sampling(prompts: str, count: int, steps: int, scale: float, seed: int) -> Iterator[Any]:
+    def sampling(self, prompts: str, count: int, steps: int, scale: float, seed: int) -> Iterator[Any]:
         texts = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not texts:
             raise ValueError("Prompts: expected at least one line, got none")
-        settings = {"num_inference_steps": steps, "guidance_scale": scale}
-        for done in studio.sample(texts, int(count), int(seed), **settings):
-            yield bar(done, len(texts) * int(count), "sampled")
-        yield f"<p>{len(texts) * int(count)} images are in the folder “{SAMPLED}”; select it above and start.</p>"
+        settings = {"num_inference_steps": int(steps), "guidance_scale": scale}
+        total = len(texts) * int(count)
+        for done in self.studio.sample(texts, int(count), int(seed), **settings):
+            yield bar(done, total, "sampled")
+        yield f"<p>{total} images are in the folder “{SAMPLED}”; select it above and start.</p>"
 
     @says_why
-    def exporting() -> Iterator[Any]:
-        files = studio.labels.export(studio.output_dir / "labels")
+    def exporting(self) -> Iterator[Any]:
+        files = self.studio.labels.export(self.studio.output_dir / "labels")
         if not files:
             raise ValueError("labels: there are none to export yet")
         yield gradio.update(value=[str(file) for file in files], visible=True)
-
-    setting = [rater, mode, folder, prompt, reward, order]
-    views = [status, shown, pair_view, rating_view, pair_answers, *sides, image, match]
-    start.click(starting, setting, [kept, setup, *views], show_progress_on=status, **MODEL)
-    page.load(resuming, [kept], [*setting, setup, *views], show_progress="hidden")
-    for name in ("left", "right", "tie", "bad"):
-        answers[name].click(answering(name), [kept, shown], views, show_progress="hidden", concurrency_limit=16)
-    gradio.on([answers["undo"].click, undo_rating.click], undoing, [kept], views, show_progress="hidden")
-    save.click(rating, [kept, shown, quality, match], views, show_progress="hidden")
-    sample.click(sampling, [prompts, count, steps, scale, seed], [sampled], **MODEL)
-    export.click(exporting, None, [exported])
-    return [reward]
-
-
-def _rows(task: _Task) -> set[tuple[str, ...]]:
-    return {task._row(unit) for unit in task.units.values()}
 
 
 def _status(studio: Studio, setting: Sequence[str], total: int, done: int) -> str:

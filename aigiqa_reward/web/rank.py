@@ -23,64 +23,71 @@ _SHOWN = 20  # disagreements
 def add_tab(studio: Studio) -> list[Any]:
     """Add the tab, and return its lists of rewards."""
     with gradio.Tab("Rank"):
+        tab = _RankTab(studio)
+    return [tab.first, tab.second]
+
+
+class _RankTab:
+    """Components of the tab, and what they do."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
         with gradio.Row():
             with gradio.Column():
-                files = gradio.File(
-                    file_count="multiple", file_types=["image"], label="Images", height=120, elem_id="files"
-                )
+                several: dict[str, Any] = {"file_count": "multiple", "file_types": ["image"]}
+                files = gradio.File(label="Images", height=120, elem_id="files", **several)
                 folder = gradio.Dropdown(["none", *studio.folders], value="none", label="or folder", min_width=120)
             with gradio.Column():
                 prompt = gradio.Textbox(label="Prompt (none: quality alone)", lines=2, elem_id="rank-prompt")
                 with gradio.Row():
-                    first = reward_list(studio)
-                    second = reward_list(studio, "Second reward", second=True)
+                    self.first = reward_list(studio)
+                    self.second = reward_list(studio, "Second reward", second=True)
                 run = gradio.Button("Rank", variant="primary", elem_id="rank")
-        status = gradio.HTML(elem_id="rank-status")
-        shown = gradio.State([])
+        self.status = gradio.HTML(elem_id="rank-status")
+        self.shown = gradio.State([])
         with gradio.Row():
-            best = gradio.Gallery(label="Best first; click for a heat map", columns=4, elem_id="ranked", buttons=[])
-            other = gradio.Gallery(label="Second reward", columns=4, visible=False, buttons=[])
-            heat = gradio.Image(label="Where the score reacts to the pixels", visible=False, buttons=[], elem_id="heat")
-        table = gradio.HTML(elem_id="rank-table")
+            self.best = gradio.Gallery(columns=4, label="Best first", elem_id="ranked", buttons=[])
+            self.other = gradio.Gallery(columns=4, visible=False, buttons=[])
+            self.heat = gradio.Image(label="Heat map", visible=False, buttons=[], elem_id="heat")
+        self.table = gradio.HTML(elem_id="rank-table")
         with gradio.Row():
-            downloads = [gradio.DownloadButton(f"Download {kind}", visible=False) for kind in ("CSV", "JSONL")]
+            self.downloads = [gradio.DownloadButton(f"Download {kind}", visible=False) for kind in ("CSV", "JSONL")]
+        outputs = [self.status, self.shown, self.best, self.other, self.heat, self.table, *self.downloads]
+        inputs = [files, folder, prompt, self.first, self.second]
+        run.click(self.ranking, inputs, outputs, show_progress_on=self.status, **MODEL)
+        self.best.select(self.heating, [self.shown], [self.heat], **MODEL)
 
     @says_why
-    def ranking(files: Sequence[str] | None, folder: str, prompt: str, first: str, second: str) -> Iterator[Any]:
+    def ranking(self, files: Sequence[str] | None, folder: str, prompt: str, first: str, second: str) -> Iterator[Any]:
         images = [(path, prompt.strip()) for path in files or ()]
-        images += [] if folder == "none" else studio.images(folder, prompt)
+        images += [] if folder == "none" else self.studio.images(folder, prompt)
         if not images:
             raise ValueError(f"images: expected some, ending in {', '.join(IMAGES)}, got none; drop files, or a folder")
         if len(images) > MOST_IMAGES:
             raise ValueError(f"images: expected at most {MOST_IMAGES}, got {len(images)}; use aigiqa-reward rank")
-        found: dict[str, list[Score]] = {}
+        ranked: dict[str, list[Score]] = {}
         for name in dict.fromkeys(name for name in (first, second) if name != "none"):
-            for so_far in studio.score(name, images):
-                found[name] = list(so_far)
-                yield {status: bar(len(so_far), len(images), f"{name}: scored")}
-        ranked = {name: sorted(scores, key=_order) for name, scores in found.items()}
-        files_of = _written(ranked[first])
+            for found in self.studio.score(name, images):
+                ranked[name] = sorted(found, key=_order)
+                yield {self.status: bar(len(found), len(images), f"{name}: scored")}
+        both = len(ranked) > 1
+        files_of = zip(self.downloads, _written(ranked[first]), strict=True)
+        label = f"{first}: best first; click for a heat map"
         yield {
-            status: _failures(ranked[first]),
-            shown: [first, ranked[first]],
-            best: gradio.update(value=_gallery(ranked[first]), label=f"{first}: best first; click for a heat map"),
-            other: gradio.update(visible=len(ranked) > 1, value=_gallery(ranked.get(second, [])), label=second),
-            heat: gradio.update(visible=False),
-            table: _bars(ranked[first]) + (_disagreements(ranked) if len(ranked) > 1 else ""),
-            **{each: gradio.update(value=file, visible=True) for each, file in zip(downloads, files_of, strict=True)},
+            self.status: _failures(ranked[first]),
+            self.shown: [first, ranked[first]],
+            self.best: gradio.update(value=_gallery(ranked[first]), label=label),
+            self.other: gradio.update(visible=both, value=_gallery(ranked.get(second, [])), label=second),
+            self.heat: gradio.update(visible=False),
+            self.table: _bars(ranked[first]) + (_disagreements(ranked) if both else ""),
+            **{button: gradio.update(value=file, visible=True) for button, file in files_of},
         }
 
     @says_why
-    def heating(shown: list[Any], event: gradio.SelectData) -> Iterator[Any]:
+    def heating(self, shown: list[Any], event: gradio.SelectData) -> Iterator[Any]:
         name, scores = shown
-        yield gradio.update(
-            value=_heat(studio, name, [s for s in scores if s.error is None][event.index]), visible=True
-        )
-
-    outputs = [status, shown, best, other, heat, table, *downloads]
-    run.click(ranking, [files, folder, prompt, first, second], outputs, show_progress_on=status, **MODEL)
-    best.select(heating, [shown], [heat], **MODEL)
-    return [first, second]
+        score = [score for score in scores if score.error is None][event.index]
+        yield gradio.update(value=_heat(self.studio, name, score), visible=True)
 
 
 def _order(score: Score) -> tuple[bool, float]:
