@@ -36,7 +36,7 @@ document.addEventListener("keydown", event => {
 </script>"""
 
 
-def APPEARANCE() -> dict[str, Any]:
+def appearance() -> dict[str, Any]:
     """Look and keys, with fonts of the reader's machine."""
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return {"theme": gradio.themes.Base(primary_hue="blue", **fonts), "css": _CSS, "head": _KEYS}
