@@ -29,7 +29,17 @@ from aigiqa_reward.encoders.open_clip import OpenCLIPConfig
 KEYS = ["path", "prompt", "total", "quality", "correspondence", "error"]
 SIZES = {"a b.png": (64, 64), "b.jpg": (48, 80), "C.PNG": (96, 64), "é.png": (64, 64), "[red].png": (64, 64)}
 PROMPT = "a red apple on a table"
-COMMANDS = [("score",), ("rank",), ("best-of-n",), ("pairs",), ("demo",), ("rewards",), ("scenarios",), ("train",)]
+COMMANDS = [
+    ("web",),
+    ("score",),
+    ("rank",),
+    ("best-of-n",),
+    ("pairs",),
+    ("demo",),
+    ("rewards",),
+    ("scenarios",),
+    ("train",),
+]
 COMMANDS += [("evaluate",), *(("finetune", name) for name in ("draft", "refl", "dpo", "ddpo", "grpo", "nft"))]
 
 

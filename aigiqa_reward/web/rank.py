@@ -13,7 +13,7 @@ from typing import Any
 import gradio
 
 from aigiqa_reward.utils.io import csv_text
-from aigiqa_reward.web.page import MODEL, bar, number, reward_list, says_why, title
+from aigiqa_reward.web.page import MODEL, bar, number, reward_list, says_why
 from aigiqa_reward.web.studio import IMAGES, MOST_IMAGES, Score, Studio
 
 _ASPECTS = ("total", "quality", "correspondence")
@@ -48,7 +48,7 @@ class _RankTab:
         with gradio.Row():
             self.best = gradio.Gallery(columns=4, label="Best first", elem_id="ranked", buttons=[])
             self.other = gradio.Gallery(columns=4, visible=False, buttons=[])
-            self.heat = gradio.Image(label="Heat map", visible=False, buttons=[], elem_id="heat")
+            self.heat = gradio.Image(label="Heat map", visible=False, buttons=[], height=380, elem_id="heat")
         self.table = gradio.HTML(elem_id="rank-table")
         with gradio.Row():
             self.downloads = [gradio.DownloadButton(f"Download {kind}", visible=False) for kind in ("CSV", "JSONL")]
@@ -117,7 +117,7 @@ def _bars(scores: Sequence[Score]) -> str:
             value = getattr(score, name)
             share = 0.0 if value is None else 100 * (value - low) / (high - low)
             cells += f"<td class='bar' style='--share: {share:.1f}%'>{number(value)}</td>"
-        rows.append(f"<tr><td>{place}</td><td>{escape(title(score.path))}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{place}</td><td>{escape(Path(score.path).name)}</td>{cells}</tr>")
     heads = "".join(f"<th>{name}</th>" for name in ("", "image", *_ASPECTS))
     return f"<table class='bars'><tr>{heads}</tr>{''.join(rows)}</table>"
 
@@ -128,7 +128,7 @@ def _disagreements(ranked: dict[str, list[Score]]) -> str:
     places = [{s.path: place for place, s in enumerate(scores, start=1)} for scores in (first, second)]
     both = sorted(places[0], key=lambda path: -abs(places[0][path] - places[1][path]))
     rows = [
-        f"<tr><td>{escape(title(path))}</td><td>{places[0][path]}</td><td>{places[1][path]}</td></tr>"
+        f"<tr><td>{escape(Path(path).name)}</td><td>{places[0][path]}</td><td>{places[1][path]}</td></tr>"
         for path in both[:_SHOWN]
         if places[0][path] != places[1][path]
     ]
