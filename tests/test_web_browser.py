@@ -37,7 +37,7 @@ pytestmark = [
 
 SCREENSHOTS = os.environ.get("AIGIQA_SCREENSHOTS")
 EVIL = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
-WAIT = 120_000
+WAIT = 240_000
 """Milliseconds; a loaded machine is slow."""
 
 

@@ -78,6 +78,7 @@ class Studio:
         self.folders = {str(folder): folder.resolve() for folder in folders} | {SAMPLED: self.samples}
         self.labels = Labels(self.output_dir / "labels.sqlite3")
         self.sampling, self.lock = sampling, threading.RLock()
+        self._reward_lock, self._pipe_lock = threading.Lock(), threading.Lock()
         self._load_reward, self._load_pipeline = load_reward or create_reward, load_pipeline or load_embedded_pipeline
         self._names = [*rewards, *(name for name in list_rewards() if get_reward_spec(name).embedded)]
         self._rewards: dict[str, Reward] = {}
@@ -96,7 +97,7 @@ class Studio:
         """Return a reward of the list, loaded once."""
         if name not in self.reward_names:
             raise ValueError(f"reward: expected one of {', '.join(self.reward_names)}, got {name!r}")
-        with self.lock:
+        with self._reward_lock:
             if name not in self._rewards:
                 taught = name.removeprefix("taught: ")
                 self._rewards[name] = self._load_reward(name if taught == name else str(self.taught / taught))
@@ -104,7 +105,7 @@ class Studio:
 
     def pipe(self) -> DiffusionPipeline:
         """Return the pipeline, loaded once."""
-        with self.lock:
+        with self._pipe_lock:
             if self._pipe is None:
                 self._pipe = self._load_pipeline()
             return self._pipe
