@@ -14,7 +14,7 @@ from aigiqa_reward.web.page import MODEL, bar, number, reward_list, says_why
 from aigiqa_reward.web.studio import Studio
 
 if TYPE_CHECKING:
-    from aigiqa_reward import BestOfNOutput
+    from aigiqa_reward.sampling.best_of_n import BestOfNOutput
 
 _STEERING = ("none", "particles", "reward guidance")
 _BATCH = 2  # candidates between two pictures of the state
@@ -103,8 +103,8 @@ def _outputs(
     studio: Studio, name: str, prompt: str, n: int, seed: int, pruning: str, steering: str, settings: dict[str, Any]
 ) -> Iterator[BestOfNOutput]:
     """Yield the output so far after each chunk of candidates; with particles, at the end only."""
-    from aigiqa_reward import BestOfN
     from aigiqa_reward.sampling import ParticleSteering, RewardGuidance
+    from aigiqa_reward.sampling.best_of_n import BestOfN
 
     pipe, reward = studio.pipe(), studio.reward(name)
     if steering != "none" and pruning != "none":

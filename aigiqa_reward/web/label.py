@@ -94,7 +94,8 @@ class _LabelTab:
     # ------------------------------------------------------------------------------------------ layout
 
     def add_setup(self) -> None:
-        folders, narrow = list(self.studio.folders), {"min_width": 120}
+        folders = list(self.studio.folders)
+        narrow: dict[str, Any] = {"min_width": 120}
         with gradio.Accordion("What to label", open=True) as self.setup:
             with gradio.Row():
                 rater = gradio.Textbox(label="Your name", elem_id="rater", max_length=80, **narrow)

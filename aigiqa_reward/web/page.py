@@ -19,6 +19,7 @@ _CSS = """
 .bars { border-collapse: collapse; width: 100%; font-size: 0.9em }
 .bars td, .bars th { padding: 2px 8px; text-align: left; overflow-wrap: anywhere }
 .bar { background: linear-gradient(#0072b2, #0072b2) no-repeat 0 100% / var(--share) 3px; min-width: 4em }
+#pair img { width: 100%; height: 100%; object-fit: contain }
 .done { height: 6px; background: #e4e6ea } .done div { height: 6px; background: #0072b2 }
 .reproduce { white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; font-size: 0.85em }
 @media (max-width: 600px) { #answers button { min-width: 40%; flex: 1 } .gradio-container { padding: 4px !important } }
@@ -39,7 +40,7 @@ document.addEventListener("keydown", event => {
 def appearance() -> dict[str, Any]:
     """Look and keys, with fonts of the reader's machine."""
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return {"theme": gradio.themes.Base(primary_hue="blue", **fonts), "css": _CSS, "head": _KEYS}
+    return {"theme": gradio.Theme(primary_hue="blue", **fonts), "css": _CSS, "head": _KEYS}
 
 
 def build_page(studio: Studio) -> Any:
@@ -57,11 +58,11 @@ def build_page(studio: Studio) -> Any:
     return page
 
 
-def reward_lists(studio: Studio, lists: list[Any]) -> list[Any]:
+def reward_lists(studio: Studio, lists: list[Any]) -> Any:
     """Return updates of lists of rewards, in which one may have been taught."""
     names = studio.reward_names
     updates = [gradio.update(choices=[*(["none"] if each.elem_id == "second" else []), *names]) for each in lists]
-    return updates if len(updates) > 1 else updates[0]
+    return updates
 
 
 def reward_list(studio: Studio, label: str = "Reward", *, second: bool = False) -> Any:

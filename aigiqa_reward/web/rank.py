@@ -149,7 +149,7 @@ def _heat(studio: Studio, name: str, score: Score) -> Any:
 def _written(scores: Sequence[Score]) -> tuple[str, str]:
     """Write CSV and JSON Lines into a new folder."""
     folder = Path(tempfile.mkdtemp(prefix="aigiqa-"))
-    rows = [[field.name for field in fields(Score)], *map(astuple, scores)]
+    rows = [[field.name for field in fields(Score)], *(astuple(score) for score in scores)]
     (folder / "ranking.csv").write_text(csv_text(rows), encoding="utf-8")
     lines = "".join(f"{json.dumps(asdict(score))}\n" for score in scores)
     (folder / "ranking.jsonl").write_text(lines, encoding="utf-8")

@@ -62,13 +62,17 @@ def add_tab(studio: Studio) -> None:
         grids = sorted(dict(_found(studio))[name].glob("validation/step-*.png"))
         return gradio.update(value=str(grids[min(int(place), len(grids) - 1)]), label=grids[int(place)].stem)
 
+    def chosen(name: str) -> Iterator[Any]:
+        yield from showing(name, 10**9, None)
+
+    def following(name: str, place: int, before: Any) -> Iterator[Any]:
+        yield from showing(name, place, before, again=True)
+
     outputs = [seen, about, curves, step, grid, pictures]
     tab.select(lambda: gradio.update(choices=_runs(studio)), outputs=[run], show_progress="hidden")
-    run.input(lambda name: (yield from showing(name, 10**9, None)), [run], outputs)
+    run.input(chosen, [run], outputs)
     live.change(lambda on: gradio.Timer(active=on), [live], [timer], show_progress="hidden")
-    timer.tick(
-        lambda *given: (yield from showing(*given, again=True)), [run, step, seen], outputs, show_progress="hidden"
-    )
+    timer.tick(following, [run, step, seen], outputs, show_progress="hidden")
     step.release(at_step, [run, step], [grid], show_progress="hidden")
 
 

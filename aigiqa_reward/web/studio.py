@@ -20,7 +20,7 @@ from aigiqa_reward.web.labels import Labels, Pair, pair_of
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    from aigiqa_reward import Reward
+    from aigiqa_reward.rewards.reward import Reward
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif")
 """Endings of images that browsers show."""
@@ -69,7 +69,8 @@ class Studio:
         load_pipeline: Callable[[], DiffusionPipeline] | None = None,
         sampling: tuple[int, float] = (20, 3.0),
     ) -> None:
-        from aigiqa_reward import create_reward, get_reward_spec, list_rewards, load_embedded_pipeline
+        from aigiqa_reward.rewards.factory import create_reward, get_reward_spec, list_rewards
+        from aigiqa_reward.toy.pipeline import load_embedded_pipeline
 
         self.output_dir = output_dir.resolve()
         self.samples, self.taught = self.output_dir / "samples", self.output_dir / "rewards"
@@ -128,7 +129,7 @@ class Studio:
 
     def score(self, name: str, images: Sequence[tuple[str, str]]) -> Iterator[list[Score]]:
         """Score images with their prompts, "" for none; yield the scores so far, first an empty list."""
-        from aigiqa_reward import Scorer
+        from aigiqa_reward.rewards.scorer import Scorer
 
         yield []
         reward, found = self.reward(name), []
@@ -194,9 +195,10 @@ class Studio:
         agreed = compared = 0
         for _, pair, choice in self.labels.choices():
             first, second = (self.known(reward, path, pair.prompt) for path in (pair.first, pair.second))
-            if choice in ("first", "second") and first and second and None not in (first.total, second.total):
+            totals = [each.total for each in (first, second) if each is not None and each.total is not None]
+            if choice in ("first", "second") and len(totals) == 2:
                 compared += 1
-                agreed += (first.total > second.total) == (choice == "first")  # pyright: ignore[reportOptionalOperand]
+                agreed += (totals[0] > totals[1]) == (choice == "first")
         return agreed, compared
 
 

@@ -75,7 +75,7 @@ def _caught(studio: Studio, pairs: PreferencePairs, folder: Path) -> Any:
 
 def teach(studio: Studio, pairs: PreferencePairs, folder: Path) -> str:
     """Train on pairs, save the reward into a folder, and return its agreement with held-out choices in HTML."""
-    from aigiqa_reward import create_reward
+    from aigiqa_reward.rewards.factory import create_reward
     from aigiqa_reward.training.by_name import TrainingPlan, train_reward
 
     by_prompt = len(set(pairs.groups)) >= 3
@@ -94,8 +94,8 @@ def teach(studio: Studio, pairs: PreferencePairs, folder: Path) -> str:
 
 def _measured(reward: Any, pairs: PreferencePairs) -> Any:
     """Return the share of pairs whose preferred image scores higher, with its interval."""
-    from aigiqa_reward import Scorer
     from aigiqa_reward.evaluation import pair_accuracy
+    from aigiqa_reward.rewards.scorer import Scorer
 
     better, worse = (Scorer(reward).score(side, pairs.prompts).total.tolist() for side in (pairs.better, pairs.worse))
     return pair_accuracy(better, worse, pairs.groups)
