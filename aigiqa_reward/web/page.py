@@ -61,8 +61,7 @@ def build_page(studio: Studio) -> Any:
 def reward_lists(studio: Studio, lists: list[Any]) -> Any:
     """Return updates of lists of rewards, in which one may have been taught."""
     names = studio.reward_names
-    updates = [gradio.update(choices=[*(["none"] if each.elem_id == "second" else []), *names]) for each in lists]
-    return updates
+    return [gradio.update(choices=[*(["none"] if each.elem_id == "second" else []), *names]) for each in lists]
 
 
 def reward_list(studio: Studio, label: str = "Reward", *, second: bool = False) -> Any:
