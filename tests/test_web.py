@@ -206,3 +206,20 @@ def test_least_sure_pairs_come_first(studio: Any) -> None:
         {Path(pair.first).stem, Path(pair.second).stem} for pair in studio.pairs(images, "least sure first", "fake")
     ]
     assert order[-1] == {"a", "b"} and len(order) == 3
+
+
+@pytest.mark.slow
+def test_a_taught_reward_is_in_the_list(studio: Any, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from aigiqa_reward.web.teach import teach
+
+    for number in range(24):
+        images = [
+            str(picture(tmp_path / f"{number}{name}.png", color)) for name, color in (("a", "red"), ("b", "blue"))
+        ]
+        studio.labels.choose("ann", pair_of(f"a red square {number // 4}", (images[0], images[1])), "first")
+    text = teach(studio, studio.labels.pairs(), studio.taught / "mine")
+    assert "held-out choices on other prompts" in text and "before" in text
+    assert "taught: mine" in studio.reward_names
+    *_, scores = studio.score("taught: mine", [(images[0], "a red square")])
+    assert scores[0].error is None and 0 < scores[0].total < 1.5
