@@ -96,12 +96,15 @@ class Studio:
 
     def reward(self, name: str) -> Reward:
         """Return a reward of the list, loaded once."""
+        from aigiqa_reward.rewards.reward import Reward
+
         if name not in self.reward_names:
             raise ValueError(f"reward: expected one of {', '.join(self.reward_names)}, got {name!r}")
         with self._reward_lock:
             if name not in self._rewards:
-                taught = name.removeprefix("taught: ")
-                self._rewards[name] = self._load_reward(name if taught == name else str(self.taught / taught))
+                folder = self.taught / name.removeprefix("taught: ")
+                taught = folder.name != name
+                self._rewards[name] = Reward.from_pretrained(folder) if taught else self._load_reward(name)
             return self._rewards[name]
 
     def pipe(self) -> DiffusionPipeline:
