@@ -56,19 +56,19 @@ def swapped(rater: str, key: str) -> bool:
     return hashlib.sha256(f"{rater} {key}".encode()).digest()[0] % 2 == 1
 
 
-def add_tab(studio: Studio, page: Any) -> list[Any]:
-    """Add the tab, and return its lists of rewards."""
+def add_tab(studio: Studio, page: Any, kept: Any) -> list[Any]:
+    """Add the tab, and return its lists of rewards; the browser keeps what is labeled in `kept`, outside of all tabs."""
     with gradio.Tab("Label"):
-        return [_LabelTab(studio, page).reward]
+        return [_LabelTab(studio, page, kept).reward]
 
 
 class _LabelTab:
     """Components of the tab, and what they do; a setting is rater, mode, folder, prompt, reward and order."""
 
-    def __init__(self, studio: Studio, page: Any) -> None:
+    def __init__(self, studio: Studio, page: Any, kept: Any) -> None:
         self.studio = studio
         self.tasks: dict[tuple[str, ...], _Task] = {}
-        self.kept = gradio.BrowserState(None, storage_key="aigiqa-reward-label", secret="aigiqa-reward")
+        self.kept = kept
         self.add_setup()
         self.status = gradio.HTML(elem_id="label-status")
         self.shown = gradio.Textbox(visible="hidden")  # what the browser shows, not what the server believes

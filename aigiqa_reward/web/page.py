@@ -48,8 +48,9 @@ def build_page(studio: Studio) -> Any:
     from aigiqa_reward.web import generate, label, rank, runs, teach  # they use what is below
 
     with gradio.Blocks(title="aigiqa-reward", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        kept = gradio.BrowserState(None, storage_key="aigiqa-reward-label", secret="aigiqa-reward")
         with gradio.Tabs():
-            chosen = [rank.add_tab(studio), generate.add_tab(studio), label.add_tab(studio, page)]
+            chosen = [rank.add_tab(studio), generate.add_tab(studio), label.add_tab(studio, page, kept)]
             teach.add_tab(studio, [each for found in chosen for each in found])
             runs.add_tab(studio)
         rewards = [each for found in chosen for each in found]

@@ -28,9 +28,9 @@ def add_tab(studio: Studio) -> None:
             run = gradio.Dropdown(_runs(studio), value=None, label="Run", elem_id="run")
             live = gradio.Checkbox(False, label="Follow while it runs", elem_id="live")
         about = gradio.HTML(elem_id="run-about")
-        curves = gradio.Image(visible=False, label="Curves", buttons=[], elem_id="curves")
+        curves = gradio.Image(visible=False, show_label=False, buttons=[], elem_id="curves")
         step = gradio.Slider(0, 1, value=0, step=1, visible=False, label="Validation", elem_id="validation-step")
-        grid = gradio.Image(visible=False, label="Validation images", buttons=[], elem_id="grid")
+        grid = gradio.Image(visible=False, show_label=False, buttons=[], elem_id="grid")
         pictures = gradio.Gallery(columns=2, label="Pictures", buttons=[], elem_id="pictures")
         timer = gradio.Timer(_EVERY, active=False)
     seen = gradio.State(None)
@@ -60,7 +60,7 @@ def add_tab(studio: Studio) -> None:
 
     def at_step(name: str, place: int) -> Any:
         grids = sorted(dict(_found(studio))[name].glob("validation/step-*.png"))
-        return gradio.update(value=str(grids[min(int(place), len(grids) - 1)]), label=grids[int(place)].stem)
+        return gradio.update(value=str(grids[min(int(place), len(grids) - 1)]))
 
     def chosen(name: str) -> Iterator[Any]:
         yield from showing(name, 10**9, None)
