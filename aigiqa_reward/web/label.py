@@ -57,7 +57,7 @@ def swapped(rater: str, key: str) -> bool:
 
 
 def add_tab(studio: Studio, page: Any, kept: Any) -> list[Any]:
-    """Add the tab, and return its lists of rewards; the browser keeps what is labeled in `kept`, outside of all tabs."""
+    """Add the tab, and return its lists of rewards; `kept`, outside of all tabs, survives a reload."""
     with gradio.Tab("Label"):
         return [_LabelTab(studio, page, kept).reward]
 
