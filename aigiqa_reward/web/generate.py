@@ -52,7 +52,7 @@ class _GenerateTab:
         self.status = gradio.HTML(elem_id="generate-status")
         with gradio.Row():
             still: dict[str, Any] = {"format": "png", "interactive": False}
-            self.best = gradio.Image(label="Best so far", elem_id="best", buttons=["download"], **still)
+            self.best = gradio.Image(label="Best so far", height=380, elem_id="best", buttons=["download"], **still)
             self.made = gradio.Gallery(label="Best first", columns=4, elem_id="made", buttons=[], **still)
         self.again = gradio.HTML(elem_id="again")
         self.curve = gradio.Plot(label="Reward of the best one's previews", visible=False)

@@ -84,7 +84,7 @@ class _LabelTab:
             self.starting, self.setting, [self.kept, self.setup, *self.views], show_progress_on=self.status, **MODEL
         )
         page.load(self.resuming, [self.kept], [*self.setting, self.setup, *self.views], show_progress="hidden")
-        quick: dict[str, Any] = {"outputs": self.views, "show_progress": "hidden"}
+        quick: dict[str, Any] = {"outputs": self.views, "show_progress": "hidden", "trigger_mode": "multiple"}
         for name in ("left", "right", "tie", "bad"):
             self.answers[name].click(self.answering(name), [self.kept, self.shown], concurrency_limit=16, **quick)
         gradio.on([self.answers["undo"].click, self.undo_rating.click], self.undoing, [self.kept], **quick)
@@ -225,7 +225,7 @@ class _LabelTab:
 
     @says_why
     def exporting(self) -> Iterator[Any]:
-        files = self.studio.labels.export(self.studio.output_dir / "labels")
+        files = self.studio.labels.export(self.studio.exported)
         if not files:
             raise ValueError("labels: there are none to export yet")
         yield gradio.update(value=[str(file) for file in files], visible=True)

@@ -19,10 +19,13 @@ _CSS = """
 .bars { border-collapse: collapse; width: 100%; font-size: 0.9em }
 .bars td, .bars th { padding: 2px 8px; text-align: left; overflow-wrap: anywhere }
 .bar { background: linear-gradient(#0072b2, #0072b2) no-repeat 0 100% / var(--share) 3px; min-width: 4em }
-#pair img { width: 100%; height: 100%; object-fit: contain }
+#pair img, #heat img, #best img, #grid img { width: 100%; height: 100%; object-fit: contain }
 .done { height: 6px; background: #e4e6ea } .done div { height: 6px; background: #0072b2 }
 .reproduce { white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; font-size: 0.85em }
-@media (max-width: 600px) { #answers button { min-width: 40%; flex: 1 } .gradio-container { padding: 4px !important } }
+@media (max-width: 600px) {
+  #answers button { min-width: 40% !important }
+  #side-left, #side-right { height: 45vw !important }
+}
 """
 
 _KEYS = """<script>

@@ -46,8 +46,8 @@ class _RankTab:
         self.status = gradio.HTML(elem_id="rank-status")
         self.shown = gradio.State([])
         with gradio.Row():
-            self.best = gradio.Gallery(columns=4, label="Best first", elem_id="ranked", buttons=[])
-            self.other = gradio.Gallery(columns=4, visible=False, buttons=[])
+            self.best = gradio.Gallery(columns=3, label="Best first", elem_id="ranked", buttons=[])
+            self.other = gradio.Gallery(columns=3, visible=False, buttons=[])
             self.heat = gradio.Image(label="Heat map", visible=False, buttons=[], height=380, elem_id="heat")
         self.table = gradio.HTML(elem_id="rank-table")
         with gradio.Row():

@@ -30,7 +30,7 @@ def add_tab(studio: Studio) -> None:
         about = gradio.HTML(elem_id="run-about")
         curves = gradio.Image(visible=False, show_label=False, buttons=[], elem_id="curves")
         step = gradio.Slider(0, 1, value=0, step=1, visible=False, label="Validation", elem_id="validation-step")
-        grid = gradio.Image(visible=False, show_label=False, buttons=[], elem_id="grid")
+        grid = gradio.Image(visible=False, show_label=False, height=380, buttons=[], elem_id="grid")
         pictures = gradio.Gallery(columns=2, label="Pictures", buttons=[], elem_id="pictures")
         timer = gradio.Timer(_EVERY, active=False)
     seen = gradio.State(None)

@@ -96,7 +96,7 @@ def _application(studio: Studio, *, local: bool, auth: tuple[str, str] | None) -
         build_page(studio),
         path="",
         auth=None if auth is None else known,
-        allowed_paths=[str(folder) for folder in studio.folders.values()],
+        allowed_paths=[str(folder) for folder in (*studio.folders.values(), studio.exported)],
         max_file_size=MOST_UPLOADED,
         show_error=True,
         ssr_mode=False,

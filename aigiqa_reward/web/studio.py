@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aigiqa_reward.utils.io import read_regular
+from aigiqa_reward.images import ImageError, read_prompt
 from aigiqa_reward.web.labels import Labels, Pair, pair_of
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Studio:
         from aigiqa_reward.toy.pipeline import load_embedded_pipeline
 
         self.output_dir = output_dir.resolve()
-        self.samples, self.taught = self.output_dir / "samples", self.output_dir / "rewards"
+        self.samples, self.taught, self.exported = (self.output_dir / n for n in ("samples", "rewards", "labels"))
         for folder in (self.samples, self.taught):
             folder.mkdir(parents=True, exist_ok=True)
         self.folders = {str(folder): folder.resolve() for folder in folders} | {SAMPLED: self.samples}
@@ -122,13 +122,13 @@ class Studio:
     # ------------------------------------------------------------------------------------------ images
 
     def images(self, folder: str, prompt: str = "") -> list[tuple[str, str]]:
-        """Return path and prompt of the images of a named folder; a text file of the same name holds the prompt."""
+        """Return path and prompt of the images of a named folder; `prompt` is of those without one."""
         if folder not in self.folders:
             raise ValueError(f"folder: expected one of {', '.join(self.folders)}, got {folder!r}")
         place = self.folders[folder]
         files = (file for file in sorted(place.rglob("*")) if file.suffix.lower() in IMAGES)
         inside = [file for file in files if file.resolve().is_relative_to(place) and file.is_file()]
-        return [(str(file), _sidecar(file) or prompt.strip()) for file in inside[:MOST_IMAGES]]
+        return [(str(file), _prompt(file) or prompt.strip()) for file in inside[:MOST_IMAGES]]
 
     def score(self, name: str, images: Sequence[tuple[str, str]]) -> Iterator[list[Score]]:
         """Score images with their prompts, "" for none; yield the scores so far, first an empty list."""
@@ -222,7 +222,7 @@ def _score(path: str, prompt: str, result: Any) -> Score:
     )
 
 
-def _sidecar(file: Path) -> str:
-    with suppress(OSError, ValueError):
-        return read_regular(file.with_suffix(".txt"), most=100_000).decode("utf-8").strip()
+def _prompt(file: Path) -> str:
+    with suppress(ImageError):
+        return getattr(read_prompt(file), "text", "")
     return ""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio
 
@@ -41,8 +41,9 @@ def add_tab(studio: Studio, lists: list[Any]) -> None:
         pairs = studio.labels.pairs()
         if pairs is None or len(pairs) < FEWEST:
             raise ValueError(f"labels: expected at least {FEWEST} choices that prefer an image; label more pairs")
-        studio.labels.export(studio.output_dir / "labels")
-        yield {status: f"<p>Training on {len(pairs)} choices.</p>{_command(studio, folder)}"}
+        studio.labels.export(studio.exported)
+        command = _command(studio, folder, _mode(pairs))
+        yield {status: f"<p>Training on {len(pairs)} choices.</p>{command}"}
         found: list[Any] = []
         worker = threading.Thread(target=lambda: found.append(_caught(studio, pairs, folder)))
         worker.start()
@@ -50,18 +51,22 @@ def add_tab(studio: Studio, lists: list[Any]) -> None:
         while worker.is_alive():
             worker.join(2)
             seconds += 2
-            yield {status: f"<p>Training on {len(pairs)} choices: {seconds} s.</p>{_command(studio, folder)}"}
+            yield {status: f"<p>Training on {len(pairs)} choices: {seconds} s.</p>{command}"}
         if isinstance(found[0], Exception):
             raise found[0]
         updates = dict(zip(lists, reward_lists(studio, lists), strict=True))
-        yield {status: found[0], **updates}
+        yield {status: found[0] + command, **updates}
 
     run.click(teaching, [name], [status, *lists], show_progress="minimal", **MODEL)
 
 
-def _command(studio: Studio, folder: Path) -> str:
-    data = f"pairs:{studio.output_dir / 'labels'}"
-    command = f"aigiqa-reward train compact --init embedded --split group --data {shlex.quote(data)}"
+def _mode(pairs: PreferencePairs) -> Literal["group", "random_image"]:
+    return "group" if len(set(pairs.groups)) >= 3 else "random_image"
+
+
+def _command(studio: Studio, folder: Path, mode: str) -> str:
+    data = f"pairs:{studio.exported}"
+    command = f"aigiqa-reward train compact --init embedded --split {mode} --data {shlex.quote(data)}"
     text = escape(f"{command} --output-dir {shlex.quote(str(folder))}")
     return f"<p>The same on the command line:</p><div class='reproduce'>{text}</div>"
 
@@ -78,14 +83,14 @@ def teach(studio: Studio, pairs: PreferencePairs, folder: Path) -> str:
     from aigiqa_reward.rewards.factory import create_reward
     from aigiqa_reward.training.by_name import TrainingPlan, train_reward
 
-    by_prompt = len(set(pairs.groups)) >= 3
-    split: Split = split_rows(pairs, mode="group" if by_prompt else "random_image", seed=0)
+    mode = _mode(pairs)
+    split: Split = split_rows(pairs, mode=mode, seed=0)
     plan = TrainingPlan(name="compact", init="embedded")
     with studio.lock:
         before = _measured(create_reward("compact"), pairs.subset(split.test))
         trained = train_reward(plan, pairs, split, folder, progress=False)
         after = _measured(trained.reward, pairs.subset(split.test))
-    held = "other prompts" if by_prompt else "the same prompts, since there are fewer than 3"
+    held = "other prompts" if mode == "group" else "the same prompts, since there are fewer than 3"
     return (
         f"<p id='taught'><b>{escape(folder.name)}</b> is in the lists of rewards as “taught: {escape(folder.name)}”. "
         f"Agreement with {len(split.test)} held-out choices on {held}: {before} before, {after} after.</p>"
