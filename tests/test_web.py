@@ -118,7 +118,7 @@ def test_wrong_usage_is_refused(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------- the page
 
-EVIL = "<img src=x onerror=alert(1)>"
+EVIL = "<img src=x onerror=alert`1`>"
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +194,10 @@ def test_only_named_folders_are_served_and_only_to_this_host(client: Any, studio
     assert client.get("/", headers={"host": "attacker.example"}).status_code == 400
 
 
-def test_least_sure_pairs_come_first(studio: Any) -> None:
+def test_least_sure_pairs_come_first(studio: Any, tmp_path: Path) -> None:
     from aigiqa_reward.web.studio import Score
 
-    images = [(str(Path(f"{name}.png").absolute()), "p") for name in "abc"]
+    images = [(str(tmp_path / f"{name}.png"), "p") for name in "abc"]
     for (path, prompt), total in zip(images, (0.1, 0.9, 0.5), strict=True):
         Image.new("RGB", (16, 16)).save(path)
         key = ("fake", path, Path(path).stat().st_mtime_ns, prompt)

@@ -102,7 +102,7 @@ class _LabelTab:
                 mode = gradio.Radio(["pairs", "ratings"], value="pairs", label="Label", **narrow)
                 folder = gradio.Dropdown(folders, value=folders[0], label="Folder", **narrow)
             with gradio.Row():
-                prompt = gradio.Textbox(label="Prompt of images without a text file", **narrow)
+                prompt = gradio.Textbox(label="Prompt of images without one", **narrow)
                 self.reward = reward_list(self.studio)
                 order = gradio.Radio(list(_ORDERS), value=_ORDERS[0], label="Order", **narrow)
             self.start = gradio.Button("Start", variant="primary", elem_id="start")
