@@ -268,8 +268,8 @@ def _maps(reward: Any, results: ResultsFolder, reward_prompt: str | None) -> Ite
     from aigiqa_reward import Scorer
 
     names: Any = getattr(getattr(getattr(reward, "model", None), "config", None), "distortions", ())
-    for result in results if reward is not None else ():
-        if result.output is None:
+    for result in results:
+        if reward is None or result.output is None:
             continue
         images, prompt = result.output.images, reward_prompt or result.prompt
         details = Scorer(reward).score(images, prompt).details if images else {}
