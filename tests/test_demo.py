@@ -50,6 +50,7 @@ def assert_holds(folder: Path, rows: list[dict[str, Any]]) -> None:
         with Image.open(folder / name) as image:
             image.verify()
     assert array(folder / "best.png").shape == (64, 64, 3)
+    assert "CFG scale: 1.0, Seed" in Image.open(folder / "best.png").info["parameters"]
     written = read_prompt(folder / "best.png")
     assert written is not None
     assert written.text == PROMPT

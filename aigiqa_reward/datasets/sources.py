@@ -61,8 +61,8 @@ and `pairs` for one's own choices."""
 def read_data(source: str, prompts_from: PromptSource | None = None) -> ScoredImages | PreferencePairs:
     """Read a benchmark given as NAME:PATH with a name of `SOURCES`, such as `agiqa3k:~/data/agiqa3k`.
 
-    Returns images with scores, or pairs of images (imagereward, hpdv2, pickapic, genai_bench, pairs). Of a csv without a
-    column of prompts, `prompts_from` says where each image's own is read (see `read_table`).
+    Returns images with scores, or pairs of images (imagereward, hpdv2, pickapic, genai_bench, pairs). Of a csv without
+    a column of prompts, `prompts_from` says where each image's own is read (see `read_table`).
 
     Example:
         >>> from PIL import Image

@@ -236,7 +236,11 @@ class ModelSpec:
     @property
     def meaning(self) -> str:
         """How to read the scores, in one line."""
-        known = "" if self.no_match is None else f"; correspondence around {self.no_match:g} means no match"
+        known = (
+            ""
+            if self.no_match is None
+            else f"; a prompt that does not match gets a correspondence of about {self.no_match:g}, in the median"
+        )
         return f"{self.name}: {self.scale}{known}"
 
     @property

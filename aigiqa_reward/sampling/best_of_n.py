@@ -245,6 +245,7 @@ def rerank(
     sources = check_images(images, "images")
     if check_prompt(prompt) is not None:
         check_text(prompt, "prompt", "pass the text that the images should show, or None to rank by quality alone")
+    wanted = top_k or 0  # images that are missed where fewer are left
     top_k = len(sources) if top_k is None else integer("top_k", top_k, least=1)
     if top_k > len(sources):
         raise ValueError(f"top_k: expected at most {len(sources)}, the number of images, got {top_k}; ask for fewer")
@@ -254,5 +255,5 @@ def rerank(
         source = sources[result.index]
         tally.add([result.index], found, lambda _, source=source: Picture.of(pixels.load(source)[None], 0))
     output = tally.output()
-    conclude(output, top_k, name="image", stacklevel=3)
+    conclude(output, wanted, name="image", stacklevel=3)
     return output

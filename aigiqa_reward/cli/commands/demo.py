@@ -142,7 +142,7 @@ def _write(output: BestOfNOutput, prompt: str, folder: Path) -> None:
     write(folder / SHEET, png(contact_sheet(output, prompt)))
     write(folder / RESULTS, render(_candidates(output, prompt), "jsonl").encode())
     if output.images:
-        best = metadata.png(output.images[0], prompt, seed=output.seeds[0], call=EMBEDDED_SAMPLING)
+        best = metadata.png(output.images[0], prompt, seed=output.seeds[0], call=SAMPLING)
         write(folder / BEST, best)
 
 

@@ -119,11 +119,15 @@ def _print(result: ScoringRun, rows: Sequence[Row], output: OutputOptions, copie
             emit(text)
             raise CommandError(f"{error}; the result is on stdout", argument="output", status=1) from error
         result.kept.remove()
-    if all(row.prompt is None for row in rows) and any(row.total is not None for row in rows):
+    if all(row.total is None for row in rows):
+        return
+    if all(row.prompt is None for row in rows):
         say("note", "no prompt: only quality is judged")
-    if output.file is None and output.format == "table" and any(row.total is not None for row in rows):
+    elif output.file is None and output.format == "table":
         for meaning in result.meanings:
             say("note", meaning)
+    if copies is not None and len({row.prompt for row in rows}) > 1:
+        say("note", "scores of different prompts do not compare; rank the images of one prompt at a time")
 
 
 # --------------------------------------------------------------------------------------------- finished rows
