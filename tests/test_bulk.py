@@ -18,6 +18,7 @@ from PIL import Image
 from pyarrow import dataset, parquet
 
 from aigiqa_reward import Scorer, create_reward
+from aigiqa_reward.bulk.cluster import keeping_sigterm
 from aigiqa_reward.bulk.scoring import Results, table_schema
 
 PROMPT = "a red square"
@@ -27,7 +28,8 @@ PROMPT = "a red square"
 def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="needs the extra ray")
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(num_cpus=2, _system_config={"worker_niceness": 0}, **quiet)  # else slow beside other work
+    with keeping_sigterm():
+        ray.init(num_cpus=2, _system_config={"worker_niceness": 0}, **quiet)  # else slow beside other work
     yield ray
     ray.shutdown()
 

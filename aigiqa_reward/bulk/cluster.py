@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -44,6 +46,17 @@ class Workers:
 
 
 @contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Restore the handler of SIGTERM, which `ray.init` in the main thread replaces by one that ends the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def joined_cluster() -> Iterator[Any]:
     """Join the cluster at RAY_ADDRESS, or start one on this machine and stop it afterwards; yield the module ray."""
     try:
@@ -55,7 +68,8 @@ def joined_cluster() -> Iterator[Any]:
     if ours:
         started: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **started)
+            with keeping_sigterm():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **started)
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(f"engine: cannot join the Ray cluster at RAY_ADDRESS={address}: {error}") from error
     try:

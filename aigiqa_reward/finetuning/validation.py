@@ -82,10 +82,10 @@ def default_holdout(reward: RewardFunction, device: torch.device | None = None) 
     If the trained reward is or contains a published one, it is the first of PUBLISHED_CANDIDATES of another family
     (`rewards.published.PUBLISHED`) whose weights are in the Hub's cache; nothing is downloaded.
 
-    Otherwise it is an embedded system, whose total is quality alone: the first of CANDIDATES that is not part of the
-    trained reward. It detects images that only the trained head likes. It does not detect a loss of correspondence,
-    since all embedded systems share one text tower, nor what exploits a shared image tower: a reward from human
-    preferences or on other towers detects more.
+    Otherwise it is the first embedded system of CANDIDATES that is not part of the trained reward. It detects images
+    that only the trained reward likes, and a loss of correspondence: compact has image towers and a last text layer of
+    its own, but five of six text layers are shared, and the five other systems share their towers. A reward from human
+    preferences detects more.
 
     Rewards that a plain function calls are not found.
     """
@@ -99,7 +99,7 @@ def default_holdout(reward: RewardFunction, device: torch.device | None = None) 
             return create_reward(name, weights=weights, device=device)
     if not (left := [name for name in CANDIDATES if name not in used]):
         raise ValueError("holdout: the trained reward uses every embedded system; pass another reward as holdout")
-    return create_reward(left[0], quality_weight=1.0, correspondence_weight=0.0, device=device)
+    return create_reward(left[0], device=device)
 
 
 def frozen(reward: RewardFunction) -> RewardFunction:
