@@ -348,6 +348,7 @@ SEVERAL = {
     "--set",
     "--tower",
     "--target-modules",
+    "--details",
     "--guidance-scales",
 }
 """Options that may be repeated."""

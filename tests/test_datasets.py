@@ -544,6 +544,7 @@ def test_every_public_reader_has_a_name() -> None:
         "hpdv2",
         "pickapic",
         "genai_bench",
+        "pairs",
         "csv",
     ]
 
