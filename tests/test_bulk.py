@@ -31,7 +31,8 @@ def cluster() -> Iterator[Any]:
     with keeping_sigterm():
         ray.init(num_cpus=2, _system_config={"worker_niceness": 0}, **quiet)  # else slow beside other work
     yield ray
-    ray.shutdown()
+    with keeping_sigterm():
+        ray.shutdown()
 
 
 def pictures(count: int) -> dict[str, bytes]:

@@ -47,7 +47,7 @@ class Workers:
 
 @contextmanager
 def keeping_sigterm() -> Iterator[None]:
-    """Restore the handler of SIGTERM, which `ray.init` in the main thread replaces by one that ends the process."""
+    """Restore the handler of SIGTERM: `ray.init` replaces it by one that ends the process, `ray.shutdown` drops it."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -76,7 +76,8 @@ def joined_cluster() -> Iterator[Any]:
         yield ray
     finally:
         if ours:
-            ray.shutdown()
+            with keeping_sigterm():
+                ray.shutdown()
 
 
 def share(ray: Any, device: str | None, cpus_per_worker: int) -> Workers:
