@@ -91,15 +91,14 @@ def test_a_radius_of_zero_gives_the_plain_gradient_and_no_gradient_costs_nothing
 @pytest.mark.parametrize("kind", [SharpnessAwareReward, SmoothedReward])
 def test_a_row_depends_neither_on_batch_mates_nor_on_its_place(kind: Any) -> None:
     plain = create_reward("compact").double()
-    reward, images = kind(plain), pictures(3, 32)
-    output = reward(images, PROMPTS)
+    reward, images = kind(plain), pictures(2, 32)
+    output = reward(images, PROMPTS[:2])
     found = torch.autograd.grad(output.total.sum(), images)[0]
-    for row in range(3):
-        alone = images[row : row + 1].detach().requires_grad_()
-        own = reward(alone, PROMPTS[row : row + 1])
-        for name in ("total", "quality", "correspondence"):
-            torch.testing.assert_close(getattr(own, name), getattr(output, name)[row : row + 1])
-        torch.testing.assert_close(torch.autograd.grad(own.total.sum(), alone)[0], found[row : row + 1])
+    alone = images[1:].detach().requires_grad_()
+    own = reward(alone, PROMPTS[1:2])
+    for name in ("total", "quality", "correspondence"):
+        torch.testing.assert_close(getattr(own, name), getattr(output, name)[1:])
+    torch.testing.assert_close(torch.autograd.grad(own.total.sum(), alone)[0], found[1:])
     assert all(weight.grad is None for weight in plain.parameters())
 
 
