@@ -26,7 +26,7 @@ Example:
     2
 """
 
-from aigiqa_reward.finetuning.algorithms.base import Algorithm
+from aigiqa_reward.finetuning.algorithms import ALGORITHMS
 from aigiqa_reward.finetuning.algorithms.dpo import DPO
 from aigiqa_reward.finetuning.algorithms.draft import DRaFT
 from aigiqa_reward.finetuning.algorithms.nft import DiffusionNFT
@@ -37,10 +37,7 @@ from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.optimizers import FinetuningError
 from aigiqa_reward.finetuning.pairs import build_preference_pairs, read_preference_pairs
 from aigiqa_reward.finetuning.results import FinetuneResult
-from aigiqa_reward.finetuning.trainer import finetune
-
-ALGORITHMS: dict[str, type[Algorithm]] = {kind.name: kind for kind in (DRaFT, ReFL, DPO, DDPO, FlowGRPO, DiffusionNFT)}
-"""Algorithms by their names on the command line."""
+from aigiqa_reward.finetuning.run import finetune
 
 __all__ = [
     "ALGORITHMS",
