@@ -6,7 +6,6 @@ import inspect
 import json
 import logging
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -49,14 +48,30 @@ class BulkError(RuntimeError):
 # --------------------------------------------------------------------------------------------- in the workers
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A shard, which of its rows are known already, and which are wanted; None for all."""
+
+    index: int
+    shard: Shard
+    known: frozenset[int]
+    wanted: frozenset[int] | None
+
+
 def _read(row: Mapping[str, Any], prompt: str | None) -> Iterator[dict[str, Any]]:
     """Yield the images of a shard that are not known yet and, after the last one, how many there are in all."""
-    index, shard, known, wanted = pickle.loads(row["shard"])
+    task: _Task = row["task"]
     count = 0
-    for count, item in enumerate(shard.read(), 1):
-        if count - 1 not in known and (wanted is None or count - 1 in wanted):
-            yield {"shard": index, "row": count - 1, "count": -1, **item._asdict(), "prompt": prompt or item.prompt}
-    yield {"shard": index, "row": -1, "count": count, **Item("", None)._asdict()}
+    for count, item in enumerate(task.shard.read(), 1):
+        if count - 1 not in task.known and (task.wanted is None or count - 1 in task.wanted):
+            yield {
+                "shard": task.index,
+                "row": count - 1,
+                "count": -1,
+                **item._asdict(),
+                "prompt": prompt or item.prompt,
+            }
+    yield {"shard": task.index, "row": -1, "count": count, **Item("", None)._asdict()}
 
 
 def _decode(row: dict[str, Any]) -> dict[str, Any]:
@@ -317,7 +332,7 @@ class BulkScoring:
     def _task(self, index: int, wanted: Iterable[int] | None = None) -> dict[str, Any]:
         known: Set[int] = self.results.rows.get(index, {}).keys()
         chosen = None if wanted is None else frozenset(wanted)
-        return {"shard": pickle.dumps((index, self.shards[index], frozenset(known), chosen))}
+        return {"task": _Task(index, self.shards[index], frozenset(known), chosen)}
 
     def _stream(self, tasks: Sequence[dict[str, Any]], *, one_by_one: bool = False) -> None:
         """Score tasks and commit their rows as they arrive."""
