@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
+from aigiqa_reward.report.sheet import number_word
 from aigiqa_reward.web.page import MODEL, bar, number, reward_list, says_why
 from aigiqa_reward.web.studio import Studio
 
@@ -95,7 +96,7 @@ class _GenerateTab:
         text = f"<p>{ended} {len(output.all_seeds)} of {n} candidates.</p>"
         yield {self.status: text, self.again: _again(prompt, output, steering, settings)}
         if steering == "none" and not stopped.is_set():
-            drawn = _curve(self.studio, name, prompt, output.seeds[0], settings)
+            drawn = _curve(self.studio, name, prompt, output.winners[0], settings)
             yield {self.curve: gradio.update(value=drawn, visible=drawn is not None)}
 
 
@@ -124,13 +125,13 @@ def _outputs(
 
 
 def _gallery(output: BestOfNOutput) -> list[tuple[Any, str]]:
-    scored = zip(output.images, output.seeds, output.scores, strict=True)
-    return [(image, f"seed {seed}  {number(score)}") for image, seed, score in scored]
+    scored = zip(output.images, output.winners, output.scores, strict=True)
+    return [(image, f"{number_word(output)} {place}  {number(score)}") for image, place, score in scored]
 
 
 def _again(prompt: str, output: BestOfNOutput, steering: str, settings: dict[str, Any]) -> str:
     """Return how to make the best image again."""
-    best = f"<p>Best: seed {output.seeds[0]}, {number(output.scores[0])}.</p>"
+    best = f"<p>Best: {number_word(output)} {output.winners[0]}, {number(output.scores[0])}.</p>"
     if steering != "none":
         return f"{best}<p>The same settings and first seed make it again; its seed alone does not.</p>"
     given = "".join(f", {name}={value!r}" for name, value in settings.items())

@@ -172,7 +172,7 @@ class _LabelTab:
     def starting(self, *setting: str) -> Iterator[Any]:
         rater, mode, folder, prompt, reward, order = setting
         if not rater.strip():
-            raise ValueError("Your name: expected a text, so that labels of several raters can be told apart")
+            raise ValueError("Your name: expected a text, which separates the labels of several raters")
         if mode == "pairs" and order == _ORDERS[0]:
             images = self.studio.images(folder, prompt)
             for found in self.studio.score(reward, images):

@@ -146,7 +146,10 @@ class Labels:
             frame.to_parquet(data, index=False)
             write_atomically(folder / PAIRS_FILE, data.getvalue())
             written.append(folder / PAIRS_FILE)
-        means = "SELECT path, prompt, AVG(quality), AVG(correspondence) FROM ratings WHERE prompt != '' GROUP BY path"
+        means = (
+            "SELECT path, prompt, AVG(quality), AVG(correspondence) FROM ratings WHERE prompt != '' "
+            "GROUP BY path, prompt"
+        )
         if rated := self._run(means):
             text = csv_text([("path", "prompt", "quality", "correspondence"), *rated])
             write_atomically(folder / RATINGS_FILE, text.encode())

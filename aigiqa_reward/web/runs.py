@@ -109,9 +109,7 @@ def _about(folder: Path) -> str:
             ]
             text += f"<p>{' · '.join(figures)}</p>"
         elif (folder / "results.jsonl").is_file():
-            lines = [
-                line for line in _lines(folder / "results.jsonl") if line.get("rank") == 0 or line.get("rank") == 1
-            ]
+            lines = [line for line in _lines(folder / "results.jsonl") if line.get("rank") == 1]
             cells = "".join(
                 f"<tr><td>{escape(str(r.get('prompt')))}</td><td>{escape(str(r.get('seed')))}</td><td>{number(r.get('total'))}</td></tr>"
                 for r in lines[:_MOST]

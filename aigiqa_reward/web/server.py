@@ -1,4 +1,4 @@
-"""Serve the page: local unless told otherwise, and nothing from elsewhere."""
+"""Serve the page: local by default, and with nothing from other hosts."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aigiqa_reward.images import ImageError, read_prompt
+from aigiqa_reward.images.metadata import png
+from aigiqa_reward.utils.io import write_atomically
 from aigiqa_reward.web.labels import Labels, Pair, pair_of
 
 if TYPE_CHECKING:
@@ -148,7 +150,7 @@ class Studio:
             yield found
 
     def sample(self, prompts: Sequence[str], per_prompt: int, seed: int, **settings: Any) -> Iterator[int]:
-        """Sample images into the folder of samples, their prompts beside them; yield how many there are so far."""
+        """Sample images into the folder of samples, with their prompts; yield how many there are so far."""
         import torch
 
         pipe, done = self.pipe(), 0
@@ -157,8 +159,8 @@ class Studio:
                 name = f"{hashlib.sha256(prompt.encode()).hexdigest()[:12]}_{number}"
                 with self.lock:
                     made: Any = pipe(prompt, generator=torch.Generator("cpu").manual_seed(number), **settings)  # pyright: ignore[reportCallIssue]
-                (self.samples / f"{name}.txt").write_text(prompt, encoding="utf-8")
-                made.images[0].save(self.samples / f"{name}.png")
+                image = png(made.images[0], prompt, seed=number, scheduler=pipe.scheduler, call=settings)
+                write_atomically(self.samples / f"{name}.png", image)
                 done += 1
                 yield done
 

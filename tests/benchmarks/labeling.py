@@ -23,6 +23,7 @@ from aigiqa_reward import Scorer, create_reward
 from aigiqa_reward.datasets import PreferencePairs, read_data
 from aigiqa_reward.evaluation import bootstrap_interval, pair_accuracy
 from aigiqa_reward.images import load
+from aigiqa_reward.images.metadata import find_prompt
 from aigiqa_reward.toy.judge import load_judge
 from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, caption
 from aigiqa_reward.training.by_name import TrainingPlan, train_reward, whole_split
@@ -84,8 +85,7 @@ def sampled(studio: Studio, prompts: list[str], per_prompt: int) -> list[tuple[s
 
 
 def _listed(studio: Studio) -> list[tuple[str, str]]:
-    files = sorted(studio.samples.glob("*.png"))
-    return [(str(file), file.with_suffix(".txt").read_text(encoding="utf-8")) for file in files]
+    return [(str(file), find_prompt(file, "embedded").text) for file in sorted(studio.samples.glob("*.png"))]
 
 
 def judged(images: list[tuple[str, str]]) -> dict[str, float]:
