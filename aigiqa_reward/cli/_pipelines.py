@@ -255,11 +255,11 @@ def report_unknown(prompts: Sequence[str]) -> None:
         say("warning", f"the embedded generator knows nothing that {them}; try {EXAMPLE!r}")
         say("note", f"it knows {len(NOUNS)} things: {', '.join(NOUNS)}")
         say("note", f"on {len(COLOR_NAMES)} background colors: {colors}")
+    elif words := unknown_words(" ".join(prompts)):
+        knows = f"it knows {len(NOUNS)} things and these background colors: {colors}"
+        say("warning", f"the embedded generator does not know {', '.join(words[:_WORDS])}; {knows}")
     elif any(subject.color is None for subject in subjects):
         say("warning", f"the prompt names no background color that the embedded generator knows ({colors})")
-    if words := unknown_words(" ".join(prompts)):
-        knows = "" if lost else f"; it knows {len(NOUNS)} things and these background colors: {colors}"
-        say("warning", f"the embedded generator does not know {', '.join(words[:_WORDS])}{knows}")
 
 
 def _load(model: str, dtype: torch.dtype) -> Any:
