@@ -1,4 +1,4 @@
-"""What people are told whose arguments are in the wrong place, misspelt or without quotes."""
+"""Messages about arguments in the wrong place, misspelt or without quotes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded reward: one tower for quality, another one and a text tower for the match, a score of its own for each.
+"""The embedded reward: an image tower for quality; an image tower and a text tower for the match with the prompt.
 
 Quality. EfficientNet-Lite0, fine-tuned on human scores, sees the whole image and the image at native resolution. With
 x_v the means and stds of its last map over the places of view v,

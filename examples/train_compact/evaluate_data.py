@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import FOLDS
+from data import FOLDS, read_biq2021
 from negatives import wrong_caption
 from torch import Tensor
 from tqdm import tqdm
@@ -34,17 +34,15 @@ DEV = 1000
 
 def photographs(reward: Reward, folder: Path) -> float:
     """Return the SRCC of quality and BIQ2021's test scores."""
-    rows = read_csv(folder / "Test (Images and MOS).csv", ("Image Name", "MOS"))
-    files = {path.name.lower(): path for path in (folder / "Images").iterdir()}  # one file ends in .JPG
-    paths = [files[row["Image Name"].lower()] for row in rows]
-    quality = Scorer(reward, batch_size=4).score(paths, None).quality
+    images = read_biq2021(folder, "Test")
+    quality = Scorer(reward, batch_size=4).score(images.paths, None).quality
     assert quality is not None
-    return srcc(quality.numpy(), np.array([float(row["MOS"]) for row in rows]))
+    return srcc(quality.numpy(), images.scores)
 
 
 @torch.inference_mode()
 def captions(reward: Reward, folder: Path) -> list[str]:
-    """Return how often DEV captions are best for their own image, and how often those made wrong are told apart."""
+    """Return how often DEV captions are best for their own image, and above those made wrong."""
     first: dict[str, str] = {}
     for row in read_csv(folder / "captions.csv", ("image", "split", "caption")):
         if row["split"] != "train" and len(first) < DEV:

@@ -150,7 +150,7 @@ def memory(folder: Path, counts: list[int], side: int) -> None:
                     continue
             time.sleep(0.5)
         peaks.append(peak)
-        print(f"{count} images: at most {peak / 2**20:.0f} MiB of its own in an actor", flush=True)
+        print(f"{count} images: at most {peak / 2**20:.0f} MiB of private memory in an actor", flush=True)
     print(f"ratio {peaks[-1] / peaks[0]:.3f}")
 
 
