@@ -73,7 +73,7 @@ def test_it_is_best_of_n_of_each_prompt(tiny, tiny_reward, tmp_path):
     assert names(tmp_path) == winners | records | {"index.html", "results.jsonl", "settings.json"}
     assert page.count("<article") == 2
     assert HOSTILE not in page
-    assert all(text in result.stderr for text in (str(tmp_path), "index.html", "results.jsonl", "does not know"))
+    assert all(text in result.stderr for text in (str(tmp_path), "index.html", "results.jsonl", "knows nothing"))
 
 
 def test_pruning_shows_its_curves_and_a_reward_its_maps(tmp_path):

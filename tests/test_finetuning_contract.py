@@ -35,13 +35,13 @@ from aigiqa_reward.finetuning import (
     ALGORITHMS,
     DDPO,
     DPO,
-    Algorithm,
     DiffusionNFT,
     DRaFT,
     FinetuneConfig,
     FlowGRPO,
     ReFL,
 )
+from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.optimizers import accelerator_of
 

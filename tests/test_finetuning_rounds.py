@@ -17,7 +17,8 @@ from torch import Tensor
 
 from aigiqa_reward import create_reward
 from aigiqa_reward.datasets.pairs import PAIRS_FILE as PAIRS
-from aigiqa_reward.finetuning import DDPO, DPO, Algorithm, DRaFT, FinetuneResult
+from aigiqa_reward.finetuning import DDPO, DPO, DRaFT, FinetuneResult
+from aigiqa_reward.finetuning.algorithms.base import Algorithm
 from aigiqa_reward.finetuning.lora import FILE
 from aigiqa_reward.finetuning.pairs import read_preference_pairs
 from aigiqa_reward.finetuning.validation import warn_of_weak

@@ -15,7 +15,8 @@ from test_finetuning_loop import train
 from torch import Tensor
 
 from aigiqa_reward import CompositeReward
-from aigiqa_reward.finetuning import DDPO, Algorithm, DiffusionNFT, FlowGRPO
+from aigiqa_reward.finetuning import DDPO, DiffusionNFT, FlowGRPO
+from aigiqa_reward.finetuning.algorithms.base import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
     "ddpo": DDPO(images_per_prompt=4, advantage_clip=50.0, deviation="batch"),
