@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prompt_files
 import pyarrow as pa
 import pytest
-from commands import only_error, run
+from commands import lines, only_error, run
 from PIL import Image
 from pyarrow import dataset, parquet
 
 from aigiqa_reward import Scorer, create_reward
 from aigiqa_reward.bulk.cluster import keeping_sigterm
-from aigiqa_reward.bulk.scoring import Results, table_schema
+from aigiqa_reward.bulk.inputs import find_shards
+from aigiqa_reward.bulk.scoring import Results, _decode, table_schema
 
 PROMPT = "a red square"
 
@@ -100,6 +102,31 @@ def test_three_forms_get_the_scores_of_scorer(scored: tuple[list[object], dict[s
     assert (out / "histograms.png").is_file() and (out / "best-and-worst.png").is_file()
 
 
+def test_prompts_of_files_get_the_rows_of_one_process(cluster: Any, tmp_path: Path) -> None:
+    images, raw = tmp_path / "images", "a (red:1.2) fox <lora:x:.8>"
+    images.mkdir()
+    prompt_files.a1111_png(images / "embedded.png", raw)
+    prompt_files.kohya(images, "sidecar.png", f"{raw} of kohya")
+    prompt_files.picture().save(images / "nothing.png")
+    given = ["score", images, "--prompts-from", "auto"]
+    here = lines(run(*given, "--format", "jsonl").stdout)
+    assert run(*given, "--engine", "ray", "--output-dir", tmp_path / "out").exit_code == 1  # one has no prompt
+    there = rows_in(tmp_path / "out")
+    names = ["path", "prompt", "raw_prompt", "total", "quality", "correspondence", "error"]
+    assert list(there[0]) == names
+    for row, other in zip(here, there, strict=True):
+        assert [row.get(n) for n in names] == pytest.approx([other[n] for n in names], abs=1e-5)
+    assert [row["prompt"] for row in there] == ["a red fox", None, "a red fox of kohya"]
+
+
+def test_embedded_prompts_are_read_in_tables_and_tars(tmp_path: Path) -> None:
+    file = prompt_files.a1111_png(tmp_path / "a.png", "a (red:1.2) fox")
+    shards, _ = find_shards(three_forms({"a.png": file.read_bytes()}, tmp_path), prompts_from="embedded")
+    read = [{"count": -1, **item._asdict()} for shard in shards for item in shard.read()]
+    rows = [_decode(row, "embedded") for row in read]
+    assert [(row["prompt"], row["raw_prompt"]) for row in rows] == [("a red fox", "a (red:1.2) fox")] * 3
+
+
 @pytest.mark.slow
 def test_the_same_command_scores_what_is_missing_and_another_is_refused(
     scored: tuple[list[object], dict[str, bytes], Path],
@@ -140,6 +167,7 @@ def test_sampling_gives_the_files_of_one_process(cluster: Any, tmp_path: Path, c
         (["--output-dir", "out", "--format", "csv"], "leave out --output and --format"),
         (["--output-dir", "out", "--prompts", "prompts.csv"], "--prompts: expected prompts beside the images"),
         (["--output-dir", "out", "--prompt", "a", "--prompt", "b"], "--prompt: expected one prompt for all images"),
+        (["--output-dir", "out", "--prompt", "a", "--prompts-from", "auto"], "got --prompt as well"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: list[str], message: str, tmp_path: Path) -> None:

@@ -135,6 +135,25 @@ def test_what_cannot_be_read_is_said_before_anything_is_scored(
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("place", ["auto", "sidecar"])
+def test_sidecars_are_beside_local_files(place: str) -> None:
+    for name, data in {"a.parquet": table(image=[b"0"]), "a.tar": tar({"0.png": b"0"})}.items():
+        url = write(name, data)
+        with pytest.raises(ValueError, match=f"prompts_from: '{place}' looks beside local image files, got {url}; use"):
+            find_shards([url], prompts_from=place)  # pyright: ignore[reportArgumentType]
+        assert items(url, prompts_from="embedded")
+    with pytest.raises(ValueError, match=r"prompts_from: '.*' looks beside local image files, got memory://"):
+        find_shards([f"{FOLDER}/0.png"], prompts_from=place)  # pyright: ignore[reportArgumentType]
+
+
+def test_prompts_are_in_tables_or_in_files() -> None:
+    listed = write("metadata.jsonl", b'{"file_name": "0.png", "text": "zero"}')
+    assert [item.path for item in items(FOLDER, prompts_from="embedded")] == [f"{FOLDER}/{n}" for n in PICTURES]
+    for url in (listed, write("a.parquet", table(image=[b"0"], caption=["zero"]))):
+        with pytest.raises(ValueError, match=r"prompts_from: a table gives the prompts of .* already; leave it out"):
+            find_shards([url], prompts_from="embedded")
+
+
 def test_the_identity_changes_with_the_files(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"0")
     _, before = find_shards([str(tmp_path)])

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import fsspec
 from fsspec.core import url_to_fs
 
 from aigiqa_reward.datasets.base import PROMPTS, extra_data, require_columns
 from aigiqa_reward.utils.io import image_endings, parse_json
+
+if TYPE_CHECKING:
+    from aigiqa_reward.images import PromptSource
 
 FILES_PER_SHARD = 1000
 """Single files that one task reads in order, and rows of one file of results."""
@@ -137,7 +140,12 @@ Shard: TypeAlias = Files | RowGroup | Tar
 
 
 def find_shards(
-    inputs: Sequence[str], *, recursive: bool = False, image_column: str | None = None, prompt_column: str | None = None
+    inputs: Sequence[str],
+    *,
+    recursive: bool = False,
+    image_column: str | None = None,
+    prompt_column: str | None = None,
+    prompts_from: PromptSource | None = None,
 ) -> tuple[list[Shard], list[Any]]:
     """Return the shards of folders, globs, files and URLs, and what identifies their content, as JSON.
 
@@ -147,14 +155,18 @@ def find_shards(
         recursive: whether to look into subfolders.
         image_column: column of the images in tables; by default found by its name.
         prompt_column: column of the prompts in tables; by default found by its name, None where there is none.
+        prompts_from: where each image's own prompt will be read, if it is not in tables or tars.
 
     Raises:
-        ValueError: nothing is there, a place cannot be reached, or a column is missing.
+        ValueError: nothing is there, a place cannot be reached, a column is missing, or prompts are not at
+            `prompts_from`.
     """
     shards, identity, images = list[Shard](), list[Any](), list[tuple[str, str | None]]()
     parquet = list[str]()
     for given in inputs:
         for url, info in _listed(given, recursive):
+            if prompts_from is not None and url != given and posixpath.basename(url) == "metadata.jsonl":
+                continue  # a sidecar
             identity.append([url, info.get("size"), str(next((info[n] for n in _STAMPS if info.get(n)), ""))])
             if url.lower().endswith(".parquet"):
                 parquet.append(url)
@@ -173,7 +185,21 @@ def find_shards(
         kinds = "images, .parquet, .tar or .jsonl files"
         below = "" if recursive else "; --recursive looks into subfolders as well"
         raise ValueError(f"images: expected {kinds} with at least one row, got none in {', '.join(inputs)}{below}")
+    if prompts_from is not None:
+        _check_prompts_from(shards, prompts_from)
     return shards, identity
+
+
+def _check_prompts_from(shards: Sequence[Shard], place: PromptSource) -> None:
+    """Refuse prompts that tables have as well, and sidecars of what is no local file."""
+    for shard in shards:
+        entries = shard.entries if isinstance(shard, Files) else [(shard.url, shard.prompt)]
+        if named := next((path for path, prompt in entries if prompt is not None), None):
+            raise ValueError(f"prompts_from: a table gives the prompts of {named} already; leave it out")
+        far = next((path for path, _ in entries if not isinstance(shard, Files) or "://" in path), None)
+        if far is not None and place != "embedded":
+            text = f"{place!r} looks beside local image files, got {far}"
+            raise ValueError(f"prompts_from: {text}; use 'embedded', or leave it out for prompts in tables and tars")
 
 
 def _listed(given: str, recursive: bool) -> list[tuple[str, dict[str, Any]]]:

@@ -18,6 +18,7 @@ import torch
 from aigiqa_reward import images
 from aigiqa_reward.bulk.cluster import TASK, Workers
 from aigiqa_reward.bulk.inputs import Files, Item, Shard, Tar
+from aigiqa_reward.images.metadata import PromptSource, find_prompt
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.rewards.scorer import ScoredImage, Scorer
 from aigiqa_reward.utils.io import write_atomically
@@ -64,21 +65,22 @@ def _read(row: Mapping[str, Any], prompt: str | None) -> Iterator[dict[str, Any]
     count = 0
     for count, item in enumerate(task.shard.read(), 1):
         if count - 1 not in task.known and (task.wanted is None or count - 1 in task.wanted):
-            yield {
-                "shard": task.index,
-                "row": count - 1,
-                "count": -1,
-                **item._asdict(),
-                "prompt": prompt or item.prompt,
-            }
+            found = {**item._asdict(), "prompt": prompt or item.prompt}
+            yield {"shard": task.index, "row": count - 1, "count": -1, **found}
     yield {"shard": task.index, "row": -1, "count": count, **Item("", None)._asdict()}
 
 
-def _decode(row: dict[str, Any]) -> dict[str, Any]:
-    """Replace a file's content by pixels, as bytes; 8 bits per channel where these hold all of the image."""
-    data, pixels, shape, narrow = row.pop("data"), b"", (0, 0), True
+def _decode(row: dict[str, Any], prompts_from: PromptSource | None) -> dict[str, Any]:
+    """Replace a file's content by pixels, as bytes, and its own prompt if that is asked for.
+
+    Pixels have 8 bits per channel where these hold all of the image.
+    """
+    data, pixels, shape, narrow, raw = row.pop("data"), b"", (0, 0), True, None
     if row["count"] < 0 and row["error"] is None:
         try:
+            if prompts_from is not None:
+                own = find_prompt(row["path"], prompts_from, data)
+                row["prompt"], raw = own.text, own.raw
             image = images.decode(data, row["path"])
         except (ValueError, TypeError) as error:
             row["error"] = str(error)
@@ -86,7 +88,8 @@ def _decode(row: dict[str, Any]) -> dict[str, Any]:
             levels = (image * 255).round().to(torch.uint8)
             narrow = torch.equal(levels.float() / 255, image)
             pixels, shape = (levels if narrow else image).numpy().tobytes(), image.shape[1:]
-    return {**row, "pixels": pixels, "height": shape[0], "width": shape[1], "narrow": narrow}
+    shown = {"pixels": pixels, "height": shape[0], "width": shape[1], "narrow": narrow}
+    return {**row, "raw_prompt": raw, **shown}
 
 
 def _image(row: Mapping[str, Any]) -> torch.Tensor:
@@ -137,7 +140,7 @@ class _Scoring:
         return {i: self._record(row, each) for (i, row), each in zip(rows.items(), found, strict=True)}
 
     def _record(self, row: Mapping[str, Any], found: Sequence[ScoredImage]) -> dict[str, Any]:
-        record = {"path": row["path"], "prompt": row["prompt"], "error": None}
+        record = {name: row[name] for name in ("path", "prompt", "raw_prompt", "error")}
         for name, each in zip(self.rewards, found, strict=True):
             if each.output is None:
                 return _failed(row, str(each.error))
@@ -153,7 +156,7 @@ class _Scoring:
 
 
 def _failed(row: Mapping[str, Any], error: str) -> dict[str, Any]:
-    return {"path": row["path"], "prompt": row["prompt"], "error": error}
+    return {"path": row["path"], "prompt": row["prompt"], "raw_prompt": row.get("raw_prompt"), "error": error}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +178,14 @@ class Probe:
     size: float = math.nan
 
 
-def probe(build: Build, shards: Sequence[Shard], prompt: str | None, batch_size: int, workers: Workers) -> Probe:
+def probe(
+    build: Build,
+    shards: Sequence[Shard],
+    prompt: str | None,
+    prompts_from: PromptSource | None,
+    batch_size: int,
+    workers: Workers,
+) -> Probe:
     """Build the rewards and score a gray image; with shards, time a sample of their images."""
     workers.enter()
     rewards, details = build(), {}
@@ -189,7 +199,8 @@ def probe(build: Build, shards: Sequence[Shard], prompt: str | None, batch_size:
     if not items:
         return found
     started = time.perf_counter()
-    rows = [_decode({"count": -1, **item._asdict(), "prompt": prompt or item.prompt}) for item in items]
+    read = [{"count": -1, **item._asdict(), "prompt": prompt or item.prompt} for item in items]
+    rows = [_decode(row, prompts_from) for row in read]
     decoded = time.perf_counter()
     scoring = _Scoring(lambda: rewards, batch_size, (), workers)
     scoring.records(rows[:batch_size])  # the first batch is slower
@@ -202,7 +213,7 @@ def probe(build: Build, shards: Sequence[Shard], prompt: str | None, batch_size:
 # --------------------------------------------------------------------------------------------- results
 
 
-def table_schema(rewards: Sequence[str], details: Mapping[str, int]) -> pyarrow.Schema:
+def table_schema(rewards: Sequence[str], details: Mapping[str, int], *, raw_prompt: bool = False) -> pyarrow.Schema:
     """Return the columns of every file of results; `details` are numbers of dimensions by column."""
     import pyarrow as pa
 
@@ -211,7 +222,8 @@ def table_schema(rewards: Sequence[str], details: Mapping[str, int]) -> pyarrow.
 
     names = [f"{name}.{aspect}" for name in rewards for aspect in ASPECTS] if len(rewards) > 1 else ASPECTS
     scores = [*((name, pa.float32()) for name in names), *((name, nested(depth)) for name, depth in details.items())]
-    return pa.schema([("path", pa.string()), ("prompt", pa.string()), *scores, ("error", pa.string())])
+    texts = ["path", "prompt", *["raw_prompt"] * raw_prompt]
+    return pa.schema([*((name, pa.string()) for name in texts), *scores, ("error", pa.string())])
 
 
 @dataclass
@@ -296,6 +308,7 @@ class BulkScoring:
     results: Results
     build: Build
     prompt: str | None
+    prompts_from: PromptSource | None
     batch_size: int
     details: Sequence[str]
     progress: Callable[[int, int, float], object]
@@ -349,7 +362,12 @@ class BulkScoring:
         )
         if one_by_one:
             rows = rows.repartition(target_num_rows_per_block=1)
-        rows = rows.map(_decode, num_cpus=decoding, **_limits(rows.map, max_retries=_RETRIES))
+        rows = rows.map(
+            _decode,
+            fn_kwargs={"prompts_from": self.prompts_from},
+            num_cpus=decoding,
+            **_limits(rows.map, max_retries=_RETRIES),
+        )
         scored = rows.map_batches(
             _Scoring,
             fn_constructor_args=(self.build, self.batch_size, tuple(self.details), self.workers),

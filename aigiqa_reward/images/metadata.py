@@ -91,12 +91,17 @@ def read_prompt(path: str | os.PathLike[str], source: PromptSource = "auto") -> 
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: expected the path of an image file, got {type(path).__name__}; save the image first")
     check_source("source", source)
-    name = os.fsdecode(path)
-    file = existing_file(name)
-    readers: dict[str, Callable[[Path], _Found | None]] = {"sidecar": _sidecar, "embedded": _embedded}
+    return _read(os.fsdecode(path), source)
+
+
+def _read(name: str, source: PromptSource, data: bytes | None = None) -> Prompt | None:
+    """Read as `read_prompt` does; `data` is the content of a file that was read already."""
+    file = existing_file(name) if data is None else Path(name)
+    readers: dict[str, Callable[[], _Found | None]]
+    readers = {"sidecar": lambda: _sidecar(file), "embedded": lambda: _embedded(file, data)}
     for place in (source,) if source != "auto" else readers:
         try:
-            found = readers[place](file)
+            found = readers[place]()
             text = "" if found is None else _cleaned(found)
             if fault := lone_surrogate(text):
                 raise ValueError(f"it {fault}")
@@ -118,11 +123,15 @@ def check_source(argument: str, source: str) -> None:
         raise ValueError(f"{argument}: expected 'auto', 'embedded' or 'sidecar', got {source!r}")
 
 
-def find_prompt(path: str | os.PathLike[str], source: PromptSource) -> Prompt:
-    """Read the prompt that an image was made from; an ImageError also where there is none."""
-    if (found := read_prompt(path, source)) is None:
+def find_prompt(path: str | os.PathLike[str], source: PromptSource, data: bytes | None = None) -> Prompt:
+    """Read the prompt that an image was made from; an ImageError also where there is none.
+
+    `data` is the content of a file that was read already; with "embedded" there need not be one at `path`.
+    """
+    name = os.fsdecode(path)
+    if (found := _read(name, source, data)) is None:
         where = {"auto": "in it or beside it", "embedded": "in it", "sidecar": "beside it"}[source]
-        raise ImageError(f"{os.fsdecode(path)}: there is no prompt {where}")
+        raise ImageError(f"{name}: there is no prompt {where}")
     return found
 
 
@@ -170,8 +179,8 @@ def _cleaned(found: _Found) -> str:
 # --------------------------------------------------------------------------------------------- texts in files
 
 
-def _embedded(file: Path) -> _Found | None:
-    with file.open("rb") as opened:
+def _embedded(file: Path, data: bytes | None) -> _Found | None:
+    with file.open("rb") if data is None else io.BytesIO(data) as opened:
         texts = _by_key(_texts(opened))
     readers = {"parameters": _parameters, "prompt": _comfyui, "invokeai_metadata": _invokeai}
     readers |= dict.fromkeys(("sd-metadata", "Dream"), _early_invokeai)

@@ -73,29 +73,31 @@ def score_in_bulk(
     with library(), _cluster() as ray:
         from aigiqa_reward.bulk.cluster import share
         from aigiqa_reward.bulk.inputs import find_shards
+        from aigiqa_reward.bulk.scoring import BulkScoring, Results, probe, table_schema
 
         columns = {"image_column": bulk.image_column, "prompt_column": images.prompt_column}
-        shards, identity = find_shards(images.images, recursive=images.recursive, **columns)
+        place = images.prompts_from
+        shards, identity = find_shards(images.images, recursive=images.recursive, prompts_from=place, **columns)
         workers = share(ray, compute.device, bulk.cpus_per_worker)
         build = partial(_rewards, reward, compute.device, compute.dtype)
         sample = [shard for shard in shards if shard.rows != 0] if bulk.dry_run else []
         sample = sample[:: math.ceil(len(sample) / _SAMPLED) or 1]
-        found = _probe(ray, workers, build, sample, prompt, compute.batch_size)
+        task = ray.remote(probe).options(**workers.resources, max_retries=0)
+        found = ray.get(task.remote(build, sample, prompt, place, compute.batch_size, workers))
         details = _details(bulk.details, found)
         if bulk.dry_run:
             _estimate(shards, workers, found, ray)
             return
         settings = {
             **{"input": f"{len(identity)} files {digest(identity)}", "rewards": found.identity, "prompt": prompt},
-            **{**columns, "dtype": compute.dtype, "details": sorted(details)},
+            **{**columns, "prompts_from": place, "dtype": compute.dtype, "details": sorted(details)},
             "reward_options": [str(value) for value in dataclasses.astuple(reward)],
         }
         folder = RunFolder(bulk.output_dir or Path(), contents=_CONTENTS)
         folder.begin(settings, overwrite=output.overwrite)
         with _progress() as show:
-            from aigiqa_reward.bulk.scoring import BulkScoring, Results, table_schema
-
-            results = Results(folder.path, table_schema(list(found.identity), details))
+            schema = table_schema(list(found.identity), details, raw_prompt=place is not None)
+            results = Results(folder.path, schema)
             run = BulkScoring(
                 ray=ray,
                 workers=workers,
@@ -103,6 +105,7 @@ def score_in_bulk(
                 results=results,
                 build=build,
                 prompt=prompt,
+                prompts_from=place,
                 batch_size=compute.batch_size,
                 details=bulk.details,
                 progress=show,
@@ -124,9 +127,12 @@ def _check(images: ImageOptions, output: OutputOptions, bulk: BulkOptions) -> st
         raise CommandError("--engine ray writes Parquet files into --output-dir; leave out --output and --format")
     if images.prompts is not None:
         text = (
-            "expected prompts beside the images with --engine ray: in a column of .parquet or .jsonl files, or in tars"
+            "expected prompts beside the images with --engine ray: in a column of .parquet or .jsonl files, in tars, "
+            "or by --prompts-from"
         )
         raise CommandError(text, argument="prompts")
+    if images.prompt and images.prompts_from is not None:
+        raise CommandError("expected one source of prompts, got --prompt as well", argument="prompts_from")
     if len(images.prompt) > 1:
         raise CommandError(f"expected one prompt for all images, got {len(images.prompt)}", argument="prompt")
     return checked_prompt(images.prompt[0]) if images.prompt else None
@@ -152,15 +158,6 @@ def _cluster() -> Iterator[Any]:
                 f"a worker died, perhaps as memory ran out ({str(error).splitlines()[0]}); more --cpus-per-worker give "
             )
             raise CommandError(f"{text}fewer workers. The same command continues", status=1) from error
-
-
-def _probe(
-    ray: Any, workers: Workers, build: Any, sample: Sequence[Shard], prompt: str | None, batch_size: int
-) -> Probe:
-    from aigiqa_reward.bulk.scoring import probe
-
-    task = ray.remote(probe).options(**workers.resources, max_retries=0)
-    return ray.get(task.remote(build, sample, prompt, batch_size, workers))
 
 
 def _details(wanted: Sequence[str], found: Probe) -> dict[str, int]:
