@@ -89,6 +89,11 @@ def test_a_name_works_where_a_reward_belongs(pipe, reward, tmp_path):
         (["score", ".", "--prompt", "a", "tray", "of", "sushi"], '--prompt: .* needs quotes: "a tray of sushi"'),
         (["score", "--prompt=a", "tray", "--reward", "compact"], '--prompt: .* needs quotes: "a tray"'),
         (["demo", "--prompt", "a", "penguin"], '--prompt: .* needs quotes: "a penguin"'),
+        (["best-of-n", "--model", "embedded", "a", "red apple"], 'got a text; pass --prompt "a red apple"'),
+        (["demo", "a red apple", "--n", "2"], 'got a text; pass --prompt "a red apple"'),
+        (["finetune", "draft", "a fox"], 'got a text; pass --prompt "a fox"'),
+        (["score", ".", "--format", "jason"], r"--format.*'jason' is not one of .*did you mean jsonl\?"),
+        (["finetune", "draft", "--mixed-precision", "fp61"], r"did you mean fp16\?"),
         (["best-of-n", "--negative-prompt", "no", "text"], '--negative-prompt: .* needs quotes: "no text"'),
         (["score", ".", "--propmt", "x"], r"--propmt: no such option; did you mean --prompt\?"),
         (["rank", ".", "--topk", "3"], r"--topk: no such option; did you mean --top-k\?"),
@@ -102,6 +107,44 @@ def test_the_shell_names_the_remedy(tmp_path, arguments, message):
     PICTURES[0].save(tmp_path / "IMAGE.png")
     given = ["IMAGE.png" if word == "IMAGE" else word for word in arguments]
     assert re.search(message, only_error(run(*given, cwd=tmp_path)))
+
+
+def test_arguments_of_python_in_messages_are_options_in_the_shell(monkeypatch, tmp_path):
+    def run_out(*_, **__):
+        error = torch.OutOfMemoryError("CUDA out of memory.")
+        error.add_note("lower train_batch_size= or use gradient_checkpointing=True")
+        raise error
+
+    monkeypatch.setattr("aigiqa_reward.finetuning.finetune", run_out)
+    given = [
+        "finetune",
+        "draft",
+        "--model",
+        "embedded",
+        "--prompt",
+        "a fox",
+        "--output-dir",
+        tmp_path,
+        "--device",
+        "cpu",
+    ]
+    message = run(*given).stderr
+    assert "out of memory (CUDA out of memory.); lower --train-batch-size or use --gradient-checkpointing" in message
+
+
+def test_no_memory_for_a_candidate_names_options(monkeypatch, tmp_path):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("diffusers.UNet2DConditionModel.forward", run_out)
+    message = run("best-of-n", "--model", "embedded", "--prompt", "a penguin", "--output-dir", tmp_path / "o").stderr
+    assert "lower --height and --width" in message and "pipe." not in message
+
+
+def test_missing_files_are_reported_before_a_reward_is_loaded(tmp_path):
+    for name in ("score", "rank"):
+        result = run(name, "nope.png", "--reward", "no-such-reward", "--format", "jsonl", cwd=tmp_path)
+        assert result.exit_code == 1 and result.stderr == "error: nope.png: no such file\n"
 
 
 def test_a_prompt_of_one_word_may_come_before_files(tmp_path):

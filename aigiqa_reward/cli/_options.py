@@ -13,6 +13,7 @@ import difflib
 import inspect
 import itertools
 import os
+import re
 import sys
 import types
 from collections import deque
@@ -242,11 +243,15 @@ class Command(_Help, TyperCommand):
         known: dict[str, tuple[str, Any]]
         known = {name.replace("_", "-"): (name, each) for each in params for name in _spellings(each)}
         seen: set[str] = set()
+        texts = "--prompt" in known and all(map(_spellings, params))  # no positional arguments
         left = deque(args)
         while left:
             token = left.popleft()
             name, equals, value = token.partition("=")
             spelled, each = known.get(name.replace("_", "-"), (name, None))
+            if texts and not token.startswith("-"):
+                text = " ".join([token, *itertools.takewhile(lambda word: not word.startswith("-"), left)])
+                raise CommandError(f'expected options alone, got a text; pass --prompt "{text}"')
             yield spelled + equals + value
             if token == "--":
                 yield from left
@@ -271,11 +276,25 @@ class Command(_Help, TyperCommand):
         try:
             yield
         except CommandError as error:
-            if error.argument is None:
-                raise
+            text = re.sub(r"(?<![\w./-])([a-z]\w*)=('[^']*'|[\w.]*)", self._spelled, str(error))
             each = next((each for each in self.params if each.name == error.argument), None)
             name = error.argument if each is None else (_spellings(each) or [each.metavar or error.argument])[0]
-            raise CommandError(f"{name}: {error}", status=error.status) from error.__cause__
+            raise CommandError(f"{name}: {text}" if name else text, status=error.status) from error.__cause__
+
+    def _spelled(self, argument: re.Match[str]) -> str:
+        """Spell an argument of Python in a message, such as rank=8, as the option that it is here."""
+        each = next((each for each in self.params if each.name == argument[1]), None)
+        if each is None or not _spellings(each) or argument[2] in ("None", "False"):
+            return argument[0]
+        value = "" if argument[2] == "True" else argument[2].strip("'")
+        return f"{_spellings(each)[0]} {value}".strip()
+
+
+def with_nearest(message: str) -> str:
+    """Add the nearest choice to a message of Typer, as in 'jason' is not one of 'table', 'jsonl', 'csv'."""
+    found = re.search(r"'([^']*)' is not one of (.*)", message)
+    meant = difflib.get_close_matches(found[1], re.findall(r"'([^']*)'", found[2]), 1) if found else []
+    return f"{message} did you mean {meant[0]}?" if meant else message
 
 
 def _check_quotes(argument: str, value: str, left: Iterable[str]) -> None:
@@ -337,7 +356,7 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
         try:
             each.process_value(context, found[each.name])
         except typer.BadParameter as error:
-            reason = error.message.removeprefix("Value error, ")
+            reason = with_nearest(error.message.removeprefix("Value error, "))
             raise CommandError(f"{file}: {name}: {reason}", argument="config") from error
     context.default_map = {**(context.default_map or {}), **{n: v for n, v in found.items() if v is not None}}
     return file

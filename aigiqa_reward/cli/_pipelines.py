@@ -36,6 +36,8 @@ EMBEDDED_SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0}
 EXAMPLE = "a penguin on a green background"
 """A prompt that the embedded pipeline knows."""
 
+_NO_MEMORY = "lower --height and --width, choose a smaller --dtype, or use --offload of best-of-n and pairs"
+
 _NAMED = 3  # matrices that fit nothing
 _WORDS = 12  # words that the embedded pipeline does not know
 
@@ -55,7 +57,7 @@ def library(out_of_memory: str = "lower --batch-size", **options: str) -> Iterat
     try:
         yield
     except torch.OutOfMemoryError as error:
-        advice = " ".join(getattr(error, "__notes__", [])) or out_of_memory
+        advice = spoken(" ".join(getattr(error, "__notes__", [])) or out_of_memory)
         raise CommandError(f"out of memory ({str(error).splitlines()[0]}); {advice}", status=1) from error
     except (ValueError, TypeError, ImportError) as error:
         argument, colon, rest = str(error).partition(": ")
@@ -65,6 +67,13 @@ def library(out_of_memory: str = "lower --batch-size", **options: str) -> Iterat
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         raise CommandError(text(error, f"{place}{error.strerror or error}"), status=1) from error
+
+
+def spoken(reason: str) -> str:
+    """Return why sampling failed with the remedies of the command line, where the library names its own."""
+    from aigiqa_reward.sampling.pipeline_utils import NO_MEMORY
+
+    return reason.replace(NO_MEMORY, f"not even one candidate fits into memory; {_NO_MEMORY}")
 
 
 @contextmanager

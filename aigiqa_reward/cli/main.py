@@ -14,7 +14,7 @@ import typer
 
 from aigiqa_reward import __version__
 from aigiqa_reward.cli._console import CommandError, first_process, prepare_process, say
-from aigiqa_reward.cli._options import Command, Group, command, lazy
+from aigiqa_reward.cli._options import Command, Group, command, lazy, with_nearest
 from aigiqa_reward.cli.commands import best_of_n, demo, evaluate, finetune, rewards, score, train, web
 
 _STATUS = "Exit status: 0 success, 1 some inputs could not be read or scored, 2 wrong usage, 130 interrupted."
@@ -36,7 +36,7 @@ class _Commands(Group):
                 say("error", error)
             raise typer.Exit(error.status) from error
         except _UsageError as error:
-            say("error", error.format_message())
+            say("error", with_nearest(error.format_message()))
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             say("error", "interrupted")

@@ -117,7 +117,7 @@ class Trainer:
                 raise self._full(error) from error
             if isinstance(error, torch.OutOfMemoryError):
                 error.add_note(
-                    "lower train_batch_size for more gradient_accumulation_steps, or use gradient_checkpointing"
+                    "lower train_batch_size= and raise gradient_accumulation_steps=, or gradient_checkpointing=True"
                 )
             if self.step:
                 error.add_note(self._rescued())

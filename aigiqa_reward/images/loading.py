@@ -168,6 +168,15 @@ def existing_file(name: str) -> Path:
     return file
 
 
+def fault(name: str) -> str | None:
+    """Return why there is no image file of that name; None where there is one, whatever it holds."""
+    try:
+        existing_file(name)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
 def _identified(stream: BinaryIO, name: str) -> Image:
     """Open a file of any format; a PNG whose texts or profile Pillow finds too long is opened without them."""
     try:

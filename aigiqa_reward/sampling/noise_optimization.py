@@ -5,6 +5,7 @@ Eyring et al. 2024, "ReNO: Enhancing One-step Text-to-Image Models through Rewar
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -181,7 +182,8 @@ class _Ascent:
             optimizer: torch.optim.Optimizer = torch.optim.Adam([noise], lr=plan.learning_rate, maximize=True)
         else:
             optimizer = torch.optim.SGD([noise], lr=plan.learning_rate, momentum=0.9, nesterov=True, maximize=True)
-        for iteration in tqdm(range(plan.iterations + 1), desc="noise", disable=not plan.progress):
+        steps = tqdm(range(plan.iterations), desc="noise", disable=not plan.progress)
+        for iteration in itertools.chain(steps, [plan.iterations]):
             last = iteration == plan.iterations
             with torch.set_grad_enabled(not last):
                 image = self.image(noise)

@@ -36,6 +36,7 @@ from aigiqa_reward.cli._pipelines import (
     process_device,
     report_unknown,
     sampling_arguments,
+    spoken,
 )
 from aigiqa_reward.cli.commands.bulk import EngineOptions, sample_in_bulk
 from aigiqa_reward.cli.commands.score import scored
@@ -208,7 +209,7 @@ def _conclude(sample: Callable[[], None], search: SearchOptions, prompts: list[s
     if isinstance(ended, BestOfEachError):
         if first_process():
             for index, reason in ended.failures.items():
-                say("error", f"prompt {index} ({prompts[index][:200]!r}): {reason}")
+                say("error", f"prompt {index} ({prompts[index][:200]!r}): {spoken(reason)}")
             say("note", "the same command tries them again")
         raise typer.Exit(1) from ended
 

@@ -220,8 +220,12 @@ def score_images(
     paths: Sequence[str], images: ImageOptions, reward: RewardOptions, compute: ComputeOptions, output: OutputOptions
 ) -> ScoringRun:
     """Score image files as the options say; what is scored is kept beside the file of the result."""
+    from aigiqa_reward.images.loading import fault
+
     sources = attach_prompts(paths, images.prompt, images.prompts, images.prompt_column, images.prompts_from)
-    rewards = load_rewards(reward, compute.device, compute.dtype)
+    sources = [replace(source, error=source.error or fault(source.path)) for source in sources]
+    some = any(source.error is None for source in sources)
+    rewards = load_rewards(reward, compute.device, compute.dtype) if some else {}
     settings = None
     if output.file is not None:
         named = {name: [reward_identity(each), weight] for name, (each, weight) in rewards.items()}
