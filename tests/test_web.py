@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import prompt_files
 import pytest
 from commands import ENVIRONMENT, run
 from PIL import Image
@@ -156,6 +157,19 @@ def test_only_images_in_the_folder_are_listed(studio: Any) -> None:
         studio.images("/etc")
     with pytest.raises(ValueError, match=r"reward: expected one of compact, .*, got '/etc'"):
         studio.reward("/etc")
+
+
+def test_prompts_are_those_of_the_images_or_the_text(tmp_path: Path) -> None:
+    from aigiqa_reward.web.studio import PROMPTS, with_prompt
+
+    own, none = prompt_files.a1111_png(tmp_path / "own.png", "a (red:1.2) fox"), picture(tmp_path / "none.png")
+    none.with_suffix(".txt").unlink()
+    found = {source: [with_prompt(str(file), "a hat", source) for file in (own, none)] for source in PROMPTS}
+    assert [[each.prompt for each in some] for some in found.values()] == [
+        ["a red fox", "a hat"], ["a hat", "a hat"], ["a red fox", ""], ["a red fox", ""], ["", ""],
+    ]  # fmt: skip
+    assert found["auto"][0].raw_prompt == "a (red:1.2) fox"
+    assert "there is no prompt in it" in (found["embedded"][1].error or "")
 
 
 def test_names_and_prompts_are_escaped(studio: Any) -> None:

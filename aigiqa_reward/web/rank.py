@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, fields
+from dataclasses import asdict, astuple, fields, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import gradio
 
 from aigiqa_reward.utils.io import csv_text
 from aigiqa_reward.web.page import MODEL, bar, number, reward_list, says_why
-from aigiqa_reward.web.studio import IMAGES, MOST_IMAGES, Score, Studio
+from aigiqa_reward.web.studio import IMAGES, MOST_IMAGES, PROMPTS, Score, Studio, with_prompt
 
 _ASPECTS = ("total", "quality", "correspondence")
 _SHOWN = 20  # disagreements
@@ -39,6 +39,7 @@ class _RankTab:
                 folder = gradio.Dropdown(["none", *studio.folders], value="none", label="or folder", min_width=120)
             with gradio.Column():
                 prompt = gradio.Textbox(label="Prompt (none: quality alone)", lines=2, elem_id="rank-prompt")
+                source = gradio.Dropdown(list(PROMPTS), value=PROMPTS[0], label="Prompts from", min_width=120)
                 with gradio.Row():
                     self.first = reward_list(studio)
                     self.second = reward_list(studio, "Second reward", second=True)
@@ -53,22 +54,27 @@ class _RankTab:
         with gradio.Row():
             self.downloads = [gradio.DownloadButton(f"Download {kind}", visible=False) for kind in ("CSV", "JSONL")]
         outputs = [self.status, self.shown, self.best, self.other, self.heat, self.table, *self.downloads]
-        inputs = [files, folder, prompt, self.first, self.second]
+        inputs = [files, folder, prompt, self.first, self.second, source]
         run.click(self.ranking, inputs, outputs, show_progress_on=self.status, **MODEL)
         self.best.select(self.heating, [self.shown], [self.heat], **MODEL)
 
     @says_why
-    def ranking(self, files: Sequence[str] | None, folder: str, prompt: str, first: str, second: str) -> Iterator[Any]:
-        images = [(path, prompt.strip()) for path in files or ()]
-        images += [] if folder == "none" else self.studio.images(folder, prompt)
-        if not images:
+    def ranking(
+        self, files: Sequence[str] | None, folder: str, prompt: str, first: str, second: str, source: str
+    ) -> Iterator[Any]:
+        paths = [*(files or ()), *([] if folder == "none" else self.studio.files(folder))]
+        if not paths:
             raise ValueError(f"images: expected some, ending in {', '.join(IMAGES)}, got none; drop files, or a folder")
-        if len(images) > MOST_IMAGES:
-            raise ValueError(f"images: expected at most {MOST_IMAGES}, got {len(images)}; use aigiqa-reward rank")
+        if len(paths) > MOST_IMAGES:
+            raise ValueError(f"images: expected at most {MOST_IMAGES}, got {len(paths)}; use aigiqa-reward rank")
+        known = [with_prompt(path, prompt, source) for path in paths]
+        failed, raw = [each for each in known if each.error], {each.path: each.raw_prompt for each in known}
+        images = [(each.path, each.prompt) for each in known if each.error is None]
         ranked: dict[str, list[Score]] = {}
         for name in dict.fromkeys(name for name in (first, second) if name != "none"):
             for found in self.studio.score(name, images):
-                ranked[name] = sorted(found, key=_order)
+                scores = [replace(each, raw_prompt=raw[each.path]) for each in found]
+                ranked[name] = sorted([*scores, *failed], key=_order)
                 yield {self.status: bar(len(found), len(images), f"{name}: scored")}
         both = len(ranked) > 1
         files_of = zip(self.downloads, _written(ranked[first]), strict=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aigiqa_reward.images import ImageError, read_prompt
-from aigiqa_reward.images.metadata import png
+from aigiqa_reward.images.metadata import find_prompt, png
 from aigiqa_reward.utils.io import write_atomically
 from aigiqa_reward.web.labels import Labels, Pair, pair_of
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif")
 """Endings of images that browsers show."""
+
+PROMPTS = ("the image, else the text", "the text", "auto", "embedded", "sidecar")
+"""Where the prompts of images are: the first two take the text that is typed, the others are those of `read_prompt`."""
 
 MOST_IMAGES, MOST_PAIRS = 2000, 2000
 """Images that are read from a folder, and pairs that are asked about per prompt."""
@@ -47,6 +50,7 @@ class Score:
     correspondence: float | None = None
     uncertainty: float = 1.0
     error: str | None = None
+    raw_prompt: str | None = None
 
 
 class Studio:
@@ -125,12 +129,17 @@ class Studio:
 
     def images(self, folder: str, prompt: str = "") -> list[tuple[str, str]]:
         """Return path and prompt of the images of a named folder; `prompt` is of those without one."""
+        found = (with_prompt(path, prompt) for path in self.files(folder))
+        return [(each.path, each.prompt) for each in found]
+
+    def files(self, folder: str) -> list[str]:
+        """Return the paths of the images of a named folder."""
         if folder not in self.folders:
             raise ValueError(f"folder: expected one of {', '.join(self.folders)}, got {folder!r}")
         place = self.folders[folder]
         files = (file for file in sorted(place.rglob("*")) if file.suffix.lower() in IMAGES)
         inside = [file for file in files if file.resolve().is_relative_to(place) and file.is_file()]
-        return [(str(file), _prompt(file) or prompt.strip()) for file in inside[:MOST_IMAGES]]
+        return [str(file) for file in inside[:MOST_IMAGES]]
 
     def score(self, name: str, images: Sequence[tuple[str, str]]) -> Iterator[list[Score]]:
         """Score images with their prompts, "" for none; yield the scores so far, first an empty list."""
@@ -224,7 +233,18 @@ def _score(path: str, prompt: str, result: Any) -> Score:
     )
 
 
-def _prompt(file: Path) -> str:
-    with suppress(ImageError):
-        return getattr(read_prompt(file), "text", "")
-    return ""
+def with_prompt(path: str, text: str, source: str = PROMPTS[0]) -> Score:
+    """Return an image with its prompt, or with the error why it has none; `source` is one of PROMPTS."""
+    place: Any = source
+    try:
+        if source not in PROMPTS[:2]:
+            found = find_prompt(path, place)
+        else:
+            found = read_prompt(path) if source == PROMPTS[0] else None
+    except ImageError as error:
+        if source != PROMPTS[0]:
+            return Score(path=path, prompt="", error=str(error))
+        found = None
+    if found is None:
+        return Score(path=path, prompt=text.strip())
+    return Score(path=path, prompt=found.text, raw_prompt=found.raw)
