@@ -223,9 +223,10 @@ def score_images(
     from aigiqa_reward.images.loading import fault
 
     sources = attach_prompts(paths, images.prompt, images.prompts, images.prompt_column, images.prompts_from)
-    sources = [replace(source, error=source.error or fault(source.path)) for source in sources]
-    some = any(source.error is None for source in sources)
-    rewards = load_rewards(reward, compute.device, compute.dtype) if some else {}
+    none = all(source.error or fault(source.path) for source in sources)
+    if none:
+        sources = [replace(source, error=source.error or fault(source.path)) for source in sources]
+    rewards = {} if none else load_rewards(reward, compute.device, compute.dtype)
     settings = None
     if output.file is not None:
         named = {name: [reward_identity(each), weight] for name, (each, weight) in rewards.items()}
