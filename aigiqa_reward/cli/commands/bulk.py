@@ -274,12 +274,7 @@ def _card(shard: Shard, row: int, score: float, *, framed: bool) -> Any:
 def sample_in_bulk(
     share: Callable[[Any], Any], device: str | None, engine: EngineOptions, folder: Path, prompts: list[str]
 ) -> Any:
-    """Run `share` in all workers, which share the folder; return what the first worker's call returned.
-
-    Prompts that failed are a BestOfEachError, as without a cluster.
-    """
-    from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder
-
+    """Run `share` in all workers, which share the folder; return what the first worker's call returned."""
     with library(out="output_dir", folder="output_dir", pipe="model"), _cluster() as ray:
         from aigiqa_reward.bulk.cluster import share as share_cluster
         from aigiqa_reward.bulk.sampling import run_shares
@@ -294,8 +289,4 @@ def sample_in_bulk(
                 rate = (done - before) / (time.monotonic() - begun)
                 show(f"{done:,} of {len(prompts):,} prompts, {rate:.2g} per second, {workers.count} workers")
 
-            found = run_shares(ray, workers, share, watch)
-    results = ResultsFolder(folder, prompts)
-    if failures := results.failures():
-        raise BestOfEachError(failures, results)
-    return found[0]
+            return run_shares(ray, workers, share, watch)[0]
