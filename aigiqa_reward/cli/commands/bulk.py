@@ -148,10 +148,11 @@ def _cluster() -> Iterator[Any]:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayError as error:
+            reason = str(error).splitlines()[0]
             text = (
-                f"a worker died, perhaps as memory ran out ({str(error).splitlines()[0]}); more --cpus-per-worker give "
+                f"a worker died, perhaps as memory ran out ({reason}); lower --batch-size, or raise --cpus-per-worker"
             )
-            raise CommandError(f"{text}fewer workers. The same command continues", status=1) from error
+            raise CommandError(f"{text}, which gives fewer workers. The same command continues", status=1) from error
 
 
 def _probe(
