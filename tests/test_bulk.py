@@ -92,6 +92,8 @@ def test_the_same_command_scores_with_two_workers_what_is_missing_and_another_is
     scores = [[row["total"] for row in some if row["total"] is not None] for some in (again, rows)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)  # batches differ
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
+    tried = run(*command, "--prompt", PROMPT, "--dry-run")
+    assert tried.exit_code == 0 and "images in 4 shards, 2 workers: " in tried.stdout, tried.output
     other = run(*command, "--prompt", "a blue circle")
     assert "--output-dir" in only_error(other) and "prompt: 'a red square' there" in other.stderr
 

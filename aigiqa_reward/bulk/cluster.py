@@ -74,8 +74,9 @@ def joined_cluster() -> Iterator[Any]:
         try:
             with keeping_sigterm():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **started)
-        except (ConnectionError, RuntimeError) as error:
-            raise ValueError(f"engine: cannot join the Ray cluster at RAY_ADDRESS={address}: {error}") from error
+        except Exception as error:  # Ray raises this class itself
+            wanted = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
+            raise ValueError(f"engine: cannot {wanted}: {error}") from error
     try:
         yield ray
     finally:
