@@ -21,21 +21,21 @@ from aigiqa_reward.bulk.scoring import BulkError, BulkScoring, Results, table_sc
 pytestmark = pytest.mark.slow
 
 
-def add_deadly_format() -> None:
-    """Let Pillow know a format whose decoder kills its process, after a line in the file that the image names."""
-    from PIL import Image
-
-    def decode(stream: Any, name: str) -> Any:
-        stream.seek(len(b"DEADLY"))
-        with open(stream.read(), "a") as file:  # noqa: PTH123  (bytes)
-            file.write(f"{os.getpid()}\n")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    Image.register_open("DEADLY", decode, lambda prefix: prefix.startswith(b"DEADLY"))
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
+    """A cluster where Pillow knows a format whose decoder kills its process, after a line in the file it names."""
+
+    def add_deadly_format() -> None:
+        from PIL import Image
+
+        def decode(stream: Any, name: str) -> Any:
+            stream.seek(len(b"DEADLY"))
+            with open(stream.read(), "a") as file:  # noqa: PTH123  (bytes)
+                file.write(f"{os.getpid()}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Image.register_open("DEADLY", decode, lambda prefix: prefix.startswith(b"DEADLY"))
+
     with two_cpus(runtime_env={"worker_process_setup_hook": add_deadly_format}) as ray:
         yield ray
 
