@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import tarfile
@@ -10,69 +9,46 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import prompt_files
 import pyarrow as pa
 import pytest
+from bulk_runs import PROMPT, pictures, rows_in, two_cpus, write_files
 from commands import lines, only_error, run
-from PIL import Image
-from pyarrow import dataset, parquet
+from pyarrow import parquet
 
-from aigiqa_reward import Scorer, create_reward
-from aigiqa_reward.bulk.cluster import keeping_sigterm
+from aigiqa_reward import Scorer
 from aigiqa_reward.bulk.inputs import find_shards
 from aigiqa_reward.bulk.scoring import Results, _decode, table_schema
-
-PROMPT = "a red square"
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    ray = pytest.importorskip("ray", reason="needs the extra ray")
-    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    with keeping_sigterm():
-        ray.init(num_cpus=2, _system_config={"worker_niceness": 0}, **quiet)  # else slow beside other work
-    yield ray
-    with keeping_sigterm():
-        ray.shutdown()
-
-
-def pictures(count: int) -> dict[str, bytes]:
-    """PNG files of three sizes, the last of them damaged."""
-    rng = np.random.default_rng(0)
-    files = {}
-    for i in range(count):
-        file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (32, (32, 40, 48)[i % 3], 3), dtype=np.uint8)).save(file, format="PNG")
-        files[f"{i:03d}.png"] = file.getvalue()
-    return files | {"broken.png": b"\x89PNG\r\n\x1a\n"}
+    with two_cpus() as ray:
+        yield ray
 
 
 def three_forms(files: dict[str, bytes], folder: Path) -> list[str]:
     """The files as a folder, a table and a tar."""
-    (folder / "images").mkdir(parents=True)
-    for name, data in files.items():
-        (folder / "images" / name).write_bytes(data)
+    write_files(files, folder / "images")
     table = pa.table({"image": list(files.values()), "path": list(files)})
-    parquet.write_table(table, folder / "a.parquet", row_group_size=4)
+    parquet.write_table(table, folder / "a.parquet", row_group_size=6)
     with tarfile.open(folder / "a.tar", "w") as tar:
         for name in files:
             tar.add(folder / "images" / name, name)
     return [str(folder / name) for name in ("images", "a.parquet", "a.tar")]
 
 
-def rows_in(folder: Path) -> list[dict[str, Any]]:
-    return dataset.dataset(sorted(folder.glob("*.parquet"))).to_table().to_pylist()
-
-
 @pytest.fixture(scope="module")
-def scored(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], dict[str, bytes], Path]:
-    """A command without its prompt that has run once, the image files, and the folder of the results."""
+def scored(
+    cluster: Any, tiny_reward: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[object], dict[str, bytes], Path]:
+    """A command without its prompt that has run once, with one worker, the image files, and the results' folder."""
     files, folder = pictures(10), tmp_path_factory.mktemp("scored")
-    out = folder / "out"
+    out, reward = folder / "out", folder / "reward"
+    tiny_reward.save_pretrained(reward)
     command = ["score", *three_forms(files, folder), "--engine", "ray", "--output-dir", out, "--batch-size", 4]
-    command += ["--details", "uncertainty"]
-    first = run(*command, "--prompt", PROMPT)
+    command += ["--reward", reward, "--details", "quality_levels"]
+    first = run(*command, "--prompt", PROMPT, "--cpus-per-worker", 2)
     assert first.exit_code == 1, first.output  # one image per form is broken
     return command, files, out
 
@@ -81,17 +57,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_three_forms_get_the_scores_of_scorer(scored: tuple[list[object], dict[str, bytes], Path]) -> None:
+def test_three_forms_get_the_scores_of_scorer(
+    scored: tuple[list[object], dict[str, bytes], Path], tiny_reward: Any
+) -> None:
     _, files, out = scored
     schemas = {parquet.read_schema(file).remove_metadata() for file in out.glob("*.parquet")}
     assert [schema.names for schema in schemas] == [
-        ["path", "prompt", "total", "quality", "correspondence", "uncertainty", "error"]
+        ["path", "prompt", "total", "quality", "correspondence", "quality_levels", "error"]
     ]
     rows = rows_in(out)
     name = {row["path"]: Path(row["path"].rpartition("::")[2]).name for row in rows}
     assert sorted(name.values()) == sorted(3 * list(files))
     images = out.parent / "images"
-    oracle = Scorer(create_reward("compact")).score([str(images / file) for file in files], PROMPT, on_error="nan")
+    oracle = Scorer(tiny_reward).score([str(images / file) for file in files], PROMPT, on_error="nan")
     expected = dict(zip(files, zip(oracle.total.tolist(), oracle.correspondence.tolist(), strict=True), strict=True))
     for row in rows:
         assert row["prompt"] == PROMPT
@@ -102,6 +80,7 @@ def test_three_forms_get_the_scores_of_scorer(scored: tuple[list[object], dict[s
     assert (out / "histograms.png").is_file() and (out / "best-and-worst.png").is_file()
 
 
+@pytest.mark.slow
 def test_prompts_of_files_get_the_rows_of_one_process(cluster: Any, tmp_path: Path) -> None:
     images, raw = tmp_path / "images", "a (red:1.2) fox <lora:x:.8>"
     images.mkdir()
@@ -128,7 +107,7 @@ def test_embedded_prompts_are_read_in_tables_and_tars(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_command_scores_what_is_missing_and_another_is_refused(
+def test_the_same_command_scores_with_two_workers_what_is_missing_and_another_is_refused(
     scored: tuple[list[object], dict[str, bytes], Path],
 ) -> None:
     command, _, out = scored
@@ -141,6 +120,8 @@ def test_the_same_command_scores_what_is_missing_and_another_is_refused(
     scores = [[row["total"] for row in some if row["total"] is not None] for some in (again, rows)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)  # batches differ
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
+    tried = run(*command, "--prompt", PROMPT, "--dry-run")
+    assert tried.exit_code == 0 and "images in 4 shards, 2 workers: " in tried.stdout, tried.output
     other = run(*command, "--prompt", "a blue circle")
     assert "--output-dir" in only_error(other) and "prompt: 'a red square' there" in other.stderr
 
@@ -155,8 +136,6 @@ def test_sampling_gives_the_files_of_one_process(cluster: Any, tmp_path: Path, c
         assert result.exit_code == 0, result.output
     here, there = (contents(tmp_path / engine) for engine in ("local", "ray"))
     assert here.keys() == there.keys()
-    for page in (here, there):
-        page.pop("index.html", None)  # only the page of one process says what the scores mean
     assert [name for name in here if here[name] != there[name]] == []
 
 

@@ -16,6 +16,9 @@ from aigiqa_reward.utils.checks import how_to_install
 TASK = 0.25
 """Share of a CPU that a task of reading or decoding reserves; a worker on CPUs leaves two such shares."""
 
+RETRIES = 2
+"""How often a task or worker that was killed is tried again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
@@ -59,6 +62,7 @@ def keeping_sigterm() -> Iterator[None]:
 @contextmanager
 def joined_cluster() -> Iterator[Any]:
     """Join the cluster at RAY_ADDRESS, or start one on this machine and stop it afterwards; yield the module ray."""
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # else tasks killed for their memory never end
     try:
         import ray
         import ray.data
@@ -70,8 +74,9 @@ def joined_cluster() -> Iterator[Any]:
         try:
             with keeping_sigterm():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **started)
-        except (ConnectionError, RuntimeError) as error:
-            raise ValueError(f"engine: cannot join the Ray cluster at RAY_ADDRESS={address}: {error}") from error
+        except Exception as error:  # Ray raises this class itself
+            wanted = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
+            raise ValueError(f"engine: cannot {wanted}: {error}") from error
     try:
         yield ray
     finally:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aigiqa_reward.bulk.cluster import Workers
+from aigiqa_reward.bulk.cluster import RETRIES, Workers
 
 _LOOK = 1.0  # seconds between calls of `watch`
-_RETRIES = 2  # of a worker that was killed
 
 
 class _Gate:
@@ -66,7 +65,7 @@ def run_shares(ray: Any, workers: Workers, share: Callable[[Processes], Any], wa
     first error of a worker ends all of them.
     """
     gate = ray.remote(_Gate).options(num_cpus=0).remote()
-    kept = {**workers.resources, "max_restarts": _RETRIES, "max_task_retries": _RETRIES}
+    kept = {**workers.resources, "max_restarts": RETRIES, "max_task_retries": RETRIES}
     kind = ray.remote(_Worker).options(**kept)
     actors = [kind.remote() for _ in range(workers.count)]
     running = calls = [actor.run.remote(share, index, workers, gate) for index, actor in enumerate(actors)]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aigiqa_reward import images
-from aigiqa_reward.bulk.cluster import TASK, Workers
+from aigiqa_reward.bulk.cluster import RETRIES, TASK, Workers
 from aigiqa_reward.bulk.inputs import Files, Item, Shard, Tar
 from aigiqa_reward.images.metadata import PromptSource, find_prompt
 from aigiqa_reward.rewards.bound import BoundReward
@@ -38,7 +38,6 @@ PARTS, UNFINISHED = "part-*.parquet", "unfinished"
 
 _BLOCK = 4 * 2**20  # bytes of images that pass from task to task at a time, and are committed together
 _WINDOW = 4  # batches that are sorted by size, so that images of one size are scored together
-_RETRIES = 2  # of a task or actor that was killed
 _SAMPLE = 64  # images that a dry run scores
 
 
@@ -111,8 +110,8 @@ class _Scoring:
         try:
             records = self.records(rows)
         except Exception as error:  # Ray would lose it among the errors of killed tasks, which are tried again
-            remedy = "; lower --batch-size" if isinstance(error, torch.OutOfMemoryError | MemoryError) else ""
-            reason = f"a worker failed: {type(error).__name__}: {error}{remedy}"
+            reason = f"a worker failed: {type(error).__name__}: {error}"
+            reason += "; lower --batch-size" if "memory" in reason.lower() else ""
             return {"shard": [-1], "row": [-1], "count": [-1], "record": [json.dumps({"failure": reason})]}
         texts = [json.dumps(records.get(place)) for place in range(len(rows))]
         return {**{name: [row[name] for row in rows] for name in ("shard", "row", "count")}, "record": texts}
@@ -358,7 +357,7 @@ class BulkScoring:
         decoding = self.workers.decoding - 0.001  # another share than reading's, so that Ray keeps two stages
         rows = data.from_items(list(tasks), override_num_blocks=len(tasks))
         rows = rows.flat_map(
-            _read, fn_kwargs={"prompt": self.prompt}, num_cpus=TASK, **_limits(rows.flat_map, max_retries=_RETRIES)
+            _read, fn_kwargs={"prompt": self.prompt}, num_cpus=TASK, **_limits(rows.flat_map, max_retries=RETRIES)
         )
         if one_by_one:
             rows = rows.repartition(target_num_rows_per_block=1)
@@ -366,7 +365,7 @@ class BulkScoring:
             _decode,
             fn_kwargs={"prompts_from": self.prompts_from},
             num_cpus=decoding,
-            **_limits(rows.map, max_retries=_RETRIES),
+            **_limits(rows.map, max_retries=RETRIES),
         )
         scored = rows.map_batches(
             _Scoring,
@@ -374,7 +373,7 @@ class BulkScoring:
             batch_size=1 if one_by_one else _WINDOW * self.batch_size,
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(size=self.workers.count),
-            **_limits(rows.map_batches, max_restarts=_RETRIES, max_task_retries=_RETRIES),
+            **_limits(rows.map_batches, max_restarts=RETRIES, max_task_retries=RETRIES),
             **self.workers.resources,
         )
         for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import typer
 
@@ -113,7 +113,7 @@ def best_of_n(
         report_unknown(texts)
     if engine.engine == "ray":
         share = partial(_share, pipeline, loras, search, reward, texts, call)
-        _conclude(lambda: sample_in_bulk(share, pipeline.device, engine, search.output_dir, texts), search, texts, None)
+        _conclude(lambda: sample_in_bulk(share, pipeline.device, engine, search.output_dir, texts), search, texts)
     else:
         best = _searching(pipeline, loras, search, reward)
         _conclude(lambda: _sample(best, texts, search.output_dir, call), search, texts, best.reward)
@@ -127,13 +127,14 @@ def _share(
     prompts: list[str],
     call: dict[str, Any],
     processes: Any,
-) -> None:
-    """Sample the share of one worker of a cluster."""
-    from aigiqa_reward.sampling.batch_run import BestOfEachError, best_of_each
+) -> Drawn | None:
+    """Sample the share of one worker of a cluster; the first one, when all are done, draws what is in the folder."""
+    from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder, best_of_each
 
     best = _searching(pipeline, loras, search, reward)
-    with suppress(BestOfEachError):  # which the command reads in the folder
+    with suppress(BestOfEachError):  # the folder has why prompts failed
         best_of_each(best, prompts, search.output_dir, accelerator=processes, progress=False, **call)
+    return _draw(search, best.reward, ResultsFolder(search.output_dir, prompts)) if processes.is_main_process else None
 
 
 def _searching(pipeline: PipelineOptions, loras: LoraOptions, search: SearchOptions, reward: RewardOptions) -> BestOfN:
@@ -178,60 +179,77 @@ def _check(model: str, search: SearchOptions) -> None:
 # --------------------------------------------------------------------------------------------- during and after
 
 
+class Drawn(NamedTuple):
+    """What is printed of the results: rows of the first winners, how many winners there are, the meaning of scores."""
+
+    rows: list[Row]
+    winners: int
+    meaning: list[str]
+
+
 def _sample(search: BestOfN, prompts: list[str], folder: Path, arguments: dict[str, Any]) -> None:
     """Fill the folder."""
-    from aigiqa_reward.sampling.batch_run import best_of_each
+    from aigiqa_reward.sampling.batch_run import BestOfEachError, best_of_each
 
     every = search.n * len(prompts)
-    with progress("best of n", every) as show, library(out="output_dir"):
+    with progress("best of n", every) as show, library(out="output_dir"), suppress(BestOfEachError):
         # What an earlier run finished is done.
         best_of_each(search, prompts, folder, progress=lambda done, total: show(every - total + done), **arguments)
 
 
-def _conclude(sample: Callable[[], None], search: SearchOptions, prompts: list[str], reward: Any) -> None:
-    """Fill the folder; draw what is in it, also after failures and interruptions."""
-    from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder
+def _conclude(
+    sample: Callable[[], Drawn | None], search: SearchOptions, prompts: list[str], reward: Any = None
+) -> None:
+    """Fill the folder; with the reward, draw it, also after failures and interruptions; print the winners."""
+    from aigiqa_reward.sampling.batch_run import ResultsFolder
 
-    ended: BaseException | None = None
+    interrupted = drawn = None
     folder = search.output_dir
     try:
-        sample()
-    except (BestOfEachError, KeyboardInterrupt) as error:
-        ended = error
+        drawn = sample()
+    except KeyboardInterrupt as error:
+        interrupted = error
     results = ResultsFolder(folder, prompts)
     if first_process():
         with suppress(KeyboardInterrupt), library():
-            _draw(search, reward, results)
-    if isinstance(ended, KeyboardInterrupt):
+            drawn = drawn if reward is None else _draw(search, reward, results)
+        if drawn is not None:
+            _report(drawn, folder)
+    if interrupted is not None:
         done = sum(results.finished(index) for index in range(len(prompts)))
         text = f"interrupted: {done} of {len(prompts)} prompts are finished; the same command resumes"
-        raise CommandError(text, status=130) from ended
-    if isinstance(ended, BestOfEachError):
+        raise CommandError(text, status=130) from interrupted
+    if failures := results.failures():
         if first_process():
-            for index, reason in ended.failures.items():
+            for index, reason in failures.items():
                 say("error", f"prompt {index} ({prompts[index][:200]!r}): {spoken(reason)}")
             say("note", "the same command tries them again")
-        raise typer.Exit(1) from ended
+        raise typer.Exit(1)
 
 
-def _draw(search: SearchOptions, reward: Any, results: ResultsFolder) -> None:
-    """The contact sheets, the page, and the winners on stdout."""
+def _draw(search: SearchOptions, reward: Any, results: ResultsFolder) -> Drawn | None:
+    """Draw the contact sheets and the page; None if there is nothing to draw."""
     from aigiqa_reward.report import write_page
 
     if not any(map(results.reached, range(len(results)))):
-        return
+        return None
     rows: list[Row] = []
     remarks: list[str] = []
-    meaning, n = [] if reward is None else meanings([reward]), search.n
+    meaning, n = meanings([reward]), search.n
     notes = [f"{len(results)} prompts, {n} candidates each" if len(results) > 1 else f"{n} candidates", *meaning]
     shown, maps = _drawn_sheets(results, n, rows, remarks), _maps(reward, results, search.reward_prompt)
     write_page(shown, results.path / PAGE, notes=notes, maps=maps, remarks=remarks)
-    if rows:
-        emit(render(rows[:_ROWS], "table", terminal=sys.stdout.isatty()), saved=True)
-        for text in meaning:
+    return Drawn(rows[:_ROWS], len(rows), meaning)
+
+
+def _report(drawn: Drawn, folder: Path) -> None:
+    """Print the winners, and where the rest is."""
+    if drawn.rows:
+        emit(render(drawn.rows, "table", terminal=sys.stdout.isatty()), saved=True)
+        for text in drawn.meaning:
             say("note", text)
-    rest = f" ({len(rows) - _ROWS} more winners there)" if len(rows) > _ROWS else ""
-    say("note", f"in {results.path}: {PAGE} (all results), results.jsonl, images, {SHEETS}{rest}")
+    rest = f" ({drawn.winners - _ROWS} more winners there)" if drawn.winners > _ROWS else ""
+    say("note", f"in {folder}: {PAGE} (all results), results.jsonl, images, {SHEETS}{rest}")
 
 
 def _drawn_sheets(
@@ -265,12 +283,12 @@ def _drawn_sheets(
 
 
 def _maps(reward: Any, results: ResultsFolder, reward_prompt: str | None) -> Iterator[list[dict[str, Any]]]:
-    """What the reward, if it is here, says of each winner: distortion maps, and how the words of the prompt fit."""
+    """What the reward says of each winner: distortion maps, and how the words of the prompt fit."""
     from aigiqa_reward import Scorer
 
     names: Any = getattr(getattr(getattr(reward, "model", None), "config", None), "distortions", ())
     for result in results:
-        if reward is None or result.output is None:
+        if result.output is None:
             continue
         images, prompt = result.output.images, reward_prompt or result.prompt
         details = Scorer(reward).score(images, prompt).details if images else {}

@@ -154,10 +154,11 @@ def _cluster() -> Iterator[Any]:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayError as error:
+            reason = str(error).splitlines()[0]
             text = (
-                f"a worker died, perhaps as memory ran out ({str(error).splitlines()[0]}); more --cpus-per-worker give "
+                f"a worker died, perhaps as memory ran out ({reason}); lower --batch-size, or raise --cpus-per-worker"
             )
-            raise CommandError(f"{text}fewer workers. The same command continues", status=1) from error
+            raise CommandError(f"{text}, which gives fewer workers. The same command continues", status=1) from error
 
 
 def _details(wanted: Sequence[str], found: Probe) -> dict[str, int]:
@@ -271,12 +272,7 @@ def _card(shard: Shard, row: int, score: float, *, framed: bool) -> Any:
 def sample_in_bulk(
     share: Callable[[Any], Any], device: str | None, engine: EngineOptions, folder: Path, prompts: list[str]
 ) -> Any:
-    """Run `share` in all workers, which share the folder; return what the first worker's call returned.
-
-    Prompts that failed are a BestOfEachError, as without a cluster.
-    """
-    from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder
-
+    """Run `share` in all workers, which share the folder; return what the first worker's call returned."""
     with library(out="output_dir", folder="output_dir", pipe="model"), _cluster() as ray:
         from aigiqa_reward.bulk.cluster import share as share_cluster
         from aigiqa_reward.bulk.sampling import run_shares
@@ -291,8 +287,4 @@ def sample_in_bulk(
                 rate = (done - before) / (time.monotonic() - begun)
                 show(f"{done:,} of {len(prompts):,} prompts, {rate:.2g} per second, {workers.count} workers")
 
-            found = run_shares(ray, workers, share, watch)
-    results = ResultsFolder(folder, prompts)
-    if failures := results.failures():
-        raise BestOfEachError(failures, results)
-    return found[0]
+            return run_shares(ray, workers, share, watch)[0]
