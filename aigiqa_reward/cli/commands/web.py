@@ -63,6 +63,7 @@ def web(page: WebOptions, models: WebModelOptions) -> None:
     if absent := [str(folder) for folder in folders if not folder.is_dir()]:
         raise CommandError(f"expected folders, got {absent[0]!r}", argument="folders")
     check_model(models.model)
+    auth = _user(page.auth)
     check_writable(page.output_dir)
     device = usable_device(models.device)
 
@@ -80,7 +81,7 @@ def web(page: WebOptions, models: WebModelOptions) -> None:
         )
     try:
         with library():
-            serve(studio, host=page.host, port=page.port, auth=_user(page.auth), ready=lambda url: _ready(url, page))
+            serve(studio, host=page.host, port=page.port, auth=auth, ready=lambda url: _ready(url, page))
     except CommandError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
             text = f"{page.port} is taken; choose another port, or 0 for any free one"
