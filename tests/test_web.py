@@ -106,6 +106,7 @@ def test_killed_while_labeling_no_choice_is_lost(tmp_path: Path) -> None:
         (("--port", "{port}"), "--port: {port} is taken; choose another port"),
         (("--auth", "ann"), "--auth: expected USER:FILE, got 'ann'"),
         (("--auth", "ann:{blank}"), "--auth: expected the password in the first line"),
+        (("--reward", "compakt"), "--reward: no reward is called 'compakt'; did you mean 'compact'?"),
         (("--model", "nowhere"), "--model: expected a folder of a pipeline"),
     ],
 )

@@ -57,12 +57,17 @@ def web(page: WebOptions, models: WebModelOptions) -> None:
         except ImportError as error:
             raise ImportError(f"the page needs gradio ({error}); pip install 'aigiqa-reward[web]'") from error
     del gradio
+    from aigiqa_reward import get_reward_spec
     from aigiqa_reward.web import Studio, serve
 
     folders = [Path(folder).expanduser() for folder in page.folders]
     if absent := [str(folder) for folder in folders if not folder.is_dir()]:
         raise CommandError(f"expected folders, got {absent[0]!r}", argument="folders")
     check_model(models.model)
+    with library(name="reward"):
+        for name in models.reward:  # which are loaded behind the page
+            if "/" not in name and not Path(name).is_dir():
+                get_reward_spec(name)
     auth = _user(page.auth)
     check_writable(page.output_dir)
     device = usable_device(models.device)
