@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def named_pairs(rows: Sequence[Mapping[str, Any]], folder: Path) -> PreferencePa
     return PreferencePairs(prompts=tuple(row["prompt"] for row in rows), better=better, worse=worse)
 
 
-def write_pairs_table(folder: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = PAIRS_COLUMNS) -> Path:
+def write_pairs_table(
+    folder: Path, rows: Iterable[Mapping[str, Any] | tuple[str, ...]], columns: Sequence[str] = PAIRS_COLUMNS
+) -> Path:
     """Write the table of a folder of pairs, and return it; images are absolute or relative to the folder."""
     data = io.BytesIO()
     pandas = extra_data("pandas", f"writing {PAIRS_FILE}")

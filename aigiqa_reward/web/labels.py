@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aigiqa_reward.datasets import PreferencePairs
-from aigiqa_reward.datasets.pairs import PAIRS_COLUMNS, write_pairs_table
+from aigiqa_reward.datasets.pairs import write_pairs_table
 from aigiqa_reward.evaluation import krippendorff_alpha
 from aigiqa_reward.utils.io import csv_text, write_atomically
 
@@ -139,8 +139,7 @@ class Labels:
         """
         written, pairs = [], self.pairs()
         if pairs is not None:
-            table = zip(pairs.prompts, map(str, pairs.better), map(str, pairs.worse), strict=True)
-            rows = [dict(zip(PAIRS_COLUMNS, row, strict=True)) for row in table]
+            rows = zip(pairs.prompts, map(str, pairs.better), map(str, pairs.worse), strict=True)
             written.append(write_pairs_table(folder, rows))
         means = (
             "SELECT path, prompt, AVG(quality), AVG(correspondence) FROM ratings WHERE prompt != '' "
