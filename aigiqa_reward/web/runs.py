@@ -74,7 +74,7 @@ def add_tab(studio: Studio) -> None:
     run.input(chosen, [run], outputs)
     live.change(lambda on: gradio.Timer(active=on), [live], [timer], show_progress="hidden")
     timer.tick(following, [run, step, seen], outputs, show_progress="hidden")
-    step.release(at_step, [run, step], [grid], show_progress="hidden")
+    step.input(at_step, [run, step], [grid], show_progress="hidden", trigger_mode="always_last")
 
 
 def _found(studio: Studio) -> Iterator[tuple[str, Path]]:
