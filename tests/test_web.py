@@ -11,7 +11,7 @@ from typing import Any
 
 import prompt_files
 import pytest
-from commands import ENVIRONMENT, run
+from commands import ENVIRONMENT, only_error, run
 from PIL import Image
 
 from aigiqa_reward.datasets import PreferencePairs, read_data, read_preference_pairs
@@ -64,6 +64,7 @@ def test_exported_labels_are_read_by_the_commands(tmp_path: Path) -> None:
     assert labels.export(tmp_path / "out") == []
     for rater, choice in {"ann": "second", "bob": "tie", "eve": "bad"}.items():
         labels.choose(rater, pair, choice)  # pyright: ignore[reportArgumentType]
+    labels.choose("ann", pair_of("", (first, second)), "first")  # the commands need a prompt
     labels.rate("ann", "a red square", first, 4, 2)
     labels.rate("bob", "a red square", first, 5, 3)
     assert [file.name for file in labels.export(tmp_path / "out")] == ["pairs.parquet", "ratings.csv"]
@@ -98,23 +99,25 @@ def test_killed_while_labeling_no_choice_is_lost(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- command line
 
 
-def test_wrong_usage_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no-folder",), "expected folders, got 'no-folder'"),
+        (("--host", "0.0.0.0"), "--auth: expected a user and a password for 0.0.0.0, which other machines can reach"),
+        (("--port", "{port}"), "--port: {port} is taken; choose another port"),
+        (("--auth", "ann"), "--auth: expected USER:FILE, got 'ann'"),
+        (("--auth", "ann:{blank}"), "--auth: expected the password in the first line"),
+        (("--reward", "compakt"), "--reward: no reward is called 'compakt'; did you mean 'compact'?"),
+        (("--model", "nowhere"), "--model: expected a folder of a pipeline"),
+    ],
+)
+def test_wrong_usage_is_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     pytest.importorskip("gradio")
-    secret, blank = tmp_path / "secret", tmp_path / "blank"
-    secret.write_text("open sesame\n", encoding="utf-8")
-    blank.write_text("\n", encoding="utf-8")
+    (tmp_path / "blank").write_text("\n", encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        for arguments, message in {
-            ("no-folder",): "expected folders, got 'no-folder'",
-            ("--host", "0.0.0.0"): "--auth: expected a user and a password for 0.0.0.0, which other machines can reach",
-            ("--port", str(port)): f"--port: {port} is taken; choose another port",
-            ("--auth", "ann"): "--auth: expected USER:FILE, got 'ann'",
-            ("--auth", f"ann:{blank}"): "--auth: expected the password in the first line",
-            ("--model", "nowhere"): "--model: expected a folder of a pipeline",
-        }.items():
-            result = run("web", *arguments, cwd=tmp_path)
-            assert result.exit_code == 2 and message in result.stderr.replace("\n", " "), (arguments, result.stderr)
+        known = {"port": taken.getsockname()[1], "blank": tmp_path / "blank"}
+        error = only_error(run("web", *(text.format(**known) for text in arguments), cwd=tmp_path))
+    assert message.format(**known) in error
 
 
 # --------------------------------------------------------------------------------------------- the page
@@ -208,6 +211,14 @@ def test_only_named_folders_are_served_and_only_to_this_host(client: Any, studio
     assert client.get("/", headers={"host": "attacker.example"}).status_code == 400
 
 
+def test_large_uploads_are_refused(client: Any) -> None:
+    client.post("/login", data={"username": "ann", "password": "secret"})
+    sent = {
+        size: client.post("/gradio_api/upload", files={"files": ("a.png", bytes(size))}) for size in (1000, 2**25 + 1)
+    }
+    assert [answer.status_code for answer in sent.values()] == [200, 413]
+
+
 def test_least_sure_pairs_come_first(studio: Any, tmp_path: Path) -> None:
     from aigiqa_reward.web.studio import Score
 
@@ -232,7 +243,7 @@ def test_a_taught_reward_is_in_the_list(studio: Any, tmp_path: Path) -> None:
             str(picture(tmp_path / f"{number}{name}.png", color)) for name, color in (("a", "red"), ("b", "blue"))
         ]
         studio.labels.choose("ann", pair_of(f"a red square {number // 4}", (images[0], images[1])), "first")
-    text = teach(studio, studio.labels.pairs(), studio.taught / "mine")
+    text = teach(studio.labels.pairs(), studio.taught / "mine")
     assert "held-out choices on other prompts" in text and "before" in text
     assert "taught: mine" in studio.reward_names
     *_, scores = studio.score("taught: mine", [(images[0], "a red square")])

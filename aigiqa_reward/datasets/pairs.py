@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aigiqa_reward.datasets.base import PreferencePairs, extra_data
 from aigiqa_reward.datasets.pickapic import read_pickapic
+from aigiqa_reward.utils.io import write_atomically
 
 PAIRS_FILE = "pairs.parquet"
 """Table in a folder of pairs."""
@@ -74,3 +76,14 @@ def named_pairs(rows: Sequence[Mapping[str, Any]], folder: Path) -> PreferencePa
     """Return the pairs of a table's rows."""
     better, worse = (tuple(folder / row[name] for row in rows) for name in ("winner", "loser"))
     return PreferencePairs(prompts=tuple(row["prompt"] for row in rows), better=better, worse=worse)
+
+
+def write_pairs_table(
+    folder: Path, rows: Iterable[Mapping[str, Any] | tuple[str, ...]], columns: Sequence[str] = PAIRS_COLUMNS
+) -> Path:
+    """Write the table of a folder of pairs, and return it; images are absolute or relative to the folder."""
+    data = io.BytesIO()
+    pandas = extra_data("pandas", f"writing {PAIRS_FILE}")
+    pandas.DataFrame(list(rows), columns=list(columns)).to_parquet(data, index=False)
+    write_atomically(folder / PAIRS_FILE, data.getvalue())
+    return folder / PAIRS_FILE

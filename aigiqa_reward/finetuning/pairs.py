@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import warnings
@@ -20,7 +19,7 @@ from torch import Tensor
 from aigiqa_reward import images as pixels
 from aigiqa_reward.datasets import PreferencePairs, read_preference_pairs
 from aigiqa_reward.datasets.base import extra_data
-from aigiqa_reward.datasets.pairs import PAIRS_COLUMNS, PAIRS_FILE, named_pairs
+from aigiqa_reward.datasets.pairs import PAIRS_COLUMNS, PAIRS_FILE, named_pairs, write_pairs_table
 from aigiqa_reward.finetuning.batch import seed_of
 from aigiqa_reward.finetuning.checkpoints import checkpoints_in
 from aigiqa_reward.finetuning.config import FinetuneConfig
@@ -31,7 +30,7 @@ from aigiqa_reward.sampling.families import Family
 from aigiqa_reward.sampling.guidance import RewardGuidance
 from aigiqa_reward.types import RewardFunction
 from aigiqa_reward.utils.checks import integer, number
-from aigiqa_reward.utils.io import read_json, write_atomically
+from aigiqa_reward.utils.io import read_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -138,9 +137,7 @@ def build_preference_pairs(
     results, failed = _sampled(kinds, prompts, folder, progress, pipe_kwargs)
     pairs = [_pairs(results, index)[:pairs_per_prompt] for index in range(len(prompts))]
     rows = [_row(prompts[i], i, pair, folder) for i, found in enumerate(pairs) for pair in found if _gap(pair) > margin]
-    pandas, data = extra_data("pandas", f"writing {PAIRS_FILE}"), io.BytesIO()
-    pandas.DataFrame(rows, columns=list(COLUMNS)).to_parquet(data, index=False)
-    write_atomically(folder / PAIRS_FILE, data.getvalue())  # by every process: the same bytes
+    write_pairs_table(folder, rows, COLUMNS)  # by every process: the same bytes
     if failed is not None:
         raise failed
     if not rows:

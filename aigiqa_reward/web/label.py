@@ -86,7 +86,7 @@ class _LabelTab:
         page.load(self.resuming, [self.kept], [*self.setting, self.setup, *self.views], show_progress="hidden")
         quick: dict[str, Any] = {"outputs": self.views, "show_progress": "hidden", "trigger_mode": "multiple"}
         for name in ("left", "right", "tie", "bad"):
-            self.answers[name].click(self.answering(name), [self.kept, self.shown], concurrency_limit=16, **quick)
+            self.answers[name].click(self.answering(name), [self.kept, self.shown], **quick)
         gradio.on([self.answers["undo"].click, self.undo_rating.click], self.undoing, [self.kept], **quick)
         self.save.click(self.rating, [self.kept, self.shown, self.quality, self.match], **quick)
         export.click(self.exporting, None, [exported])

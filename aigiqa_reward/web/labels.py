@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sqlite3
 import threading
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aigiqa_reward.datasets import PreferencePairs
-from aigiqa_reward.datasets.base import extra_data
-from aigiqa_reward.datasets.pairs import PAIRS_COLUMNS, PAIRS_FILE
+from aigiqa_reward.datasets.pairs import write_pairs_table
 from aigiqa_reward.evaluation import krippendorff_alpha
 from aigiqa_reward.utils.io import csv_text, write_atomically
 
@@ -103,8 +101,9 @@ class Labels:
         return [(rater, Pair(prompt, first, second), choice) for rater, prompt, first, second, choice in rows]
 
     def pairs(self) -> PreferencePairs | None:
-        """Return the choices that prefer an image; None if there is none."""
-        decided = [(pair, choice) for _, pair, choice in self.choices() if choice in ("first", "second")]
+        """Return the choices that prefer an image of a prompt; None if there is none."""
+        choices = self.choices()
+        decided = [(pair, choice) for _, pair, choice in choices if choice in ("first", "second") and pair.prompt]
         if not decided:
             return None
         ordered = [(p.first, p.second) if choice == "first" else (p.second, p.first) for p, choice in decided]
@@ -141,11 +140,7 @@ class Labels:
         written, pairs = [], self.pairs()
         if pairs is not None:
             rows = zip(pairs.prompts, map(str, pairs.better), map(str, pairs.worse), strict=True)
-            data = io.BytesIO()
-            frame = extra_data("pandas", f"writing {PAIRS_FILE}").DataFrame(list(rows), columns=list(PAIRS_COLUMNS))
-            frame.to_parquet(data, index=False)
-            write_atomically(folder / PAIRS_FILE, data.getvalue())
-            written.append(folder / PAIRS_FILE)
+            written.append(write_pairs_table(folder, rows))
         means = (
             "SELECT path, prompt, AVG(quality), AVG(correspondence) FROM ratings WHERE prompt != '' "
             "GROUP BY path, prompt"

@@ -53,10 +53,9 @@ def build_page(studio: Studio) -> Any:
     with gradio.Blocks(title="aigiqa-reward", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         kept = gradio.BrowserState(None, storage_key="aigiqa-reward-label", secret="aigiqa-reward")
         with gradio.Tabs():
-            chosen = [rank.add_tab(studio), generate.add_tab(studio), label.add_tab(studio, page, kept)]
-            teach.add_tab(studio, [each for found in chosen for each in found])
+            rewards = [*rank.add_tab(studio), *generate.add_tab(studio), *label.add_tab(studio, page, kept)]
+            teach.add_tab(studio, rewards)
             runs.add_tab(studio)
-        rewards = [each for found in chosen for each in found]
         page.load(lambda: reward_lists(studio, rewards), outputs=rewards, show_progress="hidden")
     page.queue(max_size=100, default_concurrency_limit=16, api_open=False)
     return page

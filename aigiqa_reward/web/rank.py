@@ -147,8 +147,7 @@ def _heat(studio: Studio, name: str, score: Score) -> Any:
     from aigiqa_reward.report import draw_heat_maps, heat_maps
 
     image = pixels.load(score.path)[None]
-    with studio.lock:
-        heat = heat_maps(studio.reward(name), image, score.prompt or None)
+    heat = heat_maps(studio.reward(name), image, score.prompt or None)
     return (draw_heat_maps(image, heat)[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from html import escape
@@ -73,7 +74,7 @@ def add_tab(studio: Studio) -> None:
     run.input(chosen, [run], outputs)
     live.change(lambda on: gradio.Timer(active=on), [live], [timer], show_progress="hidden")
     timer.tick(following, [run, step, seen], outputs, show_progress="hidden")
-    step.release(at_step, [run, step], [grid], show_progress="hidden")
+    step.input(at_step, [run, step], [grid], show_progress="hidden", trigger_mode="always_last")
 
 
 def _found(studio: Studio) -> Iterator[tuple[str, Path]]:
@@ -124,10 +125,10 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 def _curves(history: Path) -> Any:
     """Draw the curves of a training so far; None before its first step."""
-    import tempfile
+    from PIL import Image
 
     from aigiqa_reward.report.curves import draw_curves
 
-    with suppress(OSError, ValueError):
-        return str(draw_curves(_lines(history), None, Path(tempfile.mkdtemp(prefix="aigiqa-")) / "curves.png"))
+    with suppress(OSError, ValueError), tempfile.TemporaryDirectory() as folder:
+        return Image.open(draw_curves(_lines(history), None, Path(folder) / "curves.png")).copy()
     return None

@@ -47,7 +47,7 @@ def serve(
         host: address to listen on; others than this machine's need `auth`.
         port: port, 0 for any free one.
         auth: user name and password.
-        ready: called with the page's address, once it answers.
+        ready: called with the page's address, once it can be opened.
 
     Raises:
         ValueError: `auth` is missing.
@@ -62,17 +62,9 @@ def serve(
         place = f"[{host}]" if ":" in host else host
         app = _application(studio, local=is_local(host), auth=auth)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-        threading.Thread(target=_answering, args=(server, studio, ready, place, listening)).start()
+        ready(f"http://{place}:{listening.getsockname()[1]}/")  # connections wait for the server
+        threading.Thread(target=studio.warm_up).start()
         server.run(sockets=[listening])
-
-
-def _answering(server: Any, studio: Studio, ready: Callable[[str], object], place: str, listening: Any) -> None:
-    """Once the page answers, say so and load the models."""
-    port = listening.getsockname()[1]
-    while not server.started and not server.should_exit:
-        threading.Event().wait(0.05)
-    ready(f"http://{place}:{port}/")
-    studio.warm_up()
 
 
 def _application(studio: Studio, *, local: bool, auth: tuple[str, str] | None) -> Any:

@@ -54,7 +54,7 @@ class Score:
 
 
 class Studio:
-    """Folders that the page may show, and models that are loaded when they are first needed, one user at a time.
+    """Folders that the page may show, and models that are loaded when they are first needed.
 
     Args:
         folders: folders of images and of results.
@@ -84,7 +84,7 @@ class Studio:
             folder.mkdir(parents=True, exist_ok=True)
         self.folders = {str(folder): folder.resolve() for folder in folders} | {SAMPLED: self.samples}
         self.labels = Labels(self.output_dir / "labels.sqlite3")
-        self.sampling, self.lock = sampling, threading.RLock()
+        self.sampling = sampling
         self._reward_lock, self._pipe_lock = threading.Lock(), threading.Lock()
         self._load_reward, self._load_pipeline = load_reward or create_reward, load_pipeline or load_embedded_pipeline
         self._names = [*rewards, *(name for name in list_rewards() if get_reward_spec(name).embedded)]
@@ -152,9 +152,7 @@ class Studio:
             for path, prompt in part:
                 key = (name, path, os.stat(path).st_mtime_ns, prompt)  # noqa: PTH116
                 if key not in self._scores:
-                    with self.lock:
-                        result = next(Scorer(reward).stream([path], prompt or None))
-                    self._scores[key] = _score(path, prompt, result)
+                    self._scores[key] = _score(path, prompt, next(Scorer(reward).stream([path], prompt or None)))
                 found.append(self._scores[key])
             yield found
 
@@ -166,8 +164,7 @@ class Studio:
         for prompt in prompts:
             for number in range(seed, seed + per_prompt):
                 name = f"{hashlib.sha256(prompt.encode()).hexdigest()[:12]}_{number}"
-                with self.lock:
-                    made: Any = pipe(prompt, generator=torch.Generator("cpu").manual_seed(number), **settings)  # pyright: ignore[reportCallIssue]
+                made: Any = pipe(prompt, generator=torch.Generator("cpu").manual_seed(number), **settings)  # pyright: ignore[reportCallIssue]
                 image = png(made.images[0], prompt, seed=number, scheduler=pipe.scheduler, call=settings)
                 write_atomically(self.samples / f"{name}.png", image)
                 done += 1

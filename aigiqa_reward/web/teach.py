@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -40,22 +41,17 @@ def add_tab(studio: Studio, lists: list[Any]) -> None:
             raise ValueError(f"name: {name} exists already; choose another one")
         pairs = studio.labels.pairs()
         if pairs is None or len(pairs) < FEWEST:
-            raise ValueError(f"labels: expected at least {FEWEST} choices that prefer an image; label more pairs")
+            raise ValueError(f"labels: expected at least {FEWEST} choices that prefer an image of a prompt; label more")
         studio.labels.export(studio.exported)
         command = _command(studio, folder, _mode(pairs))
-        yield {status: f"<p>Training on {len(pairs)} choices.</p>{command}"}
-        found: list[Any] = []
-        worker = threading.Thread(target=lambda: found.append(_caught(studio, pairs, folder)))
-        worker.start()
-        seconds = 0
-        while worker.is_alive():
-            worker.join(2)
-            seconds += 2
-            yield {status: f"<p>Training on {len(pairs)} choices: {seconds} s.</p>{command}"}
-        if isinstance(found[0], Exception):
-            raise found[0]
+        start = time.monotonic()
+        training = ThreadPoolExecutor(1).submit(teach, pairs, folder)
+        while not training.done():
+            seconds = time.monotonic() - start
+            yield {status: f"<p>Training on {len(pairs)} choices: {seconds:.0f} s.</p>{command}"}
+            wait([training], timeout=2)
         updates = dict(zip(lists, reward_lists(studio, lists), strict=True))
-        yield {status: found[0] + command, **updates}
+        yield {status: training.result() + command, **updates}
 
     run.click(teaching, [name], [status, *lists], show_progress="minimal", **MODEL)
 
@@ -71,14 +67,7 @@ def _command(studio: Studio, folder: Path, mode: str) -> str:
     return f"<p>The same on the command line:</p><div class='reproduce'>{text}</div>"
 
 
-def _caught(studio: Studio, pairs: PreferencePairs, folder: Path) -> Any:
-    try:
-        return teach(studio, pairs, folder)
-    except Exception as error:
-        return error
-
-
-def teach(studio: Studio, pairs: PreferencePairs, folder: Path) -> str:
+def teach(pairs: PreferencePairs, folder: Path) -> str:
     """Train on pairs, save the reward into a folder, and return its agreement with held-out choices in HTML."""
     from aigiqa_reward.rewards.factory import create_reward
     from aigiqa_reward.training.by_name import TrainingPlan, train_reward
@@ -86,10 +75,9 @@ def teach(studio: Studio, pairs: PreferencePairs, folder: Path) -> str:
     mode = _mode(pairs)
     split: Split = split_rows(pairs, mode=mode, seed=0)
     plan = TrainingPlan(name="compact", init="embedded")
-    with studio.lock:
-        before = _measured(create_reward("compact"), pairs.subset(split.test))
-        trained = train_reward(plan, pairs, split, folder, progress=False)
-        after = _measured(trained.reward, pairs.subset(split.test))
+    before = _measured(create_reward("compact"), pairs.subset(split.test))
+    trained = train_reward(plan, pairs, split, folder, progress=False)
+    after = _measured(trained.reward, pairs.subset(split.test))
     held = "other prompts" if mode == "group" else "the same prompts, since there are fewer than 3"
     return (
         f"<p id='taught'><b>{escape(folder.name)}</b> is in the lists of rewards as “taught: {escape(folder.name)}”. "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from aigiqa_reward.toy.judge import load_judge
 from aigiqa_reward.toy.world import COLOR_NAMES, NOUNS, caption
 from aigiqa_reward.training.by_name import TrainingPlan, train_reward, whole_split
 from aigiqa_reward.web import Studio
-from aigiqa_reward.web.labels import Pair
+from aigiqa_reward.web.labels import Labels, Pair
 
 HELD_OUT, CHOICES = 400, 200
 ORDERS = ("least sure first", "random")
@@ -62,22 +63,24 @@ def main() -> None:
     for _ in tqdm(studio.score("compact", [(p, pair.prompt) for pair in pool for p in (pair.first, pair.second)])):
         pass
     before = won(create_reward("compact"), as_pairs(held, total))
-    figures = {"held_out": len(held), "pool": len(pool), "before": float(before.mean())}
+    needed = min(0.08, (1 - before.mean()) / 2)  # 8 points, or half of the remaining disagreement
+    figures = {"held_out": len(held), "pool": len(pool), "before": float(before.mean()), "needed": float(needed)}
     for order in ORDERS:
-        trained = teach(options, choose(studio, pool, order), order, total)
+        trained = teach(options, choose(studio, pool, order), total)
         after = won(trained, as_pairs(held, total))
         groups = [pair.prompt for pair in held]
         gain = bootstrap_interval(lambda rows, _, after=after: float((after - before)[rows].mean()), groups)
         figures[order] = {"after": float(after.mean()), "gain": gain.estimate, "low": gain.low, "high": gain.high}
+        figures[order]["reached"] = bool(gain.estimate >= needed and gain.low > 0)
         print(order, figures[order])
     options.output.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     print(json.dumps(figures, indent=2))
 
 
 def sampled(studio: Studio, prompts: list[str], per_prompt: int) -> list[tuple[str, str]]:
-    """Sample all images that are not there yet; return path and prompt."""
-    known = {prompt for _, prompt in _listed(studio)}
-    missing = [prompt for prompt in prompts if prompt not in known]
+    """Sample the images of prompts that lack some; return path and prompt of all."""
+    counts = Counter(prompt for _, prompt in _listed(studio))
+    missing = [prompt for prompt in prompts if counts[prompt] < per_prompt]
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0}
     for _ in tqdm(studio.sample(missing, per_prompt, 0, **settings), total=len(missing) * per_prompt):
         pass
@@ -107,14 +110,14 @@ def as_pairs(pairs: list[Pair], total: dict[str, float]) -> PreferencePairs:
     return PreferencePairs(prompts=tuple(pair.prompt for pair in pairs), better=better, worse=worse)
 
 
-def teach(options: argparse.Namespace, chosen: list[Pair], order: str, total: dict[str, float]) -> torch.nn.Module:
+def teach(options: argparse.Namespace, chosen: list[Pair], total: dict[str, float]) -> torch.nn.Module:
     """Label as a rater, export, read and train, as the page and the command line do."""
-    folder = options.folder / order.replace(" ", "-")
-    rater = Studio([], folder)
-    for pair in chosen:
-        rater.labels.choose("judge", pair, "first" if total[pair.first] > total[pair.second] else "second")
-    rater.labels.export(folder / "labels")
-    data = read_data(f"pairs:{folder / 'labels'}")
+    with tempfile.TemporaryDirectory() as folder:
+        labels = Labels(Path(folder) / "labels.sqlite3")
+        for pair in chosen:
+            labels.choose("judge", pair, "first" if total[pair.first] > total[pair.second] else "second")
+        labels.export(Path(folder))
+        data = read_data(f"pairs:{folder}")
     plan = TrainingPlan(name="compact", init="embedded", cache=options.folder / "features")
     given = {"learning_rate": options.learning_rate, "epochs": options.epochs}
     plan = replace(plan, recipe=replace(plan.chosen_recipe, **{k: v for k, v in given.items() if v is not None}))

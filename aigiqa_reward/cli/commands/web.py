@@ -57,12 +57,18 @@ def web(page: WebOptions, models: WebModelOptions) -> None:
         except ImportError as error:
             raise ImportError(f"the page needs gradio ({error}); pip install 'aigiqa-reward[web]'") from error
     del gradio
+    from aigiqa_reward import get_reward_spec
     from aigiqa_reward.web import Studio, serve
 
     folders = [Path(folder).expanduser() for folder in page.folders]
     if absent := [str(folder) for folder in folders if not folder.is_dir()]:
         raise CommandError(f"expected folders, got {absent[0]!r}", argument="folders")
     check_model(models.model)
+    with library(name="reward"):
+        for name in models.reward:  # which are loaded behind the page
+            if "/" not in name and not Path(name).is_dir():
+                get_reward_spec(name)
+    auth = _user(page.auth)
     check_writable(page.output_dir)
     device = usable_device(models.device)
 
@@ -80,7 +86,7 @@ def web(page: WebOptions, models: WebModelOptions) -> None:
         )
     try:
         with library():
-            serve(studio, host=page.host, port=page.port, auth=_user(page.auth), ready=lambda url: _ready(url, page))
+            serve(studio, host=page.host, port=page.port, auth=auth, ready=lambda url: _ready(url, page))
     except CommandError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
             text = f"{page.port} is taken; choose another port, or 0 for any free one"
