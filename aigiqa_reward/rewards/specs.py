@@ -54,7 +54,7 @@ SPECS: dict[str, ModelSpec] = {
         megabytes=41.9,
         sha256={
             "towers/text.safetensors": TOWER_FILES["towers/text.safetensors"],
-            "compact/model.safetensors": "2297da54444d0e928836b080af96089f3a9df296776ef5d8cdb000d51d87ff40",
+            "compact/model.safetensors": "84fb162ffaf235855b6e66594178db9910427f37a107382f39e4aa8f139ada18",
         },
         no_match=0.2,
     ),

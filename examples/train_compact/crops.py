@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from data import Sources, read_biq2021
-from degradations import DEGRADATIONS, degrade
+from degradations import DEGRADATIONS, FAILURES, degrade, fail
 from loop import Settings
 from torch import Tensor
 
@@ -24,6 +23,10 @@ SIDE, CROP, AREA = 512, 224, 384
 WHOLE, NATIVE = 0, 1
 """The views."""
 
+BEST, WORST, LEAST = 0.98, 0.02, 0.3
+"""Quantiles of people's scores that clean pictures of the emoji world and the worst failures are to have, and how far
+the slightest failure lies from the first to the second."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySettings(Settings):
@@ -34,11 +37,12 @@ class QualitySettings(Settings):
         prompts, generators: size of the grid of generated images in a batch.
         photographs: photographs in a batch.
         degraded: of these images, how many are degraded.
-        pictures: pictures of the emoji world, which come clean and degraded.
+        pictures: pictures of the emoji world, which come clean and with a failure.
         pushed: images that take a step along their gradient.
         enlarged: share of generated images at native resolution that are enlarged, at most twice.
         within, centered: weights of the correlations within generators, and centered by generator and prompt.
-        order: weight of the order of clean and degraded.
+        order: weight of the order of images and their degradations.
+        anchor: weight of the distance of the emoji world's pictures from their place among people's scores.
         push: weight of what a step along the gradient adds.
     """
 
@@ -53,25 +57,28 @@ class QualitySettings(Settings):
     generators: int = 4
     photographs: int = 24
     degraded: int = 4
-    pictures: int = 2
+    pictures: int = 6
     pushed: int = 4
     enlarged: float = 0.15
     within: float = 0.5
     centered: float = 0.5
     order: float = 0.1
-    push: float = 0.12
+    anchor: float = 0.3
+    push: float = 0.04
 
 
 class Batch(NamedTuple):
-    """Crops and their views: the grid, photographs, degraded ones, then the world's clean and degraded pictures.
+    """Crops and their views: the grid, photographs, degraded ones, then the world's clean and failed pictures.
 
-    `generated` and `photographs` are people's scores; `source` says which crop each degraded one was made of.
+    `generated` and `photographs` are people's scores, `pictures` what the world's are to have, in standard deviations
+    of those of the benchmark; `source` says which crop each degraded one was made of.
     """
 
     crops: Tensor
     views: Tensor
     generated: Tensor
     photographs: Tensor
+    pictures: Tensor
     source: Tensor
 
 
@@ -87,6 +94,9 @@ class Batches:
         self.prompts, self.generators = (sorted(set(names)) for names in zip(*self.table, strict=True))
         self.photographs = read_biq2021(sources.biq2021) if sources.biq2021 is not None else None
         self.pairs = all_pairs(held_out=False)
+        trained = self.scores[self.rows]
+        ends = torch.quantile(trained, torch.tensor([BEST, WORST]))
+        self.best, self.worst = ((ends - trained.mean()) / trained.std()).tolist()
 
     def __call__(self, rng: np.random.Generator) -> Batch:
         drawn = self.settings
@@ -104,24 +114,26 @@ class Batches:
         crops = [cut(*each, rng) for each in zip(paths, views, enlarged, strict=True)]
         source = rng.choice(len(crops), drawn.degraded, replace=False)
         worse = [degrade(crops[row], *spoil(rng)) for row in source]
-        emoji, emoji_views = self.emoji(rng)
+        emoji, emoji_views, wanted = self.emoji(rng)
         return Batch(
             crops=torch.cat([torch.stack(crops + worse), emoji]),
             views=torch.from_numpy(np.concatenate([views, views[source], emoji_views])),
             generated=self.scores[rows],
             photographs=photographs,
+            pictures=wanted,
             source=torch.from_numpy(source),
         )
 
-    def emoji(self, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-        """Clean pictures of the emoji world, the same with one degradation each, and the views of both."""
-        count, kinds = self.settings.pictures, len(world.DEGRADATIONS)
-        clean = compose(self.pairs[rng.integers(len(self.pairs), size=count)], rng)
-        levels = (torch.rand(count, kinds) * 0.8 + 0.2) * F.one_hot(torch.randint(kinds, (count,)), kinds)
-        spoiled = world.degrade(clean, levels, generator_of(rng))
+    def emoji(self, rng: np.random.Generator) -> tuple[Tensor, np.ndarray, Tensor]:
+        """Clean pictures of the emoji world, the same with one failure each, the views and the wanted scores of all."""
+        count = self.settings.pictures
+        clean, others = compose(self.pairs[rng.integers(len(self.pairs), size=2 * count)], rng).chunk(2)
+        kinds, levels = torch.randint(len(FAILURES) + len(world.DEGRADATIONS), (count,)), 0.2 + 0.8 * torch.rand(count)
+        pictures = torch.cat([clean, fail(clean, others, kinds, levels, generator_of(rng))])
+        fallen = torch.cat([torch.zeros(count), LEAST + (1 - LEAST) * levels])
         views = np.tile(rng.integers(2, size=count), 2)
-        crops = [emoji_crop(*each) for each in zip(torch.cat([clean, spoiled]), views, strict=True)]
-        return torch.stack(crops), views
+        crops = [emoji_crop(*each) for each in zip(pictures, views, strict=True)]
+        return torch.stack(crops), views, self.best + (self.worst - self.best) * fallen
 
 
 def generator_of(rng: np.random.Generator) -> torch.Generator:

@@ -153,12 +153,12 @@ def loss_of(model: MatchTraining, rng: np.random.Generator, *, pairs: Pairs) -> 
 
     shifted = (rows + int(rng.integers(1, count))) % count
     strangers = model.logit(everything[rows, shifted])[~same[rows, shifted]]
-    probability = mean(F.softplus(-model.logit(match)), batch.weights) + F.softplus(strangers).mean()
+    probability = F.binary_cross_entropy_with_logits(model.logit(match), batch.weights) + F.softplus(strangers).mean()
     probability = probability + settings.wrong * F.softplus(model.logit(wrong_match)).mean()
     loss = loss + settings.probability * probability
     bad, inner = batch.bad & wrong.inner, wrong.inner
     words = mean(F.softplus(wrong_support), bad) + mean(F.softplus(-wrong_support), inner & ~bad) / 2
-    words = words + mean(F.softplus(-support), right.inner) / 2
+    words = words + mean(F.softplus(-support), right.inner * batch.weights[:, None]) / 2
     share = bad / bad.sum(dim=1, keepdim=True).clamp_min(1)
     lowest = F.cross_entropy((-wrong_support).masked_fill(~inner, NEVER), share)
     return loss + settings.words * words + settings.lowest * lowest

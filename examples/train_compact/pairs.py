@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data import Sources, digest, read_flickr8k, read_visor
+from degradations import FAILURES, fail
 from loop import Settings
 from safetensors.torch import load_file
 from texts import Captions, load_states
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 SIDE = CompactConfig().match_side
 BATCH = 16
 
-COPIES, CLEAN, WORST = 7, 0.7, 0.6
-"""Pictures of each of the world's pairs, the share without degradation, and the greatest level of the others."""
+COPIES, FAILED, CLEAN, WORST = 10, 0.3, 0.7, 0.6
+"""Pictures of each of the world's pairs, and the share with a failure; of the other pictures the share without
+degradation, and the greatest level of the degraded ones."""
 
 VISOR_HELD_OUT = 5
 """Every so many of VISOR's prompts is not trained on, for figures."""
@@ -48,8 +50,9 @@ class MatchSettings(Settings):
         layer_rate: factor of the learning rate of the text tower's last layer.
         dropout, weak_dropout: before the linear layers of the whole image, and of places, sentences and words.
         flickr8k, agiqa3k, visor, world: images in a batch.
-        visor_weight: weight of an image of VISOR, not all of which are right; one of AGIQA-3K has the weight of its
-            human correspondence, as a share of the best; others have 1.
+        visor_weight: probability that a caption of VISOR is right; that of AGIQA-3K is its human correspondence, as a
+            share of the best, that of a failed picture of the world its distance from the worst; others have 1. It
+            is the image's weight in all losses of right captions.
         hard: weight of the order of a caption and the same made wrong.
         probability: weight of the probability of a match.
         wrong: within it, weight of captions made wrong.
@@ -83,7 +86,7 @@ class Batch(NamedTuple):
 
     Attributes:
         seen: what the match tower saw of the images: `pooled`, `semantic` and `places`.
-        weights: (B,) weight of each image.
+        weights: (B,) weight of each image, the probability that its caption is right.
         texts: (B,) number of each right caption.
         states, mask: states of the B + W captions before the last layer.
         has_wrong: (W,) number of the image of each wrong caption.
@@ -118,6 +121,7 @@ class Pairs:
         self.world = np.repeat(all_pairs(held_out=False), COPIES, axis=0)
         self.features = {name: load_features(name, paths, runs) for name, paths in files.items()}
         self.features["world"] = load_features("world", self.world, runs)
+        self.weights["world"] = 1 - failures(len(self.world)).numpy()
         captions = Captions(sources)
         self.captions = captions.of
         self.states, self.tower = load_states(captions.texts, runs)
@@ -198,10 +202,20 @@ def photographs(paths: Sequence[Path]) -> Iterator[Images]:
         yield torch.cat([pixels.resize(pixels.load(file)[None], (SIDE, SIDE)) for file in paths[start : start + BATCH]])
 
 
+def failures(count: int) -> Tensor:
+    """Draw the level (N,) of the failure of each of the world's pictures, 0 for those without."""
+    generator = torch.Generator().manual_seed(4)
+    levels = 0.2 + 0.8 * torch.rand(count, generator=generator)
+    return levels * (torch.rand(count, generator=generator) < FAILED)
+
+
 def pictures(pairs: np.ndarray) -> Iterator[Images]:
-    """Pictures of the emoji world, some slightly degraded."""
-    generator = torch.Generator().manual_seed(3)
-    levels = random_levels(len(pairs), clean=CLEAN, generator=generator) * WORST
+    """Pictures of the emoji world, some slightly degraded, some with a failure."""
+    generator, failed = torch.Generator().manual_seed(3), failures(len(pairs))
+    levels = random_levels(len(pairs), clean=CLEAN, generator=generator) * WORST * (failed == 0)[:, None]
+    kinds = torch.randint(len(FAILURES), (len(pairs),), generator=generator)
     for start in range(0, len(pairs), BATCH):
-        part = slice(start, start + BATCH)
-        yield degrade(compose(pairs[part], np.random.default_rng([5, start])), levels[part], generator)
+        part, rng = slice(start, start + BATCH), np.random.default_rng([5, start])
+        clean, others = compose(pairs[part], rng), compose(rng.permutation(pairs)[: len(pairs[part])], rng)
+        spoiled = fail(clean, others, kinds[part], failed[part], generator)
+        yield torch.where((failed[part] > 0)[:, None, None, None], spoiled, degrade(clean, levels[part], generator))

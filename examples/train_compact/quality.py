@@ -3,9 +3,11 @@
     python examples/train_compact/quality.py --agiqa3k DIR --biq2021 DIR --flickr8k DIR --visor DIR --runs DIR
 
 A step sees crops of both views, scaled as the whole image is and at native resolution: a grid of some prompts and
-generators of AGIQA-3K, photographs of BIQ2021, some of these degraded, pictures of the emoji world clean and degraded,
-and some of the crops after a step along their own gradient. Losses are correlations with people's scores, in all,
-within generators and centered by both; the order of clean and degraded; and how much a step along the gradient adds.
+generators of AGIQA-3K, photographs of BIQ2021, some of these degraded, pictures of the emoji world clean and with
+failures of a generator, and some of the crops after a step along their own gradient. Losses are correlations with
+people's scores, in all, within generators and centered by both; the order of images and their degradations; how far the
+world's pictures are from the best of people's scores and, by their failure, from the worst; and how much a step along
+the gradient adds. A clean picture at the top leaves nothing to climb to but clean pictures.
 """
 
 from __future__ import annotations
@@ -70,15 +72,15 @@ def loss_of(model: QualityTower, rng: np.random.Generator, *, batches: Batches) 
     """Compute the loss of one step."""
     settings, batch = batches.settings, batches(rng)
     grid, scored = len(batch.generated), len(batch.generated) + len(batch.photographs)
-    chosen = torch.from_numpy(rng.choice(scored, settings.pushed, replace=False))
+    chosen = torch.from_numpy(rng.choice(len(batch.crops), settings.pushed, replace=False))
     leaf = batch.crops[chosen].requires_grad_()
     (gradient,) = torch.autograd.grad(model(leaf, batch.views[chosen]).sum(), leaf)
     length = float(rng.uniform(0.5, 1.5)) / 255
     pushed = leaf.detach() + length * gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
     scores = model(torch.cat([batch.crops, pushed]), torch.cat([batch.views, batch.views[chosen]]))
 
-    generated, photographs, worse, clean, spoiled, up = scores.split(
-        [grid, scored - grid, settings.degraded, settings.pictures, settings.pictures, settings.pushed]
+    generated, photographs, worse, pictures, up = scores.split(
+        [grid, scored - grid, settings.degraded, 2 * settings.pictures, settings.pushed]
     )
     unit = torch.cat([part - part.mean() for part in (generated, photographs) if len(part)]).std() + 1e-6
     found, wanted = (x.view(settings.prompts, settings.generators) for x in (generated, batch.generated))
@@ -89,8 +91,10 @@ def loss_of(model: QualityTower, rng: np.random.Generator, *, batches: Batches) 
         loss = loss + uncorrelated(photographs, batch.photographs)
     loss = loss + settings.within * uncorrelated(*(x.flatten() for x in by_generator))
     loss = loss + settings.centered * uncorrelated(*(x.flatten() for x in by_both))
-    order = below(worse, scores[batch.source], unit) + below(spoiled, clean, unit)
-    return loss + settings.order * order + settings.push * ((up - scores[chosen]).abs() / unit).mean()
+    placed = (pictures - generated.mean().detach()) / (generated.std().detach() + 1e-6)
+    loss = loss + settings.anchor * F.smooth_l1_loss(placed, batch.pictures)
+    loss = loss + settings.order * below(worse, scores[batch.source], unit)
+    return loss + settings.push * ((up - scores[chosen]).abs() / unit).mean()
 
 
 @torch.no_grad()
