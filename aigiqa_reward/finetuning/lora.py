@@ -66,6 +66,10 @@ class LoRA:
         for module in family.pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+        for layer in self.denoiser.modules():
+            if getattr(layer, "support_avx512bf16_for_cpu", False):  # bitsandbytes on a CPU
+                layer.state_dict()  # unpacks weights that a sampling packed: no gradient passes through packed ones
+                layer.train()  # so that they are not packed again
         config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)  # pyright: ignore[reportArgumentType]
         before: list[Any] = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
         self._disabled = [layer for layer in before if layer.disable_adapters]
