@@ -91,6 +91,7 @@ def test_the_command_quantizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "bitsandbytes", None)
         assert "--quantize: needs bitsandbytes: pip install" in only_error(run("finetune", "draft", *options))
+    assert "--fsdp: shards no quantized weights" in only_error(run("finetune", "draft", *options, "--fsdp"))
     pytest.importorskip("bitsandbytes")
     result = run("finetune", "draft", *options)
     assert result.exit_code == 0, result.output

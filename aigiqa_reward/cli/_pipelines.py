@@ -219,9 +219,12 @@ def check_model(model: str) -> None:
 
 @loading()
 def load_pipeline(
-    model: str, device: str, dtype: str, *, offload: bool = False, quantize: str | None = None
+    model: str, device: str, dtype: str, *, offload: bool = False, quantize: str | None = None, fsdp: bool = False
 ) -> DiffusionPipeline:
-    """Load a pipeline whose name `check_model` accepts, with its progress bar off; `quantize` is None or nf4."""
+    """Load a pipeline whose name `check_model` accepts, with its progress bar off.
+
+    Linear layers are in 4 bits with `quantize="nf4"`; with `fsdp` the denoiser is sharded over the processes.
+    """
     import torch
 
     if offload and torch.device(device).type == "cpu":
@@ -238,6 +241,11 @@ def load_pipeline(
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
+    if fsdp:
+        from aigiqa_reward.finetuning.sharding import shard_denoiser
+
+        with library():
+            shard_denoiser(pipe)
     return pipe.to(device)
 
 

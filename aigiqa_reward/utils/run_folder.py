@@ -145,6 +145,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             path, _, own = name.rpartition(".")
             kept = getattr(getattr(module.get_submodule(path), "_hf_hook", None), "weights_map", None)
             tensor = tensor if kept is None else kept[own]
+        if hasattr(tensor, "full_tensor"):  # sharded over processes, all of which come here
+            tensor = tensor.full_tensor()
         if hasattr(tensor, "is_meta"):
             yield name, tensor
 
