@@ -1,4 +1,4 @@
-"""LoRA above a base in 4 bits."""
+"""LoRA above a base in 4 or 8 bits, or with text encoders that are offloaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pipelines
 import pytest
 import torch
 from commands import only_error, run
@@ -46,7 +47,27 @@ def nf4() -> tuple[Any, Callable[[Any], Tensor]]:
     return pipe, lambda layer: functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
-@pytest.mark.parametrize("make", [nf4])
+def int8() -> tuple[Any, Callable[[Any], Tensor]]:
+    quantization = pytest.importorskip("torchao").quantization
+    pipe = load_embedded_pipeline()
+    quantization.quantize_(pipe.unet, quantization.Int8WeightOnlyConfig())
+    return pipe, lambda layer: layer.weight.dequantize()
+
+
+def gguf() -> tuple[Any, Callable[[Any], Tensor]]:
+    quants = pytest.importorskip("gguf").quants
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
+
+    pipe, kind = load_embedded_pipeline(), pytest.importorskip("gguf").GGMLQuantizationType.Q8_0
+    for name, layer in linears(pipe).items():
+        new = GGUFLinear(layer.in_features, layer.out_features, layer.bias is not None, torch.float32)
+        packed = torch.from_numpy(quants.quantize(layer.weight.detach().numpy(), kind))
+        new.weight, new.bias = GGUFParameter(packed, quant_type=kind), layer.bias
+        pipe.unet.set_submodule(name, new)
+    return pipe, lambda layer: dequantize_gguf_tensor(layer.weight)
+
+
+@pytest.mark.parametrize("make", [nf4, int8, gguf])
 def test_a_quantized_base_trains_as_the_same_weights_in_float32(make: Any, tmp_path: Path) -> None:
     quantized, in_full = make()
     before = {name: in_full(layer) for name, layer in linears(quantized).items()}
@@ -98,3 +119,19 @@ def test_the_command_quantizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     state = (tmp_path / "checkpoint-1" / "state.json").read_text()
     assert '"step": 1' in state
     assert {weight.dtype for weight in load_file(tmp_path / FILE).values()} == {torch.float32}
+
+
+def test_text_encoders_may_be_offloaded_by_groups_and_the_denoiser_not(tmp_path: Path) -> None:
+    offload: dict[str, Any] = {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+    from diffusers.hooks import apply_group_offloading
+
+    pipe = pipelines.flux()
+    apply_group_offloading(pipe.text_encoder_2, **offload)
+    small = {"height": 32, "width": 32}
+    offloaded = losses(train(pipe, tmp_path / "offloaded", steps=2, **small))
+    assert offloaded == losses(train(pipelines.flux(), tmp_path / "plain", steps=2, **small))
+    for part in ("transformer", "vae"):
+        pipe = pipelines.flux()
+        getattr(pipe, part).enable_group_offload(**offload)
+        with pytest.raises(ValueError, match=r"^pipe: .* group offload, .*--quantize nf4"):
+            train(pipe, tmp_path / part, **small)

@@ -254,11 +254,12 @@ def create_context(
 ) -> TrainingContext:
     """Add the adapter to a pipeline, and check that the pipeline can be trained."""
     rollout = Rollout(pipe, need="fine-tuning", **config.sampling)
-    if moves(pipe):
+    if moves(pipe, [rollout.family.denoiser, rollout.pipe.vae]):
         raise ValueError(
-            "pipe: expected all parts on one device, got a pipeline with CPU offload or a device_map, which a backward "
-            "pass does not support; load it without, call pipe.to(device), and save memory with gradient_checkpointing "
-            "and a smaller train_batch_size"
+            "pipe: expected all parts on one device, got a pipeline with CPU offload or a device_map, or a denoiser or "
+            "VAE with group offload, which a backward pass does not support; load it without, call pipe.to(device), "
+            "and save memory with a base in nf4 (--quantize nf4), gradient_checkpointing and small batches; "
+            "text encoders may have group offload"
         )
     for name, part in (("denoiser", rollout.family.denoiser), ("decoder", rollout.pipe.vae)):
         if config.mixed_precision != "fp16" and any(weight.dtype == torch.float16 for weight in part.parameters()):
