@@ -287,7 +287,8 @@ def _nf4(source: str, dtype: torch.dtype) -> Any:
     """Return that the linear layers of the denoiser, and of text encoders other than CLIP's small ones, are in nf4."""
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig  # pyright: ignore[reportPrivateImportUsage]
 
-    large = [name for name, kind in DiffusionPipeline.load_config(source).items() if "CLIP" not in str(kind)]
+    kinds: Any = DiffusionPipeline.load_config(source)
+    large = [name for name, kind in kinds.items() if "CLIP" not in str(kind)]
     names = [name for name in large if name.startswith(("transformer", "unet", "text_encoder"))]
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     return PipelineQuantizationConfig("bitsandbytes_4bit", settings, names)
@@ -297,25 +298,26 @@ def _nf4(source: str, dtype: torch.dtype) -> Any:
 def _bitsandbytes_without_gpu() -> Iterator[None]:
     """Let diffusers quantize on the CPU where there is no GPU; it refuses, but bitsandbytes can."""
     import torch
-    from diffusers.quantizers import auto
+    from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 
     if torch.accelerator.is_available():
         yield
         return
 
-    class OnCPU(auto.BnB4BitDiffusersQuantizer):
+    class OnCPU(BnB4BitDiffusersQuantizer):
         def validate_environment(self, *args: Any, **kwargs: Any) -> None:
             pass
 
         def update_device_map(self, device_map: Any) -> Any:
             return {"": "cpu"}
 
-    before = dict(auto.AUTO_QUANTIZER_MAPPING)
-    auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = OnCPU
+    before = dict(AUTO_QUANTIZER_MAPPING)
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = OnCPU
     try:
         yield
     finally:
-        auto.AUTO_QUANTIZER_MAPPING.update(before)
+        AUTO_QUANTIZER_MAPPING.update(before)
 
 
 def _load(model: str, dtype: torch.dtype, quantization: Callable[[str, torch.dtype], Any] | None = None) -> Any:

@@ -214,13 +214,15 @@ def _with_decoder(pipe: Any, source: str) -> Any:
     """Return a copy of a pipeline, which shares all of its parts but the VAE: an AutoencoderTiny, frozen."""
     from diffusers import AutoencoderKL, AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
 
-    if not isinstance(pipe.vae, AutoencoderKL | AutoencoderTiny):
+    served: Any = (AutoencoderKL, AutoencoderTiny)
+    if not isinstance(pipe.vae, served):
         raise ValueError(
             f"decoder: expected None, got {source!r}: {type(pipe).__name__} prepares latents for its "
             f"{type(pipe.vae).__name__} in its own way, which an AutoencoderTiny does not take; leave it out"
         )
     try:
-        kind = AutoencoderTiny.load_config(source).get("_class_name")
+        config: Any = AutoencoderTiny.load_config(source)
+        kind = config.get("_class_name")
         tiny: Any = AutoencoderTiny.from_pretrained(source) if kind == "AutoencoderTiny" else None
     except OSError as error:
         raise ValueError(

@@ -205,4 +205,4 @@ def _adamw_8bit() -> Any:
         import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"use_8bit_adam: needs bitsandbytes: {how_to_install('quantize')}") from error
-    return bitsandbytes.optim.AdamW8bit
+    return bitsandbytes.optim.AdamW8bit  # pyright: ignore[reportPrivateImportUsage]

@@ -42,12 +42,13 @@ def shard_denoiser(pipe: DiffusionPipeline) -> None:
     from aigiqa_reward.sampling.families import family_of
 
     state = PartialState(cpu=not torch.cuda.is_available())
+    device: Any = state.device
     if state.num_processes == 1:
         raise ValueError("fsdp: expected several processes, got one; start them by torchrun --nproc_per_node N")
     denoiser: Any = family_of(pipe, need="shard_denoiser").denoiser.requires_grad_(False)
     if any(not weight.is_floating_point() for weight in denoiser.parameters()):
         raise ValueError("fsdp: expected a denoiser that is not quantized; load it without, in bfloat16")
-    mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    mesh = init_device_mesh(device.type, (state.num_processes,))
     for child in denoiser.children():
         for block in child if isinstance(child, nn.ModuleList) else ():
             fully_shard(block, mesh=mesh)
