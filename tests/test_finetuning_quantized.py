@@ -106,6 +106,17 @@ def test_an_nf4_base_trains_like_the_unquantized_one_and_takes_the_weights_again
     assert float((prediction(fresh) - bare).abs().max()) > 1e-3
 
 
+def test_weights_that_a_sampling_has_packed_are_refused(tmp_path: Path) -> None:
+    pipe, _ = nf4()
+    layer = next(layer for layer in linears(pipe).values() if layer.in_features == 192)
+    with torch.no_grad():
+        layer(torch.zeros(1, 192))
+    if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs no weights for this CPU")
+    with pytest.raises(ValueError, match=r"^pipe: .* packed for this CPU .*; load it again"):
+        train(pipe, tmp_path)
+
+
 def test_the_command_quantizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: list[object] = ["--model", "embedded", "--prompt", "a red apple", "--num-inference-steps", 1, "--rank", 2]
     options += ["--quantize", "nf4", "--train-batch-size", 1, "--max-train-steps", 1, "--output-dir", tmp_path]
