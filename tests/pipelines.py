@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -193,6 +194,15 @@ def _vae(**config: Any) -> AutoencoderKL:
     vae = AutoencoderKL(**_AUTOENCODER, **config).eval()
     vae.decoder.conv_out.weight.data *= 2
     return vae
+
+
+def tiny_decoder(*, latent_channels: int = 4, levels: int = 2) -> AutoencoderTiny:
+    """A small autoencoder for the latents of these pipelines."""
+    sizes: dict[str, Any] = {"latent_channels": latent_channels, "upsampling_scaling_factor": 2}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_block_out_channels": (8,) * levels, f"num_{part}_blocks": (1,) * levels}
+    with _weights_of(seed=5):
+        return AutoencoderTiny(**sizes).eval()
 
 
 def _safety_checker() -> StableDiffusionSafetyChecker:

@@ -30,6 +30,7 @@ FAST = ("docs/quickstart.md",)
 """Pages whose Python blocks the fast suite runs; the others sample or train for longer."""
 
 OF_OTHERS = {"--fp32-vae", "--bf16-vae", "--shutdown-timeout", "--nproc-per-node", "--num-processes", "--cpu"}
+OF_OTHERS |= {"--use-fsdp"}
 """Options of ComfyUI, torchrun and accelerate that the prose names."""
 
 

@@ -95,7 +95,8 @@ def trace(folder: Path, name: str, validated: bool = False, **changes: Any) -> s
 @pytest.mark.filterwarnings("ignore")
 def test_an_option_acts_or_is_refused(name: str, tmp_path: Path) -> None:
     kind: Any = ALGORITHMS[name]
-    changed = {**CONFIG, **OPTIONS[name]}
+    pipelines.tiny_decoder().save_pretrained(tmp_path / "decoder")
+    changed = {**CONFIG, **OPTIONS[name], "decoder": str(tmp_path / "decoder")}
     assert set(changed) == {field.name for field in (*fields(FinetuneConfig), *fields(kind))} - {"pairs"}
     if name == "grpo":
         del changed["patience"]  # its reward does not rise within so few steps, so that nothing stops it
@@ -129,6 +130,7 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"hub_model_id": "me/mine"}, {}),
     ({"lr_warmup_steps": 0, "lr_scheduler": "constant_with_warmup"}, {}),
     ({"reward_ceiling": 0.9}, {}),
+    ({"decoder": "madebyollin/taesd"}, {}),
 ]
 
 

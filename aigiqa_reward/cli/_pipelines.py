@@ -10,8 +10,8 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,8 +227,13 @@ def check_model(model: str) -> None:
 
 
 @loading()
-def load_pipeline(model: str, device: str, dtype: str, *, offload: bool = False) -> DiffusionPipeline:
-    """Load a pipeline whose name `check_model` accepts, with its progress bar off."""
+def load_pipeline(
+    model: str, device: str, dtype: str, *, offload: bool = False, quantize: str | None = None, fsdp: bool = False
+) -> DiffusionPipeline:
+    """Load a pipeline whose name `check_model` accepts, with its progress bar off.
+
+    Linear layers are in 4 bits with `quantize="nf4"`; with `fsdp` the denoiser is sharded over the processes.
+    """
     import torch
 
     if offload and torch.device(device).type == "cpu":
@@ -237,11 +242,19 @@ def load_pipeline(model: str, device: str, dtype: str, *, offload: bool = False)
         narrow = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if narrow else "float32"
     computes_in = getattr(torch, dtype)
-    pipe: Any = _load_embedded(computes_in) if model == EMBEDDED else _load(model, computes_in)
+    if quantize == "nf4":
+        pipe: Any = _load_nf4(model, computes_in)
+    else:
+        pipe = _load_embedded(computes_in) if model == EMBEDDED else _load(model, computes_in)
     pipe.set_progress_bar_config(disable=True)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
+    if fsdp:
+        from aigiqa_reward.finetuning.sharding import shard_denoiser
+
+        with library():
+            shard_denoiser(pipe)
     return pipe.to(device)
 
 
@@ -271,7 +284,52 @@ def report_unknown(prompts: Sequence[str]) -> None:
         say("warning", f"the prompt names no background color that the embedded generator knows ({colors})")
 
 
-def _load(model: str, dtype: torch.dtype) -> Any:
+def _load_nf4(model: str, dtype: torch.dtype) -> Any:
+    from aigiqa_reward.toy.pipeline import GENERATOR, quiet_libraries
+
+    embedded = model == EMBEDDED
+    with _bitsandbytes_without_gpu(), quiet_libraries() if embedded else nullcontext():
+        return _load(str(GENERATOR) if embedded else model, dtype, _nf4)
+
+
+def _nf4(source: str, dtype: torch.dtype) -> Any:
+    """Return that the linear layers of the denoiser, and of text encoders other than CLIP's small ones, are in nf4."""
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig  # pyright: ignore[reportPrivateImportUsage]
+
+    kinds: Any = DiffusionPipeline.load_config(source)
+    large = [name for name, kind in kinds.items() if "CLIP" not in str(kind)]
+    names = [name for name in large if name.startswith(("transformer", "unet", "text_encoder"))]
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return PipelineQuantizationConfig("bitsandbytes_4bit", settings, names)
+
+
+@contextmanager
+def _bitsandbytes_without_gpu() -> Iterator[None]:
+    """Let diffusers quantize on the CPU where there is no GPU; it refuses, but bitsandbytes can."""
+    import torch
+    from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
+
+    if torch.accelerator.is_available():
+        yield
+        return
+
+    class OnCPU(BnB4BitDiffusersQuantizer):
+        def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def update_device_map(self, device_map: Any) -> Any:
+            return {"": "cpu"}
+
+    before = dict(AUTO_QUANTIZER_MAPPING)
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = OnCPU
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZER_MAPPING.update(before)
+
+
+def _load(model: str, dtype: torch.dtype, quantization: Callable[[str, torch.dtype], Any] | None = None) -> Any:
     import diffusers
     import transformers
     from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
@@ -281,11 +339,13 @@ def _load(model: str, dtype: torch.dtype) -> Any:
         transformers.utils.logging.disable_progress_bar()
     version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
     place = Path(model).expanduser()
-    argument = {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
+    arguments: dict[str, Any] = {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
     try:
         source = str(place) if place.is_dir() else model
-        return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **argument)
-    except (OSError, ValueError) as error:
+        if quantization is not None:
+            arguments["quantization_config"] = quantization(source, dtype)
+        return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **arguments)
+    except (OSError, ValueError, ImportError) as error:
         raise CommandError(f"cannot load the pipeline {model}: {error}", argument="model") from error
 
 

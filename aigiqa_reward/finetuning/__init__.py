@@ -38,6 +38,7 @@ from aigiqa_reward.finetuning.optimizers import FinetuningError
 from aigiqa_reward.finetuning.pairs import build_preference_pairs, read_preference_pairs
 from aigiqa_reward.finetuning.results import FinetuneResult
 from aigiqa_reward.finetuning.run import finetune
+from aigiqa_reward.finetuning.sharding import shard_denoiser
 
 __all__ = [
     "ALGORITHMS",
@@ -54,4 +55,5 @@ __all__ = [
     "build_preference_pairs",
     "finetune",
     "read_preference_pairs",
+    "shard_denoiser",
 ]

@@ -64,6 +64,11 @@ class FinetuneConfig:
         "Precision of denoiser and decoder, by default that of `accelerate launch`, else no; LoRA weights and reward "
         "stay in float32.",
     )
+    decoder: str | None = _option(
+        None,
+        "Folder or Hub id of diffusers' AutoencoderTiny for the pipeline's latents, which decodes the images that the "
+        "reward sees in training; validation images are always decoded by the pipeline's VAE.",
+    )
     kl_coeff: float | None = _option(
         None,
         "Weight of the KL penalty to the pipeline without the adapter; by default 0.01, 1e-4 for nft, and 0 (none) for "

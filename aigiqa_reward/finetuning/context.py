@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class TrainingContext:
         checkpointed: whether to recompute activations of denoiser and decoder in the backward pass.
         ceiling: total above which an image gets no gradient; None for no ceiling.
         penalty: weight of the KL penalty, `kl_coeff`.
+        preview: the rollout with a smaller decoder, for the images to train on; None for the same one.
     """
 
     rollout: Rollout
@@ -64,12 +66,18 @@ class TrainingContext:
     checkpointed: bool = False
     ceiling: float | None = None
     penalty: float = 0.0
+    preview: Rollout | None = None
 
     def __post_init__(self) -> None:
         self.bound = BoundReward(self.reward)
         self.seen: Counter[str] = Counter()  # images of this step, and those with broken pixels or a broken total
         self.old: Mapping[str, Tensor] = {}  # weights that an algorithm keeps from round to round; in checkpoints
         self._conditionings: dict[str, Conditioning] = {}
+
+    @property
+    def decoding(self) -> Rollout:
+        """The rollout that decodes images to train on; those of validations are decoded by `rollout`."""
+        return self.preview or self.rollout
 
     @property
     def members(self) -> Mapping[str, float]:
@@ -114,10 +122,10 @@ class TrainingContext:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to images (B, 3, H, W), differentiable and not clamped; recomputed if `checkpointed`."""
-        blocks = bool(getattr(self.rollout.pipe.vae, "is_gradient_checkpointing", False))
+        blocks = bool(getattr(self.decoding.pipe.vae, "is_gradient_checkpointing", False))
         if self.checkpointed and torch.is_grad_enabled() and not blocks:
-            return cast(Tensor, checkpoint(self.rollout.decode, latents, use_reentrant=False))
-        return self.rollout.decode(latents)
+            return cast(Tensor, checkpoint(self.decoding.decode, latents, use_reentrant=False))
+        return self.decoding.decode(latents)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -152,7 +160,7 @@ class TrainingContext:
     @contextmanager
     def gradient_checkpointing(self) -> Iterator[None]:
         """Context in which denoiser and decoder recompute their blocks, if `checkpointed` or already enabled."""
-        denoiser, decoder = self.lora.denoiser, self.rollout.pipe.vae
+        denoiser, decoder = self.lora.denoiser, self.decoding.pipe.vae
         modules = [m for part in (denoiser, decoder) for m in part.modules() if hasattr(m, "gradient_checkpointing")]
         before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in modules]
         if self.checkpointed or getattr(denoiser, "is_gradient_checkpointing", False):
@@ -202,16 +210,58 @@ class TrainingContext:
         return cast(Tensor, self.accelerator.gather(values))
 
 
+def _with_decoder(pipe: Any, source: str) -> Any:
+    """Return a copy of a pipeline, which shares all of its parts but the VAE: an AutoencoderTiny, frozen."""
+    from diffusers import AutoencoderKL, AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
+
+    served: Any = (AutoencoderKL, AutoencoderTiny)
+    if not isinstance(pipe.vae, served):
+        raise ValueError(
+            f"decoder: expected None, got {source!r}: {type(pipe).__name__} prepares latents for its "
+            f"{type(pipe.vae).__name__} in its own way, which an AutoencoderTiny does not take; leave it out"
+        )
+    try:
+        config: Any = AutoencoderTiny.load_config(source)
+        kind = config.get("_class_name")
+        tiny: Any = AutoencoderTiny.from_pretrained(source) if kind == "AutoencoderTiny" else None
+    except OSError as error:
+        raise ValueError(
+            f"decoder: expected a folder or Hub id of an AutoencoderTiny, got {source!r} ({error})"
+        ) from error
+    if tiny is None:
+        raise ValueError(
+            f"decoder: expected an AutoencoderTiny in {source}, got {kind}; pass one such as madebyollin/taesd"
+        )
+    tiny = tiny.to(device=pipe.vae.device, dtype=pipe.vae.dtype).requires_grad_(False).eval()
+    channels, wanted = tiny.config.latent_channels, pipe.vae.config.latent_channels
+    if channels != wanted:
+        raise ValueError(
+            f"decoder: expected {wanted} latent channels as in the pipeline's VAE, got {channels} in {source}; pass "
+            "the one that was made for this model"
+        )
+    with torch.no_grad():
+        scale = tiny.decode(torch.zeros(1, channels, 2, 2).to(tiny.device, tiny.dtype)).sample.shape[-1] // 2
+    if scale != pipe.vae_scale_factor:
+        raise ValueError(
+            f"decoder: expected {pipe.vae_scale_factor} pixels per latent side as in the pipeline's VAE, got {scale} "
+            f"in {source}; pass the one that was made for this model"
+        )
+    other = copy.copy(pipe)
+    other.vae = tiny
+    return other
+
+
 def create_context(
     pipe: DiffusionPipeline, reward: RewardFunction, config: FinetuneConfig, folder: Path, report_to: str | None
 ) -> TrainingContext:
     """Add the adapter to a pipeline, and check that the pipeline can be trained."""
     rollout = Rollout(pipe, need="fine-tuning", **config.sampling)
-    if moves(pipe):
+    if moves(pipe, [rollout.family.denoiser, rollout.pipe.vae]):
         raise ValueError(
-            "pipe: expected all parts on one device, got a pipeline with CPU offload or a device_map, which a backward "
-            "pass does not support; load it without, call pipe.to(device), and save memory with gradient_checkpointing "
-            "and a smaller train_batch_size"
+            "pipe: expected all parts on one device, got a pipeline with CPU offload or a device_map, or a denoiser or "
+            "VAE with group offload, which a backward pass does not support; load it without, call pipe.to(device), "
+            "and save memory with a base in nf4 (--quantize nf4), gradient_checkpointing and small batches; "
+            "text encoders may have group offload"
         )
     for name, part in (("denoiser", rollout.family.denoiser), ("decoder", rollout.pipe.vae)):
         if config.mixed_precision != "fp16" and any(weight.dtype == torch.float16 for weight in part.parameters()):
@@ -219,6 +269,7 @@ def create_context(
                 f"pipe: its {name} is in float16, in which small gradients vanish; load it in bfloat16 "
                 "(torch_dtype=torch.bfloat16), or pass mixed_precision='fp16', which scales them"
             )
+    preview = Rollout(_with_decoder(pipe, config.decoder), **config.sampling) if config.decoder else None
     accelerator = accelerator_of(config, folder, rollout.family.device, report_to)
     settings = {"rank": config.rank, "alpha": config.lora_alpha, "targets": config.target_modules, "seed": config.seed}
     ceiling = config.reward_ceiling
@@ -232,4 +283,5 @@ def create_context(
         checkpointed=config.gradient_checkpointing,
         ceiling=ceiling,
         penalty=config.kl_coeff or 0.0,
+        preview=preview,
     )

@@ -61,11 +61,20 @@ class LoRA:
                 f"pipe: expected a {self.prefix} with separate attention projections, got fused ones, beside which the "
                 f"adapted ones are not used; call pipe.{self.prefix}.unfuse_qkv_projections() first"
             )
+        states = [getattr(getattr(layer, "weight", None), "quant_state", None) for layer in self.denoiser.modules()]
+        if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+            raise ValueError(
+                f"pipe: expected a {self.prefix} that was not called yet, got one in 4 bits whose weights bitsandbytes "
+                "packed for this CPU in a sampling, so that no gradient passes through them; load it again"
+            )
         self._aside: dict[str, Tensor] = {}  # the trained weights, while others replace them
         names = self._targets(targets)
         for module in family.pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+        for layer in self.denoiser.modules():
+            if getattr(layer, "support_avx512bf16_for_cpu", False):  # bitsandbytes on a CPU
+                layer.train()  # else a call without gradients packs the weights, and no gradient passes through them
         config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)  # pyright: ignore[reportArgumentType]
         before: list[Any] = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
         self._disabled = [layer for layer in before if layer.disable_adapters]

@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from aigiqa_reward.finetuning.config import FinetuneConfig
 from aigiqa_reward.finetuning.lora import LoRA
+from aigiqa_reward.utils.checks import how_to_install
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -203,5 +204,5 @@ def _adamw_8bit() -> Any:
     try:
         import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("use_8bit_adam: needs bitsandbytes: pip install bitsandbytes") from error
-    return bitsandbytes.optim.AdamW8bit
+        raise ValueError(f"use_8bit_adam: needs bitsandbytes: {how_to_install('quantize')}") from error
+    return bitsandbytes.optim.AdamW8bit  # pyright: ignore[reportPrivateImportUsage]

@@ -23,6 +23,7 @@ from aigiqa_reward.datasets.pairs import PAIRS_COLUMNS, PAIRS_FILE, named_pairs,
 from aigiqa_reward.finetuning.batch import seed_of
 from aigiqa_reward.finetuning.checkpoints import checkpoints_in
 from aigiqa_reward.finetuning.config import FinetuneConfig
+from aigiqa_reward.finetuning.sharding import is_sharded
 from aigiqa_reward.rewards.bound import BoundReward
 from aigiqa_reward.sampling.batch_run import BestOfEachError, ResultsFolder, best_of_each, checked_prompts
 from aigiqa_reward.sampling.best_of_n import BestOfN, BestOfNOutput
@@ -276,6 +277,11 @@ def own_pairs(
     The seed of the training gives other images than those of validation.
     """
     made, accelerator = folder / "pairs", context.accelerator
+    if is_sharded(context.lora.denoiser):
+        raise ValueError(
+            "fsdp: DPO samples its pairs with other numbers of images in each process, and a sharded denoiser needs "
+            "equal ones; make them first (aigiqa-reward pairs), and pass their folder (--pairs)"
+        )
     notes = (made / "settings.json", *sorted(made.glob("*/settings.json"))) if checkpoints_in(folder) else ()
     for note in notes:
         if note.is_file() and (before := read_json(note)["prompts"]) != list(prompts):

@@ -156,9 +156,13 @@ class Validation:
 
         began = time.perf_counter()
         accelerator = self.context.accelerator
-        rows = range(accelerator.process_index, len(self.prompts) * self.seeds, accelerator.num_processes)
+        total, processes = len(self.prompts) * self.seeds, accelerator.num_processes
+        # A sharded denoiser is called by all or none: a process with one image fewer makes the first one again.
+        own = range(accelerator.process_index, -(-total // processes) * processes, processes)
+        rows = [row if row < total else 0 for row in own]
         judged = [self._judged(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
-        images = sorted(gather_object([image for batch in judged for image in batch]), key=lambda image: image[0])
+        gathered = gather_object([image for batch in judged for image in batch])
+        images = sorted({image[0]: image for image in reversed(gathered)}.values(), key=lambda image: image[0])
         result = self._result(step, np.stack([image[1] for image in images]), [image[2] for image in images], began)
         if self.folder is not None and accelerator.is_main_process:
             result.write(self.folder)

@@ -56,11 +56,11 @@ def caches(pipe: Any) -> dict[str, list[Any]]:
     return found
 
 
-def moves(pipe: Any) -> bool:
-    """Return whether parts of a pipeline, or their layers, move between devices while it runs."""
+def moves(pipe: Any, named: Sequence[Any]) -> bool:
+    """Return whether a pipeline's parts move between devices while it runs, or layers of those that are `named`."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     layers = any(weight.is_meta for part in parts for weight in part.parameters())  # enable_sequential_cpu_offload
-    groups = any(each.get_hook("group_offloading") for part in parts for each in _hooks(part))
+    groups = any(each.get_hook("group_offloading") for part in named for each in _hooks(part))
     return bool(getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None) or layers or groups)
 
 

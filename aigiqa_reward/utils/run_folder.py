@@ -145,7 +145,11 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             path, _, own = name.rpartition(".")
             kept = getattr(getattr(module.get_submodule(path), "_hf_hook", None), "weights_map", None)
             tensor = tensor if kept is None else kept[own]
-        if hasattr(tensor, "is_meta"):
+        if hasattr(tensor, "full_tensor"):  # sharded over processes, all of which come here
+            tensor = tensor.full_tensor()
+        if hasattr(tensor, "__tensor_flatten__"):  # torchao's quantized ones
+            yield from ((f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+        elif hasattr(tensor, "is_meta"):
             yield name, tensor
 
 
@@ -155,7 +159,8 @@ def _bits(tensor: Tensor) -> list[Any]:
 
     if tensor.is_meta:
         return [list(tensor.shape)]
-    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    with torch._C.DisableTorchFunctionSubclass():  # parameters of GGUF files
+        data = tensor.detach().contiguous().flatten().view(torch.uint8)
     words = data[: len(data) // 8 * 8]
     whole = (words if words.storage_offset() % 8 == 0 else words.clone()).view(torch.int64)
     return [list(tensor.shape), int(whole.sum()) + int(data[len(words) :].sum())]

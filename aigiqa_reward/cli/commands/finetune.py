@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -34,6 +36,7 @@ from aigiqa_reward.cli._pipelines import (
     process_device,
     sampling_arguments,
 )
+from aigiqa_reward.utils.checks import how_to_install
 
 if TYPE_CHECKING:
     from aigiqa_reward.finetuning import FinetuneResult
@@ -91,6 +94,20 @@ class RunOptions:
     )
 
 
+@options("Memory")
+class MemoryOptions:
+    """How large pipelines are loaded."""
+
+    quantize: Literal["nf4"] | None = option(
+        None,
+        "Load the linear layers of the denoiser and of text encoders other than CLIP in 4 bits by bitsandbytes; the "
+        "LoRA weights above them are trained in float32.",
+    )
+    fsdp: bool = option(
+        False, "Shard the denoiser's frozen weights over the processes of torchrun or accelerate launch (FSDP2)."
+    )
+
+
 app = typer.Typer(
     cls=Group,
     help="Fine-tune a pipeline with LoRA by a reward; alone, or under torchrun and accelerate launch.",
@@ -107,10 +124,17 @@ def finetune(
     algorithm: dict[str, Any],
     config: dict[str, Any],
     run: RunOptions,
+    memory: MemoryOptions,
     sampling: SamplingOptions,
 ) -> None:
     """Fine-tune by the algorithm of that name."""
     check_model(pipeline.model)
+    if memory.quantize and find_spec("bitsandbytes") is None:
+        raise CommandError(f"needs bitsandbytes: {how_to_install('quantize')}", argument="quantize")
+    if memory.fsdp and memory.quantize:
+        raise CommandError("shards no quantized weights; leave out one of --fsdp and --quantize", argument="fsdp")
+    if memory.fsdp and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise CommandError("is beside accelerate's; leave out accelerate launch --use_fsdp", argument="fsdp")
     if first_process():
         check_writable(run.output_dir)
     watched = []
@@ -138,7 +162,7 @@ def finetune(
     arguments: dict[str, Any] = {"validation_prompts": watched, "progress": sys.stderr.isatty()}
     if run.holdout_reward != ("auto",):
         arguments["holdout"] = mixed_reward(OneRewardOptions(reward=run.holdout_reward), place, "holdout_reward")
-    pipe = load_pipeline(pipeline.model, place, pipeline.dtype)
+    pipe = load_pipeline(pipeline.model, place, pipeline.dtype, quantize=memory.quantize, fsdp=memory.fsdp)
     if not watched and first_process():
         say("warning", "no --validation-prompts: reward hacking is not detected, and the last weights are kept")
     arguments |= {"resume_from_checkpoint": run.resume_from_checkpoint, "report_to": tracker}

@@ -141,7 +141,7 @@ def score_latents(context: TrainingContext, latents: Tensor, prompts: Sequence[s
 
     Totals of a mixture's members are named "reward/NAME".
     """
-    images = context.rollout.show(latents)
+    images = context.decoding.show(latents)
     output = context.bound.score(images, prompts)
     members = {f"reward/{name}": output.details[name] for name in context.members if name in output.details}
     scores = named_scores(output) | members

@@ -66,7 +66,7 @@ class DPO(Algorithm):
     name: ClassVar[str] = "dpo"
     title: ClassVar[str] = "DPO"
     kl_coeff: ClassVar[float] = 0.0
-    idle: ClassVar[tuple[str, ...]] = ("reward_ceiling",)  # rewards are only compared
+    idle: ClassVar[tuple[str, ...]] = ("reward_ceiling", "decoder")  # images are only compared
 
     pairs: PreferencePairs | None = field(default=None, repr=False)
     beta: float = setting(
