@@ -21,7 +21,8 @@ class Monitor:
     """Watches the validations of a training, starting with the one before the first step.
 
     The best validation has the highest mean held-out reward (of equal ones the earliest) among those with no more
-    non-finite images than the first and at least 95 % of its diversity. The training should stop when one of these is true for `patience` consecutive validations:
+    non-finite images than the first and at least 95 % of its diversity. The training should stop when one of these is
+    true for `patience` consecutive validations:
       - reward hacking: the held-out reward is significantly lower than at the best validation, while the trained
         reward is higher. Differences are paired over prompts and seeds, and prompts are the independent units:
         t = mean / standard error over the prompts' means, compared with Student's quantile of 0.05 / m. There m is the
