@@ -82,13 +82,6 @@ def test_ties_go_to_the_earlier() -> None:
     assert monitor.best_holdout == 1.5
 
 
-def test_weights_whose_images_became_alike_are_not_kept() -> None:
-    monitor = Monitor()
-    for step, diversity in enumerate((0.20, 0.191, 0.189)):
-        monitor.add(step, made_up(step, [[float(step)] * 2], [[float(step)] * 2], diversity=diversity))
-    assert (monitor.best_step, monitor.stop) == (1, None)
-
-
 @pytest.mark.parametrize(
     ("first", "later", "reason"),
     [

@@ -13,16 +13,14 @@ from aigiqa_reward.finetuning.results import ValidationResult, mean
 
 LEVEL = 0.05  # one-sided significance level of each comparison
 _DIVERSITY_SHARE = 0.5  # of the first validation's diversity, below which the images have collapsed
-_KEPT_DIVERSITY = 0.95  # of it, below which weights are not kept: it falls before a held-out reward does
 _SATURATION_FACTOR, _LEAST_SATURATION = 3.0, 0.1  # by which saturation must grow: flat pictures start with nearly none
 
 
 class Monitor:
     """Watches the validations of a training, starting with the one before the first step.
 
-    The best validation has the highest mean held-out reward (of equal ones the earliest) among those with no more
-    non-finite images than the first and at least 95 % of its diversity. The training should stop when one of these is
-    true for `patience` consecutive validations:
+    The best validation has the highest mean held-out reward (of equal ones the earliest), and no more non-finite images
+    than the first. The training should stop when one of these is true for `patience` consecutive validations:
       - reward hacking: the held-out reward is significantly lower than at the best validation, while the trained
         reward is higher. Differences are paired over prompts and seeds, and prompts are the independent units:
         t = mean / standard error over the prompts' means, compared with Student's quantile of 0.05 / m. There m is the
@@ -65,8 +63,7 @@ class Monitor:
             self.stop = f"step {step}: {'; '.join(reasons)}"
         average = mean(result.holdout)
         finite = math.isfinite(average) and result.nonfinite <= self._first["nonfinite"]
-        collapsed = figures["diversity"] < _KEPT_DIVERSITY * self._first["diversity"]
-        if finite and not collapsed and (self.best_step is None or average > self.best_holdout):
+        if finite and (self.best_step is None or average > self.best_holdout):
             self.best_step = step
             self._best = {"holdout": result.holdout, "reward": result.reward}
         return self.stop
