@@ -264,7 +264,7 @@ def test_two_processes_train_as_one(room, trained, tmp_path):
         ("draft --validation_prompts none.txt", "--validation-prompts: cannot read none.txt"),
         ("draft --holdout_reward tsp_mgs", "--holdout-reward: .*--validation-prompts, which is missing"),
         ("draft --reward_ceiling high", "'--reward-ceiling': expected a number, or auto or none, got 'high'"),
-        ("draft --low_variance 2 --truncation_steps 3", "--low-variance: .*needs truncation_steps=1,"),
+        ("draft --low_variance 2 --truncation_steps 3", "--low-variance: .*needs --truncation-steps 1,"),
         ("refl --earliest 1", "--earliest: expected a number in .*, a share"),
         ("ddpo --images_per_prompt 3", "--train-batch-size: "),
         ("grpo", "--model: .*StableDiffusionPipeline.*`aigiqa-reward finetune ddpo`"),
