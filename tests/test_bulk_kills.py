@@ -64,6 +64,7 @@ def test_a_reward_that_runs_out_of_memory_ends_the_run_and_names_the_remedy(clus
         results=Results(tmp_path, table_schema(["hungry"], {})),
         build=lambda: {"hungry": hungry},  # pyright: ignore[reportArgumentType]
         prompt=PROMPT,
+        prompts_from=None,
         batch_size=2,
         details=(),
         progress=lambda rows, errors, done: None,

@@ -218,7 +218,7 @@ def _with_decoder(pipe: Any, source: str) -> Any:
     if not isinstance(pipe.vae, served):
         raise ValueError(
             f"decoder: expected None, got {source!r}: {type(pipe).__name__} prepares latents for its "
-            f"{type(pipe.vae).__name__} in its own way, which an AutoencoderTiny does not take; leave it out"
+            f"{type(pipe.vae).__name__} in a form that an AutoencoderTiny does not take; leave it out"
         )
     try:
         config: Any = AutoencoderTiny.load_config(source)

@@ -233,15 +233,13 @@ def _score(path: str, prompt: str, result: Any) -> Score:
 def with_prompt(path: str, text: str, source: str = PROMPTS[0]) -> Score:
     """Return an image with its prompt, or with the error why it has none; `source` is one of PROMPTS."""
     place: Any = source
+    own = None
     try:
-        if source not in PROMPTS[:2]:
-            found = find_prompt(path, place)
-        else:
-            found = read_prompt(path) if source == PROMPTS[0] else None
+        if source == PROMPTS[0]:
+            with suppress(ImageError):
+                own = read_prompt(path)
+        elif source != PROMPTS[1]:
+            own = find_prompt(path, place)
     except ImageError as error:
-        if source != PROMPTS[0]:
-            return Score(path=path, prompt="", error=str(error))
-        found = None
-    if found is None:
-        return Score(path=path, prompt=text.strip())
-    return Score(path=path, prompt=found.text, raw_prompt=found.raw)
+        return Score(path=path, prompt="", error=str(error))
+    return Score(path=path, prompt=own.text, raw_prompt=own.raw) if own else Score(path=path, prompt=text.strip())

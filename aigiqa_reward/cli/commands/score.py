@@ -223,10 +223,9 @@ def score_images(
     from aigiqa_reward.images.loading import fault
 
     sources = attach_prompts(paths, images.prompt, images.prompts, images.prompt_column, images.prompts_from)
-    none = all(source.error or fault(source.path) for source in sources)
-    if none:
-        sources = [replace(source, error=source.error or fault(source.path)) for source in sources]
-    rewards = {} if none else load_rewards(reward, compute.device, compute.dtype)
+    errors = [source.error or fault(source.path) for source in sources]
+    sources = [replace(source, error=error) for source, error in zip(sources, errors, strict=True)]
+    rewards = {} if all(errors) else load_rewards(reward, compute.device, compute.dtype)
     settings = None
     if output.file is not None:
         named = {name: [reward_identity(each), weight] for name, (each, weight) in rewards.items()}
