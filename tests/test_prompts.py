@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import prompt_files as files
+import psutil
 import pytest
 from hostile_prompts import HOSTILE, write_hostile
 from PIL import Image
@@ -194,6 +196,19 @@ def test_hostile_files_are_refused_or_have_no_prompt_within_bounds(kind: str, tm
     assert peak < 150_000_000
     assert sorted(path.name for path in tmp_path.iterdir() if "executed" in path.name) == []
     assert images.load(file).shape == (3, 64, 64)  # without prompts, the pixels as ever
+
+
+def test_memory_stays_flat_over_all_hostile_files(tmp_path: Path) -> None:
+    for number, kind in enumerate(HOSTILE):
+        (tmp_path / str(number)).mkdir()
+        write_hostile(tmp_path / str(number), kind)
+    held = []
+    for _ in range(3):
+        for file in tmp_path.rglob("*.*"):
+            with suppress(ImageError):
+                read_prompt(file)
+        held.append(psutil.Process().memory_info().rss)
+    assert max(held[1:]) - held[0] < 10_000_000
 
 
 @pytest.mark.parametrize("call", [{}, {"num_inference_steps": 20, "guidance_scale": 3.0, "negative_prompt": "a (car)"}])

@@ -6,9 +6,10 @@
 Without algorithms only the base is measured: one image and the best of N, picked by the reward and by the judge, among
 16 images for each of 40 pairs that the generator was trained on and of 40 new ones. Each algorithm trains one LoRA per
 seed by `aigiqa-reward finetune NAME --config examples/finetune_embedded/NAME.yaml` (or NAME-VARIANT.yaml) with the same
-number of sampling steps. The kept weights are compared with the generator without them on the new pairs, which the
-training has not seen either, on the first 8 of the 16 images from the same noise. Minutes are the median over the
-trainings. Results in --runs are reused, and an interrupted training is resumed.
+number of sampling steps; NAME-smoothed trains by NAME.yaml on `SmoothedReward`. The kept weights are compared with the
+generator without them on the new pairs, which the training has not seen either, on the first 8 of the 16 images from
+the same noise. Minutes are the median over the trainings. Results in --runs are reused, and an interrupted training is
+resumed.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from rounds import interval, parsed, parser_of, save, shown
 from tqdm import tqdm
 
-from aigiqa_reward import Reward, create_reward, list_rewards, load_embedded_pipeline
+from aigiqa_reward import Reward, SmoothedReward, create_reward, list_rewards, load_embedded_pipeline
+from aigiqa_reward.finetuning import FinetuneConfig, finetune
+from aigiqa_reward.finetuning.algorithms import ALGORITHMS
 from aigiqa_reward.finetuning.validation import default_holdout
 from aigiqa_reward.images import to_pil
 from aigiqa_reward.sampling.rollout import Rollout
@@ -86,6 +90,31 @@ def measured(models: Models, prompts: list[str], file: Path, count: int, folder:
     return read_weights(file)["values"].numpy()
 
 
+def reward_of(given: argparse.Namespace) -> Any:
+    return create_reward(given.reward) if given.reward in list_rewards() else Reward.from_pretrained(given.reward)
+
+
+def train_by_command(name: str, seed: int, folder: Path, given: argparse.Namespace) -> None:
+    words = ["finetune", name.partition("-")[0], "--config", str(RECIPES / f"{name}.yaml"), "--output_dir", str(folder)]
+    words += ["--num_inference_steps", str(given.steps), "--reward", given.reward]
+    words += ["--seed", str(seed), "--resume_from_checkpoint", "latest"]
+    # The command's own output; as many threads as here.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
+    subprocess.run([sys.executable, "-m", "aigiqa_reward", *words], check=True, env=environment)
+
+
+def train_smoothed(name: str, seed: int, folder: Path, given: argparse.Namespace) -> None:
+    """Train by a recipe on the smoothed reward, which only Python offers."""
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    settings = {field.name: recipe[field.name] for field in fields(FinetuneConfig) if field.name in recipe}
+    sampling = {"num_inference_steps": given.steps, "guidance_scale": recipe["guidance_scale"]}
+    config = FinetuneConfig(**settings, seed=seed, sampling=sampling)
+    prompts, watched = (Path(recipe[key]).read_text().splitlines() for key in ("prompts", "validation_prompts"))
+    options: dict[str, Any] = {"validation_prompts": watched, "resume_from_checkpoint": "latest"}
+    pipe, reward = load_embedded_pipeline(), SmoothedReward(reward_of(given))
+    finetune(pipe, reward, prompts, ALGORITHMS[name](), folder, config, **options)
+
+
 def train(name: str, seed: int, given: argparse.Namespace) -> Path:
     """The folder of a finished training; its `seconds.txt` has the wall time of all its runs."""
     folder = given.runs / f"{name}-{seed}"
@@ -93,14 +122,12 @@ def train(name: str, seed: int, given: argparse.Namespace) -> Path:
     if done.exists():
         return folder
     before = float(so_far.read_text()) if so_far.exists() else 0.0
-    words = ["finetune", name.partition("-")[0], "--config", str(RECIPES / f"{name}.yaml"), "--output_dir", str(folder)]
-    words += ["--num_inference_steps", str(given.steps), "--reward", given.reward]
-    words += ["--seed", str(seed), "--resume_from_checkpoint", "latest"]
     started = time.perf_counter()
     try:
-        # The command's own output; as many threads as here.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
-        subprocess.run([sys.executable, "-m", "aigiqa_reward", *words], check=True, env=environment)
+        if name.endswith("-smoothed"):
+            train_smoothed(name.removesuffix("-smoothed"), seed, folder, given)
+        else:
+            train_by_command(name, seed, folder, given)
     finally:
         took = f"{before + time.perf_counter() - started:.0f}\n".encode()
         if folder.is_dir():
@@ -192,7 +219,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG of the changes, beside best of N")
     parser.add_argument("--pictures", type=Path, help="PNG of images before and after, seed 0")
     given = parsed(parser)
-    reward = create_reward(given.reward) if given.reward in list_rewards() else Reward.from_pretrained(given.reward)
+    reward = reward_of(given)
     parts: dict[str, Any] = {"reward": reward, "holdout": default_holdout(reward), "judge": load_judge()}
     models = Models(pipe=load_embedded_pipeline(), steps=given.steps, **parts)
     generator, others, figures = digest(pipeline_identity(models.pipe)), {}, given.runs / "figures"
