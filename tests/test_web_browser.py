@@ -168,6 +168,14 @@ def lateness() -> float:
     return max(1.0, (time.monotonic() - wall) / (time.process_time() - own))
 
 
+def test_a_whole_folder_is_uploaded(browser: Any, address: str, place: Path) -> None:
+    page = opened(browser, address)
+    page.locator("input[webkitdirectory]").set_input_files(place / "images")  # with texts beside the images
+    playwright.expect(page.locator("#files tr")).to_have_count(10, timeout=WAIT)
+    page.locator("#rank").click()
+    expect(page, "#rank-status", "10 images scored")
+
+
 def test_the_page_and_the_progress_show_soon(browser: Any, address: str, place: Path) -> None:
     """The best of three each, in seconds of a machine that does nothing else."""
     painted, shown = [], []

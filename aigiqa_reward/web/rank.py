@@ -36,6 +36,7 @@ class _RankTab:
             with gradio.Column():
                 several: dict[str, Any] = {"file_count": "multiple", "file_types": ["image"]}
                 files = gradio.File(label="Images", height=120, elem_id="files", **several)
+                whole = gradio.UploadButton("All images of a folder", file_count="directory", size="sm")
                 folder = gradio.Dropdown(["none", *studio.folders], value="none", label="or folder", min_width=120)
             with gradio.Column():
                 prompt = gradio.Textbox(label="Prompt (none: quality alone)", lines=2, elem_id="rank-prompt")
@@ -55,6 +56,7 @@ class _RankTab:
             self.downloads = [gradio.DownloadButton(f"Download {kind}", visible=False) for kind in ("CSV", "JSONL")]
         outputs = [self.status, self.shown, self.best, self.other, self.heat, self.table, *self.downloads]
         inputs = [files, folder, prompt, self.first, self.second, source]
+        whole.upload(_only_images, whole, files)
         run.click(self.ranking, inputs, outputs, show_progress_on=self.status, **MODEL)
         self.best.select(self.heating, [self.shown], [self.heat], **MODEL)
 
@@ -149,6 +151,10 @@ def _heat(studio: Studio, name: str, score: Score) -> Any:
     image = pixels.load(score.path)[None]
     heat = heat_maps(studio.reward(name), image, score.prompt or None)
     return (draw_heat_maps(image, heat)[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8")
+
+
+def _only_images(paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if path.lower().endswith(IMAGES)]
 
 
 def _written(scores: Sequence[Score]) -> tuple[str, str]:
