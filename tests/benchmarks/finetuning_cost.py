@@ -1,6 +1,7 @@
 """Cost of a DRaFT step relative to an ordinary LoRA denoising step of the same model: memory and time, by phase.
 
     python tests/benchmarks/finetuning_cost.py --size sd15 --batch 1 --repeats 3 [--device cuda] [--checkpointed]
+    python tests/benchmarks/finetuning_cost.py --size sd15 --steps 2 --repeats 0 --checkpointed --quantize nf4
     python tests/benchmarks/finetuning_cost.py --all-steps 10 25 50
 
 Models are of the size of Stable Diffusion 1.5 at 512 px or of SDXL at 1024 px, or a small one for the CPU at 256 px;
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from aigiqa_reward import create_reward, load_embedded_pipeline
+from aigiqa_reward.cli._pipelines import load_pipeline
 from aigiqa_reward.finetuning.algorithms.draft import finish_sampling
 from aigiqa_reward.finetuning.context import TrainingContext
 from aigiqa_reward.finetuning.lora import LoRA
@@ -100,6 +103,20 @@ def pipeline(size: Size, device: torch.device) -> Any:
     return pipe.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
+def quantized(pipe: Any, device: torch.device) -> Any:
+    """The pipeline loaded as with --quantize nf4."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder)
+        dtype = str(pipe.unet.dtype).removeprefix("torch.")
+        return load_pipeline(folder, str(device), dtype, quantize="nf4")
+
+
+def weights(module: torch.nn.Module) -> float:
+    """MiB of a module's weights, with the scales of quantized ones."""
+    scales = [w.quant_state.absmax.nbytes for w in module.parameters() if hasattr(w, "quant_state")]
+    return sum([*scales, *(w.nbytes for w in module.parameters())]) / 2**20
+
+
 class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -118,6 +135,9 @@ class Steps:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.size, self.device, self.batch = SIZES[arguments.size], arguments.device, arguments.batch
         self.pipe = pipeline(self.size, self.device)
+        if arguments.quantize:
+            self.pipe = quantized(self.pipe, self.device)
+        self.weights = weights(self.pipe.unet)
         call = {"num_inference_steps": arguments.steps, "guidance_scale": 1.0}
         rollout = Rollout(self.pipe, **call)
         self.lora = LoRA(rollout.family, rank=8)
@@ -236,11 +256,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of sampling")
     parser.add_argument("--all-steps", type=int, nargs="+", metavar="STEPS", help="measure K = all instead")
     parser.add_argument("--checkpointed", action="store_true", help="both steps keep no activations")
+    parser.add_argument("--quantize", choices=["nf4"], help="weights of the UNet's linear layers in 4 bits")
     arguments = parsed(parser)
     arguments.size = arguments.size or ("small" if arguments.device.type == "cpu" else "sd15")
     steps = Steps(arguments)
-    count = sum(p.numel() for p in steps.pipe.unet.parameters()) / 1e6
-    print(f"{arguments.size}: UNet of {count:.0f} M parameters, batch {arguments.batch}, {arguments.device}", end="")
+    print(f"{arguments.size}: UNet of {steps.weights:.0f} MiB, batch {arguments.batch}, {arguments.device}", end="")
     print(f", {arguments.steps} steps" if arguments.all_steps is None else "")
     if arguments.all_steps is None:
         compare(steps, arguments.repeats)
