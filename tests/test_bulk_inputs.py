@@ -148,7 +148,9 @@ def test_sidecars_are_beside_local_files(place: str) -> None:
 
 def test_prompts_are_in_tables_or_in_files() -> None:
     listed = write("metadata.jsonl", b'{"file_name": "0.png", "text": "zero"}')
-    assert [item.path for item in items(FOLDER, prompts_from="embedded")] == [f"{FOLDER}/{n}" for n in PICTURES]
+    for place in (None, "embedded"):  # a folder's images are read once
+        assert [item.path for item in items(FOLDER, prompts_from=place)] == [f"{FOLDER}/{n}" for n in PICTURES]
+    assert [(item.path, item.prompt) for item in items(listed)] == [(f"{FOLDER}/0.png", "zero")]
     for url in (listed, write("a.parquet", table(image=[b"0"], caption=["zero"]))):
         with pytest.raises(ValueError, match=r"prompts_from: a table gives the prompts of .* already; leave it out"):
             find_shards([url], prompts_from="embedded")

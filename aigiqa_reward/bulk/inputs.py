@@ -165,8 +165,8 @@ def find_shards(
     parquet = list[str]()
     for given in inputs:
         for url, info in _listed(given, recursive):
-            if prompts_from is not None and url != given and posixpath.basename(url) == "metadata.jsonl":
-                continue  # a sidecar
+            if url != given and posixpath.basename(url) == "metadata.jsonl":
+                continue  # a sidecar, which names the images beside it
             identity.append([url, info.get("size"), str(next((info[n] for n in _STAMPS if info.get(n)), ""))])
             if url.lower().endswith(".parquet"):
                 parquet.append(url)
