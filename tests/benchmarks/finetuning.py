@@ -98,6 +98,7 @@ def train_by_command(name: str, seed: int, folder: Path, given: argparse.Namespa
     words = ["finetune", name.partition("-")[0], "--config", str(RECIPES / f"{name}.yaml"), "--output_dir", str(folder)]
     words += ["--num_inference_steps", str(given.steps), "--reward", given.reward]
     words += ["--seed", str(seed), "--resume_from_checkpoint", "latest"]
+    words += ["--max_train_steps", str(given.train_steps)] if given.train_steps else []
     # The command's own output; as many threads as here.
     environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
     subprocess.run([sys.executable, "-m", "aigiqa_reward", *words], check=True, env=environment)
@@ -107,6 +108,7 @@ def train_smoothed(name: str, seed: int, folder: Path, given: argparse.Namespace
     """Train by a recipe on the smoothed reward, which only Python offers."""
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     settings = {field.name: recipe[field.name] for field in fields(FinetuneConfig) if field.name in recipe}
+    settings["max_train_steps"] = given.train_steps or settings["max_train_steps"]
     sampling = {"num_inference_steps": given.steps, "guidance_scale": recipe["guidance_scale"]}
     config = FinetuneConfig(**settings, seed=seed, sampling=sampling)
     prompts, watched = (Path(recipe[key]).read_text().splitlines() for key in ("prompts", "validation_prompts"))
@@ -213,6 +215,7 @@ def main() -> None:
     parser.add_argument("algorithms", nargs="*", help="recipes, such as draft or draft-image; none for the base alone")
     parser.add_argument("--seeds", type=int, default=3, help="trainings per algorithm")
     parser.add_argument("--steps", type=int, default=2, help="sampling steps; with 2 or 3 the generator often fails")
+    parser.add_argument("--train-steps", type=int, help="training steps, by default the recipe's; in other --runs")
     parser.add_argument("--reward", default="compact", help="reward to train on, by name or folder")
     parser.add_argument("--runs", type=Path, default=Path("runs/finetuning"), help="folder of results")
     parser.add_argument("--against", type=Path, help="other folder of results, to compare the trainings with")
@@ -224,6 +227,7 @@ def main() -> None:
     models = Models(pipe=load_embedded_pipeline(), steps=given.steps, **parts)
     generator, others, figures = digest(pipeline_identity(models.pipe)), {}, given.runs / "figures"
     settings = {"steps": given.steps, "generator": generator, "reward": reward_identity(reward)}
+    settings |= {"train_steps": given.train_steps} if given.train_steps else {}
     RunFolder(given.runs, argument="--runs", contents=RESULTS).begin(settings)
     if given.against:
         RunFolder(given.against, argument="--against", contents=RESULTS).check(settings, ignore={"reward"})
