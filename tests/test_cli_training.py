@@ -272,7 +272,12 @@ def test_evaluate_given_weights(data, trained, tmp_path):
     embedded = run("evaluate", "compact", *common, "embedded")
     assert embedded.exit_code == 1
     assert "warning: the embedded weights were trained on AGIQA-3K" in embedded.stderr
-    whole = ["compact", "--data", f"agiqa3k:{data}", *common[2:-2], tmp_path / "whole", "--weights", "embedded"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_of_given_weights_continues(data, tmp_path):
+    given = ["--data", f"agiqa3k:{data}", "--device", "cpu", "--output-dir", tmp_path / "whole"]
+    whole = ["compact", *given, "--weights", "embedded"]
     for until, read, status in ((40, 40, 130), (-1, 48 - 32, 0)):  # 32 of 48 are kept
         with opening(until, signal.SIGTERM) as places:
             assert run("evaluate", *whole).exit_code == status

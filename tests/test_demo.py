@@ -141,6 +141,7 @@ def test_loading_restores_the_collection_of_garbage():
     assert gc.isenabled()
 
 
+@pytest.mark.slow
 def test_its_threads_spin_only_briefly(tmp_path):
     """Beside other processes, spinning threads multiply the time; libgomp says what it was told when it is loaded."""
     arguments = command("demo", "--n", "1", "--output-dir", str(tmp_path))

@@ -298,7 +298,9 @@ def test_layers_that_the_denoiser_does_not_use_are_named(tmp_path: Path) -> None
         train(tmp_path / "b", pipe, target_modules=("other.to_q",))
 
 
-@pytest.mark.parametrize("within", ["step", "round", "old policy", "validation"])
+@pytest.mark.parametrize(
+    "within", ["step", "round", *(pytest.param(each, marks=pytest.mark.slow) for each in ("old policy", "validation"))]
+)
 def test_a_signal_writes_the_last_whole_step_at_once(tmp_path: Path, within: str) -> None:
     """Whoever sends a SIGTERM may kill the process before the step it is in, or the validation, has ended."""
     settings: dict[str, Any] = {"max_train_steps": 4, "train_batch_size": 2, "sampling": CALL}

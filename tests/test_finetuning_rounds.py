@@ -35,7 +35,7 @@ def plain(folder: Path, algorithm: Algorithm, **changes: Any) -> FinetuneResult:
     return train(folder, algorithm=algorithm, **{**QUICK, **changes})
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "ddpo")) for n in ROUNDS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "nft")) for n in ROUNDS])
 def test_a_training_goes_on_in_the_middle_of_a_round(name: str, tmp_path: Path) -> None:
     split = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
     plain(tmp_path / "a", ROUNDS[name], max_train_steps=4, **split)

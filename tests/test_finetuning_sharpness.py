@@ -151,6 +151,7 @@ def test_a_signal_at_the_worst_weights_keeps_those_of_the_last_step(tmp_path: Pa
         train(whole, DRaFT(sharpness_aware="both", image_radius=0.05), resume_from_checkpoint="latest")
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_at_the_worst_weights_keeps_the_weights_before(tmp_path: Path) -> None:
     calls: list[int] = []
 

@@ -130,6 +130,7 @@ class Wrapped(torch.nn.Module):
         return 2 * self.reward(images, prompts).total
 
 
+@pytest.mark.slow
 def test_the_holdout_is_not_part_of_a_trained_module() -> None:
     compact = create_reward("compact")
     for reward, expected in ((compact, "mst_clipiqa"), (Wrapped(compact), "mst_clipiqa"), (brightness, "compact")):

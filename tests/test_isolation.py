@@ -102,6 +102,7 @@ def test_heat_maps_are_drawn_alike_in_autocast(kind: Any) -> None:
         assert torch.equal(heat_maps(reward, IMAGES[:1], PROMPTS[:1], kind).maps, wanted)
 
 
+@pytest.mark.slow
 def test_a_saved_reward_is_loaded_as_it_was_and_a_fresh_head_drawn_alike(tmp_path: Path) -> None:
     reward = create_reward("mst_clipiqa")
     reward.save_pretrained(tmp_path)

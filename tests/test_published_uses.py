@@ -102,6 +102,7 @@ def test_only_one_embedded_reward_has_a_ceiling(tmp_path: Path) -> None:
     assert ceilings == [1.0, None, None]
 
 
+@pytest.mark.slow
 def test_a_published_reward_is_validated_by_one_of_another_family_if_its_weights_are_here(cache: Path) -> None:
     blip, clip = tiny_published("imagereward"), tiny_published("clipscore")
     assert default_holdout(blip).name == "compact"

@@ -40,6 +40,15 @@ class Quadratic(nn.Module):
         return -(self.slopes * (images - self.center).square()).sum(dim=(1, 2, 3)) / 2
 
 
+class Aspects(Quadratic):
+    """Both aspects, of which correspondence depends on the prompt's length."""
+
+    def forward(self, images: Tensor, prompts: Any) -> RewardOutput:
+        quality, lengths = super().forward(images, prompts), images.new_tensor([len(prompt) for prompt in prompts])
+        match = (images.sin().mean(dim=(1, 2, 3)) * lengths).sigmoid()
+        return RewardOutput(total=quality + match, quality=quality, correspondence=match)
+
+
 def rms(images: Tensor) -> Tensor:
     return images.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
@@ -90,8 +99,8 @@ def test_a_radius_of_zero_gives_the_plain_gradient_and_no_gradient_costs_nothing
 
 @pytest.mark.parametrize("kind", [SharpnessAwareReward, SmoothedReward])
 def test_a_row_depends_neither_on_batch_mates_nor_on_its_place(kind: Any) -> None:
-    plain = create_reward("compact").double()
-    reward, images = kind(plain), pictures(2, 32)
+    plain = Aspects()
+    reward, images = kind(plain), pictures(2)
     output = reward(images, PROMPTS[:2])
     found = torch.autograd.grad(output.total.sum(), images)[0]
     alone = images[1:].detach().requires_grad_()
