@@ -62,6 +62,9 @@ def test_curves_mark_the_kept_step_and_take_what_there_is(tmp_path: Path) -> Non
     assert sizes["all"][0] == 1280
     assert sizes["few"][1] < sizes["all"][1] == sizes["kept"][1]
     assert not np.array_equal(pixels["all"], pixels["kept"])
+    slow = [line | {"validation": summary | {"seconds": 9.0}} for line in validations]  # their own time is no place
+    again = Image.open(draw_curves(steps + slow, 8, tmp_path / "slow.png")).convert("RGB")
+    assert np.array_equal(np.asarray(again), pixels["kept"])
     with pytest.raises(ValueError, match="history: expected lines"):
         draw_curves([{"step": 1, "seconds": 1.0, "loss": 2.0}], None, tmp_path / "none.png")
 

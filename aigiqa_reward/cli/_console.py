@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -62,6 +63,7 @@ def prepare_process() -> None:
         with suppress(ValueError):  # not in the main thread
             if signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:  # not under nohup
                 signal.signal(getattr(signal, name), signal.default_int_handler)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers loads it where it is installed
     while (spare := os.open(os.devnull, os.O_RDWR)) < 3:  # no file may take the number of a closed stream
         pass
     os.close(spare)

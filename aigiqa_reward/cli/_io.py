@@ -78,10 +78,11 @@ def find_images(given: Sequence[str], *, recursive: bool, sidecars: bool = False
         f"{ending or 'without one'} ({len(names)}: {names[0]}{', ...' * (len(names) > 1)})"
         for ending, names in others.items()
     ]
-    left = f"files left out by their ending: {', '.join(kinds)}; convert images that Pillow cannot read to PNG"
+    left = f"files left out by their ending: {', '.join(kinds)}"
     if not paths:
+        remedy = f"; {left}; convert images that Pillow cannot read to PNG" if kinds else ""
         below = "" if recursive else "; --recursive looks into subfolders as well"
-        raise CommandError(f"no images in {', '.join(given)}{f'; {left}' * bool(kinds)}{below}", argument="images")
+        raise CommandError(f"no images in {', '.join(given)}{remedy}{below}", argument="images")
     if kinds:
         say("note", left)
     return paths

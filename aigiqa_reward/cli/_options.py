@@ -292,9 +292,10 @@ class Command(_Help, TyperCommand):
 
 def with_nearest(message: str) -> str:
     """Add the nearest choice to a message of Typer, as in 'jason' is not one of 'table', 'jsonl', 'csv'."""
+    message = message.replace("Value error, ", "")  # of pydantic
     found = re.search(r"'([^']*)' is not one of (.*)", message)
     meant = difflib.get_close_matches(found[1], re.findall(r"'([^']*)'", found[2]), 1) if found else []
-    return f"{message} did you mean {meant[0]}?" if meant else message
+    return f"{message.rstrip('.')}; did you mean {meant[0]}?" if meant else message
 
 
 def _check_quotes(argument: str, value: str, left: Iterable[str]) -> None:
@@ -356,7 +357,7 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
         try:
             each.process_value(context, found[each.name])
         except typer.BadParameter as error:
-            reason = with_nearest(error.message.removeprefix("Value error, "))
+            reason = with_nearest(error.message)
             raise CommandError(f"{file}: {name}: {reason}", argument="config") from error
     context.default_map = {**(context.default_map or {}), **{n: v for n, v in found.items() if v is not None}}
     return file

@@ -231,7 +231,7 @@ class ModelSpec:
     )
     accuracy: str = ""  # published, on human preferences
     sha256: Mapping[str, str] = field(default_factory=dict)  # of each embedded file
-    no_match: float | None = None  # about the correspondence of images to prompts that they do not show, if known
+    no_match: float | None = None  # median correspondence of images to prompts that they do not show, if known
 
     @property
     def meaning(self) -> str:
@@ -239,7 +239,7 @@ class ModelSpec:
         known = (
             ""
             if self.no_match is None
-            else f"; a prompt that does not match gets a correspondence of about {self.no_match:g}, in the median"
+            else f"; of pictures with a prompt that does not match, half get a correspondence below {self.no_match:g}"
         )
         return f"{self.name}: {self.scale}{known}"
 

@@ -42,7 +42,7 @@ def draw_curves(history: Sequence[Line], kept_step: int | None, path: Path) -> P
         kept_step: step whose weights were kept, marked by a line; None marks none.
         path: PNG to write.
     """
-    validations = [line | line["validation"] for line in history if "validation" in line]
+    validations = [line["validation"] | line for line in history if "validation" in line]
     steps = [line for line in history if "validation" not in line]
     names = dict.fromkeys(name for line in steps for name in line if name.startswith("reward/"))
     kinds = (_PANELS[0], *((name, COLORS[0], "", name) for name in names), *_PANELS[1:])
