@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aigiqa_reward.utils.checks import how_to_install
+from aigiqa_reward.utils.memory import keep_memory
 
 TASK = 0.25
 """Share of a CPU that a task of reading or decoding reserves; a worker on CPUs leaves two such shares."""
@@ -44,6 +45,7 @@ class Workers:
 
         with suppress(OSError):  # a node that lacks the folder; paths may be absolute
             os.chdir(self.folder)
+        keep_memory()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
 

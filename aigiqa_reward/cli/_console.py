@@ -22,6 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from aigiqa_reward.utils.io import csv_text
+from aigiqa_reward.utils.memory import keep_memory
 
 Format = Literal["table", "jsonl", "csv"]
 
@@ -64,6 +65,7 @@ def prepare_process() -> None:
             if signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:  # not under nohup
                 signal.signal(getattr(signal, name), signal.default_int_handler)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers loads it where it is installed
+    keep_memory()
     while (spare := os.open(os.devnull, os.O_RDWR)) < 3:  # no file may take the number of a closed stream
         pass
     os.close(spare)

@@ -5,7 +5,7 @@
     python tests/benchmarks/bulk.py --folder tiny --share 0.02      # with 2 % of the images, to try it out
 
 The same command continues: a check whose result is in the folder is not run again, and inputs and scores of equality
-are kept. On two free cores all take about 15 minutes: equality 2, kills 6, memory 1, rate 5. The images are those of
+are kept. On two free cores all take about 16 minutes: equality 2, kills 7, memory 2, rate 5. The images are those of
 AGIQA-3K beside the checkout, repeated under other names, at 128 px and 1 % of them cut off; for `rate` whole and as
 they are. `equality` and `memory` take a tiny reward, at 4 ms per image, the others `compact`.
 """
