@@ -352,15 +352,14 @@ class BulkScoring:
             return
         data, context = self.ray.data, self.ray.data.DataContext.get_current()
         context.max_errored_blocks = -1  # of killed tasks; their rows are missing afterwards
-        context.target_max_block_size, context.enable_progress_bars = _BLOCK, False
+        # Blocks of one row each by their size: Ray's repartition takes a whole CPU, which may never be free.
+        context.target_max_block_size, context.enable_progress_bars = 1 if one_by_one else _BLOCK, False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         decoding = self.workers.decoding - 0.001  # another share than reading's, so that Ray keeps two stages
         rows = data.from_items(list(tasks), override_num_blocks=len(tasks))
         rows = rows.flat_map(
             _read, fn_kwargs={"prompt": self.prompt}, num_cpus=TASK, **_limits(rows.flat_map, max_retries=RETRIES)
         )
-        if one_by_one:
-            rows = rows.repartition(target_num_rows_per_block=1)
         rows = rows.map(
             _decode,
             fn_kwargs={"prompts_from": self.prompts_from},
