@@ -12,13 +12,15 @@ from typing import Any
 import prompt_files
 import pyarrow as pa
 import pytest
+import torch
 from bulk_runs import PROMPT, pictures, rows_in, two_cpus, write_files
 from commands import lines, only_error, run
 from pyarrow import parquet
 
 from aigiqa_reward import Scorer
+from aigiqa_reward.bulk.cluster import Workers
 from aigiqa_reward.bulk.inputs import find_shards
-from aigiqa_reward.bulk.scoring import Results, _decode, table_schema
+from aigiqa_reward.bulk.scoring import Results, _decode, _read, _Scoring, _Task, table_schema
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,24 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "ray", None)
     result = run("score", tmp_path, "--engine", "ray", "--output-dir", tmp_path / "out")
     assert 'pip install ".[ray]"' in only_error(result)
+
+
+def picky(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+    if "bad" in prompts:
+        raise ValueError("prompts: expected a good one")
+    return images.mean(dim=(1, 2, 3))
+
+
+def test_a_prompt_that_the_reward_refuses_costs_its_own_row_and_a_blank_one_is_none(tmp_path: Path) -> None:
+    picture, workers = pictures(1)["000.png"], Workers(count=1, resources={}, decoding=1.0, threads=None)
+    table = pa.table({"image": [picture] * 4, "prompt": ["good", "bad", "good", "  "]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (shard,), _ = find_shards([str(tmp_path / "a.parquet")])
+    rows = [_decode(row, None) for row in _read({"task": _Task(0, shard, frozenset(), None)}, None)]
+    assert [row["prompt"] for row in rows] == ["good", "bad", "good", None, None]  # the last one counts the others
+    build: Any = {"picky": picky}.copy
+    records = _Scoring(build, 4, (), workers).records(rows[:3])
+    assert [records[place]["error"] for place in range(3)] == [None, "prompts: expected a good one", None]
 
 
 def test_a_line_that_was_cut_off_is_scored_again(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aigiqa_reward.bulk.cluster import RETRIES, Workers
+from aigiqa_reward.bulk.cluster import Workers
 
 _LOOK = 1.0  # seconds between calls of `watch`
 
@@ -61,12 +61,11 @@ class _Worker:
 def run_shares(ray: Any, workers: Workers, share: Callable[[Processes], Any], watch: Callable[[], object]) -> list[Any]:
     """Call `share` in every worker, and `watch` here about once per second; return what the workers returned.
 
-    A worker that is killed starts again, twice at most; what it had finished is in the folder that all nodes share. The
-    first error of a worker ends all of them.
+    The first error of a worker, or its end, ends all of them; what they had finished is in the folder that all nodes
+    share. None starts again beside the others, since the first one prepares the folder.
     """
     gate = ray.remote(_Gate).options(num_cpus=0).remote()
-    kept = {**workers.resources, "max_restarts": RETRIES, "max_task_retries": RETRIES}
-    kind = ray.remote(_Worker).options(**kept)
+    kind = ray.remote(_Worker).options(**workers.resources)
     actors = [kind.remote() for _ in range(workers.count)]
     running = calls = [actor.run.remote(share, index, workers, gate) for index, actor in enumerate(actors)]
     try:

@@ -64,7 +64,7 @@ def _read(row: Mapping[str, Any], prompt: str | None) -> Iterator[dict[str, Any]
     count = 0
     for count, item in enumerate(task.shard.read(), 1):
         if count - 1 not in task.known and (task.wanted is None or count - 1 in task.wanted):
-            found = {**item._asdict(), "prompt": prompt or item.prompt}
+            found = {**item._asdict(), "prompt": prompt or (item.prompt or "").strip() or None}
             yield {"shard": task.index, "row": count - 1, "count": -1, **found}
     yield {"shard": task.index, "row": -1, "count": count, **Item("", None)._asdict()}
 
@@ -135,7 +135,12 @@ class _Scoring:
             return {i: _failed(row, f"no prompt, which {needy} needs") for i, row in rows.items()}
         sources = [_image(row) for row in rows.values()]
         streams = [scorer.stream(sources, prompts) for scorer in self.scorers]
-        found = zip(*streams, strict=True)
+        try:
+            found = list(zip(*streams, strict=True))
+        except (ValueError, TypeError) as error:  # of one of the prompts
+            if len(rows) == 1:
+                return {i: _failed(row, str(error)) for i, row in rows.items()}
+            return {place: each for i, row in rows.items() for place, each in self._scored({i: row}).items()}
         return {i: self._record(row, each) for (i, row), each in zip(rows.items(), found, strict=True)}
 
     def _record(self, row: Mapping[str, Any], found: Sequence[ScoredImage]) -> dict[str, Any]:
@@ -149,8 +154,9 @@ class _Scoring:
                 record[prefix + aspect] = None if scores is None else scores.item()
                 if scores is not None and not math.isfinite(scores.item()):
                     return _failed(row, f"the reward gave {scores.item()}")
-            for detail in set(self.details) & each.output.details.keys():
-                record[prefix + detail] = each.output.details[detail][0].tolist()
+            for detail, value in each.output.details.items():
+                if detail in self.details or prefix + detail in self.details:
+                    record[prefix + detail] = value[0].tolist()
         return record
 
 
@@ -329,7 +335,9 @@ class BulkScoring:
         todo = [index for index in range(len(self.shards)) if index not in finished]
         expected = estimated_rows([self.shards[index] for index in todo]) - sum(map(len, self.results.rows.values()))
         of_rows = not math.isnan(expected)  # no tars
-        self._share = lambda: self.rows / expected if of_rows else 1 - len({*todo} - finished) / len(todo)
+        self._share = lambda: (
+            min(1.0, self.rows / max(1.0, expected)) if of_rows else 1 - len({*todo} - finished) / len(todo)
+        )
         self._stream([self._task(index) for index in todo])
         lost = [index for index in todo if index not in finished]
         again = [self._task(i, self.results.missing(i) if i in self.results.counts else None) for i in lost]
