@@ -159,6 +159,7 @@ def test_no_match_lies_where_the_commands_say(reward):
     others = [f"a {thing}" for _, thing in zip(files, itertools.cycle(things), strict=False)]
     found = Scorer(reward).score([str(file) for file in files], others).correspondence
     assert found is not None and float(found.median()) < reward.spec.no_match  # the match was trained on these images
+    assert "compare images of one prompt only" in reward.spec.meaning
     assert f"half get a correspondence below {reward.spec.no_match:g}" in reward.spec.meaning
 
 

@@ -73,6 +73,7 @@ COMBINED = {
     "15": node("Text Multiline", text="snow"),
 }
 LOADER = node("Efficient Loader", ckpt_name="a.safetensors", positive=["11", 0], negative=["7", 0], batch_size=1)
+SHOWN = node("ShowText|pysssss", text=["11", 0], text_0="shown before")
 ORPHAN = {"20": node("KSampler", seed=1, positive=["21", 0], negative=["7", 0]), "21": encode("an orphan")}
 
 
@@ -84,9 +85,10 @@ ORPHAN = {"20": node("KSampler", seed=1, positive=["21", 0], negative=["7", 0]),
         (with_nodes(**ORPHAN), PROMPT),
         (graph(COMBINED), "a red fox, snow"),
         (graph({"6": LOADER, "7": node("Text", text="bad"), "11": node("Text", text=PROMPT)}, output=1), PROMPT),
+        (graph({"6": encode(["23", 0]), "23": SHOWN, "11": node("Text", text=PROMPT)}), PROMPT),
         (with_nodes(**{"7": node("ConditioningZeroOut", conditioning=["6", 0])}), PROMPT),
     ],
-    ids=["guider", "two passes", "orphan", "combined", "loader", "zeroed"],
+    ids=["guider", "two passes", "orphan", "combined", "loader", "shown", "zeroed"],
 )
 def test_it_follows_graphs(prompt: dict[str, Any], text: str, tmp_path: Path) -> None:
     found = read_prompt(files.comfyui_png(tmp_path / "image.png", prompt))

@@ -277,10 +277,10 @@ def report_unknown(prompts: Sequence[str]) -> None:
         say("warning", f"the embedded generator knows nothing that {them}; try {EXAMPLE!r}")
         say("note", f"it knows {len(NOUNS)} things: {', '.join(NOUNS)}")
         say("note", f"on {len(COLOR_NAMES)} background colors: {colors}")
-    elif words := unknown_words(" ".join(prompts)):
+    if words := unknown_words(" ".join(prompt for prompt in prompts if prompt not in lost)):
         knows = f"it knows {len(NOUNS)} things and these background colors: {colors}"
         say("warning", f"the embedded generator does not know {', '.join(words[:_WORDS])}; {knows}")
-    elif any(subject.color is None for subject in subjects):
+    elif not lost and any(subject.color is None for subject in subjects):
         say("warning", f"the prompt names no background color that the embedded generator knows ({colors})")
 
 

@@ -119,6 +119,8 @@ class _Walk:
         node, path = self._visit(link[0], path), (*path, link[0])
         given = {name: each for name, each in node["inputs"].items() if isinstance(each, str) or _link(each)}
         parts = [each for name, each in given.items() if _JOINED.fullmatch(name)]
+        if str(node.get("class_type")).startswith("ShowText"):  # which also holds a copy of what it has shown
+            parts = [each for each in parts if _link(each)] or parts[-1:]
         others = [each for name, each in given.items() if name not in _JOINS and not _JOINED.fullmatch(name)]
         if not parts and len(others) == 1 and _link(others[0]):  # such as a reroute
             return self._string(others[0], path)

@@ -241,7 +241,8 @@ class ModelSpec:
             if self.no_match is None
             else f"; of pictures with a prompt that does not match, half get a correspondence below {self.no_match:g}"
         )
-        return f"{self.name}: {self.scale}{known}"
+        within = "" if "images of one prompt" in self.scale else "; compare images of one prompt only"
+        return f"{self.name}: {self.scale}{within}{known}"
 
     @property
     def embedded(self) -> bool:

@@ -228,6 +228,10 @@ def _summarize(folder: Path, shards: Sequence[Shard]) -> int:
     scores = {name: table.to_table([name]).column(0).to_numpy().astype(float) for name in names}
     errors = table.count_rows(filter=dataset.field("error").is_valid())
     total = next(iter(scores.values()))
+    if not len(total):
+        raise CommandError("expected images, got none", argument="images", status=1)
+    if not table.count_rows(filter=dataset.field("prompt").is_valid()):
+        say("note", "no prompt: only quality is judged")
     if np.isfinite(total).any():
         drawn = {name: values for name, values in scores.items() if np.isfinite(values).any()}
         histograms(drawn, folder / HISTOGRAMS)
