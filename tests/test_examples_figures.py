@@ -70,7 +70,7 @@ def test_the_generator_can_be_checked(printed) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["draft", "draft-image", "refl", "ddpo", "dpo", "nft"])
+@pytest.mark.parametrize("name", ["draft", "refl", "ddpo", "dpo", "nft"])
 def test_the_recipes_on_the_embedded_pipeline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (tmp_path / "watched.txt").write_text("a crab on a green background\n")

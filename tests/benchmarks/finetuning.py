@@ -5,11 +5,11 @@
 
 Without algorithms only the base is measured: one image and the best of N, picked by the reward and by the judge, among
 16 images for each of 40 pairs that the generator was trained on and of 40 new ones. Each algorithm trains one LoRA per
-seed by `aigiqa-reward finetune NAME --config examples/finetune_embedded/NAME.yaml` (or NAME-VARIANT.yaml) with the same
-number of sampling steps; NAME-smoothed trains by NAME.yaml on `SmoothedReward`. The kept weights are compared with the
-generator without them on the new pairs, which the training has not seen either, on the first 8 of the 16 images from
-the same noise. Minutes are the median over the trainings. Results in --runs are reused, and an interrupted training is
-resumed.
+seed by `aigiqa-reward finetune NAME --config examples/finetune_embedded/NAME.yaml` with the same number of sampling
+steps; NAME-image, NAME-parameters and NAME-both with that `--sharpness_aware`, NAME-smoothed on `SmoothedReward`. The
+kept weights are compared with the generator without them on the new pairs, which the training has not seen either, on
+the first 8 of the 16 images from the same noise. Minutes are the median over the trainings. Results in --runs are
+reused, and an interrupted training is resumed.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def reward_of(given: argparse.Namespace) -> Any:
 
 
 def train_by_command(name: str, seed: int, folder: Path, given: argparse.Namespace) -> None:
-    words = ["finetune", name.partition("-")[0], "--config", str(RECIPES / f"{name}.yaml"), "--output_dir", str(folder)]
+    algorithm, _, variant = name.partition("-")
+    words = ["finetune", algorithm, "--config", str(RECIPES / f"{algorithm}.yaml"), "--output_dir", str(folder)]
+    words += ["--sharpness_aware", variant] if variant else []
     words += ["--num_inference_steps", str(given.steps), "--reward", given.reward]
     words += ["--seed", str(seed), "--resume_from_checkpoint", "latest"]
     words += ["--max_train_steps", str(given.train_steps)] if given.train_steps else []
@@ -212,7 +214,7 @@ def pictures(models: Models, folders: dict[str, Path], prompts: list[str], path:
 
 def main() -> None:
     parser = parser_of(__doc__, threads=1)
-    parser.add_argument("algorithms", nargs="*", help="recipes, such as draft or draft-image; none for the base alone")
+    parser.add_argument("algorithms", nargs="*", help="such as draft or draft-image; none for the base alone")
     parser.add_argument("--seeds", type=int, default=3, help="trainings per algorithm")
     parser.add_argument("--steps", type=int, default=2, help="sampling steps; with 2 or 3 the generator often fails")
     parser.add_argument("--train-steps", type=int, help="training steps, by default the recipe's; in other --runs")
