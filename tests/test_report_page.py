@@ -75,7 +75,7 @@ def test_it_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     maps = [[{"noise": np.eye(4), "words": [("<b>", 0.25), ("fox", np.float32(0.75))]}]]
     text, page = written(tmp_path, [("a\x00\x1b[31m fox", searched())], maps=maps)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
-    assert '<span style="--score: 0.25" title="0.250">&lt;b&gt;</span> <span style="--score: 0.75"' in text
+    assert '<span style="--score: 0.250" title="0.250">&lt;b&gt;</span> <span style="--score: 0.750"' in text
     assert not re.search(r"<script|javascript:|https?://|@import|url\(|<link|<iframe|<object", text, re.IGNORECASE)
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert all((a["src"] or "").startswith("data:image/") for a in page.all("img"))

@@ -104,6 +104,7 @@ def _cards(
             "prompt": prompt,
             "number": "image" if names else number_word(output),
             "word": f"{word}s",
+            "placed": "place" if names else "winner",
             "names": names,
             "facts": "  ·  ".join([*summary(output, word), *calls]),
             "remark": next(remarks, ""),
