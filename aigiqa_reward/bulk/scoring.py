@@ -334,10 +334,10 @@ class BulkScoring:
         finished = self.results.finished
         todo = [index for index in range(len(self.shards)) if index not in finished]
         expected = estimated_rows([self.shards[index] for index in todo]) - sum(map(len, self.results.rows.values()))
-        of_rows = not math.isnan(expected)  # no tars
-        self._share = lambda: (
-            min(1.0, self.rows / max(1.0, expected)) if of_rows else 1 - len({*todo} - finished) / len(todo)
-        )
+        if math.isnan(expected):  # tars
+            self._share = lambda: 1 - len({*todo} - finished) / len(todo)
+        else:
+            self._share = lambda: min(1.0, self.rows / max(1.0, expected))
         self._stream([self._task(index) for index in todo])
         lost = [index for index in todo if index not in finished]
         again = [self._task(i, self.results.missing(i) if i in self.results.counts else None) for i in lost]
