@@ -36,10 +36,10 @@ def _states_shape(hint: Any) -> bool:
 
 jaxtyping.install_import_hook("aigiqa_reward", f"{__name__}.check_shapes")
 
+from aigiqa_reward.utils.memory import keep_memory  # noqa: E402
+
 LIBC = ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
-if LIBC is not None:
-    for option, value in {-4: 0, -1: 2**31 - 1, -2: 2**28}.items():  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        LIBC.mallopt(option, value)
+keep_memory()
 torch.set_num_threads(1)
 
 
